@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run directory and its record: the one source of cards, reports and plots.
+
+    recipe.yaml      as resolved, secrets masked
+    record.json      what was done; all that differs between two equal runs is under `clock`
+    metrics.jsonl    one line per logged step: {"stage", "step", ..., "clock": {...}}
+    samples.jsonl    completions of base, SFT and policy on the held-out prompts
+    adapters/ROLE/   a plain PEFT folder with its card as README.md and its check.json
+    plots/*.png
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .config import Recipe, dump_recipe
+from .errors import SetupError, UsageError
+
+STAGES = ("sft", "reward", "ppo", "evaluate", "card")
+_PACKAGES = ("lora-rlhf", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate",
+             "datasets", "huggingface_hub")  # fmt: skip
+
+
+class Record:
+    """`record.json` of one run, kept on disk after every change.
+
+    Layout: `{schema, name, seed, recipe_sha256, versions, model: {...}, lora: {...}, data: {SET: {...}},
+    stages: {STAGE: {status, ...}}, evaluation: {MODEL: {METRIC: {value, low, high, n}}},
+    files: {PATH: sha256}, clock: {...}}`.
+    """
+
+    def __init__(self, folder: str | Path, data: dict[str, Any]) -> None:
+        self.folder = Path(folder)
+        self.data = data
+
+    @classmethod
+    def open(cls, folder: str | Path, recipe: Recipe) -> Record:
+        """The record of a new run, or of an earlier run of the same recipe, to be continued.
+
+        Raises:
+            UsageError: The folder holds a run of another recipe, or files that are no run.
+            SetupError: The folder cannot be written.
+        """
+        folder = Path(folder)
+        text = dump_recipe(recipe)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        if (folder / "record.json").exists():
+            record = cls.read(folder)
+            if record.data["recipe_sha256"] != digest:
+                raise UsageError(
+                    f"{folder} holds a run of another recipe",
+                    expected="the recipe and --set values that this run was started with",
+                    remedy=f"give another --out, or compare with {folder / 'recipe.yaml'}",
+                )
+            return record
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UsageError(
+                f"{folder} exists and is not a run", remedy="give an --out that is empty or new"
+            )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise SetupError(f"cannot write to {folder}: {error.strerror}", remedy="give another --out") from None
+        record = cls(folder, {
+            "schema": 1, "name": recipe.name, "seed": recipe.seed, "recipe_sha256": digest,
+            "versions": versions(), "model": {}, "lora": {}, "data": {}, "stages": {},
+            "evaluation": {}, "files": {},
+            "clock": {"started": _now(), "host": {"python": platform.python_version(),
+                      "machine": platform.machine(), "system": platform.system(),
+                      "cores": os.cpu_count()}, "stages": {}},
+        })  # fmt: skip
+        record.save()
+        return record
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Record:
+        """The record of a finished or interrupted run.
+
+        Raises:
+            UsageError: The folder is no run, or its record cannot be read.
+        """
+        path = Path(folder) / "record.json"
+        try:
+            return cls(folder, json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise UsageError(
+                f"{folder} is not a run directory", expected="a folder that holds record.json",
+                remedy="give the --out of a `lora-rlhf run`",
+            ) from None  # fmt: skip
+        except (ValueError, OSError) as error:
+            raise UsageError(f"{path} cannot be read: {error}") from None
+
+    def save(self) -> None:
+        """Write `record.json` at once and whole, or not at all."""
+        _write_atomically(self.folder / "record.json", json.dumps(finite(self.data), indent=1) + "\n")
+
+    def done(self, stage: str) -> bool:
+        """Whether `stage` has been finished in this run."""
+        return bool(self.data["stages"].get(stage, {}).get("status") == "done")
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[dict[str, Any]]:
+        """Run a stage: the yielded dict becomes `stages.NAME`; status and time are kept.
+
+        An exception leaves the status `interrupted` with no result, so the stage runs again.
+        """
+        started, entry = time.perf_counter(), {}  # type: tuple[float, dict[str, Any]]
+        self.data["stages"][name] = {"status": "interrupted"}
+        self.save()
+        yield entry
+        self.data["stages"][name] = {"status": "done", **entry}
+        self.data["clock"]["stages"][name] = {"seconds": round(time.perf_counter() - started, 3)}
+        self.save()
+
+    def restart_metrics(self, stage: str) -> None:
+        """Forget the lines that an interrupted try of `stage` logged: it starts from its beginning."""
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
+                    if json.loads(line)["stage"] != stage]  # fmt: skip
+            _write_atomically(path, "".join(kept))
+
+    def log(self, stage: str, step: int, metrics: dict[str, Any], clock: dict[str, Any] | None = None) -> None:
+        """Append one line to `metrics.jsonl`; non-finite numbers are kept as text ("NaN")."""
+        line = {"stage": stage, "step": step, **finite(metrics)}
+        if clock:
+            line["clock"] = finite(clock)
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def metrics(self, stage: str | None = None) -> list[dict[str, Any]]:
+        """The logged lines, of one stage or of all."""
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return []
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [line for line in lines if stage is None or line["stage"] == stage]
+
+    def adapter(self, role: str) -> Path:
+        """The folder of a role's adapter: sft, reward, policy or value."""
+        return self.folder / "adapters" / role
+
+    def seal(self) -> None:
+        """Note the sha256 of every file of the run that is not the record itself or a log."""
+        skipped = {"record.json", "metrics.jsonl"}
+        files = sorted(p for p in self.folder.rglob("*") if p.is_file() and p.name not in skipped)
+        self.data["files"] = {
+            str(p.relative_to(self.folder)): sha256(p) for p in files
+            if "checkpoints" not in p.relative_to(self.folder).parts and not p.name.endswith(".png")
+        }  # fmt: skip
+        self.data["clock"]["finished"] = _now()
+        self.save()
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that decide what a run computes."""
+    found = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def finite(value: Any) -> Any:
+    """The same data with NaN and infinities as text, since JSON has no word for them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

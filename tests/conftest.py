@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Offline, quiet and on one thread, before any library is imported."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder with real human data, or a skip that says why."""
+    folder = os.environ.get("LORA_RLHF_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("LORA_RLHF_DATA names no folder with real data")
+    return Path(folder)
