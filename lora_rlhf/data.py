@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the recipe's sources to datasets in TRL's formats, split by prompt, with every row counted.
+
+A prompt is on the same side of the split in all sets: `bucket` looks at the seed and at the first
+user turn only, so prompts that are prefixes of one conversation stay together, and what a reward
+model was trained on is never what it is tested on. Evaluation prompts are in no other set.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from . import tasks
+from .config import DataSource, Recipe
+from .errors import DataError
+from .filters import Kept, bucket, clean, expand, first_turn, fit, neutralise, prompt_key
+from .layouts import Example, Turns, examples
+from .sources import Row, fingerprint, read, title
+
+if TYPE_CHECKING:
+    import datasets
+
+__all__ = ["Prepared", "bucket", "comparisons", "demonstrations", "first_turn", "prompts"]
+
+Sampler = Callable[[list[Turns], int, int], list[list[str]]]
+"""(prompts, k, seed) -> k completions for each prompt."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One set, ready for a trainer.
+
+    Attributes:
+        train: Rows to train on.
+        held_out: Rows to measure on; no first user turn of theirs is trained on in any set.
+        report: For `record.data[SET]`: `sources`, `counts` ({filter: {before, after}}), `train`,
+            `held_out`, `special_tokens_in_text`, `notes`, and `labeler_agreement` or `evaluate`
+            where there is one. Plain JSON, without folders of this machine.
+    """
+
+    train: datasets.Dataset
+    held_out: datasets.Dataset
+    report: dict[str, Any]
+
+
+def demonstrations(recipe: Recipe, tokenizer: Any) -> Prepared:
+    """The set for SFT, with columns `prompt` and `completion` (both text, or both messages).
+
+    Raises:
+        DataError: A source cannot be read or does not fit, or too few rows are left.
+        TokenizerError: Messages, but the tokenizer has no chat template.
+    """
+    kept = _load(recipe, tokenizer, "demonstrations")
+    return _prepared(recipe, kept, *_sides(recipe, kept.rows))
+
+
+def comparisons(
+    recipe: Recipe,
+    tokenizer: Any,
+    sampler: Sampler | None = None,
+    part: Literal["all", "proxy", "held_out_model"] = "all",
+) -> Prepared:
+    """The set for the reward model: `prompt`, `chosen`, `rejected`, `group`, perhaps `margin`.
+
+    `group` is an int that is the same for all pairs of one prompt.
+
+    Args:
+        recipe: The run's recipe.
+        tokenizer: Decides between text and messages, and counts tokens.
+        sampler: Draws the completions that the simulated labelers of a task rank.
+        part: The proxy reward model and the held-out one train on halves with no prompt in
+            common; both are measured on the same held-out rows.
+
+    Raises:
+        DataError: A source cannot be read or does not fit, or too few rows are left.
+        TokenizerError: Messages, but the tokenizer has no chat template.
+        ValueError: A task source without a sampler, or a sampler that returns something else.
+    """
+    kept = _load(recipe, tokenizer, "comparisons", sampler)
+    train, held_out = _sides(recipe, kept.rows)
+    if part != "all":
+        middle = (1 + recipe.data.held_out) / 2
+        train = kept.filter(
+            f"part {part}",
+            train,
+            lambda row: (bucket(row["prompt"], recipe.seed) < middle) == (part == "proxy"),
+        )
+    return _prepared(recipe, kept, train, held_out)
+
+
+def prompts(recipe: Recipe, tokenizer: Any) -> Prepared:
+    """The prompts of the rollouts, and those of the evaluation as `held_out`; column `prompt`.
+
+    Prompts of a task have a column `item` too: JSON that `tasks.Item.from_dict` takes. The
+    held-out side is `data.evaluate` where that is given.
+
+    Raises:
+        DataError: A source cannot be read or does not fit, or too few rows are left.
+        TokenizerError: Messages, but the tokenizer has no chat template.
+    """
+    kept = _load(recipe, tokenizer, "prompts")
+    train, held_out = _sides(recipe, kept.rows)
+    if not recipe.data.evaluate:
+        return _prepared(recipe, kept, train, held_out)
+    evaluate = _load(recipe, tokenizer, "evaluate")
+    # Still without the rows that other sets hold out: nothing is tuned on what a set is tested on.
+    kept.counts["held out in other sets"] = {"before": len(kept.rows), "after": len(train)}
+    found = _prepared(recipe, kept, train, evaluate.rows)
+    found.report["evaluate"] = evaluate.report()
+    return found
+
+
+def _load(recipe: Recipe, tokenizer: Any, name: str, sampler: Sampler | None = None) -> Kept:
+    """Read, convert, filter and mix the sources of one set; nothing is split yet."""
+    sources: list[DataSource] = getattr(recipe.data, name)
+    if not sources:
+        raise DataError(
+            f"the recipe names no {name}",
+            expected=f"data.{name}: with at least one task:, path: or hub:",
+            remedy="a file of comparisons also serves as demonstrations and as prompts",
+        )
+    kept = Kept(name)
+    found: list[Example] = []
+    chat = bool(tokenizer.chat_template)
+    wanted = "prompts" if name == "evaluate" else name
+    read_rows = 0
+    for index, source in enumerate(sources):
+        rows = (
+            _task_rows(recipe, source, name, chat, sampler, kept) if source.task else read(source)
+        )
+        licence = source.license or ("Apache-2.0" if source.task else None)
+        kept.sources.append(
+            {"kind": "task" if source.task else "hub" if source.hub else "file",
+             "name": title(source), "license": licence, "rows": len(rows),
+             "sha256": fingerprint(rows)}
+        )  # fmt: skip
+        if source.hub:
+            kept.sources[-1] |= {"config": source.name, "split": source.split}
+        read_rows += len(rows)
+        order = list(range(len(rows)))
+        if not source.task:  # a task's rows come in the turn of its families, and stay in it
+            random.Random(f"{recipe.seed}/{name}/{index}").shuffle(order)
+        order = order[: source.limit]
+        chosen = sorted(order)  # read in the file's order, so that errors show its first rows
+        parsed = examples([rows[i] for i in chosen], wanted, chat, kept.notes)
+        at = dict(zip(chosen, parsed, strict=True))
+        found += [at[i] for i in order]
+    kept.counts["limit"] = {"before": read_rows, "after": len(found)}
+    if len(sources) > 1:
+        random.Random(f"{recipe.seed}/{name}").shuffle(found)
+    neutralise(kept, found, tokenizer)
+    kept.rows = expand(found, wanted, kept)
+    clean(kept)
+    fit(kept, recipe, tokenizer)
+    if name != "evaluate":
+        _keep_apart(kept, recipe, tokenizer)
+    return kept
+
+
+def _task_rows(
+    recipe: Recipe,
+    source: DataSource,
+    name: str,
+    chat: bool,
+    sampler: Sampler | None,
+    kept: Kept,
+) -> list[Row]:
+    """Rows of the closed-world task; comparisons are sampled, scored and ranked here."""
+    try:
+        if name == "demonstrations":
+            made = tasks.demonstrations(source.n, recipe.seed)
+        else:
+            items = tasks.items(source.n, recipe.seed, name)
+            made = [{"prompt": item.prompt, "item": item.to_dict()} for item in items]
+    except ValueError as error:
+        raise DataError(f"{source.task}, n: {source.n}: {error}", remedy="lower n") from None
+    for row in made:
+        row["item"] = json.dumps(row["item"], sort_keys=True)
+        row["prompt"] = (
+            [{"role": "user", "content": row["prompt"]}] if chat else row["prompt"] + "\n"
+        )
+    if name == "comparisons":
+        if sampler is None:
+            raise ValueError("comparisons of a task need a sampler")
+        _rank(made, items, sampler, recipe.seed, source, kept)
+    return [(f"{source.task} row {number}", row) for number, row in enumerate(made, start=1)]
+
+
+def _rank(
+    rows: list[dict[str, Any]],
+    items: list[tasks.Item],
+    sampler: Sampler,
+    seed: int,
+    source: DataSource,
+    kept: Kept,
+) -> None:
+    """Add sampled `completions` and a simulated labeler's `ranks`, and note how labelers agree.
+
+    The labeler is calibrated on the pairs that were really drawn, so that two of them agree on
+    the share that the recipe states; how often they did is measured on the same pairs.
+    """
+    sampled = sampler([row["prompt"] for row in rows], source.completions, seed)
+    if len(sampled) != len(rows) or any(len(texts) != source.completions for texts in sampled):
+        raise ValueError(f"the sampler must give {source.completions} completions for each prompt")
+    gold = [
+        [tasks.check(item, text).reward for text in texts]
+        for item, texts in zip(items, sampled, strict=True)
+    ]
+    gaps = [pair for rewards in gold for pair in itertools.combinations(rewards, 2)]
+    gaps = [(a, b) for a, b in gaps if a != b]
+    if source.agreement >= 1 or not gaps:  # nothing to calibrate: the gold order itself
+        labeler = tasks.Labeler(source.agreement, temperature=1e-6)
+    else:
+        labeler = tasks.Labeler.calibrated(source.agreement, gaps)
+    first, second = (random.Random(f"{seed}/labeler/{who}") for who in "ab")
+    labels: tuple[list[int], list[int]] = ([], [])
+    for row, texts, rewards in zip(rows, sampled, gold, strict=True):
+        ranks = labeler.rank(rewards, first), labeler.rank(rewards, second)
+        row["completions"], row["ranks"] = list(texts), ranks[0]
+        for a, b in itertools.combinations(range(len(texts)), 2):
+            if rewards[a] != rewards[b]:
+                for label, rank in zip(labels, ranks, strict=True):
+                    label.append(int(rank[a] > rank[b]))
+    measured = tasks.agreement_rate(*labels) if labels[0] else None
+    kept.agreement = {"asked": source.agreement, "measured": measured, "pairs": len(labels[0])}
+
+
+def _keep_apart(kept: Kept, recipe: Recipe, tokenizer: Any) -> None:
+    """Drop and count rows whose prompt is one of the evaluation's."""
+    if all(source.task for source in recipe.data.evaluate):  # a task's splits share no content
+        return
+    keys = {prompt_key(row["prompt"]) for row in _load(recipe, tokenizer, "evaluate").rows}
+    reason = "in the evaluation set"
+    kept.rows = kept.filter(reason, kept.rows, lambda row: prompt_key(row["prompt"]) not in keys)
+
+
+def _sides(
+    recipe: Recipe, rows: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    sides: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
+    for row in rows:
+        sides[bucket(row["prompt"], recipe.seed) < recipe.data.held_out].append(row)
+    return sides
+
+
+def _prepared(
+    recipe: Recipe, kept: Kept, train: list[dict[str, Any]], held_out: list[dict[str, Any]]
+) -> Prepared:
+    if min(len(train), len(held_out)) < 2:
+        raise _too_few(recipe, kept, len(train), len(held_out))
+    report = {**kept.report(), "train": len(train), "held_out": len(held_out)}
+    return Prepared(_dataset(train), _dataset(held_out), report)
+
+
+def _too_few(recipe: Recipe, kept: Kept, train: int, held_out: int) -> DataError:
+    lost = {reason: n["before"] - n["after"] for reason, n in kept.counts.items()}
+    worst = max(lost, key=lost.__getitem__)
+    remedy = f"give more rows, or another share than data.held_out = {recipe.data.held_out}"
+    if lost[worst] > 0:
+        remedy = f"most rows went by: {worst}; mend that, or give more rows"
+    if worst == "in the evaluation set":
+        remedy = "leave data.evaluate out: then a share of the prompts is held out instead"
+    return DataError(
+        f"of the {kept.name}, {train} rows are left to train on and {held_out} to test on"
+        + kept.table(),
+        expected="two or more on either side",
+        remedy=remedy,
+    )
+
+
+def _dataset(rows: list[dict[str, Any]]) -> datasets.Dataset:
+    import datasets
+
+    prompts_only = not {"chosen", "completion"} & rows[0].keys()
+    dropped = (
+        {"_tokens"} if prompts_only and any(row["item"] for row in rows) else {"_tokens", "item"}
+    )
+    kept = [{key: value for key, value in row.items() if key not in dropped} for row in rows]
+    return datasets.Dataset.from_list(kept)
