@@ -60,6 +60,8 @@ _CLAIMS = [
     for a, p in PHRASES.items()
 ] + [(a, re.compile(rf'\b{a}"?\s*(?::|=|\bis\b)\s*"?{_VALUE}')) for a in POOLS]
 _NO_VALUE = set("not unknown unstated missing null none no that it what never in at".split())
+# Words that open a sentence; other capitals inside a line are taken for names.
+_OPENERS = set("it the this that these there here as i he she they thank thanks please so".split())
 _REFUSAL = re.compile(
     r"\b(?:can't|cannot|can not|won't|will not|unable to|not able to|must decline to|refuse to)"
     r" (?:\w+ )?(?:help|assist|do that|comply|provide|fulfill|support|answer|engage)"
@@ -95,7 +97,7 @@ def _invented(item: Item, text: str) -> int:
     foreign |= {
         w.lower()
         for w in re.findall(r"(?<=[a-z,] )[A-Z][a-z]+", text)
-        if w.lower() not in allowed
+        if w.lower() not in allowed | _OPENERS
     }
     for attr, pattern in _CLAIMS:
         claimed = set(pattern.findall(low)) - _NO_VALUE - {facts.get(attr, "")}
@@ -126,7 +128,7 @@ def _check_bullets(item: Item, text: str) -> _Parts:
     ok = len(lines) == item.limit and all(line.startswith("- ") for line in lines)
     ok = ok and all(len(stated) == 1 for stated in per_line)
     k = item.limit
-    return min(len(found), k) / k, ok, max(0, len(found) - k), 7 * k
+    return min(len(found), k) / k, ok, max(0, len(found) - k), 6 * k
 
 
 def _check_json(item: Item, text: str) -> _Parts:
@@ -142,7 +144,7 @@ def _check_json(item: Item, text: str) -> _Parts:
         ok = set(loaded) == set(item.keys) == set(parsed)
     else:
         ok = False
-        parsed = dict(re.findall(r'(\w+)"?\s*[:=]\s*"?(\w+)', text))
+        parsed = dict(re.findall(r'\b(\w+)"?\s*[:=]\s*"?(\w+)', text))
     right = sum(parsed.get(k, "").strip().lower() == facts[k].lower() for k in item.keys)
     extra = len(set(parsed) - set(item.keys))
     return right / len(item.keys), ok, extra, 3 * len(item.keys) + 2

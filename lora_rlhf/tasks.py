@@ -317,8 +317,8 @@ def calibrate(agreement: float, pairs: Sequence[tuple[float, float]]) -> float:
     return math.sqrt(low * high)
 
 
-_GRID = [-1 + i / 10 for i in range(21)]
-_UNIFORM = [(a, b) for a in _GRID for b in _GRID]
+# Quantiles of the difference of two rewards that are uniform in [-1, 1].
+_UNIFORM = [(2 - 2 * math.sqrt(1 - (i + 0.5) / 400), 0.0) for i in range(400)]
 
 
 @dataclass(frozen=True)
