@@ -34,11 +34,13 @@ class ModelSection(_Section):
     id: str = Field(description="`tiny` (shipped), a Hub id, or a local folder.")
     revision: str | None = Field(None, description="Commit of the Hub repository.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto: float32 on a CPU, bfloat16 from compute capability 8.0, else float16."
+        "auto",
+        description="auto: float32 on a CPU, bfloat16 from compute capability 8.0, else float16.",
     )
     load_in_4bit: bool = Field(False, description="NF4 with double quantisation, by bitsandbytes.")
     hub_id: str | None = Field(
-        None, description="The Hub id that adapters name as their base, when `id` is a local folder."
+        None,
+        description="The Hub id that adapters name as their base, when `id` is a local folder.",
     )
     gradient_checkpointing: bool = Field(False, description="Trade a second forward for memory.")
 
@@ -71,7 +73,9 @@ class DataSource(_Section):
     columns: dict[str, str] = Field(
         default_factory=dict, description="Our column name -> the file's column name."
     )
-    limit: int | None = Field(None, ge=1, description="At most this many rows, taken after shuffling.")
+    limit: int | None = Field(
+        None, ge=1, description="At most this many rows, taken after shuffling."
+    )
     n: int = Field(256, ge=1, description="Rows to generate (task only).")
     completions: int = Field(
         4, ge=2, description="Completions ranked per prompt (task comparisons only)."
@@ -100,10 +104,15 @@ class DataSection(_Section):
         description="Held-out prompts; without it they are held out of `prompts`.",
     )
     held_out: float = Field(
-        0.1, gt=0, lt=1, description="Share of prompts held out where a set has no split of its own."
+        0.1,
+        gt=0,
+        lt=1,
+        description="Share of prompts held out where a set has no split of its own.",
     )
     max_prompt_tokens: int = Field(512, ge=1, description="Longer prompts are dropped and counted.")
-    max_tokens: int = Field(1024, ge=2, description="Longer demonstrations and comparisons are dropped.")
+    max_tokens: int = Field(
+        1024, ge=2, description="Longer demonstrations and comparisons are dropped."
+    )
 
 
 class StageSection(_Section):
@@ -135,7 +144,9 @@ class PpoSection(StageSection):
     reward: Literal["model", "gold"] = Field(
         "model", description="gold: the exact checker of a task, instead of the reward model."
     )
-    kl_coef: float = Field(0.05, ge=0, description="beta of the per-token KL penalty in the reward.")
+    kl_coef: float = Field(
+        0.05, ge=0, description="beta of the per-token KL penalty in the reward."
+    )
     gamma: float = Field(1.0, gt=0, le=1, description="Discount.")
     lam: float = Field(0.95, ge=0, le=1, description="Lambda of GAE.")
     clip_value: float = Field(0.2, gt=0, description="Clip range of the value loss.")
@@ -155,7 +166,9 @@ class EvaluateSection(_Section):
     max_new_tokens: int | None = Field(None, ge=1, description="Default: as in the rollouts.")
     temperature: float = Field(1.0, ge=0, description="0: greedy.")
     batch_size: int = Field(64, ge=1, description="Prompts generated at once.")
-    samples: int = Field(8, ge=0, description="Rows in the sample table of the card, worst included.")
+    samples: int = Field(
+        8, ge=0, description="Rows in the sample table of the card, worst included."
+    )
 
 
 class CardSection(_Section):
@@ -185,7 +198,9 @@ class Recipe(_Section):
     name: str = Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]*$", description="Names the run folder.")
     seed: int = Field(0, ge=0, description="Of everything that draws.")
     threads: int | None = Field(None, ge=1, description="torch threads on a CPU.")
-    report_to: list[str] = Field(default_factory=list, description="Trackers, as transformers names.")
+    report_to: list[str] = Field(
+        default_factory=list, description="Trackers, as transformers names."
+    )
     model: ModelSection
     lora: LoraSection = LoraSection()
     data: DataSection = DataSection()
@@ -202,7 +217,9 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, exp) for tag, exp in resolvers if not tag.endswith((":bool", ":float", ":timestamp"))]
+    first: [
+        (tag, exp) for tag, exp in resolvers if not tag.endswith((":bool", ":float", ":timestamp"))
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf"))
@@ -237,7 +254,9 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} is not UTF-8 ({error.reason})", remedy="save it as UTF-8") from error
+        raise RecipeError(
+            f"{path} is not UTF-8 ({error.reason})", remedy="save it as UTF-8"
+        ) from error
     return parse_recipe(text, str(path), overrides, folder=path.resolve().parent)
 
 
@@ -376,7 +395,9 @@ def _fields(model: type[BaseModel], at: tuple[str | int, ...]) -> Iterator[str]:
     for part in at:
         if isinstance(part, int):
             continue
-        annotation: Any = model.model_fields[part].annotation if part in model.model_fields else None
+        annotation: Any = (
+            model.model_fields[part].annotation if part in model.model_fields else None
+        )
         if annotation is not None and getattr(annotation, "__args__", None):
             annotation = annotation.__args__[0]
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
@@ -408,4 +429,6 @@ def _explain(error: ValidationError, name: str, lines: Lines) -> RecipeError:
         problems.append((where, message))
     where, first = problems[0]
     more = "".join(f"\n  {place}: {text}" for place, text in problems[1:])
-    return RecipeError(first + more, where=where, remedy="correct the recipe; docs/recipes.md lists the keys")
+    return RecipeError(
+        first + more, where=where, remedy="correct the recipe; docs/recipes.md lists the keys"
+    )

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The run directory and its record: the one source of cards, reports and plots.
 
-    recipe.yaml      as resolved, secrets masked
-    record.json      what was done; all that differs between two equal runs is under `clock`
-    metrics.jsonl    one line per logged step: {"stage", "step", ..., "clock": {...}}
-    samples.jsonl    completions of base, SFT and policy on the held-out prompts
-    adapters/ROLE/   a plain PEFT folder with its card as README.md and its check.json
-    plots/*.png
+recipe.yaml      as resolved, secrets masked
+record.json      what was done; all that differs between two equal runs is under `clock`
+metrics.jsonl    one line per logged step: {"stage", "step", ..., "clock": {...}}
+samples.jsonl    completions of base, SFT and policy on the held-out prompts
+adapters/ROLE/   a plain PEFT folder with its card as README.md and its check.json
+plots/*.png
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from .config import Recipe, dump_recipe
 from .errors import SetupError, UsageError
 
 STAGES = ("sft", "reward", "ppo", "evaluate", "card")
+_FREE = ("card", "hub", "report_to", "threads", "reward.gate")
+"""Recipe keys that may differ when a run is continued: none of them changes what is trained."""
+
 _PACKAGES = ("lora-rlhf", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate",
              "datasets", "huggingface_hub")  # fmt: skip
 
@@ -54,15 +57,17 @@ class Record:
         """
         folder = Path(folder)
         text = dump_recipe(recipe)
-        digest = hashlib.sha256(text.encode()).hexdigest()
+        digest = _identity(recipe)
         if (folder / "record.json").exists():
             record = cls.read(folder)
             if record.data["recipe_sha256"] != digest:
                 raise UsageError(
                     f"{folder} holds a run of another recipe",
-                    expected="the recipe and --set values that this run was started with",
+                    expected="the recipe and --set values that this run was started with; only "
+                    + ", ".join(_FREE) + " may change",
                     remedy=f"give another --out, or compare with {folder / 'recipe.yaml'}",
-                )
+                )  # fmt: skip
+            (folder / "recipe.yaml").write_text(text, encoding="utf-8")
             return record
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UsageError(
@@ -72,7 +77,9 @@ class Record:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "recipe.yaml").write_text(text, encoding="utf-8")
         except OSError as error:
-            raise SetupError(f"cannot write to {folder}: {error.strerror}", remedy="give another --out") from None
+            raise SetupError(
+                f"cannot write to {folder}: {error.strerror}", remedy="give another --out"
+            ) from None
         record = cls(folder, {
             "schema": 1, "name": recipe.name, "seed": recipe.seed, "recipe_sha256": digest,
             "versions": versions(), "model": {}, "lora": {}, "data": {}, "stages": {},
@@ -104,7 +111,9 @@ class Record:
 
     def save(self) -> None:
         """Write `record.json` at once and whole, or not at all."""
-        _write_atomically(self.folder / "record.json", json.dumps(finite(self.data), indent=1) + "\n")
+        _write_atomically(
+            self.folder / "record.json", json.dumps(finite(self.data), indent=1) + "\n"
+        )
 
     def done(self, stage: str) -> bool:
         """Whether `stage` has been finished in this run."""
@@ -132,7 +141,9 @@ class Record:
                     if json.loads(line)["stage"] != stage]  # fmt: skip
             _write_atomically(path, "".join(kept))
 
-    def log(self, stage: str, step: int, metrics: dict[str, Any], clock: dict[str, Any] | None = None) -> None:
+    def log(
+        self, stage: str, step: int, metrics: dict[str, Any], clock: dict[str, Any] | None = None
+    ) -> None:
         """Append one line to `metrics.jsonl`; non-finite numbers are kept as text ("NaN")."""
         line = {"stage": stage, "step": step, **finite(metrics)}
         if clock:
@@ -162,6 +173,15 @@ class Record:
         }  # fmt: skip
         self.data["clock"]["finished"] = _now()
         self.save()
+
+
+def _identity(recipe: Recipe) -> str:
+    """sha256 of what decides a run's result: the recipe without the keys that may change."""
+    data = recipe.model_dump(mode="json")
+    for key in _FREE:
+        section, _, name = key.partition(".")
+        (data[section] if name else data).pop(name or section, None)
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def versions() -> dict[str, str]:

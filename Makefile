@@ -1,0 +1,30 @@
+# make demo and make test do all the set-up on a fresh machine; `make help` lists the rest.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= runs/demo
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+$(BIN)/lora-rlhf: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check "torch==2.13.0"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[test]"
+	touch $@
+
+install: $(BIN)/lora-rlhf ## a virtual environment with the package and what its tests need
+
+demo: $(BIN)/lora-rlhf ## the whole pipeline on the packaged tiny model, offline, about three minutes
+	$(BIN)/lora-rlhf demo --out $(OUT)
+
+test: $(BIN)/lora-rlhf ## the default tests: offline, no GPU
+	PYTEST_ADDOPTS="$(PYTEST_ADDOPTS)" $(BIN)/python -m pytest
+
+check: ## formatting, lint and types (needs the extra `dev`)
+	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
+
+docs: $(BIN)/lora-rlhf ## write the generated pages again
+	$(BIN)/python docs/make_recipes.py
+
+.PHONY: help install demo test check docs

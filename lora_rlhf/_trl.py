@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one door to TRL: nothing else in the package imports it.
+
+TRL renames and deletes monthly. What this package subclasses or calls of TRL's inside is listed in
+`SEAMS` and checked when this module is imported, so that a version that does not fit is refused
+before a run and not in the middle of one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+
+# TRL's trainers report their use to the Hub; a library built on them must not do so unasked.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+import trl
+from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl.kernels import ChunkedLogProbFunction
+from trl.trainer.utils import split_tensor_dict
+
+from .errors import SetupError
+
+__all__ = [
+    "SEAMS",
+    "SUPPORTED",
+    "ChunkedLogProbFunction",
+    "GRPOConfig",
+    "GRPOTrainer",
+    "RewardConfig",
+    "RewardTrainer",
+    "SFTConfig",
+    "SFTTrainer",
+    "check_seams",
+    "split_tensor_dict",
+]
+
+SUPPORTED = ("1.16",)
+"""The minor versions of TRL on which tests/test_trl_seams.py passed."""
+
+SEAMS: dict[type, dict[str, tuple[str, ...]]] = {
+    GRPOTrainer: {
+        "_generate": ("prompts",),
+        "_generate_and_score_completions": ("inputs",),
+        "_prepare_inputs": ("generation_batch",),
+        "_compute_loss": ("model", "inputs"),
+        "_get_per_token_logps_and_entropies": ("model", "input_ids", "attention_mask"),
+        "training_step": ("model", "inputs", "num_items_in_batch"),
+        "_clip_grad_norm": ("model",),
+        "create_optimizer": (),
+        "log": ("logs",),
+        "_save_checkpoint": ("model", "trial"),
+    },
+    SFTTrainer: {"_prepare_dataset": ("dataset",), "compute_loss": ("model", "inputs")},
+    RewardTrainer: {"_prepare_dataset": ("dataset",), "compute_loss": ("model", "inputs")},
+}
+"""Methods that this package overrides or relies on, with the parameters it counts on."""
+
+
+def check_seams() -> None:
+    """Raise if the installed TRL lacks a seam.
+
+    Raises:
+        SetupError: Naming the missing method or parameter and the supported versions.
+    """
+    for owner, methods in SEAMS.items():
+        for name, parameters in methods.items():
+            method = getattr(owner, name, None)
+            found = inspect.signature(method).parameters if method is not None else {}
+            missing = [p for p in parameters if p not in found]
+            if method is None or missing:
+                lacks = f"has no parameter {missing[0]!r}" if method is not None else "is missing"
+                raise SetupError(
+                    f"trl {trl.__version__}: {owner.__name__}.{name} {lacks}",
+                    expected=f"trl {', '.join(v + '.*' for v in SUPPORTED)}",
+                    remedy=f'pip install "trl=={SUPPORTED[-1]}.*"',
+                )
+
+
+check_seams()

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Identities that must hold at the start of every PPO run, and stop it when they do not.
+
+Each failure names the stage at fault, which is what users cannot find out from a reward curve that
+does not rise. Every check returns what it measured, for the record.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from . import heads
+from .backbone import Backbone
+from .base import pad_left
+from .errors import GateError, IdentityError
+from .objectives import masked_mean
+
+RATIO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.1}
+"""Largest |ratio - 1| on unchanged weights: padding and batch size change the order of sums."""
+SAMPLER_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
+"""Largest difference between the sampler's (cached, one token at a time) and our log-probs, nats."""
+
+
+def policy_equals_reference(policy_bt: Tensor, reference_bt: Tensor, mask_bt: Tensor) -> float:
+    """KL(policy || reference) = 0 before the first update: largest |difference| of log-probs.
+
+    Raises:
+        IdentityError: The policy did not start as a copy of the SFT adapter, or the reference is not
+            that adapter (checklist: InstructGPT eq. 2).
+    """
+    worst = float(torch.where(mask_bt.bool(), (policy_bt - reference_bt).abs(), 0.0).max())
+    if not worst <= 1e-6:
+        raise IdentityError(
+            f"before the first update, policy and reference differ by {worst:.3g} nats at a token",
+            expected="0: the policy starts as a copy of the frozen SFT adapter",
+            remedy="stage at fault: sft. Was adapters/sft changed, or another adapter loaded as policy?",
+        )
+    return worst
+
+
+def ratio_is_one(ratio_bt: Tensor, mask_bt: Tensor, dtype: torch.dtype) -> float:
+    """The ratio on the first minibatch, against log-probs of a separate forward: largest |r - 1|.
+
+    Raises:
+        IdentityError: Dropout is on, the temperature differs, or another adapter was active.
+    """
+    worst = float(torch.where(mask_bt.bool(), (ratio_bt - 1).abs(), 0.0).max())
+    if not worst <= RATIO_TOLERANCE[dtype]:
+        raise IdentityError(
+            f"before any update, the ratio of new to old probabilities is off 1 by {worst:.3g}",
+            expected=f"at most {RATIO_TOLERANCE[dtype]} in {dtype}",
+            remedy="stage at fault: ppo. Dropout, another temperature, or a stale adapter",
+        )
+    return worst
+
+
+@torch.no_grad()
+def sampler_agrees(backbone: Backbone, prompts: list[list[int]], temperature: float) -> float:
+    """Log-probs while sampling against those of the training forward; largest difference in nats.
+
+    Raises:
+        IdentityError: Padding, positions, temperature or a logits processor differ between the two.
+    """
+    ids, mask = pad_left(prompts, backbone.tokenizer.pad_token_id)
+    ids, mask = ids.to(backbone.device), mask.to(backbone.device)
+    config = GenerationConfig(
+        max_new_tokens=8, min_new_tokens=8, do_sample=False, repetition_penalty=1.0,
+        pad_token_id=backbone.tokenizer.pad_token_id, eos_token_id=None, disable_compile=True,
+        return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+    was_training = backbone.causal.training
+    backbone.causal.eval()
+    with backbone.role("policy"):
+        out = backbone.causal.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        tokens = out.sequences.shape[1] - ids.shape[1]
+        logits = torch.stack(out.logits, dim=1).float() / temperature
+        chosen = out.sequences[:, -tokens:]
+        sampled = logits.log_softmax(-1).gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+        full = torch.cat([mask, torch.ones_like(chosen)], dim=1)
+        trained, _ = heads.completion_logprobs(backbone, out.sequences, full, tokens, temperature)
+    backbone.causal.train(was_training)
+    worst = float((sampled - trained).abs().max())
+    if not worst <= SAMPLER_TOLERANCE[backbone.causal.dtype]:
+        raise IdentityError(
+            f"the sampler's log-probs differ from the trainer's by {worst:.3g} nats",
+            expected=f"at most {SAMPLER_TOLERANCE[backbone.causal.dtype]} in {backbone.causal.dtype}",
+            remedy="stage at fault: rollout. Padding side, positions, temperature, or a processor "
+            "in the base model's generation config",
+        )
+    return worst
+
+
+class MovedOnly:
+    """After one update, just the policy and the value have moved, and KL is above 0.
+
+    Take it before the first policy update, call `check` after it. The reference's log-probs on a
+    fixed batch must be the same bit for bit: a stale adapter passes the other half of the test.
+    """
+
+    def __init__(self, backbone: Backbone, batch: dict[str, Tensor], temperature: float) -> None:
+        self.backbone, self.batch, self.temperature = backbone, batch, temperature
+        self.frozen = {r: backbone.state_hash(r) for r in (None, "reference", "reward", "held_out")
+                       if r is None or backbone.has(r)}  # fmt: skip
+        self.moving = {r: backbone.state_hash(r) for r in ("policy", "value")}
+        self.reference_bt = self._logprobs("reference")
+
+    @torch.no_grad()
+    def _logprobs(self, role: str) -> Tensor:
+        ids = torch.cat([self.batch["prompt_ids"], self.batch["completion_ids"]], dim=1)
+        mask = torch.cat([self.batch["prompt_mask"], self.batch["completion_mask"]], dim=1)
+        tokens = self.batch["completion_ids"].shape[1]
+        with self.backbone.role(role):
+            return heads.completion_logprobs(self.backbone, ids, mask, tokens, self.temperature)[0]
+
+    def check(self) -> dict[str, Any]:
+        """Compare with what was taken.
+
+        Raises:
+            IdentityError: Naming the role that moved or did not.
+        """
+        for role, digest in self.frozen.items():
+            if self.backbone.state_hash(role) != digest:
+                raise _moved(role or "backbone", "moved, but is frozen")
+        for role, digest in self.moving.items():
+            if self.backbone.state_hash(role) == digest:
+                raise _moved(role, "did not move: it receives no gradient")
+        mask_bt = self.batch["completion_mask"].bool()
+        now_bt = self._logprobs("reference")
+        if not torch.equal(
+            torch.where(mask_bt, now_bt, 0), torch.where(mask_bt, self.reference_bt, 0)
+        ):
+            raise _moved(
+                "reference", "gives other log-probs than before: a stale adapter is active"
+            )
+        difference = (self._logprobs("policy") - now_bt).abs()
+        moved = float(masked_mean(difference, mask_bt))
+        if not moved > 0:
+            raise _moved("policy", "still equals the reference: KL would be 0 for ever")
+        return {"mean_abs_log_ratio_after_first_update": moved}
+
+
+def _moved(role: str, what: str) -> IdentityError:
+    return IdentityError(
+        f"after the first update, the {role} {what}",
+        expected="policy and value move; backbone, reference and reward do not",
+        remedy=f"stage at fault: ppo, role {role}. Please report it with record.json",
+    )
+
+
+def gate_reward(
+    accuracy: dict[str, Any], spread: float, length_accuracy: dict[str, Any]
+) -> str | None:
+    """Why the reward model is not good enough to optimise against, or None.
+
+    Args:
+        accuracy: Held-out accuracy as {value, low, high, n}.
+        spread: Standard deviation of its scores on held-out completions.
+        length_accuracy: Accuracy of "the longer one is better" on the same comparisons.
+    """
+    if not spread > 1e-6:
+        return "its score is constant: training did not reach it (learning rate, or frozen adapter)"
+    if accuracy["high"] < 0.5:
+        return "it prefers what people rejected: chosen and rejected may be swapped in the data"
+    if accuracy["low"] <= 0.5:
+        return (
+            f"its held-out accuracy {accuracy['value']:.3f} [{accuracy['low']:.3f}, "
+            f"{accuracy['high']:.3f}] on n={accuracy['n']} is not clearly above chance: "
+            "more or cleaner comparisons are needed"
+        )
+    if accuracy["value"] <= length_accuracy["value"]:
+        return (
+            f"it is no better ({accuracy['value']:.3f}) than preferring the longer completion "
+            f"({length_accuracy['value']:.3f}) on the same comparisons"
+        )
+    return None
+
+
+def refuse(reason: str) -> GateError:
+    """The gate's error, with the remedy."""
+    return GateError(
+        f"the reward model may not be optimised against: {reason}",
+        expected="held-out accuracy whose 95 % interval excludes 0.5, and more than length",
+        remedy="mend the comparisons or train longer; `reward.gate: warn` goes on, and the card says so",
+    )

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mathematics of PPO with a KL penalty; no model, no I/O.
+
+Legend of the suffixes: B episodes, T completion tokens (right-padded), so `_bt` is a tensor of
+shape (B, T) and `_b` one of shape (B,). `mask_bt` is 1 at completion tokens, the eos included, and
+0 at padding. Everything is float32, whatever the model's dtype.
+
+Sources: InstructGPT (arXiv 2203.02155), PPO (1707.06347), GAE (1506.02438), Ziegler et al. 2019
+(1909.08593), "The N+ implementation details of RLHF with PPO" (2403.17031), Schulman, "Approximating
+KL divergence" (2020).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_LOG_RATIO = 20.0
+"""Bound on |log ratio| before `exp`: far outside the clip range, and finite in float32."""
+
+
+def masked_sum(x_bt: Tensor, mask_bt: Tensor) -> Tensor:
+    """Sum over valid tokens; padding may hold anything, NaN included. Shape ()."""
+    return torch.where(mask_bt.bool(), x_bt, torch.zeros_like(x_bt)).sum()
+
+
+def masked_mean(x_bt: Tensor, mask_bt: Tensor) -> Tensor:
+    """Mean over *all* valid tokens of the batch, not a mean of per-episode means. Shape ().
+
+    A mean of means would weigh a token by the inverse of its episode's length (Dr. GRPO, 2503.20783).
+    """
+    return masked_sum(x_bt, mask_bt) / mask_bt.sum().clamp(min=1)
+
+
+def whiten(x_bt: Tensor, mask_bt: Tensor, *, shift_mean: bool = True) -> Tensor:
+    """Zero mean, unit variance (biased) over valid tokens; padding becomes 0. Shape (B, T).
+
+    With `shift_mean=False` only the scale changes (2403.17031, detail on reward whitening).
+    """
+    mean = masked_mean(x_bt, mask_bt)
+    variance = masked_mean((x_bt - mean) ** 2, mask_bt)
+    white = (x_bt - mean) * torch.rsqrt(variance + 1e-8)
+    if not shift_mean:
+        white = white + mean
+    return torch.where(mask_bt.bool(), white, torch.zeros_like(white))
+
+
+class KlEstimates(NamedTuple):
+    """Monte-Carlo estimates of KL(policy || reference) on the policy's samples, each of shape (B, T)."""
+
+    k1: Tensor
+    k2: Tensor
+    k3: Tensor
+
+
+def kl_estimates(
+    logprobs_bt: Tensor, reference_logprobs_bt: Tensor, mask_bt: Tensor
+) -> KlEstimates:
+    """k1 = log p/q (unbiased, may be negative), k2 = (log p/q)²/2, k3 = q/p - 1 - log q/p.
+
+    Source: Schulman 2020. Padding is 0.
+    """
+    k1 = torch.where(
+        mask_bt.bool(), logprobs_bt - reference_logprobs_bt, torch.zeros_like(logprobs_bt)
+    )
+    inverse = (-k1).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return KlEstimates(k1, k1**2 / 2, torch.expm1(inverse) - inverse)
+
+
+def token_rewards(scores_b: Tensor, kl_bt: Tensor, mask_bt: Tensor, kl_coef: float) -> Tensor:
+    """Per-token reward: -kl_coef · KL everywhere, plus the score at the last valid token. (B, T).
+
+    Source: InstructGPT eq. 2 without its ptx term; the score's place: lm-human-preferences. An
+    episode with no valid token has no place for a score and gets none.
+    """
+    rewards_bt = torch.where(mask_bt.bool(), -kl_coef * kl_bt, torch.zeros_like(kl_bt))
+    length_b = mask_bt.sum(dim=1).long()
+    last_b = (length_b - 1).clamp(min=0)
+    scored_b = torch.where(length_b > 0, scores_b, torch.zeros_like(scores_b))
+    return rewards_bt.scatter_add(
+        1, last_b.unsqueeze(1), scored_b.unsqueeze(1).to(rewards_bt.dtype)
+    )
+
+
+def gae(
+    rewards_bt: Tensor, values_bt: Tensor, mask_bt: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimates and the returns advantages + values. Both (B, T).
+
+    delta_t = r_t + gamma V_{t+1} - V_t,  A_t = delta_t + gamma lam A_{t+1}, with V = 0 after the last
+    valid token: an episode is over there, whether it ended with eos or was cut. Source: 1506.02438
+    eq. 16. Padding is 0 in both.
+    """
+    mask_bt = mask_bt.to(values_bt.dtype)
+    values_bt = torch.where(mask_bt.bool(), values_bt, torch.zeros_like(values_bt))
+    rewards_bt = torch.where(mask_bt.bool(), rewards_bt, torch.zeros_like(rewards_bt))
+    advantages_bt = torch.zeros_like(values_bt)
+    running_b = torch.zeros_like(values_bt[:, 0])
+    next_value_b = torch.zeros_like(running_b)
+    for t in reversed(range(values_bt.shape[1])):
+        delta_b = rewards_bt[:, t] + gamma * next_value_b - values_bt[:, t]
+        running_b = (delta_b + gamma * lam * running_b) * mask_bt[:, t]
+        advantages_bt[:, t] = running_b
+        next_value_b = values_bt[:, t]
+    return advantages_bt, advantages_bt + values_bt
+
+
+class PolicyLoss(NamedTuple):
+    """Sum over valid tokens of the clipped loss, and what to log (detached)."""
+
+    loss_sum: Tensor
+    ratio_bt: Tensor
+    clipped_bt: Tensor
+
+
+def policy_loss(
+    logprobs_bt: Tensor,
+    old_logprobs_bt: Tensor,
+    advantages_bt: Tensor,
+    mask_bt: Tensor,
+    clip_low: float,
+    clip_high: float,
+) -> PolicyLoss:
+    """PPO's clipped surrogate, negated: sum of max(-A r, -A clip(r, 1 - low, 1 + high)).
+
+    Source: 1707.06347 eq. 7. The sum and not the mean is returned so that the caller divides by the
+    valid tokens of the whole minibatch, which makes gradient accumulation exact.
+    """
+    log_ratio_bt = torch.where(
+        mask_bt.bool(),
+        logprobs_bt.float() - old_logprobs_bt.float(),
+        torch.zeros_like(old_logprobs_bt),
+    ).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    ratio_bt = log_ratio_bt.exp()
+    plain_bt = -advantages_bt * ratio_bt
+    clipped_bt = -advantages_bt * ratio_bt.clamp(1 - clip_low, 1 + clip_high)
+    loss_sum = masked_sum(torch.maximum(plain_bt, clipped_bt), mask_bt)
+    return PolicyLoss(loss_sum, ratio_bt.detach(), (clipped_bt > plain_bt).float().detach())
+
+
+class ValueLoss(NamedTuple):
+    """Sum over valid tokens of the clipped loss, and the share of clipped tokens to log."""
+
+    loss_sum: Tensor
+    clipped_bt: Tensor
+
+
+def value_loss(
+    values_bt: Tensor, old_values_bt: Tensor, returns_bt: Tensor, mask_bt: Tensor, clip_value: float
+) -> ValueLoss:
+    """Half the larger of the squared errors of V and of V clipped around the rollout's value.
+
+    Source: 2403.17031 (value clipping), with the baselines' factor 1/2.
+    """
+    # Masked before the squares: their gradient at padding would be 0 · NaN where padding holds NaN.
+    valid_bt, zero_bt = mask_bt.bool(), torch.zeros_like(values_bt)
+    values_bt = torch.where(valid_bt, values_bt, zero_bt)
+    old_values_bt = torch.where(valid_bt, old_values_bt, zero_bt)
+    returns_bt = torch.where(valid_bt, returns_bt, zero_bt)
+    near_bt = torch.clamp(values_bt, old_values_bt - clip_value, old_values_bt + clip_value)
+    plain_bt, clipped_bt = (values_bt - returns_bt) ** 2, (near_bt - returns_bt) ** 2
+    loss_sum = 0.5 * masked_sum(torch.maximum(plain_bt, clipped_bt), mask_bt)
+    return ValueLoss(loss_sum, (clipped_bt > plain_bt).float().detach())
+
+
+def explained_variance(values_bt: Tensor, returns_bt: Tensor, mask_bt: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns) over valid tokens; NaN where returns do not vary."""
+    error_bt = returns_bt - values_bt
+    spread = masked_mean((returns_bt - masked_mean(returns_bt, mask_bt)) ** 2, mask_bt)
+    unexplained = masked_mean((error_bt - masked_mean(error_bt, mask_bt)) ** 2, mask_bt)
+    return float(1 - unexplained / spread) if float(spread) > 0 else float("nan")

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The PPO stage: rewards, arguments, roles and the finished adapters. The trainer is ppo_trainer.py."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from datasets import Dataset
+from transformers import set_seed
+
+from . import adapters, guards, heads, tasks
+from .backbone import Backbone
+from .config import Recipe
+from .errors import DataError, RecipeError
+from .ppo_trainer import PPOConfig, PPOTrainer, RewardFunction
+from .progress import Progress, StageLog
+from .record import Record, sha256
+from .stages import build, trainer_args
+
+_DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "steps_per_generation": 4,
+    "num_iterations": 1, "num_generations": 1, "learning_rate": 5e-5, "adam_beta1": 0.9,
+    "adam_beta2": 0.95, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 10,
+    "max_grad_norm": 1.0, "epsilon": 0.2, "temperature": 1.0, "max_completion_length": 128,
+    "top_k": 0, "top_p": 1.0, "disable_dropout": True, "beta": 0.0,
+}  # fmt: skip
+
+
+def run(
+    recipe: Recipe, backbone: Backbone, record: Record, prompts: Dataset, progress: Progress
+) -> None:
+    """Optimise the policy against the reward; saves `adapters/policy` and `adapters/value`.
+
+    Args:
+        prompts: Column `prompt`, and `item` where a task's gold checker is to be used or logged.
+
+    Raises:
+        IdentityError: A start-up identity does not hold.
+        DataError: Fewer prompts than one rollout takes, or no checker for a gold reward.
+    """
+    with record.stage("ppo") as entry:
+        record.restart_metrics("ppo")
+        set_seed(recipe.seed)
+        args = arguments(recipe, record)
+        if len(prompts) < args.generation_batch_size:
+            raise DataError(
+                f"{len(prompts)} prompts", expected=f"at least {args.generation_batch_size}, one rollout",
+                remedy="give more prompts, or lower ppo.args.steps_per_generation",
+            )  # fmt: skip
+        start_roles(backbone, recipe)
+        functions, weights = rewards(recipe, backbone, prompts)
+        args.reward_weights = weights
+        per_update = (
+            args.num_iterations * args.steps_per_generation // args.gradient_accumulation_steps
+        )
+        with backbone.training("policy", "value"):
+            trainer = PPOTrainer(
+                backbone, args, recipe.ppo, functions, prompts, progress,
+                callbacks=[StageLog(record, "ppo", progress, steps_per_unit=per_update)],
+            )  # fmt: skip
+            sample = [backbone.encode_prompt(p) for p in prompts[:4]["prompt"]]
+            trainer.identities["sampler_difference"] = guards.sampler_agrees(
+                backbone, sample, args.temperature
+            )
+            progress.begin("ppo", recipe.ppo.updates)
+            trainer.train()
+        progress.end()
+        entry |= {
+            "updates": recipe.ppo.updates, "reward": recipe.ppo.reward, "kl_coef": recipe.ppo.kl_coef,
+            "episodes": recipe.ppo.updates * args.generation_batch_size,
+            "optimizer_steps": trainer.state.global_step, "identities": trainer.identities,
+        }  # fmt: skip
+        lines = record.metrics("ppo")
+        if lines and "kl/sequence" in lines[-1]:
+            entry["kl_last"] = lines[-1]["kl/sequence"]
+        for role, key in (("policy", "adapter_sha256"), ("value", "value_adapter_sha256")):
+            folder = adapters.save_role(backbone, role, record.adapter(role))
+            entry[key] = sha256(folder / "adapter_model.safetensors")
+
+
+def load(backbone: Backbone, record: Record) -> None:
+    """Policy and value from the finished stage."""
+    adapters.load_role(backbone, "policy", record.adapter("policy"))
+
+
+def start_roles(backbone: Backbone, recipe: Recipe) -> None:
+    """The policy as a copy of SFT, the value as a copy of the reward (or of SFT with a fresh head)."""
+    backbone.copy_role("reference", "policy")
+    if backbone.has("value"):
+        backbone.drop_role("value")
+    source = "reward" if recipe.ppo.reward == "model" else "reference"
+    backbone.add_role("value", copy_from=source)
+
+
+def arguments(recipe: Recipe, record: Record) -> PPOConfig:
+    """TRL's config of this stage; `updates` becomes `max_steps`.
+
+    Raises:
+        RecipeError: Batch sizes that do not divide, or a sampler that PPO's ratio would be wrong for.
+    """
+    given = recipe.ppo.args
+    merged = trainer_args(recipe, record, "ppo", _DEFAULTS, given)
+    steps, window = merged["steps_per_generation"], merged["gradient_accumulation_steps"]
+    if steps % window:
+        raise RecipeError(
+            f"ppo.args: steps_per_generation {steps} and gradient_accumulation_steps {window}",
+            expected="the second divides the first: an optimizer step stays inside one rollout",
+        )
+    if (
+        merged["top_k"]
+        or merged["top_p"] != 1.0
+        or merged.get("min_p")
+        or merged.get("repetition_penalty", 1.0) != 1.0
+        or not merged["temperature"] > 0
+    ):
+        raise RecipeError(
+            "ppo.args: top_k, top_p, min_p, repetition_penalty or temperature bends the distribution",
+            expected="plain sampling: log-probs are those of the whole distribution",
+        )
+    if not merged["max_grad_norm"] > 0:
+        raise RecipeError("ppo.args.max_grad_norm must be above 0")
+    per_update = merged["num_iterations"] * steps // window
+    return build("ppo", PPOConfig, {
+        **merged, "max_steps": recipe.ppo.updates * per_update, "logging_steps": per_update,
+        "logging_first_step": False,
+    })  # fmt: skip
+
+
+def rewards(
+    recipe: Recipe, backbone: Backbone, prompts: Dataset
+) -> tuple[list[RewardFunction], list[float]]:
+    """The functions that score completions and their weights; a task's gold reward is always logged.
+
+    Raises:
+        DataError: `ppo.reward: gold` without task prompts.
+    """
+
+    def model(completion_ids: Any, prompt_ids: Any, **_: Any) -> list[float]:
+        episodes = list(zip(prompt_ids, completion_ids, strict=True))
+        raw = heads.scores(backbone, episodes, "reward")
+        return [score + backbone.reward_offset["reward"] for score in raw]
+
+    def gold(completions: Any, item: Any, **_: Any) -> list[float]:
+        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        return [
+            tasks.check(tasks.Item.from_dict(json.loads(i)), text).reward
+            for i, text in zip(item, texts, strict=True)
+        ]
+
+    checkable = "item" in prompts.column_names and all(prompts["item"])
+    if recipe.ppo.reward == "gold":
+        if not checkable:
+            raise DataError(
+                "ppo.reward is gold, and these prompts have no checker",
+                expected="prompts of `task: closed-world`", remedy="set ppo.reward to model",
+            )  # fmt: skip
+        return [gold], [1.0]
+    return ([model, gold], [1.0, 0.0]) if checkable else ([model], [1.0])

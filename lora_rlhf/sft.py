@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Supervised fine-tuning on demonstrations, through `trl.SFTTrainer` on the policy's view.
+
+The finished adapter is saved as `adapters/sft` and becomes the frozen reference of PPO.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from datasets import Dataset
+from transformers import set_seed
+
+from . import adapters
+from ._trl import SFTConfig, SFTTrainer
+from .backbone import Backbone
+from .config import Recipe
+from .data import Prepared
+from .errors import IdentityError
+from .progress import Progress, StageLog
+from .record import Record, sha256
+from .stages import build, check_finite, trainer_args
+
+_DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 8, "num_train_epochs": 2, "learning_rate": 2e-4,
+    "lr_scheduler_type": "cosine", "warmup_steps": 5, "logging_steps": 5,
+}  # fmt: skip
+
+
+def run(
+    recipe: Recipe, backbone: Backbone, record: Record, data: Prepared, progress: Progress
+) -> None:
+    """Train the policy's adapter on demonstrations; leaves roles `policy` and `reference`, equal.
+
+    Loss is on completion tokens only, the eos included.
+
+    Raises:
+        IdentityError: The saved adapter does not give the same outputs when it is loaded again.
+    """
+    with record.stage("sft") as entry:
+        record.restart_metrics("sft")
+        set_seed(recipe.seed)
+        backbone.add_role("policy")
+        train, held_out = tokenize(backbone, data.train), tokenize(backbone, data.held_out)
+        args = build(
+            "sft", SFTConfig, trainer_args(recipe, record, "sft", _DEFAULTS, recipe.sft.args)
+        )
+        with backbone.training("policy"):
+            with backbone.float32_kept():
+                trainer = SFTTrainer(
+                    model=backbone.views["policy"], args=args, train_dataset=train,
+                    eval_dataset=held_out, processing_class=backbone.tokenizer,
+                    callbacks=[StageLog(record, "sft", progress)],
+                )  # fmt: skip
+            backbone.assert_trainable()
+            progress.begin(
+                "sft", int(trainer.get_train_dataloader().__len__() * args.num_train_epochs)
+            )
+            result = trainer.train()
+            check_finite("sft", result.training_loss)
+            entry["held_out_loss"] = trainer.evaluate()["eval_loss"]
+        progress.end()
+        folder = adapters.save_role(backbone, "policy", record.adapter("sft"))
+        entry |= {
+            "steps": result.global_step, "train_loss": result.training_loss,
+            "adapter_sha256": sha256(folder / "adapter_model.safetensors"),
+        }  # fmt: skip
+        load(backbone, record)
+
+
+def load(backbone: Backbone, record: Record) -> None:
+    """Roles `policy` and `reference` from the finished stage; checked to be the same function."""
+    folder = record.adapter("sft")
+    adapters.load_role(backbone, "reference", folder)
+    if not backbone.has("policy"):
+        backbone.add_role("policy")
+    backbone.copy_role("reference", "policy")
+    for role in ("policy", "reference"):
+        found = adapters.expected_outputs(backbone, role)["expected"]
+        if found != adapters.read_check(folder)["expected"]:
+            raise IdentityError(
+                f"adapters/sft, loaded again as {role}, gives other outputs than when it was saved",
+                remedy="stage at fault: sft. Was the folder, the base model or a library changed?",
+            )
+
+
+def tokenize(backbone: Backbone, rows: Dataset) -> Dataset:
+    """Ids and labels of prompt + completion; the prompt's labels are -100."""
+
+    def encode(row: dict[str, Any]) -> dict[str, Any]:
+        prompt = backbone.encode_prompt(row["prompt"])
+        completion = backbone.encode_completion(row["completion"])
+        return {"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion}
+
+    return Dataset.from_list([encode(row) for row in rows])

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the training stages share: how a recipe's `args:` become a TRL config."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from .config import Recipe
+from .errors import NonFiniteError, RecipeError
+from .record import Record
+
+_OWNED = {
+    "output_dir": "the run directory", "seed": "seed", "report_to": "report_to",
+    "bf16": "model.dtype", "fp16": "model.dtype", "beta": "ppo.kl_coef", "push_to_hub": "hub",
+    "gradient_checkpointing": "model.gradient_checkpointing", "use_cpu": "the device found",
+    "max_length": "data.max_tokens", "reward_weights": "ppo.reward", "resume_from_checkpoint": "--out",
+    "trust_remote_code": "nothing: remote code is never run", "hub_token": "the environment",
+}  # fmt: skip
+"""Keys of TRL's configs that have their home elsewhere in the recipe."""
+
+
+def trainer_args(
+    recipe: Recipe, record: Record, stage: str, defaults: dict[str, Any], given: dict[str, Any]
+) -> dict[str, Any]:
+    """Keyword arguments for a stage's TRL config: ours, over-ridden by the recipe's `args:`.
+
+    The backbone's dtype is settled at loading and adapters are float32, so no autocast is asked for.
+
+    Raises:
+        RecipeError: `args:` names a key that has its home elsewhere.
+    """
+    for key in given:
+        if key in _OWNED:
+            raise RecipeError(f"{stage}.args.{key} is not set there", remedy=f"use {_OWNED[key]}")
+    return {
+        "output_dir": str(record.folder / "checkpoints" / stage), "seed": recipe.seed,
+        "report_to": list(recipe.report_to) or "none", "run_name": f"{recipe.name}-{stage}",
+        "bf16": False, "fp16": False, "use_cpu": not torch.cuda.is_available(),
+        "gradient_checkpointing": recipe.model.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "save_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": torch.cuda.is_available(),
+        "logging_nan_inf_filter": False, "remove_unused_columns": False, "adam_epsilon": 1e-5,
+        "logging_first_step": True, "log_level": "error",
+        **({"max_length": recipe.data.max_tokens} if stage in ("sft", "reward", "held_out") else {}),
+        **defaults, **given,
+    }  # fmt: skip
+
+
+def build(stage: str, config: type, arguments: dict[str, Any]) -> Any:
+    """A TRL config, with its complaints about `args:` as recipe errors.
+
+    Raises:
+        RecipeError: An unknown key or an impossible combination.
+    """
+    try:
+        return config(**arguments)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(
+            f"{stage}.args: {error}",
+            expected=f"fields of TRL's {config.__mro__[1].__name__} or below",
+        ) from error
+
+
+def check_finite(stage: str, loss: float) -> None:
+    """Stop a stage whose loss is not a number.
+
+    Raises:
+        NonFiniteError: With what to try.
+    """
+    if not math.isfinite(loss):
+        raise NonFiniteError(
+            f"{stage}: the loss is {loss}", expected="a finite number",
+            remedy=f"lower {stage}.args.learning_rate; nothing was saved",
+        )  # fmt: skip
