@@ -6,8 +6,8 @@ shape (B, T) and `_b` one of shape (B,). `mask_bt` is 1 at completion tokens, th
 0 at padding. Everything is float32, whatever the model's dtype.
 
 Sources: InstructGPT (arXiv 2203.02155), PPO (1707.06347), GAE (1506.02438), Ziegler et al. 2019
-(1909.08593), "The N+ implementation details of RLHF with PPO" (2403.17031), Schulman, "Approximating
-KL divergence" (2020).
+(1909.08593), "The N+ implementation details of RLHF with PPO" (2403.17031), Schulman,
+"Approximating KL divergence" (2020).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def masked_sum(x_bt: Tensor, mask_bt: Tensor) -> Tensor:
 def masked_mean(x_bt: Tensor, mask_bt: Tensor) -> Tensor:
     """Mean over *all* valid tokens of the batch, not a mean of per-episode means. Shape ().
 
-    A mean of means would weigh a token by the inverse of its episode's length (Dr. GRPO, 2503.20783).
+    A mean of means would weigh a token by the inverse of its episode's length (2503.20783).
     """
     return masked_sum(x_bt, mask_bt) / mask_bt.sum().clamp(min=1)
 
@@ -48,7 +48,7 @@ def whiten(x_bt: Tensor, mask_bt: Tensor, *, shift_mean: bool = True) -> Tensor:
 
 
 class KlEstimates(NamedTuple):
-    """Monte-Carlo estimates of KL(policy || reference) on the policy's samples, each of shape (B, T)."""
+    """Monte-Carlo estimates of KL(policy || reference) on the policy's samples, each (B, T)."""
 
     k1: Tensor
     k2: Tensor
@@ -89,9 +89,9 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimates and the returns advantages + values. Both (B, T).
 
-    delta_t = r_t + gamma V_{t+1} - V_t,  A_t = delta_t + gamma lam A_{t+1}, with V = 0 after the last
-    valid token: an episode is over there, whether it ended with eos or was cut. Source: 1506.02438
-    eq. 16. Padding is 0 in both.
+    delta_t = r_t + gamma V_{t+1} - V_t,  A_t = delta_t + gamma lam A_{t+1}, with V = 0 after the
+    last valid token: an episode is over there, whether it ended with eos or was cut. Source:
+    1506.02438 eq. 16. Padding is 0 in both.
     """
     mask_bt = mask_bt.to(values_bt.dtype)
     values_bt = torch.where(mask_bt.bool(), values_bt, torch.zeros_like(values_bt))
