@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a card writes numbers, intervals, tables and text that somebody else wrote."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+MISSING = "not recorded"
+CUT = " … [cut]"
+_MAX_CHARS = 400
+
+# Everything with a meaning in Markdown, HTML or a table, as an entity: renderers differ in what a
+# backslash escapes, none in entities. `@`, `://` and `www.` would become mentions and links.
+_ENTITIES = {ord(char): f"&#{ord(char)};" for char in "&<>|`*[]{}\\~$#@!\"'"}
+# Invisible, direction-changing and control characters are shown by their code, so that a text
+# cannot look like something that it is not.
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
+)
+_ABSOLUTE = re.compile(r"(?:~?/|[A-Za-z]:[\\/])[^\n]*")
+_EMBEDDED = re.compile(r"(?<![\w/:.])(?:~?/(?:[\w.@+-]+/)+|[A-Za-z]:\\(?:[^\\\s\"']+\\)+)")
+
+
+def at(data: Any, path: str, default: Any = None) -> Any:
+    """The value at `a.b.c` in nested dicts, or `default` where a key is missing or null."""
+    for key in path.split("."):
+        data = data.get(key) if isinstance(data, Mapping) else None
+    return default if data is None else data
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a finite number (the record keeps NaN and infinities as text)."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def number(value: Any) -> str:
+    """A number with four significant digits, an integer with all; anything else as safe text."""
+    if value is None:
+        return MISSING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "not finite"
+    if isinstance(value, str):
+        return "not finite" if value.lower() in ("nan", "inf", "-inf") else cell(value)
+    if not is_number(value):
+        return cell(value)
+    if float(value).is_integer() and abs(value) < 1e15:
+        return f"{int(value):,}"
+    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+
+
+def interval(value: Any, short: bool = False) -> str:
+    """`{value, low, high, n}` with its 95 % interval; a bare number says that it has none."""
+    if not isinstance(value, Mapping):
+        bare = value is None or short
+        return number(value) if bare else f"{number(value)} (no interval recorded)"
+    shown = number(value.get("value"))
+    bounds = [value.get("low"), value.get("high")]
+    if all(is_number(bound) for bound in bounds):
+        low, high = (number(bound) for bound in bounds)
+        shown += f" [{low}, {high}]" if short else f" (95 % interval {low} to {high}"
+    else:
+        shown += "" if short else " (no interval recorded"
+    shown += f", n = {number(value['n'])}" if value.get("n") is not None else ""
+    return shown if short else shown + ")"
+
+
+def cut(text: str, limit: int = _MAX_CHARS) -> str:
+    """`text` up to `limit` characters, with a mark where something was taken off."""
+    return text if len(text) <= limit else text[:limit].rstrip() + CUT
+
+
+def cell(value: Any, limit: int = _MAX_CHARS) -> str:
+    """Any text as one harmless piece of a line: no markup, no break, nothing invisible."""
+    text = cut(str(value), limit).replace("\r\n", "\n").replace("\r", "\n")
+    text = _UNSEEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", text)
+    text = re.sub(r"(?<!\w)_|_(?!\w)", "\x00", text)  # inside a word it has no meaning
+    text = (
+        text.translate(_ENTITIES)
+        .replace("\x00", "&#95;")
+        .replace("://", "&#58;//")
+        .replace("www.", "www&#46;")
+    )
+    return re.sub(r"\s*\n\s*", " ⏎ ", text.strip()).replace("\t", " ")
+
+
+def paragraph(value: Any) -> str:
+    """A paragraph by the recipe's author: Markdown is theirs to use, HTML and fences are not."""
+    text = _UNSEEN.sub("", str(value)).replace("<", "&lt;").strip()
+    return re.sub(r"(?m)^\s*(`{3,}|~{3,}|-{3,}|#+)", "", text)
+
+
+def code(value: Any) -> str:
+    """An identifier as inline code."""
+    return "`" + re.sub(r"[`<>|\s]+", " ", _UNSEEN.sub("", relative(str(value)))).strip() + "`"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; the cells must be safe already."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def bullets(items: Iterable[str]) -> str:
+    """A Markdown list."""
+    return "\n".join(f"- {item}" for item in items)
+
+
+def relative(text: str) -> str:
+    """The same text with the folders of absolute local paths taken off: only file names remain."""
+    if _ABSOLUTE.fullmatch(text):
+        return re.split(r"[\\/]", text.rstrip("\\/"))[-1]
+    return _EMBEDDED.sub("", text)
+
+
+def without_paths(data: Any) -> Any:
+    """The same data with `relative` applied to every text in it, keys included."""
+    if isinstance(data, str):
+        return relative(data)
+    if isinstance(data, Mapping):
+        return {relative(str(key)): without_paths(item) for key, item in data.items()}
+    if isinstance(data, list | tuple):
+        return [without_paths(item) for item in data]
+    return data
