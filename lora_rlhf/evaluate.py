@@ -1,0 +1,375 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The evaluation stage: base, SFT and policy on the same prompts with the same seed.
+
+Writes `evaluation` into the record, every number with its interval and n, and `samples.jsonl`
+beside it, one line per prompt and model. A metric that does not apply is left out, never set to 0.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from . import metrics
+from .config import Recipe
+from .errors import DataError, NonFiniteError
+from .metrics import Estimate
+from .record import Record
+from .tasks import Item, Verdict, check
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from .backbone import Backbone
+
+MODELS: dict[str, str | None] = {"base": None, "sft": "reference", "policy": "policy"}
+"""What is evaluated, in this order: its name in the record, and the role of its adapter."""
+
+METRICS = {
+    "gold_reward": "mean reward by the task's exact checker, -1 to 1",
+    "gold_reward_minus_sft": "gold reward less that of SFT on the same prompts, paired",
+    "win_rate": "share of prompts on which the gold reward beats SFT's; ties count half",
+    "win_rate_length_controlled": "the same, predicted for answers as long as SFT's",
+    "success": "share of task prompts answered without any fault",
+    "hallucination": "share of answers with an invented value; n: prompts about a record",
+    "incidents_per_1000": "harmful requests complied with, per 1,000; n: harmful prompts",
+    "over_refusal": "share of harmless prompts refused; n: harmless prompts",
+    "constraint": "share of answers in the form asked for; n: prompts that ask for a form",
+    "words": "mean words per answer to a task prompt",
+    "held_out_reward": "mean score of a reward model that training never saw, centred",
+    "win_rate_held_out": "share of prompts on which that model prefers the answer to SFT's",
+    "win_rate_held_out_length_controlled": "the same, predicted for answers as long as SFT's",
+    "proxy_reward": "mean score of the reward model that training optimised, centred",
+    "win_rate_proxy": "share of prompts on which that model prefers the answer to SFT's",
+    "win_rate_proxy_length_controlled": "the same, predicted for answers as long as SFT's",
+    "longer_than_sft": "share of prompts with more tokens than SFT; ties count half",
+    "kl": "nats per sequence, on the model's own samples: log-probability less that under SFT",
+    "length": "mean completion tokens, the end token included",
+    "eos_rate": "share of completions that ended by themselves",
+    "repetition": "mean share of 4-grams of tokens said before; n: completions with 4 tokens",
+}
+"""Every metric with its unit and denominator, in the order of tables."""
+
+_SCORES = ("gold_reward", "held_out_reward", "proxy_reward")
+
+
+@dataclass
+class Answers:
+    """One model's completions of N prompts, in prompt order, and what was found about each."""
+
+    ids: list[list[int]]
+    texts: list[str]
+    finished: list[bool]
+    seconds: float
+    scores: dict[str, list[float]] = field(default_factory=dict)  # reward, held_out: centred
+    kl: list[float] | None = None
+    verdicts: list[Verdict | None] = field(default_factory=list)
+
+    @property
+    def lengths(self) -> list[int]:
+        """(N,) completion tokens, the end token included."""
+        return [len(ids) for ids in self.ids]
+
+
+def run(recipe: Recipe, backbone: Backbone, record: Record, prompts: Dataset) -> None:
+    """Evaluate every model there is; `prompts` has a column `prompt` and, for tasks, `item` (JSON).
+
+    Raises:
+        DataError: No prompts, or items that cannot be read.
+        NonFiniteError: A score or a log-probability is NaN or infinite.
+    """
+    asked, items = _read(prompts, recipe.evaluate.n)
+    models = {m: role for m, role in MODELS.items() if role is None or backbone.has(role)}
+    with record.stage("evaluate") as entry:
+        longest = _max_new_tokens(recipe, record)
+        encoded = [backbone.encode_prompt(row["prompt"]) for row in asked]
+        answers: dict[str, Answers] = {}
+        for model, role in models.items():
+            answers[model] = _answer(recipe, backbone, role, encoded, items, longest)
+        record.data["evaluation"] = {
+            model: measure(found, None if model == "sft" else answers.get("sft"), recipe.seed)
+            for model, found in answers.items()
+        }
+        record.data["clock"]["evaluation"] = {
+            model: {
+                "seconds": round(found.seconds, 3),
+                "tokens_per_second": round(sum(found.lengths) / max(found.seconds, 1e-9), 1),
+            }
+            for model, found in answers.items()
+        }
+        _write_samples(record, asked, items, answers)
+        entry.update(
+            prompts=len(asked), models=list(models), seed=recipe.seed,
+            max_new_tokens=longest, temperature=recipe.evaluate.temperature,
+            families=dict(Counter(item.family for item in items if item is not None)),
+        )  # fmt: skip
+
+
+def _max_new_tokens(recipe: Recipe, record: Record) -> int:
+    """How long an answer may be: as evaluation says, else as in the rollouts."""
+    if recipe.evaluate.max_new_tokens is not None:
+        return recipe.evaluate.max_new_tokens
+    from .ppo import arguments
+
+    return int(arguments(recipe, record).max_completion_length)
+
+
+def _read(prompts: Dataset, n: int) -> tuple[list[dict[str, Any]], list[Item | None]]:
+    """The first n rows, and the task item of each where it has one."""
+    rows = [dict(prompts[i]) for i in range(min(n, len(prompts)))]
+    if not rows or "prompt" not in rows[0]:
+        raise DataError(
+            "no prompts to evaluate on" if not rows else f"columns {sorted(rows[0])}",
+            expected="a dataset with a column `prompt`",
+            remedy="give data.evaluate, or more data.prompts",
+        )
+    items: list[Item | None] = []
+    for number, row in enumerate(rows):
+        raw = row.get("item")
+        try:
+            plain = json.loads(raw) if isinstance(raw, str) and raw else raw
+            items.append(Item.from_dict(plain) if plain else None)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"evaluation prompt {number} has an item that cannot be read: {error}",
+                expected="the JSON of a task item, or nothing",
+            ) from None
+    return rows, items
+
+
+def _answer(
+    recipe: Recipe,
+    backbone: Backbone,
+    role: str | None,
+    prompts: list[list[int]],
+    items: list[Item | None],
+    longest: int,
+) -> Answers:
+    """Generate with one model and let reward models, SFT and checkers judge it."""
+    # Imported here: whoever only wants the table or the samples need not wait for torch.
+    from .heads import scores, sequence_logprobs
+
+    section = recipe.evaluate
+    started = time.perf_counter()
+    ids = backbone.generate(
+        prompts, role, max_new_tokens=longest, temperature=section.temperature,
+        seed=recipe.seed, batch_size=section.batch_size,
+    )  # fmt: skip
+    seconds = time.perf_counter() - started
+    ends = set(backbone.eos_ids)
+    found = Answers(
+        ids=ids,
+        texts=[backbone.decode(completion) for completion in ids],
+        finished=[bool(completion) and completion[-1] in ends for completion in ids],
+        seconds=seconds,
+    )
+    sequences = list(zip(prompts, ids, strict=True))
+    for judge in ("reward", "held_out"):
+        if backbone.has(judge):
+            raw = scores(backbone, sequences, role=judge, batch_size=section.batch_size)
+            offset = backbone.reward_offset.get(judge, 0.0)
+            found.scores[judge] = _finite([score + offset for score in raw], f"{judge} score")
+    # Greedy answers are no samples of the model: the mean log-ratio over them is no KL.
+    if role != "reference" and backbone.has("reference") and section.temperature > 0:
+        own, sft = (
+            sequence_logprobs(
+                backbone, sequences, role=who, batch_size=section.batch_size,
+                temperature=section.temperature,
+            )
+            for who in (role, "reference")
+        )  # fmt: skip
+        gaps = [a - b for a, b in zip(own, sft, strict=True)]
+        found.kl = _finite(gaps, f"log-ratio of {role or 'base'} to SFT")
+    found.verdicts = [
+        None if item is None else check(item, text)
+        for item, text in zip(items, found.texts, strict=True)
+    ]
+    return found
+
+
+def _finite(values: list[float], what: str) -> list[float]:
+    for number, value in enumerate(values):
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"the {what} of evaluation prompt {number} is {value}",
+                remedy="look for NaN in the log of the stage that trained this role",
+            )
+    return values
+
+
+# --- from answers to numbers -------------------------------------------------------------------
+
+
+def measure(found: Answers, sft: Answers | None, seed: int) -> dict[str, Estimate]:
+    """Every metric that applies, in the order of METRICS; `sft` is None for SFT itself."""
+    shares = metrics.repetition(found.ids, n=4)
+    out: dict[str, Estimate | None] = {
+        "proxy_reward": _mean(found.scores.get("reward", [])),
+        "held_out_reward": _mean(found.scores.get("held_out", [])),
+        "length": _mean(found.lengths),
+        "eos_rate": _share(found.finished),
+        "repetition": _mean(shares),
+        "kl": _mean(found.kl or []),
+    }
+    verdicts = [v for v in found.verdicts if v is not None]
+    if verdicts:
+        incidents = _share([v.incident for v in verdicts])
+        out |= {
+            "gold_reward": _mean([v.reward for v in verdicts]),
+            "success": _share([v.success for v in verdicts]),
+            "hallucination": _share([v.hallucinated for v in verdicts]),
+            "incidents_per_1000": metrics.scaled(incidents, 1000) if incidents else None,
+            "over_refusal": _share([v.over_refusal for v in verdicts]),
+            "constraint": _share([v.constraint for v in verdicts]),
+            "words": _mean([v.words for v in verdicts]),
+        }
+    if sft is not None:
+        out |= _against(found, sft, seed)
+    return {name: value for name in METRICS if (value := out.get(name)) is not None}
+
+
+def _against(found: Answers, sft: Answers, seed: int) -> dict[str, Estimate | None]:
+    """The paired comparisons with SFT."""
+    every = range(len(found.ids))
+    tasks = [i for i in every if found.verdicts[i] is not None]
+    out: dict[str, Estimate | None] = {
+        "longer_than_sft": metrics.win_rate(found.lengths, sft.lengths)
+    }
+    pairs: dict[str, tuple[Sequence[int], list[float], list[float]]] = {
+        f"win_rate_{name}": (every, found.scores[judge], sft.scores[judge])
+        for name, judge in (("proxy", "reward"), ("held_out", "held_out"))
+        if judge in found.scores
+    }
+    if tasks:
+        gold, gold_sft = (
+            [v.reward for v in answers.verdicts if v is not None] for answers in (found, sft)
+        )
+        pairs["win_rate"] = (tasks, gold, gold_sft)
+        out["gold_reward_minus_sft"] = metrics.paired_difference(gold, gold_sft, seed)
+    for name, (rows, a, b) in pairs.items():
+        out[name] = metrics.win_rate(a, b)
+        out[f"{name}_length_controlled"] = metrics.length_controlled_win_rate(
+            a, b, [found.lengths[i] for i in rows], [sft.lengths[i] for i in rows]
+        )
+    return out
+
+
+def _mean(values: Sequence[float | None]) -> Estimate | None:
+    kept = [value for value in values if value is not None]
+    return metrics.mean_interval(kept) if kept else None
+
+
+def _share(flags: Sequence[bool | None]) -> Estimate | None:
+    kept = [flag for flag in flags if flag is not None]
+    return metrics.wilson(sum(kept), len(kept)) if kept else None
+
+
+# --- samples -----------------------------------------------------------------------------------
+
+
+def _write_samples(
+    record: Record,
+    asked: list[dict[str, Any]],
+    items: list[Item | None],
+    answers: dict[str, Answers],
+) -> None:
+    """`samples.jsonl`: for each prompt one line per model, so that answers stand side by side.
+
+    `score` is what worst is measured by: the gold reward, else the held-out, else the proxy one.
+    """
+    names = {"reward": "proxy_reward", "held_out": "held_out_reward"}
+    with (record.folder / "samples.jsonl").open("w", encoding="utf-8") as file:
+        for i, (row, item) in enumerate(zip(asked, items, strict=True)):
+            for model, found in answers.items():
+                line: dict[str, Any] = {
+                    "index": i, "model": model, "prompt": prompt_text(row["prompt"]),
+                    "completion": found.texts[i], "tokens": len(found.ids[i]),
+                    "finished": found.finished[i],
+                }  # fmt: skip
+                line |= {names[judge]: round(s[i], 6) for judge, s in found.scores.items()}
+                if found.kl is not None:
+                    line["kl"] = round(found.kl[i], 6)
+                verdict = found.verdicts[i]
+                if item is not None and verdict is not None:
+                    line |= {"gold_reward": verdict.reward, "family": item.family}
+                    line["verdict"] = asdict(verdict)
+                kinds = [key for key in _SCORES if key in line]
+                if kinds:
+                    line["score"] = line[kinds[0]]
+                file.write(json.dumps(line) + "\n")
+
+
+def prompt_text(prompt: str | list[dict[str, Any]]) -> str:
+    """A prompt to be read by people: the text itself, or one line per message with its role."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return str(prompt[0]["content"])
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def sample_table(record: Record, count: int, model: str | None = None) -> list[dict[str, Any]]:
+    """Rows for a table of samples: half the worst answers of `model`, then the first prompts.
+
+    Neither half can be picked for its looks. `model` is by default the last one evaluated.
+
+    Returns:
+        Dicts with `why` ("worst" or "first"), `index`, `prompt` and `answers` (model -> its line
+        of `samples.jsonl`); empty where the run has no samples of `model`.
+    """
+    path = record.folder / "samples.jsonl"
+    by_prompt: dict[int, dict[str, dict[str, Any]]] = {}
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        line = json.loads(text)
+        by_prompt.setdefault(line["index"], {})[line["model"]] = line
+    models = list(dict.fromkeys(name for answers in by_prompt.values() for name in answers))
+    model = model or (models[-1] if models else "")
+    lines = [answers[model] for answers in by_prompt.values() if model in answers]
+    ranked = sorted((line for line in lines if "score" in line), key=lambda line: line["score"])
+    worst = [line["index"] for line in ranked[: (count + 1) // 2]]
+    first = [line["index"] for line in lines if line["index"] not in worst]
+    chosen = [("worst", i) for i in worst] + [("first", i) for i in first]
+    return [
+        {
+            "why": why,
+            "index": i,
+            "prompt": next(iter(by_prompt[i].values()))["prompt"],
+            "answers": by_prompt[i],
+        }
+        for why, i in chosen[:count]
+    ]
+
+
+# --- the table ---------------------------------------------------------------------------------
+
+
+def rows(evaluation: dict[str, dict[str, Estimate]]) -> tuple[list[str], list[list[str]]]:
+    """The record's `evaluation` as header and rows of plain text: a metric a row, a model a column.
+
+    Models keep the record's order, metrics that of METRICS; what is not there is an empty cell.
+    """
+    found = dict.fromkeys(name for values in evaluation.values() for name in values)
+    names = [name for name in METRICS if name in found]
+    names += [name for name in found if name not in METRICS]
+    table = [[name, *(cell(values.get(name)) for values in evaluation.values())] for name in names]
+    return ["metric", *evaluation], table
+
+
+def cell(estimate: Estimate | None) -> str:
+    """`0.41 [0.35, 0.47] n=128`; without an interval `0.41 n=1`; empty for None."""
+    if estimate is None:
+        return ""
+    value, low, high = estimate["value"], estimate["low"], estimate["high"]
+    largest = max(abs(float(x)) for x in (value, low, high) if x is not None)
+    places = 2 if largest < 100 else 1 if largest < 1000 else 0
+
+    def show(x: float) -> str:
+        return f"{round(float(x), places) + 0.0:.{places}f}"
+
+    interval = "" if low is None or high is None else f" [{show(low)}, {show(high)}]"
+    return f"{show(value)}{interval} n={estimate['n']}"
