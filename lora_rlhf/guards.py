@@ -7,6 +7,7 @@ does not rise. Every check returns what it measured, for the record.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -22,22 +23,23 @@ from .objectives import masked_mean
 RATIO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.1}
 """Largest |ratio - 1| on unchanged weights: padding and batch size change the order of sums."""
 SAMPLER_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
-"""Largest difference between the sampler's (cached, one token at a time) and our log-probs, nats."""
+"""Largest difference of the sampler's (cached, one token at a time) and our log-probs, nats."""
 
 
 def policy_equals_reference(policy_bt: Tensor, reference_bt: Tensor, mask_bt: Tensor) -> float:
     """KL(policy || reference) = 0 before the first update: largest |difference| of log-probs.
 
     Raises:
-        IdentityError: The policy did not start as a copy of the SFT adapter, or the reference is not
-            that adapter (checklist: InstructGPT eq. 2).
+        IdentityError: The policy did not start as a copy of the SFT adapter, or the reference is
+            not that adapter (2203.02155, eq. 2).
     """
     worst = float(torch.where(mask_bt.bool(), (policy_bt - reference_bt).abs(), 0.0).max())
     if not worst <= 1e-6:
         raise IdentityError(
             f"before the first update, policy and reference differ by {worst:.3g} nats at a token",
             expected="0: the policy starts as a copy of the frozen SFT adapter",
-            remedy="stage at fault: sft. Was adapters/sft changed, or another adapter loaded as policy?",
+            remedy="stage at fault: sft. Was adapters/sft changed, another adapter loaded as "
+            "policy, or dropout switched on?",
         )
     return worst
 
@@ -59,35 +61,42 @@ def ratio_is_one(ratio_bt: Tensor, mask_bt: Tensor, dtype: torch.dtype) -> float
 
 
 @torch.no_grad()
-def sampler_agrees(backbone: Backbone, prompts: list[list[int]], temperature: float) -> float:
+def sampler_agrees(
+    backbone: Backbone, prompts: list[list[int]], sampler: GenerationConfig, temperature: float
+) -> float:
     """Log-probs while sampling against those of the training forward; largest difference in nats.
+
+    The sampler is the rollouts' own, so its log-probs are those *after* every processor and warper.
+    The global random state is left as it was.
 
     Raises:
         IdentityError: Padding, positions, temperature or a logits processor differ between the two.
     """
     ids, mask = pad_left(prompts, backbone.tokenizer.pad_token_id)
     ids, mask = ids.to(backbone.device), mask.to(backbone.device)
-    config = GenerationConfig(
-        max_new_tokens=8, min_new_tokens=8, do_sample=False, repetition_penalty=1.0,
-        pad_token_id=backbone.tokenizer.pad_token_id, eos_token_id=None, disable_compile=True,
-        return_dict_in_generate=True, output_logits=True,
-    )  # fmt: skip
+    config = copy.deepcopy(sampler)
+    config.update(max_new_tokens=8, return_dict_in_generate=True, output_scores=True)
     was_training = backbone.causal.training
     backbone.causal.eval()
-    with backbone.role("policy"):
+    cuda = [backbone.device] if backbone.device.type == "cuda" else []
+    with backbone.role("policy"), torch.random.fork_rng(devices=cuda):
         out = backbone.causal.generate(input_ids=ids, attention_mask=mask, generation_config=config)
         tokens = out.sequences.shape[1] - ids.shape[1]
-        logits = torch.stack(out.logits, dim=1).float() / temperature
         chosen = out.sequences[:, -tokens:]
-        sampled = logits.log_softmax(-1).gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
-        full = torch.cat([mask, torch.ones_like(chosen)], dim=1)
+        scores = torch.stack(out.scores, dim=1).float()
+        sampled = scores.log_softmax(-1).gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+        eos = torch.tensor(config.eos_token_id, device=chosen.device)
+        ended = torch.isin(chosen, eos).int()
+        valid = ended.cumsum(dim=1) - ended == 0  # up to the first eos, and with it
+        full = torch.cat([mask, valid.to(mask.dtype)], dim=1)
         trained, _ = heads.completion_logprobs(backbone, out.sequences, full, tokens, temperature)
     backbone.causal.train(was_training)
-    worst = float((sampled - trained).abs().max())
+    worst = float(torch.where(valid, (sampled - trained).abs(), 0.0).max())
     if not worst <= SAMPLER_TOLERANCE[backbone.causal.dtype]:
         raise IdentityError(
             f"the sampler's log-probs differ from the trainer's by {worst:.3g} nats",
-            expected=f"at most {SAMPLER_TOLERANCE[backbone.causal.dtype]} in {backbone.causal.dtype}",
+            expected=f"at most {SAMPLER_TOLERANCE[backbone.causal.dtype]} in "
+            f"{backbone.causal.dtype}",
             remedy="stage at fault: rollout. Padding side, positions, temperature, or a processor "
             "in the base model's generation config",
         )
@@ -184,5 +193,6 @@ def refuse(reason: str) -> GateError:
     return GateError(
         f"the reward model may not be optimised against: {reason}",
         expected="held-out accuracy whose 95 % interval excludes 0.5, and more than length",
-        remedy="mend the comparisons or train longer; `reward.gate: warn` goes on, and the card says so",
+        remedy="mend the comparisons or train longer; `reward.gate: warn` goes on, and the card "
+        "says so",
     )

@@ -55,7 +55,8 @@ def completion_logprobs(
     softcap, scale = _logit_transform(backbone.causal.config.get_text_config())
     logprobs, entropy, *_ = ChunkedLogProbFunction.apply(
         states.reshape(-1, states.shape[-1]), head.weight, head.bias,
-        input_ids[:, -tokens:].reshape(-1), temperature, _TILE, softcap, scale, ("entropy",),
+        input_ids[:, -tokens:].reshape(-1), temperature, min(_TILE, head.weight.shape[0]),
+        softcap, scale, ("entropy",),
     )  # fmt: skip
     shape = (input_ids.shape[0], tokens)
     return logprobs.reshape(shape).float(), entropy.reshape(shape).float()
@@ -105,13 +106,17 @@ def sequence_logprobs(
     batch_size: int = 32,
     temperature: float = 1.0,
 ) -> list[float]:
-    """Log-probability of each completion given its prompt, in nats, summed over its tokens."""
+    """Log-probability of each completion given its prompt, in nats, summed over its tokens.
+
+    Nothing predicts the first token of an empty prompt's completion: it is not counted.
+    """
     out = [0.0] * len(episodes)
     with backbone.role(role):
         for index, ids, mask, tokens in _batches(backbone, episodes, batch_size):
             logprobs, _ = completion_logprobs(backbone, ids, mask, tokens, temperature or 1.0)
             for row, i in enumerate(index):
-                out[i] = float(logprobs[row, tokens - len(episodes[i][1]) :].double().sum())
+                predicted = len(episodes[i][1]) - (not episodes[i][0])
+                out[i] = float(logprobs[row, tokens - predicted :].double().sum())
     return out
 
 

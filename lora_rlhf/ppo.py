@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The PPO stage: rewards, arguments, roles and the finished adapters. The trainer is ppo_trainer.py."""
+"""The PPO stage: rewards, arguments, roles, finished adapters. The trainer is ppo_trainer.py."""
 
 from __future__ import annotations
 
@@ -26,6 +26,29 @@ _DEFAULTS: dict[str, Any] = {
     "top_k": 0, "top_p": 1.0, "disable_dropout": True, "beta": 0.0,
 }  # fmt: skip
 
+_COUNTS = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation",
+           "num_iterations", "num_generations", "max_completion_length")  # fmt: skip
+
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "top_k": (0, None), "top_p": (1, None), "min_p": (None, 0), "repetition_penalty": (1, None),
+    "generation_kwargs": (None,),
+}  # fmt: skip
+"""Keys of the sampler and the values that leave the distribution as it is."""
+
+_WITHOUT_EFFECT = {
+    **dict.fromkeys((
+        "loss_type", "scale_rewards", "multi_objective_aggregation", "importance_sampling_level",
+        "entropy_coef", "use_adaptive_entropy", "top_entropy_quantile", "off_policy_mask_threshold",
+        "delta", "mask_truncated_completions", "sync_ref_model", "num_generations_eval",
+        "cast_lm_head_to_fp32",
+    ), ""),
+    "max_steps": "use ppo.updates", "num_train_epochs": "use ppo.updates",
+    "logging_steps": "leave it out: every update is logged",
+    "generation_batch_size": "use per_device_train_batch_size and steps_per_generation",
+    "disable_dropout": "leave it out: dropout is off",
+}  # fmt: skip
+"""Keys of GRPO that PPO's own loss and rollouts do not read, and where to turn instead."""
+
 
 def run(
     recipe: Recipe, backbone: Backbone, record: Record, prompts: Dataset, progress: Progress
@@ -43,9 +66,10 @@ def run(
         record.restart_metrics("ppo")
         set_seed(recipe.seed)
         args = arguments(recipe, record)
-        if len(prompts) < args.generation_batch_size:
+        needed = args.generation_batch_size // args.num_generations
+        if len(prompts) < needed:
             raise DataError(
-                f"{len(prompts)} prompts", expected=f"at least {args.generation_batch_size}, one rollout",
+                f"{len(prompts)} prompts", expected=f"at least {needed}, one rollout",
                 remedy="give more prompts, or lower ppo.args.steps_per_generation",
             )  # fmt: skip
         start_roles(backbone, recipe)
@@ -61,13 +85,16 @@ def run(
             )  # fmt: skip
             sample = [backbone.encode_prompt(p) for p in prompts[:4]["prompt"]]
             trainer.identities["sampler_difference"] = guards.sampler_agrees(
-                backbone, sample, args.temperature
+                backbone, sample, trainer.generation_config, args.temperature
             )
             progress.begin("ppo", recipe.ppo.updates)
-            trainer.train()
-        progress.end()
+            try:
+                trainer.train()
+            finally:
+                progress.end()
         entry |= {
-            "updates": recipe.ppo.updates, "reward": recipe.ppo.reward, "kl_coef": recipe.ppo.kl_coef,
+            "updates": recipe.ppo.updates, "reward": recipe.ppo.reward,
+            "kl_coef": recipe.ppo.kl_coef,
             "episodes": recipe.ppo.updates * args.generation_batch_size,
             "optimizer_steps": trainer.state.global_step, "identities": trainer.identities,
         }  # fmt: skip
@@ -80,12 +107,12 @@ def run(
 
 
 def load(backbone: Backbone, record: Record) -> None:
-    """Policy and value from the finished stage."""
+    """The policy from the finished stage; nothing after PPO asks for the value."""
     adapters.load_role(backbone, "policy", record.adapter("policy"))
 
 
 def start_roles(backbone: Backbone, recipe: Recipe) -> None:
-    """The policy as a copy of SFT, the value as a copy of the reward (or of SFT with a fresh head)."""
+    """The policy as a copy of SFT, the value as one of the reward (or of SFT, its head fresh)."""
     backbone.copy_role("reference", "policy")
     if backbone.has("value"):
         backbone.drop_role("value")
@@ -97,29 +124,40 @@ def arguments(recipe: Recipe, record: Record) -> PPOConfig:
     """TRL's config of this stage; `updates` becomes `max_steps`.
 
     Raises:
-        RecipeError: Batch sizes that do not divide, or a sampler that PPO's ratio would be wrong for.
+        RecipeError: Batch sizes that do not divide, a sampler that PPO's ratio would be wrong for,
+            or a key that PPO does not read.
     """
-    given = recipe.ppo.args
-    merged = trainer_args(recipe, record, "ppo", _DEFAULTS, given)
+    for key in recipe.ppo.args:
+        if key in _WITHOUT_EFFECT:
+            raise RecipeError(
+                f"ppo.args.{key} would do nothing", remedy=_WITHOUT_EFFECT[key] or "leave it out"
+            )
+    merged = trainer_args(recipe, record, "ppo", _DEFAULTS, recipe.ppo.args)
+    for key in _COUNTS:
+        if not isinstance(merged[key], int) or isinstance(merged[key], bool) or merged[key] < 1:
+            raise RecipeError(f"ppo.args.{key}: {merged[key]!r}", expected="a whole number from 1")
+    for key in ("learning_rate", "temperature", "max_grad_norm", "epsilon"):
+        if not isinstance(merged[key], int | float) or not merged[key] > 0:
+            raise RecipeError(f"ppo.args.{key}: {merged[key]!r}", expected="a number above 0")
     steps, window = merged["steps_per_generation"], merged["gradient_accumulation_steps"]
     if steps % window:
         raise RecipeError(
             f"ppo.args: steps_per_generation {steps} and gradient_accumulation_steps {window}",
             expected="the second divides the first: an optimizer step stays inside one rollout",
         )
-    if (
-        merged["top_k"]
-        or merged["top_p"] != 1.0
-        or merged.get("min_p")
-        or merged.get("repetition_penalty", 1.0) != 1.0
-        or not merged["temperature"] > 0
-    ):
+    for key, allowed in _PLAIN.items():
+        if merged.get(key) not in allowed:
+            raise RecipeError(
+                f"ppo.args.{key}: {merged[key]!r} bends the distribution",
+                expected="plain sampling: log-probs are those of the whole distribution",
+                remedy="leave it out",
+            )
+    if recipe.ppo.value_warmup_updates >= recipe.ppo.updates:
         raise RecipeError(
-            "ppo.args: top_k, top_p, min_p, repetition_penalty or temperature bends the distribution",
-            expected="plain sampling: log-probs are those of the whole distribution",
+            f"ppo.updates is {recipe.ppo.updates}, ppo.value_warmup_updates "
+            f"{recipe.ppo.value_warmup_updates}",
+            expected="more updates than those in which the value only learns",
         )
-    if not merged["max_grad_norm"] > 0:
-        raise RecipeError("ppo.args.max_grad_norm must be above 0")
     per_update = merged["num_iterations"] * steps // window
     return build("ppo", PPOConfig, {
         **merged, "max_steps": recipe.ppo.updates * per_update, "logging_steps": per_update,
@@ -130,7 +168,7 @@ def arguments(recipe: Recipe, record: Record) -> PPOConfig:
 def rewards(
     recipe: Recipe, backbone: Backbone, prompts: Dataset
 ) -> tuple[list[RewardFunction], list[float]]:
-    """The functions that score completions and their weights; a task's gold reward is always logged.
+    """The functions that score completions and their weights; gold is logged where a task has it.
 
     Raises:
         DataError: `ppo.reward: gold` without task prompts.

@@ -3,12 +3,13 @@
 
 Added: the value role, a per-token KL penalty in the reward, GAE, the clipped value loss, shuffling
 per epoch, separate gradient clips, and the start-up identities. A rollout is `steps_per_generation`
-micro-batches; each PPO epoch (`num_iterations`) shuffles and splits it anew; an optimizer step takes
-`gradient_accumulation_steps` micro-batches and divides by their valid tokens.
+micro-batches; each PPO epoch (`num_iterations`) shuffles and splits it anew; an optimizer step
+takes `gradient_accumulation_steps` micro-batches and divides by their valid tokens.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,13 +18,14 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from . import guards, heads
 from ._trl import GRPOConfig, GRPOTrainer, split_tensor_dict
 from .backbone import Backbone
 from .config import PpoSection
 from .errors import NonFiniteError
+from .metrics import repetition
 from .objectives import (
     explained_variance,
     gae,
@@ -38,24 +40,50 @@ from .progress import Progress
 
 RewardFunction = Callable[..., list[float]]
 
+MAX_MEAN_RATIO = 10.0
+"""A micro-batch whose mean ratio is above this moves the policy nowhere: it is left out."""
+
+METRICS = {
+    "reward/score": "mean score of the episodes, before the penalty for a missing eos",
+    "reward/score_std": "its standard deviation",
+    "reward/total": "mean sum of an episode's rewards: score, missing eos, KL penalty",
+    "kl/sequence": "KL(policy || SFT) by k1, nats per episode",
+    "kl/k1": "the same per token",
+    "kl/k3": "KL(policy || SFT) by k3, nats per token; never negative",
+    "kl/coef": "weight of the KL penalty in the reward",
+    "policy/entropy": "mean entropy of the next token, nats",
+    "policy/clip_fraction": "share of tokens at which the clip is active",
+    "policy/ratio_max": "largest ratio of new to old probability at a token",
+    "policy/ratio_start": "largest |ratio - 1| on the rollout's first micro-batch; must be near 0",
+    "policy/approx_kl": "KL between the policies before and after, by k2, nats per token",
+    "policy/skipped": "share of micro-batches left out because their mean ratio was too large",
+    "policy/grad_norm": "norm of the policy's gradient before its clip",
+    "value/loss": "clipped value loss per token",
+    "value/clip_fraction": "share of tokens at which the value clip is active",
+    "value/explained_variance": "share of the returns' variance that the values foresaw; 1 is best",
+    "value/mean": "mean value",
+    "value/grad_norm": "norm of the value's gradient before its clip",
+    "returns/mean": "mean return: what the value should have said",
+    "completions/length": "mean tokens of a completion, the eos included",
+    "completions/eos_rate": "share of completions that ended by themselves",
+    "completions/repetition": "mean share of 4-grams of tokens that the completion held before",
+}
+"""What a line of `metrics.jsonl` holds of PPO, beside the `rewards/NAME` of each reward function,
+`loss` (the policy's) and `learning_rate`. While only the value learns there is nothing of the
+policy but its gradient's norm, 0."""
+
 
 @dataclass
 class PPOConfig(GRPOConfig):
     """GRPO's config, which refuses one completion per prompt; PPO needs no group."""
 
     def __post_init__(self) -> None:
-        wanted = self.num_generations
-        if wanted == 1:
-            # Checked against the batch sizes by TRL as 2 would be refused for odd ones, so as a
-            # divisor that always fits.
-            self.num_generations = 2
-            self._skip_group_check = True
         try:
             super().__post_init__()
         except ValueError as error:
-            if wanted != 1 or "num_generations" not in str(error):
+            # TRL's last check but those of vLLM's importance sampling, which PPO does not use.
+            if self.num_generations != 1 or "at least 2 generations" not in str(error):
                 raise
-        self.num_generations = wanted
 
 
 class PPOTrainer(GRPOTrainer):
@@ -67,8 +95,8 @@ class PPOTrainer(GRPOTrainer):
         args: TRL's arguments; `epsilon` is the policy's clip range, `temperature` that of sampling
             and of log-probs.
         ppo: The PPO section of the recipe.
-        reward_funcs: Called as TRL calls reward functions, with `prompt_ids` beside `completion_ids`.
-        reward_weights: Weight of each; 0 only logs.
+        reward_funcs: Called as TRL calls reward functions, with `prompt_ids` beside
+            `completion_ids`; one whose weight in `args.reward_weights` is 0 is only logged.
     """
 
     _tag_names = ["lora-rlhf", "ppo"]
@@ -99,6 +127,12 @@ class PPOTrainer(GRPOTrainer):
                 processing_class=backbone.tokenizer,
                 callbacks=callbacks,
             )
+        if args.gradient_checkpointing:
+            # TRL makes the embeddings require gradients, for reentrant checkpointing; without the
+            # hook, backward stops at the lowest adapted layer.
+            self.model.get_base_model().disable_input_require_grads()
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_AfterStep(self))
 
     # ------------------------------------------------------------------ rollout
 
@@ -128,7 +162,7 @@ class PPOTrainer(GRPOTrainer):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         weights = self.reward_weights.to(rewards.device)
         # A weight of 0 is for logging: its NaN (not applicable) must not reach the score.
-        self._scores_b = torch.where(weights > 0, rewards * weights, 0.0).sum(dim=1)
+        self._scores_b = torch.where(weights != 0, rewards * weights, 0.0).sum(dim=1)
         bad = (~torch.isfinite(self._scores_b)).nonzero().flatten().tolist()
         if bad:
             raise NonFiniteError(
@@ -198,13 +232,13 @@ class PPOTrainer(GRPOTrainer):
         *_: Any,
         **__: Any,
     ) -> tuple[Tensor, Tensor, None]:
-        # TRL asks for old log-probs here when it thinks it needs them; ours are computed once, above,
-        # so that they never depend on that. What it gets is thrown away, so it costs no forward.
+        # TRL asks for old log-probs here when it thinks it needs them; ours are computed once,
+        # above, so that they never depend on that. What it gets is thrown away: no forward.
         empty = torch.zeros(input_ids.shape[0], logits_to_keep, device=input_ids.device)
         return empty, empty, None
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-        """One micro-batch: a new rollout when the last one is used up, a new shuffle every epoch."""
+        """One micro-batch: a new rollout when the last is used up, a new shuffle every epoch."""
         micro = self.args.steps_per_generation
         if self._step % (micro * self.num_iterations) == 0 or not self._rollout:
             self._rollout = self._generate_and_score_completions(generation_batch)
@@ -231,24 +265,27 @@ class PPOTrainer(GRPOTrainer):
         """The policy's clipped loss over the valid tokens of the whole minibatch."""
         self._micro_batch = inputs
         if self.warming_up:
-            # No graph reaches the policy, so it gets no gradient and cannot move.
-            return torch.zeros((), device=self.backbone.device, requires_grad=True)
+            return self._no_loss()
         ids, mask, tokens = _inputs(inputs)
         logprobs_bt, entropy_bt = heads.completion_logprobs(
             self.backbone, ids, mask, tokens, self.temperature
         )
-        mask_bt = inputs["completion_mask"]
+        mask_bt, log = inputs["completion_mask"], self._metrics["train"]
         result = policy_loss(
             logprobs_bt, inputs["old_logprobs"], inputs["advantages"], mask_bt,
             self.epsilon_low, self.epsilon_high,
         )  # fmt: skip
+        off_bt = torch.where(mask_bt.bool(), (result.ratio_bt - 1).abs(), 0.0)
+        if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
+            log["policy/ratio_start"].append(float(off_bt.max()))
         if "ratio_at_start" not in self.identities:
             self.identities["ratio_at_start"] = guards.ratio_is_one(
                 result.ratio_bt, mask_bt, self.backbone.causal.dtype
             )
             self._moved = guards.MovedOnly(self.backbone, inputs, self.temperature)
+        skipped = float(masked_mean(result.ratio_bt, mask_bt)) > MAX_MEAN_RATIO
         with torch.no_grad():
-            log = self._metrics["train"]
+            log["policy/skipped"].append(float(skipped))
             log["policy/entropy"].append(float(masked_mean(entropy_bt, mask_bt)))
             log["policy/clip_fraction"].append(float(masked_mean(result.clipped_bt, mask_bt)))
             log["policy/ratio_max"].append(
@@ -256,7 +293,13 @@ class PPOTrainer(GRPOTrainer):
             )
             change = kl_estimates(logprobs_bt, inputs["old_logprobs"], mask_bt)
             log["policy/approx_kl"].append(float(masked_mean(change.k2, mask_bt)))
+        if skipped:
+            return self._no_loss()
         return result.loss_sum / inputs["window_tokens"]
+
+    def _no_loss(self) -> Tensor:
+        """Zero without a graph to the policy: it gets no gradient and cannot move."""
+        return torch.zeros((), device=self.backbone.device, requires_grad=True)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any) -> Tensor:
         """The policy's forward and backward, then the value's, each inside its own role.
@@ -284,9 +327,6 @@ class PPOTrainer(GRPOTrainer):
 
     def _clip_grad_norm(self, model: Any) -> Tensor:
         """Clip policy and value apart: their norms differ by more than an order of magnitude."""
-        if self._moved is not None and self.policy_updates > 1:
-            self.identities |= self._moved.check()
-            self._moved = None
         self.backbone.assert_trainable()
         norms = {}
         for role, most in (
@@ -297,12 +337,21 @@ class PPOTrainer(GRPOTrainer):
             norms[role] = self.accelerator.clip_grad_norm_(parameters, most)
             if not bool(torch.isfinite(norms[role])):
                 raise NonFiniteError(
-                    f"update {self.update}: the gradient of the {role} is {float(norms[role])}",
+                    f"optimizer step {self.state.global_step}: the gradient of the {role} is "
+                    f"{float(norms[role])}",
                     expected="a finite number",
-                    remedy="lower ppo.args.learning_rate; the last good adapters are kept",
+                    remedy="lower ppo.args.learning_rate; nothing of this stage was saved",
                 )
             self._metrics["train"][f"{role}/grad_norm"].append(float(norms[role]))
         return norms["policy"]
+
+    def after_optimizer_step(self) -> None:
+        """Check, after the first step of the policy, that just it and the value moved."""
+        assert self.optimizer is not None
+        # A learning rate that warms up from 0 makes a first step that moves nothing.
+        if self._moved is not None and self.optimizer.param_groups[0]["lr"] > 0:
+            self.identities |= self._moved.check()
+            self._moved = None
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """One optimizer, two groups: the policy's adapter; the value's adapter and head."""
@@ -343,6 +392,11 @@ class PPOTrainer(GRPOTrainer):
         log["returns/mean"].append(float(masked_mean(out["returns"], mask_bt)))
         log["completions/length"].append(float(mask_bt.sum(dim=1).float().mean()))
         log["completions/eos_rate"].append(float(self._ended(out).float().mean()))
+        ids = [
+            row[m].tolist() for row, m in zip(out["completion_ids"], mask_bt.bool(), strict=True)
+        ]
+        shares = [share for share in repetition(ids) if share is not None]
+        log["completions/repetition"].append(sum(shares) / len(shares) if shares else math.nan)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's averages under our names; what GRPO logs and PPO has no use for is left out."""
@@ -350,19 +404,22 @@ class PPOTrainer(GRPOTrainer):
         for key, values in self._metrics["train"].items():
             if key.startswith("rewards/") and key.endswith("/mean"):
                 kept[key.removesuffix("/mean")] = values
-            elif key.startswith(_OURS) and key not in _TRL_TWINS or key == "step_time":
-                kept[key] = values
+            elif key in METRICS or key == "step_time":
+                kept[key] = [max(values)] if key.endswith("_max") else values
         self._metrics["train"] = kept
         logs.pop("grad_norm", None)
         super().log(logs, start_time)
 
 
-_OURS = ("reward/", "kl/", "policy/", "value/", "returns/", "completions/")
-_TRL_TWINS = frozenset({
-    "completions/mean_length", "completions/min_length", "completions/max_length",
-    "completions/clipped_ratio", "completions/mean_terminated_length",
-    "completions/min_terminated_length", "completions/max_terminated_length",
-})  # fmt: skip
+class _AfterStep(TrainerCallback):
+    """Tells the trainer that the optimizer has made a step."""
+
+    def __init__(self, trainer: PPOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Called by the Trainer between the optimizer's step and the scheduler's."""
+        self.trainer.after_optimizer_step()
 
 
 def _inputs(batch: dict[str, Any]) -> tuple[Tensor, Tensor, int]:

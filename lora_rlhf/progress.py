@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a stage tells while it runs: a progress line for people, `metrics.jsonl` for everything else."""
+"""What a stage tells while it runs: a line for people, `metrics.jsonl` for everything else."""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import math
 from typing import Any
 
@@ -16,7 +18,8 @@ _OWNED = {
     "output_dir": "the run directory", "seed": "seed", "report_to": "report_to",
     "bf16": "model.dtype", "fp16": "model.dtype", "beta": "ppo.kl_coef", "push_to_hub": "hub",
     "gradient_checkpointing": "model.gradient_checkpointing", "use_cpu": "the device found",
-    "max_length": "data.max_tokens", "reward_weights": "ppo.reward", "resume_from_checkpoint": "--out",
+    "max_length": "data.max_tokens", "reward_weights": "ppo.reward",
+    "resume_from_checkpoint": "--out",
     "trust_remote_code": "nothing: remote code is never run", "hub_token": "the environment",
 }  # fmt: skip
 """Keys of TRL's configs that have their home elsewhere in the recipe."""
@@ -27,7 +30,7 @@ def trainer_args(
 ) -> dict[str, Any]:
     """Keyword arguments for a stage's TRL config: ours, over-ridden by the recipe's `args:`.
 
-    The backbone's dtype is settled at loading and adapters are float32, so no autocast is asked for.
+    The backbone's dtype is settled at loading and adapters are float32: no autocast is asked for.
 
     Raises:
         RecipeError: `args:` names a key that has its home elsewhere.
@@ -41,27 +44,34 @@ def trainer_args(
         "bf16": False, "fp16": False, "use_cpu": not torch.cuda.is_available(),
         "gradient_checkpointing": recipe.model.gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
-        "save_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": torch.cuda.is_available(),
+        "save_strategy": "no", "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
         "logging_nan_inf_filter": False, "remove_unused_columns": False, "adam_epsilon": 1e-5,
         "logging_first_step": True, "log_level": "error",
-        **({"max_length": recipe.data.max_tokens} if stage in ("sft", "reward", "held_out") else {}),
+        **({} if stage == "ppo" else {"max_length": recipe.data.max_tokens}),
         **defaults, **given,
     }  # fmt: skip
 
 
-def build(stage: str, config: type, arguments: dict[str, Any]) -> Any:
+def build(stage: str, config: Any, arguments: dict[str, Any]) -> Any:
     """A TRL config, with its complaints about `args:` as recipe errors.
 
     Raises:
         RecipeError: An unknown key or an impossible combination.
     """
+    known = {field.name for field in dataclasses.fields(config) if field.init}
+    name = next(c.__name__ for c in config.__mro__ if c.__module__.startswith("trl."))
+    for key in arguments:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            raise RecipeError(
+                f"{stage}.args.{key}: TRL's {name} has no such field",
+                remedy=f"did you mean {close[0]!r}?" if close else "leave it out",
+            )
     try:
         return config(**arguments)
     except (TypeError, ValueError) as error:
-        raise RecipeError(
-            f"{stage}.args: {error}",
-            expected=f"fields of TRL's {config.__mro__[1].__name__} or below",
-        ) from error
+        raise RecipeError(f"{stage}.args: {error}", expected=f"what TRL's {name} takes") from error
 
 
 def check_finite(stage: str, loss: float) -> None:
