@@ -183,10 +183,10 @@ def test_excerpts_are_short_and_escaped(tmp_path, plain):
 def test_a_cell_of_a_megabyte_is_read(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("prompt,completion\n" + f"{'x ' * 500_000},y\n" + "q,a\n" * 2, encoding="utf-8")
-    limit = csv.field_size_limit()
+    csv.field_size_limit(131_072)
     with pytest.raises(DataError, match="over data.max_tokens = 1024: 2 -> 1"):
         data.demonstrations(recipe(demonstrations=path), Words())
-    assert csv.field_size_limit() == limit  # the csv module's setting is everybody's
+    assert csv.field_size_limit() == 131_072  # the csv module's setting is everybody's
 
 
 def test_a_missing_file_suggests_its_neighbour(tmp_path, plain):
@@ -333,6 +333,17 @@ def test_conversations_that_part_early_keep_their_shared_turns(tmp_path, chat):
     assert row["prompt"][1:] == tails["chosen"][:-1]
 
 
+def test_a_prompt_ends_before_an_answer_even_when_the_next_questions_differ(tmp_path, chat):
+    tails = {
+        key: answer("same") + user(f"about {key}?") + answer(key) for key in ("chosen", "rejected")
+    }
+    rows = [{key: user(f"q{i}") + tail for key, tail in tails.items()} for i in range(40)]
+    found = data.comparisons(recipe(comparisons=jsonl(tmp_path / "d.jsonl", rows)), chat)
+    for row in all_rows(found):
+        assert [turn["role"] for turn in row["prompt"]] == ["user"]
+        assert {key: row[key] for key in tails} == tails
+
+
 def test_plain_text_is_wrapped_only_where_there_is_a_chat_template(tmp_path, chat, plain):
     path = jsonl(tmp_path / "d.jsonl", PREFS)
     found = data.comparisons(recipe(comparisons=path), chat)
@@ -457,6 +468,28 @@ def test_token_limits_count_the_template(tmp_path, chat):
     assert "over data.max_prompt_tokens = 3" in caught.value.remedy
 
 
+def test_prompt_limits_count_the_generation_prompt(tmp_path, chat):
+    path = jsonl(tmp_path / "d.jsonl", PAIRS)
+    longest = len(
+        chat.apply_chat_template(
+            user("q10"), tokenize=True, return_dict=False, add_generation_prompt=True
+        )
+    )
+    for limit, dropped in ((longest, 0), (longest - 1, 50)):
+        given = recipe(prompts=path, max_prompt_tokens=limit, held_out=0.4)
+        found = data.prompts(given, chat)
+        assert removed(found, f"over data.max_prompt_tokens = {limit}") == dropped
+
+
+def test_token_limits_of_plain_text_count_the_end_of_text(tmp_path, plain):
+    path = jsonl(tmp_path / "d.jsonl", PAIRS)
+    longest = len(plain("q10a10")["input_ids"]) + 1
+    for limit, dropped in ((longest, 0), (longest - 1, 50)):
+        given = recipe(demonstrations=path, max_tokens=limit, held_out=0.4)
+        found = data.demonstrations(given, plain)
+        assert removed(found, f"over data.max_tokens = {limit}") == dropped
+
+
 def test_rows_that_the_chat_template_refuses_are_counted(tmp_path):
     guard = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     system = [{"role": "system", "content": "be kind"}]
@@ -481,7 +514,7 @@ def test_control_tokens_in_a_text_are_encoded_as_text(tmp_path, chat, plain, tem
         turns = (row["prompt"], row["completion"])
         texts = [t if isinstance(t, str) else t[0]["content"] for t in turns]
         assert not control & set(tokenizer(texts[0])["input_ids"])
-        assert "<|" not in texts[1]  # an eos at the end of an answer is the trainer's to add
+        assert texts[1][1:].isdigit()  # an eos at the end of an answer is the trainer's to add
     if templated:
         ids = chat.apply_chat_template(row["prompt"], tokenize=True, return_dict=False)
         assert sum(i in control for i in ids) == 2  # the turn's own
@@ -612,6 +645,9 @@ def test_the_report_tells_the_data_and_no_folder(tmp_path, plain):
     [source] = report["sources"]
     digest = source.pop("sha256")
     assert source == {"kind": "file", "name": "d.jsonl", "license": None, "rows": 60}
+    jsonl(tmp_path / "d.jsonl", [dict(reversed(row.items())) for row in rows])
+    report = data.demonstrations(recipe(demonstrations=path), plain).report
+    assert report["sources"][0]["sha256"] == digest  # the order of columns means nothing
     rows[5] = {**rows[5], "completion": "changed"}
     jsonl(tmp_path / "d.jsonl", rows)
     report = data.demonstrations(recipe(demonstrations=path), plain).report
