@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What may leave the machine: a folder put together for the Hub, checked before anything is sent.
+
+Only names on a list are taken, only bytes that the record vouches for, and no text that holds a
+secret or a path of this machine. Nothing here touches the network.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from . import card
+from .card_facts import RL_STAGES, ROLES, hub_base, slug
+from .card_text import cell, code, without_paths
+from .errors import HubError, UsageError
+from .record import Record, sha256
+
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
+)  # fmt: skip
+ADAPTER = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "check.json",
+    "reward.json",
+    *TOKENIZER,
+)
+BASE = ("config.json", "generation_config.json", "model.safetensors.index.json", *TOKENIZER)
+_NEEDED = ("adapter_config.json", "adapter_model.safetensors", "tokenizer_config.json")
+_SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+_PLOT = re.compile(r"[\w-]+\.png")
+
+_SECRETS = {
+    "a Hugging Face token": re.compile(r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{16,}"),
+    "an API key": re.compile(r"(?<![A-Za-z0-9])sk-(?=[\w-]*\d)[\w-]{16,}"),
+    "an AWS key": re.compile(r"(?<![A-Za-z0-9])AKIA[0-9A-Z]{16}"),
+    "a GitHub token": re.compile(r"(?<![A-Za-z0-9])(gh[pousr]_|github_pat_)\w{20,}"),
+    "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
+    "a path of somebody's home": re.compile(
+        r"(?<![\w.])(/home/[\w.-]+/|/Users/[\w.-]+/|/root/)|[A-Za-z]:\\+Users\\+\w"
+    ),
+}
+_SECRET_VARIABLE = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY", re.IGNORECASE)
+_SHORTEST_SECRET = 12  # below it the value of a variable is a word, found in any text
+_FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
+_BF16_EXPONENT = 0x7F80
+
+
+def stage_adapter(record: Record, role: str, repo_id: str, folder: Path) -> list[str]:
+    """Put the adapter of `role` into the empty `folder` as it shall be published.
+
+    Returns:
+        The names of the files, sorted; the card is always among them.
+
+    Raises:
+        UsageError: No such role.
+        HubError: Something may not be published; the message says what, and what to do.
+    """
+    base, source = check_adapter(record, role), record.adapter(role)
+    for name in ADAPTER:
+        if (source / name).exists():
+            _take(record, source / name, folder / name)
+    _rewrite_config(record, base, folder / "adapter_config.json")
+    finite(folder / "adapter_model.safetensors")
+    text = card.render(record, role, {"base": base, role: repo_id})
+    (folder / "README.md").write_text(text, encoding="utf-8", newline="\n")
+    recipe = record.folder / "recipe.yaml"
+    if recipe.exists():
+        _take(record, recipe, folder / "recipe.yaml")
+        plain = without_paths(yaml.safe_load(recipe.read_text(encoding="utf-8")))
+        published = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+        (folder / "recipe.yaml").write_text(published, encoding="utf-8", newline="\n")
+    for plot in sorted((record.folder / "plots").glob("*.png")):
+        if _PLOT.fullmatch(plot.name):
+            (folder / "plots").mkdir(exist_ok=True)
+            _take(record, plot, folder / "plots" / plot.name)
+    _publish_record(record, folder)
+    names = _names(folder)
+    scan(folder, names, [str(record.folder.resolve())])
+    return names
+
+
+def check_adapter(record: Record, role: str) -> str:
+    """The Hub id of the base, if the adapter of `role` is finished, whole and may be published.
+
+    Raises:
+        UsageError: No such role.
+        HubError: Not finished, files missing, changed since the run, or the base is only local.
+    """
+    if role not in ROLES:
+        raise UsageError(f"the role {role!r}", expected=f"one of {', '.join(ROLES)}")
+    stages = (role,) if role in ("sft", "reward") else RL_STAGES
+    if not any(record.done(stage) for stage in stages):
+        raise HubError(
+            f"the run in {record.folder} has not finished the stage that makes the {role} adapter",
+            remedy="go on with `lora-rlhf run`; a finished stage is not run again",
+        )
+    folder = record.adapter(role)
+    missing = [name for name in _NEEDED if not (folder / name).is_file()]
+    if missing:
+        raise HubError(
+            f"{folder} lacks {', '.join(missing)}",
+            expected="the folder as the run wrote it",
+            remedy="run the stage again",
+        )
+    if not record.data.get("files"):
+        raise HubError(
+            "the record does not say yet which files the run wrote",
+            remedy="let the run finish its last stage, card: `lora-rlhf run`",
+        )
+    for name in sorted({*_NEEDED, *(n for n in ADAPTER if (folder / n).exists())}):
+        _vouched(record, folder / name)
+    base = hub_base(record)
+    if base is None:
+        raise local_base(str(record.data.get("model", {}).get("id", "the base")), record)
+    return base
+
+
+def local_base(identity: str, record: Record | None = None) -> HubError:
+    """The error for a base that exists only on this machine: others could not load the adapter."""
+    run = record.folder if record is not None else "RUN"
+    return HubError(
+        f"the base model {identity!r} exists only on this machine",
+        expected="a base on the Hub, since an adapter is of no use without its base",
+        remedy=f"push it as a repository of its own, `lora-rlhf push {run} --base org/name`, or "
+        "set model.hub_id to the same model on the Hub",
+    )
+
+
+def stage_base(record: Record, folder: Path) -> list[str]:
+    """Put the base model of the run, packaged or a local folder, into `folder` for the Hub.
+
+    Raises:
+        HubError: The base is on the Hub already, or its folder is not there or not complete.
+    """
+    identity = str(record.data.get("model", {}).get("id", "tiny"))
+    source = Path(__file__).parent / "tiny" if identity == "tiny" else Path(identity).expanduser()
+    if not source.is_dir():
+        raise HubError(
+            f"there is no folder {identity}", expected="a base that exists only on this machine",
+            remedy="a base that is on the Hub already needs no push",
+        )  # fmt: skip
+    shards = sorted(p.name for p in source.iterdir() if _SHARD.fullmatch(p.name))
+    if not shards or not (source / "config.json").is_file():
+        raise HubError(
+            f"{source} holds no model", expected="config.json and model*.safetensors",
+            remedy="save the base with save_pretrained",
+        )  # fmt: skip
+    for name in (*BASE, *shards):
+        if (source / name).exists():
+            _regular(source / name)
+            shutil.copyfile(source / name, folder / name)
+    for name in shards:
+        finite(folder / name)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)
+    _write_json(folder / "config.json", config)
+    (folder / "README.md").write_text(_base_card(record, folder, shards), encoding="utf-8")
+    names = _names(folder)
+    scan(folder, names, [str(record.folder.resolve()), str(source.resolve())])
+    return names
+
+
+def scan(folder: Path, names: Iterable[str], private: Iterable[str] = ()) -> None:
+    """Look for secrets and local paths in every text file; `private` are more strings to refuse.
+
+    Raises:
+        HubError: Naming the file and the kind of what was found, never the secret.
+    """
+    variables = {
+        value: f"the value of the environment variable {name}" for name, value in os.environ.items()
+        if _SECRET_VARIABLE.search(name) and len(value) >= _SHORTEST_SECRET
+    }  # fmt: skip
+    home = str(Path.home())
+    paths = {*private, *([home + os.sep] if len(home) > 1 else [])}
+    for name in names:
+        if name.endswith((".safetensors", ".png", ".model")):
+            continue
+        text = (folder / name).read_text(encoding="utf-8", errors="replace")
+        found = [kind for kind, pattern in _SECRETS.items() if pattern.search(text)]
+        found += [kind for value, kind in variables.items() if value in text]
+        found += ["a path of this machine" for path in paths if path in text]
+        if found:
+            raise HubError(
+                f"{name} holds what looks like {found[0]}",
+                expected="no secrets and no local paths in published files",
+                remedy="take it out of where it came from (recipe, data or samples), and run again",
+            )
+
+
+def finite(path: Path) -> None:
+    """Refuse a safetensors file that cannot be read or holds NaN or infinity.
+
+    Raises:
+        HubError: With the name of the tensor.
+    """
+    try:
+        with path.open("rb") as file:
+            (size,) = struct.unpack("<Q", file.read(8))
+            if size > path.stat().st_size:
+                raise ValueError("its header is longer than the file")
+            header: dict[str, Any] = json.loads(file.read(size))
+            header.pop("__metadata__", None)
+            bad = [n for n, entry in header.items() if not _all_finite(file, 8 + size, entry)]
+    except (ValueError, KeyError, TypeError, struct.error) as error:
+        raise HubError(
+            f"{path.name} is no readable safetensors file: {error}", remedy="run the stage again"
+        ) from None
+    if bad:
+        raise HubError(
+            f"{path.name}: {bad[0]} holds NaN or infinity",
+            expected="finite weights; a broken adapter is never published",
+            remedy="train again with a lower learning rate",
+        )
+
+
+def _all_finite(file: Any, start: int, entry: dict[str, Any]) -> bool:
+    begin, end = entry["data_offsets"]
+    file.seek(start + begin)
+    raw = file.read(end - begin)
+    if len(raw) != end - begin:
+        raise ValueError("it is cut short")
+    if entry["dtype"] == "BF16":
+        bits = np.frombuffer(raw, dtype="<u2")
+        return not bool(((bits & _BF16_EXPONENT) == _BF16_EXPONENT).any())
+    kind = _FLOATS.get(entry["dtype"])
+    if kind is None:
+        return True
+    values = np.frombuffer(raw, dtype=kind)
+    if values.size != math.prod(entry["shape"]):
+        raise ValueError("a shape does not fit its data")
+    return bool(np.isfinite(values).all())
+
+
+def _vouched(record: Record, path: Path) -> None:
+    """Refuse a file that is not what the record says; pictures are not sealed, as they may vary."""
+    _regular(path)
+    name = path.relative_to(record.folder).as_posix()
+    if path.suffix != ".png" and record.data.get("files", {}).get(name) != sha256(path):
+        raise HubError(
+            f"{name} is not the file that the run wrote: its sha256 differs from the record's",
+            remedy="restore the file, or run the stage again",
+        )
+
+
+def _regular(path: Path) -> None:
+    """A link may lead to anything on this machine."""
+    if path.is_symlink() or not path.is_file():
+        raise HubError(f"{path} is a link or no plain file", expected="a plain file")
+
+
+def _take(record: Record, path: Path, to: Path) -> None:
+    _vouched(record, path)
+    shutil.copyfile(path, to)
+
+
+def _rewrite_config(record: Record, base: str, path: Path) -> None:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    model = record.data.get("model", {})
+    config["base_model_name_or_path"] = base
+    pinned = model.get("revision") if base == model.get("id") else model.get("hub_revision")
+    config["revision"] = pinned or None
+    _write_json(path, config)
+
+
+def _publish_record(record: Record, folder: Path) -> None:
+    """A copy of the record without local paths, and the sha256 of what lies beside it."""
+    data = without_paths(record.data)
+    data["published"] = {name: sha256(folder / name) for name in _names(folder)}
+    _write_json(folder / "record.json", data)
+
+
+def _base_card(record: Record, folder: Path, shards: list[str]) -> str:
+    model = record.data.get("model", {})
+    chosen = str(model.get("license") or "")
+    meta: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora-rlhf"],
+    }
+    if chosen:
+        meta["license"] = slug(chosen)
+    name = Path(str(model.get("id", "base"))).name
+    rows = [f"- {code(shard)}: sha256 {code(sha256(folder / shard))}" for shard in shards]
+    lines = [
+        "---", yaml.safe_dump(meta, sort_keys=False).strip(), "---", "", f"# {cell(name)}", "",
+        "The base model of adapters made by `lora-rlhf`, published so that they can be loaded. It "
+        "is not aligned: its answers may be wrong, rude or harmful.", "",
+        f"- Source: {cell(model.get('source') or 'not recorded')}",
+        *(f"- Made from: {cell(model['original'])}" for _ in [0] if model.get("original")),
+        f"- Licence: {cell(chosen or 'not recorded')}", *rows, "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8", newline="\n")

@@ -1,0 +1,618 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pushing: what leaves the machine, what never does, and that strangers can load what arrives.
+
+The push that is loaded again runs in processes of its own, as a user's would; what is refused and
+what is retried is tested in this process, with the clients turned to the local Hub.
+"""
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from card_run import RECIPE, make_run
+from hub_server import HubServer, hub_env
+from huggingface_hub import constants
+
+from lora_rlhf import hub, staging
+from lora_rlhf.config import parse_recipe
+from lora_rlhf.errors import HubError, UsageError
+from lora_rlhf.record import Record, sha256
+
+pytestmark = pytest.mark.hub
+
+ALLOWED = {
+    ".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors",
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
+    "check.json", "reward.json", "recipe.yaml", "record.json", "plots/training.png",
+}  # fmt: skip
+TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} {% endfor %}<|assistant|>"
+WORDS = "the record does not say hello how can i help you today prompt a b c d".split()
+
+
+# --- a finished run with weights --------------------------------------------------------------
+
+
+def _base(folder: Path):
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    special = ["<pad>", "</s>", "<unk>", "<|user|>", "<|assistant|>"]
+    vocabulary = {word: i for i, word in enumerate(special + WORDS)}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = TEMPLATE
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64,
+        pad_token_id=0, eos_token_id=1, bos_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def _adapter(base: Path, tokenizer, role: str, folder: Path) -> None:
+    """A plain PEFT adapter with random weights, and the check.json that the run would write."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    reward = role == "reward"
+    kind = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    model = kind.from_pretrained(base, dtype=torch.float32, **({"num_labels": 1} if reward else {}))
+    model.config.pad_token_id = 0
+    lora = LoraConfig(
+        r=2, target_modules=["q_proj", "up_proj"], task_type="SEQ_CLS" if reward else "CAUSAL_LM",
+        modules_to_save=["score"] if reward else None,
+    )  # fmt: skip
+    model = get_peft_model(model, lora).eval()
+    torch.manual_seed({"policy": 1, "reward": 2, "sft": 3}[role])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.3)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    ids = torch.tensor([[0, 0, 5, 6, 7, 1], [9, 10, 11, 12, 13, 1]])
+    mask = (ids != 0).long()
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=mask).logits
+    expected = {"score": logits[:, 0].tolist()}
+    if reward:
+        note = {"reward_offset": 0.25, "pad_token_id": 0, "head": "score, no bias"}
+        (folder / "reward.json").write_text(json.dumps(note))
+    else:
+        expected = {"logits_last": logits[:, -1, :8].tolist()}
+    check = {"role": role, "input_ids": ids.tolist(), "attention_mask": mask.tolist()}
+    (folder / "check.json").write_text(json.dumps(check | {"expected": expected, "atol": 1e-5}))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The folder of a run on a base that exists only here: `base` beside `run`."""
+    top = tmp_path_factory.mktemp("hub")
+    tokenizer = _base(top / "base")
+
+    def edit(data):
+        data["model"] |= {"id": str(top / "base"), "source": "local folder", "revision": None}
+        data["model"] |= {"pad_id": 0, "eos_ids": [1]}
+        data["stages"]["reward"]["offset"] = 0.25
+        data["data"]["prompts"]["notes"] = [f"one line of {top}/x.jsonl was empty"]
+
+    recipe = RECIPE | {"model": {"id": str(top / "base")}}
+    recipe["data"] = {"prompts": [{"path": f"{top}/private/prompts.jsonl"}]}
+    record = make_run(top / "run", edit, recipe, roles=())
+    for role in ("sft", "policy", "reward"):
+        _adapter(top / "base", tokenizer, role, record.adapter(role))
+        (record.adapter(role) / "training_args.bin").write_bytes(b"pickle")
+        (record.adapter(role) / "optimizer.pt").write_bytes(b"pickle")
+    record.seal()
+    return top / "run"
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Record:
+    """A copy to spoil, with a base on the Hub."""
+    shutil.copytree(finished, tmp_path / "run")
+    record = Record.read(tmp_path / "run")
+    record.data["model"] |= {"hub_id": "acme/base"}
+    record.save()
+    return record
+
+
+# --- the local Hub ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server():
+    with HubServer(user="tester", token="hf_test", orgs=("acme",)) as server:
+        server.add_repo("acme/base", {"config.json": b"{}"}, private=True)
+        yield server
+
+
+@pytest.fixture
+def here(server, monkeypatch, tmp_path):
+    """This process's clients turned to the local Hub; every pause is noted, none is waited for."""
+    for name in list(os.environ):
+        if name.upper().startswith(("HF_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    pauses = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    return pauses
+
+
+def writes(server):
+    return [r for r in server.requests if r.method in ("POST", "PUT", "DELETE")]
+
+
+# --- what arrives, and who can load it --------------------------------------------------------
+
+PUSH = """
+from lora_rlhf import hub
+from lora_rlhf.record import Record
+record = Record.read("run")
+results = [hub.push_base(record, "acme/little-base")]
+results += [hub.push(record, role, f"acme/little-{role}") for role in ("policy", "reward")]
+assert all(r["private"] for r in results), results
+import sys
+assert "torch" not in sys.modules
+"""
+
+LOAD = """
+import re, sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "lora_rlhf":
+            raise ImportError("this package must not be needed")
+
+sys.meta_path.insert(0, Refuse())
+import torch
+from huggingface_hub import hf_hub_download
+
+torch.set_num_threads(1)
+for role in ("policy", "reward"):
+    path = hf_hub_download(f"acme/little-{role}", "README.md")
+    blocks = re.findall(r"^```python\\n(.*?)^```", open(path).read(), re.S | re.M)
+    assert len(blocks) == 3, blocks
+    found = {}
+    exec(blocks[0], found)
+    exec(blocks[1], found)
+    assert found["difference"] <= found["check"]["atol"], (role, found["difference"])
+    with found["model"].disable_adapter(), torch.no_grad():
+        bare = found["model"](input_ids=found["ids"], attention_mask=found["mask"]).logits
+    bare = bare[:, -1] if role == "policy" else bare
+    off = (bare[:, : found["expected"].shape[1]] - found["expected"]).abs().max()
+    assert off > 0.01, "the check would not notice a missing adapter"
+    if role == "reward":
+        assert abs(found["reward"] - found["raw"] - 0.25) < 1e-6
+    exec(blocks[2], merged := {})
+    assert "lora" not in str(merged["merged"].state_dict().keys())
+    with torch.no_grad():
+        out = merged["merged"](input_ids=found["ids"], attention_mask=found["mask"]).logits
+    out = out[:, -1] if role == "policy" else out
+    assert (out[:, : found["expected"].shape[1]] - found["expected"]).abs().max() < 1e-4
+assert "lora_rlhf" not in sys.modules
+print("loaded")
+"""
+
+
+def python(code: str, server, tmp_path, where: Path) -> str:
+    root = str(Path(__file__).resolve().parents[1])
+    env = hub_env(server, tmp_path) | {"PYTHONPATH": root}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], env=env, cwd=where, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def test_pushed_adapters_load_without_this_package(finished, server, tmp_path):
+    home = tmp_path / "home"
+    shutil.copytree(finished.parent, home)
+    python(PUSH, server, tmp_path, home)
+    base = server.repos["acme/little-base"]
+    assert base.private and len(base.commits) == 2
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(base.files)
+    for role in ("policy", "reward"):
+        repo = server.repos[f"acme/little-{role}"]
+        assert repo.private
+        assert len(repo.commits) == 2  # the Hub's own first one, and one with all files
+        assert set(repo.files) <= ALLOWED
+        assert ALLOWED - set(repo.files) <= {"special_tokens_map.json", "reward.json"}
+        assert ("reward.json" in repo.files) == (role == "reward")
+        config = json.loads(repo.files["adapter_config.json"])
+        assert config["base_model_name_or_path"] == "acme/little-base"
+        assert config["revision"] == base.sha
+        published = json.loads(repo.files["record.json"])["published"]
+        assert set(published) == set(repo.files) - {".gitattributes", "record.json"}
+        for name, data in repo.files.items():
+            for private in (str(finished.parent), str(tmp_path), str(Path.home()) + "/"):
+                assert private.encode() not in data, name
+        meta = yaml.safe_load(repo.files["README.md"].decode().split("---\n")[1])
+        assert meta["base_model"] == "acme/little-base"
+        recipe = yaml.safe_load(repo.files["recipe.yaml"])
+        assert recipe["data"]["prompts"][0]["path"] == "prompts.jsonl"
+    assert python(LOAD, server, tmp_path, home).endswith("loaded\n")
+
+
+def test_the_packaged_model_is_pushed_without_its_training_code(run, server, here):
+    run.data["model"] |= {"id": "tiny", "hub_id": None, "license": "apache-2.0"}
+    result = hub.push_base(run, "acme/tiny")
+    assert set(result["files"]) <= {"README.md", *staging.BASE, "model.safetensors"}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(result["files"])
+    assert Record.read(run.folder).data["model"]["hub_id"] == "acme/tiny"
+    assert hub.push(run, "policy", "acme/p")["private"]
+    config = json.loads(server.repos["acme/p"].files["adapter_config.json"])
+    assert config["base_model_name_or_path"] == "acme/tiny"
+
+
+# --- again and again --------------------------------------------------------------------------
+
+
+def test_a_second_push_changes_nothing_and_a_new_card_is_one_commit(run, server, here):
+    first = hub.push(run, "policy", "acme/p")
+    assert first["url"] == f"{server.url}/acme/p"
+    again = hub.push(run, "policy", "acme/p")
+    assert again["commit"] == first["commit"] == server.repos["acme/p"].sha
+    assert len(server.repos["acme/p"].commits) == 2
+    run.data["clock"]["peak_memory_mb"] = 123.5
+    hub.push(run, "policy", "acme/p")
+    assert len(server.repos["acme/p"].commits) == 3
+    assert b"123.5" in server.repos["acme/p"].files["README.md"]
+    assert len(server.sent("PUT", "^/_lfs/")) == 1  # the weights, once
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "whoami", 500), ("POST", "repos/create", 503), ("POST", "preupload", 502),
+        ("POST", "objects/batch", 500), ("PUT", "^/_lfs/", 500), ("PUT", "^/_lfs/", 0),
+        ("POST", "/commit/", 500), ("POST", "/commit/", 412), ("POST", "/commit/", 429),
+        ("POST", "/commit/", 0), ("POST", "validate-yaml", 504),
+    ],
+)  # fmt: skip
+def test_passing_faults_are_tried_again(run, server, here, method, path, status):
+    server.fail_next(method, path, status, times=3)
+    hub.push(run, "policy", "acme/p")
+    assert here  # it paused
+    assert len(server.repos["acme/p"].commits) == 2
+    assert set(server.repos["acme/p"].files) <= ALLOWED
+
+
+@pytest.mark.parametrize("path", ["/commit/", "repos/create", "objects/batch"])
+def test_a_lost_answer_makes_no_second_commit(run, server, here, path):
+    server.fail_next("POST", path, 0, after=True)
+    result = hub.push(run, "policy", "acme/p")
+    assert len(server.repos["acme/p"].commits) == 2
+    assert result["commit"] == server.repos["acme/p"].sha
+
+
+def test_the_hub_says_how_long_to_wait(run, server, here):
+    server.fail_next("POST", "/commit/", 429, headers={"Retry-After": "7"})
+    hub.push(run, "policy", "acme/p")
+    assert 7 in here
+
+
+def test_a_lasting_fault_ends_with_the_command_to_try_again(run, server, here):
+    before = {p: sha256(p) for p in run.folder.rglob("*") if p.is_file()}
+    server.fail_next("POST", "/commit/", 500, times=10_000)
+    with pytest.raises(HubError) as caught:
+        hub.push(run, "policy", "acme/p", public=True)
+    assert f"lora-rlhf push {run.folder} --policy acme/p --public" in str(caught.value)
+    assert "HTTP 500" in str(caught.value) and "hf_test" not in str(caught.value)
+    assert len(server.sent("POST", "/commit/")) <= 1 + len(hub.PAUSES) + 5
+    assert set(server.repos["acme/p"].files) == {".gitattributes"}  # nothing, or all with a card
+    assert before == {p: sha256(p) for p in run.folder.rglob("*") if p.is_file()}
+
+
+def test_a_hub_that_is_not_there_is_an_error_of_ours(run, here, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(HubError, match="nothing that was trained is lost"):
+        hub.push(run, "policy", "acme/p")
+    assert here == list(hub.PAUSES)
+
+
+# --- visibility -------------------------------------------------------------------------------
+
+
+def test_private_unless_asked(run, server, here):
+    assert hub.push(run, "policy", "acme/p")["private"] is True
+    result = hub.push(run, "reward", "tester/r", public=True)
+    assert result["private"] is False and not server.repos["tester/r"].private
+    assert result["notes"] == ["acme/base is private: others cannot load this adapter"]
+
+
+def test_a_public_repository_is_not_filled_by_a_private_push(run, server, here):
+    server.add_repo("acme/p", private=False)
+    with pytest.raises(HubError, match="public repository"):
+        hub.push(run, "policy", "acme/p")
+    assert not writes(server)
+
+
+def test_a_private_repository_stays_private(run, server, here):
+    server.add_repo("acme/p", private=True)
+    result = hub.push(run, "policy", "acme/p", public=True)
+    assert server.repos["acme/p"].private and result["private"]
+    assert "stays so" in result["notes"][0]
+
+
+# --- refused before anything is sent ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("repo_id", ["p", "a/b/c", "acme/p q", "acme/..", "/p", "acme/", ""])
+def test_a_bad_repository_id(run, server, here, repo_id):
+    with pytest.raises(HubError, match="organisation/name"):
+        hub.push(run, "policy", repo_id)
+    assert not server.requests
+
+
+def test_no_token(run, server, here, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(HubError, match="hf auth login"):
+        hub.push(run, "policy", "acme/p")
+    assert not server.requests
+
+
+def test_a_wrong_token_is_not_printed(run, server, here):
+    with pytest.raises(HubError, match="HTTP 401") as caught:
+        hub.push(run, "policy", "acme/p", token="hf_wrong_secret")
+    assert "hf_wrong_secret" not in str(caught.value)
+    assert not writes(server)
+
+
+def test_offline_says_what_is_skipped(run, server, here, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match="push of the policy adapter to acme/p is skipped"):
+        hub.push(run, "policy", "acme/p")
+    assert not server.requests
+
+
+def test_a_namespace_of_others(run, server, here):
+    with pytest.raises(HubError, match="no member of strangers"):
+        hub.push(run, "policy", "strangers/p")
+    assert not writes(server)
+
+
+def test_a_token_that_only_reads(run, server, here):
+    server.role = "read"
+    with pytest.raises(HubError, match="only read"):
+        hub.push(run, "policy", "acme/p")
+    assert not writes(server)
+
+
+def test_a_fine_grained_token_needs_write_access_there(run, server, here, monkeypatch):
+    def token(name, *permissions):
+        scoped = [{"entity": {"name": name}, "permissions": list(permissions)}]
+        access = {"role": "fineGrained", "fineGrained": {"scoped": scoped}}
+        me = {"name": "tester", "orgs": [{"name": "acme"}], "auth": {"accessToken": access}}
+        monkeypatch.setattr(hub.HfApi, "whoami", lambda self: me)
+
+    for entity, permission in (("acme", "repo.content.read"), ("tester", "repo.write")):
+        token(entity, permission)
+        with pytest.raises(HubError, match="fine-grained"):
+            hub.push(run, "policy", "acme/p")
+    assert not writes(server)
+    token("acme", "repo.content.read", "repo.write")
+    assert hub.push(run, "policy", "acme/p")["commit"]
+
+
+def test_a_base_that_is_nowhere_on_the_hub(run, server, here):
+    run.data["model"]["hub_id"] = "acme/elsewhere"
+    with pytest.raises(HubError, match=f"push {run.folder} --base acme/elsewhere"):
+        hub.push(run, "policy", "acme/p")
+    assert not writes(server)
+
+
+def test_a_base_that_exists_only_here(run, server, here):
+    run.data["model"]["hub_id"] = None
+    with pytest.raises(HubError, match="--base org/name.*model.hub_id"):
+        hub.push(run, "policy", "acme/p")
+    assert not server.requests
+
+
+# --- staging: what may not leave --------------------------------------------------------------
+
+
+def refused(run, tmp_path, match, role="policy"):
+    (tmp_path / "staged").mkdir()
+    with pytest.raises(HubError, match=match):
+        staging.stage_adapter(run, role, "acme/p", tmp_path / "staged")
+
+
+def resealed(run):
+    run.seal()
+    return run
+
+
+def test_nothing_is_staged_of_an_unfinished_stage(run, tmp_path):
+    run.data["stages"]["ppo"]["status"] = "interrupted"
+    refused(run, tmp_path, "has not finished the stage that makes the policy")
+
+
+def test_nothing_is_staged_of_a_run_that_is_not_sealed(run, tmp_path):
+    run.data["files"] = {}
+    refused(run, tmp_path, "does not say yet")
+
+
+def test_an_unknown_role(run, tmp_path):
+    with pytest.raises(UsageError, match="one of policy"):
+        staging.stage_adapter(run, "judge", "acme/p", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "check.json"]
+)
+def test_a_file_that_changed_since_the_run(run, tmp_path, name):
+    path = run.adapter("policy") / name
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    refused(run, tmp_path, f"adapters/policy/{name} is not the file")
+
+
+def test_a_recipe_that_changed_since_the_run(run, tmp_path):
+    path = run.folder / "recipe.yaml"
+    path.write_text(path.read_text() + "seed: 9\n")
+    refused(run, tmp_path, "recipe.yaml is not the file")
+
+
+def test_a_missing_file(run, tmp_path):
+    (run.adapter("policy") / "adapter_model.safetensors").unlink()
+    refused(run, tmp_path, "lacks adapter_model.safetensors")
+
+
+def test_a_link_is_not_followed(run, tmp_path):
+    secret = tmp_path / "secret.json"
+    secret.write_text("{}")
+    path = run.adapter("policy") / "check.json"
+    path.unlink()
+    path.symlink_to(secret)
+    refused(resealed(run), tmp_path, "check.json is a link")
+
+
+def spoil(path: Path, value: float, dtype: str = "F32"):
+    """Write `value` into the last number of a safetensors file, or one of another type."""
+    data = path.read_bytes()
+    if dtype == "F32":
+        path.write_bytes(data[:-4] + struct.pack("<f", value))
+        return
+    raw = (np.array([1.0, value], "<f4").view("<u4") >> 16).astype("<u2").tobytes()
+    if dtype == "F16":
+        raw = np.array([1.0, value], "<f2").tobytes()
+    header = json.dumps({"lora_A": {"dtype": dtype, "shape": [2], "data_offsets": [0, 4]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + raw)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 2.5])
+def test_weights_that_are_not_finite(run, tmp_path, value, dtype):
+    path = run.adapter("policy") / "adapter_model.safetensors"
+    spoil(path, value, dtype)
+    if value == 2.5:
+        staging.finite(path)
+        return
+    refused(resealed(run), tmp_path, "holds NaN or infinity")
+
+
+@pytest.mark.parametrize("keep", [4, 12, 400, -8])
+def test_weights_that_are_cut_short(run, tmp_path, keep):
+    path = run.adapter("policy") / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    refused(resealed(run), tmp_path, "no readable safetensors file")
+
+
+SECRETS = {
+    "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH": "a Hugging Face token",
+    "sk-proj-abcdef1234567890abcd": "an API key",
+    "AKIAIOSFODNN7EXAMPLE": "an AWS key",
+    "/home/alice/data/": "a path of somebody's home",
+    "/Users/alice/x": "a path of somebody's home",
+    "-----BEGIN RSA PRIVATE KEY-----": "a private key",
+}
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_a_secret_in_any_text_is_refused_and_not_shown(run, tmp_path, secret):
+    record = run
+    path = record.adapter("policy") / "check.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"note": f"x {secret} y"}))
+    (tmp_path / "staged").mkdir()
+    with pytest.raises(
+        HubError, match=f"check.json holds what looks like {SECRETS[secret]}"
+    ) as caught:
+        staging.stage_adapter(resealed(record), "policy", "acme/p", tmp_path / "staged")
+    assert secret not in str(caught.value)
+
+
+def test_a_secret_in_a_sample_is_found_on_the_card(run, tmp_path):
+    text = (run.folder / "samples.jsonl").read_text()
+    token = "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH"
+    (run.folder / "samples.jsonl").write_text(text.replace("ordinary answer", token))
+    refused(resealed(run), tmp_path, "README.md holds what looks like a Hugging Face token")
+
+
+def test_a_secret_of_the_environment_is_found(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("SOME_API_KEY", "correct-horse-battery")
+    path = run.adapter("policy") / "chat_template.jinja"
+    path.write_text(path.read_text() + "{# correct-horse-battery #}")
+    refused(resealed(run), tmp_path, "chat_template.jinja holds.*SOME_API_KEY")
+
+
+def test_ordinary_words_are_no_secrets(tmp_path):
+    words = "hf_transfer hf_hub_download risk-sk-averse task-1234567890123456 /home and /root"
+    (tmp_path / "a.txt").write_text(words)
+    staging.scan(tmp_path, ["a.txt"])
+
+
+# --- before training --------------------------------------------------------------------------
+
+
+def recipe(**sections):
+    text = yaml.safe_dump({"name": "x", "model": {"id": "acme/base"}} | sections)
+    return parse_recipe(text, "recipe.yaml")
+
+
+def test_preflight_asks_nobody_where_nothing_is_pushed(server, here):
+    assert hub.preflight(recipe()) == []
+    assert not server.requests
+
+
+def test_preflight_finds_out_and_writes_nothing(server, here):
+    assert hub.preflight(recipe(hub={"policy": "acme/p", "reward": "tester/r"})) == []
+    assert server.sent("GET", "whoami") and not writes(server)
+
+
+def test_preflight_offline_lets_training_go_on_and_says_what_is_skipped(server, here, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    [note] = hub.preflight(recipe(hub={"policy": "acme/p"}))
+    assert "not pushed: policy to acme/p" in note
+    assert not server.requests
+
+
+@pytest.mark.parametrize(
+    ("sections", "match"),
+    [
+        ({"hub": {"policy": "strangers/p"}}, "no member of strangers"),
+        ({"hub": {"policy": "p"}}, "organisation/name"),
+        ({"hub": {"policy": "acme/p"}, "model": {"id": "tiny"}}, "--base org/name"),
+        ({"hub": {"policy": "acme/p"}, "model": {"id": "/no/where"}}, "--base org/name"),
+        ({"hub": {"policy": "acme/p"}, "model": {"id": "acme/none"}}, "is not on the Hub"),
+        ({"hub": {"policy": "acme/open"}}, "public repository"),
+    ],
+)
+def test_preflight_refuses_before_hours_of_training(server, here, sections, match):
+    server.add_repo("acme/open", private=False)
+    with pytest.raises(HubError, match=match):
+        hub.preflight(recipe(**sections))
+    assert not writes(server)
+
+
+def test_preflight_without_a_token_or_with_one_that_reads(server, here, monkeypatch):
+    wanted = recipe(hub={"policy": "acme/p"})
+    server.role = "read"
+    with pytest.raises(HubError, match="only read"):
+        hub.preflight(wanted)
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(HubError, match="no token"):
+        hub.preflight(wanted)
