@@ -1,2 +1,86 @@
 # SPDX-License-Identifier: Apache-2.0
-"""InstructGPT-style RLHF on one consumer GPU, on one frozen backbone."""
+"""InstructGPT-style RLHF on one consumer GPU: SFT, reward model and PPO as LoRA on one backbone.
+
+recipe = lora_rlhf.load_recipe("recipe.yaml", ["ppo.updates=50"])
+record = lora_rlhf.run(recipe, "runs/mine")
+answers = lora_rlhf.generate("runs/mine", "What is in the box?")
+
+Nothing heavy is imported before a name is used: `import lora_rlhf` does not load torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .backbone import Backbone
+    from .config import Recipe, load_recipe
+    from .errors import LoraRlhfError
+    from .hub import push
+    from .pipeline import generate, load, run
+    from .progress import Progress
+    from .record import Record
+
+    __version__: str
+
+__all__ = [
+    "Backbone",
+    "LoraRlhfError",
+    "Recipe",
+    "Record",
+    "__version__",
+    "demo",
+    "generate",
+    "load",
+    "load_recipe",
+    "push",
+    "run",
+]
+
+_HOMES = {
+    "Backbone": "backbone",
+    "LoraRlhfError": "errors",
+    "Recipe": "config",
+    "Record": "record",
+    "generate": "pipeline",
+    "load": "pipeline",
+    "load_recipe": "config",
+    "push": "hub",
+    "run": "pipeline",
+}
+"""Public name -> the module that defines it."""
+
+
+def demo(
+    out: str | Path = "runs/demo", *, seed: int = 0, progress: Progress | None = None
+) -> Record:
+    """Run the packaged recipe: the whole pipeline on the tiny model, with no network.
+
+    Args:
+        out: The run directory.
+        seed: Of everything that draws.
+        progress: Where to report; default: nowhere.
+
+    Returns:
+        The record, as from `run`.
+    """
+    from . import config, pipeline, tiny
+
+    recipe = config.load_recipe(tiny.recipe(), [f"seed={seed}"])
+    return pipeline.run(recipe, out, progress=progress)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("lora-rlhf")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `lora-rlhf`: verbs over recipes and over runs.
+
+Results go to stdout, progress and errors to stderr. Exit codes: 0, errors.py, 130 and 143 for an
+interrupted run, 1 for the unexpected. Everything heavy is imported inside the verb that needs it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from . import shell
+from .errors import UsageError
+
+if TYPE_CHECKING:
+    from .config import Recipe
+
+_debug = False
+
+
+class _Group(TyperGroup):
+    """`--debug` counts wherever it stands, so that it can be added to the end of a command."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        end = args.index("--") if "--" in args else len(args)
+        if "--debug" in args[:end]:
+            args = ["--debug", *(a for a in args[:end] if a != "--debug"), *args[end:]]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    name="lora-rlhf",
+    cls=_Group,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,  # plain help needs no import of rich
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file, or its folder.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The --out of an earlier run.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="The run directory; default: runs/<recipe name>.")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key; may be given again."),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the resolved recipe, secrets masked, and stop.")
+]
+RepoId = Annotated[str | None, typer.Option(metavar="ORG/NAME")]
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="lora-rlhf")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"lora-rlhf {version('lora-rlhf')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and warnings.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print and stop.")
+    ] = False,
+) -> None:
+    """InstructGPT-style RLHF on one GPU: SFT, a reward model and PPO as LoRA on one backbone.
+
+    Start with `lora-rlhf demo`: the whole pipeline on a packaged model, offline, in minutes.
+    """
+    global _debug
+    _debug = debug
+
+
+def _command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a verb of a function whose errors become a message and an exit code."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def guarded(*args: Any, **kwargs: Any) -> None:
+            with shell.errors_as_text(_debug), shell.signals_raise():
+                if not _debug:
+                    shell.quieten()
+                function(*args, **kwargs)
+
+        app.command(name)(guarded)
+        return guarded
+
+    return register
+
+
+def _pipeline() -> Any:
+    """The pipeline, imported now; bars stay where something is downloaded, and only there."""
+    from huggingface_hub import utils
+    from transformers.utils import logging
+
+    from . import pipeline
+
+    if not _debug:
+        logging.disable_progress_bar()  # transformers' own, and the Hub's as well
+        utils.enable_progress_bars()  # type: ignore[attr-defined]
+    return pipeline
+
+
+# --- verbs over recipes --------------------------------------------------------------------------
+
+
+def _train(
+    path: Path, out: Path | None, overrides: list[str] | None, dry_run: bool, until: str = "card"
+) -> None:
+    from .config import dump_recipe, load_recipe
+
+    recipe = load_recipe(path, overrides)
+    if dry_run:
+        typer.echo(dump_recipe(recipe), nl=False)
+    else:
+        _run(recipe, out or Path("runs") / recipe.name, until)
+
+
+def _run(recipe: Recipe, out: Path, until: str) -> None:
+    pipeline = _pipeline()
+    from . import summary
+    from .progress import Progress
+
+    progress = Progress()
+    try:
+        record = pipeline.run(recipe, out, until=until, progress=progress)
+    finally:
+        progress.end()
+    summary.show(record)
+
+
+@_command("run")
+def _run_verb(
+    recipe: RecipePath, out: Out = None, overrides: Set = None, dry_run: DryRun = False
+) -> None:
+    """Run a whole recipe, or go on with it.
+
+    SFT, reward model, PPO, evaluation, cards. A finished stage is not run again.
+    """
+    _train(recipe, out, overrides, dry_run)
+
+
+@_command("demo")
+def _demo_verb(
+    out: Out = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Of everything that draws.")] = 0,
+    overrides: Set = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Run the packaged recipe: offline, in minutes.
+
+    The whole pipeline on the packaged tiny model, on a CPU or a GPU.
+    """
+    from . import tiny
+
+    if not overrides:  # they may name a model or data on the Hub
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    _train(tiny.recipe(), out, [f"seed={seed}", *(overrides or [])], dry_run)
+
+
+def _stage_verb(stage: str, what: str) -> None:
+    def verb(
+        recipe: RecipePath, out: Out = None, overrides: Set = None, dry_run: DryRun = False
+    ) -> None:
+        _train(recipe, out, overrides, dry_run, stage)
+
+    verb.__doc__ = f"Run a recipe until {what}."
+    _command(stage)(verb)
+
+
+_stage_verb("sft", "supervised fine-tuning is done")
+_stage_verb("reward", "the reward model is done")
+_stage_verb("ppo", "PPO is done")
+_stage_verb("evaluate", "base, SFT and policy are evaluated")
+
+
+# --- verbs over runs -----------------------------------------------------------------------------
+
+
+@_command("card")
+def _card_verb(
+    run: RunPath,
+    role: Annotated[
+        str | None,
+        typer.Option(help="Print the card of policy, reward, value or sft; write nothing."),
+    ] = None,
+) -> None:
+    """Write the cards of a run again.
+
+    From the record alone, with no network; what is missing there is named on the card.
+    """
+    from . import card
+    from .record import Record, sha256
+
+    record = Record.read(run)
+    if role is not None:
+        typer.echo(card.render(record, role), nl=False)
+        return
+    written = card.write(record)
+    if not written:
+        raise UsageError(f"{run} has no adapter yet", remedy="go on with `lora-rlhf run`")
+    if record.data["files"]:
+        for path in written:
+            record.data["files"][str(path.relative_to(record.folder))] = sha256(path)
+        record.save()
+    for path in written:
+        typer.echo(path)
+
+
+@_command("push")
+def _push_verb(
+    run: RunPath,
+    policy: RepoId = None,
+    reward: RepoId = None,
+    value: RepoId = None,
+    sft: RepoId = None,
+    base: RepoId = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Make new repositories public; default: private.")
+    ] = False,
+) -> None:
+    """Publish adapters and cards on the Hub.
+
+    With no repository named, to those of the recipe's `hub:`.
+
+    A base that exists only here (the tiny one, or a local folder) goes first, with --base.
+    """
+    from . import hub
+    from .config import load_recipe
+    from .record import Record
+
+    record = Record.read(run)
+    wanted = {"policy": policy, "reward": reward, "value": value, "sft": sft}
+    if not base and not any(wanted.values()):
+        section = load_recipe(run / "recipe.yaml").hub
+        wanted = {role: getattr(section, role) for role in wanted}
+        public = public or section.public
+        if not any(wanted.values()):
+            raise UsageError(
+                "no repository to push to",
+                expected="--policy, --reward, --value, --sft or --base, each with org/name",
+                remedy=f"lora-rlhf push {run} --policy org/name",
+            )
+    pushes = [(role, repo_id) for role, repo_id in wanted.items() if repo_id]
+    if base:
+        _say_pushed("base", hub.push_base(record, base, public=public))
+    for role, repo_id in pushes:
+        _say_pushed(role, hub.push(record, role, repo_id, public=public))
+
+
+def _say_pushed(role: str, result: dict[str, Any]) -> None:
+    seen = "private" if result["private"] else "public"
+    typer.echo(f"{role:6s} {result['url']} ({seen}, commit {result['commit']})")
+    for note in result["notes"]:
+        typer.echo(f"note: {note}", err=True)
+
+
+@_command("generate")
+def _generate_verb(
+    run: RunPath,
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="What to say to the models.")],
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Default: as in the rollouts.")
+    ] = None,
+) -> None:
+    """Answer a text: base, SFT and PPO side by side.
+
+    With the reward of each, where the run has a reward model.
+    """
+    from .record import Record
+
+    Record.read(run)  # a wrong folder is told before seconds of importing
+    pipeline = _pipeline()
+    from . import summary
+
+    summary.show_answers(
+        pipeline.generate(
+            run, text, temperature=temperature, seed=seed, max_new_tokens=max_new_tokens
+        )
+    )
+
+
+@_command("env")
+def _env_verb() -> None:
+    """Print versions and device, for bug reports.
+
+    No secret and no path is in it.
+    """
+    from . import machine
+
+    for name, found in machine.describe().items():
+        typer.echo(f"{name:16s} {found}")
