@@ -140,14 +140,14 @@ def _lineage(facts: Facts) -> str:
     items = [
         f"Base: {identity}",
         f"Base, source: {cell(facts.get('model.source', MISSING))}",
-        f"Base, revision: {code(facts.get('model.revision', MISSING))}",
-        f"Base, fingerprint of its weights: {code(facts.get('model.fingerprint', MISSING))}",
+        f"Base, revision: {code(facts.get('model.revision'))}",
+        f"Base, fingerprint of its weights: {code(facts.get('model.fingerprint'))}",
         f"Base, size: {number(get('parameters'))} parameters, {number(get('layers'))} layers of "
         f"width {number(get('hidden_size'))}",
         *(f"Base, made from: {cell(get('original'))}" for _ in [0] if get("original")),
         f"Base, licence: {cell(facts.get('model.license', MISSING))}",
-        f"Precision: {code(facts.get('model.dtype', MISSING))}; quantised: {quantised}",
-        f"Chat template: sha256 {code(facts.get('model.chat_template_sha256', MISSING))}",
+        f"Precision: {code(facts.get('model.dtype'))}; quantised: {quantised}",
+        f"Chat template: sha256 {code(facts.get('model.chat_template_sha256'))}",
         f"Padding token {number(facts.get('model.pad_id'))}, end tokens "
         f"{', '.join(number(i) for i in facts.get('model.eos_ids', [])) or MISSING}",
         f"This adapter: {training.digest(facts, facts.role)}",

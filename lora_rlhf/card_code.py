@@ -24,10 +24,10 @@ _ROWS = 16
 
 def how_to_load(facts: Facts) -> str:
     """The section with the loading code, and the check that it loaded right."""
-    text = (
-        "With plain `transformers` and `peft`; this package is not needed.\n\n"
-        f"```python\n{loading(facts)}\n```"
-    )
+    need = "`lora-rlhf` is not needed"
+    if not facts.base and is_packaged(facts):
+        need = "of `lora-rlhf`, only the base is needed that is shipped with it"
+    text = f"With plain `transformers` and `peft`; {need}.\n\n```python\n{loading(facts)}\n```"
     if check := checking(facts):
         text += (
             "\n\nTo see that it loaded right, go on with this: `check.json` holds token ids and "
@@ -55,7 +55,7 @@ def how_to_reproduce(facts: Facts) -> str:
     versions = [f"`{name}=={version}`" for name, version in facts.get("versions", {}).items()]
     place = "in this repository" if facts.published else "in the folder of the run"
     stages = [stage for stage in ("sft", "reward", *RL_STAGES) if facts.get(f"stages.{stage}")]
-    digest = code(facts.get("recipe_sha256", MISSING))
+    digest = code(facts.get("recipe_sha256"))
     items = [
         f"Seed: {number(facts.get('seed'))}; stages run: {', '.join(stages) or MISSING}",
         f"Recipe: `recipe.yaml` {place}, sha256 of the original {digest}",
@@ -70,9 +70,13 @@ def loading(facts: Facts) -> str:
     model_class = _CLASSES.get(task, _CLASSES["CAUSAL_LM"])
     four_bit = bool(facts.get("model.load_in_4bit"))
     names = sorted([model_class, "AutoTokenizer", *(["BitsAndBytesConfig"] if four_bit else [])])
-    lines = ["import torch", "from peft import PeftModel"]
-    lines.append(f"from transformers import {', '.join(names)}")
-    lines += ["", *_addresses(facts), "", "tokenizer = AutoTokenizer.from_pretrained(adapter_id)"]
+    lines = [
+        *_imports(facts, names),
+        "",
+        *_addresses(facts),
+        "",
+        "tokenizer = AutoTokenizer.from_pretrained(adapter_id)",
+    ]
     lines += _base(facts, model_class, four_bit)
     lines += ["model = PeftModel.from_pretrained(base, adapter_id).eval()", ""]
     use = {"reward": _use_reward, "value": _use_value}.get(facts.role, _use_policy)
@@ -115,8 +119,7 @@ def merging(facts: Facts) -> str:
     """Python that merges the adapter into an unquantised base and saves a whole model."""
     task = str(facts.config.get("task_type") or _TASKS.get(facts.role, "CAUSAL_LM"))
     model_class = _CLASSES.get(task, _CLASSES["CAUSAL_LM"])
-    lines = ["import torch", "from peft import PeftModel"]
-    lines += [f"from transformers import {model_class}, AutoTokenizer", "", *_addresses(facts), ""]
+    lines = [*_imports(facts, [model_class, "AutoTokenizer"]), "", *_addresses(facts), ""]
     lines += _base(facts, model_class, four_bit=False)
     lines += [
         "merged = PeftModel.from_pretrained(base, adapter_id).merge_and_unload()",
@@ -126,6 +129,13 @@ def merging(facts: Facts) -> str:
     return "\n".join(lines)
 
 
+def _imports(facts: Facts, names: list[str]) -> list[str]:
+    packaged = not facts.base and is_packaged(facts)
+    lines = ["from importlib.resources import files", ""] if packaged else []
+    lines += ["import torch", "from peft import PeftModel"]
+    return [*lines, f"from transformers import {', '.join(names)}"]
+
+
 def _addresses(facts: Facts) -> list[str]:
     adapter = 'adapter_id = "."  # the folder of this card'
     if facts.published:
@@ -133,9 +143,7 @@ def _addresses(facts: Facts) -> list[str]:
     if facts.base:
         return [f"base_id = {json.dumps(facts.base)}", adapter]
     if is_packaged(facts):
-        lines = ["from importlib.resources import files", ""]
-        lines.append('base_id = str(files("lora_rlhf") / "tiny")  # shipped with lora-rlhf')
-        return [*lines, adapter]
+        return ['base_id = str(files("lora_rlhf") / "tiny")  # shipped with lora-rlhf', adapter]
     name = _literal(str(facts.get("model.id", "base")))
     return [f"base_id = {name}  # a folder on the machine that trained: it is on no Hub", adapter]
 

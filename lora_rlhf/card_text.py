@@ -14,7 +14,7 @@ _MAX_CHARS = 400
 
 # Everything with a meaning in Markdown, HTML or a table, as an entity: renderers differ in what a
 # backslash escapes, none in entities. `@`, `://` and `www.` would become mentions and links.
-_ENTITIES = {ord(char): f"&#{ord(char)};" for char in "&<>|`*[]{}\\~$#@!\"'"}
+_ENTITIES = {ord(char): f"&#{ord(char)};" for char in "&<>|`*[]\\~$#@"}
 # Invisible, direction-changing and control characters are shown by their code, so that a text
 # cannot look like something that it is not.
 _UNSEEN = re.compile(
@@ -95,7 +95,9 @@ def paragraph(value: Any) -> str:
 
 
 def code(value: Any) -> str:
-    """An identifier as inline code."""
+    """An identifier as inline code; words where there is none."""
+    if value is None:
+        return MISSING
     return "`" + re.sub(r"[`<>|\s]+", " ", _UNSEEN.sub("", relative(str(value)))).strip() + "`"
 
 

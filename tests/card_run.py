@@ -3,6 +3,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import yaml
@@ -156,3 +157,30 @@ def write_samples(folder: Path, plain: str, worst: str) -> None:
                 if model in SCORES:
                     line["score"] = SCORES[model][i]
                 file.write(json.dumps(line) + "\n")
+
+
+def set_at(data, path, value):
+    *keys, last = path.split(".")
+    for key in keys:
+        data = data[key]
+    data[last] = value
+
+
+def change(**values):
+    """`stages__ppo__kl_last=3`: an edit of the record's data."""
+    return lambda data: [set_at(data, k.replace("__", "."), v) for k, v in values.items()]
+
+
+def section(text, title):
+    return text.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def rows(text, title):
+    """The cells of all tables of a section, line by line."""
+    lines = [line for line in section(text, title).splitlines() if line.startswith("|")]
+    return [line.removeprefix("| ").removesuffix(" |").split(" | ") for line in lines]
+
+
+def pythons(text):
+    """The Python blocks of a card."""
+    return re.findall(r"```python\n(.*?)```", text, re.S)

@@ -8,23 +8,21 @@ what is retried is tested in this process, with the clients turned to the local 
 import json
 import os
 import shutil
-import struct
 import subprocess
 import sys
 import textwrap
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
-from card_run import RECIPE, make_run
+from hub_run import make_finished
 from hub_server import HubServer, hub_env
 from huggingface_hub import constants
 
 from lora_rlhf import hub, staging
 from lora_rlhf.config import parse_recipe
-from lora_rlhf.errors import HubError, UsageError
+from lora_rlhf.errors import HubError
 from lora_rlhf.record import Record, sha256
 
 pytestmark = pytest.mark.hub
@@ -34,94 +32,11 @@ ALLOWED = {
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
     "check.json", "reward.json", "recipe.yaml", "record.json", "plots/training.png",
 }  # fmt: skip
-TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} {% endfor %}<|assistant|>"
-WORDS = "the record does not say hello how can i help you today prompt a b c d".split()
-
-
-# --- a finished run with weights --------------------------------------------------------------
-
-
-def _base(folder: Path):
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    special = ["<pad>", "</s>", "<unk>", "<|user|>", "<|assistant|>"]
-    vocabulary = {word: i for i, word in enumerate(special + WORDS)}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
-    tokenizer.chat_template = TEMPLATE
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64,
-        pad_token_id=0, eos_token_id=1, bos_token_id=None,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return tokenizer
-
-
-def _adapter(base: Path, tokenizer, role: str, folder: Path) -> None:
-    """A plain PEFT adapter with random weights, and the check.json that the run would write."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    reward = role == "reward"
-    kind = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
-    model = kind.from_pretrained(base, dtype=torch.float32, **({"num_labels": 1} if reward else {}))
-    model.config.pad_token_id = 0
-    lora = LoraConfig(
-        r=2, target_modules=["q_proj", "up_proj"], task_type="SEQ_CLS" if reward else "CAUSAL_LM",
-        modules_to_save=["score"] if reward else None,
-    )  # fmt: skip
-    model = get_peft_model(model, lora).eval()
-    torch.manual_seed({"policy": 1, "reward": 2, "sft": 3}[role])
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(0, 0.3)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    ids = torch.tensor([[0, 0, 5, 6, 7, 1], [9, 10, 11, 12, 13, 1]])
-    mask = (ids != 0).long()
-    with torch.no_grad():
-        logits = model(input_ids=ids, attention_mask=mask).logits
-    expected = {"score": logits[:, 0].tolist()}
-    if reward:
-        note = {"reward_offset": 0.25, "pad_token_id": 0, "head": "score, no bias"}
-        (folder / "reward.json").write_text(json.dumps(note))
-    else:
-        expected = {"logits_last": logits[:, -1, :8].tolist()}
-    check = {"role": role, "input_ids": ids.tolist(), "attention_mask": mask.tolist()}
-    (folder / "check.json").write_text(json.dumps(check | {"expected": expected, "atol": 1e-5}))
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """The folder of a run on a base that exists only here: `base` beside `run`."""
-    top = tmp_path_factory.mktemp("hub")
-    tokenizer = _base(top / "base")
-
-    def edit(data):
-        data["model"] |= {"id": str(top / "base"), "source": "local folder", "revision": None}
-        data["model"] |= {"pad_id": 0, "eos_ids": [1]}
-        data["stages"]["reward"]["offset"] = 0.25
-        data["data"]["prompts"]["notes"] = [f"one line of {top}/x.jsonl was empty"]
-
-    recipe = RECIPE | {"model": {"id": str(top / "base")}}
-    recipe["data"] = {"prompts": [{"path": f"{top}/private/prompts.jsonl"}]}
-    record = make_run(top / "run", edit, recipe, roles=())
-    for role in ("sft", "policy", "reward"):
-        _adapter(top / "base", tokenizer, role, record.adapter(role))
-        (record.adapter(role) / "training_args.bin").write_bytes(b"pickle")
-        (record.adapter(role) / "optimizer.pt").write_bytes(b"pickle")
-    record.seal()
-    return top / "run"
+    return make_finished(tmp_path_factory.mktemp("hub"))
 
 
 @pytest.fixture
@@ -429,140 +344,6 @@ def test_a_base_that_exists_only_here(run, server, here):
     with pytest.raises(HubError, match="--base org/name.*model.hub_id"):
         hub.push(run, "policy", "acme/p")
     assert not server.requests
-
-
-# --- staging: what may not leave --------------------------------------------------------------
-
-
-def refused(run, tmp_path, match, role="policy"):
-    (tmp_path / "staged").mkdir()
-    with pytest.raises(HubError, match=match):
-        staging.stage_adapter(run, role, "acme/p", tmp_path / "staged")
-
-
-def resealed(run):
-    run.seal()
-    return run
-
-
-def test_nothing_is_staged_of_an_unfinished_stage(run, tmp_path):
-    run.data["stages"]["ppo"]["status"] = "interrupted"
-    refused(run, tmp_path, "has not finished the stage that makes the policy")
-
-
-def test_nothing_is_staged_of_a_run_that_is_not_sealed(run, tmp_path):
-    run.data["files"] = {}
-    refused(run, tmp_path, "does not say yet")
-
-
-def test_an_unknown_role(run, tmp_path):
-    with pytest.raises(UsageError, match="one of policy"):
-        staging.stage_adapter(run, "judge", "acme/p", tmp_path)
-
-
-@pytest.mark.parametrize(
-    "name", ["adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "check.json"]
-)
-def test_a_file_that_changed_since_the_run(run, tmp_path, name):
-    path = run.adapter("policy") / name
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-    refused(run, tmp_path, f"adapters/policy/{name} is not the file")
-
-
-def test_a_recipe_that_changed_since_the_run(run, tmp_path):
-    path = run.folder / "recipe.yaml"
-    path.write_text(path.read_text() + "seed: 9\n")
-    refused(run, tmp_path, "recipe.yaml is not the file")
-
-
-def test_a_missing_file(run, tmp_path):
-    (run.adapter("policy") / "adapter_model.safetensors").unlink()
-    refused(run, tmp_path, "lacks adapter_model.safetensors")
-
-
-def test_a_link_is_not_followed(run, tmp_path):
-    secret = tmp_path / "secret.json"
-    secret.write_text("{}")
-    path = run.adapter("policy") / "check.json"
-    path.unlink()
-    path.symlink_to(secret)
-    refused(resealed(run), tmp_path, "check.json is a link")
-
-
-def spoil(path: Path, value: float, dtype: str = "F32"):
-    """Write `value` into the last number of a safetensors file, or one of another type."""
-    data = path.read_bytes()
-    if dtype == "F32":
-        path.write_bytes(data[:-4] + struct.pack("<f", value))
-        return
-    raw = (np.array([1.0, value], "<f4").view("<u4") >> 16).astype("<u2").tobytes()
-    if dtype == "F16":
-        raw = np.array([1.0, value], "<f2").tobytes()
-    header = json.dumps({"lora_A": {"dtype": dtype, "shape": [2], "data_offsets": [0, 4]}}).encode()
-    path.write_bytes(struct.pack("<Q", len(header)) + header + raw)
-
-
-@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 2.5])
-def test_weights_that_are_not_finite(run, tmp_path, value, dtype):
-    path = run.adapter("policy") / "adapter_model.safetensors"
-    spoil(path, value, dtype)
-    if value == 2.5:
-        staging.finite(path)
-        return
-    refused(resealed(run), tmp_path, "holds NaN or infinity")
-
-
-@pytest.mark.parametrize("keep", [4, 12, 400, -8])
-def test_weights_that_are_cut_short(run, tmp_path, keep):
-    path = run.adapter("policy") / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:keep])
-    refused(resealed(run), tmp_path, "no readable safetensors file")
-
-
-SECRETS = {
-    "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH": "a Hugging Face token",
-    "sk-proj-abcdef1234567890abcd": "an API key",
-    "AKIAIOSFODNN7EXAMPLE": "an AWS key",
-    "/home/alice/data/": "a path of somebody's home",
-    "/Users/alice/x": "a path of somebody's home",
-    "-----BEGIN RSA PRIVATE KEY-----": "a private key",
-}
-
-
-@pytest.mark.parametrize("secret", SECRETS)
-def test_a_secret_in_any_text_is_refused_and_not_shown(run, tmp_path, secret):
-    record = run
-    path = record.adapter("policy") / "check.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"note": f"x {secret} y"}))
-    (tmp_path / "staged").mkdir()
-    with pytest.raises(
-        HubError, match=f"check.json holds what looks like {SECRETS[secret]}"
-    ) as caught:
-        staging.stage_adapter(resealed(record), "policy", "acme/p", tmp_path / "staged")
-    assert secret not in str(caught.value)
-
-
-def test_a_secret_in_a_sample_is_found_on_the_card(run, tmp_path):
-    text = (run.folder / "samples.jsonl").read_text()
-    token = "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH"
-    (run.folder / "samples.jsonl").write_text(text.replace("ordinary answer", token))
-    refused(resealed(run), tmp_path, "README.md holds what looks like a Hugging Face token")
-
-
-def test_a_secret_of_the_environment_is_found(run, tmp_path, monkeypatch):
-    monkeypatch.setenv("SOME_API_KEY", "correct-horse-battery")
-    path = run.adapter("policy") / "chat_template.jinja"
-    path.write_text(path.read_text() + "{# correct-horse-battery #}")
-    refused(resealed(run), tmp_path, "chat_template.jinja holds.*SOME_API_KEY")
-
-
-def test_ordinary_words_are_no_secrets(tmp_path):
-    words = "hf_transfer hf_hub_download risk-sk-averse task-1234567890123456 /home and /root"
-    (tmp_path / "a.txt").write_text(words)
-    staging.scan(tmp_path, ["a.txt"])
 
 
 # --- before training --------------------------------------------------------------------------
