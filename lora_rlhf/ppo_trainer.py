@@ -9,7 +9,6 @@ takes `gradient_accumulation_steps` micro-batches and divides by their valid tok
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,14 +19,12 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 
-from . import guards, heads
+from . import guards, heads, ppo_log
 from ._trl import GRPOConfig, GRPOTrainer, split_tensor_dict
 from .backbone import Backbone
 from .config import PpoSection
 from .errors import NonFiniteError
-from .metrics import repetition
 from .objectives import (
-    explained_variance,
     gae,
     kl_estimates,
     masked_mean,
@@ -42,35 +39,6 @@ RewardFunction = Callable[..., list[float]]
 
 MAX_MEAN_RATIO = 10.0
 """A micro-batch whose mean ratio is above this moves the policy nowhere: it is left out."""
-
-METRICS = {
-    "reward/score": "mean score of the episodes, before the penalty for a missing eos",
-    "reward/score_std": "its standard deviation",
-    "reward/total": "mean sum of an episode's rewards: score, missing eos, KL penalty",
-    "kl/sequence": "KL(policy || SFT) by k1, nats per episode",
-    "kl/k1": "the same per token",
-    "kl/k3": "KL(policy || SFT) by k3, nats per token; never negative",
-    "kl/coef": "weight of the KL penalty in the reward",
-    "policy/entropy": "mean entropy of the next token, nats",
-    "policy/clip_fraction": "share of tokens at which the clip is active",
-    "policy/ratio_max": "largest ratio of new to old probability at a token",
-    "policy/ratio_start": "largest |ratio - 1| on the rollout's first micro-batch; must be near 0",
-    "policy/approx_kl": "KL between the policies before and after, by k2, nats per token",
-    "policy/skipped": "share of micro-batches left out because their mean ratio was too large",
-    "policy/grad_norm": "norm of the policy's gradient before its clip",
-    "value/loss": "clipped value loss per token",
-    "value/clip_fraction": "share of tokens at which the value clip is active",
-    "value/explained_variance": "share of the returns' variance that the values foresaw; 1 is best",
-    "value/mean": "mean value",
-    "value/grad_norm": "norm of the value's gradient before its clip",
-    "returns/mean": "mean return: what the value should have said",
-    "completions/length": "mean tokens of a completion, the eos included",
-    "completions/eos_rate": "share of completions that ended by themselves",
-    "completions/repetition": "mean share of 4-grams of tokens that the completion held before",
-}
-"""What a line of `metrics.jsonl` holds of PPO, beside the `rewards/NAME` of each reward function,
-`loss` (the policy's) and `learning_rate`. While only the value learns there is nothing of the
-policy but its gradient's norm, 0."""
 
 
 @dataclass
@@ -101,6 +69,8 @@ class PPOTrainer(GRPOTrainer):
 
     _tag_names = ["lora-rlhf", "ppo"]
     _name = "PPO"
+    optimizer: torch.optim.Optimizer | None
+    _buffered_inputs: list[dict[str, Any]] | None
 
     def __init__(
         self,
@@ -198,7 +168,9 @@ class PPOTrainer(GRPOTrainer):
             rewards_bt, out["old_values"], mask_bt, self.ppo.gamma, self.ppo.lam
         )
         out["advantages"] = whiten(advantages_bt, mask_bt)
-        self._log_rollout(out, kl.k1, kl.k3, rewards_bt)
+        ended_b = self._ended(out)
+        self._note(ppo_log.rollout(out, self._scores_b, ended_b, kl, rewards_bt))
+        self._note({"kl/coef": self.ppo.kl_coef})
         self.progress.phase("update")
         return out
 
@@ -270,29 +242,20 @@ class PPOTrainer(GRPOTrainer):
         logprobs_bt, entropy_bt = heads.completion_logprobs(
             self.backbone, ids, mask, tokens, self.temperature
         )
-        mask_bt, log = inputs["completion_mask"], self._metrics["train"]
+        mask_bt = inputs["completion_mask"]
         result = policy_loss(
             logprobs_bt, inputs["old_logprobs"], inputs["advantages"], mask_bt,
             self.epsilon_low, self.epsilon_high,
         )  # fmt: skip
-        off_bt = torch.where(mask_bt.bool(), (result.ratio_bt - 1).abs(), 0.0)
         if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
-            log["policy/ratio_start"].append(float(off_bt.max()))
-        if "ratio_at_start" not in self.identities:
-            self.identities["ratio_at_start"] = guards.ratio_is_one(
-                result.ratio_bt, mask_bt, self.backbone.causal.dtype
-            )
-            self._moved = guards.MovedOnly(self.backbone, inputs, self.temperature)
+            off = guards.ratio_is_one(result.ratio_bt, mask_bt, self.backbone.causal.dtype)
+            self._note({"policy/ratio_start": off})
+            if "ratio_at_start" not in self.identities:
+                self.identities["ratio_at_start"] = off
+                self._moved = guards.MovedOnly(self.backbone, inputs, self.temperature)
+        self._note(ppo_log.policy(result, logprobs_bt, inputs["old_logprobs"], entropy_bt, mask_bt))
         skipped = float(masked_mean(result.ratio_bt, mask_bt)) > MAX_MEAN_RATIO
-        with torch.no_grad():
-            log["policy/skipped"].append(float(skipped))
-            log["policy/entropy"].append(float(masked_mean(entropy_bt, mask_bt)))
-            log["policy/clip_fraction"].append(float(masked_mean(result.clipped_bt, mask_bt)))
-            log["policy/ratio_max"].append(
-                float(torch.where(mask_bt.bool(), result.ratio_bt, 1.0).max())
-            )
-            change = kl_estimates(logprobs_bt, inputs["old_logprobs"], mask_bt)
-            log["policy/approx_kl"].append(float(masked_mean(change.k2, mask_bt)))
+        self._note({"policy/skipped": float(skipped)})
         if skipped:
             return self._no_loss()
         return result.loss_sum / inputs["window_tokens"]
@@ -318,9 +281,10 @@ class PPOTrainer(GRPOTrainer):
                 values_bt, batch["old_values"], batch["returns"], mask_bt, self.ppo.clip_value
             )
             self.accelerator.backward(self.ppo.vf_coef * result.loss_sum / batch["window_tokens"])
-        log = self._metrics["train"]
-        log["value/loss"].append(float(result.loss_sum.detach()) / max(int(mask_bt.sum()), 1))
-        log["value/clip_fraction"].append(float(masked_mean(result.clipped_bt, mask_bt)))
+        self._note({
+            "value/loss": float(result.loss_sum.detach()) / max(int(mask_bt.sum()), 1),
+            "value/clip_fraction": float(masked_mean(result.clipped_bt, mask_bt)),
+        })  # fmt: skip
         if not warming_up and self.accelerator.sync_gradients:
             self.policy_updates += 1
         return loss
@@ -342,7 +306,7 @@ class PPOTrainer(GRPOTrainer):
                     expected="a finite number",
                     remedy="lower ppo.args.learning_rate; nothing of this stage was saved",
                 )
-            self._metrics["train"][f"{role}/grad_norm"].append(float(norms[role]))
+            self._note({f"{role}/grad_norm": float(norms[role])})
         return norms["policy"]
 
     def after_optimizer_step(self) -> None:
@@ -374,39 +338,14 @@ class PPOTrainer(GRPOTrainer):
 
     # ------------------------------------------------------------------ logging
 
-    def _log_rollout(
-        self, out: dict[str, Tensor], k1_bt: Tensor, k3_bt: Tensor, rewards_bt: Tensor
-    ) -> None:
-        mask_bt, log = out["completion_mask"], self._metrics["train"]
-        log["reward/score"].append(float(self._scores_b.mean()))
-        log["reward/score_std"].append(float(self._scores_b.std(correction=0)))
-        log["reward/total"].append(float(rewards_bt.sum(dim=1).mean()))
-        log["kl/sequence"].append(float(k1_bt.sum(dim=1).mean()))
-        log["kl/k1"].append(float(masked_mean(k1_bt, mask_bt)))
-        log["kl/k3"].append(float(masked_mean(k3_bt, mask_bt)))
-        log["kl/coef"].append(self.ppo.kl_coef)
-        log["value/explained_variance"].append(
-            explained_variance(out["old_values"], out["returns"], mask_bt)
-        )
-        log["value/mean"].append(float(masked_mean(out["old_values"], mask_bt)))
-        log["returns/mean"].append(float(masked_mean(out["returns"], mask_bt)))
-        log["completions/length"].append(float(mask_bt.sum(dim=1).float().mean()))
-        log["completions/eos_rate"].append(float(self._ended(out).float().mean()))
-        ids = [
-            row[m].tolist() for row, m in zip(out["completion_ids"], mask_bt.bool(), strict=True)
-        ]
-        shares = [share for share in repetition(ids) if share is not None]
-        log["completions/repetition"].append(sum(shares) / len(shares) if shares else math.nan)
+    def _note(self, numbers: dict[str, float]) -> None:
+        """Keep numbers for the next line of the log, which averages them."""
+        for name, number in numbers.items():
+            self._metrics["train"][name].append(number)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's averages under our names; what GRPO logs and PPO has no use for is left out."""
-        kept: dict[str, list[float]] = defaultdict(list)
-        for key, values in self._metrics["train"].items():
-            if key.startswith("rewards/") and key.endswith("/mean"):
-                kept[key.removesuffix("/mean")] = values
-            elif key in METRICS or key == "step_time":
-                kept[key] = [max(values)] if key.endswith("_max") else values
-        self._metrics["train"] = kept
+        self._metrics["train"] = defaultdict(list, ppo_log.kept(self._metrics["train"]))
         logs.pop("grad_norm", None)
         super().log(logs, start_time)
 

@@ -19,7 +19,7 @@ ORDER = [
     *("sources", "layouts", "filters", "task_words", "task_checks", "tasks", "data"),
     *("tiny", "tiny.train"),
     *("_trl", "base", "views", "backbone", "adapters", "heads", "objectives", "metrics", "guards"),
-    *("progress", "stages", "sft", "reward", "ppo_trainer", "ppo", "evaluate"),
+    *("progress", "stages", "sft", "reward", "ppo_log", "ppo_trainer", "ppo", "evaluate"),
     *("plots", "card_text", "card_facts", "card_limits", "card_training", "card_code", "card"),
     *("staging", "hub", "pipeline", "summary", "machine", "shell", "cli", "__main__"),
 ]
