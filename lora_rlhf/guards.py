@@ -174,7 +174,7 @@ def gate_reward(
         return "its score is constant: training did not reach it (learning rate, or frozen adapter)"
     if accuracy["high"] < 0.5:
         return "it prefers what people rejected: chosen and rejected may be swapped in the data"
-    if accuracy["low"] <= 0.5:
+    if not accuracy["low"] > 0.5:
         return (
             f"its held-out accuracy {accuracy['value']:.3f} [{accuracy['low']:.3f}, "
             f"{accuracy['high']:.3f}] on n={accuracy['n']} is not clearly above chance: "
