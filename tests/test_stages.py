@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A recipe's `args:` become a TRL config, or one clear error."""
+
+import dataclasses
+
+import pytest
+
+from lora_rlhf import stages
+from lora_rlhf._trl import GRPOConfig, RewardConfig, SFTConfig
+from lora_rlhf.config import DataSection, ModelSection, Recipe
+from lora_rlhf.errors import NonFiniteError, RecipeError
+from lora_rlhf.ppo_trainer import PPOConfig
+from lora_rlhf.record import Record
+
+CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "held_out": RewardConfig, "ppo": PPOConfig}
+
+
+@pytest.fixture
+def recipe():
+    return Recipe(name="little", seed=7, model=ModelSection(id="tiny"),
+                  data=DataSection(max_tokens=77))  # fmt: skip
+
+
+@pytest.fixture
+def record(tmp_path, recipe):
+    return Record.open(tmp_path / "run", recipe)
+
+
+@pytest.mark.parametrize("stage", CONFIGS)
+def test_every_stage_gets_what_the_recipe_says_and_no_surprises(stage, recipe, record):
+    merged = stages.trainer_args(recipe, record, stage, {"learning_rate": 1.0}, {})
+    config = stages.build(stage, CONFIGS[stage], merged)
+    assert config.output_dir == str(record.folder / "checkpoints" / stage)
+    assert config.seed == 7 and config.run_name == f"little-{stage}"
+    assert config.report_to == [] and not config.push_to_hub
+    assert not config.bf16 and not config.fp16 and not config.gradient_checkpointing
+    assert config.save_strategy == "no" and config.adam_epsilon == 1e-5
+    assert config.learning_rate == 1.0 and not config.logging_nan_inf_filter
+    if stage != "ppo":
+        assert config.max_length == 77
+
+
+def test_the_recipe_comes_before_the_defaults(recipe, record):
+    merged = stages.trainer_args(
+        recipe, record, "sft", {"learning_rate": 1.0, "warmup_steps": 3}, {"learning_rate": 2.0}
+    )
+    assert merged["learning_rate"] == 2.0 and merged["warmup_steps"] == 3
+
+
+def test_checkpointing_comes_from_the_model_section(record):
+    recipe = Recipe(name="little", model=ModelSection(id="tiny", gradient_checkpointing=True))
+    config = stages.build("sft", SFTConfig, stages.trainer_args(recipe, record, "sft", {}, {}))
+    assert config.gradient_checkpointing
+    assert config.gradient_checkpointing_kwargs == {"use_reentrant": False}
+
+
+@pytest.mark.parametrize("key", sorted(stages._OWNED))
+def test_a_key_with_another_home_is_refused_and_sent_there(key, recipe, record):
+    with pytest.raises(RecipeError, match=f"ppo.args.{key} is not set there") as error:
+        stages.trainer_args(recipe, record, "ppo", {}, {key: 1})
+    assert error.value.remedy == f"use {stages._OWNED[key]}"
+
+
+def test_every_home_exists(recipe):
+    """A home that is spelt like a key is one; TRL still knows the keys that are sent away."""
+    known = {f.name for config in CONFIGS.values() for f in dataclasses.fields(config)}
+    for key, home in stages._OWNED.items():
+        assert key in known or key == "fp16" or key == "bf16", key
+        section, dot, name = home.partition(".")
+        if dot:
+            assert name in type(getattr(recipe, section)).model_fields, home
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "trl", "hint"),
+    [
+        ("sft", "learning_rat", "SFTConfig", "did you mean 'learning_rate'?"),
+        ("reward", "center_rewards_coef", "RewardConfig", "center_rewards_coefficient"),
+        ("ppo", "steps_per_generations", "GRPOConfig", "did you mean 'steps_per_generation'?"),
+        ("ppo", "qqqqq", "GRPOConfig", "leave it out"),
+    ],
+)
+def test_an_unknown_key_is_one_clear_error(stage, key, trl, hint, recipe, record):
+    merged = stages.trainer_args(recipe, record, stage, {}, {key: 1})
+    with pytest.raises(RecipeError, match=rf"{stage}\.args\.{key}: TRL's {trl} has no") as error:
+        stages.build(stage, CONFIGS[stage], merged)
+    assert hint in error.value.remedy
+
+
+def test_what_trl_refuses_is_a_recipe_error(recipe, record):
+    merged = stages.trainer_args(recipe, record, "ppo", {}, {"auto_find_batch_size": True})
+    for generations in (1, 2):
+        with pytest.raises(RecipeError, match=r"ppo\.args: auto_find_batch_size"):
+            stages.build("ppo", PPOConfig, {**merged, "num_generations": generations})
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 7])
+def test_one_completion_a_prompt_fits_every_batch(batch, recipe, record):
+    """GRPO itself refuses it; the rest of its checks stay."""
+    merged = stages.trainer_args(recipe, record, "ppo", {}, {
+        "per_device_train_batch_size": batch, "steps_per_generation": 3, "num_generations": 1,
+    })  # fmt: skip
+    config = stages.build("ppo", PPOConfig, merged)
+    assert config.num_generations == 1 and config.generation_batch_size == 3 * batch
+    with pytest.raises(ValueError, match="at least 2 generations"):
+        GRPOConfig(**merged)
+    with pytest.raises(RecipeError, match="num_generations"):
+        stages.build("ppo", PPOConfig, {**merged, "num_generations": 2 * batch})
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf")])
+def test_a_loss_that_is_no_number_stops_the_stage(loss):
+    with pytest.raises(NonFiniteError, match="sft: the loss is") as error:
+        stages.check_finite("sft", loss)
+    assert "sft.args.learning_rate" in error.value.remedy
+    stages.check_finite("sft", 3.0)
