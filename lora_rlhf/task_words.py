@@ -64,7 +64,7 @@ POOLS: dict[str, tuple[str, ...]] = {
         "chess hiking pottery fishing sailing knitting cycling dancing surfing archery karate "
         "origami yoga climbing skiing juggling camping rowing".split()
     ),
-    "room": tuple(str(room) for room in range(100, 1000)),
+    "room": tuple(str(room) for room in range(101, 1000, 15)),
 }  # fmt: skip
 ATTRS = tuple(attr for attr in POOLS if attr != "name")
 PHRASES = {
