@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
@@ -131,8 +130,3 @@ class StageLog(TrainerCallback):
         step = state.global_step // self.steps_per_unit
         self.record.log(self.stage, step, metrics, clock)
         self.progress.step(step, metrics)
-
-
-def is_terminal() -> bool:
-    """Whether a person is watching."""
-    return sys.stderr.isatty()

@@ -17,7 +17,8 @@ from .record import Record
 _OWNED = {
     "output_dir": "the run directory", "seed": "seed", "report_to": "report_to",
     "bf16": "model.dtype", "fp16": "model.dtype", "beta": "ppo.kl_coef", "push_to_hub": "hub",
-    "gradient_checkpointing": "model.gradient_checkpointing", "use_cpu": "the device found",
+    "gradient_checkpointing": "model.gradient_checkpointing",
+    "activation_checkpointing": "model.gradient_checkpointing", "use_cpu": "the device found",
     "max_length": "data.max_tokens", "reward_weights": "ppo.reward",
     "resume_from_checkpoint": "--out",
     "trust_remote_code": "nothing: remote code is never run", "hub_token": "the environment",
