@@ -158,6 +158,14 @@ def stage_base(record: Record, folder: Path) -> list[str]:
             f"{source} holds no model", expected="config.json and model*.safetensors",
             remedy="save the base with save_pretrained",
         )  # fmt: skip
+    seen = record.data.get("model", {}).get("weights") or {}
+    changed = [name for name in shards if seen and seen.get(name) != sha256(source / name)]
+    if changed:  # the packaged model differs between versions, and a folder may be written anew
+        raise HubError(
+            f"{changed[0]} in {source} is not what the run was trained on",
+            expected=f"sha256 {seen.get(changed[0])}",
+            remedy="restore the base, or run again: the adapters fit no other",
+        )
     for name in (*BASE, *shards):
         if (source / name).exists():
             _regular(source / name)

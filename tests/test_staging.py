@@ -12,7 +12,7 @@ from hub_run import make_finished
 
 from lora_rlhf import staging
 from lora_rlhf.errors import HubError, UsageError
-from lora_rlhf.record import Record
+from lora_rlhf.record import Record, sha256
 
 
 @pytest.fixture(scope="module")
@@ -159,3 +159,20 @@ def test_ordinary_words_are_no_secrets(tmp_path):
     words = "hf_transfer hf_hub_download risk-sk-averse task-1234567890123456 /home and /root"
     (tmp_path / "a.txt").write_text(words)
     staging.scan(tmp_path, ["a.txt"])
+
+
+def test_a_base_that_is_not_what_the_run_was_trained_on(run, finished, tmp_path):
+    weights = finished.parent / "base" / "model.safetensors"
+    run.data["model"]["weights"] = {weights.name: sha256(weights)}
+    (tmp_path / "a").mkdir()
+    assert weights.name in staging.stage_base(run, tmp_path / "a")
+    run.data["model"]["weights"] = {weights.name: "0" * 64}
+    with pytest.raises(HubError, match="is not what the run was trained on"):
+        staging.stage_base(run, tmp_path / "a")
+
+
+def test_a_base_folder_without_a_model(run, tmp_path):
+    for identity in (str(tmp_path / "none"), str(tmp_path)):
+        run.data["model"]["id"] = identity
+        with pytest.raises(HubError, match="there is no folder|holds no model"):
+            staging.stage_base(run, tmp_path)
