@@ -93,7 +93,6 @@ def gae(
     last valid token: an episode is over there, whether it ended with eos or was cut. Source:
     1506.02438 eq. 16. Padding is 0 in both.
     """
-    mask_bt = mask_bt.to(values_bt.dtype)
     values_bt = torch.where(mask_bt.bool(), values_bt, torch.zeros_like(values_bt))
     rewards_bt = torch.where(mask_bt.bool(), rewards_bt, torch.zeros_like(rewards_bt))
     advantages_bt = torch.zeros_like(values_bt)
@@ -101,7 +100,7 @@ def gae(
     next_value_b = torch.zeros_like(running_b)
     for t in reversed(range(values_bt.shape[1])):
         delta_b = rewards_bt[:, t] + gamma * next_value_b - values_bt[:, t]
-        running_b = (delta_b + gamma * lam * running_b) * mask_bt[:, t]
+        running_b = delta_b + gamma * lam * running_b  # 0 in the padding, where delta is 0
         advantages_bt[:, t] = running_b
         next_value_b = values_bt[:, t]
     return advantages_bt, advantages_bt + values_bt
@@ -154,11 +153,8 @@ def value_loss(
 
     Source: 2403.17031 (value clipping), with the baselines' factor 1/2.
     """
-    # Masked before the squares: their gradient at padding would be 0 · NaN where padding holds NaN.
-    valid_bt, zero_bt = mask_bt.bool(), torch.zeros_like(values_bt)
-    values_bt = torch.where(valid_bt, values_bt, zero_bt)
-    old_values_bt = torch.where(valid_bt, old_values_bt, zero_bt)
-    returns_bt = torch.where(valid_bt, returns_bt, zero_bt)
+    # Masked before the squares: where padding holds NaN, its gradient would be 0 · NaN.
+    values_bt = torch.where(mask_bt.bool(), values_bt, torch.zeros_like(values_bt))
     near_bt = torch.clamp(values_bt, old_values_bt - clip_value, old_values_bt + clip_value)
     plain_bt, clipped_bt = (values_bt - returns_bt) ** 2, (near_bt - returns_bt) ** 2
     loss_sum = 0.5 * masked_sum(torch.maximum(plain_bt, clipped_bt), mask_bt)
