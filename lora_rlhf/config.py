@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The recipe: one YAML file that states a whole run; every knob has its one home here.
 
-YAML is data: no tags, no aliases, no environment variables. A key that is not in these classes is
+A key that is not in these classes is
 an error with its line and a suggestion. `args:` of a stage goes through to the TRL config of that
 stage unchanged, so those names are TRL's own.
 """
@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import RecipeError
+from .strict_yaml import Lines, parse_yaml
 
 _SECRET = re.compile(r"token|secret|password|api_key", re.IGNORECASE)
 _NOT_SECRET = re.compile(r"_?tokens?_|_tokens?$|^tokens$|tokenizer", re.IGNORECASE)
@@ -212,26 +213,6 @@ class Recipe(_Section):
     hub: HubSection = HubSection()
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which `1e-4` is a number and only true and false are booleans (YAML 1.2)."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, exp) for tag, exp in resolvers if not tag.endswith((":bool", ":float", ":timestamp"))
-    ]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d+\.\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+)$"),
-    list("-+.0123456789"),
-)
-
-Lines = dict[tuple[str | int, ...], int]
-
-
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read, check and return a recipe; `overrides` are `key.sub=value` strings (`--set`).
 
@@ -263,8 +244,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 def parse_recipe(
     text: str, name: str, overrides: list[str] | None = None, folder: Path | None = None
 ) -> Recipe:
-    """The same from text; `name` is what errors call it, `folder` what data paths are relative to."""
-    data, lines = _parse_yaml(text, name)
+    """The same from text, called `name` in errors; data paths are relative to `folder`."""
+    data, lines = parse_yaml(text, name)
     for override in overrides or []:
         _apply_override(data, lines, override)
     if folder is not None:
@@ -295,64 +276,6 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(masked(recipe), sort_keys=False, allow_unicode=True)
 
 
-def _parse_yaml(text: str, name: str) -> tuple[dict[str, Any], Lines]:
-    """Plain data and the line of every key, refusing duplicates, aliases, tags and more documents."""
-    loader = _Loader(text)
-    lines: Lines = {}
-    try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            mark = f"{name}:{event.start_mark.line + 1}"
-            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-                raise RecipeError("an alias or anchor", where=mark, expected="plain YAML data")
-            if getattr(event, "tag", None):
-                raise RecipeError(f"the tag {event.tag}", where=mark, expected="plain YAML data")
-        node = loader.get_single_node()
-        data = _construct(loader, node, name, lines, ()) if node is not None else {}
-    except yaml.YAMLError as error:
-        at = getattr(error, "problem_mark", None)
-        where = f"{name}:{at.line + 1}" if at is not None else name
-        problem = getattr(error, "problem", None) or str(error)
-        raise RecipeError(f"not valid YAML: {problem}", where=where) from None
-    except RecursionError:
-        raise RecipeError("nested too deeply", where=name, expected="a recipe") from None
-    if not isinstance(data, dict):
-        raise RecipeError(
-            f"a {type(data).__name__}", where=f"{name}:1", expected="keys such as model: and data:"
-        )
-    return data, lines
-
-
-def _construct(
-    loader: _Loader, node: yaml.Node, name: str, lines: Lines, at: tuple[str | int, ...]
-) -> Any:
-    lines.setdefault(at, node.start_mark.line + 1)
-    if isinstance(node, yaml.MappingNode):
-        out: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            line = key_node.start_mark.line + 1
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise RecipeError("a key that is not text", where=f"{name}:{line}")
-            key = str(key_node.value)
-            if key in out:
-                raise RecipeError(
-                    f"the key {key!r} is given twice (first on line {lines[(*at, key)]})",
-                    where=f"{name}:{line}",
-                    remedy="keep one of them",
-                )
-            lines[(*at, key)] = line
-            out[key] = _construct(loader, value_node, name, lines, (*at, key))
-        return out
-    if isinstance(node, yaml.SequenceNode):
-        return [
-            _construct(loader, child, name, lines, (*at, index))
-            for index, child in enumerate(node.value)
-        ]
-    try:
-        return loader.construct_object(node)
-    except (ValueError, OverflowError) as error:
-        raise RecipeError(str(error), where=f"{name}:{node.start_mark.line + 1}") from None
-
-
 def _apply_override(data: dict[str, Any], lines: Lines, override: str) -> None:
     key, sign, value = override.partition("=")
     if not sign or not key:
@@ -369,7 +292,7 @@ def _apply_override(data: dict[str, Any], lines: Lines, override: str) -> None:
         except (IndexError, TypeError, KeyError):
             reached = ".".join(map(str, parts[: index + 1]))
             raise RecipeError(f"--set {override!r}: there is no {reached}") from None
-    parsed, _ = _parse_yaml(f"value: {value}", f"--set {key}")
+    parsed, _ = parse_yaml(f"value: {value}", f"--set {key}")
     try:
         target[parts[-1] if isinstance(target, list) else str(parts[-1])] = parsed["value"]
     except (IndexError, TypeError):

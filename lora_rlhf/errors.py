@@ -34,7 +34,9 @@ class LoraRlhfError(Exception):
 
     exit_code = 1
 
-    def __init__(self, given: str, *, expected: str = "", remedy: str = "", where: str = "") -> None:
+    def __init__(
+        self, given: str, *, expected: str = "", remedy: str = "", where: str = ""
+    ) -> None:
         self.given, self.expected, self.remedy, self.where = given, expected, remedy, where
         lines = [f"{where}: {given}" if where else given]
         if expected:
@@ -61,7 +63,7 @@ class DataError(LoraRlhfError):
 
 
 class SetupError(LoraRlhfError):
-    """Something on this machine is missing or unsuitable: a package, a model, a device, disk space."""
+    """Something on this machine is missing or unsuitable: a package, a model, a device."""
 
     exit_code = 4
 

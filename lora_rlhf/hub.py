@@ -106,6 +106,11 @@ def push_base(
     return result
 
 
+def offline() -> bool:
+    """Whether the network is off by choice (HF_HUB_OFFLINE=1)."""
+    return bool(constants.is_offline_mode())
+
+
 def preflight(recipe: Recipe, token: str | None = None) -> list[str]:
     """Find out before training whether the recipe's `hub:` section can be done after it.
 
@@ -121,7 +126,7 @@ def preflight(recipe: Recipe, token: str | None = None) -> list[str]:
         return []
     again = "lora-rlhf run"
     listed = ", ".join(f"{role} to {repo}" for role, repo in wanted.items())
-    if constants.is_offline_mode():
+    if offline():
         return [f"offline (HF_HUB_OFFLINE): not pushed: {listed}; push after the run instead"]
     source = "the packaged tiny model" if recipe.model.id == "tiny" else "Hub"
     model = {"id": recipe.model.id, "hub_id": recipe.model.hub_id, "source": source}
@@ -157,7 +162,7 @@ class _Hub:
                 f"the repository id {repo_id!r}: {error}", expected="organisation/name",
                 remedy="letters, digits, - _ and . only, and one slash",
             ) from None  # fmt: skip
-        if constants.is_offline_mode():
+        if offline():
             raise HubError(
                 f"offline (HF_HUB_OFFLINE): {what} to {repo_id} is skipped",
                 remedy=f"with a network, and HF_HUB_OFFLINE unset: `{self.again}`",

@@ -30,7 +30,7 @@ def run(
     Args:
         recipe: The whole run.
         out: The run directory: new, empty, or holding a run of the same recipe.
-        until: The last stage to run: sft, reward, ppo, evaluate or card. Whatever it needs runs too.
+        until: The last stage: sft, reward, ppo, evaluate or card. Whatever it needs runs too.
         progress: Where to report; default: nowhere.
 
     Returns:
@@ -44,10 +44,9 @@ def run(
     progress = progress or Progress(quiet=True)
     record = Record.open(out, recipe)
     wanted = [s for s in STAGES[: STAGES.index(until) + 1] if not record.done(s)]
-    if until == "card" and any(
-        (recipe.hub.policy, recipe.hub.reward, recipe.hub.value, recipe.hub.sft)
-    ):
-        hub.preflight(recipe)  # before hours of training, not after them
+    if until == "card":
+        for note in hub.preflight(recipe):  # before hours of training, not after them
+            progress.say(note)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     if set(wanted) - {"card"}:
@@ -55,9 +54,28 @@ def run(
     if "card" in wanted:
         with record.stage("card"):
             plots.run(record)
-            card.write(record)
+        record.finish()
+        card.write(record)
         record.seal()
+    if until == "card":
+        _push(recipe, record, progress)
     return record
+
+
+def _push(recipe: Recipe, record: Record, progress: Progress) -> None:
+    """Push what the recipe's `hub:` names and this run has not pushed yet."""
+    done = record.data["clock"].setdefault("pushed", {})
+    for role in ("policy", "reward", "value", "sft"):
+        repo_id = getattr(recipe.hub, role)
+        if repo_id and done.get(role, {}).get("repo_id") != repo_id and not hub.offline():
+            pushed = hub.push(record, role, repo_id, public=recipe.hub.public)
+            done[role] = {"repo_id": repo_id, "commit": pushed["commit"]}
+            record.save()
+            progress.say(f"pushed {role} to {pushed['url']}")
+
+
+_OFFSET_ROWS = 256
+"""Demonstrations on which the reward's offset is fitted: its error falls with the root of it."""
 
 
 class _Work:
@@ -68,12 +86,16 @@ class _Work:
         started = time.perf_counter()
         self.backbone = Backbone.load(recipe.model, recipe.lora)
         self.tokenizer = self.backbone.tokenizer
-        record.data["model"] = self.backbone.describe()
+        self._samples: dict[int, list[list[str]]] = {}
+        # `push --base` names the base's repository in the record; going on must not forget it.
+        pushed = {k: v for k, v in record.data["model"].items() if k in ("hub_id", "hub_revision")}
+        record.data["model"] = self.backbone.describe() | {k: v for k, v in pushed.items() if v}
         record.data["clock"]["load_seconds"] = round(time.perf_counter() - started, 3)
         record.save()
 
     def run(self, wanted: list[str]) -> None:
         """Run the wanted stages and load the others that they stand on."""
+        self._check_data(wanted)
         last = max(STAGES.index(stage) for stage in wanted if stage != "card")
         for stage in STAGES[: last + 1]:
             getattr(self, f"_{stage}")(run=stage in wanted)
@@ -85,61 +107,66 @@ class _Work:
         self.record.data["data"][name] = prepared.report
         return prepared
 
-    def _demonstrations(self) -> Prepared:
-        return self._note("demonstrations", data.demonstrations(self.recipe, self.tokenizer))
+    def _check_data(self, wanted: list[str]) -> None:
+        """Read what can be read before anything is trained: a missing file must not cost hours."""
+        recipe, tokenizer = self.recipe, self.tokenizer
+        if set(wanted) & {"sft", "reward"}:
+            self.demonstrations = self._note(
+                "demonstrations", data.demonstrations(recipe, tokenizer)
+            )
+        if set(wanted) & {"ppo", "evaluate"}:
+            self.prompts = self._note("prompts", data.prompts(recipe, tokenizer))
+        if "ppo" in wanted:
+            ppo.check(recipe, self.record, self.prompts.train)
+        if "reward" in wanted and not any(s.task for s in recipe.data.comparisons):
+            self._comparisons()
 
-    def _prompts(self) -> Prepared:
-        return self._note("prompts", data.prompts(self.recipe, self.tokenizer))
+    def _comparisons(self) -> tuple[Prepared, Prepared | None] | None:
+        """Those of the reward model and of the held-out one; None where none is needed."""
+        recipe, tokenizer = self.recipe, self.tokenizer
+        if not recipe.data.comparisons and recipe.ppo.reward == "gold":
+            return None
+        if not recipe.reward.held_out_model:
+            found = data.comparisons(recipe, tokenizer, self._sample)
+            return self._note("comparisons", found), None
+        proxy = data.comparisons(recipe, tokenizer, self._sample, part="proxy")
+        other = data.comparisons(recipe, tokenizer, self._sample, part="held_out_model")
+        return self._note("comparisons", proxy), self._note("comparisons_held_out_model", other)
 
     def _sft(self, *, run: bool) -> None:
         if run:
-            sft.run(self.recipe, self.backbone, self.record, self._demonstrations(), self.progress)
+            sft.run(self.recipe, self.backbone, self.record, self.demonstrations, self.progress)
         else:
             sft.load(self.backbone, self.record)
 
     def _reward(self, *, run: bool) -> None:
-        if not self.recipe.data.comparisons and self.recipe.ppo.reward == "gold":
-            return
         if not run:
             reward.load(self.backbone, self.record)
             return
-        both = self.recipe.reward.held_out_model
-        main = self._note(
-            "comparisons",
-            data.comparisons(
-                self.recipe, self.tokenizer, self._sample, part="proxy" if both else "all"
-            ),
-        )
-        other = (
-            data.comparisons(self.recipe, self.tokenizer, self._sample, part="held_out_model")
-            if both
-            else None
-        )
-        if other is not None:
-            self._note("comparisons_held_out_model", other)
-        demonstrations = self._demonstrations().train
-        demonstrations = demonstrations.select(range(min(256, len(demonstrations))))
-        reward.run(
-            self.recipe, self.backbone, self.record, main, demonstrations, self.progress, other
-        )
+        found = self._comparisons()
+        if found is not None:
+            main, other = found
+            rows = self.demonstrations.train
+            rows = rows.select(range(min(_OFFSET_ROWS, len(rows))))
+            reward.run(self.recipe, self.backbone, self.record, main, rows, self.progress, other)
 
     def _ppo(self, *, run: bool) -> None:
         if run:
             if self.recipe.ppo.reward == "model":
                 reward.gate(self.recipe, self.record, self.progress)
-            prompts = self._prompts().train
-            ppo.run(self.recipe, self.backbone, self.record, prompts, self.progress)
+            ppo.run(self.recipe, self.backbone, self.record, self.prompts.train, self.progress)
         else:
             ppo.load(self.backbone, self.record)
 
     def _evaluate(self, *, run: bool) -> None:
         if run:
             self.progress.say("evaluate: base, sft and policy on the held-out prompts")
-            with self.record.stage("evaluate"):
-                evaluate.run(self.recipe, self.backbone, self.record, self._prompts().held_out)
+            evaluate.run(self.recipe, self.backbone, self.record, self.prompts.held_out)
 
     def _sample(self, prompts: list[Any], k: int, seed: int) -> list[list[str]]:
         """K completions of the SFT model for each prompt: what the simulated labelers rank."""
+        if seed in self._samples:  # the held-out model's half comes from the same draw
+            return self._samples[seed]
         self.progress.say(
             f"reward: {k} completions of the SFT model for each of {len(prompts)} prompts"
         )
@@ -149,7 +176,8 @@ class _Work:
             max_new_tokens=ppo.arguments(self.recipe, self.record).max_completion_length,
         )  # fmt: skip
         texts = [self.backbone.decode(a) for a in answers]
-        return [texts[i : i + k] for i in range(0, len(texts), k)]
+        self._samples[seed] = [texts[i : i + k] for i in range(0, len(texts), k)]
+        return self._samples[seed]
 
 
 def load(folder: str | Path) -> tuple[Backbone, Record]:
@@ -178,8 +206,8 @@ def generate(
     """Answers of base, SFT and policy to one prompt, with the reward of each.
 
     Returns:
-        One dict for each model that the run has: `model`, `text`, `tokens`, and `reward` where there is a
-        reward model.
+        One dict for each model that the run has: `model`, `text`, `tokens`, and `reward` where
+        there is a reward model.
     """
     backbone, record = load(folder)
     recipe = load_recipe(Path(folder) / "recipe.yaml")

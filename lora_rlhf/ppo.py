@@ -65,13 +65,7 @@ def run(
     with record.stage("ppo") as entry:
         record.restart_metrics("ppo")
         set_seed(recipe.seed)
-        args = arguments(recipe, record)
-        needed = args.generation_batch_size // args.num_generations
-        if len(prompts) < needed:
-            raise DataError(
-                f"{len(prompts)} prompts", expected=f"at least {needed}, one rollout",
-                remedy="give more prompts, or lower ppo.args.steps_per_generation",
-            )  # fmt: skip
+        args = check(recipe, record, prompts)
         start_roles(backbone, recipe)
         functions, weights = rewards(recipe, backbone, prompts)
         args.reward_weights = weights
@@ -104,6 +98,28 @@ def run(
         for role, key in (("policy", "adapter_sha256"), ("value", "value_adapter_sha256")):
             folder = adapters.save_role(backbone, role, record.adapter(role))
             entry[key] = sha256(folder / "adapter_model.safetensors")
+
+
+def check(recipe: Recipe, record: Record, prompts: Dataset) -> PPOConfig:
+    """What can be known before anything is trained; returns the arguments.
+
+    Raises:
+        RecipeError: As `arguments`.
+        DataError: Fewer prompts than one rollout takes, or no checker for a gold reward.
+    """
+    args = arguments(recipe, record)
+    needed = args.generation_batch_size // args.num_generations
+    if len(prompts) < needed:
+        raise DataError(
+            f"{len(prompts)} prompts", expected=f"at least {needed}, one rollout",
+            remedy="give more prompts, or lower ppo.args.steps_per_generation",
+        )  # fmt: skip
+    if recipe.ppo.reward == "gold" and not _checkable(prompts):
+        raise DataError(
+            "ppo.reward is gold, and these prompts have no checker",
+            expected="prompts of `task: closed-world`", remedy="set ppo.reward to model",
+        )  # fmt: skip
+    return args
 
 
 def load(backbone: Backbone, record: Record) -> None:
@@ -186,12 +202,10 @@ def rewards(
             for i, text in zip(item, texts, strict=True)
         ]
 
-    checkable = "item" in prompts.column_names and all(prompts["item"])
     if recipe.ppo.reward == "gold":
-        if not checkable:
-            raise DataError(
-                "ppo.reward is gold, and these prompts have no checker",
-                expected="prompts of `task: closed-world`", remedy="set ppo.reward to model",
-            )  # fmt: skip
         return [gold], [1.0]
-    return ([model, gold], [1.0, 0.0]) if checkable else ([model], [1.0])
+    return ([model, gold], [1.0, 0.0]) if _checkable(prompts) else ([model], [1.0])
+
+
+def _checkable(prompts: Dataset) -> bool:
+    return "item" in prompts.column_names and all(prompts["item"])

@@ -38,8 +38,8 @@ _PACKAGES = ("lora-rlhf", "torch", "transformers", "peft", "trl", "bitsandbytes"
 class Record:
     """`record.json` of one run, kept on disk after every change.
 
-    Layout: `{schema, name, seed, recipe_sha256, versions, model: {...}, lora: {...}, data: {SET: {...}},
-    stages: {STAGE: {status, ...}}, evaluation: {MODEL: {METRIC: {value, low, high, n}}},
+    Layout: `{schema, name, seed, recipe_sha256, versions, model: {...}, lora: {...},
+    data: {SET: {...}}, stages: {STAGE: {status, ...}}, evaluation: {MODEL: {METRIC: {value, low, high, n}}},
     files: {PATH: sha256}, clock: {...}}`.
     """
 
@@ -134,7 +134,7 @@ class Record:
         self.save()
 
     def restart_metrics(self, stage: str) -> None:
-        """Forget the lines that an interrupted try of `stage` logged: it starts from its beginning."""
+        """Forget what an interrupted try of `stage` logged: it starts from its beginning."""
         path = self.folder / "metrics.jsonl"
         if path.exists():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -163,6 +163,11 @@ class Record:
         """The folder of a role's adapter: sft, reward, policy or value."""
         return self.folder / "adapters" / role
 
+    def finish(self) -> None:
+        """Note that all stages are done; cards are drawn after this, from the final clock."""
+        self.data["clock"]["finished"] = _now()
+        self.save()
+
     def seal(self) -> None:
         """Note the sha256 of every file of the run that is not the record itself or a log."""
         skipped = {"record.json", "metrics.jsonl"}
@@ -171,7 +176,6 @@ class Record:
             str(p.relative_to(self.folder)): sha256(p) for p in files
             if "checkpoints" not in p.relative_to(self.folder).parts and not p.name.endswith(".png")
         }  # fmt: skip
-        self.data["clock"]["finished"] = _now()
         self.save()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import set_seed
+from transformers import PrinterCallback, set_seed
 
 from . import adapters, guards, heads
 from ._trl import RewardConfig, RewardTrainer
@@ -108,6 +108,7 @@ def _train(
                 model=backbone.views[role], args=args, train_dataset=train,
                 processing_class=backbone.tokenizer, callbacks=[StageLog(record, role, progress)],
             )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
         backbone.assert_trainable()
         progress.begin(role, int(len(trainer.get_train_dataloader()) * args.num_train_epochs))
         result = trainer.train()
@@ -126,10 +127,11 @@ def tokenize(backbone: Backbone, rows: Dataset) -> Dataset:
 
     def encode(row: dict[str, Any]) -> dict[str, Any]:
         prompt = backbone.encode_prompt(row["prompt"])
-        encoded = {
+        encoded: dict[str, Any] = {
             f"{side}_ids": prompt + backbone.encode_completion(row[side])
             for side in ("chosen", "rejected")
         }
+        encoded["length"] = max(len(ids) for ids in encoded.values())
         return encoded | ({"margin": row["margin"]} if row.get("margin") is not None else {})
 
     return Dataset.from_list([encode(row) for row in rows])
@@ -150,7 +152,7 @@ def fit_offset(backbone: Backbone, demonstrations: Dataset, role: str) -> dict[s
 
 
 def held_out_accuracy(backbone: Backbone, rows: Dataset, role: str) -> dict[str, Any]:
-    """Accuracy on held-out comparisons with its Wilson interval, calibration, and the length baseline.
+    """Accuracy on held-out comparisons with its interval, calibration and the length baseline.
 
     Equal scores count as half right; comparisons of equal length are no evidence for length.
     """
@@ -192,6 +194,6 @@ def _agreement(backbone: Backbone, rows: Dataset) -> dict[str, Any]:
             )
             for side in ("chosen", "rejected")
         ]
-        margins.append(np.subtract(*sides) > 0)
+        margins.append(np.subtract(sides[0], sides[1]) > 0)
     same = margins[0] == margins[1]
-    return wilson(float(same.sum()), len(same))
+    return dict(wilson(float(same.sum()), len(same)))

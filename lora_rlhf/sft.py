@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from datasets import Dataset
-from transformers import set_seed
+from transformers import PrinterCallback, set_seed
 
 from . import adapters
 from ._trl import SFTConfig, SFTTrainer
@@ -52,6 +52,7 @@ def run(
                     eval_dataset=held_out, processing_class=backbone.tokenizer,
                     callbacks=[StageLog(record, "sft", progress)],
                 )  # fmt: skip
+            trainer.remove_callback(PrinterCallback)
             backbone.assert_trainable()
             progress.begin(
                 "sft", int(trainer.get_train_dataloader().__len__() * args.num_train_epochs)
@@ -85,11 +86,12 @@ def load(backbone: Backbone, record: Record) -> None:
 
 
 def tokenize(backbone: Backbone, rows: Dataset) -> Dataset:
-    """Ids and labels of prompt + completion; the prompt's labels are -100."""
+    """Ids, labels (-100 on the prompt) and lengths, for grouping, of prompt + completion."""
 
     def encode(row: dict[str, Any]) -> dict[str, Any]:
         prompt = backbone.encode_prompt(row["prompt"])
         completion = backbone.encode_completion(row["completion"])
-        return {"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion}
+        ids = prompt + completion
+        return {"input_ids": ids, "labels": [-100] * len(prompt) + completion, "length": len(ids)}
 
     return Dataset.from_list([encode(row) for row in rows])
