@@ -42,6 +42,7 @@ SUPPORTED = ("1.16",)
 SEAMS: dict[type, dict[str, tuple[str, ...]]] = {
     GRPOTrainer: {
         "_generate": ("prompts",),
+        "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
         "_generate_and_score_completions": ("inputs",),
         "_prepare_inputs": ("generation_batch",),
         "_compute_loss": ("model", "inputs"),

@@ -146,6 +146,9 @@ class Backbone(BaseModel):
                 parameter.copy_(values[name])
             elif "lora_" in name:
                 raise AdapterError(f"{source} has no {name} to start {target} from")
+        if TaskType.CAUSAL_LM not in (_TASKS[source], _TASKS[target]):
+            # By role, not by name: GPT-2's token head is a "classifier", its other one a "score".
+            self.head(target).weight.copy_(self.head(source).weight)
         if source in self.reward_offset:
             if target == "value":
                 self.head(target).bias.fill_(self.reward_offset[source])
@@ -161,11 +164,7 @@ class Backbone(BaseModel):
 
     def drop_role(self, role: str) -> None:
         """Forget a role's adapter and head, freeing their memory."""
-        view, adapter = self.views.pop(role), ADAPTERS[role]
-        view.delete_adapter(adapter)
-        if view.peft_config:
-            # The view lives on for its other role; PEFT looks its configuration up by this name.
-            view.active_adapter = view.base_model.active_adapter = next(iter(view.peft_config))
+        _forget(self.views.pop(role), ADAPTERS[role])
         if role == "value" and self.has("policy"):
             del self.views["policy"].value_head
         self.reward_offset.pop(role, None)
@@ -216,9 +215,13 @@ class Backbone(BaseModel):
         """A stage that trains exactly these roles; the first one is active.
 
         Declares `requires_grad` once, and cleans up what trainers leave behind: patched forwards,
-        gradient checkpointing and its input hooks, training mode, gradients.
+        gradient checkpointing and its input hooks, a cache turned off, clones of the policy's
+        adapter, training mode, gradients.
         """
         forward = self.causal.__dict__.get("forward")
+        config, use_cache = self.causal.config, getattr(self.causal.config, "use_cache", None)
+        embedding = self.causal.get_input_embeddings()
+        hooks = set(embedding._forward_hooks)
         self._trainable = frozenset(roles)
         self._apply_trainable()
         try:
@@ -230,13 +233,19 @@ class Backbone(BaseModel):
             self.causal.__dict__.pop("forward", None)
             if forward is not None:
                 self.causal.__dict__["forward"] = forward
+            if use_cache is not None:
+                config.use_cache = use_cache
             for view in {id(v): v for v in self.views.values()}.values():
                 base = view.get_base_model()
                 base.activation_checkpointing_disable()
-                with contextlib.suppress(AttributeError):
-                    base.disable_input_require_grads()
+                base.disable_input_require_grads()
                 view.zero_grad(set_to_none=True)
                 view.eval()
+                for foreign in view.peft_config.keys() - ADAPTERS.values():
+                    _forget(view, foreign)  # TRL's clone of the policy, "ref"
+            # TRL and Trainer each hook the embedding; transformers remembers the last hook only.
+            for key in set(embedding._forward_hooks) - hooks:
+                del embedding._forward_hooks[key]
 
     @contextlib.contextmanager
     def float32_kept(self) -> Iterator[None]:
@@ -359,6 +368,13 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
+
+
+def _forget(view: PeftModel, adapter: str) -> None:
+    view.delete_adapter(adapter)
+    if view.peft_config:
+        # The view lives on for its other role; PEFT looks its configuration up by this name.
+        view.active_adapter = view.base_model.active_adapter = next(iter(view.peft_config))
 
 
 def _tensors(parameter: nn.Parameter) -> list[torch.Tensor]:

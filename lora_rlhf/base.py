@@ -252,12 +252,12 @@ def _distinct_pad(tokenizer: PreTrainedTokenizerBase, causal: PreTrainedModel) -
         or tokenizer.pad_token_id in eos
         or tokenizer.pad_token_id >= rows
     ):
-        template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
         reserved = [
             t.content for _, t in sorted(tokenizer.added_tokens_decoder.items()) if t.special
         ]
         vocabulary = tokenizer.get_vocab()
         taken = {tokenizer.bos_token, tokenizer.eos_token}
+        template = _template_text(tokenizer)
         free = [
             name for name in [*(n for n in _PAD_NAMES if n in vocabulary), *reserved]
             if name not in taken and name not in template
@@ -272,6 +272,14 @@ def _distinct_pad(tokenizer: PreTrainedTokenizerBase, causal: PreTrainedModel) -
         tokenizer.pad_token = free[0]
     causal.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     causal.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def _template_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template and what it makes of a chat: some put markers together from the roles."""
+    if not isinstance(tokenizer.chat_template, str):
+        return ""
+    chat = [{"role": role, "content": ""} for role in ("user", "assistant")]
+    return tokenizer.chat_template + str(tokenizer.apply_chat_template(chat, tokenize=False))
 
 
 def decoder_layers(causal: PreTrainedModel) -> nn.ModuleList:
@@ -310,7 +318,8 @@ def fingerprint(causal: PreTrainedModel) -> str:
         if "lora_" in name or "value_head" in name:
             continue
         flat = tensor.detach().reshape(-1)
-        step = max(1, flat.numel() // 4096)
+        # Odd, or a matrix with 4096 columns would be judged by one of them.
+        step = max(1, flat.numel() // 4096) | 1
         sample = flat[::step].float() if flat.is_floating_point() else flat[::step]
         digest.update(f"{name.replace('.base_layer', '')} {tuple(tensor.shape)}".encode())
         digest.update(sample.cpu().numpy().tobytes())
