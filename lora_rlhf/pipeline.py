@@ -64,12 +64,13 @@ def run(
 
 def _push(recipe: Recipe, record: Record, progress: Progress) -> None:
     """Push what the recipe's `hub:` names and this run has not pushed yet."""
-    done = record.data["clock"].setdefault("pushed", {})
     for role in ("policy", "reward", "value", "sft"):
         repo_id = getattr(recipe.hub, role)
+        done = record.data["clock"].get("pushed", {})
         if repo_id and done.get(role, {}).get("repo_id") != repo_id and not hub.offline():
             pushed = hub.push(record, role, repo_id, public=recipe.hub.public)
-            done[role] = {"repo_id": repo_id, "commit": pushed["commit"]}
+            entry = {role: {"repo_id": repo_id, "commit": pushed["commit"]}}
+            record.data["clock"]["pushed"] = done | entry
             record.save()
             progress.say(f"pushed {role} to {pushed['url']}")
 
