@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lora_rlhf"
 
 ORDER = [
-    *("errors", "config", "record"),
+    *("errors", "strict_yaml", "config", "record"),
     *("sources", "layouts", "filters", "task_words", "task_checks", "tasks", "data"),
     *("tiny", "tiny.train"),
     *("_trl", "base", "views", "backbone", "adapters", "heads", "objectives", "metrics", "guards"),

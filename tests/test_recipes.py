@@ -55,3 +55,11 @@ def test_the_smollm2_recipe_runs_at_reduced_size(tmp_path: Path, real_data: Path
     assert record.data["model"]["load_in_4bit"]
     assert record.data["stages"]["ppo"]["identities"]["kl_at_start"] == 0
     assert "held_out_reward" in record.data["evaluation"]["policy"]
+
+
+def test_every_logged_metric_of_ppo_is_explained():
+    from lora_rlhf.ppo_log import METRICS
+
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    missing = [name for name in METRICS if f"`{name}`" not in page]
+    assert len(METRICS) > 15 and not missing

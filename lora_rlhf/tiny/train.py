@@ -266,6 +266,16 @@ def export(
             os.replace(file, out / file.name)
 
 
+def weighted_loss(
+    logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Next-token cross-entropy, each token with its weight; (B, L, V), (B, L), (B, L) -> ()."""
+    losses = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+    )
+    return (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
+
+
 def train(
     settings: Settings, out: Path, export_every: float = 240.0, fuse: bool = True
 ) -> dict[str, Any]:
@@ -301,11 +311,7 @@ def train(
         progress = step / settings.steps
         rate = min(step / settings.warmup, 0.05 + 0.475 * (1 + math.cos(math.pi * progress)))
         optimizer.param_groups[0]["lr"] = settings.learning_rate * rate
-        logits = forward(input_ids=ids).logits[:, :-1]
-        losses = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
-        )
-        loss = (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
+        loss = weighted_loss(forward(input_ids=ids).logits, ids, weights)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
