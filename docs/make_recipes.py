@@ -24,8 +24,8 @@ A recipe is one YAML file that states a whole run. This page is written by `make
 - `args:` of a stage goes through to TRL's config of that stage (`SFTConfig`, `RewardConfig`,
   `GRPOConfig`), so those names are TRL's. Keys that have their home elsewhere in the recipe
   (`seed`, `bf16`, `beta`, `output_dir`, ...) are refused there, with the place to set them.
-- A run that is continued must have the same recipe, apart from `card`, `hub`, `report_to`, `threads`
-  and `reward.gate`.
+- A run that is continued may change `card`, `hub`, `report_to`, `threads`, `reward.gate`, and whatever only
+  stages to come read: `ppo` until PPO is done, say. Other changes are refused with a table.
 """
 
 

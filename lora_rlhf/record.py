@@ -24,12 +24,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .config import Recipe, dump_recipe
+from .config import Recipe, dump_recipe, parse_recipe
 from .errors import SetupError, UsageError
 
 STAGES = ("sft", "reward", "ppo", "evaluate", "card")
 _FREE = ("card", "hub", "report_to", "threads", "reward.gate")
 """Recipe keys that may differ when a run is continued: none of them changes what is trained."""
+
+_SAMPLING = ("ppo.args.max_completion_length", "evaluate.batch_size")
+"""Keys that the reward stage reads too, when the SFT model's completions are ranked."""
 
 _PACKAGES = ("lora-rlhf", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate",
              "datasets", "huggingface_hub")  # fmt: skip
@@ -39,8 +42,8 @@ class Record:
     """`record.json` of one run, kept on disk after every change.
 
     Layout: `{schema, name, seed, recipe_sha256, versions, model: {...}, lora: {...},
-    data: {SET: {...}}, stages: {STAGE: {status, ...}}, evaluation: {MODEL: {METRIC: {value, low, high, n}}},
-    files: {PATH: sha256}, clock: {...}}`.
+    data: {SET: {...}}, stages: {STAGE: {status, ...}},
+    evaluation: {MODEL: {METRIC: {value, low, high, n}}}, files: {PATH: sha256}, clock: {...}}`.
     """
 
     def __init__(self, folder: str | Path, data: dict[str, Any]) -> None:
@@ -60,13 +63,8 @@ class Record:
         digest = _identity(recipe)
         if (folder / "record.json").exists():
             record = cls.read(folder)
-            if record.data["recipe_sha256"] != digest:
-                raise UsageError(
-                    f"{folder} holds a run of another recipe",
-                    expected="the recipe and --set values that this run was started with; only "
-                    + ", ".join(_FREE) + " may change",
-                    remedy=f"give another --out, or compare with {folder / 'recipe.yaml'}",
-                )  # fmt: skip
+            record._accept(recipe)
+            record.data["recipe_sha256"] = digest
             (folder / "recipe.yaml").write_text(text, encoding="utf-8")
             return record
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -90,6 +88,30 @@ class Record:
         })  # fmt: skip
         record.save()
         return record
+
+    def _accept(self, recipe: Recipe) -> None:
+        """Go on only with a recipe under which every finished stage would have been the same.
+
+        Raises:
+            UsageError: With a table of the keys that differ and are no longer free to change.
+        """
+        path = self.folder / "recipe.yaml"
+        before = _flat(
+            parse_recipe(path.read_text(encoding="utf-8"), str(path)).model_dump(mode="json")
+        )
+        now = _flat(recipe.model_dump(mode="json"))
+        wrong = [
+            f"  {key}: {before.get(key)!r} -> {now.get(key)!r} (read by {stage}, which is done)"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+            and (stage := _first_reader(key)) and self.done(stage)
+        ]  # fmt: skip
+        if wrong:
+            raise UsageError(
+                f"{self.folder} holds a run of another recipe:\n" + "\n".join(wrong),
+                expected="a change only of what stages to come read, or of " + ", ".join(_FREE),
+                remedy="give another --out",
+            )
 
     @classmethod
     def read(cls, folder: str | Path) -> Record:
@@ -181,11 +203,28 @@ class Record:
 
 def _identity(recipe: Recipe) -> str:
     """sha256 of what decides a run's result: the recipe without the keys that may change."""
-    data = recipe.model_dump(mode="json")
-    for key in _FREE:
-        section, _, name = key.partition(".")
-        (data[section] if name else data).pop(name or section, None)
+    data = {k: v for k, v in _flat(recipe.model_dump(mode="json")).items() if _first_reader(k)}
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def _first_reader(key: str) -> str | None:
+    """The first stage whose result depends on a recipe key; None: no stage's does."""
+    if any(key == free or key.startswith(free + ".") for free in _FREE):
+        return None
+    if key in _SAMPLING:
+        return "reward"
+    section = key.split(".")[0]
+    return section if section in STAGES else "sft"
+
+
+def _flat(data: Any, at: str = "") -> dict[str, Any]:
+    """Nested dicts and lists as one dict with dotted keys; what is empty stays a value."""
+    if not data or not isinstance(data, dict | list):
+        return {at: data}
+    items = data.items() if isinstance(data, dict) else enumerate(data)
+    return {
+        k: v for key, x in items for k, v in _flat(x, f"{at}.{key}" if at else str(key)).items()
+    }
 
 
 def versions() -> dict[str, str]:

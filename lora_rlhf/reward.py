@@ -46,15 +46,17 @@ def run(
     """
     with record.stage("reward") as entry:
         record.restart_metrics("reward")
-        entry |= _train(recipe, backbone, record, data, demonstrations, progress, "reward")
+        found, margins = _train(recipe, backbone, record, data, demonstrations, progress, "reward")
+        entry |= found
         if held_out_data is not None:
             record.restart_metrics("held_out")
-            other = _train(
+            other, other_margins = _train(
                 recipe, backbone, record, held_out_data, demonstrations, progress, "held_out"
             )
+            same = (margins > 0) == (other_margins > 0)
             entry |= {"held_out_accuracy": other["accuracy"], "held_out_offset": other["offset"],
                       "held_out_adapter_sha256": other["adapter_sha256"],
-                      "agreement_with_held_out": _agreement(backbone, data.held_out)}  # fmt: skip
+                      "agreement_with_held_out": wilson(float(same.sum()), len(same))}  # fmt: skip
         reason = guards.gate_reward(
             entry["accuracy"], entry["score_std"], entry["accuracy_length_baseline"]
         )
@@ -94,7 +96,7 @@ def _train(
     demonstrations: Dataset,
     progress: Progress,
     role: str,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], np.ndarray]:
     # The second model must differ in more than its data, or it would share the first one's luck.
     seed = recipe.seed + (1 if role == "held_out" else 0)
     set_seed(seed)
@@ -116,10 +118,11 @@ def _train(
     progress.end()
     entry = {"steps": result.global_step, "train_loss": result.training_loss}
     entry |= fit_offset(backbone, demonstrations, role)
-    entry |= held_out_accuracy(backbone, data.held_out, role)
+    accuracy, margins = held_out_accuracy(backbone, data.held_out, role)
+    entry |= accuracy
     folder = adapters.save_role(backbone, role, record.adapter(role))
     entry["adapter_sha256"] = sha256(folder / "adapter_model.safetensors")
-    return entry
+    return entry, margins
 
 
 def tokenize(backbone: Backbone, rows: Dataset) -> Dataset:
@@ -151,10 +154,15 @@ def fit_offset(backbone: Backbone, demonstrations: Dataset, role: str) -> dict[s
     return {"offset": -mean, "offset_from": len(episodes)}
 
 
-def held_out_accuracy(backbone: Backbone, rows: Dataset, role: str) -> dict[str, Any]:
+def held_out_accuracy(
+    backbone: Backbone, rows: Dataset, role: str
+) -> tuple[dict[str, Any], np.ndarray]:
     """Accuracy on held-out comparisons with its interval, calibration and the length baseline.
 
     Equal scores count as half right; comparisons of equal length are no evidence for length.
+
+    Returns:
+        What the record keeps, and each comparison's margin, chosen minus rejected, shape (n,).
     """
     sides = {}
     lengths = {}
@@ -176,24 +184,4 @@ def held_out_accuracy(backbone: Backbone, rows: Dataset, role: str) -> dict[str,
         "score_std": float(np.concatenate(list(sides.values())).std()),
         "mean_margin": float(margin.mean()),
         "calibration": calibration(margin),
-    }
-
-
-def _agreement(backbone: Backbone, rows: Dataset) -> dict[str, Any]:
-    """Share of held-out comparisons on which the two reward models prefer the same side."""
-    margins = []
-    for role in ("reward", "held_out"):
-        sides = [
-            heads.scores(
-                backbone,
-                [
-                    (backbone.encode_prompt(r["prompt"]), backbone.encode_completion(r[side]))
-                    for r in rows
-                ],
-                role,
-            )
-            for side in ("chosen", "rejected")
-        ]
-        margins.append(np.subtract(sides[0], sides[1]) > 0)
-    same = margins[0] == margins[1]
-    return dict(wilson(float(same.sum()), len(same)))
+    }, margin
