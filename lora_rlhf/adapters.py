@@ -55,6 +55,9 @@ def save_role(backbone: Backbone, role: str, folder: str | Path) -> Path:
     temporary.mkdir(parents=True)
     save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
     config = backbone.views[role].peft_config[ADAPTERS[role]]
+    if backbone.model_section.hub_id:
+        # PEFT has put the local folder there; the name is what others can load.
+        config.base_model_name_or_path = backbone.model_section.hub_id
     inference, config.inference_mode = config.inference_mode, True
     config.save_pretrained(str(temporary))
     config.inference_mode = inference

@@ -286,6 +286,8 @@ def test_signals(name, times, code, recipe, tmp_path):
     """The first one lets stages clean up; a second one, while they do, ends the process at once."""
     script = f"""
         import os, signal, sys, types
+        # A job in the background of a shell starts with SIGINT ignored, and the CLI respects that.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         from lora_rlhf import cli
         progress = types.ModuleType("lora_rlhf.progress")
         progress.Progress = lambda: types.SimpleNamespace(end=lambda: None)
