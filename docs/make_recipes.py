@@ -15,7 +15,7 @@ INTRO = """# Recipes
 A recipe is one YAML file that states a whole run. This page is written by `make docs` from
 `lora_rlhf/config.py`, where every key has its one home.
 
-- Unknown or misspelt keys, duplicates, wrong types and impossible values are refused with file, line
+- Unknown or misspelt keys, duplicates, wrong types, impossible values are refused with file, line
   and a suggestion, before anything is loaded.
 - YAML is data: no tags, no aliases, no environment variables. `1e-4` is a number; only `true` and
   `false` are booleans.
@@ -24,8 +24,8 @@ A recipe is one YAML file that states a whole run. This page is written by `make
 - `args:` of a stage goes through to TRL's config of that stage (`SFTConfig`, `RewardConfig`,
   `GRPOConfig`), so those names are TRL's. Keys that have their home elsewhere in the recipe
   (`seed`, `bf16`, `beta`, `output_dir`, ...) are refused there, with the place to set them.
-- A run that is continued may change `card`, `hub`, `report_to`, `threads`, `reward.gate`, and whatever only
-  stages to come read: `ppo` until PPO is done, say. Other changes are refused with a table.
+- A run that is continued may change `card`, `hub`, `report_to`, `threads`, `reward.gate`, and
+  whatever only stages to come read: `ppo` until PPO is done, say. Other changes are refused.
 """
 
 
@@ -46,7 +46,11 @@ def table(model: type[BaseModel]) -> list[str]:
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             continue
-        default = "required" if field.is_required() else f"`{field.get_default(call_default_factory=True)}`"
+        default = (
+            "required"
+            if field.is_required()
+            else f"`{field.get_default(call_default_factory=True)}`"
+        )
         kind = type_name(field.annotation).replace("|", "\\|")
         lines.append(f"| `{name}` | {kind} | {default} | {field.description} |")
     return lines

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every error a user can cause, as one class each: what was given, what was expected, what to do.
 
-    LoraRlhfError                 exit code 1
-    ├── UsageError                exit code 2
-    │   └── RecipeError
-    ├── DataError                 exit code 3
-    ├── SetupError                exit code 4
-    │   ├── BaseModelError
-    │   ├── TokenizerError
-    │   ├── AdapterError
-    │   └── HubError
-    └── DivergedError             exit code 5
-        ├── IdentityError
-        ├── GateError
-        └── NonFiniteError
+LoraRlhfError                 exit code 1
+├── UsageError                exit code 2
+│   └── RecipeError
+├── DataError                 exit code 3
+├── SetupError                exit code 4
+│   ├── BaseModelError
+│   ├── TokenizerError
+│   ├── AdapterError
+│   └── HubError
+└── DivergedError             exit code 5
+    ├── IdentityError
+    ├── GateError
+    └── NonFiniteError
 """
 
 from __future__ import annotations

@@ -279,9 +279,7 @@ def demonstrations(n: int, seed: int, flawed_share: float = 0.15) -> list[dict[s
     rows = []
     for item in items(n, seed, "demonstrations"):
         write = flawed if rng.random() < flawed_share else good
-        rows.append(
-            {"prompt": item.prompt, "completion": write(item, rng), "item": item.to_dict()}
-        )
+        rows.append({"prompt": item.prompt, "completion": write(item, rng), "item": item.to_dict()})
     return rows
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The run directory: continued only where finished stages would be the same; whole or not at all."""
+"""The run directory: continued only where finished stages would have been the same."""
 
 import json
 from pathlib import Path

@@ -266,9 +266,7 @@ def export(
             os.replace(file, out / file.name)
 
 
-def weighted_loss(
-    logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
+def weighted_loss(logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Next-token cross-entropy, each token with its weight; (B, L, V), (B, L), (B, L) -> ()."""
     losses = torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"

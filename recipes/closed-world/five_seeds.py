@@ -51,7 +51,9 @@ def main() -> None:
         rows.append(one(args.reward, seed, args.out, args.more))
         (args.out / "seeds.json").write_text(json.dumps(rows, indent=1) + "\n")
         show = {k: rows[-1][k] for k in METRICS if rows[-1][k]}
-        print(seed, {k: [round(v[x], 3) for x in ("value", "low", "high")] for k, v in show.items()})
+        print(
+            seed, {k: [round(v[x], 3) for x in ("value", "low", "high")] for k, v in show.items()}
+        )
     better = sum(row["gold_reward_minus_sft"]["low"] > 0 for row in rows)
     wins = sum(row["win_rate"]["low"] > 0.5 for row in rows)
     print(f"gold reward above SFT on {better} of {len(rows)} seeds, win rate above 50 % on {wins}")
