@@ -215,13 +215,16 @@ class Backbone(BaseModel):
         """A stage that trains exactly these roles; the first one is active.
 
         Declares `requires_grad` once, and cleans up what trainers leave behind: patched forwards,
-        gradient checkpointing and its input hooks, a cache turned off, clones of the policy's
-        adapter, training mode, gradients.
+        gradient checkpointing, a cache turned off, clones of the policy's adapter, training mode,
+        gradients. The embedding is never made to require gradients.
         """
         forward = self.causal.__dict__.get("forward")
         config, use_cache = self.causal.config, getattr(self.causal.config, "use_cache", None)
-        embedding = self.causal.get_input_embeddings()
-        hooks = set(embedding._forward_hooks)
+        bases = [v.get_base_model() for v in {id(v): v for v in self.views.values()}.values()]
+        for base in bases:
+            # TRL, Trainer and each rollout would hook the embedding, so that backward runs through
+            # the frozen layers below the adapters. Only reentrant checkpointing needs that.
+            base.__dict__["enable_input_require_grads"] = lambda: None
         self._trainable = frozenset(roles)
         self._apply_trainable()
         try:
@@ -238,14 +241,12 @@ class Backbone(BaseModel):
             for view in {id(v): v for v in self.views.values()}.values():
                 base = view.get_base_model()
                 base.activation_checkpointing_disable()
-                base.disable_input_require_grads()
                 view.zero_grad(set_to_none=True)
                 view.eval()
                 for foreign in view.peft_config.keys() - ADAPTERS.values():
                     _forget(view, foreign)  # TRL's clone of the policy, "ref"
-            # TRL and Trainer each hook the embedding; transformers remembers the last hook only.
-            for key in set(embedding._forward_hooks) - hooks:
-                del embedding._forward_hooks[key]
+            for base in bases:
+                del base.__dict__["enable_input_require_grads"]
 
     @contextlib.contextmanager
     def float32_kept(self) -> Iterator[None]:

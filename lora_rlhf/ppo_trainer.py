@@ -97,10 +97,6 @@ class PPOTrainer(GRPOTrainer):
                 processing_class=backbone.tokenizer,
                 callbacks=callbacks,
             )
-        if args.gradient_checkpointing:
-            # TRL makes the embeddings require gradients, for reentrant checkpointing; without the
-            # hook, backward stops at the lowest adapted layer.
-            self.model.get_base_model().disable_input_require_grads()
         self.remove_callback(PrinterCallback)
         self.add_callback(_AfterStep(self))
 

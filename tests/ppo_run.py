@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Little PPO runs on tiny random models, for the tests of the trainer, its guards and its stage."""
 
+import contextlib
+
 import torch
 from datasets import Dataset
 from small import backbone
@@ -62,14 +64,15 @@ class Run:
         )
         progress = Progress(quiet=True)
         log = StageLog(self.record, "ppo", progress, steps_per_unit=per_update)
-        with self.backbone.training("policy", "value"):
-            self.trainer = trainer(
-                self.backbone, config, self.recipe.ppo, list(rewards), prompts(n), progress,
-                callbacks=[log, *callbacks],
-            )  # fmt: skip
+        self.stage = contextlib.ExitStack()
+        self.stage.enter_context(self.backbone.training("policy", "value"))
+        self.trainer = trainer(
+            self.backbone, config, self.recipe.ppo, list(rewards), prompts(n), progress,
+            callbacks=[log, *callbacks],
+        )  # fmt: skip
 
     def go(self):
-        with self.backbone.training("policy", "value"):
+        with self.stage:
             self.trainer.train()
         return self
 
