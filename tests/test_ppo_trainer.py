@@ -249,7 +249,7 @@ def test_micro_batches_carry_their_own_rows(tmp_path):
                 assert torch.equal(batch[key][i, :n], rollout[key][rows[episode], :n]), key
 
 
-@pytest.mark.parametrize("batch", [1, 3, 5])
+@pytest.mark.parametrize("batch", [1, 3])
 def test_odd_batches_with_one_completion_a_prompt(tmp_path, batch):
     args = {"per_device_train_batch_size": batch, "steps_per_generation": 1}
     run = Run(tmp_path / "r", args, updates=2, trainer=Collect).go()
@@ -391,7 +391,7 @@ def test_a_role_that_the_optimizer_misses_stops_the_run(tmp_path, monkeypatch, g
         run.go()
 
 
-@pytest.mark.parametrize("role", ["reference", "reward", None])
+@pytest.mark.parametrize("role", ["reward", None])
 def test_a_frozen_role_that_moves_stops_the_run(tmp_path, role):
     run = Run(tmp_path / "r")
     parameter = (
