@@ -143,9 +143,13 @@ def test_a_copy_computes_the_same_and_is_no_alias(kind):
     assert torch.equal(outputs(backbone, "policy"), outputs(backbone, "reference"))
 
 
-def test_a_value_starts_as_the_reward_with_its_offset_as_bias():
-    """So that the value of the last state is the reward that PPO sees, from the first update on."""
-    backbone = small.backbone("llama", "reward")
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "opt"])
+def test_a_value_starts_as_the_reward_with_its_offset_as_bias(name):
+    """So that the value of the last state is the reward that PPO sees, from the first update on.
+
+    Heads are called `score` here and `classifier` there.
+    """
+    backbone = small.backbone(name, "reward")
     backbone.reward_offset["reward"] = 0.75
     backbone.add_role("value", copy_from="reward")
     scores = heads.scores(backbone, EPISODES)
