@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import small
@@ -289,6 +291,12 @@ def write(path, changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+@pytest.fixture(scope="module")
+def untouched():
+    """Without the role, and with it: a failed load must leave both as they are."""
+    return {True: small.backbone(), False: small.backbone("llama", "reward")}
+
+
 @pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.parametrize(
     ("damage", "message"),
@@ -308,11 +316,13 @@ def write(path, changes):
         (garbled, "check.json cannot be read"),
     ],
 )
-def test_a_folder_that_does_not_fit_is_one_clear_error(saved, tmp_path, damage, message, fresh):
+def test_a_folder_that_does_not_fit_is_one_clear_error(
+    saved, untouched, tmp_path, damage, message, fresh
+):
     """And the role is as it was: neither half loaded nor there when it was not."""
-    folder = save_role(saved[0], "reward", tmp_path / "reward")
+    folder = Path(shutil.copytree(saved[1]["reward"], tmp_path / "reward"))
     damage(folder)
-    backbone = small.backbone("llama", *([] if fresh else ["reward"]))
+    backbone = untouched[fresh]
     before = None if fresh else backbone.state_hash("reward")
     with pytest.raises(AdapterError, match=message):
         load_role(backbone, "reward", folder)

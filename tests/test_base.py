@@ -262,6 +262,15 @@ def test_the_fingerprint_knows_the_base_and_only_the_base():
     assert fingerprint(backbone.causal) != before
 
 
+def test_the_fingerprint_samples_every_column():
+    """A step that divides the row's length would judge a large matrix by a few of its columns."""
+    matrix = nn.Linear(4096, 64, bias=False)
+    before = fingerprint(matrix)
+    with torch.no_grad():
+        matrix.weight[:, 3] += 1
+    assert fingerprint(matrix) != before
+
+
 # --------------------------------------------------------------------- dtypes
 
 
