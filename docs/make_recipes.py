@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write docs/recipes.md from the classes in lora_rlhf/config.py: `python docs/make_recipes.py`."""
+"""Write docs/recipes.md from the classes in lora_rlhf/sections.py: `python docs/make_recipes.py`."""
 
 import sys
 import types
@@ -8,12 +8,12 @@ from typing import Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from lora_rlhf import config
+from lora_rlhf import sections
 
 INTRO = """# Recipes
 
 A recipe is one YAML file that states a whole run. This page is written by `make docs` from
-`lora_rlhf/config.py`, where every key has its one home.
+`lora_rlhf/sections.py`, where every key has its one home.
 
 - Unknown or misspelt keys, duplicates, wrong types, impossible values are refused with file, line
   and a suggestion, before anything is loaded.
@@ -57,12 +57,12 @@ def table(model: type[BaseModel]) -> list[str]:
 
 
 def render() -> str:
-    lines = [INTRO, "## Top level", "", *table(config.Recipe), ""]
-    for name, field in config.Recipe.model_fields.items():
+    lines = [INTRO, "## Top level", "", *table(sections.Recipe), ""]
+    for name, field in sections.Recipe.model_fields.items():
         section = field.annotation
         if isinstance(section, type) and issubclass(section, BaseModel):
             lines += [f"## {(section.__doc__ or name).splitlines()[0]}", "", *table(section), ""]
-    lines += ["## One entry of a `data` list", "", *table(config.DataSource), ""]
+    lines += ["## One entry of a `data` list", "", *table(sections.DataSource), ""]
     return "\n".join(lines)
 
 

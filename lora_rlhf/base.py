@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from .config import LoraSection, ModelSection
+from .sections import LoraSection, ModelSection
 from .errors import BaseModelError, SetupError, TokenizerError
 
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout",

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import tasks
-from .config import DataSource, Recipe
+from .sections import DataSource, Recipe
 from .errors import DataError
 from .filters import Kept, bucket, clean, expand, first_turn, fit, neutralise, prompt_key
 from .layouts import Example, Turns, examples

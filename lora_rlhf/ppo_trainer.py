@@ -22,7 +22,7 @@ from transformers import PrinterCallback, TrainerCallback
 from . import guards, heads, ppo_log
 from ._trl import GRPOConfig, GRPOTrainer, split_tensor_dict
 from .backbone import Backbone
-from .config import PpoSection
+from .sections import PpoSection
 from .errors import NonFiniteError
 from .objectives import (
     gae,

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .config import DataSource
+from .sections import DataSource
 from .errors import DataError
 
 Row = tuple[str, dict[str, Any]]

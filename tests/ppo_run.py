@@ -8,7 +8,7 @@ from datasets import Dataset
 from small import backbone
 
 from lora_rlhf import ppo
-from lora_rlhf.config import ModelSection, PpoSection, Recipe
+from lora_rlhf.sections import ModelSection, PpoSection, Recipe
 from lora_rlhf.ppo_trainer import PPOTrainer
 from lora_rlhf.progress import Progress, StageLog
 from lora_rlhf.record import Record

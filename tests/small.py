@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lora_rlhf.backbone import Backbone
-from lora_rlhf.config import LoraSection, ModelSection
+from lora_rlhf.sections import LoraSection, ModelSection
 
 VOCABULARY = 64
 PAD, EOS = 0, 1

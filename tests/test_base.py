@@ -16,7 +16,7 @@ from lora_rlhf.base import (
     pad_left,
     pick_dtype,
 )
-from lora_rlhf.config import LoraSection, ModelSection
+from lora_rlhf.sections import LoraSection, ModelSection
 from lora_rlhf.errors import BaseModelError, SetupError, TokenizerError
 
 

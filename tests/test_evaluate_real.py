@@ -8,7 +8,8 @@ import torch
 from datasets import Dataset
 
 from lora_rlhf import evaluate, tasks
-from lora_rlhf.config import LoraSection, ModelSection, parse_recipe
+from lora_rlhf.config import parse_recipe
+from lora_rlhf.sections import LoraSection, ModelSection
 from lora_rlhf.record import Record
 
 

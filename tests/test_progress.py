@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from lora_rlhf import progress as module
-from lora_rlhf.config import ModelSection, Recipe
+from lora_rlhf.sections import ModelSection, Recipe
 from lora_rlhf.progress import Progress, StageLog
 from lora_rlhf.record import Record
 

@@ -7,7 +7,7 @@ import pytest
 
 from lora_rlhf import stages
 from lora_rlhf._trl import GRPOConfig, RewardConfig, SFTConfig
-from lora_rlhf.config import DataSection, ModelSection, Recipe
+from lora_rlhf.sections import DataSection, ModelSection, Recipe
 from lora_rlhf.errors import NonFiniteError, RecipeError
 from lora_rlhf.ppo_trainer import PPOConfig
 from lora_rlhf.record import Record

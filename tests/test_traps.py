@@ -28,7 +28,8 @@ from lora_rlhf import adapters, heads
 from lora_rlhf._trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from lora_rlhf.backbone import ADAPTERS
 from lora_rlhf.base import BaseModel, pick_dtype
-from lora_rlhf.config import LoraSection, ModelSection, parse_recipe
+from lora_rlhf.config import parse_recipe
+from lora_rlhf.sections import LoraSection, ModelSection
 from lora_rlhf.errors import AdapterError
 from lora_rlhf.record import Record
 from lora_rlhf.stages import trainer_args
