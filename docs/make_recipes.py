@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write docs/recipes.md from the classes in lora_rlhf/sections.py: `python docs/make_recipes.py`."""
+"""Write docs/recipes.md from lora_rlhf/sections.py: `python docs/make_recipes.py`."""
 
 import sys
 import types
@@ -17,15 +17,27 @@ A recipe is one YAML file that states a whole run. This page is written by `make
 
 - Unknown or misspelt keys, duplicates, wrong types, impossible values are refused with file, line
   and a suggestion, before anything is loaded.
-- YAML is data: no tags, no aliases, no environment variables. `1e-4` is a number; only `true` and
-  `false` are booleans.
+- So are keys that nothing would read, such as `split` of a file or `reward.combine` without an
+  ensemble, unless they have their default values.
+- YAML is data: no tags, no aliases, no environment variables. Scalars are those of YAML 1.2: `1e-4`
+  is a number, 010 is ten, only `true` and `false` are booleans. Types are exact: `"4"` is text.
 - `--set key.sub=value` overrides one key; `--dry-run` prints the resolved recipe, secrets masked.
 - Paths are relative to the recipe's folder; `data://x` is the folder named by `LORA_RLHF_DATA`.
+  `model.id` is a path where it begins with `.`, `~` or `/`, or where a folder of that name, with a
+  config.json, is beside the recipe; else it is a Hub id.
+- Files of data: `.jsonl`, `.ndjson`, `.json`, `.csv`, `.tsv`, `.parquet`, also with `.gz`. Columns:
+  `prompt` and `completion`, or `messages`; `prompt`, `chosen`, `rejected` and perhaps `margin`;
+  `prompt`, `completions` and `ranks` (1 is best); `labeler` says who compared. A conversation may
+  stand in ShareGPT's `conversations`, with `from` and `value`.
 - `args:` of a stage goes through to TRL's config of that stage (`SFTConfig`, `RewardConfig`,
-  `GRPOConfig`), so those names are TRL's. Keys that have their home elsewhere in the recipe
-  (`seed`, `bf16`, `beta`, `output_dir`, ...) are refused there, with the place to set them.
+  `GRPOConfig` for `ppo` and `grpo`, `RLOOConfig`, `DPOConfig`), so those names are TRL's. Keys that
+  have their home elsewhere in the recipe (`seed`, `bf16`, `beta`, `output_dir`, ...) are refused
+  there, with the place to set them.
 - A run that is continued may change `card`, `hub`, `report_to`, `threads`, `reward.gate`, and
   whatever only stages to come read: `ppo` until PPO is done, say. Other changes are refused.
+- `algorithm` chooses what makes the policy; of `ppo`, `grpo`, `rloo`, `dpo` and `best_of_n` only
+  the section of that name is read, but that the controls take from `ppo` what they leave unsaid
+  ([is PPO worth it here?](compare.md)).
 """
 
 

@@ -7,29 +7,27 @@ A key that is not in the classes of sections.py is an error with its line and a 
 from __future__ import annotations
 
 import difflib
-import re
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from .errors import RecipeError
+from .masking import hide
 from .sections import Recipe
-from .strict_yaml import Lines, parse_yaml
+from .strict_yaml import Lines, dump_yaml, parse_yaml
 
 __all__ = ["Recipe", "dump_recipe", "load_recipe", "masked", "parse_recipe"]
 
-_SECRET = re.compile(r"token|secret|password|api_key", re.IGNORECASE)
-_NOT_SECRET = re.compile(r"_?tokens?_|_tokens?$|^tokens$|tokenizer", re.IGNORECASE)
 _MAX_BYTES = 1_000_000
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read, check and return a recipe; `overrides` are `key.sub=value` strings (`--set`).
 
-    Relative data paths are resolved against the recipe's folder.
+    Relative paths of data and of the model are resolved against the recipe's folder.
 
     Raises:
         RecipeError: With file, line, the wrong key or value, and a suggestion.
@@ -70,23 +68,14 @@ def parse_recipe(
 
 
 def masked(recipe: Recipe) -> dict[str, Any]:
-    """The resolved recipe as plain data, with values of secret-like keys replaced by `***`."""
-
-    def mask(value: Any, key: str = "") -> Any:
-        if isinstance(value, dict):
-            return {k: mask(v, str(k)) for k, v in value.items()}
-        if isinstance(value, list):
-            return [mask(v, key) for v in value]
-        secret = isinstance(value, str) and _SECRET.search(key) and not _NOT_SECRET.search(key)
-        return "***" if secret or (isinstance(value, str) and value.startswith("hf_")) else value
-
-    out: dict[str, Any] = mask(recipe.model_dump(mode="json"))
+    """The resolved recipe as plain data; `***` stands for secrets."""
+    out: dict[str, Any] = hide(recipe.model_dump(mode="json"))
     return out
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML, secrets masked; it loads back to an equal recipe."""
-    return yaml.safe_dump(masked(recipe), sort_keys=False, allow_unicode=True)
+    """The resolved recipe as YAML; it loads back to an equal recipe, but for masked secrets."""
+    return dump_yaml(masked(recipe))
 
 
 def _apply_override(data: dict[str, Any], lines: Lines, override: str) -> None:
@@ -96,7 +85,7 @@ def _apply_override(data: dict[str, Any], lines: Lines, override: str) -> None:
             f"--set {override!r}", expected="key=value, such as ppo.args.learning_rate=2e-5"
         )
     target: Any = data
-    parts: list[str | int] = [int(p) if p.isdigit() else p for p in key.strip().split(".")]
+    parts = _parts(key)
     for index, part in enumerate(parts[:-1]):
         if isinstance(target, dict) and target.get(str(part)) is None:
             target[str(part)] = {}
@@ -114,16 +103,22 @@ def _apply_override(data: dict[str, Any], lines: Lines, override: str) -> None:
 
 
 def _anchor_paths(data: dict[str, Any], folder: Path) -> None:
-    """Make `./x` and file paths of the recipe absolute, so that a run can start anywhere."""
+    """Make paths of the recipe absolute, so that a run can start anywhere.
+
+    A model's id is a path where it begins like one, or where that folder, with a model in it, is
+    beside the recipe: transformers would look for it in the working directory.
+    """
     model = data.get("model")
-    if isinstance(model, dict) and isinstance(model.get("id"), str) and model["id"].startswith("."):
-        model["id"] = str((folder / model["id"]).resolve())
+    if isinstance(model, dict) and isinstance(model.get("id"), str) and model["id"] != "tiny":
+        found = folder / os.path.expanduser(model["id"])
+        if model["id"].startswith((".", "~")) or os.path.isfile(found / "config.json"):
+            model["id"] = os.path.abspath(found)
     sections = data.get("data")
     for sources in sections.values() if isinstance(sections, dict) else ():
         for source in sources if isinstance(sources, list) else ():
             path = source.get("path") if isinstance(source, dict) else None
             if isinstance(path, str) and not path.startswith("data://"):
-                source["path"] = str((folder / path).resolve())
+                source["path"] = str((folder / os.path.expanduser(path)).resolve())
 
 
 def _fields(model: type[BaseModel], at: tuple[str | int, ...]) -> Iterator[str]:
@@ -143,28 +138,45 @@ def _fields(model: type[BaseModel], at: tuple[str | int, ...]) -> Iterator[str]:
 
 
 def _explain(error: ValidationError, name: str, lines: Lines) -> RecipeError:
-    problems = []
-    for item in error.errors():
-        at = tuple(item["loc"])
-        key = ".".join(map(str, at)) or "the recipe"
-        known = at
-        while known and known not in lines:
-            known = known[:-1]
-        line = lines.get(known, 1)
-        where = f"{name}:{line}" if line else f"--set {key}"
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            allowed = list(_fields(Recipe, at[:-1]))
-            close = difflib.get_close_matches(str(at[-1]), allowed, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(allowed)}"
-            message = f"unknown key {key!r}; {hint}"
-        elif item["type"] == "missing":
-            message = f"{key!r} is required"
-        else:
-            message = f"{key} = {item.get('input')!r:.80}: {message}"
-        problems.append((where, message))
+    problems = [_problem(dict(item), name, lines) for item in error.errors(include_url=False)]
     where, first = problems[0]
     more = "".join(f"\n  {place}: {text}" for place, text in problems[1:])
     return RecipeError(
         first + more, where=where, remedy="correct the recipe; docs/recipes.md lists the keys"
     )
+
+
+def _problem(item: dict[str, Any], name: str, lines: Lines) -> tuple[str, str]:
+    """Where one of pydantic's errors stands in the recipe, and what it says."""
+    at: tuple[str | int, ...] = tuple(item["loc"])
+    if item["type"] == "conflict":  # of several keys; told where the first that was given stands
+        named = [(*at, *_parts(key)) for key in item["ctx"]["keys"]]
+        at = next((keys for keys in named if keys in lines), at)
+    known = at
+    while known and known not in lines:
+        known = known[:-1]
+    key = ".".join(map(str, at)) or "the recipe"
+    line = lines.get(known, 1)
+    where = f"{name}:{line}" if line else f"--set {key}"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "conflict":
+        listed = any(isinstance(part, int) for part in at) and key not in message
+        return where, f"{key}: {message}" if listed else message
+    if item["type"] == "extra_forbidden":
+        allowed = list(_fields(Recipe, at[:-1]))
+        close = difflib.get_close_matches(str(at[-1]), allowed, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(allowed)}"
+        return where, f"unknown key {key!r}; {hint}"
+    if item["type"] == "missing":
+        return where, f"{key!r} is required"
+    found = item.get("input")
+    shown = (
+        "a mapping"
+        if isinstance(found, dict)
+        else f"{hide(found, str(at[-1]) if at else '')!r:.80}"
+    )
+    return where, f"{key} = {shown}: {message}"
+
+
+def _parts(key: str) -> list[str | int]:
+    return [int(part) if part.isdigit() else part for part in key.strip().split(".")]

@@ -22,6 +22,12 @@ INTERRUPTED = {"SIGINT": 130, "SIGTERM": 143}
 """Exit codes of an interrupted run, as a shell reports them (128 + signal number)."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says first; its class, where it says nothing."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__
+
+
 class LoraRlhfError(Exception):
     """Base of all errors that are the user's to mend; the CLI prints them without a traceback.
 

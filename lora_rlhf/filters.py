@@ -40,6 +40,7 @@ class Kept:
     notes: Counter[str] = field(default_factory=Counter)
     special: int = 0
     agreement: dict[str, Any] | None = None
+    instructions: list[str] = field(default_factory=list)
 
     def filter(
         self, reason: str, rows: list[dict[str, Any]], good: Callable[[dict[str, Any]], bool]
@@ -54,7 +55,11 @@ class Kept:
         found = {"sources": self.sources, "counts": self.counts,
                  "special_tokens_in_text": self.special,
                  "notes": [f"{note} ({n} rows)" for note, n in self.notes.items()]}  # fmt: skip
-        return {**found, **({"labeler_agreement": self.agreement} if self.agreement else {})}
+        if self.agreement:
+            found["labeler_agreement"] = self.agreement
+        if self.instructions:
+            found["instructions"] = " / ".join(dict.fromkeys(self.instructions))
+        return found
 
     def table(self) -> str:
         """The counts as lines of text, for an error."""

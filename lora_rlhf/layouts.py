@@ -6,6 +6,7 @@ A text stays text for a tokenizer without a chat template, and becomes messages 
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections import Counter
@@ -32,6 +33,8 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], ...]] = {
 """The columns that make a row usable for a set, tried in this order."""
 
 ROLES = ("system", "user", "assistant", "tool")
+_SHAREGPT = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant",
+             "observation": "tool"}  # fmt: skip
 _KNOWN_NAMES = {
     "prompt": ("instruction", "question", "query", "goal", "input", "user", "Question"),
     "completion": ("response", "output", "answer", "target", "Best Answer"),
@@ -71,6 +74,7 @@ def examples(rows: list[Row], name: str, chat: bool, notes: Counter[str]) -> lis
         DataError: Columns are missing, null or of a wrong type; the first five such rows are shown.
         TokenizerError: Messages, but no chat template.
     """
+    rows = [(where, _from_sharegpt(row, notes)) for where, row in rows]
     present = {key for _, row in rows for key, value in row.items() if value is not None}
     fitting = [layout for layout in LAYOUTS[name] if present.issuperset(layout)]
     if not fitting:
@@ -112,6 +116,30 @@ def transcript(text: str) -> list[Message] | None:
 def said(turns: Turns) -> str:
     """All that is said in a text or in messages, one turn a line."""
     return turns if isinstance(turns, str) else "\n".join(turn["content"] for turn in turns)
+
+
+def _from_sharegpt(row: dict[str, Any], notes: Counter[str]) -> dict[str, Any]:
+    """The row with turns of `from` and `value` as messages, and `conversations` in its place.
+
+    TRL's `maybe_convert_to_chatml` leaves `human` and `gpt` as they are, and brings torch along.
+    """
+    turned, spoken = dict(row), False
+    if "conversations" in row:
+        turned.setdefault("prompt" if "chosen" in row else "messages", row["conversations"])
+    for column in ("prompt", "completion", "messages", "chosen", "rejected"):
+        turns = turned.get(column)
+        turns = [turns] if isinstance(turns, dict) else turns
+        if isinstance(turns, list) and turns and all(
+            isinstance(turn, dict) and {"from", "value"} <= turn.keys() for turn in turns
+        ):  # fmt: skip
+            turned[column] = [
+                {"role": _SHAREGPT.get(str(t["from"]), t["from"]), "content": t["value"]}
+                for t in turns
+            ]
+            spoken = True
+    if spoken:
+        notes["turns of from and value (ShareGPT) were read as messages"] += 1
+    return turned
 
 
 def _accepted(name: str) -> str:
@@ -193,13 +221,38 @@ def _ranking(row: dict[str, Any]) -> Example:
     answers, ranks = row.get("completions"), row.get("ranks")
     if not isinstance(answers, list) or len(answers) < 2:
         raise _Unfit(f"column 'completions' is no list of two or more: {excerpt(answers)}")
-    numbers = isinstance(ranks, list) and all(
-        isinstance(rank, int | float) and not isinstance(rank, bool) for rank in ranks
-    )
-    if not isinstance(ranks, list) or not numbers or len(ranks) != len(answers):
+    numbers = [_number(rank) for rank in ranks] if isinstance(ranks, list) else []
+    finite = [rank for rank in numbers if rank is not None]
+    if len(finite) != len(answers) or len(numbers) != len(answers):
         raise _Unfit(f"column 'ranks' is no list of {len(answers)} numbers: {excerpt(ranks)}")
     turns = [_turns({"completions": answer}, "completions") for answer in answers]
-    return Example(_turns(row, "prompt"), turns, [float(rank) for rank in ranks])
+    return Example(_turns(row, "prompt"), turns, finite)
+
+
+def _number(value: Any) -> float | None:
+    """A finite number; None for whatever is none. JSON of Python has NaN, Infinity and 10**400."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def _margin(row: dict[str, Any]) -> float | None:
+    """The column `margin`; in a CSV it is text, and an empty cell is no margin."""
+    found = row.get("margin")
+    if isinstance(found, str):
+        if not found.strip():
+            return None
+        try:
+            found = float(found)
+        except ValueError:
+            found = None
+    margin = _number(found)
+    if margin is None and row.get("margin") is not None:
+        raise _Unfit(f"column 'margin' is no finite number: {excerpt(row['margin'])}")
+    return margin
 
 
 def _pair(row: dict[str, Any]) -> Example:
@@ -207,9 +260,7 @@ def _pair(row: dict[str, Any]) -> Example:
     chosen, rejected = _turns(row, "chosen"), _turns(row, "rejected")
     if isinstance(chosen, str) is not isinstance(rejected, str):
         raise _Unfit("columns 'chosen' and 'rejected': one is text, the other messages")
-    margin = row.get("margin")
-    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, int | float)):
-        raise _Unfit(f"column 'margin' is no number: {excerpt(margin)}")
+    margin = _margin(row)
     if isinstance(chosen, str) and isinstance(rejected, str):
         both = transcript(chosen), transcript(rejected)
         if both[0] and both[1]:
@@ -225,7 +276,7 @@ def _pair(row: dict[str, Any]) -> Example:
     else:  # UltraFeedback and others repeat the prompt in chosen, beside a column of its own
         prompt, messages = _shared(list(chosen), list(rejected))  # type: ignore[arg-type]
         example = Example(prompt, list(messages))
-    example.ranks, example.margin = [1, 2], None if margin is None else float(margin)
+    example.ranks, example.margin = [1, 2], margin
     return example
 
 

@@ -7,19 +7,40 @@ own. config.py reads a recipe from a file; docs/recipes.md is written from these
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from .data_section import COLUMNS, DataSection, DataSource
+from .section import Section, conflict, plain_data
+
+__all__ = [
+    "COLUMNS",
+    "BestOfNSection",
+    "CardSection",
+    "DataSection",
+    "DataSource",
+    "DpoSection",
+    "EvaluateSection",
+    "GroupSection",
+    "HubSection",
+    "LoraSection",
+    "ModelSection",
+    "PpoSection",
+    "Recipe",
+    "RewardSection",
+    "SftSection",
+    "StageSection",
+]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class ModelSection(_Section):
+class ModelSection(Section):
     """`model`: the backbone."""
 
-    id: str = Field(description="`tiny` (shipped), a Hub id, or a local folder.")
+    id: str = Field(
+        description="`tiny` (shipped), a local folder, relative to the recipe, or a Hub id."
+    )
     revision: str | None = Field(None, description="Commit of the Hub repository.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
@@ -28,12 +49,29 @@ class ModelSection(_Section):
     load_in_4bit: bool = Field(False, description="NF4 with double quantisation, by bitsandbytes.")
     hub_id: str | None = Field(
         None,
-        description="The Hub id that adapters name as their base, when `id` is a local folder.",
+        description="The Hub id that adapters name as their base, when `id` is tiny or a folder.",
     )
     gradient_checkpointing: bool = Field(False, description="Trade a second forward for memory.")
 
+    @model_validator(mode="after")
+    def _of_the_hub(self) -> ModelSection:
+        folder = self.id.startswith((".", "~")) or Path(self.id).is_absolute()
+        if self.revision is not None and (folder or self.id == "tiny"):
+            raise conflict(
+                f"model.revision is a commit of a Hub repository, and model.id is {self.id}: "
+                "leave model.revision out",
+                "revision",
+            )
+        if self.hub_id is not None and not folder and self.id != "tiny":
+            raise conflict(
+                f"model.hub_id is for a base that is on this machine, and model.id {self.id} is a "
+                "Hub id: leave model.hub_id out, or write a folder as ./folder",
+                "hub_id",
+            )
+        return self
 
-class LoraSection(_Section):
+
+class LoraSection(Section):
     """`lora`: the shape of every role's adapter."""
 
     r: int = Field(16, ge=1, description="Rank.")
@@ -46,70 +84,17 @@ class LoraSection(_Section):
     )
 
 
-class DataSource(_Section):
-    """One dataset: a task generator, a file, or a Hub dataset. Exactly one of the three."""
-
-    task: Literal["closed-world"] | None = Field(None, description="The shipped generator.")
-    path: str | None = Field(
-        None,
-        description="JSONL, CSV or parquet file, .gz allowed; relative to the recipe; "
-        "`data://x` is the folder named by LORA_RLHF_DATA.",
-    )
-    hub: str | None = Field(None, description="A dataset on the Hub, as org/name.")
-    name: str | None = Field(None, description="Hub dataset configuration.")
-    split: str = Field("train", description="Split of a Hub dataset.")
-    columns: dict[str, str] = Field(
-        default_factory=dict, description="Our column name -> the file's column name."
-    )
-    limit: int | None = Field(
-        None, ge=1, description="At most this many rows, taken after shuffling."
-    )
-    n: int = Field(256, ge=1, description="Rows to generate (task only).")
-    completions: int = Field(
-        4, ge=2, description="Completions ranked per prompt (task comparisons only)."
-    )
-    agreement: float = Field(
-        0.73, gt=0.5, le=1, description="Share of pairs on which two simulated labelers agree."
-    )
-    license: str | None = Field(None, description="Licence of the data, for the card.")
-
-    @model_validator(mode="after")
-    def _one_source(self) -> DataSource:
-        given = [key for key in ("task", "path", "hub") if getattr(self, key) is not None]
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of task, path, hub (found: {given or 'none'})")
-        return self
-
-
-class DataSection(_Section):
-    """`data`: where demonstrations, comparisons and prompts come from."""
-
-    demonstrations: list[DataSource] = Field(default_factory=list, description="For SFT.")
-    comparisons: list[DataSource] = Field(default_factory=list, description="For the reward model.")
-    prompts: list[DataSource] = Field(default_factory=list, description="For PPO rollouts.")
-    text: list[DataSource] = Field(
-        default_factory=list, description="Plain text (column `text`) for `ppo.ptx_coef`."
-    )
-    evaluate: list[DataSource] = Field(
-        default_factory=list,
-        description="Held-out prompts; without it they are held out of `prompts`.",
-    )
-    held_out: float = Field(
-        0.1,
-        gt=0,
-        lt=1,
-        description="Share of prompts held out where a set has no split of its own.",
-    )
-    max_prompt_tokens: int = Field(512, ge=1, description="Longer prompts are dropped and counted.")
-    max_tokens: int = Field(
-        1024, ge=2, description="Longer demonstrations and comparisons are dropped."
-    )
-
-
-class StageSection(_Section):
+class StageSection(Section):
     """What every training stage has."""
 
     args: dict[str, Any] = Field(default_factory=dict, description="For the stage's TRL config.")
+
+    @field_validator("args")
+    @classmethod
+    def _plain(cls, args: dict[str, Any]) -> dict[str, Any]:
+        # The run writes it down as YAML, and has to read it again.
+        plain: dict[str, Any] = plain_data(args)
+        return plain
 
 
 class SftSection(StageSection):
@@ -134,11 +119,21 @@ class RewardSection(StageSection):
     )
     combine: Literal["mean", "min", "mean_minus_std", "warm"] = Field(
         "mean",
-        description="How an ensemble scores; warm: one adapter with the mean of their B·A products.",
+        description="How an ensemble scores; warm: one adapter, the mean of their B·A products.",
     )
     combine_std: float = Field(
         1.0, ge=0, description="Standard deviations taken off by combine: mean_minus_std."
     )
+
+    @model_validator(mode="after")
+    def _combined(self) -> RewardSection:
+        if self.ensemble is None and self.changed("combine"):
+            raise conflict("reward.combine needs reward.ensemble: 2 or more adapters", "combine")
+        if self.combine != "mean_minus_std" and self.changed("combine_std"):
+            raise conflict(
+                "reward.combine_std is read by reward.combine: mean_minus_std only", "combine_std"
+            )
+        return self
 
 
 class PpoSection(StageSection):
@@ -197,6 +192,20 @@ class PpoSection(StageSection):
         "return to the best policy by held-out reward.",
     )
 
+    @model_validator(mode="after")
+    def _one_controller(self) -> PpoSection:
+        if self.ema is not None and (self.watch == "best" or self.kl_budget is not None):
+            other = "watch" if self.watch == "best" else "kl_budget"
+            raise conflict(
+                "ppo.ema, and watch: best or kl_budget: both say which policy is kept", "ema", other
+            )
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise conflict(
+                "ppo.kl_target multiplies ppo.kl_coef, which is 0: start above 0",
+                "kl_coef", "kl_target",
+            )  # fmt: skip
+        return self
+
 
 class GroupSection(StageSection):
     """`grpo` and `rloo`: TRL's trainers in the place of PPO. Sources: 2402.03300, 2402.14740."""
@@ -212,13 +221,13 @@ class DpoSection(StageSection):
     beta: float = Field(0.1, gt=0, description="beta of the implicit KL to SFT.")
 
 
-class BestOfNSection(_Section):
+class BestOfNSection(Section):
     """`best_of_n`: no training; of n SFT samples the one with the highest reward."""
 
     n: int = Field(16, ge=2, description="Samples per prompt.")
 
 
-class EvaluateSection(_Section):
+class EvaluateSection(Section):
     """`evaluate`: base, SFT and policy on the same held-out prompts and seeds."""
 
     n: int = Field(128, ge=2, description="Prompts.")
@@ -230,7 +239,7 @@ class EvaluateSection(_Section):
     )
 
 
-class CardSection(_Section):
+class CardSection(Section):
     """`card`: what only a person can know."""
 
     title: str | None = Field(None, description="Default: the recipe's name.")
@@ -241,7 +250,7 @@ class CardSection(_Section):
     limits: str | None = Field(None, description="One paragraph, beside those that are measured.")
 
 
-class HubSection(_Section):
+class HubSection(Section):
     """`hub`: where finished adapters are pushed; absent: nowhere."""
 
     policy: str | None = Field(None, description="repo_id as organisation/name.")
@@ -250,8 +259,23 @@ class HubSection(_Section):
     sft: str | None = Field(None, description="repo_id, only when wanted.")
     public: bool = Field(False, description="Private unless true.")
 
+    @model_validator(mode="after")
+    def _a_repository_each(self) -> HubSection:
+        taken: dict[str, str] = {}
+        for role in ("policy", "reward", "value", "sft"):
+            repo_id = getattr(self, role)
+            if repo_id is None:
+                continue
+            if (other := taken.setdefault(repo_id.casefold(), role)) != role:
+                raise conflict(
+                    f"hub.{role} and hub.{other} are both {repo_id}: a repository holds one "
+                    "adapter, so give each role its own",
+                    role, other,
+                )  # fmt: skip
+        return self
 
-class Recipe(_Section):
+
+class Recipe(Section):
     """One run, from demonstrations to the Hub."""
 
     name: str = Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]*$", description="Names the run folder.")
@@ -282,13 +306,23 @@ class Recipe(_Section):
         """Refuse what cannot work together, before a model is loaded."""
         ppo, reward = self.ppo, self.reward
         if ppo.ptx_coef and not self.data.text:
-            raise ValueError("ppo.ptx_coef is above 0, and data.text is empty: give it text")
-        if ppo.kl_target is not None and ppo.kl_coef == 0:
-            raise ValueError("ppo.kl_target multiplies ppo.kl_coef, which is 0: start above 0")
-        if reward.ensemble is None and "combine" in reward.model_fields_set:
-            raise ValueError("reward.combine needs reward.ensemble: 2 or more adapters")
+            raise conflict(
+                "ppo.ptx_coef is above 0, and data.text is empty: give it text",
+                "ppo.ptx_coef", "data.text",
+            )  # fmt: skip
+        if ppo.watch == "best" and not reward.held_out_model:
+            raise conflict(
+                "ppo.watch: best needs reward.held_out_model: true to choose by",
+                "ppo.watch", "reward.held_out_model",
+            )  # fmt: skip
         if self.algorithm == "best_of_n" and ppo.reward == "gold":
-            raise ValueError("algorithm: best_of_n chooses by the reward model, not by gold")
+            raise conflict(
+                "algorithm: best_of_n chooses by the reward model, not by gold",
+                "ppo.reward", "algorithm",
+            )  # fmt: skip
         if self.algorithm in ("dpo", "best_of_n") and not self.data.comparisons:
-            raise ValueError(f"algorithm: {self.algorithm} needs data.comparisons")
+            raise conflict(
+                f"algorithm: {self.algorithm} needs data.comparisons",
+                "algorithm", "data.comparisons",
+            )  # fmt: skip
         return self

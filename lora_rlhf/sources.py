@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows from files and Hub datasets, each with the place that an error about it names.
 
-JSONL, JSON, CSV, TSV and parquet, `.gz` allowed. Text is UTF-8; a byte-order mark and CRLF are
-accepted. Whatever cannot be read is one `DataError` with file, line and an excerpt.
+JSONL (`.jsonl`, `.ndjson`), JSON, CSV, TSV and parquet, `.gz` allowed. Text is UTF-8; a byte-order
+mark and CRLF are accepted. What cannot be read is one `DataError` with file, line and an excerpt.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .sections import DataSource
 from .errors import DataError
+from .sections import DataSource
 
 Row = tuple[str, dict[str, Any]]
 """Where the row stands (`file:line`, 1-based), and its columns."""
 
-FORMATS = ".jsonl, .json, .csv, .tsv or .parquet, .gz allowed"
+FORMATS = ".jsonl, .ndjson, .json, .csv, .tsv or .parquet, .gz allowed"
 _MAX_CELL = 2**31 - 1  # the csv module's own limit of 128 kB refuses long but sound texts
 
 
@@ -47,6 +47,16 @@ def read(source: DataSource) -> list[Row]:
 def title(source: DataSource) -> str:
     """How a report names a source: never with a folder of this machine."""
     return source.task or source.hub or Path(source.path or "").name
+
+
+def described(source: DataSource, rows: list[Row]) -> dict[str, Any]:
+    """What a report says of a source and of all that was read from it; plain JSON."""
+    kind = "task" if source.task else "hub" if source.hub else "file"
+    licence = source.license or ("Apache-2.0" if source.task else None)
+    said = {"kind": kind, "name": title(source), "license": licence, "rows": len(rows),
+            "sha256": fingerprint(rows)}  # fmt: skip
+    where = {"config": source.name, "split": source.split, "revision": source.revision}
+    return {**said, **where} if source.hub else said
 
 
 def fingerprint(rows: list[Row]) -> str:
@@ -198,6 +208,14 @@ def _csv(path: Path, text: str, delimiter: str) -> Iterator[Row]:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         header = next(reader)
+        twice = [name for name in header if header.count(name) > 1]
+        if twice:
+            raise DataError(
+                f"two columns are called {excerpt(twice[0])!r}",
+                where=_at(path, 1),
+                expected="a name of its own for every column",
+                remedy="rename or remove one: only one of them could be read",
+            )
         line = reader.line_num + 1
         for cells in reader:
             if cells and len(cells) != len(header):
@@ -234,12 +252,15 @@ def _hub(source: DataSource) -> list[Row]:
     import datasets
 
     try:
-        found = datasets.load_dataset(source.hub, source.name, split=source.split)
+        found = datasets.load_dataset(
+            source.hub, source.name, split=source.split, revision=source.revision
+        )
     except Exception as error:  # whatever the library, the network or the file system raises
         raise DataError(
             f"the Hub dataset cannot be loaded: {type(error).__name__}: {excerpt(str(error), 300)}",
             where=str(source.hub),
-            expected="a dataset, configuration (name:) and split: that exist and can be reached",
+            expected="a dataset, name: (its configuration), split: and revision: that exist and "
+            "can be reached",
             remedy="go online or log in once to fill the cache, or download the file and give its "
             "`path:` instead of `hub:`",
         ) from None

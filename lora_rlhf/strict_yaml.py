@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""YAML as data: no tags, aliases or duplicates; `1e-4` is a number; every key has its line."""
+"""YAML as data, in and out: no tags, aliases or duplicates; YAML 1.2 scalars; every key's line."""
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -10,23 +11,67 @@ import yaml
 
 from .errors import RecipeError
 
+_SCALARS: dict[str, tuple[str, list[str]]] = {
+    "null": (r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    "bool": (r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    "int": (r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$", list("-+0123456789")),
+    "float": (
+        r"^(?:[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+"
+        r"|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN))$",
+        list("-+.0123456789"),
+    ),
+}
+"""What a scalar without quotes may be besides text, as YAML 1.2 has it: `yes` and dates are text,
+010 is ten."""
+
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which `1e-4` is a number and only true and false are booleans (YAML 1.2)."""
+    """Safe YAML with the scalars above."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML's own way to declare them
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, exp) for tag, exp in resolvers if not tag.endswith((":bool", ":float", ":timestamp"))
-    ]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d+\.\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+)$"),
-    list("-+.0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that this loader, or one of YAML 1.1, would read as something else."""
+
+    yaml_implicit_resolvers = {
+        first: list(found) for first, found in yaml.SafeDumper.yaml_implicit_resolvers.items()
+    }
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Write data out twice where it is used twice: the loader takes no aliases."""
+        return True
+
+
+for _kind, (_pattern, _first) in _SCALARS.items():
+    for _side in (_Loader, _Dumper):
+        _side.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(_pattern), _first)
+
+
+def _int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    text = str(loader.construct_scalar(node))
+    return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+
+
+def _float(loader: _Loader, node: yaml.ScalarNode) -> float:
+    text = str(loader.construct_scalar(node))
+    if text[-3:].lower() in ("inf", "nan"):
+        return float(text.replace(".", ""))
+    if math.isinf(float(text)):
+        raise ValueError(f"{text} is beyond the largest number")
+    return float(text)
+
+
+def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    # Where these may end a line, PyYAML writes spaces for them unless they are escaped.
+    style = '"' if set(text) & set("\x85\u2028\u2029") else None
+    node: yaml.ScalarNode = dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+    return node
+
+
+_Dumper.add_representer(str, _text)
+_Loader.add_constructor("tag:yaml.org,2002:int", _int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _float)
 
 Lines = dict[tuple[str | int, ...], int]
 
@@ -57,6 +102,12 @@ def parse_yaml(text: str, name: str) -> tuple[dict[str, Any], Lines]:
             f"a {type(data).__name__}", where=f"{name}:1", expected="keys such as model: and data:"
         )
     return data, lines
+
+
+def dump_yaml(data: dict[str, Any]) -> str:
+    """Plain data as YAML that `parse_yaml` reads back as the same data."""
+    text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return text
 
 
 def _construct(

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
 
-from .errors import BaseModelError
+from .errors import BaseModelError, first_line
 
 _QUANTISATION = ("is_loaded_in_4bit", "is_quantized", "hf_quantizer", "quantization_method")
 
@@ -48,7 +48,7 @@ def build_view(causal: PreTrainedModel, *, per_token: bool) -> PreTrainedModel:
             view: PreTrainedModel = auto.from_config(_one_label(causal.config))
     except ValueError as error:
         raise BaseModelError(
-            f"{type(causal).__name__} has no class with a head: {str(error).splitlines()[0]}",
+            f"{type(causal).__name__} has no class with a head: {first_line(error)}",
             expected="an architecture that transformers can classify sequences with",
         ) from error
     setattr(view, view.base_model_prefix, causal.base_model)

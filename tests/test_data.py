@@ -106,7 +106,9 @@ PREFS = [{"prompt": f"q{i}", "chosen": f"good{i}", "rejected": f"bad{i}"} for i 
 # --- files -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "json", "csv", "tsv", "csv.gz", "parquet"])
+@pytest.mark.parametrize(
+    "ending", ["jsonl", "ndjson", "jsonl.gz", "json", "csv", "tsv", "csv.gz", "parquet"]
+)
 def test_every_format_gives_the_same_rows(tmp_path, plain, ending):
     path = tmp_path / f"d.{ending}"
     rows = [{"prompt": f'q{i}, "x"\nline', "completion": f"a{i} \u2028 é"} for i in range(40)]
@@ -159,6 +161,7 @@ GOOD = json.dumps(PAIRS[0]).encode() + b"\n"
         ("k.txt", b"x", "k.txt", "'.txt' is not known"),
         ("l.jsonl", b"[" * 100_000, "l.jsonl:1", "not valid JSON"),
         ("m.json", b'[{"prompt": "x"}, 7]', "m.json", "row 2 is a JSON int: 7"),
+        ("n.csv", b"prompt,answer,prompt\na,b,c\n", "n.csv:1", "two columns are called"),
     ],
 )  # fmt: skip
 def test_a_file_that_cannot_be_read_is_one_error_with_its_place(
@@ -220,20 +223,20 @@ def test_a_hub_dataset_that_cannot_be_reached_says_what_to_do(plain):
         data.demonstrations(recipe(demonstrations={"hub": "/etc/passwd"}), plain)
 
 
-def test_a_hub_dataset_is_read_by_configuration_and_split(plain, monkeypatch):
+def test_a_hub_dataset_is_read_by_configuration_split_and_revision(plain, monkeypatch):
     import datasets
 
-    def load(path, name, split):
-        assert (path, name, split) == ("org/d", "en", "test")
+    def load(path, name, split, revision):
+        assert (path, name, split, revision) == ("org/d", "en", "test", "abc")
         return datasets.Dataset.from_list(PAIRS)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    source = {"hub": "org/d", "name": "en", "split": "test", "license": "mit"}
+    source = {"hub": "org/d", "name": "en", "split": "test", "license": "mit", "revision": "abc"}
     found = data.demonstrations(recipe(demonstrations=source), plain)
     [reported] = found.report["sources"]
     assert reported.pop("sha256")
     assert reported == {"kind": "hub", "name": "org/d", "license": "mit", "rows": 60,
-                        "config": "en", "split": "test"}  # fmt: skip
+                        "config": "en", "split": "test", "revision": "abc"}  # fmt: skip
 
 
 # --- columns and layouts -----------------------------------------------------------------------
@@ -417,6 +420,89 @@ def test_margins_are_kept_when_every_row_has_one(tmp_path, plain):
     found = data.comparisons(recipe(comparisons=jsonl(tmp_path / "d.jsonl", rows)), plain)
     assert "margin" not in found.train.column_names
     assert found.report["notes"] == ["margin left out: not every row has one (60 rows)"]
+
+
+@pytest.mark.parametrize("bad", ["NaN", "Infinity", "-Infinity", "1e999", "1" + "0" * 400, "true"])
+def test_a_number_that_is_not_finite_is_refused_with_its_line(tmp_path, plain, bad):
+    row = '{"prompt": "q", "chosen": "a", "rejected": "b", "margin": %s}\n'
+    (tmp_path / "m.jsonl").write_text(row % 1 + row % bad)
+    with pytest.raises(DataError, match="column 'margin' is no finite number") as caught:
+        data.comparisons(recipe(comparisons=tmp_path / "m.jsonl"), plain)
+    assert caught.value.where.endswith("m.jsonl:2")
+    row = '{"prompt": "q", "completions": ["a", "b"], "ranks": [1, %s]}\n'
+    (tmp_path / "r.jsonl").write_text(row % 2 + row % bad)
+    with pytest.raises(DataError, match="column 'ranks' is no list of 2 numbers") as caught:
+        data.comparisons(recipe(comparisons=tmp_path / "r.jsonl"), plain)
+    assert caught.value.where.endswith("r.jsonl:2")
+
+
+def test_margins_of_a_csv_are_numbers(tmp_path, plain):
+    lines = [f"q{i},good{i},bad{i},{i / 2}" for i in range(40)]
+    path = tmp_path / "d.csv"
+    path.write_text("\n".join(["prompt,chosen,rejected,margin", *lines]))
+    found = data.comparisons(recipe(comparisons=path), plain)
+    assert all(row["prompt"] == f"q{2 * row['margin']:.0f}" for row in all_rows(found))
+    path.write_text("\n".join(["prompt,chosen,rejected,margin", *lines, "q,a,b, "]))
+    found = data.comparisons(recipe(comparisons=path), plain)
+    assert found.report["notes"] == ["margin left out: not every row has one (41 rows)"]
+    path.write_text("\n".join(["prompt,chosen,rejected,margin", *lines, "q,a,b,much"]))
+    with pytest.raises(DataError, match="no finite number: much"):
+        data.comparisons(recipe(comparisons=path), plain)
+
+
+def sharegpt(turns):
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    return [{"from": names[turn["role"]], "value": turn["content"]} for turn in turns]
+
+
+def test_sharegpt_conversations_are_messages(tmp_path, chat):
+    turns = [{"role": "system", "content": "be kind"}, *CONVERSATION]
+    rows = [{"conversations": sharegpt(filled(turns, i) + answer("good"))} for i in range(40)]
+    path = jsonl(tmp_path / "d.jsonl", rows)
+    found = data.demonstrations(recipe(demonstrations=path), chat)
+    wanted = [{"prompt": filled(turns, i), "completion": answer("good")} for i in range(40)]
+    assert sorted(all_rows(found), key=str) == sorted(wanted, key=str)
+    note = "turns of from and value (ShareGPT) were read as messages (40 rows)"
+    assert found.report["notes"] == [note]
+    assert len(all_rows(data.prompts(recipe(prompts=path), chat))) == 40
+    rows = [
+        {"conversations": sharegpt(filled(turns, i)), "chosen": sharegpt(answer("good"))[0],
+         "rejected": sharegpt(answer("bad"))[0]} for i in range(40)
+    ]  # fmt: skip
+    found = data.comparisons(recipe(comparisons=jsonl(tmp_path / "c.jsonl", rows)), chat)
+    row = min(all_rows(found), key=lambda row: row["group"])
+    assert row["prompt"][0] == turns[0] and len(row["prompt"]) == 4
+    assert (row["chosen"], row["rejected"]) == (answer("good"), answer("bad"))
+    with pytest.raises(DataError, match="no message with text"):
+        rows = [{"conversations": [{"from": "alien", "value": "x"}]}]
+        data.demonstrations(recipe(demonstrations=jsonl(tmp_path / "e.jsonl", rows)), chat)
+
+
+def test_messages_may_stand_in_conversations(tmp_path, chat):
+    rows = [{"conversations": filled(CONVERSATION, i) + answer("good")} for i in range(40)]
+    found = data.demonstrations(recipe(demonstrations=jsonl(tmp_path / "d.jsonl", rows)), chat)
+    assert len(all_rows(found)) == 40 and found.report["notes"] == []
+
+
+def test_instructions_to_labelers_reach_the_report(tmp_path, plain):
+    path = str(jsonl(tmp_path / "d.jsonl", PREFS))
+    source = {"path": path, "labeler_instructions": "Which is kinder?"}
+    found = data.comparisons(recipe(comparisons=[source, source]), plain)
+    assert found.report["instructions"] == "Which is kinder?"
+    other = {**source, "labeler_instructions": "Which is shorter?"}
+    found = data.comparisons(recipe(comparisons=[source, other]), plain)
+    assert found.report["instructions"] == "Which is kinder? / Which is shorter?"
+    assert "instructions" not in data.comparisons(recipe(comparisons=path), plain).report
+    found = data.comparisons(recipe(comparisons=TASK), make_tokenizer(), Sampling())
+    assert "simulated" in found.report["instructions"]
+
+
+def test_a_column_called_item_is_no_item_of_the_task(tmp_path, plain):
+    rows = [{**row, "item": "sku-7"} for row in PREFS]
+    found = data.comparisons(recipe(comparisons=jsonl(tmp_path / "d.jsonl", rows)), plain)
+    assert "gold_margin" not in found.held_out.column_names
+    found = data.prompts(recipe(prompts=str(tmp_path / "d.jsonl")), plain)
+    assert found.train.column_names == ["prompt"]
 
 
 # --- filters -----------------------------------------------------------------------------------

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What looks like a secret, by its shape or by the name of its key, and how it is hidden."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+TOKENS = {
+    "a Hugging Face token": re.compile(r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{16,}"),
+    "an API key": re.compile(r"(?<![A-Za-z0-9])sk-(?=[\w-]*\d)[\w-]{16,}"),
+    "an AWS key": re.compile(r"(?<![A-Za-z0-9])AKIA[0-9A-Z]{16}"),
+    "a GitHub token": re.compile(r"(?<![A-Za-z0-9])(gh[pousr]_|github_pat_)\w{20,}"),
+    "a GitLab token": re.compile(r"(?<![A-Za-z0-9])glpat-[\w-]{16,}"),
+    "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*"),
+}
+"""Shapes of secrets that are told apart from words by themselves, wherever they stand."""
+
+HIDDEN = "***"
+
+_IN_ADDRESS = re.compile(r"(?<=://)([\w.%+~-]+):[^\s/@]+(?=@)")  # https://user:password@host
+_SECRET = re.compile(r"token|secret|passw|credential|(api|access|private)_?key", re.IGNORECASE)
+_NUMBER_TOO = re.compile(r"secret|passw|credential|key", re.IGNORECASE)  # a token count is none
+_NO_SECRET = re.compile(
+    r"(eos|bos|pad|unk|sep|cls|mask|stop)_tokens?(_ids?)?|tokens|(max|min|num)_\w*tokens?|"
+    r"tokenizer\w*|include_num_input_tokens_seen|num_assistant_tokens_schedule",
+    re.IGNORECASE,
+)
+"""Keys of trainers that speak of tokens of text."""
+
+
+def hide(value: Any, key: str = "") -> Any:
+    """Plain data without its secrets: values under secret-like keys, and shapes of tokens."""
+    if isinstance(value, dict):
+        return {k: hide(v, key if _by_key(key) else str(k)) for k, v in value.items()}
+    if isinstance(value, list):
+        return [hide(v, key) for v in value]
+    if isinstance(value, str):
+        return HIDDEN if value and _by_key(key) else _without_tokens(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return HIDDEN if number and _by_key(key) and _NUMBER_TOO.search(key) else value
+
+
+def _by_key(key: str) -> bool:
+    return bool(_SECRET.search(key)) and not _NO_SECRET.fullmatch(key)
+
+
+def _without_tokens(text: str) -> str:
+    for pattern in TOKENS.values():
+        text = pattern.sub(HIDDEN, text)
+    return _IN_ADDRESS.sub(rf"\1:{HIDDEN}", text)
