@@ -75,7 +75,7 @@ def wilson(successes: float, n: int) -> Estimate:
     return _score_interval(successes / n, n, ties=0.0)
 
 
-def _score_interval(p: float, n: int, ties: float) -> Estimate:
+def _score_interval(p: float, n: float, ties: float) -> Estimate:
     """Solve `n (p - q)^2 = z^2 (q (1 - q) - ties / 4)` for the limits q; Wilson's at ties = 0."""
     middle = (2 * n * p + _Z**2) / (2 * (n + _Z**2))
     inside = 4 * n * p * (1 - p) - n * ties + _Z**2 * (1 - ties)
@@ -83,7 +83,7 @@ def _score_interval(p: float, n: int, ties: float) -> Estimate:
     # The limit on the side of an extreme share is that share exactly; rounding must not say other.
     low = 0.0 if p == 0 else min(p, max(0.0, middle - half))
     high = 1.0 if p == 1 else max(p, min(1.0, middle + half))
-    return _estimate(p, low, high, n)
+    return _estimate(p, low, high, int(n))
 
 
 @lru_cache(maxsize=1024)
@@ -138,6 +138,38 @@ def mean_interval(values: ArrayLike, clusters: Sequence[Hashable] | None = None)
     error = math.sqrt(count / (count - 1) * float(sums @ sums)) / array.size
     half = t_quantile(count - 1) * error
     return _estimate(value, value - half, value + half, array.size)
+
+
+def share_interval(outcomes: ArrayLike, clusters: Sequence[Hashable]) -> Estimate:
+    """A share of N outcomes that come in clusters (pairs of one prompt), with its score interval.
+
+    Args:
+        outcomes: (N,) from 0 to 1; a tie is one half.
+        clusters: (N,) names of what the outcomes share.
+
+    Wilson's interval at the effective sample size: N over the design effect, which is the clustered
+    variance of `mean_interval` over p (1 - p) / N and here never below 1, and corrected for the
+    C - 1 degrees of freedom of C clusters (Korn and Graubard 1998; Dean and Pagano 2015 compare
+    such intervals). Where all outcomes are equal no variance is seen, and a cluster counts once.
+    One outcome per cluster: `wilson`. One cluster in all: no interval. `n` is N.
+    """
+    array = _floats(outcomes)
+    if array.min() < 0 or array.max() > 1:
+        raise ValueError("an outcome is a number from 0 to 1")
+    n, count, value = array.size, len(set(clusters)), float(array.mean())
+    if len(clusters) != n:
+        raise ValueError(f"{n} outcomes but {len(clusters)} cluster names")
+    if count == n:
+        return wilson(float(array.sum()), n)
+    if count < 2:
+        return _estimate(value, None, None, n)
+    half = (mean_interval(array, clusters)["high"] or 0.0) - value
+    binomial = value * (1 - value) / n
+    effect = n / count
+    if binomial > 0:
+        effect = max(1.0, (half / t_quantile(count - 1)) ** 2 / binomial)
+    found = _score_interval(value, n / effect * (_Z / t_quantile(count - 1)) ** 2, ties=0.0)
+    return {**found, "n": n}
 
 
 # --- two models on the same prompts ------------------------------------------------------------
@@ -254,20 +286,24 @@ def agreement(labels_a: Sequence[Hashable], labels_b: Sequence[Hashable]) -> Est
     return wilson(same, len(labels_a))
 
 
-def calibration(margins: ArrayLike, bins: int = 10) -> list[dict[str, Any]]:
+def calibration(
+    margins: ArrayLike, bins: int = 10, clusters: Sequence[Hashable] | None = None
+) -> list[dict[str, Any]]:
     """How often a reward model is right where it says that it is sure.
 
     Args:
         margins: (N,) score of the chosen completion less that of the rejected one.
         bins: Equal steps of the stated confidence, from 0.5 to 1.
+        clusters: (N,) the prompt of each comparison; default: every one has its own.
 
     Returns:
         A dict for each bin that is not empty: `low` and `high` (its edges), `predicted` (mean
         stated confidence, sigmoid(|margin|), Bradley-Terry), `observed` (share with the chosen
-        completion ahead, a margin of 0 counts half), `observed_low`, `observed_high` (Wilson)
-        and `n`.
+        completion ahead, a margin of 0 counts half), `observed_low`, `observed_high`
+        (`share_interval`: Wilson's, clustered by prompt) and `n`.
     """
     array = _floats(margins)
+    names = list(range(array.size)) if clusters is None else list(clusters)
     confidence = 1 / (1 + np.exp(-np.abs(array)))
     right = np.where(array == 0, 0.5, (array > 0).astype(np.float64))
     which = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
@@ -275,7 +311,7 @@ def calibration(margins: ArrayLike, bins: int = 10) -> list[dict[str, Any]]:
     for index in range(bins):
         inside = which == index
         if inside.any():
-            share = wilson(float(right[inside].sum()), int(inside.sum()))
+            share = share_interval(right[inside], [names[i] for i in np.flatnonzero(inside)])
             found.append({
                 "low": 0.5 + index / (2 * bins), "high": 0.5 + (index + 1) / (2 * bins),
                 "predicted": float(confidence[inside].mean()), "observed": share["value"],

@@ -1,31 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reward model from comparisons, through `trl.RewardTrainer` on a score view of the backbone.
+"""The reward model from comparisons: one adapter, or an ensemble of them; offset, judgement, gate.
 
-Source: InstructGPT section 3.5, eq. 1 (loss) and the bias that gives demonstrations mean score 0.
+Source: InstructGPT section 3.5, eq. 1 (loss, in ranking.py) and the bias that gives demonstrations
+mean score 0.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 from transformers import PrinterCallback, set_seed
 
-from . import adapters, guards, heads
-from ._trl import RewardConfig, RewardTrainer
-from .backbone import Backbone
+from . import adapters, ensemble, guards, heads
+from ._trl import RewardConfig
+from .backbone import MEMBERS, Backbone
 from .config import Recipe
 from .data import Prepared
-from .metrics import calibration, wilson
+from .heads import Episode
+from .metrics import mean_interval
 from .progress import Progress, StageLog
+from .ranking import RankingCollator, RankingTrainer, rankings
 from .record import Record, sha256
+from .reward_report import Comparisons, Report, ceiling, report
 from .stages import build, check_finite, trainer_args
 
 _DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 8, "num_train_epochs": 1, "learning_rate": 2e-4,
     "lr_scheduler_type": "cosine", "warmup_steps": 5, "logging_steps": 5, "disable_dropout": True,
 }  # fmt: skip
+
+_SEEDS = ("reward", "held_out", *MEMBERS[1:])
+"""Roles by what is added to the recipe's seed."""
 
 
 def run(
@@ -40,26 +48,39 @@ def run(
     """Train the reward role (and the held-out one on other comparisons), fit its offset, judge it.
 
     Args:
-        data: Comparisons: `prompt`, `chosen`, `rejected`.
+        data: Comparisons: `prompt`, `chosen`, `rejected`, and `group` where prompts repeat.
         demonstrations: Those on which the offset gives mean score 0.
-        held_out_data: Other comparisons, for a reward model that only evaluates.
+        held_out_data: Other comparisons, for a reward model that only evaluates; its held-out rows
+            are those of `data`.
     """
     with record.stage("reward") as entry:
-        record.restart_metrics("reward")
-        found, margins = _train(recipe, backbone, record, data, demonstrations, progress, "reward")
-        entry |= found
+        shown = _episodes(backbone, demonstrations)
+        held_out = Comparisons.encode(backbone, data.held_out)
+        members = ensemble.trained(recipe.reward)
+        trained = [_train(recipe, backbone, record, data, progress, role) for role in members]
+        entry |= trained[0]
+        if len(members) > 1:
+            entry["ensemble"] = _ensemble(recipe, backbone, shown, held_out, trained)
+        else:
+            fit_offset(backbone, shown, "reward")
+        entry |= {"offset": backbone.reward_offset["reward"], "offset_from": len(shown)}
+        found = report(held_out, ensemble.rewards_of(backbone, held_out.episodes, recipe.reward))
+        entry |= found.entry
+        if limit := ceiling(data.report.get("labeler_agreement")):
+            entry["labeler_agreement"] = limit
+        entry["adapter_sha256"] = _save(backbone, record, "reward")
+        if "ensemble" in entry:
+            roles = ensemble.roles(recipe.reward)
+            hashes = [entry["adapter_sha256"], *(_save(backbone, record, r) for r in roles[1:])]
+            entry["ensemble"] |= {"roles": list(roles), "adapter_sha256": hashes}
         if held_out_data is not None:
-            record.restart_metrics("held_out")
-            other, other_margins = _train(
-                recipe, backbone, record, held_out_data, demonstrations, progress, "held_out"
+            entry |= _judge(
+                recipe, backbone, record, held_out_data, progress, shown, held_out, found
             )
-            same = (margins > 0) == (other_margins > 0)
-            entry |= {"held_out_accuracy": other["accuracy"], "held_out_offset": other["offset"],
-                      "held_out_adapter_sha256": other["adapter_sha256"],
-                      "agreement_with_held_out": wilson(float(same.sum()), len(same))}  # fmt: skip
         reason = guards.gate_reward(
-            entry["accuracy"], entry["score_std"], entry["accuracy_length_baseline"]
-        )
+            entry["accuracy"], entry["score_std"], entry["accuracy_length_baseline"],
+            entry["accuracy_by_length"], entry["gain_over_length"],
+        )  # fmt: skip
         entry["gate"] = "passed" if reason is None else "failed"
         if reason is not None:
             entry["gate_reason"] = reason
@@ -82,8 +103,9 @@ def gate(recipe: Recipe, record: Record, progress: Progress) -> None:
 
 
 def load(backbone: Backbone, record: Record) -> None:
-    """The reward roles from the finished stage."""
-    for role in ("reward", "held_out"):
+    """The reward roles from the finished stage, every member of an ensemble included."""
+    found = record.data["stages"].get("reward", {}).get("ensemble", {})
+    for role in (*found.get("roles", ["reward"]), "held_out"):
         if record.adapter(role).exists():
             adapters.load_role(backbone, role, record.adapter(role))
 
@@ -93,95 +115,114 @@ def _train(
     backbone: Backbone,
     record: Record,
     data: Prepared,
-    demonstrations: Dataset,
     progress: Progress,
     role: str,
-) -> tuple[dict[str, Any], np.ndarray]:
-    # The second model must differ in more than its data, or it would share the first one's luck.
-    seed = recipe.seed + (1 if role == "held_out" else 0)
-    set_seed(seed)
+) -> dict[str, Any]:
+    """One epoch (by default) over the rankings; the role is added, starting from SFT."""
+    # A second model must differ in more than its data, or it would share the first one's luck.
+    seed = recipe.seed + _SEEDS.index(role)
+    # Weights are averaged only from a common start, heads included; the order still differs.
+    set_seed(recipe.seed if recipe.reward.combine == "warm" and role in MEMBERS else seed)
+    record.restart_metrics(role)
     backbone.add_role(role, copy_from="reference")
-    train = tokenize(backbone, data.train)
+    train = rankings(backbone, data.train)
     arguments = trainer_args(recipe, record, role, _DEFAULTS, recipe.reward.args)
     args = build("reward", RewardConfig, {**arguments, "seed": seed})
     with backbone.training(role):
         with backbone.float32_kept():
-            trainer = RewardTrainer(
+            trainer = RankingTrainer(
                 model=backbone.views[role], args=args, train_dataset=train,
+                data_collator=RankingCollator(backbone.tokenizer.pad_token_id),
                 processing_class=backbone.tokenizer, callbacks=[StageLog(record, role, progress)],
             )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         backbone.assert_trainable()
-        progress.begin(role, int(len(trainer.get_train_dataloader()) * args.num_train_epochs))
-        result = trainer.train()
+        steps = math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps)
+        progress.begin(role, int(steps * args.num_train_epochs))
+        try:
+            result = trainer.train()
+        finally:
+            progress.end()
         check_finite(role, result.training_loss)
-    progress.end()
-    entry = {"steps": result.global_step, "train_loss": result.training_loss}
-    entry |= fit_offset(backbone, demonstrations, role)
-    accuracy, margins = held_out_accuracy(backbone, data.held_out, role)
-    entry |= accuracy
-    folder = adapters.save_role(backbone, role, record.adapter(role))
-    entry["adapter_sha256"] = sha256(folder / "adapter_model.safetensors")
-    return entry, margins
+    return {"steps": result.global_step, "train_loss": result.training_loss, "prompts": len(train)}
 
 
-def tokenize(backbone: Backbone, rows: Dataset) -> Dataset:
-    """`chosen_ids` and `rejected_ids`, each prompt + completion + eos, as PPO will score them."""
+def _ensemble(
+    recipe: Recipe,
+    backbone: Backbone,
+    shown: list[Episode],
+    held_out: Comparisons,
+    trained: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """Judge the members one by one, then merge them (warm) or centre what they say together."""
+    section, members = recipe.reward, ensemble.trained(recipe.reward)
+    for role in members:
+        fit_offset(backbone, shown, role)
+    each = ensemble.member_scores(backbone, held_out.episodes, members)
+    found = {
+        "members": len(members), "combine": section.combine, "combine_std": section.combine_std,
+        "accuracy": [report(held_out, row).entry["accuracy"] for row in each],
+        "accuracy_of_mean": report(held_out, each.mean(axis=0)).entry["accuracy"],
+        "disagreement": _by_prompt(held_out, each.std(axis=0)),
+        "steps": [entry["steps"] for entry in trained],
+        "train_loss": [entry["train_loss"] for entry in trained],
+    }  # fmt: skip
+    if section.combine == "warm":
+        ensemble.average(backbone, members)
+        fit_offset(backbone, shown, "reward")
+    else:
+        # Every rule moves with its members, so one shift of all gives demonstrations mean 0.
+        mean = float(np.mean(ensemble.rewards_of(backbone, shown, section)))
+        for role in members:
+            backbone.reward_offset[role] -= mean
+        found["offsets"] = [backbone.reward_offset[role] for role in members]
+    return found
 
-    def encode(row: dict[str, Any]) -> dict[str, Any]:
-        prompt = backbone.encode_prompt(row["prompt"])
-        encoded: dict[str, Any] = {
-            f"{side}_ids": prompt + backbone.encode_completion(row[side])
-            for side in ("chosen", "rejected")
-        }
-        encoded["length"] = max(len(ids) for ids in encoded.values())
-        return encoded | ({"margin": row["margin"]} if row.get("margin") is not None else {})
 
-    return Dataset.from_list([encode(row) for row in rows])
+def _by_prompt(held_out: Comparisons, values: Any) -> Any:
+    """The mean over completions, its interval clustered by prompt."""
+    return mean_interval(values, [tuple(prompt) for prompt, _ in held_out.episodes])
 
 
-def fit_offset(backbone: Backbone, demonstrations: Dataset, role: str) -> dict[str, Any]:
-    """Set `backbone.reward_offset[role]` so that demonstrations score 0 on average.
+def _judge(
+    recipe: Recipe,
+    backbone: Backbone,
+    record: Record,
+    data: Prepared,
+    progress: Progress,
+    shown: list[Episode],
+    held_out: Comparisons,
+    first: Report,
+) -> dict[str, Any]:
+    """The reward model that only evaluates: trained on other comparisons, from another seed."""
+    _train(recipe, backbone, record, data, progress, "held_out")
+    offset = fit_offset(backbone, shown, "held_out")
+    [scores] = ensemble.member_scores(backbone, held_out.episodes, ["held_out"])
+    other = report(held_out, scores)
+    same = (first.margin > 0) == (other.margin > 0)
+    return {
+        "held_out_accuracy": other.entry["accuracy"], "held_out_offset": offset,
+        "held_out_adapter_sha256": _save(backbone, record, "held_out"),
+        "agreement_with_held_out": held_out.share(same.astype(float)),
+    }  # fmt: skip
 
-    The loss is invariant to a shift; PPO's missing-eos penalty and value are not (InstructGPT 3.5).
-    """
-    episodes = [
+
+def _episodes(backbone: Backbone, demonstrations: Dataset) -> list[Episode]:
+    return [
         (backbone.encode_prompt(row["prompt"]), backbone.encode_completion(row["completion"]))
         for row in demonstrations
     ]
-    mean = float(np.mean(heads.scores(backbone, episodes, role)))
-    backbone.reward_offset[role] = -mean
-    return {"offset": -mean, "offset_from": len(episodes)}
 
 
-def held_out_accuracy(
-    backbone: Backbone, rows: Dataset, role: str
-) -> tuple[dict[str, Any], np.ndarray]:
-    """Accuracy on held-out comparisons with its interval, calibration and the length baseline.
+def fit_offset(backbone: Backbone, demonstrations: list[Episode], role: str) -> float:
+    """Set `backbone.reward_offset[role]` so that demonstrations score 0 on average; returns it.
 
-    Equal scores count as half right; comparisons of equal length are no evidence for length.
-
-    Returns:
-        What the record keeps, and each comparison's margin, chosen minus rejected, shape (n,).
+    The loss is invariant to a shift; PPO's missing-eos penalty and value are not (InstructGPT 3.5).
     """
-    sides = {}
-    lengths = {}
-    for side in ("chosen", "rejected"):
-        episodes = [
-            (backbone.encode_prompt(row["prompt"]), backbone.encode_completion(row[side]))
-            for row in rows
-        ]
-        sides[side] = np.array(heads.scores(backbone, episodes, role))
-        lengths[side] = np.array([len(completion) for _, completion in episodes])
-    margin = sides["chosen"] - sides["rejected"]
-    longer = lengths["chosen"] - lengths["rejected"]
-    right = float((margin > 0).sum() + 0.5 * (margin == 0).sum())
-    return {
-        "accuracy": wilson(right, len(margin)),
-        "accuracy_length_baseline": wilson(
-            float((longer > 0).sum() + 0.5 * (longer == 0).sum()), len(longer)
-        ),
-        "score_std": float(np.concatenate(list(sides.values())).std()),
-        "mean_margin": float(margin.mean()),
-        "calibration": calibration(margin),
-    }, margin
+    backbone.reward_offset[role] = -float(np.mean(heads.scores(backbone, demonstrations, role)))
+    return backbone.reward_offset[role]
+
+
+def _save(backbone: Backbone, record: Record, role: str) -> str:
+    folder = adapters.save_role(backbone, role, record.adapter(role))
+    return sha256(folder / "adapter_model.safetensors")
