@@ -4,7 +4,8 @@
 adapter_config.json, adapter_model.safetensors    at the folder's root, as PEFT expects
 tokenizer files                                   with the pad token the role was trained with
 check.json                                        ids, and the outputs plain PEFT gives for them
-reward.json                                       reward roles: {"reward_offset", "pad_token_id", …}
+reward.json                                       reward roles: {"reward_offset", "pad_token_id",
+                                                  "stacked" (adapters side by side in one), …}
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .backbone import ADAPTERS, Backbone
+from . import fingerprints
+from .backbone import ADAPTERS, REWARDS, Backbone
 from .base import pad_left
 from .errors import AdapterError, NonFiniteError
 from .views import has_token_class
@@ -63,11 +65,12 @@ def save_role(backbone: Backbone, role: str, folder: str | Path) -> Path:
     config.inference_mode = inference
     backbone.tokenizer.save_pretrained(str(temporary))
     _write_json(temporary / "check.json", expected_outputs(backbone, role))
-    if role in ("reward", "held_out"):
+    if role in REWARDS:
         note = {
             "reward_offset": backbone.reward_offset.get(role, 0.0),
             "pad_token_id": backbone.tokenizer.pad_token_id,
             "head": "score, no bias; reward = logits + reward_offset",
+            "stacked": backbone.stacked(role),
         }
         _write_json(temporary / "reward.json", note)
     if role == "value":
@@ -104,17 +107,17 @@ def load_role(backbone: Backbone, role: str, folder: str | Path) -> None:
         raise AdapterError(
             f"{path} cannot be read: {error}", remedy="train the stage again"
         ) from None
-    check = read_check(folder)
-    if check.get("base_fingerprint", backbone.fingerprint) != backbone.fingerprint:
+    _check_base(backbone, folder)
+    note = _read_json(folder / "reward.json")
+    stacked = note.get("stacked", 1) if role in REWARDS else 1
+    if stacked not in range(1, len(REWARDS)):
         raise AdapterError(
-            f"{folder} was made on another base model (or another quantisation of it)",
-            expected=f"base fingerprint {backbone.fingerprint[:12]}",
-            remedy="load the base named in its adapter_config.json",
+            f"{folder}: reward.json has stacked {stacked}", expected=f"1 to {len(REWARDS) - 1}"
         )
-    _check_scale(backbone, folder)
+    _check_scale(backbone, folder, stacked)
     fresh = not backbone.has(role)
     if fresh:
-        backbone.add_role(role)
+        backbone.add_role(role, stacked=stacked)
     wanted = dict(backbone.role_parameters(role))
     try:
         _check_tensors(tensors, wanted, role, path)
@@ -124,15 +127,39 @@ def load_role(backbone: Backbone, role: str, folder: str | Path) -> None:
         raise
     for name, parameter in wanted.items():
         parameter.copy_(tensors[name])
-    note = _read_json(folder / "reward.json")
     if "reward_offset" in note:
         backbone.reward_offset[role] = float(note["reward_offset"])
 
 
-def _check_scale(backbone: Backbone, folder: Path) -> None:
+def _check_base(backbone: Backbone, folder: Path) -> None:
+    """The adapter's base is this one; another dtype of it is allowed, another quantisation not."""
+    check = read_check(folder)
+    if check.get("base_fingerprint", backbone.fingerprint) == backbone.fingerprint:
+        return
+    now = backbone.model_section.load_in_4bit
+    then = check.get("load_in_4bit", now)
+    if now != then:
+        raise AdapterError(
+            f"{folder} was trained with load_in_4bit {then}, and this base has {now}",
+            expected=f"model.load_in_4bit: {str(then).lower()}",
+            remedy="load the base as it was; on another quantisation it gives other outputs",
+        )
+    dtype = str(backbone.causal.dtype).removeprefix("torch.")
+    known = check.get("base_sample")
+    if known and check.get("dtype") != dtype and fingerprints.nearly_same(known, backbone.causal):
+        return
+    raise AdapterError(
+        f"{folder} was made on another base model",
+        expected=f"base fingerprint {backbone.fingerprint[:12]}",
+        remedy="load the base named in its adapter_config.json",
+    )
+
+
+def _check_scale(backbone: Backbone, folder: Path, stacked: int) -> None:
     """The same tensors mean another function under another alpha, which no shape tells."""
     config = _read_json(folder / "adapter_config.json")
-    wanted = {"lora_alpha": backbone.lora_section.alpha, "use_rslora": False, "alpha_pattern": {}}
+    alpha = stacked * backbone.lora_section.alpha
+    wanted = {"lora_alpha": alpha, "use_rslora": False, "alpha_pattern": {}}
     for key, value in wanted.items():
         if (config.get(key) or value) != value:
             raise AdapterError(
@@ -177,7 +204,7 @@ def expected_outputs(backbone: Backbone, role: str) -> dict[str, Any]:
     with backbone.role(role):
         batch = {"input_ids": ids.to(backbone.device), "attention_mask": mask.to(backbone.device)}
         padded = view(**batch).logits.float().cpu()
-        if role in ("reward", "held_out"):
+        if role in REWARDS:
             key, outputs = "score", padded[:, 0].tolist()
         elif role == "value":
             # (B, L, 1), or (B, 1) at the last token from a sequence class; rows are padded left.
@@ -188,6 +215,7 @@ def expected_outputs(backbone: Backbone, role: str) -> dict[str, Any]:
         "role": role, "base_fingerprint": backbone.fingerprint,
         "dtype": str(backbone.causal.dtype).removeprefix("torch."),
         "load_in_4bit": backbone.model_section.load_in_4bit,
+        "base_sample": fingerprints.sample(backbone.causal),
         "input_ids": ids.tolist(), "attention_mask": mask.tolist(),
         "pad_token_id": int(backbone.tokenizer.pad_token_id),
         "expected": {key: outputs}, "atol": 1e-5 if backbone.causal.dtype == torch.float32 else 0.1,

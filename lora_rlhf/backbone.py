@@ -6,6 +6,7 @@ trainers take it as it is and what is saved loads without this package:
 
     policy, reference       AutoModelForCausalLM               adapters "default", "reference"
     reward, held_out        AutoModelForSequenceClassification  score head (no bias)
+    reward_1 ... reward_15  the same; the other members of a reward ensemble
     value                   AutoModelForTokenClassification     per-token head with a bias
 
 The policy's adapter is called "default" because TRL looks it up by that name.
@@ -25,27 +26,25 @@ import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
-from .base import BaseModel, fingerprint, pad_left
+from .base import BaseModel
 from .errors import AdapterError
+from .fingerprints import fingerprint
 from .views import build_view, head_wrapper, tensor_bytes, to_head_dtype
 
-ADAPTERS = {
-    "policy": "default",
-    "reference": "reference",
-    "reward": "reward",
-    "value": "value",
-    "held_out": "held_out",
-}
+MEMBERS = ("reward", *(f"reward_{i}" for i in range(1, 16)))
+"""The roles of a reward ensemble, in order; without one there is only the first."""
+
+REWARDS = (*MEMBERS, "held_out")
+"""Every role that scores."""
+
+ADAPTERS = {"policy": "default", **{r: r for r in ("reference", "value", *REWARDS)}}
 """Role -> name of its adapter."""
 
 _TASKS = {
-    "policy": TaskType.CAUSAL_LM,
-    "reference": TaskType.CAUSAL_LM,
-    "reward": TaskType.SEQ_CLS,
-    "held_out": TaskType.SEQ_CLS,
+    **dict.fromkeys(("policy", "reference"), TaskType.CAUSAL_LM),
+    **dict.fromkeys(REWARDS, TaskType.SEQ_CLS),
     "value": TaskType.TOKEN_CLS,
 }
 
@@ -67,6 +66,7 @@ class Backbone(BaseModel):
         count = math.ceil(len(self.layers) * self.lora_section.top_fraction)
         self.adapted_layers = list(range(len(self.layers) - count, len(self.layers)))
         self._trainable: frozenset[str] = frozenset()
+        self._bare_value: nn.Linear | None = None
 
     # ------------------------------------------------------------------ roles
 
@@ -74,18 +74,24 @@ class Backbone(BaseModel):
         """Whether `role` has been added."""
         return role in self.views
 
-    def add_role(self, role: str, *, copy_from: str | None = None) -> PeftModel:
+    def add_role(
+        self, role: str, *, copy_from: str | None = None, stacked: int | None = None
+    ) -> PeftModel:
         """Add a role's adapter (and head), fresh or as a copy of another role's; returns its view.
 
         A fresh LoRA is the identity (B = 0). A reward head is drawn with std 1/sqrt(d + 1)
         (2403.17031); a value head copied from a reward role carries that role's offset as its bias.
+        `stacked` adapters side by side are one of that many times the rank and alpha (the scale
+        stays); default: as many as `copy_from` has, else one.
         """
         if role in self.views:
             raise ValueError(f"role {role!r} exists")
         adapter, task = ADAPTERS[role], _TASKS[role]
         partly = len(self.adapted_layers) < len(self.layers)
+        stacked = stacked or (self.stacked(copy_from) if copy_from is not None else 1)
         config = LoraConfig(
-            task_type=task, r=self.lora_section.r, lora_alpha=self.lora_section.alpha,
+            task_type=task, r=stacked * self.lora_section.r,
+            lora_alpha=stacked * self.lora_section.alpha,
             lora_dropout=0.0, bias="none", target_modules=list(self.target_modules),
             layers_to_transform=self.adapted_layers if partly else None,
             fan_in_fan_out=any(isinstance(m, Conv1D) for m in self.layers.modules()),
@@ -117,14 +123,22 @@ class Backbone(BaseModel):
             self._copy(copy_from, role)
         return view
 
+    def stacked(self, role: str) -> int:
+        """How many adapters of the recipe's rank a role's adapter is as wide as."""
+        return int(self.views[role].peft_config[ADAPTERS[role]].r) // self.lora_section.r
+
     def head(self, role: str) -> nn.Linear:
-        """The linear head of reward, held_out or value, float32."""
+        """The linear head of a reward role or of the value, float32."""
+        if role == "value" and self._bare_value is not None:
+            return self._bare_value
         wrapper = head_wrapper(self.views[role])
         head: nn.Linear = wrapper.modules_to_save[ADAPTERS[role]]
         return head
 
     def role_parameters(self, role: str) -> list[tuple[str, nn.Parameter]]:
         """Names (as PEFT saves them, without the adapter's name) and parameters of one role."""
+        if role == "value" and self._bare_value is not None:
+            return [(f"value_head.{n}", p) for n, p in self._bare_value.named_parameters()]
         adapter, found = ADAPTERS[role], []
         for name, parameter in self.views[role].named_parameters():
             parts = name.split(".")
@@ -154,6 +168,29 @@ class Backbone(BaseModel):
                 self.head(target).bias.fill_(self.reward_offset[source])
             else:
                 self.reward_offset[target] = self.reward_offset[source]
+
+    def add_value_head(self, copy_from: str | None) -> None:
+        """A value that is one linear head on the policy's own states: no adapter, no second pass.
+
+        It starts as the reward role's head and offset, or at 0, and belongs to the policy's view.
+        """
+        hidden = self.causal.get_output_embeddings().weight.shape[1]
+        self._bare_value = nn.Linear(hidden, 1, device=self.device, dtype=torch.float32)
+        with torch.no_grad():
+            self._bare_value.weight.zero_()
+            self._bare_value.bias.zero_()
+            if copy_from is not None:
+                self._bare_value.weight.copy_(self.head(copy_from).weight)
+                self._bare_value.bias.fill_(self.reward_offset.get(copy_from, 0.0))
+        self.views["policy"].add_module("value_head", self._bare_value)
+
+    def drop_value(self) -> None:
+        """Forget the value, whichever of its two forms it has."""
+        if self._bare_value is not None:
+            self._bare_value = None
+            del self.views["policy"].value_head
+        elif self.has("value"):
+            self.drop_role("value")
 
     def copy_role(self, source: str, target: str) -> None:
         """Make `target` equal to `source`, adding it where it does not exist."""
@@ -324,7 +361,6 @@ class Backbone(BaseModel):
             },
         }  # fmt: skip
 
-    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -335,40 +371,12 @@ class Backbone(BaseModel):
         seed: int = 0,
         batch_size: int = 64,
     ) -> list[list[int]]:
-        """Completions as `role`, without padding, the eos included where it came.
-
-        Args:
-            prompts: Ids of each prompt.
-            role: Whose adapter answers; None: the base model.
-            temperature: 0 is greedy; otherwise plain sampling, no top-k, no top-p.
-            seed: Of the sampling; the global random state is left as it was.
-        """
-        out: list[list[int]] = []
-        config = GenerationConfig(
-            max_new_tokens=max_new_tokens, do_sample=temperature > 0,
-            temperature=temperature if temperature > 0 else None, top_k=0, top_p=1.0,
-            repetition_penalty=1.0, disable_compile=True, eos_token_id=self.eos_ids,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )  # fmt: skip
-        with _seeded(seed, self.device), self.role(role):
-            for start in range(0, len(prompts), batch_size):
-                ids, mask = pad_left(
-                    prompts[start : start + batch_size], self.tokenizer.pad_token_id
-                )
-                sequences = self.causal.generate(
-                    input_ids=ids.to(self.device), attention_mask=mask.to(self.device),
-                    generation_config=config,
-                )  # fmt: skip
-                out += [self.cut_at_eos(row.tolist()) for row in sequences[:, ids.shape[1] :].cpu()]
-        return out
-
-
-@contextlib.contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
+        """Completions as `role`, None being the base model; the rest as `BaseModel.sample`."""
+        with self.role(role):
+            return self.sample(
+                prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+                batch_size=batch_size,
+            )  # fmt: skip
 
 
 def _forget(view: PeftModel, adapter: str) -> None:

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -17,13 +19,15 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.pytorch_utils import Conv1D
 
+from .errors import BaseModelError, SetupError, TokenizerError, first_line
+from .fingerprints import fingerprint
 from .sections import LoraSection, ModelSection
-from .errors import BaseModelError, SetupError, TokenizerError
 
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout",
              "dropout", "activation_dropout", "layerdrop", "attention_probs_dropout_prob",
@@ -59,34 +63,38 @@ class BaseModel:
         """Load base model and tokenizer once, quantised where the recipe says so.
 
         Raises:
-            BaseModelError: The model cannot be found or is not a causal language model.
+            BaseModelError: The model cannot be found or read, or is no causal language model.
             TokenizerError: There is no pad token apart from eos.
             SetupError: 4-bit was asked for and bitsandbytes cannot be used.
         """
         where = _locate(model)
+        source = _source(where, model)
         device, dtype = pick_device(), pick_dtype(model.dtype)
-        options: dict[str, Any] = {"revision": model.revision, "trust_remote_code": False}
+        plain: dict[str, Any] = {"revision": model.revision, "trust_remote_code": False}
+        options = dict(plain)
+        if model.load_in_4bit:
+            options["quantization_config"] = _nf4(dtype)
         try:
-            config = AutoConfig.from_pretrained(where, **options)
-            tokenizer = AutoTokenizer.from_pretrained(where, padding_side="left", **options)
+            config = AutoConfig.from_pretrained(where, **plain)
+            tokenizer = AutoTokenizer.from_pretrained(where, padding_side="left", **plain)
             for name in _DROPOUTS:
                 if isinstance(getattr(config, name, None), float):
                     setattr(config, name, 0.0)
-            if model.load_in_4bit:
-                options["quantization_config"] = _nf4(dtype)
             causal = AutoModelForCausalLM.from_pretrained(
                 where, config=config, dtype=dtype, device_map={"": device}, **options
             )
-        except (OSError, ValueError, KeyError) as error:
+        except torch.OutOfMemoryError:  # the model is fine
+            raise
+        except Exception as error:  # whatever the libraries raise: a truncated file is their own
             raise BaseModelError(
-                f"cannot load {model.id}: {str(error).splitlines()[0]}",
-                expected="a causal language model: `tiny`, a local folder, or a Hub id",
-                remedy="check model.id; without a network, give a local folder",
+                f"cannot load {model.id}: {first_line(error)}",
+                expected="a causal language model, complete: `tiny`, a local folder, or a Hub id",
+                remedy="check model.id, and a folder's files against the original; a folder beside "
+                "the recipe is written ./folder; without a network, give a local folder",
             ) from error
         if model.load_in_4bit:
             _settle_4bit(causal)
         _distinct_pad(tokenizer, causal)
-        source = _source(where, model)
         return cls(causal, tokenizer, model, lora, source)
 
     @property
@@ -115,8 +123,8 @@ class BaseModel:
         text = template if isinstance(template, str) else json.dumps(template)
         return {
             "id": self.model_section.id, "hub_id": self.model_section.hub_id,
-            "revision": getattr(self.causal.config, "_commit_hash", None)
-            or self.model_section.revision,
+            "revision": None if _is_local(self.model_section) else
+            getattr(self.causal.config, "_commit_hash", None) or self.model_section.revision,
             "fingerprint": self.fingerprint, "dtype": str(self.causal.dtype).removeprefix("torch."),
             "load_in_4bit": self.model_section.load_in_4bit,
             "parameters": self.causal.num_parameters(), "layers": len(self.layers),
@@ -155,6 +163,69 @@ class BaseModel:
         ends = [ids.index(eos) for eos in self.eos_ids if eos in ids]
         return ids[: min(ends) + 1] if ends else ids
 
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        batch_size: int,
+    ) -> list[list[int]]:
+        """Completions of whatever is active, without padding, the eos included where it came.
+
+        Args:
+            prompts: Ids of each prompt.
+            max_new_tokens: Longest completion.
+            temperature: 0 is greedy; otherwise plain sampling, no top-k, no top-p.
+            seed: Of the sampling; the global random state is left as it was.
+            batch_size: Prompts at once.
+        """
+        out: list[list[int]] = []
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens, do_sample=temperature > 0,
+            temperature=temperature if temperature > 0 else None, top_k=0, top_p=1.0,
+            repetition_penalty=1.0, disable_compile=True, eos_token_id=self.eos_ids,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )  # fmt: skip
+        with _seeded(seed, self.device), self._plain_generation():
+            for start in range(0, len(prompts), batch_size):
+                ids, mask = pad_left(
+                    prompts[start : start + batch_size], self.tokenizer.pad_token_id
+                )
+                sequences = self.causal.generate(
+                    input_ids=ids.to(self.device), attention_mask=mask.to(self.device),
+                    generation_config=config,
+                )  # fmt: skip
+                out += [self.cut_at_eos(row.tolist()) for row in sequences[:, ids.shape[1] :].cpu()]
+        return out
+
+    @contextlib.contextmanager
+    def _plain_generation(self) -> Iterator[None]:
+        """Without the base's own generation config, whose every unset field `generate` takes over.
+
+        A `min_p` or `suppress_tokens` there would truncate what is sampled, while log-probs and KL
+        are those of the whole distribution.
+        """
+        own = self.causal.generation_config
+        self.causal.generation_config = GenerationConfig(
+            eos_token_id=own.eos_token_id, bos_token_id=own.bos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )  # fmt: skip
+        try:
+            yield
+        finally:
+            self.causal.generation_config = own
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
 
 def pick_device() -> torch.device:
     """The first CUDA device, else the CPU."""
@@ -187,9 +258,9 @@ def _locate(model: ModelSection) -> str:
         from . import tiny
 
         return str(tiny.path())
-    path = Path(model.id).expanduser()
+    path = Path(os.path.expanduser(model.id))
     if path.is_absolute() or model.id.startswith("."):
-        if not (path / "config.json").is_file():
+        if not os.path.isfile(path / "config.json"):
             raise BaseModelError(
                 f"{model.id} holds no config.json", expected="a folder saved by transformers",
                 remedy="check model.id",
@@ -198,18 +269,32 @@ def _locate(model: ModelSection) -> str:
     return model.id
 
 
+def _is_local(model: ModelSection) -> bool:
+    """Whether transformers takes the id for a folder, which has no revision."""
+    return model.id == "tiny" or os.path.isdir(os.path.expanduser(model.id))
+
+
 def _source(where: str, model: ModelSection) -> dict[str, Any]:
     """Where the weights came from and their licence; SOURCE.json beside them says so, if any."""
     if model.id == "tiny":
         return {"source": "the tiny model packaged with lora-rlhf", "license": "apache-2.0"}
     note = Path(where) / "SOURCE.json"
-    if note.is_file():
-        found = json.loads(note.read_text(encoding="utf-8"))
+    if os.path.isfile(note):
+        try:
+            found = json.loads(note.read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError(f"a JSON {type(found).__name__}")
+        except (OSError, ValueError, RecursionError) as error:
+            raise BaseModelError(
+                f"cannot be read: {first_line(error)}", where=str(note),
+                expected="a JSON object with source and license, in UTF-8",
+                remedy="mend the file, or remove it: it only says where the weights came from",
+            ) from None  # fmt: skip
         return {
             "license": None,
             **{k: found[k] for k in ("source", "license", "sha256", "original") if k in found},
         }
-    return {"source": "local folder" if Path(where).is_dir() else "Hub", "license": None}
+    return {"source": "local folder" if _is_local(model) else "Hub", "license": None}
 
 
 def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -308,19 +393,3 @@ def linear_names(layers: nn.ModuleList, wanted: list[str] | None) -> list[str]:
             f"lora.target_modules names {sorted(unknown)}", expected=f"some of {sorted(found)}"
         )
     return sorted(wanted or found)
-
-
-@torch.no_grad()
-def fingerprint(causal: PreTrainedModel) -> str:
-    """sha256 over names, shapes and evenly spaced samples of the frozen tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in causal.named_parameters():
-        if "lora_" in name or "value_head" in name:
-            continue
-        flat = tensor.detach().reshape(-1)
-        # Odd, or a matrix with 4096 columns would be judged by one of them.
-        step = max(1, flat.numel() // 4096) | 1
-        sample = flat[::step].float() if flat.is_floating_point() else flat[::step]
-        digest.update(f"{name.replace('.base_layer', '')} {tuple(tensor.shape)}".encode())
-        digest.update(sample.cpu().numpy().tobytes())
-    return digest.hexdigest()

@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM
 from lora_rlhf.base import (
     BaseModel,
     decoder_layers,
-    fingerprint,
     linear_names,
     pad_left,
     pick_dtype,
 )
-from lora_rlhf.sections import LoraSection, ModelSection
 from lora_rlhf.errors import BaseModelError, SetupError, TokenizerError
+from lora_rlhf.fingerprints import fingerprint, nearly_same, sample
+from lora_rlhf.sections import LoraSection, ModelSection
 
 
 def load(folder, **model):
@@ -79,6 +79,74 @@ def test_a_broken_config_is_one_clear_error(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "no-such-architecture"}')
     with pytest.raises(BaseModelError, match="cannot load"):
         load(tmp_path)
+
+
+def broken(tmp_path, **overrides):
+    return with_tokenizer(tmp_path, small.tokenizer(), **overrides)
+
+
+def test_truncated_weights_are_one_clear_error(tmp_path):
+    weights = broken(tmp_path) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(BaseModelError, match=f"cannot load {tmp_path}: .+") as caught:
+        load(tmp_path)
+    assert "against the original" in caught.value.remedy
+
+
+def test_a_broken_tokenizer_is_one_clear_error(tmp_path):
+    (broken(tmp_path) / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(BaseModelError, match="cannot load"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("note", ["{", "[1]", b"\xff", "[" * 100_000])
+def test_a_broken_source_note_is_named(tmp_path, note):
+    raw = note if isinstance(note, bytes) else note.encode()
+    (broken(tmp_path) / "SOURCE.json").write_bytes(raw)
+    with pytest.raises(BaseModelError, match="cannot be read") as caught:
+        load(tmp_path)
+    assert caught.value.where == str(tmp_path / "SOURCE.json")
+
+
+@pytest.mark.parametrize("error", [ImportError("needs tiktoken"), RuntimeError(), KeyError("x")])
+def test_whatever_a_library_raises_is_one_clear_error(monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("lora_rlhf.base.AutoModelForCausalLM.from_pretrained", fail)
+    with pytest.raises(BaseModelError, match=f"{error}" or "RuntimeError") as caught:
+        load(small.base_folder())
+    assert caught.value.__cause__ is error
+
+
+def test_a_full_device_is_not_the_models_fault(monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr("lora_rlhf.base.AutoModelForCausalLM.from_pretrained", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        load(small.base_folder())
+
+
+def test_an_architecture_without_a_head_class_and_without_a_word(monkeypatch):
+    from lora_rlhf.views import build_view
+
+    def fail(*_, **__):
+        raise ValueError
+
+    base = load(small.base_folder())
+    monkeypatch.setattr("lora_rlhf.views.AutoModelForSequenceClassification.from_config", fail)
+    with pytest.raises(BaseModelError, match="no class with a head: ValueError"):
+        build_view(base.causal, per_token=False)
+
+
+def test_a_folder_has_no_revision(monkeypatch):
+    """Of the folder's path, `revision` would say what nothing looked at."""
+    base = load(small.base_folder())
+    monkeypatch.setattr(base.causal.config, "_commit_hash", "abc", raising=False)
+    assert base.describe()["revision"] is None
+    monkeypatch.setattr(base, "model_section", ModelSection(id="a/b", revision="main"))
+    assert base.describe()["revision"] == "abc"
 
 
 def test_4bit_without_bitsandbytes_says_what_to_install(monkeypatch):
@@ -290,3 +358,24 @@ def test_auto_dtype_on_a_cpu_is_float32_and_an_explicit_one_wins(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_dtype("auto") is torch.float32
     assert pick_dtype("bfloat16") is torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_base_is_known_again_in_another_dtype(dtype):
+    here = sample(load(small.base_folder()).causal)
+    there = load(small.base_folder(), dtype=dtype)
+    assert there.fingerprint != load(small.base_folder()).fingerprint  # values are rounded
+    assert nearly_same(here, there.causal)
+    assert not nearly_same(here, load(small.base_folder(seed=1), dtype=dtype).causal)
+
+
+def test_sampling_is_plain_whatever_the_base_prefers():
+    """`generate` would fill every field that is left open from the base's own config."""
+    base = load(small.base_folder())
+    options = {"max_new_tokens": 12, "temperature": 1.0, "seed": 3, "batch_size": 4}
+    prompts = [[5, 6], [7], [8, 9, 10]]
+    plain = base.sample(prompts, **options)
+    own = base.causal.generation_config
+    own.min_p, own.suppress_tokens, own.min_new_tokens = 0.9, list(range(20, 60)), 12
+    assert base.sample(prompts, **options) == plain
+    assert base.causal.generation_config is own
