@@ -41,6 +41,13 @@ def hidden_states(backbone: Backbone, input_ids: Tensor, attention_mask: Tensor)
     return states
 
 
+def completion_states(
+    backbone: Backbone, input_ids: Tensor, attention_mask: Tensor, tokens: int
+) -> Tensor:
+    """Hidden states that predict the last `tokens` ids, of the active role; (B, T, H)."""
+    return hidden_states(backbone, input_ids, attention_mask)[:, -tokens - 1 : -1]
+
+
 def completion_logprobs(
     backbone: Backbone, input_ids: Tensor, attention_mask: Tensor, tokens: int, temperature: float
 ) -> tuple[Tensor, Tensor]:
@@ -50,7 +57,15 @@ def completion_logprobs(
     Logits are divided by `temperature`, the one that sampled. Padding gets a finite meaningless
     number: mask it. Differentiable.
     """
-    states = hidden_states(backbone, input_ids, attention_mask)[:, -tokens - 1 : -1]
+    states = completion_states(backbone, input_ids, attention_mask, tokens)
+    return logprobs_of(backbone, states, input_ids, temperature)
+
+
+def logprobs_of(
+    backbone: Backbone, states: Tensor, input_ids: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """The same from `completion_states`: the LM head over (B, T, H) in tiles; each (B, T)."""
+    tokens = states.shape[1]
     head = backbone.causal.get_output_embeddings()
     softcap, scale = _logit_transform(backbone.causal.config.get_text_config())
     logprobs, entropy, *_ = ChunkedLogProbFunction.apply(
@@ -66,7 +81,11 @@ def token_values(
     backbone: Backbone, input_ids: Tensor, attention_mask: Tensor, tokens: int, role: str = "value"
 ) -> Tensor:
     """V of the state *before* each of the last `tokens` ids, in float32; (B, T)."""
-    states = hidden_states(backbone, input_ids, attention_mask)[:, -tokens - 1 : -1]
+    return values_of(backbone, completion_states(backbone, input_ids, attention_mask, tokens), role)
+
+
+def values_of(backbone: Backbone, states: Tensor, role: str = "value") -> Tensor:
+    """The same from `completion_states`; (B, T) float32."""
     values: Tensor = backbone.head(role)(states.float()).squeeze(-1)
     return values
 

@@ -167,3 +167,47 @@ def explained_variance(values_bt: Tensor, returns_bt: Tensor, mask_bt: Tensor) -
     spread = masked_mean((returns_bt - masked_mean(returns_bt, mask_bt)) ** 2, mask_bt)
     unexplained = masked_mean((error_bt - masked_mean(error_bt, mask_bt)) ** 2, mask_bt)
     return float(1 - unexplained / spread) if float(spread) > 0 else float("nan")
+
+
+def adapted_kl_coef(kl_coef: float, kl: float, target: float, horizon: int, episodes: int) -> float:
+    """The next KL coefficient: larger where the KL is above its target, smaller below.
+
+    beta · (1 + clip(kl / target - 1, -0.2, 0.2) · episodes / horizon), with `kl` and `target` in
+    nats per sequence. Source: 1909.08593, section 2.2, as in its published code.
+    """
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * episodes / horizon)
+
+
+class RunningMoments:
+    """Count, mean and variance of all numbers seen, joined batch by batch (Chan et al. 1979)."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.squares = 0, 0.0, 0.0
+
+    def add(self, x_b: Tensor) -> None:
+        """Take in a batch of numbers, shape (B,)."""
+        n, mean = x_b.numel(), float(x_b.double().mean())
+        squares = float(((x_b.double() - mean) ** 2).sum())
+        gap, total = mean - self.mean, self.count + n
+        self.squares += squares + gap**2 * self.count * n / total
+        self.mean += gap * n / total
+        self.count = total
+
+    @property
+    def std(self) -> float:
+        """Biased standard deviation; 1 while nothing varies, so that dividing by it is safe."""
+        spread = (self.squares / self.count) ** 0.5 if self.count else 0.0
+        return spread if spread > 1e-8 else 1.0
+
+
+def scaled_scores(scores_b: Tensor, moments: RunningMoments | None, clip: float | None) -> Tensor:
+    """Scores over their running standard deviation, then clipped. Shape (B,).
+
+    The mean is never shifted: a shift would change the sign of the pressure against the KL penalty
+    (2307.04964, section 4.2.2; 2403.17031).
+    """
+    if moments is not None:
+        moments.add(scores_b)
+        scores_b = scores_b / moments.std
+    return scores_b if clip is None else scores_b.clamp(-clip, clip)

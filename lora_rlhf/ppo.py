@@ -3,20 +3,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
 from datasets import Dataset
 from transformers import set_seed
 
-from . import adapters, guards, heads, tasks
+from . import adapters, ensemble, guards, tasks
 from .backbone import Backbone
 from .config import Recipe
 from .errors import DataError, RecipeError
-from .ppo_trainer import PPOConfig, PPOTrainer, RewardFunction
+from .ppo_trainer import PPOTrainer, RewardFunction
 from .progress import Progress, StageLog
+from .ptx import TextMix
 from .record import Record, sha256
-from .stages import build, trainer_args
+from .stages import PPOConfig, build, trainer_args
 
 _DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "steps_per_generation": 4,
@@ -35,28 +37,43 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 """Keys of the sampler and the values that leave the distribution as it is."""
 
-_WITHOUT_EFFECT = {
-    **dict.fromkeys((
-        "loss_type", "scale_rewards", "multi_objective_aggregation", "importance_sampling_level",
-        "entropy_coef", "use_adaptive_entropy", "top_entropy_quantile", "off_policy_mask_threshold",
-        "delta", "mask_truncated_completions", "sync_ref_model", "num_generations_eval",
-        "cast_lm_head_to_fp32",
-    ), ""),
+_TAKEN = {
+    *_COUNTS, *_PLAIN, "learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay",
+    "optim", "optim_args", "optim_target_modules", "lr_scheduler_type", "lr_scheduler_kwargs",
+    "warmup_steps", "max_grad_norm", "epsilon", "epsilon_high", "temperature", "shuffle_dataset",
+    "cache_implementation", "use_transformers_continuous_batching",
+    "transformers_continuous_batching_config", "dataloader_num_workers",
+    "dataloader_persistent_workers", "dataloader_prefetch_factor", "full_determinism", "tf32",
+    "torch_empty_cache_steps", "log_level", "project", "trackio_space_id",
+}  # fmt: skip
+"""Keys of GRPO's config that PPO reads; the others belong to losses and rollouts of GRPO's own."""
+
+_FIELDS = {field.name for field in dataclasses.fields(PPOConfig)}
+
+_INSTEAD = {
     "max_steps": "use ppo.updates", "num_train_epochs": "use ppo.updates",
     "logging_steps": "leave it out: every update is logged",
     "generation_batch_size": "use per_device_train_batch_size and steps_per_generation",
-    "disable_dropout": "leave it out: dropout is off",
+    "disable_dropout": "leave it out: dropout is off", "entropy_coef": "use ppo.entropy_coef",
+    "use_vllm": "leave it out: PPO samples with transformers",
 }  # fmt: skip
-"""Keys of GRPO that PPO's own loss and rollouts do not read, and where to turn instead."""
 
 
 def run(
-    recipe: Recipe, backbone: Backbone, record: Record, prompts: Dataset, progress: Progress
+    recipe: Recipe,
+    backbone: Backbone,
+    record: Record,
+    prompts: Dataset,
+    progress: Progress,
+    text: list[list[int]] | None = None,
 ) -> None:
     """Optimise the policy against the reward; saves `adapters/policy` and `adapters/value`.
 
+    With `ppo.value: head` there is no value adapter to save: its head is of use to PPO alone.
+
     Args:
         prompts: Column `prompt`, and `item` where a task's gold checker is to be used or logged.
+        text: Token ids of the texts that PPO-ptx mixes in.
 
     Raises:
         IdentityError: A start-up identity does not hold.
@@ -76,6 +93,7 @@ def run(
             trainer = PPOTrainer(
                 backbone, args, recipe.ppo, functions, prompts, progress,
                 callbacks=[StageLog(record, "ppo", progress, steps_per_unit=per_update)],
+                text=_text_mix(recipe, backbone, args, text),
             )  # fmt: skip
             sample = [backbone.encode_prompt(p) for p in prompts[:4]["prompt"]]
             trainer.identities["sampler_difference"] = guards.sampler_agrees(
@@ -86,18 +104,30 @@ def run(
                 trainer.train()
             finally:
                 progress.end()
+            trainer.steering.finish()
+        updates = trainer.state.global_step // per_update
         entry |= {
-            "updates": recipe.ppo.updates, "reward": recipe.ppo.reward,
-            "kl_coef": recipe.ppo.kl_coef,
-            "episodes": recipe.ppo.updates * args.generation_batch_size,
+            "updates": updates, "reward": recipe.ppo.reward, "kl_coef": recipe.ppo.kl_coef,
+            "episodes": updates * args.generation_batch_size,
             "optimizer_steps": trainer.state.global_step, "identities": trainer.identities,
+            **({"steering": trainer.steering.entry} if trainer.steering.entry else {}),
         }  # fmt: skip
         lines = record.metrics("ppo")
         if lines and "kl/sequence" in lines[-1]:
             entry["kl_last"] = lines[-1]["kl/sequence"]
-        for role, key in (("policy", "adapter_sha256"), ("value", "value_adapter_sha256")):
+        roles = [("policy", "adapter_sha256"), ("value", "value_adapter_sha256")]
+        for role, key in roles if backbone.has("value") else roles[:1]:
             folder = adapters.save_role(backbone, role, record.adapter(role))
             entry[key] = sha256(folder / "adapter_model.safetensors")
+
+
+def _text_mix(
+    recipe: Recipe, backbone: Backbone, args: PPOConfig, text: list[list[int]] | None
+) -> TextMix | None:
+    if not text or not recipe.ppo.ptx_coef:
+        return None
+    size, pad = args.per_device_train_batch_size, backbone.tokenizer.pad_token_id
+    return TextMix(text, size, recipe.seed, pad)
 
 
 def check(recipe: Recipe, record: Record, prompts: Dataset) -> PPOConfig:
@@ -130,10 +160,12 @@ def load(backbone: Backbone, record: Record) -> None:
 def start_roles(backbone: Backbone, recipe: Recipe) -> None:
     """The policy as a copy of SFT, the value as one of the reward (or of SFT, its head fresh)."""
     backbone.copy_role("reference", "policy")
-    if backbone.has("value"):
-        backbone.drop_role("value")
-    source = "reward" if recipe.ppo.reward == "model" else "reference"
-    backbone.add_role("value", copy_from=source)
+    backbone.drop_value()
+    scored = recipe.ppo.reward == "model"
+    if recipe.ppo.value == "head":
+        backbone.add_value_head("reward" if scored else None)
+    else:
+        backbone.add_role("value", copy_from="reward" if scored else "reference")
 
 
 def arguments(recipe: Recipe, record: Record) -> PPOConfig:
@@ -143,12 +175,12 @@ def arguments(recipe: Recipe, record: Record) -> PPOConfig:
         RecipeError: Batch sizes that do not divide, a sampler that PPO's ratio would be wrong for,
             or a key that PPO does not read.
     """
-    for key in recipe.ppo.args:
-        if key in _WITHOUT_EFFECT:
-            raise RecipeError(
-                f"ppo.args.{key} would do nothing", remedy=_WITHOUT_EFFECT[key] or "leave it out"
-            )
     merged = trainer_args(recipe, record, "ppo", _DEFAULTS, recipe.ppo.args)
+    for key in recipe.ppo.args:
+        if key in _FIELDS and key not in _TAKEN:
+            raise RecipeError(
+                f"ppo.args.{key} would do nothing", remedy=_INSTEAD.get(key, "leave it out")
+            )
     for key in _COUNTS:
         if not isinstance(merged[key], int) or isinstance(merged[key], bool) or merged[key] < 1:
             raise RecipeError(f"ppo.args.{key}: {merged[key]!r}", expected="a whole number from 1")
@@ -190,10 +222,17 @@ def rewards(
         DataError: `ppo.reward: gold` without task prompts.
     """
 
+    apart: list[float] = []
+
     def model(completion_ids: Any, prompt_ids: Any, **_: Any) -> list[float]:
-        episodes = list(zip(prompt_ids, completion_ids, strict=True))
-        raw = heads.scores(backbone, episodes, "reward")
-        return [score + backbone.reward_offset["reward"] for score in raw]
+        found = ensemble.scores(
+            backbone, list(zip(prompt_ids, completion_ids, strict=True)), recipe.reward
+        )
+        apart[:] = found.std
+        return found.rewards
+
+    def disagreement(**_: Any) -> list[float]:
+        return list(apart)  # of the episodes that `model` has just scored
 
     def gold(completions: Any, item: Any, **_: Any) -> list[float]:
         texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
@@ -202,9 +241,19 @@ def rewards(
             for i, text in zip(item, texts, strict=True)
         ]
 
-    if recipe.ppo.reward == "gold":
-        return [gold], [1.0]
-    return ([model, gold], [1.0, 0.0]) if _checkable(prompts) else ([model], [1.0])
+    def held_out(completion_ids: Any, prompt_ids: Any, **_: Any) -> list[float]:
+        episodes = list(zip(prompt_ids, completion_ids, strict=True))
+        [scores] = ensemble.member_scores(backbone, episodes, ["held_out"])
+        return [float(score) for score in scores]
+
+    functions: list[RewardFunction] = [gold if recipe.ppo.reward == "gold" else model]
+    if recipe.ppo.reward == "model" and len(ensemble.roles(recipe.reward)) > 1:
+        functions.append(disagreement)
+    if recipe.ppo.reward == "model" and _checkable(prompts):
+        functions.append(gold)
+    if backbone.has("held_out") and recipe.ppo.watch != "off":
+        functions.append(held_out)
+    return functions, [1.0] + [0.0] * (len(functions) - 1)
 
 
 def _checkable(prompts: Dataset) -> bool:

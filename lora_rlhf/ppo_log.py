@@ -15,9 +15,13 @@ from .objectives import KlEstimates, PolicyLoss, explained_variance, kl_estimate
 METRICS = {
     "reward/score": "mean score of the episodes, before the penalty for a missing eos",
     "reward/score_std": "its standard deviation",
+    "reward/scale": "what scores are divided by (ppo.normalize_reward): their running std",
     "reward/total": "mean sum of an episode's rewards: score, missing eos, KL penalty",
     "kl/sequence": "KL(policy || SFT) by k1, nats per episode",
-    "kl/k1": "the same per token",
+    "kl/sequence_k2": "the same by k2: half the squared log-ratio; biased, never negative",
+    "kl/sequence_k3": "the same by k3; unbiased, never negative",
+    "kl/k1": "KL(policy || SFT) by k1, nats per token",
+    "kl/k2": "the same by k2",
     "kl/k3": "KL(policy || SFT) by k3, nats per token; never negative",
     "kl/coef": "weight of the KL penalty in the reward",
     "policy/entropy": "mean entropy of the next token, nats",
@@ -26,6 +30,7 @@ METRICS = {
     "policy/ratio_start": "largest |ratio - 1| on the rollout's first micro-batch; must be near 0",
     "policy/approx_kl": "KL between the policies before and after, by k2, nats per token",
     "policy/skipped": "share of micro-batches left out because their mean ratio was too large",
+    "policy/ptx_loss": "negative log-likelihood of the mixed-in text, nats per token",
     "policy/grad_norm": "norm of the policy's gradient before its clip",
     "value/loss": "clipped value loss per token",
     "value/clip_fraction": "share of tokens at which the value clip is active",
@@ -41,6 +46,9 @@ METRICS = {
 `loss` (the policy's) and `learning_rate`. While only the value learns there is nothing of the
 policy but its gradient's norm, 0."""
 
+OPTIONAL = {"reward/scale", "policy/ptx_loss"}
+"""Names that are logged only where the recipe switches on what they measure."""
+
 
 def rollout(
     batch: Mapping[str, Tensor], scores_b: Tensor, ended_b: Tensor, kl: KlEstimates,
@@ -55,7 +63,10 @@ def rollout(
         "reward/score_std": float(scores_b.std(correction=0)),
         "reward/total": float(rewards_bt.sum(dim=1).mean()),
         "kl/sequence": float(kl.k1.sum(dim=1).mean()),
+        "kl/sequence_k2": float(kl.k2.sum(dim=1).mean()),
+        "kl/sequence_k3": float(kl.k3.sum(dim=1).mean()),
         "kl/k1": float(masked_mean(kl.k1, mask_bt)),
+        "kl/k2": float(masked_mean(kl.k2, mask_bt)),
         "kl/k3": float(masked_mean(kl.k3, mask_bt)),
         "value/explained_variance": explained_variance(
             batch["old_values"], batch["returns"], mask_bt

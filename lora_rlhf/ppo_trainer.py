@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,39 +18,33 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 
-from . import guards, heads, ppo_log
-from ._trl import GRPOConfig, GRPOTrainer, split_tensor_dict
+from . import guards, heads, minibatches, ppo_log, ppo_optimizer, ptx
+from ._trl import GRPOTrainer
 from .backbone import Backbone
-from .sections import PpoSection
 from .errors import NonFiniteError
+from .minibatches import model_inputs
 from .objectives import (
+    RunningMoments,
     gae,
     kl_estimates,
     masked_mean,
+    masked_sum,
     policy_loss,
+    scaled_scores,
     token_rewards,
     value_loss,
     whiten,
 )
 from .progress import Progress
+from .ptx import TextMix
+from .sections import PpoSection
+from .stages import PPOConfig
+from .steering import Steering
 
 RewardFunction = Callable[..., list[float]]
 
 MAX_MEAN_RATIO = 10.0
 """A micro-batch whose mean ratio is above this moves the policy nowhere: it is left out."""
-
-
-@dataclass
-class PPOConfig(GRPOConfig):
-    """GRPO's config, which refuses one completion per prompt; PPO needs no group."""
-
-    def __post_init__(self) -> None:
-        try:
-            super().__post_init__()
-        except ValueError as error:
-            # TRL's last check but those of vLLM's importance sampling, which PPO does not use.
-            if self.num_generations != 1 or "at least 2 generations" not in str(error):
-                raise
 
 
 class PPOTrainer(GRPOTrainer):
@@ -65,6 +58,7 @@ class PPOTrainer(GRPOTrainer):
         ppo: The PPO section of the recipe.
         reward_funcs: Called as TRL calls reward functions, with `prompt_ids` beside
             `completion_ids`; one whose weight in `args.reward_weights` is 0 is only logged.
+        text: What PPO-ptx mixes in, where `ppo.ptx_coef` is above 0.
     """
 
     _tag_names = ["lora-rlhf", "ppo"]
@@ -81,13 +75,17 @@ class PPOTrainer(GRPOTrainer):
         train_dataset: Dataset,
         progress: Progress,
         callbacks: list[TrainerCallback] | None = None,
+        text: TextMix | None = None,
     ) -> None:
-        self.backbone, self.ppo, self.progress = backbone, ppo, progress
+        self.backbone, self.ppo, self.progress, self.text = backbone, ppo, progress, text
         self.identities: dict[str, float] = {}
         self.policy_updates = 0
         self._moved: guards.MovedOnly | None = None
         self._rollout: dict[str, Tensor] = {}
         self._scores_b = torch.empty(0)
+        self._states_bth: Tensor | None = None
+        self._scale = ppo_optimizer.loss_scale(backbone)
+        self._moments = RunningMoments() if ppo.normalize_reward else None
         with backbone.float32_kept():
             super().__init__(
                 model=backbone.views["policy"],
@@ -99,6 +97,8 @@ class PPOTrainer(GRPOTrainer):
             )
         self.remove_callback(PrinterCallback)
         self.add_callback(_AfterStep(self))
+        self.steering = Steering(backbone, ppo, progress, args.generation_batch_size)
+        self.add_callback(self.steering)
 
     # ------------------------------------------------------------------ rollout
 
@@ -145,51 +145,59 @@ class PPOTrainer(GRPOTrainer):
         out = {
             k: out[k] for k in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
         }
-        size = self.args.per_device_train_batch_size
-        with self.backbone.role("policy"):
-            out["old_logprobs"] = self._in_batches(out, size, self._logprobs)
-        with self.backbone.role("reference"):
-            reference_bt = self._in_batches(out, size, self._logprobs)
-        with self.backbone.role("value"):
-            out["old_values"] = self._in_batches(out, size, self._values)
-        mask_bt = out["completion_mask"]
+        mask_bt, ended_b = out["completion_mask"], self._ended(out)
+        reference_bt = self._score_roles(out)
         if self.policy_updates == 0:
             self.identities["kl_at_start"] = guards.policy_equals_reference(
                 out["old_logprobs"], reference_bt, mask_bt
             )
-        scores_b = self._scores_b - self.ppo.missing_eos_penalty * (~self._ended(out)).float()
+        scores_b = scaled_scores(self._scores_b, self._moments, self.ppo.clip_reward)
+        scores_b = scores_b - self.ppo.missing_eos_penalty * (~ended_b).float()
         kl = kl_estimates(out["old_logprobs"], reference_bt, mask_bt)
-        rewards_bt = token_rewards(scores_b, kl.k1, mask_bt, self.ppo.kl_coef)
+        rewards_bt = token_rewards(scores_b, kl.k1, mask_bt, self.steering.kl_coef)
         advantages_bt, out["returns"] = gae(
             rewards_bt, out["old_values"], mask_bt, self.ppo.gamma, self.ppo.lam
         )
         out["advantages"] = whiten(advantages_bt, mask_bt)
-        ended_b = self._ended(out)
         self._note(ppo_log.rollout(out, self._scores_b, ended_b, kl, rewards_bt))
-        self._note({"kl/coef": self.ppo.kl_coef})
+        self._note({"kl/coef": self.steering.kl_coef})
+        if self._moments is not None:
+            self._note({"reward/scale": self._moments.std})
+        self.steering.before_update(self.update)
         self.progress.phase("update")
         return out
+
+    def _score_roles(self, out: dict[str, Any]) -> Tensor:
+        """Add old log-probs and old values to the rollout; returns the reference's log-probs."""
+        size = self.args.per_device_train_batch_size
+        parts: dict[str, list[Tensor]] = {"old_logprobs": [], "old_values": [], "reference": []}
+        for start in range(0, out["prompt_ids"].shape[0], size):
+            rows = {k: v[start : start + size] for k, v in out.items()}
+            ids, mask, tokens = model_inputs(rows)
+            with self.backbone.role("policy"):
+                states_bth = heads.completion_states(self.backbone, ids, mask, tokens)
+                found = heads.logprobs_of(self.backbone, states_bth, ids, self.temperature)
+                parts["old_logprobs"].append(found[0])
+            with self.backbone.role("reference"):
+                found = heads.completion_logprobs(
+                    self.backbone, ids, mask, tokens, self.temperature
+                )
+                parts["reference"].append(found[0])
+            if self.ppo.value == "head":
+                parts["old_values"].append(heads.values_of(self.backbone, states_bth))
+            else:
+                with self.backbone.role("value"):
+                    values_bt = heads.token_values(self.backbone, ids, mask, tokens)
+                parts["old_values"].append(values_bt)
+        reference_bt = torch.cat(parts.pop("reference"))
+        out |= {name: torch.cat(found) for name, found in parts.items()}
+        return reference_bt
 
     def _ended(self, batch: dict[str, Tensor]) -> Tensor:
         """Which episodes end with an eos, by their last valid token. Shape (B,)."""
         last_b = (batch["completion_mask"].sum(dim=1) - 1).clamp(min=0).long().unsqueeze(1)
         eos = torch.tensor(self.eos_token_ids, device=last_b.device)
         return torch.isin(batch["completion_ids"].gather(1, last_b).squeeze(1), eos)
-
-    def _in_batches(
-        self, batch: dict[str, Tensor], size: int, function: Callable[..., Tensor]
-    ) -> Tensor:
-        parts = [
-            function(*_inputs({k: v[i : i + size] for k, v in batch.items()}))
-            for i in range(0, batch["prompt_ids"].shape[0], size)
-        ]
-        return torch.cat(parts)
-
-    def _logprobs(self, ids: Tensor, mask: Tensor, tokens: int) -> Tensor:
-        return heads.completion_logprobs(self.backbone, ids, mask, tokens, self.temperature)[0]
-
-    def _values(self, ids: Tensor, mask: Tensor, tokens: int) -> Tensor:
-        return heads.token_values(self.backbone, ids, mask, tokens)
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -211,32 +219,29 @@ class PPOTrainer(GRPOTrainer):
         if self._step % (micro * self.num_iterations) == 0 or not self._rollout:
             self._rollout = self._generate_and_score_completions(generation_batch)
         if self._step % micro == 0 or self._buffered_inputs is None:
-            self._buffered_inputs = self._split(self._rollout)
+            self._buffered_inputs = self._split()
         batch: dict[str, Any] = self._buffered_inputs[self._step % micro]
         return batch
 
-    def _split(self, rollout: dict[str, Tensor]) -> list[dict[str, Any]]:
-        """Shuffle, cut into micro-batches, trim their padding, and count each window's tokens."""
-        order = torch.randperm(rollout["prompt_ids"].shape[0])
-        shuffled = {k: v[order.to(v.device)] for k, v in rollout.items()}
-        batches = split_tensor_dict(shuffled, self.args.steps_per_generation)
+    def _split(self) -> list[dict[str, Any]]:
         window = self.args.gradient_accumulation_steps
-        for start in range(0, len(batches), window):
-            tokens = sum(int(b["completion_mask"].sum()) for b in batches[start : start + window])
-            for batch in batches[start : start + window]:
-                batch["window_tokens"] = max(tokens, 1)
-        return [_trim(batch) for batch in batches]
+        batches = minibatches.split(self._rollout, self.args.steps_per_generation, window)
+        if self.text is not None:
+            minibatches.add_text(batches, self.text, window, self.backbone)
+        return batches
 
     # ------------------------------------------------------------------- update
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """The policy's clipped loss over the valid tokens of the whole minibatch."""
-        self._micro_batch = inputs
+        self._micro_batch, self._states_bth = inputs, None
         if self.warming_up:
             return self._no_loss()
-        ids, mask, tokens = _inputs(inputs)
-        logprobs_bt, entropy_bt = heads.completion_logprobs(
-            self.backbone, ids, mask, tokens, self.temperature
+        ids, mask, tokens = model_inputs(inputs)
+        states_bth = heads.completion_states(self.backbone, ids, mask, tokens)
+        self._states_bth = states_bth.detach()
+        logprobs_bt, entropy_bt = heads.logprobs_of(
+            self.backbone, states_bth, ids, self.temperature
         )
         mask_bt = inputs["completion_mask"]
         result = policy_loss(
@@ -244,8 +249,12 @@ class PPOTrainer(GRPOTrainer):
             self.epsilon_low, self.epsilon_high,
         )  # fmt: skip
         if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
-            off = guards.ratio_is_one(result.ratio_bt, mask_bt, self.backbone.causal.dtype)
+            dtype = self.backbone.causal.dtype
+            off = guards.ratio_off_one(result.ratio_bt, mask_bt, dtype)
             self._note({"policy/ratio_start": off})
+            # Later rollouts of half precision are logged only: a run is not lost to a rounding.
+            if dtype == torch.float32 or "ratio_at_start" not in self.identities:
+                guards.ratio_is_one(result.ratio_bt, mask_bt, dtype)
             if "ratio_at_start" not in self.identities:
                 self.identities["ratio_at_start"] = off
                 self._moved = guards.MovedOnly(self.backbone, inputs, self.temperature)
@@ -254,7 +263,10 @@ class PPOTrainer(GRPOTrainer):
         self._note({"policy/skipped": float(skipped)})
         if skipped:
             return self._no_loss()
-        return result.loss_sum / inputs["window_tokens"]
+        loss_sum = result.loss_sum
+        if self.ppo.entropy_coef:
+            loss_sum = loss_sum - self.ppo.entropy_coef * masked_sum(entropy_bt, mask_bt)
+        return self._scale * loss_sum / inputs["window_tokens"]
 
     def _no_loss(self) -> Tensor:
         """Zero without a graph to the policy: it gets no gradient and cannot move."""
@@ -269,21 +281,41 @@ class PPOTrainer(GRPOTrainer):
         warming_up = self.warming_up
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         batch = self._micro_batch
-        ids, mask, tokens = _inputs(batch)
         mask_bt = batch["completion_mask"]
-        with self.backbone.role("value"):
-            values_bt = heads.token_values(self.backbone, ids, mask, tokens)
+        if "text" in batch and not warming_up:
+            self._ptx(batch)
+        with self.backbone.role("policy" if self.ppo.value == "head" else "value"):
             result = value_loss(
-                values_bt, batch["old_values"], batch["returns"], mask_bt, self.ppo.clip_value
-            )
-            self.accelerator.backward(self.ppo.vf_coef * result.loss_sum / batch["window_tokens"])
+                self._values(batch), batch["old_values"], batch["returns"], mask_bt,
+                self.ppo.clip_value,
+            )  # fmt: skip
+            loss_value = self.ppo.vf_coef * result.loss_sum / batch["window_tokens"]
+            self.accelerator.backward(self._scale * loss_value)
         self._note({
             "value/loss": float(result.loss_sum.detach()) / max(int(mask_bt.sum()), 1),
             "value/clip_fraction": float(masked_mean(result.clipped_bt, mask_bt)),
         })  # fmt: skip
         if not warming_up and self.accelerator.sync_gradients:
             self.policy_updates += 1
-        return loss
+        return loss / self._scale
+
+    def _ptx(self, batch: dict[str, Any]) -> None:
+        """The language-model loss on this micro-batch's text, with a backward of its own."""
+        with self.backbone.role("policy"):
+            loss_sum = ptx.loss_sum(self.backbone, batch["text"])
+            tokens = batch["window_text_tokens"]
+            self.accelerator.backward(self._scale * self.ppo.ptx_coef * loss_sum / tokens)
+        self._note({"policy/ptx_loss": float(loss_sum.detach()) / batch["text"].tokens})
+
+    def _values(self, batch: dict[str, Any]) -> Tensor:
+        """Values (B, T) of the active role's states; those of the policy carry no gradient."""
+        ids, mask, tokens = model_inputs(batch)
+        if self.ppo.value == "adapter":
+            return heads.token_values(self.backbone, ids, mask, tokens)
+        if self._states_bth is None:  # no forward of the policy while only the value learns
+            with torch.no_grad():
+                self._states_bth = heads.completion_states(self.backbone, ids, mask, tokens)
+        return heads.values_of(self.backbone, self._states_bth)
 
     def _clip_grad_norm(self, model: Any) -> Tensor:
         """Clip policy and value apart: their norms differ by more than an order of magnitude."""
@@ -294,6 +326,8 @@ class PPOTrainer(GRPOTrainer):
             ("value", self.ppo.max_grad_norm_value),
         ):
             parameters = [p for _, p in self.backbone.role_parameters(role)]
+            for gradient in (p.grad for p in parameters if p.grad is not None):
+                gradient.div_(self._scale)
             norms[role] = self.accelerator.clip_grad_norm_(parameters, most)
             if not bool(torch.isfinite(norms[role])):
                 raise NonFiniteError(
@@ -308,6 +342,8 @@ class PPOTrainer(GRPOTrainer):
     def after_optimizer_step(self) -> None:
         """Check, after the first step of the policy, that just it and the value moved."""
         assert self.optimizer is not None
+        if self.policy_updates:
+            self.steering.after_policy_step()
         # A learning rate that warms up from 0 makes a first step that moves nothing.
         if self._moved is not None and self.optimizer.param_groups[0]["lr"] > 0:
             self.identities |= self._moved.check()
@@ -317,20 +353,19 @@ class PPOTrainer(GRPOTrainer):
         """One optimizer, two groups: the policy's adapter; the value's adapter and head."""
         if self.optimizer is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            groups = [
-                {
-                    "params": [p for _, p in self.backbone.role_parameters(role)],
-                    "lr": rate,
-                    "weight_decay": self.args.weight_decay,
-                }
-                for role, rate in (
-                    ("policy", self.args.learning_rate),
-                    ("value", self.ppo.value_learning_rate or self.args.learning_rate),
-                )
-            ]
+            groups = ppo_optimizer.groups(self.backbone, self.args, self.ppo)
             self.optimizer = kind(groups, **options)
         optimizer: torch.optim.Optimizer = self.optimizer
         return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Warm-up from a tenth of the learning rate, not from 0 (2403.17031); else as asked."""
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        if self.args.lr_scheduler_type != "constant_with_warmup" or not warmup:
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            self.lr_scheduler = ppo_optimizer.warm_up(optimizer or self.optimizer, warmup)
+        return self.lr_scheduler
 
     # ------------------------------------------------------------------ logging
 
@@ -355,24 +390,3 @@ class _AfterStep(TrainerCallback):
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
         """Called by the Trainer between the optimizer's step and the scheduler's."""
         self.trainer.after_optimizer_step()
-
-
-def _inputs(batch: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
-    """Ids and mask of prompt and completion, and the number of completion columns."""
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-    return ids, mask, batch["completion_ids"].shape[1]
-
-
-def _trim(batch: dict[str, Any]) -> dict[str, Any]:
-    """Without the padding columns that are padding in every row."""
-    skip = int((batch["prompt_mask"].sum(dim=0) > 0).int().argmax())
-    keep = max(int(batch["completion_mask"].sum(dim=1).max()), 1)
-    return {
-        k: v
-        if not isinstance(v, Tensor)
-        else v[:, skip:]
-        if k.startswith("prompt")
-        else v[:, :keep]
-        for k, v in batch.items()
-    }

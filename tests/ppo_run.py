@@ -8,10 +8,10 @@ from datasets import Dataset
 from small import backbone
 
 from lora_rlhf import ppo
-from lora_rlhf.sections import ModelSection, PpoSection, Recipe
 from lora_rlhf.ppo_trainer import PPOTrainer
 from lora_rlhf.progress import Progress, StageLog
 from lora_rlhf.record import Record
+from lora_rlhf.sections import ModelSection, PpoSection, Recipe
 
 ARGS = {
     "per_device_train_batch_size": 4, "steps_per_generation": 1, "max_completion_length": 6,
@@ -21,8 +21,9 @@ ARGS = {
 
 def recipe(args=None, *, seed=0, model=None, **section):
     section = {"updates": 1, "value_warmup_updates": 0, **section}
+    data = {"text": [{"path": "text.jsonl"}]} if section.get("ptx_coef") else {}
     return Recipe(
-        name="little", seed=seed, model=ModelSection(id="tiny", **(model or {})),
+        name="little", seed=seed, model=ModelSection(id="tiny", **(model or {})), data=data,
         ppo=PpoSection(**section, args={**ARGS, **(args or {})}),
     )  # fmt: skip
 
@@ -50,7 +51,7 @@ class Run:
     """One PPO run. `go` trains; what is to be broken is broken between `__init__` and `go`."""
 
     def __init__(self, folder, args=None, *, made=None, rewards=(w9,), weights=None,
-                 trainer=PPOTrainer, n=32, callbacks=(), **section):  # fmt: skip
+                 trainer=PPOTrainer, n=32, callbacks=(), text=None, **section):  # fmt: skip
         self.recipe = recipe(args, **section)
         self.record = Record.open(folder, self.recipe)
         self.backbone = made or roles()
@@ -68,7 +69,7 @@ class Run:
         self.stage.enter_context(self.backbone.training("policy", "value"))
         self.trainer = trainer(
             self.backbone, config, self.recipe.ppo, list(rewards), prompts(n), progress,
-            callbacks=[log, *callbacks],
+            callbacks=[log, *callbacks], text=text,
         )  # fmt: skip
 
     def go(self):

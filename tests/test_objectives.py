@@ -369,3 +369,34 @@ def test_golden_numbers_of_trl():
         assert torch.allclose(x, expected[name], atol=2e-6), name
     assert 0 < float(expected["policy_clip_fraction"]) < 1, "the golden batch clips nothing"
     assert 0 < float(expected["value_clip_fraction"]) < 1
+
+
+# ------------------------------------------------------------------- control and scale
+
+
+@given(st.lists(st.lists(st.floats(-50, 50), min_size=1, max_size=8), min_size=1, max_size=6))
+def test_running_moments_are_those_of_all_numbers(batches):
+    moments = o.RunningMoments()
+    for batch in batches:
+        moments.add(torch.tensor(batch, dtype=torch.float64))
+    everything = np.concatenate(batches)
+    assert moments.mean == pytest.approx(everything.mean(), abs=1e-9)
+    spread = everything.std()
+    assert moments.std == pytest.approx(spread if spread > 1e-8 else 1.0, rel=1e-6)
+
+
+def test_scores_are_scaled_and_clipped_but_never_shifted():
+    moments = o.RunningMoments()
+    scores = torch.tensor([8.0, 12.0])
+    assert o.scaled_scores(scores, moments, None).tolist() == [4.0, 6.0]  # std is 2
+    assert o.scaled_scores(scores, None, 9.0).tolist() == [8.0, 9.0]
+    assert o.scaled_scores(-scores, None, 9.0).tolist() == [-8.0, -9.0]
+
+
+def test_the_adapted_coefficient_by_hand():
+    # 1909.08593's code: proportional_error = clip(kl/target - 1, -.2, .2); K *= 1 + error n/horizon
+    assert o.adapted_kl_coef(0.2, 7.0, 6.0, 10_000, 64) == pytest.approx(
+        0.2 * (1 + (1 / 6) * 64 / 10_000)
+    )
+    assert o.adapted_kl_coef(0.2, 60.0, 6.0, 100, 10) == pytest.approx(0.2 * 1.02)
+    assert o.adapted_kl_coef(0.2, -3.0, 6.0, 100, 10) == pytest.approx(0.2 * 0.98)

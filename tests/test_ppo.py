@@ -80,7 +80,7 @@ def test_what_ppo_cannot_do_is_refused_before_it_starts(tmp_path, args, message)
 
 def test_keys_without_effect_are_keys_of_trl():
     known = set(ppo.PPOConfig.__dataclass_fields__)
-    assert set(ppo._WITHOUT_EFFECT) | set(ppo._PLAIN) | set(ppo._COUNTS) <= known
+    assert ppo._TAKEN | set(ppo._INSTEAD) <= known
 
 
 def test_a_run_in_which_the_policy_never_moves_is_refused(tmp_path):

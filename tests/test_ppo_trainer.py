@@ -10,9 +10,9 @@ from ppo_run import Run, roles, w9
 from small import EOS, nudge
 from transformers import TrainerCallback
 
-from lora_rlhf import guards, heads, objectives, ppo_trainer
+from lora_rlhf import guards, heads, minibatches, objectives, ppo_trainer
 from lora_rlhf.errors import AdapterError, IdentityError, NonFiniteError
-from lora_rlhf.ppo_log import METRICS
+from lora_rlhf.ppo_log import METRICS, OPTIONAL
 from lora_rlhf.ppo_trainer import PPOTrainer
 
 TRAINER_KEYS = {"stage", "step", "clock", "loss", "learning_rate"}
@@ -175,7 +175,7 @@ class Joint(PPOTrainer):
 
     def _compute_loss(self, model, inputs):
         loss = super()._compute_loss(model, inputs)
-        ids, mask, tokens = ppo_trainer._inputs(inputs)
+        ids, mask, tokens = minibatches.model_inputs(inputs)
         with self.backbone.role("value"):
             values = heads.token_values(self.backbone, ids, mask, tokens)
         result = objectives.value_loss(values, inputs["old_values"], inputs["returns"],
@@ -516,7 +516,8 @@ def test_the_log_holds_exactly_what_is_listed(tmp_path):
     args = {"steps_per_generation": 2, "num_iterations": 2, "temperature": 0.9}
     run = Run(tmp_path / "r", args, rewards=[lengths, w9], weights=[1.0, 0.0], updates=2).go()
     for line in run.lines:
-        assert set(line) == set(METRICS) | {"rewards/lengths", "rewards/w9"} | TRAINER_KEYS
+        rewards = {"rewards/lengths", "rewards/w9"}
+        assert set(line) == set(METRICS) - OPTIONAL | rewards | TRAINER_KEYS
         assert line["kl/k3"] >= 0 and line["policy/ratio_start"] < 1e-5
         assert set(line["clock"]) == {"step_time", "seconds"}
     assert run.lines[0]["kl/sequence"] == run.lines[0]["kl/k3"] == 0 < run.lines[1]["kl/k3"]
@@ -556,3 +557,131 @@ def test_it_learns(tmp_path):
     share = [line["reward/score"] for line in run.lines]
     assert sum(share[-3:]) / 3 > 0.5 > 0.1 > share[0]
     assert run.lines[-1]["kl/sequence"] > 1
+
+
+# ------------------------------------------------------------------------------ options
+
+
+def test_the_learning_rate_warms_up_from_a_tenth(tmp_path):
+    args = {"learning_rate": 1e-2, "warmup_steps": 4}
+    run = Run(tmp_path / "r", args, updates=6).go()
+    rates = [line["learning_rate"] for line in run.lines]
+    assert rates == pytest.approx([1e-2 * x for x in (0.1, 0.325, 0.55, 0.775, 1, 1)])
+
+
+def test_another_schedule_is_transformers_own(tmp_path):
+    args = {"learning_rate": 1e-2, "warmup_steps": 0, "lr_scheduler_type": "linear"}
+    run = Run(tmp_path / "r", args, updates=4).go()
+    rates = [line["learning_rate"] for line in run.lines]
+    assert rates == pytest.approx([1e-2 * x for x in (1, 0.75, 0.5, 0.25)])
+
+
+def test_an_entropy_bonus_pushes_entropy_up(tmp_path):
+    """Its gradient is that of the mean entropy, against autograd over whole logits."""
+    made = roles()
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    mask = torch.ones_like(ids)
+    with made.training("policy"):
+        _, entropy = heads.completion_logprobs(made, ids, mask, 3, 0.7)
+        entropy.sum().backward()
+        ours = {n: p.grad.clone() for n, p in made.role_parameters("policy")}
+        made.views["policy"].zero_grad()
+        logits = made.causal(input_ids=ids).logits[:, 1:-1] / 0.7
+        logprobs = logits.log_softmax(-1)
+        (-(logprobs.exp() * logprobs).sum(-1)).sum().backward()
+        for name, p in made.role_parameters("policy"):
+            torch.testing.assert_close(ours[name], p.grad, rtol=1e-4, atol=1e-6)
+    options = {"updates": 5, "rewards": [lambda completion_ids, **_: [0.0] * len(completion_ids)],
+               "kl_coef": 0.0, "missing_eos_penalty": 0.0}  # fmt: skip
+    plain = Run(tmp_path / "a", made=roles(), **options).go()
+    bonus = Run(tmp_path / "b", made=roles(), entropy_coef=3.0, **options).go()
+    assert bonus.lines[-1]["policy/entropy"] > plain.lines[-1]["policy/entropy"]
+
+
+def test_a_value_head_learns_and_never_moves_the_policy(tmp_path):
+    """`value: head`: the policy's own states, detached; no adapter, no second forward."""
+    args = {"steps_per_generation": 2, "num_iterations": 2}
+    made = roles()
+    run = Run(tmp_path / "r", args, made=made, updates=3, value_warmup_updates=1, value="head")
+    names = [name for name, _ in made.role_parameters("value")]
+    assert names == ["value_head.weight", "value_head.bias"]
+    assert "value" not in made.views
+    head = made.head("value")
+    assert torch.equal(head.weight, made.head("reward").weight)
+    assert float(head.bias.detach()) == made.reward_offset["reward"]
+    before = {n: p.detach().clone() for n, p in made.role_parameters("policy")}
+    policies, values = [], []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            policies.append({n: p.detach().clone() for n, p in made.role_parameters("policy")})
+            values.append(head.weight.detach().clone())
+
+    run.trainer.add_callback(Look())
+    run.go()
+    assert all(torch.equal(policies[3][n], before[n]) for n in before)  # the warm-up's four steps
+    assert any(not torch.equal(policies[4][n], before[n]) for n in before)
+    assert not torch.equal(values[0], values[3])
+    assert run.trainer.identities["ratio_at_start"] < 1e-5
+
+
+def test_a_value_head_gives_the_values_of_the_policys_states(tmp_path):
+    made = roles()
+    run = Run(tmp_path / "r", made=made, value="head", kl_coef=0.0)
+    seen = {}
+    score = run.trainer._score_roles
+
+    def keep(out):
+        result = score(out)
+        seen.update(out)
+        return result
+
+    run.trainer._score_roles = keep
+    weight, bias = (p.detach().clone() for p in made.head("value").parameters())
+    before = {n: p.detach().clone() for n, p in made.role_parameters("policy")}
+    run.go()
+    with torch.no_grad():
+        for name, p in made.role_parameters("policy"):
+            p.copy_(before[name])
+        ids, mask, tokens = minibatches.model_inputs(seen)
+        with made.role("policy"):
+            states = made.decoder(
+                input_ids=ids, attention_mask=mask, position_ids=heads.position_ids(mask)
+            ).last_hidden_state[:, -tokens - 1 : -1]
+    valid = seen["completion_mask"].bool()
+    wanted = (states @ weight.T).squeeze(-1) + bias
+    torch.testing.assert_close(seen["old_values"][valid], wanted[valid], rtol=1e-4, atol=1e-5)
+
+
+def test_small_gradients_survive_float16():
+    """Divided by as many tokens as a large batch has, they need the scale (ppo_optimizer.py)."""
+    from lora_rlhf import ppo_optimizer
+
+    ids = torch.randint(3, 60, (4, 24), generator=torch.Generator().manual_seed(0))
+    mask, found = torch.ones_like(ids), {}
+
+    def gradient(dtype, scale):
+        made = roles(dtype=dtype)
+        nudge(made, "policy")
+        with made.training("policy"):
+            logprobs, _ = heads.completion_logprobs(made, ids, mask, 16, 1.0)
+            (scale * logprobs.sum() / 500_000).backward()
+            parts = [p.grad.flatten() / scale for _, p in made.role_parameters("policy")]
+            return torch.cat(parts).double()
+
+    exact = gradient("float32", 1.0)
+    for scale in (1.0, ppo_optimizer.FLOAT16_SCALE):
+        rounded = gradient("float16", scale)
+        found[scale] = float(torch.nn.functional.cosine_similarity(exact, rounded, dim=0))
+    assert found[1.0] < 0.99 < 0.999 < found[ppo_optimizer.FLOAT16_SCALE]
+
+
+def test_the_scale_of_float16_changes_no_update(tmp_path):
+    """Any power of two is taken back exactly: the same weights in float32, clipping included."""
+    plain = Run(tmp_path / "a", {"max_grad_norm": 0.05}, made=roles(), updates=2).go()
+    scaled = Run(tmp_path / "b", {"max_grad_norm": 0.05}, made=roles(), updates=2)
+    scaled.trainer._scale = 1024.0
+    scaled.go()
+    for name, tensor in plain.weights().items():
+        torch.testing.assert_close(tensor, scaled.weights()[name], rtol=1e-5, atol=1e-7)
+    assert scaled.lines[-1]["loss"] == pytest.approx(plain.lines[-1]["loss"], abs=1e-4)

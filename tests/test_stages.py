@@ -7,10 +7,10 @@ import pytest
 
 from lora_rlhf import stages
 from lora_rlhf._trl import GRPOConfig, RewardConfig, SFTConfig
-from lora_rlhf.sections import DataSection, ModelSection, Recipe
 from lora_rlhf.errors import NonFiniteError, RecipeError
 from lora_rlhf.ppo_trainer import PPOConfig
 from lora_rlhf.record import Record
+from lora_rlhf.sections import DataSection, ModelSection, Recipe
 
 CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "held_out": RewardConfig, "ppo": PPOConfig}
 
@@ -33,7 +33,7 @@ def test_every_stage_gets_what_the_recipe_says_and_no_surprises(stage, recipe, r
     assert config.output_dir == str(record.folder / "checkpoints" / stage)
     assert config.seed == 7 and config.run_name == f"little-{stage}"
     assert config.report_to == [] and not config.push_to_hub
-    assert not config.bf16 and not config.fp16 and not config.gradient_checkpointing
+    assert not config.bf16 and not config.fp16 and not config.activation_checkpointing
     assert config.save_strategy == "no" and config.adam_epsilon == 1e-5
     assert config.learning_rate == 1.0 and not config.logging_nan_inf_filter
     if stage != "ppo":
@@ -50,8 +50,8 @@ def test_the_recipe_comes_before_the_defaults(recipe, record):
 def test_checkpointing_comes_from_the_model_section(record):
     recipe = Recipe(name="little", model=ModelSection(id="tiny", gradient_checkpointing=True))
     config = stages.build("sft", SFTConfig, stages.trainer_args(recipe, record, "sft", {}, {}))
-    assert config.gradient_checkpointing
-    assert config.gradient_checkpointing_kwargs == {"use_reentrant": False}
+    assert config.activation_checkpointing
+    assert config.activation_checkpointing_kwargs == {"use_reentrant": False}
 
 
 @pytest.mark.parametrize("key", sorted(stages._OWNED))

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PPO-ptx: plain text mixed into PPO's updates, so that the policy keeps what it knew.
+
+Source: InstructGPT (2203.02155), eq. 2, third term. There the coefficient 27.8 goes with a loss
+that is scaled in OpenAI's own way and diverges elsewhere; here the loss is a mean over the text
+tokens of an optimizer step: 1 weighs a token of text as PPO's loss weighs one of an episode.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import NamedTuple
+
+from torch import Tensor
+
+from . import heads
+from .backbone import Backbone
+from .base import pad_left
+from .objectives import masked_sum
+
+
+class TextBatch(NamedTuple):
+    """Texts of one micro-batch: ids and mask (B, L), left-padded, and how many are predicted."""
+
+    ids: Tensor
+    mask: Tensor
+    tokens: int
+
+
+class TextMix:
+    """Batches of texts in a shuffled order, begun anew when it is through.
+
+    Args:
+        rows: Token ids of each text, two or more each.
+        size: Texts of a batch.
+        seed: Of the order.
+    """
+
+    def __init__(self, rows: list[list[int]], size: int, seed: int, pad_id: int) -> None:
+        self.rows, self.size, self.pad_id = rows, min(size, len(rows)), pad_id
+        self._random = random.Random(f"{seed}/ptx")
+        self._order: list[int] = []
+
+    def next(self, backbone: Backbone) -> TextBatch:
+        """The next batch, on the backbone's device."""
+        while len(self._order) < self.size:
+            fresh = list(range(len(self.rows)))
+            self._random.shuffle(fresh)
+            self._order += fresh
+        taken, self._order = self._order[: self.size], self._order[self.size :]
+        ids, mask = pad_left([self.rows[i] for i in taken], self.pad_id)
+        tokens = sum(len(self.rows[i]) - 1 for i in taken)
+        return TextBatch(ids.to(backbone.device), mask.to(backbone.device), tokens)
+
+
+def loss_sum(backbone: Backbone, batch: TextBatch) -> Tensor:
+    """Negative log-likelihood under the active role, summed over predicted tokens. Shape ()."""
+    tokens = batch.ids.shape[1] - 1
+    logprobs_bt, _ = heads.completion_logprobs(backbone, batch.ids, batch.mask, tokens, 1.0)
+    # The first token of a text has no context: what would predict it is padding.
+    predicted_bt = batch.mask[:, 1:] * batch.mask[:, :-1]
+    return -masked_sum(logprobs_bt, predicted_bt)
