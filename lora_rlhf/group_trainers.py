@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GRPO and RLOO in the place of PPO: TRL's trainers with TRL's losses, on our backbone and reward.
+
+What is added: the reward view as reward function, PPO's penalty for a missing eos, the frozen SFT
+adapter as reference, PPO's names in the log, and the identities. Sources: GRPO 2402.03300, RLOO
+2402.14740. Where the KL acts differs by design: PPO and RLOO take it off the reward (k1), GRPO adds
+it to the loss (k3), so equal coefficients are not equal strengths.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PrinterCallback, TrainerCallback, set_seed
+
+from . import controls, guards, heads, ppo, ppo_log
+from ._trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from .backbone import Backbone
+from .config import Recipe
+from .errors import DataError, NonFiniteError, RecipeError
+from .metrics import repetition
+from .minibatches import model_inputs
+from .objectives import kl_estimates, masked_mean
+from .progress import Progress, StageLog
+from .record import Record
+from .stages import build, check_finite, trainer_args
+
+_Base: Any = object
+"""GRPOTrainer and RLOOTrainer have no common class of their own that has what is overridden."""
+
+_RENAMED = {"entropy": "policy/entropy", "clip_ratio/region_mean": "policy/clip_fraction"}
+"""TRL's name -> ours, where both mean the same."""
+
+METRICS = {"reward/groups_without_spread": "share of prompts whose completions all score the same"}
+"""What is logged beside PPO's names: a group without spread teaches nothing."""
+
+_SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty", "generation_kwargs")
+
+
+def run(
+    recipe: Recipe, backbone: Backbone, record: Record, prompts: Dataset, progress: Progress
+) -> None:
+    """Optimise the policy with the recipe's algorithm; saves `adapters/policy`.
+
+    Args:
+        prompts: Column `prompt`, and `item` where a task's gold checker is to be used or logged.
+
+    Raises:
+        IdentityError: A start-up identity does not hold.
+        DataError: Fewer prompts than one rollout takes, or no checker for a gold reward.
+    """
+    name = recipe.algorithm
+    with record.stage(name) as entry:
+        record.restart_metrics(name)
+        set_seed(recipe.seed)
+        args = check(recipe, record, prompts)
+        controls.start_policy(backbone)
+        functions, weights = ppo.rewards(recipe, backbone, prompts)
+        functions.append(_missing_eos(backbone, recipe.ppo.missing_eos_penalty))
+        args.reward_weights = [*weights, 1.0]
+        per_update = _per_update(args)
+        with backbone.training("policy"):
+            trainer = _KINDS[name][1](
+                backbone, args, functions, prompts, progress,
+                callbacks=[StageLog(record, name, progress, steps_per_unit=per_update)],
+            )  # fmt: skip
+            sample = [backbone.encode_prompt(p) for p in prompts[:4]["prompt"]]
+            trainer.identities["sampler_difference"] = guards.sampler_agrees(
+                backbone, sample, trainer.generation_config, args.temperature
+            )
+            progress.begin(name, args.max_steps // per_update)
+            try:
+                result = trainer.train()
+            finally:
+                progress.end()
+        check_finite(name, result.training_loss)
+        updates = trainer.state.global_step // per_update
+        entry |= {
+            "updates": updates, "reward": recipe.ppo.reward, "kl_coef": args.beta,
+            "num_generations": args.num_generations,
+            "episodes": updates * args.generation_batch_size,
+            "missing_eos_penalty": recipe.ppo.missing_eos_penalty,
+            "optimizer_steps": trainer.state.global_step, "identities": trainer.identities,
+            "settings": controls.settings(args, _SETTINGS),
+        }  # fmt: skip
+        lines = record.metrics(name)
+        if lines and "kl/sequence" in lines[-1]:
+            entry["kl_last"] = lines[-1]["kl/sequence"]
+        entry |= controls.save_policy(backbone, record)
+
+
+_SETTINGS = ("steps_per_generation", "num_iterations", "epsilon", "temperature", "loss_type",
+             "scale_rewards", "max_completion_length", "normalize_advantages")  # fmt: skip
+
+
+def check(recipe: Recipe, record: Record, prompts: Dataset) -> Any:
+    """What can be known before anything is trained; returns the arguments.
+
+    Raises:
+        RecipeError: As `arguments`.
+        DataError: Fewer prompts than one rollout takes, or no checker for a gold reward.
+    """
+    args = arguments(recipe, record)
+    controls.enough(recipe.algorithm, prompts, args.generation_batch_size // args.num_generations)
+    checkable = "item" in prompts.column_names and all(prompts["item"])
+    if recipe.ppo.reward == "gold" and not checkable:
+        raise DataError(
+            "ppo.reward is gold, and these prompts have no checker",
+            expected="prompts of `task: closed-world`", remedy="set ppo.reward to model",
+        )  # fmt: skip
+    return args
+
+
+def arguments(recipe: Recipe, record: Record) -> Any:
+    """TRL's config of this stage: PPO's budget and sampling, then the algorithm's own `args:`.
+
+    Raises:
+        RecipeError: A key that has its home elsewhere, or batch sizes that do not fit together.
+    """
+    name = recipe.algorithm
+    section = getattr(recipe, name)
+    bent = "leave it out: all algorithms sample from the whole distribution"
+    controls.refuse(name, section.args, {
+        "beta": f"use {name}.kl_coef", "num_generations": f"use {name}.num_generations",
+        "max_steps": f"use {name}.updates", "num_train_epochs": f"use {name}.updates",
+        "logging_steps": "leave it out: every update is logged",
+        "generation_batch_size": "use per_device_train_batch_size and steps_per_generation",
+        "sync_ref_model": "leave it out: the reference is the frozen SFT adapter",
+        "reward_weights": "use ppo.reward", **dict.fromkeys(_SAMPLING, bent),
+    })  # fmt: skip
+    shared = controls.from_ppo(recipe, record, rollouts=True)
+    merged = trainer_args(recipe, record, name, shared, section.args)
+    merged.pop("max_length", None)  # of SFT's and the reward model's rows; rollouts have their own
+    for key in ("gradient_accumulation_steps", "steps_per_generation", "num_iterations"):
+        if not isinstance(merged[key], int) or isinstance(merged[key], bool) or merged[key] < 1:
+            raise RecipeError(f"{name}.args.{key}: {merged[key]!r}", expected="a whole number")
+    steps, window = merged["steps_per_generation"], merged["gradient_accumulation_steps"]
+    if steps % window:
+        raise RecipeError(
+            f"{name}.args: steps_per_generation {steps} and gradient_accumulation_steps {window}",
+            expected="the second divides the first: an optimizer step stays inside one rollout",
+        )
+    updates = recipe.ppo.updates if section.updates is None else section.updates
+    per_update = merged["num_iterations"] * steps // window
+    beta = recipe.ppo.kl_coef if section.kl_coef is None else section.kl_coef
+    return build(name, _KINDS[name][0], {
+        **merged, "beta": beta, "num_generations": section.num_generations,
+        "max_steps": updates * per_update, "logging_steps": per_update,
+        "logging_first_step": False,
+    })  # fmt: skip
+
+
+def _per_update(args: Any) -> int:
+    """Optimizer steps of one rollout."""
+    return int(args.num_iterations * args.steps_per_generation // args.gradient_accumulation_steps)
+
+
+def _missing_eos(backbone: Backbone, penalty: float) -> Callable[..., list[float]]:
+    """PPO's penalty as a reward function, so that all algorithms optimise the same score."""
+    ends = set(backbone.eos_ids)
+
+    def missing_eos(completion_ids: Any, **_: Any) -> list[float]:
+        return [0.0 if ids and ids[-1] in ends else -penalty for ids in completion_ids]
+
+    return missing_eos
+
+
+class _OnBackbone(_Base):
+    """What GRPO and RLOO need on our backbone; use it inside `backbone.training("policy")`.
+
+    Args:
+        backbone: With the roles policy and reference (and reward, if a function scores with it).
+        args: TRL's arguments.
+        reward_funcs: Called as TRL calls reward functions, with `prompt_ids` beside
+            `completion_ids`; the last one is the penalty for a missing eos.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        args: Any,
+        reward_funcs: list[Callable[..., list[float]]],
+        train_dataset: Dataset,
+        progress: Progress,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        self.backbone, self.progress = backbone, progress
+        self.identities: dict[str, float] = {}
+        self._prompt_ids: list[list[int]] = []
+        with backbone.float32_kept():
+            super().__init__(
+                model=backbone.views["policy"], reward_funcs=list(reward_funcs), args=args,
+                train_dataset=train_dataset, processing_class=backbone.tokenizer,
+                callbacks=callbacks,
+            )  # fmt: skip
+        self.remove_callback(PrinterCallback)
+        self.identities["reference_tensors_tied"] = controls.tie_reference(backbone)
+        self.add_callback(controls.Untouched(backbone, self._name.lower(), self.identities))
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        self.progress.phase("rollout")
+        out = super()._generate(prompts)
+        self._prompt_ids = out[0]
+        return out
+
+    def _calculate_rewards(
+        self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
+    ) -> Tensor:
+        self.progress.phase("score")
+        # The very ids that were sampled are scored; nothing is tokenised twice.
+        asked = [{**row, "prompt_ids": p} for row, p in zip(inputs, self._prompt_ids, strict=True)]
+        rewards: Tensor = super()._calculate_rewards(
+            asked, prompts, completions, completion_ids_list
+        )
+        weights = self.reward_weights.to(rewards.device)
+        used = torch.where(weights != 0, rewards * weights, 0.0)
+        bad = (~torch.isfinite(used.sum(dim=1))).nonzero().flatten().tolist()
+        if bad:  # TRL would take a NaN for 0
+            raise NonFiniteError(
+                f"the reward of {len(bad)} episodes is not a number; the first prompt is "
+                f"{str(prompts[bad[0]])[:200]!r}",
+                expected="a finite number per completion",
+                remedy="mend the reward function or the reward model",
+            )
+        scores_b = used[:, :-1].sum(dim=1)
+        shares = [share for share in repetition(completion_ids_list) if share is not None]
+        ended = [bool(ids) and ids[-1] in self.eos_token_ids for ids in completion_ids_list]
+        self._note({
+            "reward/score": float(scores_b.mean()),
+            "reward/score_std": float(scores_b.std(correction=0)),
+            "completions/length": sum(map(len, completion_ids_list)) / len(completion_ids_list),
+            "completions/eos_rate": sum(ended) / len(ended),
+            "completions/repetition": sum(shares) / len(shares) if shares else float("nan"),
+        })  # fmt: skip
+        return rewards
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        out: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        self._observe(out)
+        self.progress.phase("update")
+        return out
+
+    @torch.no_grad()
+    def _observe(self, out: dict[str, Any]) -> None:
+        """KL to the SFT role as PPO measures it, whatever the algorithm does with its own."""
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+        size, found = self.args.per_device_train_batch_size, {}
+        for role in ("policy", "reference"):
+            parts = []
+            with self.backbone.role(role):
+                for start in range(0, out["prompt_ids"].shape[0], size):
+                    rows = {k: out[k][start : start + size] for k in names}
+                    ids, mask, tokens = model_inputs(rows)
+                    parts.append(heads.completion_logprobs(
+                        self.backbone, ids, mask, tokens, self.temperature
+                    )[0])  # fmt: skip
+            found[role] = torch.cat(parts)
+        mask_bt = out["completion_mask"]
+        if self.state.global_step == 0:
+            self.identities["kl_at_start"] = guards.policy_equals_reference(
+                found["policy"], found["reference"], mask_bt
+            )
+        kl = kl_estimates(found["policy"], found["reference"], mask_bt)
+        self._note({
+            "kl/sequence": float(kl.k1.sum(dim=1).mean()), "kl/coef": self.args.beta,
+            "kl/k1": float(masked_mean(kl.k1, mask_bt)),
+            "kl/k3": float(masked_mean(kl.k3, mask_bt)),
+        })  # fmt: skip
+
+    def _clip_grad_norm(self, model: Any) -> Tensor:
+        self.backbone.assert_trainable()
+        norm: Tensor = super()._clip_grad_norm(model)
+        found = controls.finite_norm(self._name.lower(), self.state.global_step, float(norm))
+        self._note({"policy/grad_norm": found})
+        return norm
+
+    def _note(self, numbers: dict[str, float]) -> None:
+        for name, number in numbers.items():
+            self._metrics["train"][name].append(number)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """PPO's names where they mean the same; the rest of TRL's is left out."""
+        found = {_RENAMED.get(name, name): v for name, v in self._metrics["train"].items()}
+        kept = ppo_log.kept(found)
+        kept["reward/groups_without_spread"] = found.get("frac_reward_zero_std", [])
+        self._metrics["train"] = defaultdict(list, {k: v for k, v in kept.items() if v})
+        logs.pop("grad_norm", None)
+        super().log(logs, start_time)
+
+
+class GroupGRPO(_OnBackbone, GRPOTrainer):
+    """TRL's GRPO on our backbone."""
+
+    _tag_names = ["lora-rlhf", "grpo"]
+
+
+class GroupRLOO(_OnBackbone, RLOOTrainer):
+    """TRL's RLOO on our backbone."""
+
+    _tag_names = ["lora-rlhf", "rloo"]
+
+
+_KINDS: dict[str, tuple[Any, Any]] = {
+    "grpo": (GRPOConfig, GroupGRPO), "rloo": (RLOOConfig, GroupRLOO),
+}  # fmt: skip

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proxy and gold reward against the distance from SFT: the curves of Gao et al. (2210.10760).
+
+d is the square root of the KL divergence from SFT, in nats. Rewards are measured from SFT's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+class Fit(NamedTuple):
+    """Coefficients of a curve, and the share of the rewards' variance that it explains."""
+
+    alpha: float
+    beta: float
+    r_squared: float
+
+
+def best_of_n_kl(n: int) -> float:
+    """KL(best of n || SFT) in nats: log n - (n - 1) / n; an upper bound where samples repeat.
+
+    Source: 2009.01325, appendix G; that it is a bound: 2401.01879.
+    """
+    return math.log(n) - (n - 1) / n
+
+
+def best_of_n(proxy: ArrayLike, gold: ArrayLike, n: int) -> tuple[float, float]:
+    """Mean proxy and gold reward of the best of n, by the proxy, out of N samples per prompt.
+
+    Args:
+        proxy: (P, N) rewards of N samples for each of P prompts.
+        gold: (P, N) likewise.
+        n: At most N.
+
+    Every subset of n samples counts alike (2112.09332, appendix I; 2210.10760, section 3): the
+    i-th lowest by the proxy is the best of C(i - 1, n - 1) of the C(N, n) subsets.
+    """
+    scores, truth = np.asarray(proxy, dtype=np.float64), np.asarray(gold, dtype=np.float64)
+    if scores.shape != truth.shape or scores.ndim != 2 or not 1 <= n <= scores.shape[1]:
+        raise ValueError(f"proxy {scores.shape}, gold {truth.shape}, n {n}")
+    total = scores.shape[1]
+    weights = np.array([math.comb(i, n - 1) for i in range(total)], dtype=np.float64)
+    weights /= math.comb(total, n)
+    order = np.argsort(scores, axis=1, kind="stable")
+    ranked = (np.take_along_axis(x, order, axis=1) @ weights for x in (scores, truth))
+    best_proxy, best_gold = (float(x.mean()) for x in ranked)
+    return best_proxy, best_gold
+
+
+def fit_best_of_n(distance: Sequence[float], reward: Sequence[float]) -> Fit:
+    """Least squares of R(d) = d (alpha - beta d): section 1, for best-of-n."""
+    d = np.asarray(distance, dtype=np.float64)
+    return _fit(np.column_stack((d, -(d**2))), reward)
+
+
+def fit_rl(distance: Sequence[float], reward: Sequence[float]) -> Fit:
+    """Least squares of R(d) = d (alpha - beta log d), for reinforcement learning; 0 at d = 0."""
+    d = np.asarray(distance, dtype=np.float64)
+    log = np.log(np.where(d > 0, d, 1.0))
+    return _fit(np.column_stack((d, -d * log)), reward)
+
+
+def _fit(columns: np.ndarray, reward: Sequence[float]) -> Fit:
+    y = np.asarray(reward, dtype=np.float64)
+    if len(y) != len(columns) or len(y) < 3:
+        raise ValueError(f"{len(y)} rewards at {len(columns)} distances; three or more are needed")
+    (alpha, beta), *_ = np.linalg.lstsq(columns, y, rcond=None)
+    left = float(((y - columns @ np.array([alpha, beta])) ** 2).sum())
+    spread = float(((y - y.mean()) ** 2).sum())
+    return Fit(float(alpha), float(beta), 1 - left / spread if spread else float("nan"))

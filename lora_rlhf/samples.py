@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`samples.jsonl`: what each model answered to each held-out prompt, read back for tables."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from .record import Record
+
+
+def prompt_text(prompt: str | list[dict[str, Any]]) -> str:
+    """A prompt to be read by people: the text itself, or one line per message with its role."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return str(prompt[0]["content"])
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def read(record: Record) -> dict[int, dict[str, dict[str, Any]]]:
+    """Index of the prompt -> model -> its line of `samples.jsonl`; empty where there is none."""
+    path = record.folder / "samples.jsonl"
+    by_prompt: dict[int, dict[str, dict[str, Any]]] = {}
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        line = json.loads(text)
+        by_prompt.setdefault(line["index"], {})[line["model"]] = line
+    return by_prompt
+
+
+def sample_table(record: Record, count: int, model: str | None = None) -> list[dict[str, Any]]:
+    """Rows for a table of samples: half the worst answers of `model`, then the first prompts.
+
+    Neither half can be picked for its looks. `model` is by default the last one evaluated.
+
+    Returns:
+        Dicts with `why` ("worst" or "first"), `index`, `prompt` and `answers` (model -> its line
+        of `samples.jsonl`); empty where the run has no samples of `model`.
+    """
+    by_prompt = read(record)
+    models = list(dict.fromkeys(name for answers in by_prompt.values() for name in answers))
+    model = model or (models[-1] if models else "")
+    lines = [answers[model] for answers in by_prompt.values() if model in answers]
+    ranked = sorted((line for line in lines if "score" in line), key=lambda line: line["score"])
+    worst = [line["index"] for line in ranked[: (count + 1) // 2]]
+    first = [line["index"] for line in lines if line["index"] not in worst]
+    chosen = [("worst", i) for i in worst] + [("first", i) for i in first]
+    return [
+        {
+            "why": why,
+            "index": i,
+            "prompt": next(iter(by_prompt[i].values()))["prompt"],
+            "answers": by_prompt[i],
+        }
+        for why, i in chosen[:count]
+    ]
