@@ -16,7 +16,18 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import trl
-from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import split_tensor_dict
 
@@ -26,8 +37,12 @@ __all__ = [
     "SEAMS",
     "SUPPORTED",
     "ChunkedLogProbFunction",
+    "DPOConfig",
+    "DPOTrainer",
     "GRPOConfig",
     "GRPOTrainer",
+    "RLOOConfig",
+    "RLOOTrainer",
     "RewardConfig",
     "RewardTrainer",
     "SFTConfig",
@@ -50,11 +65,30 @@ SEAMS: dict[type, dict[str, tuple[str, ...]]] = {
         "training_step": ("model", "inputs", "num_items_in_batch"),
         "_clip_grad_norm": ("model",),
         "create_optimizer": (),
+        "create_scheduler": ("num_training_steps", "optimizer"),
         "log": ("logs",),
-        "_save_checkpoint": ("model", "trial"),
+    },
+    RLOOTrainer: {
+        "_generate": ("prompts",),
+        "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
+        "_generate_and_score_completions": ("inputs",),
+        "_clip_grad_norm": ("model",),
+        "log": ("logs",),
+    },
+    DPOTrainer: {
+        "_prepare_dataset": ("dataset",),
+        "_compute_loss": ("model", "inputs", "return_outputs"),
+        "_clip_grad_norm": ("model",),
+        "log": ("logs",),
     },
     SFTTrainer: {"_prepare_dataset": ("dataset",), "compute_loss": ("model", "inputs")},
-    RewardTrainer: {"_prepare_dataset": ("dataset",), "compute_loss": ("model", "inputs")},
+    RewardTrainer: {
+        "_prepare_dataset": ("dataset",),
+        "_set_signature_columns_if_needed": (),
+        "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
+        "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
+        "log": ("logs",),
+    },
 }
 """Methods that this package overrides or relies on, with the parameters it counts on."""
 

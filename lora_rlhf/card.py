@@ -26,12 +26,13 @@ from .card_text import (
     table,
 )
 from .errors import UsageError
-from .evaluate import METRICS, sample_table
+from .evaluate import METRICS
 from .record import Record
+from .samples import sample_table
 
 _WHAT = {
     "policy": "the policy: the language model that people talk to, trained from the SFT adapter by "
-    "{algorithm} on a reward, with a KL penalty to that SFT adapter",
+    "{algorithm} on {signal}, with {penalty} to that SFT adapter",
     "reward": "the reward model: a score for a whole conversation, trained from the SFT adapter on "
     "comparisons of two answers",
     "value": "the value model: the expected return after every token, which PPO needs while it "
@@ -71,7 +72,7 @@ def render(record: Record, role: str, repo_ids: dict[str, str] | None = None) ->
         "Data": training.data(facts),
         "Supervised fine-tuning": training.sft(facts) if role == "sft" else "",
         "Reward model": training.reward(facts) if role != "sft" else "",
-        "Reinforcement learning": training.reinforcement(facts) if after_rl else "",
+        _method_title(facts): training.reinforcement(facts) if after_rl else "",
         "Evaluation": _evaluation(facts) if writes else "",
         "Samples": _samples(facts) if writes else "",
         "Limits": bullets(limits(facts)),
@@ -88,6 +89,10 @@ def render(record: Record, role: str, repo_ids: dict[str, str] | None = None) ->
     return text
 
 
+def _method_title(facts: Facts) -> str:
+    return "Preference optimisation" if facts.algorithm == "dpo" else "Reinforcement learning"
+
+
 def write(record: Record, repo_ids: dict[str, str] | None = None) -> list[Path]:
     """Write README.md into the folder of every role that the run has; the paths written."""
     written = []
@@ -101,7 +106,12 @@ def write(record: Record, repo_ids: dict[str, str] | None = None) -> list[Path]:
 
 def _summary(facts: Facts) -> str:
     title = facts.own("title") or facts.get("name", "A run")
-    what = _WHAT[facts.role].format(algorithm=facts.algorithm.upper())
+    compared = facts.algorithm == "dpo"
+    what = _WHAT[facts.role].format(
+        algorithm=facts.algorithm_name,
+        signal="comparisons of two answers" if compared else "a reward",
+        penalty="an implicit KL penalty" if compared else "a KL penalty",
+    )
     base = code(facts.base or facts.get("model.id", "base"))
     parts = [
         f"# {cell(title)}: {_TITLES[facts.role]}",

@@ -8,7 +8,7 @@ from typing import Any
 
 from .card_facts import RL_STAGES, Facts
 from .card_text import MISSING, at, bullets, code, is_number, number
-from .evaluate import sample_table
+from .samples import sample_table
 
 _CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -198,7 +198,8 @@ def _example(facts: Facts) -> tuple[str, str]:
 
 def _use_policy(facts: Facts) -> list[str]:
     prompt, _ = _example(facts)
-    rollout = at(facts.recipe, f"{facts.algorithm}.args.max_completion_length")
+    rollout = at(facts.recipe, "ppo.args.max_completion_length")  # PPO's, unless it has its own
+    rollout = at(facts.recipe, f"{facts.algorithm}.args.max_completion_length", rollout)
     tokens = at(facts.recipe, "evaluate.max_new_tokens", rollout)
     warmth = at(facts.recipe, "evaluate.temperature", 1.0)
     # As evaluated: the generation config of the base may cut to the top 50 tokens.

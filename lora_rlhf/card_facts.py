@@ -14,10 +14,10 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from .card_text import at, cell, interval, is_number, without_paths
-from .record import Record
+from .record import ALGORITHMS, Record
 
 ROLES = ("policy", "reward", "value", "sft")
-RL_STAGES = ("ppo", "grpo", "rloo", "dpo")
+RL_STAGES = tuple(ALGORITHMS)
 MODELS = {"base": "base", "sft": "SFT", "policy": "policy", "best_of_n": "best of n"}
 
 _PERMISSIVE = {"apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "isc", "unlicense"}
@@ -62,7 +62,13 @@ class Facts:
     @property
     def algorithm(self) -> str:
         """The stage that made the policy: ppo unless the record has another."""
-        return next((stage for stage in RL_STAGES if self.get(f"stages.{stage}")), "ppo")
+        found = (stage for stage in RL_STAGES if self.get(f"stages.{stage}"))
+        return next(found, None) or str(self.get("algorithm", "ppo"))
+
+    @property
+    def algorithm_name(self) -> str:
+        """What people call it: PPO, GRPO, RLOO, DPO."""
+        return ALGORITHMS.get(self.algorithm, self.algorithm.upper())
 
     @property
     def base(self) -> str | None:
@@ -168,7 +174,10 @@ def front_matter(facts: Facts) -> str:
 
 def _eval_results(facts: Facts) -> list[EvalResult]:
     if facts.role == "reward":
-        found = {"accuracy": facts.get("stages.reward.accuracy")}
+        # What is published is one adapter: of an ensemble that is not merged, the first member.
+        merged = facts.get("stages.reward.ensemble.combine", "warm") == "warm"
+        members = facts.get("stages.reward.ensemble.accuracy") or [None]
+        found = {"accuracy": facts.get("stages.reward.accuracy") if merged else members[0]}
         data_set, task = "comparisons", "text-classification"
     elif facts.role == "value":
         return []

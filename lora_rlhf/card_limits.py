@@ -62,7 +62,7 @@ def _of_reward(facts: Facts) -> Iterator[str]:
 
 
 def _of_rl(facts: Facts) -> Iterator[str]:
-    stage, name = facts.get(f"stages.{facts.algorithm}", {}), facts.algorithm.upper()
+    stage, name = facts.get(f"stages.{facts.algorithm}", {}), facts.algorithm_name
     if stage.get("reward") == "gold":
         yield f"{name} optimised the exact checker of a task; real tasks have no such checker."
     kl = at(stage.get("kl_last"), "value", stage.get("kl_last"))
@@ -80,7 +80,7 @@ def _of_rl(facts: Facts) -> Iterator[str]:
 def _of_win_rate(facts: Facts) -> Iterator[str]:
     rates = {key: value for key, value in facts.get("evaluation.policy", {}).items()
              if key.startswith("win_rate")}  # fmt: skip
-    name = facts.algorithm.upper()
+    name = facts.algorithm_name
     for key, rate in rates.items():
         label, low, high = cell(key).replace("_", " "), at(rate, "low"), at(rate, "high")
         if not (is_number(low) and is_number(high)):

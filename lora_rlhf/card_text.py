@@ -55,6 +55,8 @@ def number(value: Any) -> str:
 
 def interval(value: Any, short: bool = False) -> str:
     """`{value, low, high, n}` with its 95 % interval; a bare number says that it has none."""
+    if isinstance(value, Mapping) and value.get("n") == 0 and is_number(value.get("value")):
+        return f"{number(value['value'])} (bound)"  # from a formula: it rests on no sample
     if not isinstance(value, Mapping):
         bare = value is None or short
         return number(value) if bare else f"{number(value)} (no interval recorded)"

@@ -10,11 +10,23 @@ from .card_facts import Facts
 from .card_limits import LENGTH_KEYS
 from .card_text import MISSING, at, bullets, cell, code, interval, is_number, number, table
 
+_SHOWN = {
+    "ppo": {"updates": "Updates", "episodes": "Episodes", "kl_coef": "KL coefficient",
+            "kl_last": "KL to SFT at the end, nats per sequence"},
+    "dpo": {"comparisons": "Comparisons", "epochs": "Epochs", "optimizer_steps": "Optimizer steps",
+            "beta": "beta of the implicit KL to SFT", "train_loss": "Training loss"},
+}  # fmt: skip
+"""What of the stage's entry is told: for DPO, and for all that have rollouts."""
+
 _CURVES = {
     "KL to SFT, nats per sequence": ("kl/sequence", "kl"),
     "score, before the KL penalty": ("reward/score", "rewards/gold", "score", "reward"),
     "length of completions, tokens": LENGTH_KEYS,
 }
+_CURVES_DPO = {
+    "loss": ("loss",), "share of comparisons whose chosen answer gained more": ("accuracy",),
+    "margin, beta times the difference of log-ratios": ("margin",),
+}  # fmt: skip
 
 
 def gate_verdict(facts: Facts) -> str | None:
@@ -24,7 +36,9 @@ def gate_verdict(facts: Facts) -> str | None:
     reason = facts.get("stages.reward.gate_reason")
     why = f"Reason: {cell(reason)}." if reason else "The reason was not recorded."
     if facts.get(f"stages.{facts.algorithm}.status") and not _gold(facts):
-        why += " The recipe said to warn only, so the policy was trained on it all the same."
+        what = {"dpo": "", "best_of_n": "answers were chosen by"}
+        used = what.get(facts.algorithm, "the policy was trained on")
+        why += f" The recipe said to warn only, so {used} it all the same." if used else ""
     return f"The reward model did not pass its gate: it may be no better than guessing. {why}"
 
 
@@ -150,6 +164,7 @@ def reward(facts: Facts) -> str:
     if stage.get("held_out_accuracy") is not None:
         items.append(f"Accuracy of the second reward model, kept for evaluation: "
                      f"{interval(stage['held_out_accuracy'])}")  # fmt: skip
+    items += _reward_details(stage)
     bins = []
     for b in stage.get("calibration") or []:
         share = {"value": at(b, "observed"), "low": at(b, "observed_low"), "n": at(b, "n"),
@@ -163,17 +178,49 @@ def reward(facts: Facts) -> str:
     return f"{bullets(items)}\n\n{calibration}"
 
 
+def _reward_details(stage: Mapping[str, Any]) -> list[str]:
+    """Accuracy by parts, what it is to be held against, and the members of an ensemble."""
+    items = []
+    shown = {"labeler_agreement": "How often two labelers agree on such comparisons",
+             "accuracy_against_gold": "Share in which it prefers what the exact checker does",
+             "gain_over_length": "Accuracy above the better rule by length alone"}  # fmt: skip
+    items += [f"{label}: {interval(stage[key])}" for key, label in shown.items() if stage.get(key)]
+    for name, part in (stage.get("accuracy_by_length") or {}).items():
+        chosen = "is as long as the other" if name == "equal" else f"is the {cell(name)} one"
+        items.append(f"Accuracy where the chosen answer {chosen}: {interval(part)}")
+    for kind in ("score", "label", "gold"):
+        for part in stage.get(f"accuracy_by_{kind}_margin") or []:
+            edges = f"{number(at(part, 'from'))} to {number(at(part, 'to'))}"
+            items.append(f"Accuracy where the {kind} margin is {edges}: {interval(part)}")
+    if stage.get("calibration_error") is not None:
+        items.append(f"Expected calibration error: {number(stage['calibration_error'])}")
+    if found := stage.get("ensemble"):
+        each = "; ".join(interval(one, short=True) for one in at(found, "accuracy", []))
+        how, count = cell(at(found, "combine", MISSING)), number(at(found, "members"))
+        items += [
+            f"Ensemble: {count} reward models, combined by {how}; accuracy and offset above are "
+            "those of the combination",
+            f"Accuracy of each member: {each or MISSING}",
+            f"Disagreement, standard deviation over members: {interval(at(found, 'disagreement'))}",
+        ]
+        if at(found, "combine") == "warm":
+            items.append("The adapter is their average; its rank is that of all members together")
+        else:
+            items.append("The adapter `reward` is the first member; alone it is not the reward")
+    return items
+
+
 def reinforcement(facts: Facts) -> str:
     """Settings, checks and curves of the stage that made the policy."""
     stage = facts.get(f"stages.{facts.algorithm}", {})
     if not stage.get("status"):
         return "The record holds no reinforcement-learning stage."
-    items = [f"Algorithm: {facts.algorithm.upper()}", f"Reward: {reward_source(facts)}"]
-    shown = {"updates": "Updates", "episodes": "Episodes", "kl_coef": "KL coefficient",
-             "kl_last": "KL to SFT at the end, nats per sequence"}  # fmt: skip
+    items = [f"Algorithm: {facts.algorithm_name}", f"Reward: {reward_source(facts)}"]
+    shown = _SHOWN.get(facts.algorithm, _SHOWN["ppo"])
     items += [f"{label}: {interval(stage.get(key), short=True)}" for key, label in shown.items()]
     settings = {**at(facts.recipe, facts.algorithm, {})}
     settings |= settings.pop("args", None) or {}
+    settings |= at(stage, "settings", {})  # of a control: most of them come from PPO's section
     listed = [f"{cell(key)} {number(value)}" for key, value in settings.items()
               if is_number(value) and key not in shown]  # fmt: skip
     items.append("Settings of the recipe: " + (", ".join(listed) or MISSING))
@@ -184,11 +231,14 @@ def reinforcement(facts: Facts) -> str:
     else:
         items.append(f"Identities checked at the start: {MISSING}")
     rows = []
-    for label, names in _CURVES.items():
+    for label, names in (_CURVES_DPO if facts.algorithm == "dpo" else _CURVES).items():
         values = facts.curve(*names)
         rows.append([label, number(values[0]), number(values[-1])] if values
                     else [label, MISSING, MISSING])  # fmt: skip
-    text = f"{bullets(items)}\n\n{table(['curve', 'first update', 'last update'], rows)}"
+    head = ["curve", "first update", "last update"]
+    if facts.algorithm == "dpo":
+        head = ["curve", "first step logged", "last"]
+    text = f"{bullets(items)}\n\n{table(head, rows)}"
     folder = "plots" if facts.published else "../../plots"
     plots = sorted((facts.record.folder / "plots").glob("*.png"))
     return "\n\n".join([text, *(f"![{cell(p.stem)}]({folder}/{p.name})" for p in plots)])

@@ -57,6 +57,12 @@ Set = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the resolved recipe, secrets masked, and stop.")
 ]
+From = Annotated[
+    Path | None,
+    typer.Option(
+        "--from", metavar="RUN", help="Take over SFT and reward model of a run where they fit."
+    ),
+]
 RepoId = Annotated[str | None, typer.Option(metavar="ORG/NAME")]
 
 
@@ -122,7 +128,12 @@ def _pipeline() -> Any:
 
 
 def _train(
-    path: Path, out: Path | None, overrides: list[str] | None, dry_run: bool, until: str = "card"
+    path: Path,
+    out: Path | None,
+    overrides: list[str] | None,
+    dry_run: bool,
+    until: str = "card",
+    start_from: Path | None = None,
 ) -> None:
     from .config import dump_recipe, load_recipe
 
@@ -130,17 +141,17 @@ def _train(
     if dry_run:
         typer.echo(dump_recipe(recipe), nl=False)
     else:
-        _run(recipe, out or Path("runs") / recipe.name, until)
+        _run(recipe, out or Path("runs") / recipe.name, until, start_from)
 
 
-def _run(recipe: Recipe, out: Path, until: str) -> None:
+def _run(recipe: Recipe, out: Path, until: str, start_from: Path | None) -> None:
     pipeline = _pipeline()
     from . import summary
     from .progress import Progress
 
     progress = Progress()
     try:
-        record = pipeline.run(recipe, out, until=until, progress=progress)
+        record = pipeline.run(recipe, out, until=until, progress=progress, start_from=start_from)
     finally:
         progress.end()
     summary.show(record)
@@ -148,13 +159,18 @@ def _run(recipe: Recipe, out: Path, until: str) -> None:
 
 @_command("run")
 def _run_verb(
-    recipe: RecipePath, out: Out = None, overrides: Set = None, dry_run: DryRun = False
+    recipe: RecipePath,
+    out: Out = None,
+    overrides: Set = None,
+    start_from: From = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Run a whole recipe, or go on with it.
 
-    SFT, reward model, PPO, evaluation, cards. A finished stage is not run again.
+    SFT, reward model, PPO (or what `algorithm` says), evaluation, cards. A finished stage is not
+    run again.
     """
-    _train(recipe, out, overrides, dry_run)
+    _train(recipe, out, overrides, dry_run, start_from=start_from)
 
 
 @_command("demo")
@@ -177,9 +193,13 @@ def _demo_verb(
 
 def _stage_verb(stage: str, what: str) -> None:
     def verb(
-        recipe: RecipePath, out: Out = None, overrides: Set = None, dry_run: DryRun = False
+        recipe: RecipePath,
+        out: Out = None,
+        overrides: Set = None,
+        start_from: From = None,
+        dry_run: DryRun = False,
     ) -> None:
-        _train(recipe, out, overrides, dry_run, stage)
+        _train(recipe, out, overrides, dry_run, stage, start_from)
 
     verb.__doc__ = f"Run a recipe until {what}."
     _command(stage)(verb)
@@ -188,6 +208,7 @@ def _stage_verb(stage: str, what: str) -> None:
 _stage_verb("sft", "supervised fine-tuning is done")
 _stage_verb("reward", "the reward model is done")
 _stage_verb("ppo", "PPO is done")
+_stage_verb("policy", "the policy is done, by whatever algorithm it names")
 _stage_verb("evaluate", "base, SFT and policy are evaluated")
 
 
@@ -222,6 +243,26 @@ def _card_verb(
         record.save()
     for path in written:
         typer.echo(path)
+
+
+@_command("doctor")
+def _doctor_verb(
+    run: RunPath,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say which stage of a run is at fault, and what to try.
+
+    From the record and the log alone. The exit code is 0 whatever is found.
+    """
+    from . import doctor
+    from .record import Record
+
+    record = Record.read(run)
+    found = doctor.examine(record)
+    if as_json:
+        typer.echo(doctor.as_json(record, found))
+    else:
+        doctor.show(record, found)
 
 
 @_command("push")
@@ -282,7 +323,7 @@ def _generate_verb(
         int | None, typer.Option(min=1, help="Default: as in the rollouts.")
     ] = None,
 ) -> None:
-    """Answer a text: base, SFT and PPO side by side.
+    """Answer a text: base, SFT and policy side by side.
 
     With the reward of each, where the run has a reward model.
     """
@@ -297,6 +338,41 @@ def _generate_verb(
             run, text, temperature=temperature, seed=seed, max_new_tokens=max_new_tokens
         )
     )
+
+
+@_command("compare")
+def _compare_verb(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Two or more finished runs.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw reward over KL as a PNG.")
+    ] = None,
+) -> None:
+    """Compare finished runs: is PPO worth it here?
+
+    Reward, win rate, KL, length and cost of each, and paired differences where they may be taken.
+
+    Runs of one recipe that differ in the seed only are one row: the mean over seeds.
+    """
+    import json
+
+    from . import compare
+    from .record import finite
+
+    report = compare.run(runs)
+    if plot is not None:
+        from . import plots
+
+        plots.comparison(report, plot)
+        typer.echo(f"plot: {plot}", err=True)
+    if as_json:
+        typer.echo(json.dumps(finite(report), indent=1))
+    else:
+        from . import summary
+
+        summary.show_comparison(report)
 
 
 @_command("env")

@@ -11,21 +11,26 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import tasks
-from .sections import DataSource, Recipe
 from .errors import DataError
 from .filters import Kept, bucket, clean, expand, first_turn, fit, neutralise, prompt_key
-from .layouts import Example, Turns, examples
-from .sources import Row, fingerprint, read, title
+from .layouts import Example, Turns, examples, said
+from .metrics import Estimate, share_interval
+from .sections import DataSource, Recipe
+from .sources import Row, described, read
 
 if TYPE_CHECKING:
     import datasets
 
-__all__ = ["Prepared", "bucket", "comparisons", "demonstrations", "first_turn", "prompts"]
+__all__ = [
+    "Prepared", "bucket", "comparisons", "demonstrations", "first_turn", "prompts", "texts",
+]  # fmt: skip
+
+_SIMULATED = "none: simulated, by the task's exact checker with noise"
 
 Sampler = Callable[[list[Turns], int, int], list[list[str]]]
 """(prompts, k, seed) -> k completions for each prompt."""
@@ -39,8 +44,8 @@ class Prepared:
         train: Rows to train on.
         held_out: Rows to measure on; no first user turn of theirs is trained on in any set.
         report: For `record.data[SET]`: `sources`, `counts` ({filter: {before, after}}), `train`,
-            `held_out`, `special_tokens_in_text`, `notes`, and `labeler_agreement` or `evaluate`
-            where there is one. Plain JSON, without folders of this machine.
+            `held_out`, `special_tokens_in_text`, `notes`, and `labeler_agreement`, `instructions`
+            or `evaluate` where there is one. Plain JSON, without folders of this machine.
     """
 
     train: datasets.Dataset
@@ -67,7 +72,8 @@ def comparisons(
 ) -> Prepared:
     """The set for the reward model: `prompt`, `chosen`, `rejected`, `group`, perhaps `margin`.
 
-    `group` is an int that is the same for all pairs of one prompt.
+    `group` is an int that is the same for all pairs of one prompt. Held-out rows of a task have
+    `gold_margin` too, what its exact checker gives the chosen completion less the rejected one.
 
     Args:
         recipe: The run's recipe.
@@ -90,6 +96,13 @@ def comparisons(
             train,
             lambda row: (bucket(row["prompt"], recipe.seed) < middle) == (part == "proxy"),
         )
+    if all(row["item"] for row in held_out):
+        for row in held_out:
+            item = tasks.Item.from_dict(json.loads(row["item"]))
+            chosen, rejected = (
+                tasks.check(item, said(row[k])).reward for k in ("chosen", "rejected")
+            )
+            row["gold_margin"] = chosen - rejected
     return _prepared(recipe, kept, train, held_out)
 
 
@@ -115,6 +128,42 @@ def prompts(recipe: Recipe, tokenizer: Any) -> Prepared:
     return found
 
 
+def texts(recipe: Recipe, tokenizer: Any) -> tuple[list[list[int]], dict[str, Any]]:
+    """Token ids of `data.text` for PPO-ptx, in pieces of at most `data.max_tokens`; its report.
+
+    A document ends with an eos; one that is longer is cut, and nothing of it is lost but a last
+    piece of one token, which predicts nothing.
+
+    Raises:
+        DataError: A source cannot be read, has no column `text`, or nothing is left.
+    """
+    kept, pieces, documents = Kept("text"), [], 0
+    for index, source in enumerate(recipe.data.text):
+        rows = read(source)
+        for where, row in rows:
+            if not isinstance(row.get("text"), str):
+                raise DataError(
+                    f"text: {row.get('text')!r:.80}", where=where,
+                    expected="a column `text` that holds text",
+                    remedy="map it with `columns: {text: the file's name}`",
+                )  # fmt: skip
+        kept.sources.append(described(source, rows))
+        random.Random(f"{recipe.seed}/text/{index}").shuffle(rows)
+        found = [Example(row["text"]) for _, row in rows[: source.limit] if row["text"].strip()]
+        neutralise(kept, found, tokenizer)
+        documents += len(found)
+        for example in found:
+            ids = [*tokenizer(example.prompt)["input_ids"], tokenizer.eos_token_id]
+            step = recipe.data.max_tokens
+            pieces += [ids[i : i + step] for i in range(0, len(ids), step)]
+    good = [piece for piece in pieces if len(piece) > 1]
+    if not good:
+        raise DataError("data.text holds no text", remedy="give it text, or set ppo.ptx_coef to 0")
+    report = {**kept.report(), "documents": documents, "pieces": len(good),
+              "tokens": sum(map(len, good))}  # fmt: skip
+    return good, report
+
+
 def _load(recipe: Recipe, tokenizer: Any, name: str, sampler: Sampler | None = None) -> Kept:
     """Read, convert, filter and mix the sources of one set; nothing is split yet."""
     sources: list[DataSource] = getattr(recipe.data, name)
@@ -126,6 +175,7 @@ def _load(recipe: Recipe, tokenizer: Any, name: str, sampler: Sampler | None = N
         )
     kept = Kept(name)
     found: list[Example] = []
+    labelled: list[tuple[str, Example]] = []
     chat = bool(tokenizer.chat_template)
     wanted = "prompts" if name == "evaluate" else name
     read_rows = 0
@@ -133,14 +183,9 @@ def _load(recipe: Recipe, tokenizer: Any, name: str, sampler: Sampler | None = N
         rows = (
             _task_rows(recipe, source, name, chat, sampler, kept) if source.task else read(source)
         )
-        licence = source.license or ("Apache-2.0" if source.task else None)
-        kept.sources.append(
-            {"kind": "task" if source.task else "hub" if source.hub else "file",
-             "name": title(source), "license": licence, "rows": len(rows),
-             "sha256": fingerprint(rows)}
-        )  # fmt: skip
-        if source.hub:
-            kept.sources[-1] |= {"config": source.name, "split": source.split}
+        kept.sources.append(described(source, rows))
+        if name == "comparisons" and (source.task or source.labeler_instructions):
+            kept.instructions.append(source.labeler_instructions or _SIMULATED)
         read_rows += len(rows)
         order = list(range(len(rows)))
         if not source.task:  # a task's rows come in the turn of its families, and stay in it
@@ -148,11 +193,17 @@ def _load(recipe: Recipe, tokenizer: Any, name: str, sampler: Sampler | None = N
         order = order[: source.limit]
         chosen = sorted(order)  # read in the file's order, so that errors show its first rows
         parsed = examples([rows[i] for i in chosen], wanted, chat, kept.notes)
+        for example in parsed:  # a file's column `item` is its own, and no item of the task
+            example.item = example.item if source.task else ""
         at = dict(zip(chosen, parsed, strict=True))
         found += [at[i] for i in order]
+        who = [(rows[i][1].get("labeler"), at[i]) for i in order]
+        labelled += [(str(labeler), example) for labeler, example in who if labeler is not None]
     kept.counts["limit"] = {"before": read_rows, "after": len(found)}
     if len(sources) > 1:
         random.Random(f"{recipe.seed}/{name}").shuffle(found)
+    if name == "comparisons" and labelled:
+        kept.agreement = _overlap(labelled) or kept.agreement
     neutralise(kept, found, tokenizer)
     kept.rows = expand(found, wanted, kept)
     clean(kept)
@@ -218,16 +269,53 @@ def _rank(
     else:
         labeler = tasks.Labeler.calibrated(source.agreement, gaps)
     first, second = (random.Random(f"{seed}/labeler/{who}") for who in "ab")
-    labels: tuple[list[int], list[int]] = ([], [])
-    for row, texts, rewards in zip(rows, sampled, gold, strict=True):
+    same: list[bool] = []
+    right: list[bool] = []
+    where: list[int] = []
+    for number, (row, texts, rewards) in enumerate(zip(rows, sampled, gold, strict=True)):
         ranks = labeler.rank(rewards, first), labeler.rank(rewards, second)
         row["completions"], row["ranks"] = list(texts), ranks[0]
         for a, b in itertools.combinations(range(len(texts)), 2):
             if rewards[a] != rewards[b]:
-                for label, rank in zip(labels, ranks, strict=True):
-                    label.append(int(rank[a] > rank[b]))
-    measured = tasks.agreement_rate(*labels) if labels[0] else None
-    kept.agreement = {"asked": source.agreement, "measured": measured, "pairs": len(labels[0])}
+                chose = [rank[a] < rank[b] for rank in ranks]
+                same.append(chose[0] == chose[1])
+                right.append(chose[0] == (rewards[a] > rewards[b]))
+                where.append(number)
+    kept.agreement = {"asked": source.agreement, "measured": None, "pairs": len(same)}
+    if same:
+        # What a model that knew the gold reward would score: two labelers agree less often.
+        kept.agreement |= _measured(same, where) | {"gold_right": sum(right) / len(right)}
+
+
+def _measured(same: Sequence[bool], prompts: Sequence[Any]) -> dict[str, Any]:
+    """The share of pairs on which two labelers agree, with its interval, clustered by prompt."""
+    found: Estimate = share_interval(same, prompts)
+    return {"measured": found["value"], "low": found["low"], "high": found["high"],
+            "pairs": found["n"]}  # fmt: skip
+
+
+def _overlap(labelled: list[tuple[str, Example]]) -> dict[str, Any] | None:
+    """How labelers agree where several judged the same two completions (column `labeler`).
+
+    Every two labelers of a pair are one outcome; pairs that one of them tied are left out. None:
+    no pair was judged twice. Taken before duplicates and contradictions are dropped.
+    """
+    votes: dict[tuple[str, str, str], dict[str, bool]] = {}
+    for labeler, example in labelled:
+        for a, b in itertools.combinations(range(len(example.answers)), 2):
+            ranks = example.ranks or []
+            first, second = (json.dumps(example.answers[i]) for i in (a, b))
+            if first == second or ranks[a] == ranks[b]:
+                continue
+            key = (json.dumps(example.prompt), min(first, second), max(first, second))
+            votes.setdefault(key, {})[labeler] = (ranks[a] < ranks[b]) == (first < second)
+    same = [(key[0], a == b) for key, found in votes.items()
+            for a, b in itertools.combinations(found.values(), 2)]  # fmt: skip
+    if not same:
+        return None
+    labelers = len({labeler for found in votes.values() for labeler in found})
+    prompts = [prompt for prompt, _ in same]
+    return {**_measured([agree for _, agree in same], prompts), "labelers": labelers}
 
 
 def _keep_apart(kept: Kept, recipe: Recipe, tokenizer: Any) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The evaluation stage: base, SFT and policy on the same prompts with the same seed.
+"""The evaluation stage: base, SFT and policy (or best of n) on the same prompts and seed.
 
 Writes `evaluation` into the record, every number with its interval and n, and `samples.jsonl`
 beside it, one line per prompt and model. A metric that does not apply is left out, never set to 0.
@@ -20,6 +20,7 @@ from .config import Recipe
 from .errors import DataError, NonFiniteError
 from .metrics import Estimate
 from .record import Record
+from .samples import prompt_text
 from .tasks import Item, Verdict, check
 
 if TYPE_CHECKING:
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 
     from .backbone import Backbone
 
-MODELS: dict[str, str | None] = {"base": None, "sft": "reference", "policy": "policy"}
+MODELS: dict[str, str | None] = {
+    "base": None, "sft": "reference", "policy": "policy", "best_of_n": "reference",
+}  # fmt: skip
 """What is evaluated, in this order: its name in the record, and the role of its adapter."""
 
 METRICS = {
@@ -49,6 +52,7 @@ METRICS = {
     "win_rate_proxy_length_controlled": "the same, predicted for answers as long as SFT's",
     "longer_than_sft": "share of prompts with more tokens than SFT; ties count half",
     "kl": "nats per sequence, on the model's own samples: log-probability less that under SFT",
+    "kl_bound": "the same, an upper bound: log n - (n - 1) / n, from a formula, not measured",
     "length": "mean completion tokens, the end token included",
     "eos_rate": "share of completions that ended by themselves",
     "repetition": "mean share of 4-grams of tokens said before; n: completions with 4 tokens",
@@ -84,17 +88,24 @@ def run(recipe: Recipe, backbone: Backbone, record: Record, prompts: Dataset) ->
         NonFiniteError: A score or a log-probability is NaN or infinite.
     """
     asked, items = _read(prompts, recipe.evaluate.n)
-    models = {m: role for m, role in MODELS.items() if role is None or backbone.has(role)}
+    models = _models(recipe, backbone)
     with record.stage("evaluate") as entry:
         longest = _max_new_tokens(recipe, record)
         encoded = [backbone.encode_prompt(row["prompt"]) for row in asked]
         answers: dict[str, Answers] = {}
-        for model, role in models.items():
-            answers[model] = _answer(recipe, backbone, role, encoded, items, longest)
+        for model in models:
+            answers[model] = _answer(recipe, backbone, model, encoded, items, longest)
         record.data["evaluation"] = {
             model: measure(found, None if model == "sft" else answers.get("sft"), recipe.seed)
             for model, found in answers.items()
         }
+        if "best_of_n" in models:
+            from .best_of_n import analytic
+            from .overoptimization import best_of_n_kl
+
+            bound = analytic(best_of_n_kl(recipe.best_of_n.n))
+            record.data["evaluation"]["best_of_n"]["kl_bound"] = bound
+            entry["samples_per_answer"] = {"best_of_n": recipe.best_of_n.n}
         record.data["clock"]["evaluation"] = {
             model: {
                 "seconds": round(found.seconds, 3),
@@ -104,7 +115,7 @@ def run(recipe: Recipe, backbone: Backbone, record: Record, prompts: Dataset) ->
         }
         _write_samples(record, asked, items, answers)
         entry.update(
-            prompts=len(asked), models=list(models), seed=recipe.seed,
+            prompts=len(asked), models=models, seed=recipe.seed,
             max_new_tokens=longest, temperature=recipe.evaluate.temperature,
             families=dict(Counter(item.family for item in items if item is not None)),
         )  # fmt: skip
@@ -114,9 +125,16 @@ def _max_new_tokens(recipe: Recipe, record: Record) -> int:
     """How long an answer may be: as evaluation says, else as in the rollouts."""
     if recipe.evaluate.max_new_tokens is not None:
         return recipe.evaluate.max_new_tokens
-    from .ppo import arguments
+    from .controls import longest
 
-    return int(arguments(recipe, record).max_completion_length)
+    return longest(recipe, record)
+
+
+def _models(recipe: Recipe, backbone: Backbone) -> list[str]:
+    """The models of this run; best of n is SFT, chosen from, and stands in a policy's place."""
+    skipped = "policy" if recipe.algorithm == "best_of_n" else "best_of_n"
+    there = [m for m, role in MODELS.items() if role is None or backbone.has(role)]
+    return [model for model in there if model != skipped]
 
 
 def _read(prompts: Dataset, n: int) -> tuple[list[dict[str, Any]], list[Item | None]]:
@@ -145,7 +163,7 @@ def _read(prompts: Dataset, n: int) -> tuple[list[dict[str, Any]], list[Item | N
 def _answer(
     recipe: Recipe,
     backbone: Backbone,
-    role: str | None,
+    model: str,
     prompts: list[list[int]],
     items: list[Item | None],
     longest: int,
@@ -154,26 +172,18 @@ def _answer(
     # Imported here: whoever only wants the table or the samples need not wait for torch.
     from .heads import scores, sequence_logprobs
 
-    section = recipe.evaluate
-    started = time.perf_counter()
-    ids = backbone.generate(
-        prompts, role, max_new_tokens=longest, temperature=section.temperature,
-        seed=recipe.seed, batch_size=section.batch_size,
-    )  # fmt: skip
-    seconds = time.perf_counter() - started
-    ends = set(backbone.eos_ids)
-    found = Answers(
-        ids=ids,
-        texts=[backbone.decode(completion) for completion in ids],
-        finished=[bool(completion) and completion[-1] in ends for completion in ids],
-        seconds=seconds,
-    )
-    sequences = list(zip(prompts, ids, strict=True))
-    for judge in ("reward", "held_out"):
-        if backbone.has(judge):
-            raw = scores(backbone, sequences, role=judge, batch_size=section.batch_size)
-            offset = backbone.reward_offset.get(judge, 0.0)
-            found.scores[judge] = _finite([score + offset for score in raw], f"{judge} score")
+    section, role = recipe.evaluate, MODELS[model]
+    found = _generate(recipe, backbone, model, prompts, longest)
+    sequences = list(zip(prompts, found.ids, strict=True))
+    if backbone.has("reward"):
+        from .ensemble import rewards_of
+
+        rewards = rewards_of(backbone, sequences, recipe.reward, section.batch_size)
+        found.scores["reward"] = _finite(rewards, "reward score")
+    if backbone.has("held_out"):
+        raw = scores(backbone, sequences, role="held_out", batch_size=section.batch_size)
+        offset = backbone.reward_offset.get("held_out", 0.0)
+        found.scores["held_out"] = _finite([s + offset for s in raw], "held_out score")
     # Greedy answers are no samples of the model: the mean log-ratio over them is no KL.
     if role != "reference" and backbone.has("reference") and section.temperature > 0:
         own, sft = (
@@ -190,6 +200,31 @@ def _answer(
         for item, text in zip(items, found.texts, strict=True)
     ]
     return found
+
+
+def _generate(
+    recipe: Recipe, backbone: Backbone, model: str, prompts: list[list[int]], longest: int
+) -> Answers:
+    """One answer of `model` to each prompt, timed; best of n takes n samples for each."""
+    section = recipe.evaluate
+    options: dict[str, Any] = {
+        "max_new_tokens": longest, "temperature": section.temperature, "seed": recipe.seed,
+    }  # fmt: skip
+    started = time.perf_counter()
+    if model == "best_of_n":
+        from .best_of_n import choose
+
+        ids = choose(backbone, prompts, recipe, **options)
+    else:
+        ids = backbone.generate(prompts, MODELS[model], batch_size=section.batch_size, **options)
+    seconds = time.perf_counter() - started
+    ends = set(backbone.eos_ids)
+    return Answers(
+        ids=ids,
+        texts=[backbone.decode(completion) for completion in ids],
+        finished=[bool(completion) and completion[-1] in ends for completion in ids],
+        seconds=seconds,
+    )
 
 
 def _finite(values: list[float], what: str) -> list[float]:
@@ -304,47 +339,6 @@ def _write_samples(
                 file.write(json.dumps(line) + "\n")
 
 
-def prompt_text(prompt: str | list[dict[str, Any]]) -> str:
-    """A prompt to be read by people: the text itself, or one line per message with its role."""
-    if isinstance(prompt, str):
-        return prompt
-    if len(prompt) == 1:
-        return str(prompt[0]["content"])
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
-
-
-def sample_table(record: Record, count: int, model: str | None = None) -> list[dict[str, Any]]:
-    """Rows for a table of samples: half the worst answers of `model`, then the first prompts.
-
-    Neither half can be picked for its looks. `model` is by default the last one evaluated.
-
-    Returns:
-        Dicts with `why` ("worst" or "first"), `index`, `prompt` and `answers` (model -> its line
-        of `samples.jsonl`); empty where the run has no samples of `model`.
-    """
-    path = record.folder / "samples.jsonl"
-    by_prompt: dict[int, dict[str, dict[str, Any]]] = {}
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        line = json.loads(text)
-        by_prompt.setdefault(line["index"], {})[line["model"]] = line
-    models = list(dict.fromkeys(name for answers in by_prompt.values() for name in answers))
-    model = model or (models[-1] if models else "")
-    lines = [answers[model] for answers in by_prompt.values() if model in answers]
-    ranked = sorted((line for line in lines if "score" in line), key=lambda line: line["score"])
-    worst = [line["index"] for line in ranked[: (count + 1) // 2]]
-    first = [line["index"] for line in lines if line["index"] not in worst]
-    chosen = [("worst", i) for i in worst] + [("first", i) for i in first]
-    return [
-        {
-            "why": why,
-            "index": i,
-            "prompt": next(iter(by_prompt[i].values()))["prompt"],
-            "answers": by_prompt[i],
-        }
-        for why, i in chosen[:count]
-    ]
-
-
 # --- the table ---------------------------------------------------------------------------------
 
 
@@ -361,7 +355,10 @@ def rows(evaluation: dict[str, dict[str, Estimate]]) -> tuple[list[str], list[li
 
 
 def cell(estimate: Estimate | None) -> str:
-    """`0.41 [0.35, 0.47] n=128`; without an interval `0.41 n=1`; empty for None."""
+    """`0.41 [0.35, 0.47] n=128`; without an interval `0.41 n=1`; empty for None.
+
+    A number from a formula rests on no sample: its n is 0, and `0.41 (bound)` is shown.
+    """
     if estimate is None:
         return ""
     value, low, high = estimate["value"], estimate["low"], estimate["high"]
@@ -372,4 +369,6 @@ def cell(estimate: Estimate | None) -> str:
         return f"{round(float(x), places) + 0.0:.{places}f}"
 
     interval = "" if low is None or high is None else f" [{show(low)}, {show(high)}]"
+    if not estimate["n"]:
+        return f"{show(value)} (bound)"
     return f"{show(value)}{interval} n={estimate['n']}"

@@ -1,37 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
 """One recipe, executed: demonstrations → SFT → reward model → PPO → evaluation → cards → Hub.
 
+In the place of PPO stands what the recipe's `algorithm:` says.
+
 A finished stage is not run again; an interrupted one starts over from its own seed, so a run that
 was stopped between or inside stages ends with the same bits as one that was not.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from . import card, data, evaluate, heads, hub, plots, ppo, reward, sft
+from . import (
+    best_of_n,
+    card,
+    controls,
+    data,
+    dpo,
+    ensemble,
+    evaluate,
+    group_trainers,
+    hub,
+    plots,
+    ppo,
+    reward,
+    sft,
+    sharing,
+)
 from .backbone import Backbone
 from .config import Recipe, load_recipe
 from .data import Prepared
-from .errors import UsageError
+from .errors import DataError, RecipeError, SetupError, UsageError
 from .progress import Progress
-from .record import STAGES, Record
+from .record import ALGORITHMS, Record, stage_names
 
 
 def run(
-    recipe: Recipe, out: str | Path, *, until: str = "card", progress: Progress | None = None
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    until: str = "card",
+    progress: Progress | None = None,
+    start_from: str | Path | None = None,
 ) -> Record:
     """Run a recipe into a directory, or go on with the run that is there.
 
     Args:
         recipe: The whole run.
         out: The run directory: new, empty, or holding a run of the same recipe.
-        until: The last stage: sft, reward, ppo, evaluate or card. Whatever it needs runs too.
+        until: The last stage: sft, reward, policy (or the algorithm's name), evaluate or card.
+            Whatever it needs runs too.
         progress: Where to report; default: nowhere.
+        start_from: Another run, whose finished SFT and reward stages are taken over where every
+            recipe key that they read is equal.
 
     Returns:
         The record, with `evaluation` once that stage is done.
@@ -39,11 +65,20 @@ def run(
     Raises:
         LoraRlhfError: One of errors.py, with what to do.
     """
-    if until not in STAGES:
-        raise UsageError(f"there is no stage {until!r}", expected=", ".join(STAGES))
+    stages = stage_names(recipe.algorithm)
+    until = recipe.algorithm if until == "policy" else until
+    if until not in stages:
+        raise UsageError(
+            f"there is no stage {until!r} where the recipe says algorithm: {recipe.algorithm}",
+            expected=", ".join((*stages, "policy")),
+        )
     progress = progress or Progress(quiet=True)
+    _check_setup(recipe)
+    source = sharing.check(start_from, recipe, out) if start_from is not None else None
     record = Record.open(out, recipe)
-    wanted = [s for s in STAGES[: STAGES.index(until) + 1] if not record.done(s)]
+    if source is not None and (taken := sharing.take_over(source, record)):
+        progress.say(f"taken over from {source.folder}: {', '.join(taken)}")
+    wanted = [s for s in stages[: stages.index(until) + 1] if not record.done(s)]
     if until == "card":
         for note in hub.preflight(recipe):  # before hours of training, not after them
             progress.say(note)
@@ -60,6 +95,35 @@ def run(
     if until == "card":
         _push(recipe, record, progress)
     return record
+
+
+def _check_setup(recipe: Recipe) -> None:
+    """Refuse what cannot end well, before a folder is made or a model loaded.
+
+    Raises:
+        SetupError: Several processes, or several GPUs, of which only one would be used.
+        RecipeError: `hub:` names a repository for an adapter that this run will not have.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SetupError(
+            f"this is one of {os.environ['WORLD_SIZE']} processes (WORLD_SIZE)",
+            expected="one process: all roles share one backbone on one GPU",
+            remedy="start `lora-rlhf` itself, without torchrun or accelerate launch",
+        )
+    if torch.cuda.device_count() > 1:
+        raise SetupError(
+            f"{torch.cuda.device_count()} GPUs are visible, and only one is used",
+            expected="one visible GPU: TRL would spread the backbone over all of them",
+            remedy="choose it, for example with CUDA_VISIBLE_DEVICES=0 before the command",
+        )
+    made = {"best_of_n": set(), "ppo": {"policy", "value"}}.get(recipe.algorithm, {"policy"})
+    made -= {"value"} if recipe.ppo.value == "head" else set()
+    for role in ("policy", "value"):
+        if getattr(recipe.hub, role) and role not in made:
+            raise RecipeError(
+                f"hub.{role} is set, and {ALGORITHMS[recipe.algorithm]} trains no {role} adapter",
+                remedy=f"leave it out, or --set hub.{role}=null",
+            )
 
 
 def _push(recipe: Recipe, record: Record, progress: Progress) -> None:
@@ -88,6 +152,8 @@ class _Work:
         self.backbone = Backbone.load(recipe.model, recipe.lora)
         self.tokenizer = self.backbone.tokenizer
         self._samples: dict[int, list[list[str]]] = {}
+        self._found: tuple[Prepared, Prepared | None] | None = None
+        self._texts: list[list[int]] | None = None
         # `push --base` names the base's repository in the record; going on must not forget it.
         pushed = {k: v for k, v in record.data["model"].items() if k in ("hub_id", "hub_revision")}
         record.data["model"] = self.backbone.describe() | {k: v for k, v in pushed.items() if v}
@@ -97,9 +163,11 @@ class _Work:
     def run(self, wanted: list[str]) -> None:
         """Run the wanted stages and load the others that they stand on."""
         self._check_data(wanted)
-        last = max(STAGES.index(stage) for stage in wanted if stage != "card")
-        for stage in STAGES[: last + 1]:
-            getattr(self, f"_{stage}")(run=stage in wanted)
+        steps = (self._sft, self._reward, self._policy, self._evaluate)
+        names = stage_names(self.recipe.algorithm)[: len(steps)]
+        last = max(names.index(stage) for stage in wanted if stage != "card")
+        for stage, step in list(zip(names, steps, strict=True))[: last + 1]:
+            step(run=stage in wanted)
             self.record.data["lora"] = self.backbone.describe_lora()
             self.record.data["clock"]["memory"] = self.backbone.memory_report()
             self.record.save()
@@ -115,24 +183,54 @@ class _Work:
             self.demonstrations = self._note(
                 "demonstrations", data.demonstrations(recipe, tokenizer)
             )
-        if set(wanted) & {"ppo", "evaluate"}:
+        if set(wanted) & {recipe.algorithm, "evaluate"}:
             self.prompts = self._note("prompts", data.prompts(recipe, tokenizer))
-        if "ppo" in wanted:
-            ppo.check(recipe, self.record, self.prompts.train)
-        if "reward" in wanted and not any(s.task for s in recipe.data.comparisons):
+        if recipe.algorithm in wanted:
+            self._check_policy()
+        if set(wanted) & {"reward", "dpo"} and not any(s.task for s in recipe.data.comparisons):
             self._comparisons()
 
+    def _check_policy(self) -> None:
+        """The arguments, the prompts and the texts of the stage that makes the policy."""
+        recipe, record = self.recipe, self.record
+        if recipe.algorithm == "ppo":
+            ppo.check(recipe, record, self.prompts.train)
+            if recipe.ppo.ptx_coef:
+                self._texts, report = data.texts(recipe, self.tokenizer)
+                record.data["data"]["text"] = report
+        elif recipe.algorithm == "dpo":
+            dpo.arguments(recipe, record)
+        elif recipe.algorithm == "best_of_n":
+            best_of_n.check(recipe)
+        else:
+            group_trainers.check(recipe, record, self.prompts.train)
+
     def _comparisons(self) -> tuple[Prepared, Prepared | None] | None:
-        """Those of the reward model and of the held-out one; None where none is needed."""
+        """Those of the reward model and of the held-out one; None where none is needed.
+
+        Raises:
+            DataError: They are no longer those that the finished reward stage learned from.
+        """
         recipe, tokenizer = self.recipe, self.tokenizer
         if not recipe.data.comparisons and recipe.ppo.reward == "gold":
             return None
-        if not recipe.reward.held_out_model:
-            found = data.comparisons(recipe, tokenizer, self._sample)
-            return self._note("comparisons", found), None
-        proxy = data.comparisons(recipe, tokenizer, self._sample, part="proxy")
-        other = data.comparisons(recipe, tokenizer, self._sample, part="held_out_model")
-        return self._note("comparisons", proxy), self._note("comparisons_held_out_model", other)
+        if self._found is None:  # read once, though checked first and used later
+            parts: tuple[Literal["all", "proxy", "held_out_model"], ...] = ("all",)
+            if recipe.reward.held_out_model:
+                parts = ("proxy", "held_out_model")
+            found = [data.comparisons(recipe, tokenizer, self._sample, part=p) for p in parts]
+            before = self.record.data["data"].get("comparisons", {}).get("sources")
+            if self.record.done("reward") and before != found[0].report["sources"]:
+                raise DataError(
+                    "the comparisons are not those that the reward model learned from",
+                    expected="the same rows, by their sha256 in record.json",
+                    remedy="put the file back as it was, or give a new --out",
+                )
+            self._note("comparisons", found[0])
+            if len(found) > 1:
+                self._note("comparisons_held_out_model", found[1])
+            self._found = found[0], found[1] if len(found) > 1 else None
+        return self._found
 
     def _sft(self, *, run: bool) -> None:
         if run:
@@ -151,17 +249,29 @@ class _Work:
             rows = rows.select(range(min(_OFFSET_ROWS, len(rows))))
             reward.run(self.recipe, self.backbone, self.record, main, rows, self.progress, other)
 
-    def _ppo(self, *, run: bool) -> None:
-        if run:
-            if self.recipe.ppo.reward == "model":
-                reward.gate(self.recipe, self.record, self.progress)
-            ppo.run(self.recipe, self.backbone, self.record, self.prompts.train, self.progress)
+    def _policy(self, *, run: bool) -> None:
+        recipe, backbone, record = self.recipe, self.backbone, self.record
+        if not run:
+            if recipe.algorithm != "best_of_n":  # it trains nothing
+                ppo.load(backbone, record)
+            return
+        if recipe.ppo.reward == "model" and recipe.algorithm != "dpo":  # DPO asks no reward model
+            reward.gate(recipe, record, self.progress)
+        if recipe.algorithm == "ppo":
+            ppo.run(recipe, backbone, record, self.prompts.train, self.progress, self._texts)
+        elif recipe.algorithm == "dpo":
+            found = self._comparisons()
+            assert found is not None  # the recipe was refused without comparisons
+            dpo.run(recipe, backbone, record, found[0].train, self.progress)
+        elif recipe.algorithm == "best_of_n":
+            best_of_n.run(recipe, record)
         else:
-            ppo.load(self.backbone, self.record)
+            group_trainers.run(recipe, backbone, record, self.prompts.train, self.progress)
 
     def _evaluate(self, *, run: bool) -> None:
         if run:
-            self.progress.say("evaluate: base, sft and policy on the held-out prompts")
+            last = "best of n" if self.recipe.algorithm == "best_of_n" else "policy"
+            self.progress.say(f"evaluate: base, sft and {last} on the held-out prompts")
             evaluate.run(self.recipe, self.backbone, self.record, self.prompts.held_out)
 
     def _sample(self, prompts: list[Any], k: int, seed: int) -> list[list[str]]:
@@ -174,7 +284,7 @@ class _Work:
         ids = [self.backbone.encode_prompt(p) for p in prompts for _ in range(k)]
         answers = self.backbone.generate(
             ids, "reference", seed=seed, batch_size=self.recipe.evaluate.batch_size,
-            max_new_tokens=ppo.arguments(self.recipe, self.record).max_completion_length,
+            max_new_tokens=controls.sampled_tokens(self.recipe, self.record),
         )  # fmt: skip
         texts = [self.backbone.decode(a) for a in answers]
         self._samples[seed] = [texts[i : i + k] for i in range(0, len(texts), k)]
@@ -195,7 +305,7 @@ def load(folder: str | Path) -> tuple[Backbone, Record]:
     sft.load(backbone, record)
     if record.done("reward"):
         reward.load(backbone, record)
-    if record.done("ppo"):
+    if record.done(record.algorithm) and record.algorithm != "best_of_n":
         ppo.load(backbone, record)
     return backbone, record
 
@@ -204,7 +314,7 @@ def generate(
     folder: str | Path, text: str, *, temperature: float = 1.0, seed: int = 0,
     max_new_tokens: int | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Answers of base, SFT and policy to one prompt, with the reward of each.
+    """Answers of base, SFT and policy (or best of n) to one prompt, with the reward of each.
 
     Returns:
         One dict for each model that the run has: `model`, `text`, `tokens`, and `reward` where
@@ -214,21 +324,27 @@ def generate(
     recipe = load_recipe(Path(folder) / "recipe.yaml")
     prompt: Any = [{"role": "user", "content": text}] if backbone.tokenizer.chat_template else text
     ids = backbone.encode_prompt(prompt)
-    limit = max_new_tokens or ppo.arguments(recipe, record).max_completion_length
-    models = [("base", None), ("sft", "reference")]
-    models += [("policy", "policy")] if record.done("ppo") else []
+    limit = max_new_tokens or controls.longest(recipe, record)
+    models: list[tuple[str, str | None]] = [("base", None), ("sft", "reference")]
+    if record.done(recipe.algorithm):
+        models.append(("policy", "policy"))
+        if recipe.algorithm == "best_of_n":  # greedy answers are all the same: none is best
+            models[-1:] = [("best_of_n", "reference")] if temperature > 0 else []
     rows = []
     for model, role in models:
-        [answer] = backbone.generate(
-            [ids], role, max_new_tokens=limit, temperature=temperature, seed=seed
-        )
+        options: dict[str, Any] = {
+            "max_new_tokens": limit, "temperature": temperature, "seed": seed,
+        }  # fmt: skip
+        if model == "best_of_n":
+            [answer] = best_of_n.choose(backbone, [ids], recipe, **options)
+        else:
+            [answer] = backbone.generate([ids], role, **options)
         row: dict[str, Any] = {
             "model": model,
             "text": backbone.decode(answer),
             "tokens": len(answer),
         }
         if backbone.has("reward"):
-            [score] = heads.scores(backbone, [(ids, answer)], "reward")
-            row["reward"] = score + backbone.reward_offset["reward"]
+            [row["reward"]] = ensemble.rewards_of(backbone, [(ids, answer)], recipe.reward)
         rows.append(row)
     return rows

@@ -9,12 +9,13 @@ the first picture is drawn, through its file renderer; no window system is touch
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .record import Record
+from .record import ALGORITHMS, Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,12 +24,15 @@ if TYPE_CHECKING:
 Series = tuple[list[float], list[float]]
 """x and y of one line, of equal length, finite."""
 
-POLICY_STAGES = ("ppo", "grpo", "rloo", "dpo")
+POLICY_STAGES = tuple(name for name in ALGORITHMS if name != "best_of_n")
 
 PANELS: tuple[tuple[str, tuple[str, ...], tuple[str, ...], str], ...] = (
     ("SFT: loss", ("sft",), ("loss", "eval_loss"), "nats per token"),
     ("reward model: loss", ("reward",), ("loss", "eval_loss"), "nats per comparison"),
     ("reward model: accuracy", ("reward",), ("accuracy", "eval_accuracy"), "share of comparisons"),
+    ("{}: loss", ("dpo",), ("loss",), "nats per comparison"),
+    ("{}: accuracy", ("dpo",), ("accuracy",), "share of comparisons"),
+    ("{}: margin", ("dpo",), ("margin",), "beta x log-ratio"),
     ("{}: score", POLICY_STAGES, ("reward/score", "rewards/gold", "reward"), "reward"),
     ("{}: KL to SFT", POLICY_STAGES, ("kl/sequence",), "nats per sequence"),
     ("{}: KL to SFT, estimator k3", POLICY_STAGES, ("kl/k3", "kl"), "nats per token"),
@@ -49,8 +53,8 @@ EVALUATION = {
     "over_refusal": "over-refusal", "constraint": "constraints kept",
     "held_out_reward": "held-out reward", "win_rate_held_out": "win rate, held-out model",
     "proxy_reward": "proxy reward", "win_rate_proxy": "win rate, reward model",
-    "kl": "KL to SFT (nats per sequence)", "length": "tokens per answer",
-    "eos_rate": "ended by itself", "repetition": "repetition",
+    "kl": "KL to SFT (nats per sequence)", "kl_bound": "KL to SFT, upper bound (nats)",
+    "length": "tokens per answer", "eos_rate": "ended by itself", "repetition": "repetition",
 }  # fmt: skip
 """Metric of the record -> title of its panel."""
 
@@ -79,7 +83,7 @@ def training(record: Record) -> Path | None:
         if found:
             title = f"{stage.upper()}: score against distance"
             panels.append(_curves(title, "sqrt(KL to SFT in nats)", "reward", found, "."))
-    return _save(record, "training.png", panels)
+    return _save(record.folder / "plots" / "training.png", panels)
 
 
 def evaluation(record: Record) -> Path | None:
@@ -90,7 +94,7 @@ def evaluation(record: Record) -> Path | None:
         bars = {m: e for m, values in found.items() if (e := _whole(values.get(metric)))}
         if bars:
             panels.append(_bars(title, bars, list(found)))
-    return _save(record, "evaluation.png", panels)
+    return _save(record.folder / "plots" / "evaluation.png", panels)
 
 
 def reward_calibration(record: Record) -> Path | None:
@@ -112,7 +116,54 @@ def reward_calibration(record: Record) -> Path | None:
         _label(axes, "reward model: calibration", "stated confidence", "share right")
         axes.legend(fontsize=7)
 
-    return _save(record, "reward_calibration.png", [draw] if bins else [])
+    return _save(record.folder / "plots" / "reward_calibration.png", [draw] if bins else [])
+
+
+def comparison(report: dict[str, Any], path: Path) -> Path | None:
+    """Reward over sqrt(KL) of the runs that `compare.run` put side by side, as a PNG at `path`.
+
+    Best of n stands at its bound, hollow: its true KL is smaller (2210.10760, figure 1).
+    """
+    metric = report["metric"]
+    points = []
+    for row in report["rows"]:
+        found = row["metrics"]
+        kl = found.get("kl") or found.get("kl_bound")
+        if row["algorithm"] == "SFT":
+            kl = {"value": 0.0, "low": None, "high": None, "n": 0}
+        if metric in found and kl is not None:
+            points.append((row, kl, found[metric]))
+
+    def draw(axes: Axes) -> None:
+        for color, (row, kl, reward) in zip(itertools.cycle(_COLORS), points, strict=False):
+            inside = "white" if "kl_bound" in row["metrics"] else color
+            axes.errorbar(
+                [_root(kl["value"])], [reward["value"]], xerr=_whiskers(kl, _root),
+                yerr=_whiskers(reward), fmt="o", capsize=3, color=color,
+                label=row["label"] if row["label"] == row["algorithm"]
+                else f"{row['algorithm']}: {row['label']}",
+                markerfacecolor=inside,
+            )  # fmt: skip
+        title = "reward over distance from SFT, 95 % intervals"
+        _label(axes, title, "sqrt(KL to SFT in nats)", str(metric).replace("_", " "))
+        axes.legend(fontsize=6)
+
+    return _save(path, [draw] if points else [])
+
+
+def _root(kl: float) -> float:
+    return math.sqrt(max(0.0, kl))
+
+
+def _whiskers(
+    estimate: dict[str, Any], scale: Callable[[float], float] = float
+) -> list[list[float]] | None:
+    """Distances down and up from the value to its interval; None where it has none."""
+    value, low, high = (_number(estimate.get(key)) for key in ("value", "low", "high"))
+    if value is None or low is None or high is None:
+        return None
+    middle = scale(value)
+    return [[max(0.0, middle - scale(low))], [max(0.0, scale(high) - middle)]]
 
 
 # --- data --------------------------------------------------------------------------------------
@@ -169,11 +220,7 @@ def _bars(title: str, bars: dict[str, dict[str, Any]], models: list[str]) -> Cal
 
     def draw(axes: Axes) -> None:
         for x, (model, estimate) in enumerate(bars.items()):
-            value = float(estimate["value"])
-            low, high = _number(estimate.get("low")), _number(estimate.get("high"))
-            errors = None
-            if low is not None and high is not None:
-                errors = [[max(0.0, value - low)], [max(0.0, high - value)]]
+            value, errors = float(estimate["value"]), _whiskers(estimate)
             color = _COLORS[models.index(model) % len(_COLORS)]
             axes.bar([x], [value], yerr=errors, capsize=4, width=0.6, color=color)
         axes.set_xticks(range(len(bars)), list(bars))
@@ -181,7 +228,8 @@ def _bars(title: str, bars: dict[str, dict[str, Any]], models: list[str]) -> Cal
             axes.axhline(0.5, color="black", linewidth=0.8, linestyle="--")
             axes.set_ylim(0, 1)
         sizes = sorted({int(estimate["n"]) for estimate in bars.values()})
-        _label(axes, title, "n = " + ", ".join(map(str, sizes)), "")
+        counts = "n = " + ", ".join(map(str, sizes)) if any(sizes) else "from a formula"
+        _label(axes, title, counts, "")
 
     return draw
 
@@ -206,9 +254,8 @@ def _plain_style() -> Iterator[type[Figure]]:
         yield Figure
 
 
-def _save(record: Record, name: str, panels: Sequence[Callable[[Axes], None]]) -> Path | None:
+def _save(path: Path, panels: Sequence[Callable[[Axes], None]]) -> Path | None:
     """Draw panels in a grid; a picture of an earlier try is removed where there are none."""
-    path = record.folder / "plots" / name
     if not panels:
         path.unlink(missing_ok=True)
         return None

@@ -14,11 +14,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from .record import Record
 
 _CLOCK = ("runtime", "per_second", "step_time", "total_flos")
+_ROLLOUTS = ("reward/score", "rewards/gold", "kl/sequence", "completions/length")
 _SHOWN = {
     "sft": ("loss",),
     "reward": ("loss", "accuracy"),
     "held_out": ("loss", "accuracy"),
-    "ppo": ("reward/score", "rewards/gold", "kl/sequence", "completions/length"),
+    "ppo": _ROLLOUTS,
+    "grpo": _ROLLOUTS,
+    "rloo": _ROLLOUTS,
+    "dpo": ("loss", "accuracy", "margin"),
 }
 _PLAIN_SECONDS = 15.0
 

@@ -4,7 +4,7 @@
 recipe.yaml      as resolved, secrets masked
 record.json      what was done; all that differs between two equal runs is under `clock`
 metrics.jsonl    one line per logged step: {"stage", "step", ..., "clock": {...}}
-samples.jsonl    completions of base, SFT and policy on the held-out prompts
+samples.jsonl    completions of base, SFT and policy (or best of n) on the held-out prompts
 adapters/ROLE/   a plain PEFT folder with its card as README.md and its check.json
 plots/*.png
 """
@@ -27,9 +27,16 @@ from typing import Any
 from .config import Recipe, dump_recipe, parse_recipe
 from .errors import SetupError, UsageError
 
-STAGES = ("sft", "reward", "ppo", "evaluate", "card")
+ALGORITHMS = {
+    "ppo": "PPO", "grpo": "GRPO", "rloo": "RLOO", "dpo": "DPO", "best_of_n": "best of n",
+}  # fmt: skip
+"""What can stand third among the stages, and what people call it."""
+
 _FREE = ("card", "hub", "report_to", "threads", "reward.gate")
 """Recipe keys that may differ when a run is continued: none of them changes what is trained."""
+
+_POLICY = "ppo.updates", "ppo.kl_coef", "ppo.reward", "ppo.missing_eos_penalty", "ppo.watch"
+"""Keys of `ppo` that GRPO and RLOO read too, beside `ppo.args`: one recipe, equal budgets."""
 
 _SAMPLING = ("ppo.args.max_completion_length", "evaluate.batch_size")
 """Keys that the reward stage reads too, when the SFT model's completions are ranked."""
@@ -41,7 +48,7 @@ _PACKAGES = ("lora-rlhf", "torch", "transformers", "peft", "trl", "bitsandbytes"
 class Record:
     """`record.json` of one run, kept on disk after every change.
 
-    Layout: `{schema, name, seed, recipe_sha256, versions, model: {...}, lora: {...},
+    Layout: `{schema, name, seed, algorithm, recipe_sha256, versions, model: {...}, lora: {...},
     data: {SET: {...}}, stages: {STAGE: {status, ...}},
     evaluation: {MODEL: {METRIC: {value, low, high, n}}}, files: {PATH: sha256}, clock: {...}}`.
     """
@@ -60,11 +67,14 @@ class Record:
         """
         folder = Path(folder)
         text = dump_recipe(recipe)
-        digest = _identity(recipe)
+        digest = identity(recipe)
         if (folder / "record.json").exists():
             record = cls.read(folder)
             record._accept(recipe)
-            record.data["recipe_sha256"] = digest
+            record.data |= {"recipe_sha256": digest, "algorithm": recipe.algorithm}
+            for other in ALGORITHMS.keys() - {recipe.algorithm}:  # interrupted, then another chosen
+                record.data["stages"].pop(other, None)
+                record.restart_metrics(other)
             (folder / "recipe.yaml").write_text(text, encoding="utf-8")
             return record
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -79,9 +89,9 @@ class Record:
                 f"cannot write to {folder}: {error.strerror}", remedy="give another --out"
             ) from None
         record = cls(folder, {
-            "schema": 1, "name": recipe.name, "seed": recipe.seed, "recipe_sha256": digest,
-            "versions": versions(), "model": {}, "lora": {}, "data": {}, "stages": {},
-            "evaluation": {}, "files": {},
+            "schema": 1, "name": recipe.name, "seed": recipe.seed, "algorithm": recipe.algorithm,
+            "recipe_sha256": digest, "versions": versions(), "model": {}, "lora": {}, "data": {},
+            "stages": {}, "evaluation": {}, "files": {},
             "clock": {"started": _now(), "host": {"python": platform.python_version(),
                       "machine": platform.machine(), "system": platform.system(),
                       "cores": os.cpu_count()}, "stages": {}},
@@ -95,17 +105,12 @@ class Record:
         Raises:
             UsageError: With a table of the keys that differ and are no longer free to change.
         """
-        path = self.folder / "recipe.yaml"
-        before = _flat(
-            parse_recipe(path.read_text(encoding="utf-8"), str(path)).model_dump(mode="json")
-        )
-        now = _flat(recipe.model_dump(mode="json"))
+        before = self.recipe()
         wrong = [
-            f"  {key}: {before.get(key)!r} -> {now.get(key)!r} (read by {stage}, which is done)"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key)
-            and (stage := _first_reader(key)) and self.done(stage)
-        ]  # fmt: skip
+            f"  {key}: {was!r} -> {now!r} (read by {stage}, which is done)"
+            for key, was, now in differences(before, recipe)
+            if (stage := first_reader(key, before.algorithm)) and self.done(stage)
+        ]
         if wrong:
             raise UsageError(
                 f"{self.folder} holds a run of another recipe:\n" + "\n".join(wrong),
@@ -130,6 +135,17 @@ class Record:
             ) from None  # fmt: skip
         except (ValueError, OSError) as error:
             raise UsageError(f"{path} cannot be read: {error}") from None
+
+    def recipe(self) -> Recipe:
+        """The recipe of this run, as it was resolved."""
+        path = self.folder / "recipe.yaml"
+        return parse_recipe(path.read_text(encoding="utf-8"), str(path))
+
+    @property
+    def algorithm(self) -> str:
+        """What makes, or made, this run's policy."""
+        found = self.data.get("algorithm")
+        return found or next((a for a in ALGORITHMS if a in self.data["stages"]), "ppo")
 
     def save(self) -> None:
         """Write `record.json` at once and whole, or not at all."""
@@ -201,20 +217,44 @@ class Record:
         self.save()
 
 
-def _identity(recipe: Recipe) -> str:
+def stage_names(algorithm: str) -> tuple[str, ...]:
+    """The stages of a run in their order; the third carries the algorithm's name."""
+    return ("sft", "reward", algorithm, "evaluate", "card")
+
+
+def identity(recipe: Recipe, without: tuple[str, ...] = ()) -> str:
     """sha256 of what decides a run's result: the recipe without the keys that may change."""
-    data = {k: v for k, v in _flat(recipe.model_dump(mode="json")).items() if _first_reader(k)}
+    flat = _flat(recipe.model_dump(mode="json"))
+    kept = (k for k in flat if k not in without and first_reader(k, recipe.algorithm))
+    data = {k: flat[k] for k in kept}
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
-def _first_reader(key: str) -> str | None:
-    """The first stage whose result depends on a recipe key; None: no stage's does."""
+def differences(before: Recipe, now: Recipe) -> list[tuple[str, Any, Any]]:
+    """(dotted key, value before, value now) of every key in which two recipes differ."""
+    a, b = (_flat(recipe.model_dump(mode="json")) for recipe in (before, now))
+    keys = sorted(a.keys() | b.keys())
+    return [(key, a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)]
+
+
+def first_reader(key: str, algorithm: str) -> str | None:
+    """The first stage of a run by `algorithm` whose result depends on a recipe key, or None."""
     if any(key == free or key.startswith(free + ".") for free in _FREE):
         return None
+    section = key.split(".")[0]
     if key in _SAMPLING:
         return "reward"
-    section = key.split(".")[0]
-    return section if section in STAGES else "sft"
+    if section == "algorithm":
+        return algorithm
+    if key == "data.text" or key.startswith("data.text."):
+        return "ppo" if algorithm == "ppo" else None
+    if section == "ppo" and algorithm in ("grpo", "rloo"):
+        return algorithm if key in _POLICY or key.startswith("ppo.args") else None
+    if section == "ppo" and algorithm == "dpo":
+        return algorithm if key.startswith("ppo.args") else None
+    if section in ALGORITHMS:
+        return section if section == algorithm else None
+    return section if section in ("reward", "evaluate") else "sft"
 
 
 def _flat(data: Any, at: str = "") -> dict[str, Any]:

@@ -24,6 +24,7 @@ from . import card
 from .card_facts import RL_STAGES, ROLES, hub_base, slug
 from .card_text import cell, code, without_paths
 from .errors import HubError, UsageError
+from .masking import TOKENS
 from .record import Record, sha256
 
 TOKENIZER = (
@@ -43,11 +44,7 @@ _SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _PLOT = re.compile(r"[\w-]+\.png")
 
 _SECRETS = {
-    "a Hugging Face token": re.compile(r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{16,}"),
-    "an API key": re.compile(r"(?<![A-Za-z0-9])sk-(?=[\w-]*\d)[\w-]{16,}"),
-    "an AWS key": re.compile(r"(?<![A-Za-z0-9])AKIA[0-9A-Z]{16}"),
-    "a GitHub token": re.compile(r"(?<![A-Za-z0-9])(gh[pousr]_|github_pat_)\w{20,}"),
-    "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
+    **TOKENS,
     "a path of somebody's home": re.compile(
         r"(?<![\w.])(/home/[\w.-]+/|/Users/[\w.-]+/|/root/)|[A-Za-z]:\\+Users\\+\w"
     ),

@@ -15,12 +15,12 @@ from rich.table import Table
 from rich.text import Text
 
 from .evaluate import cell, rows
-from .record import Record
+from .record import ALGORITHMS, Record
 
 _JUDGES = {
     "win_rate": "by the task's exact checker",
     "win_rate_held_out": "by a reward model that training never saw",
-    "win_rate_proxy": "by the very reward model that PPO optimised, which proves little",
+    "win_rate_proxy": "by the very reward model that {} optimised, which proves little",
 }
 """Win rates from the most to the least telling: the record's metric, and who judged."""
 
@@ -31,10 +31,13 @@ def show(record: Record, console: Console | None = None) -> None:
     evaluation = record.data["evaluation"]
     if evaluation and record.done("evaluate"):
         _print_evaluation(console, evaluation)
-        say(console, verdict(evaluation))
+        say(console, verdict(evaluation, record.algorithm))
         kl = evaluation.get("policy", {}).get("kl")
         if kl:
             say(console, f"KL of the policy to SFT: {cell(kl)}, in nats per sequence")
+        if samples := record.data["stages"]["evaluate"].get("samples_per_answer"):
+            n = samples["best_of_n"]
+            say(console, f"an answer of best of n costs {n} samples of SFT, each time it is asked")
         say(console, "")
     stages = [name for name, entry in record.data["stages"].items() if entry["status"] == "done"]
     lines = [("run", str(record.folder)), ("finished", ", ".join(stages) or "no stage yet")]
@@ -46,23 +49,54 @@ def show(record: Record, console: Console | None = None) -> None:
         say(console, f"{name:9s} {value}")
 
 
-def verdict(evaluation: dict[str, dict[str, Any]]) -> str:
-    """One sentence: whether PPO beat SFT, as far as the interval of the win rate allows to say."""
-    found = evaluation.get("policy", {})
+def verdict(evaluation: dict[str, dict[str, Any]], algorithm: str = "ppo") -> str:
+    """One sentence: whether it beat SFT, as far as the interval of the win rate allows to say."""
+    who = ALGORITHMS[algorithm]
+    found = evaluation.get("best_of_n" if algorithm == "best_of_n" else "policy", {})
     metric = next((name for name in _JUDGES if found.get(name)), None)
     if metric is None:
-        return "Whether PPO beat SFT cannot be said: this run has no win rate of the policy."
+        return f"Whether {who} beat SFT cannot be said: this run has no win rate of it."
     value, low, high = (found[metric][key] for key in ("value", "low", "high"))
-    n, judge = found[metric]["n"], _JUDGES[metric]
+    n, judge = found[metric]["n"], _JUDGES[metric].format(who)
+    if algorithm == "dpo" and metric == "win_rate_proxy":
+        judge = "by a reward model that learned from the same comparisons, which proves little"
     rate = f"win rate {100 * value:.1f} %"
     if low is None or high is None:
-        return f"Whether PPO beat SFT cannot be said: {rate} {judge}, with no interval (n={n})."
+        return f"Whether {who} beat SFT cannot be said: {rate} {judge}, with no interval (n={n})."
     rate += f" [{100 * low:.1f}, {100 * high:.1f}] {judge}, n={n}"
     if low > 0.5:
-        return f"PPO beat SFT: {rate}; the 95 % interval lies above 50 %."
+        return f"{who} beat SFT: {rate}; the 95 % interval lies above 50 %."
     if high < 0.5:
-        return f"PPO did worse than SFT: {rate}; the 95 % interval lies below 50 %."
-    return f"PPO was not shown to beat SFT: {rate}; the 95 % interval includes 50 %."
+        return f"{who} did worse than SFT: {rate}; the 95 % interval lies below 50 %."
+    return f"{who} was not shown to beat SFT: {rate}; the 95 % interval includes 50 %."
+
+
+def show_comparison(report: dict[str, Any], console: Console | None = None) -> None:
+    """Print what `compare.run` found: the table, differences with their intervals, notes."""
+    console = console or Console(highlight=False)
+    found = {row["label"]: row["metrics"] for row in report["rows"]}
+    header, table = rows(found)
+    for name in ("algorithm", "seeds", "episodes", "comparisons", "samples_per_answer", "seconds",
+                 "seconds_per_answer"):  # fmt: skip
+        cells = [_plain(row[name]) for row in report["rows"]]
+        if any(cells):
+            table.append([name, *cells])
+    _print_table(console, header, table)
+    for found in report["differences"]:
+        what = f"{found['metric'].replace('_', ' ')} of {found['of']} less {found['less']}"
+        told = f"not comparable: {found['why_not']}"
+        if found["estimate"] is not None:
+            told = cell(found["estimate"])
+            told += f" seeds, paired in {found['pairs']}" if found["pairs"] > 1 else ", paired"
+        say(console, f"{what}: {told}")
+    for note in report["notes"]:
+        say(console, note)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
 def show_answers(answers: Sequence[dict[str, Any]], console: Console | None = None) -> None:
@@ -106,7 +140,10 @@ def aligned(header: Sequence[str], table: Sequence[Sequence[str]]) -> Iterator[s
 
 
 def _print_evaluation(console: Console, evaluation: dict[str, dict[str, Any]]) -> None:
-    header, table = rows(evaluation)
+    _print_table(console, *rows(evaluation))
+
+
+def _print_table(console: Console, header: list[str], table: list[list[str]]) -> None:
     if not console.is_terminal:
         for line in aligned(header, table):
             say(console, line)
@@ -122,7 +159,7 @@ def _rich_table(header: list[str], table: list[list[str]], between: str) -> Tabl
     """A metric a row; `between` value and interval there is a space, or a line break if narrow."""
     lines = []
     for name, *cells in table:
-        parts = [text.rpartition(" n=") for text in cells]
+        parts = [text.partition(" n=") for text in cells]
         counts = dict.fromkeys(n for _, _, n in parts if n)
         values = (value.replace(" [", f"{between}[") for value, _, _ in parts)
         lines.append([Text(name.replace("_", " ")), *map(Text, values), Text("/".join(counts))])
@@ -130,7 +167,7 @@ def _rich_table(header: list[str], table: list[list[str]], between: str) -> Tabl
     rich.add_column("metric", min_width=18)
     for i, name in enumerate([*header[1:], "n"], start=1):
         longest = max(max(map(len, str(line[i]).split("\n"))) for line in lines)
-        style = {"policy": "bold", "n": "dim"}.get(name, "")
+        style = {"policy": "bold", "best_of_n": "bold", "n": "dim"}.get(name, "")
         rich.add_column(name, justify="right", no_wrap=True, style=style, min_width=longest)
     for line in lines:
         rich.add_row(*line)

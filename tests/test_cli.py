@@ -25,7 +25,10 @@ from lora_rlhf.errors import GateError, LoraRlhfError, NonFiniteError
 from lora_rlhf.record import Record
 
 ROOT = Path(__file__).resolve().parents[1]
-VERBS = ("run", "demo", "sft", "reward", "ppo", "evaluate", "card", "push", "generate", "env")
+VERBS = (
+    "run", "demo", "sft", "reward", "ppo", "policy", "evaluate", "card", "doctor", "push",
+    "generate", "compare", "env",
+)  # fmt: skip
 SMALL = "name: small\nmodel: {id: tiny}\ndata: {demonstrations: [{task: closed-world}]}\n"
 
 
@@ -45,8 +48,9 @@ def fake(monkeypatch):
     """A pipeline that does what the test says."""
     made = SimpleNamespace(calls=[], raises=None, record=None)
 
-    def run(recipe, out, *, until="card", progress=None):
+    def run(recipe, out, *, until="card", progress=None, start_from=None):
         made.calls.append((recipe, Path(out), until))
+        made.start_from = start_from
         if made.raises is not None:
             raise made.raises
         return made.record or Record.open(out, recipe)
@@ -156,7 +160,8 @@ def test_dry_run_prints_a_recipe_that_loads_again(recipe, tmp_path):
 def test_dry_run_masks_secrets(recipe):
     result = invoke(
         "run", recipe, "--dry-run",
-        "--set", "ppo.args.hub_token=hf_abcdefghijklmnop", "--set", "card.authors=hf_qrstuvwxyz",
+        "--set", "ppo.args.hub_token=hf_abcdefghijklmnop",
+        "--set", "card.authors=hf_qrstuvwxyz012345",
         "--set", "sft.args.api_key=sk-1234",
     )  # fmt: skip
     assert result.exit_code == 0
@@ -177,7 +182,14 @@ def test_run_passes_on_what_was_given(recipe, fake, tmp_path, monkeypatch):
     assert demo == config.load_recipe(tiny.recipe(), ["seed=5"])
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "evaluate"])
+def test_from_names_the_run_to_start_from(recipe, fake, tmp_path):
+    assert invoke("run", recipe, "--out", tmp_path / "b", "--from", tmp_path / "a").exit_code == 0
+    assert fake.start_from == tmp_path / "a"
+    assert invoke("policy", recipe, "--out", tmp_path / "b").exit_code == 0
+    assert fake.start_from is None
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "policy", "evaluate"])
 def test_stages_run_until_themselves(stage, recipe, fake, tmp_path):
     assert invoke(stage, recipe, "--out", tmp_path / "out").exit_code == 0
     assert [until for _, _, until in fake.calls] == [stage]

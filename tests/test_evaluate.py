@@ -9,7 +9,7 @@ import types
 import pytest
 from datasets import Dataset
 
-from lora_rlhf import evaluate, metrics, tasks
+from lora_rlhf import evaluate, metrics, samples, tasks
 from lora_rlhf.config import parse_recipe
 from lora_rlhf.errors import DataError, NonFiniteError
 from lora_rlhf.record import Record
@@ -36,7 +36,7 @@ class Scripted:
         return role in self.roles
 
     def encode_prompt(self, prompt):
-        return [ord(c) for c in evaluate.prompt_text(prompt)]
+        return [ord(c) for c in samples.prompt_text(prompt)]
 
     def decode(self, ids):
         return "".join(chr(i) for i in ids if i != EOS)
@@ -63,6 +63,14 @@ def heads(monkeypatch):
 
     module.scores, module.sequence_logprobs = scores, sequence_logprobs
     monkeypatch.setitem(sys.modules, "lora_rlhf.heads", module)
+    ensemble = types.ModuleType("lora_rlhf.ensemble")
+
+    def rewards_of(backbone, sequences, section, batch_size):
+        raw = module.scores(backbone, sequences, role="reward", batch_size=batch_size)
+        return [score + backbone.reward_offset["reward"] for score in raw]
+
+    ensemble.rewards_of = rewards_of
+    monkeypatch.setitem(sys.modules, "lora_rlhf.ensemble", ensemble)
     return module
 
 
@@ -124,9 +132,9 @@ def test_at_most_n_prompts(record, heads):
 
 
 def test_answers_may_be_as_long_as_in_the_rollouts(record, heads, monkeypatch):
-    ppo = types.ModuleType("lora_rlhf.ppo")
-    ppo.arguments = lambda recipe, record: types.SimpleNamespace(max_completion_length=48)
-    monkeypatch.setitem(sys.modules, "lora_rlhf.ppo", ppo)
+    controls = types.ModuleType("lora_rlhf.controls")
+    controls.longest = lambda recipe, record: 48
+    monkeypatch.setitem(sys.modules, "lora_rlhf.controls", controls)
     for given, used in ((None, 48), (7, 7)):
         backbone = Scripted(PLAIN)
         evaluate.run(recipe(max_new_tokens=given), backbone, record, plain_prompts())
@@ -341,30 +349,30 @@ def test_odd_line_separators_do_not_break_the_samples(record, heads):
 
 def test_sample_table_shows_the_worst_whatever_else(record, heads):
     task_run(record)
-    table = evaluate.sample_table(record, 6)
+    table = samples.sample_table(record, 6)
     assert [row["why"] for row in table] == ["worst"] * 3 + ["first"] * 3
     for row in table[:3]:
         assert row["answers"]["policy"]["family"] == "refuse"
         assert row["answers"]["policy"]["verdict"]["incident"]
         assert set(row["answers"]) == {"base", "sft", "policy"}
     assert [row["index"] for row in table[3:]] == [0, 1, 2]
-    base = evaluate.sample_table(record, 1, "base")[0]["answers"]["base"]["gold_reward"]
+    base = samples.sample_table(record, 1, "base")[0]["answers"]["base"]["gold_reward"]
     assert base == min(x["gold_reward"] for x in read_samples(record) if x["model"] == "base")
-    assert evaluate.sample_table(record, 0) == []
-    assert len(evaluate.sample_table(record, 500)) == 32
+    assert samples.sample_table(record, 0) == []
+    assert len(samples.sample_table(record, 500)) == 32
 
 
 def test_sample_table_without_gold_goes_by_the_proxy(record, heads):
-    assert evaluate.sample_table(record, 4) == []
+    assert samples.sample_table(record, 4) == []
     evaluate.run(recipe(), Scripted(PLAIN), record, plain_prompts())
-    assert [row["index"] for row in evaluate.sample_table(record, 3)] == [2, 1, 0]
+    assert [row["index"] for row in samples.sample_table(record, 3)] == [2, 1, 0]
 
 
 def test_prompts_of_messages_are_shown_as_text():
     hello = {"role": "user", "content": "hello"}
-    assert evaluate.prompt_text([hello]) == "hello"
+    assert samples.prompt_text([hello]) == "hello"
     system = {"role": "system", "content": "be kind"}
-    assert evaluate.prompt_text([system, hello]) == "system: be kind\nuser: hello"
+    assert samples.prompt_text([system, hello]) == "system: be kind\nuser: hello"
 
 
 def test_rows_are_a_table_in_the_order_of_the_metrics(plain):

@@ -9,8 +9,8 @@ from datasets import Dataset
 
 from lora_rlhf import evaluate, tasks
 from lora_rlhf.config import parse_recipe
-from lora_rlhf.sections import LoraSection, ModelSection
 from lora_rlhf.record import Record
+from lora_rlhf.sections import LoraSection, ModelSection
 
 
 def recipe(temperature):

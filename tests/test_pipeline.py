@@ -11,7 +11,7 @@ import pytest
 import lora_rlhf
 from lora_rlhf import pipeline, ppo_trainer, reward, tiny
 from lora_rlhf.config import load_recipe
-from lora_rlhf.errors import DataError, GateError, UsageError
+from lora_rlhf.errors import DataError, GateError, RecipeError, SetupError, UsageError
 from lora_rlhf.record import Record
 
 REDUCED = [
@@ -101,6 +101,107 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     monkeypatch.setattr(reward, "run", lambda *_: pytest.fail("a finished stage ran again"))
     record = pipeline.run(recipe(), out)
     assert bits(record) == bits(finished)
+
+
+def test_shared_stages_end_with_the_same_bits(finished: Record, tmp_path: Path, monkeypatch):
+    """A run that took SFT and reward model over from another is the run it would have been."""
+    monkeypatch.setattr(reward, "run", lambda *_: pytest.fail("a shared stage ran again"))
+    record = pipeline.run(recipe("name=other"), tmp_path / "b", start_from=finished.folder)
+    origins = [record.data["stages"][stage].pop("from_run") for stage in ("sft", "reward")]
+    assert origins[0] == origins[1] and origins[0]["name"] == "closed-world"
+    assert len(origins[0]["record_sha256"]) == 64 and set(origins[0]) == {"name", "record_sha256"}
+    for key in ("name", "recipe_sha256"):
+        assert record.data.pop(key) != finished.data[key]
+    wanted = bits(finished)
+    wanted["record"] = {k: v for k, v in wanted["record"].items() if k in record.data}
+    assert bits(record) == wanted
+    assert (record.adapter("sft") / "README.md").read_text() != (
+        finished.adapter("sft") / "README.md"
+    ).read_text(), "the card is of this run"
+
+
+@pytest.fixture(scope="module")
+def started(finished: Record) -> str:
+    return str(finished.folder)
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "dpo", "best_of_n"])
+def test_a_control_ends_in_the_same_report(algorithm: str, started: str, tmp_path: Path):
+    sets = [f"algorithm={algorithm}", "best_of_n.n=3", "ppo.updates=2", "dpo.args.max_steps=3"]
+    record = pipeline.run(recipe(*sets), tmp_path / "run", start_from=started)
+    model = "best_of_n" if algorithm == "best_of_n" else "policy"
+    evaluation = record.data["evaluation"]
+    assert list(evaluation) == ["base", "sft", model] and record.done(algorithm)
+    assert evaluation["sft"] == Record.read(started).data["evaluation"]["sft"]
+    rows = pipeline.generate(record.folder, "Say hello politely.", seed=1, max_new_tokens=8)
+    assert [row["model"] for row in rows] == ["base", "sft", model]
+    name = {"grpo": "GRPO", "dpo": "DPO", "best_of_n": "best of n"}[algorithm]
+    if model == "policy":
+        card = (record.adapter("policy") / "README.md").read_text()
+        assert name in card and "PPO" not in card.replace("PPO needs", "")
+        assert not record.adapter("value").exists()
+    else:
+        assert evaluation[model]["kl_bound"]["n"] == 0 and "kl" not in evaluation[model]
+        assert (
+            evaluation[model]["proxy_reward"]["value"] > evaluation["sft"]["proxy_reward"]["value"]
+        )
+        assert "(bound)" in (record.adapter("sft") / "README.md").read_text()
+    assert pipeline.run(recipe(*sets), record.folder).data == record.data  # nothing runs again
+    with pytest.raises(UsageError, match=f"read by {algorithm}, which is done"):
+        pipeline.run(recipe(*sets, "algorithm=ppo"), record.folder)
+
+
+def test_stages_are_shared_only_between_equal_recipes(started: str, tmp_path: Path):
+    out = tmp_path / "b"
+    for change, stage in (("sft.args.learning_rate=2e-3", "sft"), ("seed=3", "sft"),
+                          ("reward.args.learning_rate=2e-3", "reward")):  # fmt: skip
+        with pytest.raises(UsageError, match=f"(?s){change.split('=')[0]}.*read by {stage}"):
+            pipeline.run(recipe(change), out, start_from=started)
+    assert not out.exists()
+    with pytest.raises(UsageError, match="not a run"):
+        pipeline.run(recipe(), out, start_from=tmp_path / "nowhere")
+    pipeline.run(recipe("threads=1"), out, start_from=started, until="reward")
+    record = pipeline.run(recipe(), out, start_from=started, until="reward")  # given again
+    assert record.done("reward")
+    other = Record.open(tmp_path / "c", recipe("seed=4"))
+    with other.stage("sft") as entry:
+        entry["adapter_sha256"] = "0" * 64
+    with pytest.raises(UsageError, match="did not start from"):
+        pipeline.run(recipe(), other.folder, start_from=started)
+
+
+def test_what_cannot_end_well_is_refused_before_anything(tmp_path: Path, monkeypatch):
+    out = tmp_path / "run"
+    with pytest.raises(UsageError, match="no stage 'ppo' where the recipe says algorithm: grpo"):
+        pipeline.run(recipe("algorithm=grpo"), out, until="ppo")
+    with pytest.raises(RecipeError, match="hub.value is set, and GRPO trains no value adapter"):
+        pipeline.run(recipe("algorithm=grpo", "hub.value=a/b"), out)
+    monkeypatch.setattr(pipeline.torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(SetupError, match="2 GPUs are visible, and only one is used"):
+        pipeline.run(recipe(), out)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(SetupError, match="one of 4 processes"):
+        pipeline.run(recipe(), out)
+    assert not out.exists()
+
+
+def test_comparisons_of_a_file_are_read_once(tmp_path: Path, monkeypatch):
+    path = tmp_path / "c.jsonl"
+    path.write_text("".join(
+        json.dumps({"prompt": f"Say {i}.", "chosen": f"{i}", "rejected": "no"}) + "\n"
+        for i in range(60)
+    ))  # fmt: skip
+    reads, real = [], pipeline.data.comparisons
+    monkeypatch.setattr(
+        pipeline.data, "comparisons", lambda *a, **k: reads.append(k) or real(*a, **k)
+    )
+    asked = recipe(f"data.comparisons=[{{path: {path}}}]")
+    record = pipeline.run(asked, tmp_path / "run", until="reward")
+    assert len(reads) == 1 and record.done("reward")
+    path.write_text(path.read_text().replace("no", "nay"))
+    changed = recipe(f"data.comparisons=[{{path: {path}}}]", "algorithm=dpo")
+    with pytest.raises(DataError, match="not those that the reward model learned from"):
+        pipeline.run(changed, record.folder)
 
 
 def test_another_seed_gives_other_numbers(finished: Record, tmp_path: Path):

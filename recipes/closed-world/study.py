@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does it learn, and when does it over-optimise? The study behind docs/learning.md.
+
+    python recipes/closed-world/study.py --out runs/study
+
+Every run is a directory that is kept, so the command can be stopped and given again; base, SFT and
+reward model are shared between the runs of a seed. `--part` runs one part, `--seeds` fewer seeds.
+
+    gold        PPO against the exact checker: the optimiser alone
+    algorithms  PPO, GRPO, RLOO, DPO and best of n against the learned reward
+    curves      long PPO runs at several KL coefficients, and best of n, against sqrt(KL)
+    lora        adapters on 1, 1/2 and 1/4 of the layers; ranks 1, 4 and 16
+
+A seed changes everything that draws: records, demonstrations, labelers, samples, LoRA.
+"""
+
+import argparse
+import json
+import math
+import os
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import lora_rlhf
+from lora_rlhf import ensemble, overoptimization, pipeline, shell, tasks, tiny
+from lora_rlhf.data import prompts as read_prompts
+
+COMMON = ["threads=1", "evaluate.n=512", "data.evaluate.0.n=512"]
+LEARNED = [*COMMON, "data.comparisons.0.n=1000"]
+ALGORITHMS = ("ppo", "grpo", "rloo", "dpo", "best_of_n")
+KL_COEFS = (0.0, 0.05, 0.2)
+LONG = 60
+LORA = {
+    "fraction-1": [], "fraction-1-2": ["lora.top_fraction=0.5"],
+    "fraction-1-4": ["lora.top_fraction=0.25"],
+    "rank-1": ["lora.r=1", "lora.alpha=2"], "rank-4": ["lora.r=4", "lora.alpha=8"],
+}  # fmt: skip
+METRICS = ("gold_reward", "gold_reward_minus_sft", "win_rate", "proxy_reward", "kl", "length")
+
+
+def one(sets: list[str], out: Path, start: Path | None = None, until: str = "card") -> Any:
+    """The record of one run, finished now or earlier."""
+    recipe = lora_rlhf.load_recipe(tiny.recipe(), sets)
+    print("run", out, flush=True)
+    return lora_rlhf.run(recipe, out, start_from=start, until=until)
+
+
+def row(record: Any, name: str, seed: int) -> dict[str, Any]:
+    """What the tables are made of."""
+    found = record.data["evaluation"]
+    model = "best_of_n" if "best_of_n" in found else "policy"
+    seconds = {k: v["seconds"] for k, v in record.data["clock"]["stages"].items()}
+    return {
+        "name": name, "seed": seed, "sft": found["sft"]["gold_reward"],
+        **{metric: found[model].get(metric) for metric in METRICS},
+        "accuracy": record.data["stages"].get("reward", {}).get("accuracy"), "seconds": seconds,
+    }  # fmt: skip
+
+
+def shared(seed: int, out: Path) -> Path:
+    """SFT and reward model of one seed."""
+    folder = out / f"seed-{seed}" / "shared"
+    one([*LEARNED, f"seed={seed}"], folder, until="reward")
+    return folder
+
+
+def gold(seed: int, out: Path) -> list[dict[str, Any]]:
+    sets = [*COMMON, f"seed={seed}", "ppo.reward=gold", "data.comparisons=[]", "ppo.updates=24"]
+    return [row(one(sets, out / f"seed-{seed}" / "gold"), "gold", seed)]
+
+
+def algorithms(seed: int, out: Path) -> list[dict[str, Any]]:
+    start, rows = shared(seed, out), []
+    for algorithm in ALGORITHMS:
+        sets = [*LEARNED, f"seed={seed}", f"algorithm={algorithm}"]
+        rows.append(row(one(sets, out / f"seed-{seed}" / algorithm, start), algorithm, seed))
+    return rows
+
+
+def lora(seed: int, out: Path) -> list[dict[str, Any]]:
+    rows = []
+    for name, more in LORA.items():
+        sets = [*LEARNED, f"seed={seed}", *more]
+        # The whole fraction at rank 16 is the recipe itself: the PPO run of `algorithms`.
+        where = out / f"seed-{seed}" / (name if more else "ppo")
+        start = None if more else shared(seed, out)
+        rows.append(row(one(sets, where, start), name, seed))
+    return rows
+
+
+def curves(seed: int, out: Path) -> list[dict[str, Any]]:
+    start, rows = shared(seed, out), []
+    for coef in KL_COEFS:
+        sets = [*LEARNED, f"seed={seed}", f"ppo.kl_coef={coef}", f"ppo.updates={LONG}",
+                "ppo.watch=off"]  # fmt: skip
+        where = out / f"seed-{seed}" / f"long-{coef}"
+        found = row(one(sets, where, start), f"long-{coef}", seed)
+        lines = lora_rlhf.Record.read(where).metrics("ppo")
+        found["curve"] = [
+            {"d": math.sqrt(max(line["kl/sequence_k3"], 0.0)), "proxy": line["reward/score"],
+             "gold": line["rewards/gold"]} for line in lines
+        ]  # fmt: skip
+        rows.append(found)
+    path = out / f"seed-{seed}" / "best_of_n.json"
+    if not path.exists():
+        path.write_text(json.dumps(best_of_n(start)) + "\n")
+    rows.append({"name": "best_of_n", "seed": seed, "curve": json.loads(path.read_text())})
+    return rows
+
+
+def best_of_n(run: Path, samples: int = 64, prompts: int = 128) -> list[dict[str, float]]:
+    """Proxy and gold reward of the best of n SFT samples, for n = 1, 2, 4 ... `samples`."""
+    print("best of n from", run, flush=True)
+    backbone, record = pipeline.load(run)
+    recipe = lora_rlhf.load_recipe(run / "recipe.yaml")
+    rows = read_prompts(recipe, backbone.tokenizer).held_out.select(range(prompts))
+    items = [tasks.Item.from_dict(json.loads(item)) for item in rows["item"]]
+    ids = [backbone.encode_prompt(p) for p in rows["prompt"] for _ in range(samples)]
+    answers = backbone.generate(
+        ids, "reference", max_new_tokens=recipe.ppo.args["max_completion_length"], seed=recipe.seed,
+        batch_size=256,
+    )  # fmt: skip
+    proxy = ensemble.rewards_of(backbone, list(zip(ids, answers, strict=True)), recipe.reward)
+    truth = [
+        tasks.check(items[i // samples], backbone.decode(answer)).reward
+        for i, answer in enumerate(answers)
+    ]
+    cut = range(0, len(answers), samples)
+    tables = [[x[i : i + samples] for i in cut] for x in (proxy, truth)]
+    found = []
+    n = 1
+    while n <= samples:
+        best = overoptimization.best_of_n(*tables, n)
+        d = math.sqrt(overoptimization.best_of_n_kl(n))
+        found.append({"n": n, "d": d, "proxy": best[0], "gold": best[1]})
+        n *= 2
+    return found
+
+
+PARTS = {"gold": gold, "algorithms": algorithms, "curves": curves, "lora": lora}
+
+
+def fits(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Gao's coefficients, over the seeds together, of proxy and gold; from the reward at d = 0."""
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys(r["name"] for r in rows):
+        fit = overoptimization.fit_best_of_n if name == "best_of_n" else overoptimization.fit_rl
+        for kind in ("proxy", "gold"):
+            d, reward = [], []
+            for r in (r for r in rows if r["name"] == name):
+                start = fmean(p[kind] for p in r["curve"][: 1 if name == "best_of_n" else 2])
+                d += [p["d"] for p in r["curve"]]
+                reward += [p[kind] - start for p in r["curve"]]
+            found.setdefault(name, {})[kind] = fit(d, reward)._asdict()
+    return found
+
+
+def show(part: str, rows: list[dict[str, Any]]) -> None:
+    """A table of means over seeds, and on how many of them the intervals exclude no effect."""
+    for name in dict.fromkeys(r["name"] for r in rows):
+        mine = [r for r in rows if r["name"] == name and r.get("gold_reward")]
+        if not mine:
+            continue
+        means = {m: fmean(r[m]["value"] for r in mine if r[m]) for m in METRICS if mine[0].get(m)}
+        better = sum(r["gold_reward_minus_sft"]["low"] > 0 for r in mine)
+        wins = sum(r["win_rate"]["low"] > 0.5 for r in mine)
+        text = "  ".join(f"{m} {v:.3f}" for m, v in means.items())
+        print(f"{part:10s} {name:13s} {text}  above SFT {better}/{len(mine)}, wins {wins}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--part", choices=PARTS, action="append", help="default: all")
+    parser.add_argument("--seeds", type=int, default=5)
+    args = parser.parse_args()
+    shell.quieten()
+    for part in args.part or PARTS:
+        rows = [r for seed in range(args.seeds) for r in PARTS[part](seed, args.out)]
+        found = {"rows": rows} | ({"fits": fits(rows)} if part == "curves" else {})
+        (args.out / f"{part}.json").write_text(json.dumps(found, indent=1) + "\n")
+        show(part, rows)
+
+
+if __name__ == "__main__":
+    main()
