@@ -18,7 +18,7 @@ from .ppo_trainer import PPOTrainer, RewardFunction
 from .progress import Progress, StageLog
 from .ptx import TextMix
 from .record import Record, sha256
-from .stages import PPOConfig, build, trainer_args
+from .stages import PPOConfig, build, complaints, effective, trainer_args
 
 _DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "steps_per_generation": 4,
@@ -30,6 +30,9 @@ _DEFAULTS: dict[str, Any] = {
 
 _COUNTS = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation",
            "num_iterations", "num_generations", "max_completion_length")  # fmt: skip
+
+_MOST_EPOCHS = 4
+"""Passes over one rollout: 1 in InstructGPT, 4 in 2403.17031."""
 
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "top_k": (0, None), "top_p": (1, None), "min_p": (None, 0), "repetition_penalty": (1, None),
@@ -84,17 +87,17 @@ def run(
         set_seed(recipe.seed)
         args = check(recipe, record, prompts)
         start_roles(backbone, recipe)
-        functions, weights = rewards(recipe, backbone, prompts)
-        args.reward_weights = weights
+        functions, args.reward_weights = rewards(recipe, backbone, prompts)
         per_update = (
             args.num_iterations * args.steps_per_generation // args.gradient_accumulation_steps
         )
         with backbone.training("policy", "value"):
-            trainer = PPOTrainer(
-                backbone, args, recipe.ppo, functions, prompts, progress,
-                callbacks=[StageLog(record, "ppo", progress, steps_per_unit=per_update)],
-                text=_text_mix(recipe, backbone, args, text),
-            )  # fmt: skip
+            mix = _text_mix(recipe, backbone, args, text)
+            log = StageLog(record, "ppo", progress, steps_per_unit=per_update)
+            with complaints("ppo"):
+                trainer = PPOTrainer(
+                    backbone, args, recipe.ppo, functions, prompts, progress, [log], mix
+                )
             sample = [backbone.encode_prompt(p) for p in prompts[:4]["prompt"]]
             trainer.identities["sampler_difference"] = guards.sampler_agrees(
                 backbone, sample, trainer.generation_config, args.temperature
@@ -108,7 +111,7 @@ def run(
         updates = trainer.state.global_step // per_update
         entry |= {
             "updates": updates, "reward": recipe.ppo.reward, "kl_coef": recipe.ppo.kl_coef,
-            "episodes": updates * args.generation_batch_size,
+            "episodes": updates * args.generation_batch_size, "args": effective(args),
             "optimizer_steps": trainer.state.global_step, "identities": trainer.identities,
             **({"steering": trainer.steering.entry} if trainer.steering.entry else {}),
         }  # fmt: skip
@@ -184,6 +187,12 @@ def arguments(recipe: Recipe, record: Record) -> PPOConfig:
     for key in _COUNTS:
         if not isinstance(merged[key], int) or isinstance(merged[key], bool) or merged[key] < 1:
             raise RecipeError(f"ppo.args.{key}: {merged[key]!r}", expected="a whole number from 1")
+    if merged["num_iterations"] > _MOST_EPOCHS:
+        raise RecipeError(
+            f"ppo.args.num_iterations: {merged['num_iterations']}",
+            expected=f"at most {_MOST_EPOCHS} passes over a rollout",
+            remedy="raise ppo.updates instead: fresh episodes teach more than old ones",
+        )
     for key in ("learning_rate", "temperature", "max_grad_norm", "epsilon"):
         if not isinstance(merged[key], int | float) or not merged[key] > 0:
             raise RecipeError(f"ppo.args.{key}: {merged[key]!r}", expected="a number above 0")

@@ -158,17 +158,68 @@ def fits(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def show(part: str, rows: list[dict[str, Any]]) -> None:
-    """A table of means over seeds, and on how many of them the intervals exclude no effect."""
-    for name in dict.fromkeys(r["name"] for r in rows):
-        mine = [r for r in rows if r["name"] == name and r.get("gold_reward")]
-        if not mine:
-            continue
-        means = {m: fmean(r[m]["value"] for r in mine if r[m]) for m in METRICS if mine[0].get(m)}
+def draw(rows: list[dict[str, Any]], found: dict[str, Any], path: Path) -> None:
+    """Proxy and gold reward against sqrt(KL), with the fitted curves; one panel a name."""
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    names = list(found)
+    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.6), sharey=True)
+    for axis, name in zip(axes, names, strict=True):
+        for kind, colour in (("proxy", "tab:blue"), ("gold", "tab:orange")):
+            points = [p for r in rows if r["name"] == name for p in r["curve"]]
+            starts = [fmean(p[kind] for p in r["curve"][: 1 if name == "best_of_n" else 2])
+                      for r in rows if r["name"] == name]  # fmt: skip
+            d = np.array([p["d"] for p in points])
+            axis.scatter(d, [p[kind] for p in points], s=8, color=colour, alpha=0.6, label=kind)
+            x = np.linspace(1e-3, max(d.max(), 1e-2), 100)
+            fit = found[name][kind]
+            bend = x if name == "best_of_n" else np.log(x)
+            curve = fmean(starts) + x * (fit["alpha"] - fit["beta"] * bend)
+            axis.plot(x, curve, color=colour)
+        axis.set_title(name.replace("long-", "PPO, KL coefficient "))
+        axis.set_xlabel("sqrt(KL to SFT), nats$^{1/2}$")
+    axes[0].set_ylabel("reward")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def cell(estimate: dict[str, Any] | None) -> str:
+    """`0.55 [0.51, 0.58]`, or nothing."""
+    if not estimate:
+        return ""
+    if estimate["low"] is None:
+        return f"{estimate['value']:.2f}"
+    return "{value:.2f} [{low:.2f}, {high:.2f}]".format(**estimate)
+
+
+def tables(part: str, rows: list[dict[str, Any]], found: dict[str, Any]) -> str:
+    """Markdown: every run, then the means over seeds with the counts of clear wins."""
+    head = ["run", "seed", "SFT", *METRICS, "reward model", "seconds"]
+    lines = [f"## {part}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    full = [r for r in rows if r.get("gold_reward")]
+    for r in full:
+        cells = [r["name"], str(r["seed"]), cell(r["sft"]), *(cell(r[m]) for m in METRICS)]
+        cells += [cell(r["accuracy"]), f"{sum(r['seconds'].values()):.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", f"| run | {' | '.join(METRICS)} | above SFT | wins |"]
+    lines.append("|" + "---|" * (len(METRICS) + 3))
+    for name in dict.fromkeys(r["name"] for r in full):
+        mine = [r for r in full if r["name"] == name]
+        means = [fmean(r[m]["value"] for r in mine) if mine[0].get(m) else None for m in METRICS]
         better = sum(r["gold_reward_minus_sft"]["low"] > 0 for r in mine)
         wins = sum(r["win_rate"]["low"] > 0.5 for r in mine)
-        text = "  ".join(f"{m} {v:.3f}" for m, v in means.items())
-        print(f"{part:10s} {name:13s} {text}  above SFT {better}/{len(mine)}, wins {wins}")
+        shown = ["" if x is None else f"{x:.2f}" for x in means]
+        counts = f"{better} of {len(mine)} | {wins} of {len(mine)}"
+        lines.append(f"| {name} | {' | '.join(shown)} | {counts} |")
+    if found:
+        lines += ["", "| curve | reward | alpha | beta | R squared |", "|---|---|---|---|---|"]
+        for name, kinds in found.items():
+            for kind, fit in kinds.items():
+                numbers = " | ".join(f"{fit[k]:.2f}" for k in ("alpha", "beta", "r_squared"))
+                lines.append(f"| {name} | {kind} | {numbers} |")
+    return "\n".join([*lines, ""])
 
 
 def main() -> None:
@@ -182,7 +233,11 @@ def main() -> None:
         rows = [r for seed in range(args.seeds) for r in PARTS[part](seed, args.out)]
         found = {"rows": rows} | ({"fits": fits(rows)} if part == "curves" else {})
         (args.out / f"{part}.json").write_text(json.dumps(found, indent=1) + "\n")
-        show(part, rows)
+        if part == "curves":
+            draw(rows, found["fits"], args.out / "overoptimization.png")
+        text = tables(part, rows, found.get("fits", {}))
+        (args.out / f"{part}.md").write_text(text)
+        print(text)
 
 
 if __name__ == "__main__":
