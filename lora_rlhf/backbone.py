@@ -117,7 +117,7 @@ class Backbone(BaseModel):
             # Inside the policy's module tree the optimizer, zero_grad and state all see it.
             self.views["policy"].add_module("value_head", self.head("value"))
         # PEFT has just switched gradients and active adapters as it sees fit: back to the declared.
-        self._activate([])
+        self.activate([])
         self._apply_trainable()
         if copy_from is not None:
             self._copy(copy_from, role)
@@ -205,7 +205,7 @@ class Backbone(BaseModel):
         if role == "value" and self.has("policy"):
             del self.views["policy"].value_head
         self.reward_offset.pop(role, None)
-        self._activate([])
+        self.activate([])
         self._apply_trainable()
 
     # -------------------------------------------------------------- switching
@@ -219,7 +219,7 @@ class Backbone(BaseModel):
         before is restored on any exit, so a failure inside leaves no stale adapter behind.
         """
         before = [layer._active_adapter for layer in self._lora_layers()]
-        self._activate([] if role is None else [ADAPTERS[role]])
+        self.activate([] if role is None else [ADAPTERS[role]])
         try:
             yield
         finally:
@@ -241,7 +241,8 @@ class Backbone(BaseModel):
     def _lora_layers(self) -> list[BaseTunerLayer]:
         return [m for m in self.decoder.modules() if isinstance(m, BaseTunerLayer)]
 
-    def _activate(self, names: list[str]) -> None:
+    def activate(self, names: list[str]) -> None:
+        """Make these adapters the layers' active ones, and nothing else; prefer `role`."""
         for layer in self._lora_layers():
             layer._active_adapter = list(names)
 

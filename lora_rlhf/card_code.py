@@ -54,12 +54,16 @@ def how_to_reproduce(facts: Facts) -> str:
     """The section with the command, the recipe and the versions."""
     versions = [f"`{name}=={version}`" for name, version in facts.get("versions", {}).items()]
     place = "in this repository" if facts.published else "in the folder of the run"
-    stages = [stage for stage in ("sft", "reward", *RL_STAGES) if facts.get(f"stages.{stage}")]
+    entries = {name: facts.get(f"stages.{name}", {}) for name in ("sft", "reward", *RL_STAGES)}
+    stages = [name for name, entry in entries.items() if entry and "skipped" not in entry]
+    others = [f"{code(f'{name}=={version}')} in {stage}" for stage in stages
+              for name, version in entries[stage].get("versions", {}).items()]  # fmt: skip
     digest = code(facts.get("recipe_sha256"))
     items = [
         f"Seed: {number(facts.get('seed'))}; stages run: {', '.join(stages) or MISSING}",
         f"Recipe: `recipe.yaml` {place}, sha256 of the original {digest}",
         f"Versions: {', '.join(versions) or MISSING}",
+        *(f"Another version: {other}" for other in others),
     ]
     return f"```bash\nlora-rlhf run recipe.yaml\n```\n\n{bullets(items)}"
 
@@ -198,9 +202,12 @@ def _example(facts: Facts) -> tuple[str, str]:
 
 def _use_policy(facts: Facts) -> list[str]:
     prompt, _ = _example(facts)
-    rollout = at(facts.recipe, "ppo.args.max_completion_length")  # PPO's, unless it has its own
+    # As evaluated, or else as in the rollouts: PPO's, unless the algorithm has its own.
+    rollout = at(facts.recipe, "ppo.args.max_completion_length")
     rollout = at(facts.recipe, f"{facts.algorithm}.args.max_completion_length", rollout)
-    tokens = at(facts.recipe, "evaluate.max_new_tokens", rollout)
+    rollout = facts.get(f"stages.{facts.algorithm}.args.max_completion_length", rollout)
+    asked = at(facts.recipe, "evaluate.max_new_tokens", rollout)
+    tokens = facts.get("stages.evaluate.max_new_tokens", asked)
     warmth = at(facts.recipe, "evaluate.temperature", 1.0)
     # As evaluated: the generation config of the base may cut to the top 50 tokens.
     options = f"do_sample=True, temperature={warmth}, top_k=0" if warmth else "do_sample=False"

@@ -14,7 +14,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from .card_text import at, cell, interval, is_number, without_paths
-from .record import ALGORITHMS, Record
+from .readers import ALGORITHMS
+from .record import Record
 
 ROLES = ("policy", "reward", "value", "sft")
 RL_STAGES = tuple(ALGORITHMS)

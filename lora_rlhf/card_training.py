@@ -132,6 +132,12 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return flat
 
 
+def _settings(args: Any) -> str:
+    """The arguments of a trainer that took effect, on one line."""
+    told = _flat(args) if isinstance(args, Mapping) else []
+    return ", ".join(f"{cell(key)} {number(value)}" for key, value in told) or MISSING
+
+
 def sft(facts: Facts) -> str:
     """The supervised stage."""
     get = facts.get("stages.sft", {}).get
@@ -140,6 +146,7 @@ def sft(facts: Facts) -> str:
     return bullets([
         f"Steps: {number(get('steps'))}", f"Training loss: {number(get('train_loss'))}",
         f"Held-out loss: {interval(get('held_out_loss'), short=True)}",
+        f"Settings, defaults included: {_settings(get('args'))}",
     ])  # fmt: skip
 
 
@@ -148,6 +155,8 @@ def reward(facts: Facts) -> str:
     stage = facts.get("stages.reward", {})
     if not stage.get("status"):
         return "The record holds no reward-model stage: its accuracy is unknown, or there is none."
+    if stage.get("skipped"):
+        return f"There is none: {cell(stage['skipped'])}."
     passed = "passed" if stage.get("gate") == "passed" else f"it was {MISSING} whether it passed"
     items = [
         f"Held-out accuracy: {interval(stage.get('accuracy'))}",
@@ -157,6 +166,7 @@ def reward(facts: Facts) -> str:
         f"{number(stage.get('offset'))}",
         f"Spread of its scores, standard deviation: {number(stage.get('score_std'))}",
         f"Gate (clearly better than chance and than length?): {gate_verdict(facts) or passed}",
+        f"Settings, defaults included: {_settings(stage.get('args'))}",
     ]
     if stage.get("agreement_with_held_out") is not None:
         same = interval(stage["agreement_with_held_out"])
@@ -220,10 +230,9 @@ def reinforcement(facts: Facts) -> str:
     items += [f"{label}: {interval(stage.get(key), short=True)}" for key, label in shown.items()]
     settings = {**at(facts.recipe, facts.algorithm, {})}
     settings |= settings.pop("args", None) or {}
-    settings |= at(stage, "settings", {})  # of a control: most of them come from PPO's section
-    listed = [f"{cell(key)} {number(value)}" for key, value in settings.items()
-              if is_number(value) and key not in shown]  # fmt: skip
-    items.append("Settings of the recipe: " + (", ".join(listed) or MISSING))
+    settings = {k: v for k, v in settings.items() if is_number(v)} | at(stage, "args", {})
+    settings = {key: value for key, value in settings.items() if key not in shown}
+    items.append(f"Settings, defaults included: {_settings(settings)}")
     items += [f"Alarm: {cell(alarm)}" for alarm in stage.get("alarms") or []]
     if identities := stage.get("identities"):
         listed = [f"{cell(key)} {number(value)}" for key, value in _flat(identities)]

@@ -139,6 +139,9 @@ def _train(
 
     recipe = load_recipe(path, overrides)
     if dry_run:
+        from . import arguments
+
+        arguments.check(recipe)
         typer.echo(dump_recipe(recipe), nl=False)
     else:
         _run(recipe, out or Path("runs") / recipe.name, until, start_from)
@@ -228,7 +231,7 @@ def _card_verb(
     From the record alone, with no network; what is missing there is named on the card.
     """
     from . import card
-    from .record import Record, sha256
+    from .record import Record
 
     record = Record.read(run)
     if role is not None:
@@ -237,10 +240,7 @@ def _card_verb(
     written = card.write(record)
     if not written:
         raise UsageError(f"{run} has no adapter yet", remedy="go on with `lora-rlhf run`")
-    if record.data["files"]:
-        for path in written:
-            record.data["files"][str(path.relative_to(record.folder))] = sha256(path)
-        record.save()
+    record.seal()
     for path in written:
         typer.echo(path)
 

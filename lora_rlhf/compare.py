@@ -17,7 +17,8 @@ from typing import Any
 from . import samples
 from .errors import UsageError
 from .metrics import Estimate, mean_interval, paired_difference
-from .record import ALGORITHMS, Record, identity
+from .readers import ALGORITHMS, identity
+from .record import Record
 
 REWARDS = ("gold_reward", "held_out_reward", "proxy_reward")
 """From the most to the least telling judge."""

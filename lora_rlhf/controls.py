@@ -18,7 +18,8 @@ from . import adapters, ppo
 from .backbone import ADAPTERS, REWARDS, Backbone
 from .config import Recipe
 from .errors import DataError, IdentityError, NonFiniteError, RecipeError
-from .record import ALGORITHMS, Record, sha256
+from .readers import ALGORITHMS
+from .record import Record, sha256
 from .stages import PPOConfig
 
 _CLONE = "ref"
@@ -128,8 +129,9 @@ def tie_reference(backbone: Backbone) -> int:
                 remedy="stage at fault: sft. Was another adapter loaded as policy?",
             )
         parameters[name].data = sft.data
-    # The name alone: PEFT's own call would change the layers and what is trainable as well.
+    # PEFT's own call would change what is trainable as well.
     view.active_adapter = view.base_model.active_adapter = ADAPTERS["policy"]
+    backbone.activate([ADAPTERS["policy"]])
     for name in clones:
         parameters[name].requires_grad_(False)
     backbone.assert_trainable()
@@ -207,13 +209,6 @@ def save_policy(backbone: Backbone, record: Record) -> dict[str, str]:
     """Save `adapters/policy`; returns what the stage's entry says of it."""
     folder = adapters.save_role(backbone, "policy", record.adapter("policy"))
     return {"adapter_sha256": sha256(folder / "adapter_model.safetensors")}
-
-
-def settings(args: Any, names: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The arguments that took effect, for the record: most of them come from `ppo.args`."""
-    found = {name: getattr(args, name) for name in (*_FROM_PPO, *names) if hasattr(args, name)}
-    plain = {k: getattr(v, "value", v) for k, v in found.items()}
-    return {k: v for k, v in plain.items() if isinstance(v, str | int | float)}
 
 
 def enough(algorithm: str, prompts: Dataset, needed: int) -> None:

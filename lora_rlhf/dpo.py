@@ -25,9 +25,12 @@ from .errors import IdentityError
 from .guards import RATIO_TOLERANCE
 from .progress import Progress, StageLog
 from .record import Record
-from .stages import build, check_finite, trainer_args
+from .stages import build, check_finite, complaints, effective, trainer_args
 
-_DEFAULTS: dict[str, Any] = {"num_train_epochs": 1, "logging_steps": 1}
+_DEFAULTS: dict[str, Any] = {
+    # Not PPO's rate: whitened advantages and log-ratios of whole answers are of different sizes.
+    "num_train_epochs": 1, "logging_steps": 1, "learning_rate": 5e-5,
+}  # fmt: skip
 
 _RENAMED = {
     "rewards/accuracies": "accuracy", "rewards/margins": "margin", "entropy": "policy/entropy",
@@ -56,9 +59,10 @@ def run(
         controls.start_policy(backbone)
         rows = tokenize(backbone, comparisons)
         with backbone.training("policy"):
-            trainer = ComparisonTrainer(
-                backbone, args, rows, callbacks=[StageLog(record, "dpo", progress)]
-            )
+            with complaints("dpo"):
+                trainer = ComparisonTrainer(
+                    backbone, args, rows, callbacks=[StageLog(record, "dpo", progress)]
+                )
             trainer.identities["kl_at_start"] = _difference(backbone, rows)
             windows = len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps
             steps = math.ceil(math.ceil(windows) * args.num_train_epochs)
@@ -72,7 +76,7 @@ def run(
             "reward": "comparisons", "beta": args.beta, "comparisons": len(rows),
             "epochs": args.num_train_epochs, "optimizer_steps": result.global_step,
             "train_loss": result.training_loss, "identities": trainer.identities,
-            "settings": controls.settings(args),
+            "args": effective(args),
         }  # fmt: skip
         entry |= controls.save_policy(backbone, record)
 

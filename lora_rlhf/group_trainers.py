@@ -28,7 +28,7 @@ from .minibatches import model_inputs
 from .objectives import kl_estimates, masked_mean
 from .progress import Progress, StageLog
 from .record import Record
-from .stages import build, check_finite, trainer_args
+from .stages import build, check_finite, complaints, effective, trainer_args
 
 _Base: Any = object
 """GRPOTrainer and RLOOTrainer have no common class of their own that has what is overridden."""
@@ -65,10 +65,11 @@ def run(
         args.reward_weights = [*weights, 1.0]
         per_update = _per_update(args)
         with backbone.training("policy"):
-            trainer = _KINDS[name][1](
-                backbone, args, functions, prompts, progress,
-                callbacks=[StageLog(record, name, progress, steps_per_unit=per_update)],
-            )  # fmt: skip
+            log = StageLog(record, name, progress, steps_per_unit=per_update)
+            with complaints(name):
+                trainer = _KINDS[name][1](
+                    backbone, args, functions, prompts, progress, callbacks=[log]
+                )
             sample = [backbone.encode_prompt(p) for p in prompts[:4]["prompt"]]
             trainer.identities["sampler_difference"] = guards.sampler_agrees(
                 backbone, sample, trainer.generation_config, args.temperature
@@ -86,16 +87,12 @@ def run(
             "episodes": updates * args.generation_batch_size,
             "missing_eos_penalty": recipe.ppo.missing_eos_penalty,
             "optimizer_steps": trainer.state.global_step, "identities": trainer.identities,
-            "settings": controls.settings(args, _SETTINGS),
+            "args": effective(args),
         }  # fmt: skip
         lines = record.metrics(name)
         if lines and "kl/sequence" in lines[-1]:
             entry["kl_last"] = lines[-1]["kl/sequence"]
         entry |= controls.save_policy(backbone, record)
-
-
-_SETTINGS = ("steps_per_generation", "num_iterations", "epsilon", "temperature", "loss_type",
-             "scale_rewards", "max_completion_length", "normalize_advantages")  # fmt: skip
 
 
 def check(recipe: Recipe, record: Record, prompts: Dataset) -> Any:

@@ -35,6 +35,7 @@ T = TypeVar("T")
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds before each new try, where the Hub does not say how long to wait."""
 _LONGEST_PAUSE = 60.0
+_LICENCE_SECONDS = 10.0
 # 412: somebody else committed meanwhile; a new try builds on their commit.
 _PASSING = frozenset({408, 412, 425, 429, 500, 502, 503, 504})
 # The base class of connection errors and time-outs, whichever HTTP library huggingface_hub uses.
@@ -63,7 +64,10 @@ def push(
     """
     again = f"lora-rlhf push {shlex.quote(str(record.folder))} --{role} {repo_id}"
     hub = _Hub(repo_id, token, public, again, f"the push of the {role} adapter")
-    base = check_adapter(record, role)
+    base, model = check_adapter(record, role), record.data["model"]
+    if model.get("source") == "Hub" and not model.get("license"):  # trained without a network
+        model["license"] = base_licence(model, token)
+        record.save()
     with tempfile.TemporaryDirectory(prefix="lora-rlhf-push-") as name:
         files = stage_adapter(record, role, repo_id, Path(name))
         hub.check_access()
@@ -75,6 +79,9 @@ def push(
                 remedy=f"push it first: `lora-rlhf push {record.folder} --base {base}`",
             )
         result = hub.upload(Path(name), files, f"{role} adapter of {record.data.get('name')}")
+    entry = {role: {"repo_id": repo_id, "commit": result["commit"]}}
+    record.data["clock"]["pushed"] = record.data["clock"].get("pushed", {}) | entry
+    record.save()
     if base_is_private and not result["private"]:
         result["notes"].append(f"{base} is private: others cannot load this adapter")
     return result
@@ -111,8 +118,33 @@ def offline() -> bool:
     return bool(constants.is_offline_mode())
 
 
-def preflight(recipe: Recipe, token: str | None = None) -> list[str]:
+def base_licence(model: dict[str, Any], token: str | None = None) -> str | None:
+    """The licence that the Hub's own card of a base names; None where nobody can be asked.
+
+    Args:
+        model: `id` and `revision`, as in the record.
+    """
+    if offline():
+        return None
+    try:
+        info = HfApi(token=token).model_info(
+            str(model["id"]), revision=model.get("revision"), timeout=_LICENCE_SECONDS
+        )
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, _TRANSPORT, OSError):
+        return None  # it is only for the card, which then says that it does not know
+    card: Any = info.card_data or {}
+    named = card.get("license")
+    if named == "other":
+        named = card.get("license_name") or named
+    return named if isinstance(named, str) else None
+
+
+def preflight(recipe: Recipe, record: Record | None = None, token: str | None = None) -> list[str]:
     """Find out before training whether the recipe's `hub:` section can be done after it.
+
+    Args:
+        record: The run that is gone on with: what it has pushed is done, and a base that
+            `push --base` published has its id there.
 
     Returns:
         Notes for the user; empty where all is well or there is nothing to push. Without a network
@@ -121,7 +153,7 @@ def preflight(recipe: Recipe, token: str | None = None) -> list[str]:
     Raises:
         HubError: No token, one that may not write there, a repository id or a base that cannot be.
     """
-    wanted = {role: repo for role in ROLES if (repo := getattr(recipe.hub, role))}
+    wanted = to_push(recipe, record)
     if not wanted:
         return []
     again = "lora-rlhf run"
@@ -129,7 +161,8 @@ def preflight(recipe: Recipe, token: str | None = None) -> list[str]:
     if offline():
         return [f"offline (HF_HUB_OFFLINE): not pushed: {listed}; push after the run instead"]
     source = "the packaged tiny model" if recipe.model.id == "tiny" else "Hub"
-    model = {"id": recipe.model.id, "hub_id": recipe.model.hub_id, "source": source}
+    known = record.data["model"].get("hub_id") if record is not None else None
+    model = {"id": recipe.model.id, "hub_id": recipe.model.hub_id or known, "source": source}
     base, notes = hub_base(Record(".", {"model": model})), []
     if base is None:
         raise local_base(recipe.model.id)
@@ -143,6 +176,16 @@ def preflight(recipe: Recipe, token: str | None = None) -> list[str]:
             )
         notes += hub.check_visibility()
     return notes
+
+
+def to_push(recipe: Recipe, record: Record | None) -> dict[str, str]:
+    """Role -> repository of what `hub:` names and the run has not pushed there yet."""
+    done = record.data["clock"].get("pushed", {}) if record is not None else {}
+    wanted = {role: getattr(recipe.hub, role) for role in ROLES}
+    return {
+        role: repo for role, repo in wanted.items()
+        if repo and done.get(role, {}).get("repo_id") != repo
+    }  # fmt: skip
 
 
 class _Hub:

@@ -9,7 +9,7 @@ was stopped between or inside stages ends with the same bits as one that was not
 
 from __future__ import annotations
 
-import os
+import json
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ import torch
 from . import (
     best_of_n,
     card,
+    checks,
     controls,
     data,
     dpo,
@@ -35,9 +36,10 @@ from . import (
 from .backbone import Backbone
 from .config import Recipe, load_recipe
 from .data import Prepared
-from .errors import DataError, RecipeError, SetupError, UsageError
+from .errors import UsageError
 from .progress import Progress
-from .record import ALGORITHMS, Record, stage_names
+from .readers import stage_names
+from .record import Record
 
 
 def run(
@@ -65,78 +67,44 @@ def run(
     Raises:
         LoraRlhfError: One of errors.py, with what to do.
     """
-    stages = stage_names(recipe.algorithm)
+    names = stage_names(recipe.algorithm)
     until = recipe.algorithm if until == "policy" else until
-    if until not in stages:
+    if until not in names:
         raise UsageError(
             f"there is no stage {until!r} where the recipe says algorithm: {recipe.algorithm}",
-            expected=", ".join((*stages, "policy")),
+            expected=", ".join((*names, "policy")),
         )
     progress = progress or Progress(quiet=True)
-    _check_setup(recipe)
+    checks.setup(recipe)
+    checks.every_argument(recipe, out)
     source = sharing.check(start_from, recipe, out) if start_from is not None else None
     record = Record.open(out, recipe)
     if source is not None and (taken := sharing.take_over(source, record)):
         progress.say(f"taken over from {source.folder}: {', '.join(taken)}")
-    wanted = [s for s in stages[: stages.index(until) + 1] if not record.done(s)]
+    wanted = [s for s in names[: names.index(until) + 1] if not checks.finished(recipe, record, s)]
     if until == "card":
-        for note in hub.preflight(recipe):  # before hours of training, not after them
+        for note in hub.preflight(recipe, record):  # before hours of training, not after them
             progress.say(note)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     if set(wanted) - {"card"}:
         _Work(recipe, record, progress).run(wanted)
     if "card" in wanted:
-        with record.stage("card"):
+        with record.stage("card"):  # to its very end: what is not sealed cannot be pushed
             plots.run(record)
-        record.finish()
-        card.write(record)
-        record.seal()
+            record.finish()
+            card.write(record)
+            record.seal()
     if until == "card":
         _push(recipe, record, progress)
     return record
 
 
-def _check_setup(recipe: Recipe) -> None:
-    """Refuse what cannot end well, before a folder is made or a model loaded.
-
-    Raises:
-        SetupError: Several processes, or several GPUs, of which only one would be used.
-        RecipeError: `hub:` names a repository for an adapter that this run will not have.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise SetupError(
-            f"this is one of {os.environ['WORLD_SIZE']} processes (WORLD_SIZE)",
-            expected="one process: all roles share one backbone on one GPU",
-            remedy="start `lora-rlhf` itself, without torchrun or accelerate launch",
-        )
-    if torch.cuda.device_count() > 1:
-        raise SetupError(
-            f"{torch.cuda.device_count()} GPUs are visible, and only one is used",
-            expected="one visible GPU: TRL would spread the backbone over all of them",
-            remedy="choose it, for example with CUDA_VISIBLE_DEVICES=0 before the command",
-        )
-    made = {"best_of_n": set(), "ppo": {"policy", "value"}}.get(recipe.algorithm, {"policy"})
-    made -= {"value"} if recipe.ppo.value == "head" else set()
-    for role in ("policy", "value"):
-        if getattr(recipe.hub, role) and role not in made:
-            raise RecipeError(
-                f"hub.{role} is set, and {ALGORITHMS[recipe.algorithm]} trains no {role} adapter",
-                remedy=f"leave it out, or --set hub.{role}=null",
-            )
-
-
 def _push(recipe: Recipe, record: Record, progress: Progress) -> None:
     """Push what the recipe's `hub:` names and this run has not pushed yet."""
-    for role in ("policy", "reward", "value", "sft"):
-        repo_id = getattr(recipe.hub, role)
-        done = record.data["clock"].get("pushed", {})
-        if repo_id and done.get(role, {}).get("repo_id") != repo_id and not hub.offline():
-            pushed = hub.push(record, role, repo_id, public=recipe.hub.public)
-            entry = {role: {"repo_id": repo_id, "commit": pushed["commit"]}}
-            record.data["clock"]["pushed"] = done | entry
-            record.save()
-            progress.say(f"pushed {role} to {pushed['url']}")
+    for role, repo_id in {} if hub.offline() else hub.to_push(recipe, record).items():
+        pushed = hub.push(record, role, repo_id, public=recipe.hub.public)
+        progress.say(f"pushed {role} to {pushed['url']}")
 
 
 _OFFSET_ROWS = 256
@@ -151,12 +119,15 @@ class _Work:
         started = time.perf_counter()
         self.backbone = Backbone.load(recipe.model, recipe.lora)
         self.tokenizer = self.backbone.tokenizer
-        self._samples: dict[int, list[list[str]]] = {}
+        self._samples: dict[str, list[list[str]]] = {}
         self._found: tuple[Prepared, Prepared | None] | None = None
         self._texts: list[list[int]] | None = None
         # `push --base` names the base's repository in the record; going on must not forget it.
         pushed = {k: v for k, v in record.data["model"].items() if k in ("hub_id", "hub_revision")}
-        record.data["model"] = self.backbone.describe() | {k: v for k, v in pushed.items() if v}
+        found = self.backbone.describe() | {k: v for k, v in pushed.items() if v}
+        if found.get("source") == "Hub" and not found.get("license"):
+            found["license"] = record.data["model"].get("license") or hub.base_licence(found)
+        record.data["model"] = found
         record.data["clock"]["load_seconds"] = round(time.perf_counter() - started, 3)
         record.save()
 
@@ -173,6 +144,7 @@ class _Work:
             self.record.save()
 
     def _note(self, name: str, prepared: Prepared) -> Prepared:
+        checks.same_data(self.record, name, prepared.report)
         self.record.data["data"][name] = prepared.report
         return prepared
 
@@ -197,6 +169,7 @@ class _Work:
             ppo.check(recipe, record, self.prompts.train)
             if recipe.ppo.ptx_coef:
                 self._texts, report = data.texts(recipe, self.tokenizer)
+                checks.same_data(record, "text", report)
                 record.data["data"]["text"] = report
         elif recipe.algorithm == "dpo":
             dpo.arguments(recipe, record)
@@ -212,20 +185,13 @@ class _Work:
             DataError: They are no longer those that the finished reward stage learned from.
         """
         recipe, tokenizer = self.recipe, self.tokenizer
-        if not recipe.data.comparisons and recipe.ppo.reward == "gold":
+        if not checks.has_reward_model(recipe):
             return None
         if self._found is None:  # read once, though checked first and used later
             parts: tuple[Literal["all", "proxy", "held_out_model"], ...] = ("all",)
             if recipe.reward.held_out_model:
                 parts = ("proxy", "held_out_model")
             found = [data.comparisons(recipe, tokenizer, self._sample, part=p) for p in parts]
-            before = self.record.data["data"].get("comparisons", {}).get("sources")
-            if self.record.done("reward") and before != found[0].report["sources"]:
-                raise DataError(
-                    "the comparisons are not those that the reward model learned from",
-                    expected="the same rows, by their sha256 in record.json",
-                    remedy="put the file back as it was, or give a new --out",
-                )
             self._note("comparisons", found[0])
             if len(found) > 1:
                 self._note("comparisons_held_out_model", found[1])
@@ -243,11 +209,14 @@ class _Work:
             reward.load(self.backbone, self.record)
             return
         found = self._comparisons()
-        if found is not None:
-            main, other = found
-            rows = self.demonstrations.train
-            rows = rows.select(range(min(_OFFSET_ROWS, len(rows))))
-            reward.run(self.recipe, self.backbone, self.record, main, rows, self.progress, other)
+        if found is None:
+            with self.record.stage("reward") as entry:
+                entry["skipped"] = "ppo.reward is gold, and there are no comparisons"
+            return
+        main, other = found
+        rows = self.demonstrations.train
+        rows = rows.select(range(min(_OFFSET_ROWS, len(rows))))
+        reward.run(self.recipe, self.backbone, self.record, main, rows, self.progress, other)
 
     def _policy(self, *, run: bool) -> None:
         recipe, backbone, record = self.recipe, self.backbone, self.record
@@ -276,8 +245,10 @@ class _Work:
 
     def _sample(self, prompts: list[Any], k: int, seed: int) -> list[list[str]]:
         """K completions of the SFT model for each prompt: what the simulated labelers rank."""
-        if seed in self._samples:  # the held-out model's half comes from the same draw
-            return self._samples[seed]
+        # The held-out model's half comes from the same draw; another source has prompts of its own.
+        asked = json.dumps([seed, k, prompts])
+        if asked in self._samples:
+            return self._samples[asked]
         self.progress.say(
             f"reward: {k} completions of the SFT model for each of {len(prompts)} prompts"
         )
@@ -287,8 +258,8 @@ class _Work:
             max_new_tokens=controls.sampled_tokens(self.recipe, self.record),
         )  # fmt: skip
         texts = [self.backbone.decode(a) for a in answers]
-        self._samples[seed] = [texts[i : i + k] for i in range(0, len(texts), k)]
-        return self._samples[seed]
+        self._samples[asked] = [texts[i : i + k] for i in range(0, len(texts), k)]
+        return self._samples[asked]
 
 
 def load(folder: str | Path) -> tuple[Backbone, Record]:

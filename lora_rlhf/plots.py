@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .record import ALGORITHMS, Record
+from .readers import ALGORITHMS
+from .record import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -37,7 +37,7 @@ def groups(backbone: Backbone, args: Any, ppo: PpoSection) -> list[dict[str, Any
 
 
 def warm_up(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """From a tenth of the learning rate to all of it in `steps`, then constant (2203.02155, C.4)."""
+    """From a tenth of the rate to all of it in `steps`, then constant (2203.02155, C.4)."""
     return torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, 0.1 + 0.9 * step / steps)
     )

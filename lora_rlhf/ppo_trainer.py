@@ -359,7 +359,7 @@ class PPOTrainer(GRPOTrainer):
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Warm-up from a tenth of the learning rate, not from 0 (2203.02155, C.4); else as asked."""
+        """Warm-up from a tenth of the rate, not from 0 (2203.02155, C.4); else as asked."""
         warmup = self.args.get_warmup_steps(num_training_steps)
         if self.args.lr_scheduler_type != "constant_with_warmup" or not warmup:
             return super().create_scheduler(num_training_steps, optimizer)

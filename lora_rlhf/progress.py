@@ -114,6 +114,13 @@ class StageLog(TrainerCallback):
         self.steps_per_unit = steps_per_unit
         self._last = time.perf_counter()
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Take the number of steps from the Trainer: it knows of half epochs and last windows."""
+        if state.max_steps > 0:
+            self.progress.total = -(-state.max_steps // self.steps_per_unit)
+
     def on_log(
         self,
         args: TrainingArguments,

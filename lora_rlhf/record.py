@@ -25,21 +25,17 @@ from pathlib import Path
 from typing import Any
 
 from .config import Recipe, dump_recipe, parse_recipe
-from .errors import SetupError, UsageError
+from .errors import LoraRlhfError, SetupError, UsageError
+from .readers import ALGORITHMS, FREE, differences, first_reader, identity
 
-ALGORITHMS = {
-    "ppo": "PPO", "grpo": "GRPO", "rloo": "RLOO", "dpo": "DPO", "best_of_n": "best of n",
-}  # fmt: skip
-"""What can stand third among the stages, and what people call it."""
+SCHEMA = 1
+"""Of `record.json`: what this version writes and reads."""
 
-_FREE = ("card", "hub", "report_to", "threads", "reward.gate")
-"""Recipe keys that may differ when a run is continued: none of them changes what is trained."""
+_PARTS = ("model", "lora", "data", "stages", "evaluation", "files", "clock")
+"""Keys of the record that hold a mapping."""
 
-_POLICY = "ppo.updates", "ppo.kl_coef", "ppo.reward", "ppo.missing_eos_penalty", "ppo.watch"
-"""Keys of `ppo` that GRPO and RLOO read too, beside `ppo.args`: one recipe, equal budgets."""
-
-_SAMPLING = ("ppo.args.max_completion_length", "evaluate.batch_size")
-"""Keys that the reward stage reads too, when the SFT model's completions are ranked."""
+_REWRITTEN = ("README.md", "recipe.yaml")
+"""Names of files that may be written anew in a sealed run: cards, and keys that are free."""
 
 _PACKAGES = ("lora-rlhf", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate",
              "datasets", "huggingface_hub")  # fmt: skip
@@ -75,7 +71,7 @@ class Record:
             for other in ALGORITHMS.keys() - {recipe.algorithm}:  # interrupted, then another chosen
                 record.data["stages"].pop(other, None)
                 record.restart_metrics(other)
-            (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+            record._keep_recipe(recipe, text)
             return record
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UsageError(
@@ -83,15 +79,15 @@ class Record:
             )
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+            _write_atomically(folder / "recipe.yaml", text)
         except OSError as error:
             raise SetupError(
                 f"cannot write to {folder}: {error.strerror}", remedy="give another --out"
             ) from None
         record = cls(folder, {
-            "schema": 1, "name": recipe.name, "seed": recipe.seed, "algorithm": recipe.algorithm,
-            "recipe_sha256": digest, "versions": versions(), "model": {}, "lora": {}, "data": {},
-            "stages": {}, "evaluation": {}, "files": {},
+            "schema": SCHEMA, "name": recipe.name, "seed": recipe.seed,
+            "algorithm": recipe.algorithm, "recipe_sha256": digest, "versions": versions(),
+            "model": {}, "lora": {}, "data": {}, "stages": {}, "evaluation": {}, "files": {},
             "clock": {"started": _now(), "host": {"python": platform.python_version(),
                       "machine": platform.machine(), "system": platform.system(),
                       "cores": os.cpu_count()}, "stages": {}},
@@ -114,9 +110,22 @@ class Record:
         if wrong:
             raise UsageError(
                 f"{self.folder} holds a run of another recipe:\n" + "\n".join(wrong),
-                expected="a change only of what stages to come read, or of " + ", ".join(_FREE),
+                expected="a change only of what stages to come read, or of " + ", ".join(FREE),
                 remedy="give another --out",
             )
+
+    def _keep_recipe(self, recipe: Recipe, text: str) -> None:
+        """Write down a recipe whose free keys changed; cards and seal are then to be made again."""
+        path, model = self.folder / "recipe.yaml", self.data["model"]
+        if path.read_text(encoding="utf-8") == text:
+            return
+        if model and recipe.model.hub_id and recipe.model.hub_id != model.get("hub_id"):
+            model["hub_id"] = recipe.model.hub_id
+            model.pop("hub_revision", None)  # it is a commit of the other repository
+        # In this order: cut off between the two, the card stage runs once more and no harm is done.
+        self.data["stages"].pop("card", None)
+        self.save()
+        _write_atomically(path, text)
 
     @classmethod
     def read(cls, folder: str | Path) -> Record:
@@ -127,7 +136,7 @@ class Record:
         """
         path = Path(folder) / "record.json"
         try:
-            return cls(folder, json.loads(path.read_text(encoding="utf-8")))
+            data = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UsageError(
                 f"{folder} is not a run directory", expected="a folder that holds record.json",
@@ -135,11 +144,29 @@ class Record:
             ) from None  # fmt: skip
         except (ValueError, OSError) as error:
             raise UsageError(f"{path} cannot be read: {error}") from None
+        if wrong := _misshapen(data):
+            raise UsageError(
+                f"{path} is no record of a run: {wrong}",
+                expected=f"record.json as a run of schema {SCHEMA} writes it",
+                remedy="put the file back as it was, or run the recipe into a new --out",
+            )
+        return cls(folder, data)
 
     def recipe(self) -> Recipe:
-        """The recipe of this run, as it was resolved."""
+        """The recipe of this run, as it was resolved.
+
+        Raises:
+            UsageError: It is not there or cannot be read.
+        """
         path = self.folder / "recipe.yaml"
-        return parse_recipe(path.read_text(encoding="utf-8"), str(path))
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"{path} cannot be read: {getattr(error, 'strerror', None) or error}",
+                expected="the recipe as the run wrote it", remedy="put the file back as it was",
+            ) from None  # fmt: skip
+        return parse_recipe(text, str(path))
 
     @property
     def algorithm(self) -> str:
@@ -154,19 +181,32 @@ class Record:
         )
 
     def done(self, stage: str) -> bool:
-        """Whether `stage` has been finished in this run."""
-        return bool(self.data["stages"].get(stage, {}).get("status") == "done")
+        """Whether `stage` has been finished in this run; the last one, once the run is sealed."""
+        done = self.data["stages"].get(stage, {}).get("status") == "done"
+        return bool(done and (stage != "card" or self.data["files"]))
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[dict[str, Any]]:
         """Run a stage: the yielded dict becomes `stages.NAME`; status and time are kept.
 
-        An exception leaves the status `interrupted` with no result, so the stage runs again.
+        An exception leaves the status `interrupted` with no result, so the stage runs again; an
+        error of errors.py is kept with it as `error`. `versions` are those of packages that are no
+        longer what the run started with.
         """
         started, entry = time.perf_counter(), {}  # type: tuple[float, dict[str, Any]]
         self.data["stages"][name] = {"status": "interrupted"}
+        if name != "card":
+            self.data["files"] = {}  # what follows is not what was sealed
         self.save()
-        yield entry
+        try:
+            yield entry
+        except LoraRlhfError as error:
+            told = {"type": type(error).__name__, "message": str(error)}
+            self.data["stages"][name]["error"] = told
+            self.save()
+            raise
+        if other := changed_versions(self.data["versions"], versions()):
+            entry["versions"] = other
         self.data["stages"][name] = {"status": "done", **entry}
         self.data["clock"]["stages"][name] = {"seconds": round(time.perf_counter() - started, 3)}
         self.save()
@@ -175,8 +215,7 @@ class Record:
         """Forget what an interrupted try of `stage` logged: it starts from its beginning."""
         path = self.folder / "metrics.jsonl"
         if path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
-                    if json.loads(line)["stage"] != stage]  # fmt: skip
+            kept = [text for text, line in self._logged() if line["stage"] != stage]
             _write_atomically(path, "".join(kept))
 
     def log(
@@ -190,12 +229,33 @@ class Record:
             file.write(json.dumps(line) + "\n")
 
     def metrics(self, stage: str | None = None) -> list[dict[str, Any]]:
-        """The logged lines, of one stage or of all."""
+        """The logged lines, of one stage or of all.
+
+        Raises:
+            UsageError: A line that no run wrote, with its number.
+        """
+        return [line for _, line in self._logged() if stage is None or line["stage"] == stage]
+
+    def _logged(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The lines of `metrics.jsonl` as text and as data.
+
+        A last line without an end is one that a killed process did not finish: it is left out.
+        """
         path = self.folder / "metrics.jsonl"
-        if not path.exists():
-            return []
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return [line for line in lines if stage is None or line["stage"] == stage]
+        text = path.read_bytes().decode(errors="replace") if path.exists() else ""
+        *whole, _ = text.split("\n")
+        for number, line in enumerate(whole, start=1):
+            try:
+                found = json.loads(line)
+                if not isinstance(found["stage"], str) or not isinstance(found["step"], int):
+                    raise TypeError("stage and step are text and a number")
+            except (ValueError, KeyError, TypeError) as error:
+                raise UsageError(
+                    f"this is no line of the log ({error})", where=f"{path}:{number}",
+                    expected='a JSON object with "stage" and "step"',
+                    remedy="take the line out, or put the file back as it was",
+                ) from None  # fmt: skip
+            yield line + "\n", found
 
     def adapter(self, role: str) -> Path:
         """The folder of a role's adapter: sft, reward, policy or value."""
@@ -207,64 +267,25 @@ class Record:
         self.save()
 
     def seal(self) -> None:
-        """Note the sha256 of every file of the run that is not the record itself or a log."""
-        skipped = {"record.json", "metrics.jsonl"}
-        files = sorted(p for p in self.folder.rglob("*") if p.is_file() and p.name not in skipped)
-        self.data["files"] = {
-            str(p.relative_to(self.folder)): sha256(p) for p in files
-            if "checkpoints" not in p.relative_to(self.folder).parts and not p.name.endswith(".png")
-        }  # fmt: skip
+        """Note the sha256 of every file of the run but the record and pictures, which may vary.
+
+        What was sealed before keeps its hash, but for cards and recipe: to write a card again does
+        not vouch for weights that were changed since. The log holds times, so its hash is under
+        `clock`.
+        """
+        before, found = self.data["files"], {}
+        for path in sorted(p for p in self.folder.rglob("*") if p.is_file()):
+            name = path.relative_to(self.folder).as_posix()
+            if name.startswith("checkpoints/") or path.suffix in (".png", ".tmp"):
+                continue
+            if name not in ("record.json", "metrics.jsonl"):
+                known = None if path.name in _REWRITTEN else before.get(name)
+                found[name] = known or sha256(path)
+        log, clock = self.folder / "metrics.jsonl", self.data["clock"]
+        if log.exists() and not (before and "metrics_sha256" in clock):
+            clock["metrics_sha256"] = sha256(log)
+        self.data["files"] = found
         self.save()
-
-
-def stage_names(algorithm: str) -> tuple[str, ...]:
-    """The stages of a run in their order; the third carries the algorithm's name."""
-    return ("sft", "reward", algorithm, "evaluate", "card")
-
-
-def identity(recipe: Recipe, without: tuple[str, ...] = ()) -> str:
-    """sha256 of what decides a run's result: the recipe without the keys that may change."""
-    flat = _flat(recipe.model_dump(mode="json"))
-    kept = (k for k in flat if k not in without and first_reader(k, recipe.algorithm))
-    data = {k: flat[k] for k in kept}
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
-
-
-def differences(before: Recipe, now: Recipe) -> list[tuple[str, Any, Any]]:
-    """(dotted key, value before, value now) of every key in which two recipes differ."""
-    a, b = (_flat(recipe.model_dump(mode="json")) for recipe in (before, now))
-    keys = sorted(a.keys() | b.keys())
-    return [(key, a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)]
-
-
-def first_reader(key: str, algorithm: str) -> str | None:
-    """The first stage of a run by `algorithm` whose result depends on a recipe key, or None."""
-    if any(key == free or key.startswith(free + ".") for free in _FREE):
-        return None
-    section = key.split(".")[0]
-    if key in _SAMPLING:
-        return "reward"
-    if section == "algorithm":
-        return algorithm
-    if key == "data.text" or key.startswith("data.text."):
-        return "ppo" if algorithm == "ppo" else None
-    if section == "ppo" and algorithm in ("grpo", "rloo"):
-        return algorithm if key in _POLICY or key.startswith("ppo.args") else None
-    if section == "ppo" and algorithm == "dpo":
-        return algorithm if key.startswith("ppo.args") else None
-    if section in ALGORITHMS:
-        return section if section == algorithm else None
-    return section if section in ("reward", "evaluate") else "sft"
-
-
-def _flat(data: Any, at: str = "") -> dict[str, Any]:
-    """Nested dicts and lists as one dict with dotted keys; what is empty stays a value."""
-    if not data or not isinstance(data, dict | list):
-        return {at: data}
-    items = data.items() if isinstance(data, dict) else enumerate(data)
-    return {
-        k: v for key, x in items for k, v in _flat(x, f"{at}.{key}" if at else str(key)).items()
-    }
 
 
 def versions() -> dict[str, str]:
@@ -274,6 +295,11 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
+
+
+def changed_versions(before: dict[str, str], now: dict[str, str]) -> dict[str, str]:
+    """Those of the versions `now` that are not those of `before`."""
+    return {name: found for name, found in now.items() if before.get(name) != found}
 
 
 def sha256(path: Path) -> str:
@@ -291,6 +317,20 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return value
+
+
+def _misshapen(data: Any) -> str:
+    """What of a parsed `record.json` is not as a run writes it; empty where all is."""
+    if not isinstance(data, dict):
+        return f"it holds a {type(data).__name__}"
+    if data.get("schema") != SCHEMA:
+        return f"schema {data.get('schema')!r}"
+    if wrong := [key for key in _PARTS if not isinstance(data.get(key), dict)]:
+        return f"{wrong[0]} is {'missing' if wrong[0] not in data else 'no mapping'}"
+    entries = [*data["stages"].values(), *data["data"].values(), *data["evaluation"].values()]
+    if not all(isinstance(entry, dict) for entry in entries):
+        return "a stage, a data set or a model of the evaluation is no mapping"
+    return "" if isinstance(data["clock"].get("stages"), dict) else "clock.stages is missing"
 
 
 def _write_atomically(path: Path, text: str) -> None:

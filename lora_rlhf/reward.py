@@ -25,7 +25,7 @@ from .progress import Progress, StageLog
 from .ranking import RankingCollator, RankingTrainer, rankings
 from .record import Record, sha256
 from .reward_report import Comparisons, Report, ceiling, report
-from .stages import build, check_finite, trainer_args
+from .stages import build, check_finite, complaints, effective, trainer_args
 
 _DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 8, "num_train_epochs": 1, "learning_rate": 2e-4,
@@ -110,6 +110,16 @@ def load(backbone: Backbone, record: Record) -> None:
             adapters.load_role(backbone, role, record.adapter(role))
 
 
+def arguments(recipe: Recipe, record: Record, role: str = "reward") -> RewardConfig:
+    """TRL's config for the training of one reward model.
+
+    Raises:
+        RecipeError: `reward.args` cannot be what it says.
+    """
+    given = trainer_args(recipe, record, role, _DEFAULTS, recipe.reward.args)
+    return build("reward", RewardConfig, {**given, "seed": recipe.seed + _SEEDS.index(role)})
+
+
 def _train(
     recipe: Recipe,
     backbone: Backbone,
@@ -126,10 +136,9 @@ def _train(
     record.restart_metrics(role)
     backbone.add_role(role, copy_from="reference")
     train = rankings(backbone, data.train)
-    arguments = trainer_args(recipe, record, role, _DEFAULTS, recipe.reward.args)
-    args = build("reward", RewardConfig, {**arguments, "seed": seed})
+    args = arguments(recipe, record, role)
     with backbone.training(role):
-        with backbone.float32_kept():
+        with backbone.float32_kept(), complaints("reward"):
             trainer = RankingTrainer(
                 model=backbone.views[role], args=args, train_dataset=train,
                 data_collator=RankingCollator(backbone.tokenizer.pad_token_id),
@@ -144,7 +153,8 @@ def _train(
         finally:
             progress.end()
         check_finite(role, result.training_loss)
-    return {"steps": result.global_step, "train_loss": result.training_loss, "prompts": len(train)}
+    return {"steps": result.global_step, "train_loss": result.training_loss,
+            "prompts": len(train), "args": effective(args)}  # fmt: skip
 
 
 def _ensemble(

@@ -167,7 +167,7 @@ class PpoSection(StageSection):
     max_grad_norm_value: float = Field(1.0, gt=0, description="Gradient-norm clip of the value.")
     value: Literal["adapter", "head"] = Field(
         "adapter",
-        description="head: only a linear head on the policy's own states, detached; cheaper, and weaker.",
+        description="head: only a linear head on the policy's own states, detached; cheaper.",
     )
     normalize_reward: bool = Field(
         False, description="Divide scores by their running std; the mean is not shifted."

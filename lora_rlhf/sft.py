@@ -20,7 +20,7 @@ from .data import Prepared
 from .errors import IdentityError
 from .progress import Progress, StageLog
 from .record import Record, sha256
-from .stages import build, check_finite, trainer_args
+from .stages import build, check_finite, complaints, effective, trainer_args
 
 _DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 8, "num_train_epochs": 2, "learning_rate": 2e-4,
@@ -46,11 +46,9 @@ def run(
         set_seed(recipe.seed)
         backbone.add_role("policy")
         train, held_out = tokenize(backbone, data.train), tokenize(backbone, data.held_out)
-        args = build(
-            "sft", SFTConfig, trainer_args(recipe, record, "sft", _DEFAULTS, recipe.sft.args)
-        )
+        args = arguments(recipe, record)
         with backbone.training("policy"):
-            with backbone.float32_kept():
+            with backbone.float32_kept(), complaints("sft"):
                 trainer = SFTTrainer(
                     model=backbone.views["policy"], args=args, train_dataset=train,
                     eval_dataset=held_out, processing_class=backbone.tokenizer,
@@ -68,9 +66,19 @@ def run(
         folder = adapters.save_role(backbone, "policy", record.adapter("sft"))
         entry |= {
             "steps": result.global_step, "train_loss": result.training_loss,
+            "args": effective(args),
             "adapter_sha256": sha256(folder / "adapter_model.safetensors"),
         }  # fmt: skip
         load(backbone, record)
+
+
+def arguments(recipe: Recipe, record: Record) -> SFTConfig:
+    """TRL's config of this stage.
+
+    Raises:
+        RecipeError: `sft.args` cannot be what it says.
+    """
+    return build("sft", SFTConfig, trainer_args(recipe, record, "sft", _DEFAULTS, recipe.sft.args))
 
 
 def load(backbone: Backbone, record: Record) -> None:

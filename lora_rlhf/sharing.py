@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import AdapterError, UsageError
-from .record import ALGORITHMS, Record, differences, first_reader, sha256
+from .readers import ALGORITHMS, differences, first_reader
+from .record import Record, changed_versions, sha256
 from .sections import Recipe
 
 _SHARED = ("sft", "reward")
@@ -63,7 +64,7 @@ def take_over(found: Record, record: Record) -> list[str]:
     Raises:
         AdapterError: An adapter of run A is not the one that its record speaks of.
     """
-    taken = [stage for stage in _SHARED if found.done(stage) and not record.done(stage)]
+    taken = [s for s in _SHARED if found.done(s) and not record.done(s) and _has_adapter(found, s)]
     for stage in taken:
         _check_weights(found, stage)
     origin = {"name": found.data["name"], "record_sha256": sha256(found.folder / "record.json")}
@@ -82,12 +83,20 @@ def take_over(found: Record, record: Record) -> list[str]:
                 metrics = {k: v for k, v in line.items() if k not in ("stage", "step", "clock")}
                 record.log(line["stage"], line["step"], metrics, line.get("clock"))
         entry = {k: v for k, v in found.data["stages"][stage].items() if k != "from_run"}
+        made_with = {**found.data["versions"], **entry.pop("versions", {})}
+        if other := changed_versions(record.data["versions"], made_with):
+            entry["versions"] = other
         record.data["stages"][stage] = {**entry, "from_run": origin}
         if stage in found.data["clock"]["stages"]:
             record.data["clock"]["stages"][stage] = found.data["clock"]["stages"][stage]
     record.data["lora"] = record.data["lora"] or found.data["lora"]
     record.save()
     return taken
+
+
+def _has_adapter(found: Record, stage: str) -> bool:
+    """A reward stage that had nothing to do (gold, no comparisons) left nothing to take over."""
+    return "adapter_sha256" in found.data["stages"][stage]
 
 
 def _logged_by(stage: str, name: str) -> bool:

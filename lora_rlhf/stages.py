@@ -3,47 +3,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import difflib
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from transformers import Trainer, get_scheduler
+from transformers.integrations import integration_utils
 
+from . import arguments
 from ._trl import GRPOConfig
 from .config import Recipe
-from .errors import NonFiniteError, RecipeError
+from .errors import NonFiniteError, RecipeError, SetupError, first_line
 from .record import Record
 
-_OWNED = {
-    "output_dir": "the run directory", "seed": "seed", "report_to": "report_to",
-    "bf16": "model.dtype", "fp16": "model.dtype", "beta": "ppo.kl_coef", "push_to_hub": "hub",
-    "gradient_checkpointing": "model.gradient_checkpointing",
-    "activation_checkpointing": "model.gradient_checkpointing",
-    "gradient_checkpointing_kwargs": "model.gradient_checkpointing",
-    "activation_checkpointing_kwargs": "model.gradient_checkpointing",
-    "use_cpu": "the device found",
-    "max_length": "data.max_tokens", "reward_weights": "ppo.reward",
-    "resume_from_checkpoint": "--out", "save_strategy": "--out", "save_steps": "--out",
-    "load_best_model_at_end": "ppo.watch", "eval_strategy": "evaluate",
-    "trust_remote_code": "nothing: remote code is never run", "hub_token": "the environment",
-}  # fmt: skip
-"""Keys of TRL's configs that have their home elsewhere in the recipe."""
+_EFFECTIVE = (
+    "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
+    "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm",
+    "max_length", "packing", "center_rewards_coefficient", "label_smoothing",
+    "steps_per_generation", "num_generations", "num_iterations", "epsilon", "epsilon_high",
+    "temperature", "max_completion_length",
+)  # fmt: skip
+"""Fields of TRL's configs that decide what a stage computes."""
 
-_UNREAD = {
-    **dict.fromkeys(("eos_token", "pad_token", "chat_template_path"),
-                    "the tokenizer is shared by every role and settled when the base is loaded"),
-    **dict.fromkeys(("dataset_text_field", "dataset_kwargs", "dataset_num_proc",
-                     "completion_only_loss", "assistant_only_loss"),
-                    "rows come tokenised, and the loss is on completion tokens only"),
-    **dict.fromkeys(("auto_find_batch_size", "deepspeed", "fsdp", "fsdp_config",
-                     "model_init_kwargs", "use_liger_kernel", "torch_compile"),
-                    "it would change the one backbone that all roles share"),
-    **dict.fromkeys(("eval_steps", "eval_on_start", "eval_delay", "do_eval", "do_train"),
-                    "a stage is evaluated once, when it is over"),
-    "disable_dropout": "dropout is off everywhere",
-}  # fmt: skip
-"""Keys that would do nothing, or harm, and why."""
+_OF_GROUPS = ("loss_type", "scale_rewards", "normalize_advantages")
+"""Those that PPO, which has a loss of its own, does not read."""
+
+_COMPLAINTS = (TypeError, ValueError, ImportError, NotImplementedError)
+"""What libraries raise where an argument does not suit them."""
 
 
 @dataclasses.dataclass
@@ -67,15 +57,10 @@ def trainer_args(
     The backbone's dtype is settled at loading and adapters are float32: no autocast is asked for.
 
     Raises:
-        RecipeError: `args:` names a key that has its home elsewhere.
+        RecipeError: `args:` names a key that has its home elsewhere, or a number out of range.
     """
-    for key in given:
-        if key in _OWNED:
-            raise RecipeError(f"{stage}.args.{key} is not set there", remedy=f"use {_OWNED[key]}")
-        if key in _UNREAD and stage != "ppo":  # PPO says itself what it reads
-            raise RecipeError(
-                f"{stage}.args.{key} cannot be set: {_UNREAD[key]}", remedy="leave it out"
-            )
+    arguments.refuse(stage, given)
+    arguments.check_values(stage, given)
     return {
         "output_dir": str(record.folder / "checkpoints" / stage), "seed": recipe.seed,
         "report_to": list(recipe.report_to) or "none", "run_name": f"{recipe.name}-{stage}",
@@ -91,28 +76,82 @@ def trainer_args(
     }  # fmt: skip
 
 
-def build(stage: str, config: Any, arguments: dict[str, Any]) -> Any:
+def build(stage: str, config: Any, given: dict[str, Any]) -> Any:
     """A TRL config, with its complaints about `args:` as recipe errors.
 
     Raises:
         RecipeError: An unknown key or an impossible combination.
     """
-    known = {field.name for field in dataclasses.fields(config) if field.init}
-    name = next(c.__name__ for c in config.__mro__ if c.__module__.startswith("trl."))
-    for key in arguments:
+    known = frozenset(field.name for field in dataclasses.fields(config) if field.init)
+    for key in given:
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            raise RecipeError(
-                f"{stage}.args.{key}: TRL's {name} has no such field",
-                remedy=f"did you mean {close[0]!r}?" if close else "leave it out",
-            )
-    try:
-        built = config(**arguments)
+            raise arguments.unknown(stage, key, known)
+    with complaints(stage):
+        built = config(**given)
         # One process uses one GPU, whatever is visible: transformers would replicate the backbone.
         built._n_gpu = min(built.n_gpu, 1)
+        _try_out(built)
         return built
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"{stage}.args: {error}", expected=f"what TRL's {name} takes") from error
+
+
+def _try_out(args: Any) -> None:
+    """Make optimizer and scheduler of nothing: TRL would only do so when a stage has begun."""
+    Trainer.get_optimizer_cls_and_kwargs(args)
+    get_scheduler(
+        args.lr_scheduler_type, torch.optim.SGD([torch.zeros(1)], lr=1.0), num_warmup_steps=0,
+        num_training_steps=2, scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def complaints(stage: str) -> Iterator[None]:
+    """Round the making of a config or a trainer: what libraries refuse is the recipe's to mend.
+
+    Raises:
+        RecipeError: In their words.
+    """
+    try:
+        yield
+    except _COMPLAINTS as error:
+        raise RecipeError(
+            f"{arguments.section(stage)}.args: {first_line(error)}",
+            expected="what TRL and transformers take", remedy="correct it, or leave it out",
+        ) from error  # fmt: skip
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers of `report_to` that are unknown, or not installed.
+
+    Raises:
+        RecipeError: There is no such tracker.
+        SetupError: Its package is missing.
+    """
+    there = integration_utils.get_available_reporting_integrations()
+    for name in names:
+        if name in ("all", "none") and len(names) == 1:
+            continue
+        if name not in integration_utils.INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(integration_utils.INTEGRATION_TO_CALLBACK))
+            raise RecipeError(f"report_to: there is no tracker {name!r}", expected=known)
+        if name not in (*there, *_NEVER_LISTED):
+            raise SetupError(
+                f"report_to: the package of {name} is not installed",
+                expected=f"one of those that are: {', '.join(there) or 'none'}",
+                remedy=f"install {name}, or leave it out of report_to",
+            )
+
+
+_NEVER_LISTED = ("flyte",)
+"""Trackers that transformers knows and does not count among those that it could list."""
+
+
+def effective(args: Any) -> dict[str, Any]:
+    """The arguments that decided what a stage computed, defaults included: for record and card."""
+    names = _EFFECTIVE if isinstance(args, PPOConfig) else _EFFECTIVE + _OF_GROUPS
+    found: dict[str, Any] = {name: getattr(args, name, None) for name in names}
+    found.pop("num_train_epochs" if found["max_steps"] > 0 else "max_steps")
+    plain = {name: getattr(value, "value", value) for name, value in found.items()}
+    return {name: value for name, value in plain.items() if value not in (None, {}, [])}
 
 
 def check_finite(stage: str, loss: float) -> None:

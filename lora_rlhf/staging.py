@@ -119,6 +119,7 @@ def check_adapter(record: Record, role: str) -> str:
         )
     for name in sorted({*_NEEDED, *(n for n in ADAPTER if (folder / n).exists())}):
         _vouched(record, folder / name)
+    _vouched_sources(record)
     base = hub_base(record)
     if base is None:
         raise local_base(str(record.data.get("model", {}).get("id", "the base")), record)
@@ -127,12 +128,15 @@ def check_adapter(record: Record, role: str) -> str:
 
 def local_base(identity: str, record: Record | None = None) -> HubError:
     """The error for a base that exists only on this machine: others could not load the adapter."""
-    run = record.folder if record is not None else "RUN"
+    push = "push it as a repository of its own, `lora-rlhf push"
+    if record is None:  # before training, there is no run that could be pushed
+        how = f"train without `hub:` first; then {push} RUN --base org/name`, and run again with it"
+    else:
+        how = f"{push} {record.folder} --base org/name`"
     return HubError(
         f"the base model {identity!r} exists only on this machine",
         expected="a base on the Hub, since an adapter is of no use without its base",
-        remedy=f"push it as a repository of its own, `lora-rlhf push {run} --base org/name`, or "
-        "set model.hub_id to the same model on the Hub",
+        remedy=f"{how}, or set model.hub_id to the same model on the Hub",
     )
 
 
@@ -254,10 +258,26 @@ def _vouched(record: Record, path: Path) -> None:
     _regular(path)
     name = path.relative_to(record.folder).as_posix()
     if path.suffix != ".png" and record.data.get("files", {}).get(name) != sha256(path):
-        raise HubError(
-            f"{name} is not the file that the run wrote: its sha256 differs from the record's",
-            remedy="restore the file, or run the stage again",
-        )
+        raise _changed(name)
+
+
+def _vouched_sources(record: Record) -> None:
+    """The card is made from samples and log: they must be what the run wrote as well."""
+    if (record.folder / "samples.jsonl").exists():
+        _vouched(record, record.folder / "samples.jsonl")
+    log = record.folder / "metrics.jsonl"
+    if log.exists():
+        _regular(log)
+        if record.data.get("clock", {}).get("metrics_sha256") != sha256(log):
+            raise _changed("metrics.jsonl")
+
+
+def _changed(name: str) -> HubError:
+    return HubError(
+        f"{name} is not the file that the run wrote: its sha256 differs from the record's",
+        remedy="restore the file, or run the stage again; where the recipe was changed, "
+        "`lora-rlhf run`",
+    )
 
 
 def _regular(path: Path) -> None:
@@ -281,8 +301,14 @@ def _rewrite_config(record: Record, base: str, path: Path) -> None:
 
 
 def _publish_record(record: Record, folder: Path) -> None:
-    """A copy of the record without local paths, and the sha256 of what lies beside it."""
+    """A copy of the record without local paths, and the sha256 of what lies beside it.
+
+    Without what is nobody's business: other repositories, and what a stage stopped with.
+    """
     data = without_paths(record.data)
+    data.get("clock", {}).pop("pushed", None)
+    for entry in data.get("stages", {}).values():
+        entry.pop("error", None)
     data["published"] = {name: sha256(folder / name) for name in _names(folder)}
     _write_json(folder / "record.json", data)
 

@@ -15,7 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from .evaluate import cell, rows
-from .record import ALGORITHMS, Record
+from .readers import ALGORITHMS
+from .record import Record
 
 _JUDGES = {
     "win_rate": "by the task's exact checker",

@@ -80,15 +80,11 @@ def run(
     folder: Path, *overrides: str, fault: str | None = None, until: str = "reward", n: int = 160,
     out: str = "run",
 ) -> Record:  # fmt: skip
-    """A run in `folder/out` as far as it came; why PPO stopped is left to the record."""
+    """A run in `folder/out` as far as it came; the record says why PPO stopped."""
     write(folder, fault, n)
     text = RECIPE.format(base=base_folder("llama"))
     recipe = parse_recipe(text, "recipe.yaml", list(overrides), folder)
     try:
         return pipeline.run(recipe, folder / out, until=until)
-    except DivergedError as error:
-        record = Record.read(folder / out)
-        [entry] = [e for e in record.data["stages"].values() if e["status"] == "interrupted"]
-        entry.setdefault("error", {"type": type(error).__name__, "message": str(error)})
-        record.save()
-        return record
+    except DivergedError:
+        return Record.read(folder / out)

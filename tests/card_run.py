@@ -62,11 +62,14 @@ RECORD = {
     },
     "stages": {
         "sft": {"status": "done", "steps": 61, "train_loss": 1.234, "held_out_loss": 1.357,
-                "adapter_sha256": "5f" * 32},
+                "adapter_sha256": "5f" * 32,
+                "args": {"learning_rate": 2.34e-4, "lr_scheduler_type": "cosine", "max_length": 511,
+                         "packing": False}},
         "reward": {
             "status": "done", "accuracy": estimate(0.6789, 0.6123, 0.7391, 201),
             "accuracy_length_baseline": estimate(0.5432, 0.4748, 0.6097, 202), "offset": -0.3217,
             "score_std": 0.8765, "gate": "passed", "adapter_sha256": "6f" * 32,
+            "args": {"learning_rate": 1.23e-4, "adam_beta2": 0.9871, "num_train_epochs": 1.5},
             "calibration": [{"low": 0.5, "high": 0.55, "predicted": 0.5274, "observed": 0.5163,
                              "observed_low": 0.4, "observed_high": 0.62, "n": 93}],
         },
@@ -74,8 +77,9 @@ RECORD = {
             "status": "done", "updates": 41, "episodes": 1312, "reward": "model", "kl_coef": 0.047,
             "identities": {"kl_at_start": 0.0, "ratio_at_start": 1.00031}, "kl_last": 4.567,
             "adapter_sha256": "7f" * 32, "value_adapter_sha256": "8f" * 32,
+            "args": {"learning_rate": 3.5e-05, "epsilon": 0.1987, "max_completion_length": 47},
         },
-        "evaluate": {"status": "done"},
+        "evaluate": {"status": "done", "max_new_tokens": 29},
     },
     "evaluation": {
         "base": {"gold_reward": estimate(-0.412, -0.502, -0.322, 128),

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "lora_rlhf"
 
 ORDER = [
     *("errors", "strict_yaml", "masking", "section", "data_section", "sections", "config"),
-    *("record", "sharing", "samples"),
+    *("arguments", "readers", "record", "sharing", "samples"),
     *("sources", "layouts", "filters", "task_words", "task_checks", "tasks", "metrics", "data"),
     *("tiny", "tiny.train"),
     *("_trl", "fingerprints", "base", "views", "backbone", "adapters", "heads"),
@@ -26,7 +26,7 @@ ORDER = [
     *("ppo_log", "ptx", "minibatches", "watch", "steering", "ppo_optimizer", "ppo_trainer", "ppo"),
     *("controls", "group_trainers", "dpo", "best_of_n", "evaluate"),
     *("plots", "card_text", "card_facts", "card_limits", "card_training", "card_code", "card"),
-    *("staging", "hub", "pipeline", "compare", "summary", "findings", "doctor"),
+    *("staging", "hub", "checks", "pipeline", "compare", "summary", "findings", "doctor"),
     *("machine", "shell", "cli", "__main__"),
 ]
 """Every room, leftmost first: a module imports only what stands before it.

@@ -212,6 +212,35 @@ def test_nulls_in_the_record_are_said_to_be_missing(run):
         assert not PLACEHOLDER.search(card.render(run(edit), role))
 
 
+def test_the_code_answers_as_long_as_was_evaluated(run):
+    assert "max_new_tokens=29" in pythons(card.render(run(), "policy"))[0]
+    record = run(lambda data: data["stages"]["evaluate"].pop("max_new_tokens"))
+    assert "max_new_tokens=24" in pythons(card.render(record, "policy"))[0]
+
+
+def test_defaults_that_took_effect_are_told(run):
+    for role, title in (("sft", "Supervised fine-tuning"), ("reward", "Reward model"),
+                        ("policy", "Reinforcement learning")):  # fmt: skip
+        stage = "ppo" if role == "policy" else role
+        for key in RECORD["stages"][stage]["args"]:
+            assert f"{key} " in section(card.render(run(), role), title)
+    assert "lr_scheduler_type cosine" in card.render(run(), "sft")
+
+
+def test_a_stage_with_other_versions_says_so(run):
+    record = run(lambda data: data["stages"]["reward"].update(versions={"torch": "9.9"}))
+    text = section(card.render(record, "policy"), "How to reproduce")
+    assert "Another version: `torch==9.9` in reward" in text
+
+
+def test_a_run_without_a_reward_model_says_why(run):
+    record = run()
+    record.data["stages"]["reward"] = {"status": "done", "skipped": "the reward is gold"}
+    text = card.render(record, "policy")
+    assert section(text, "Reward model").strip() == "There is none: the reward is gold."
+    assert "stages run: sft, ppo" in text
+
+
 def test_an_unknown_role_is_refused(run):
     with pytest.raises(UsageError, match="one of policy"):
         card.render(run(), "judge")

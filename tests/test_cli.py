@@ -160,14 +160,21 @@ def test_dry_run_prints_a_recipe_that_loads_again(recipe, tmp_path):
 def test_dry_run_masks_secrets(recipe):
     result = invoke(
         "run", recipe, "--dry-run",
-        "--set", "ppo.args.hub_token=hf_abcdefghijklmnop",
+        "--set", "ppo.args.project=hf_abcdefghijklmnop",
         "--set", "card.authors=hf_qrstuvwxyz012345",
-        "--set", "sft.args.api_key=sk-1234",
+        "--set", "sft.args.optim_args=sk-abcdef1234567890abcd",
     )  # fmt: skip
     assert result.exit_code == 0
     assert "***" in result.stdout
-    for secret in ("hf_", "sk-1234"):
+    for secret in ("hf_", "sk-abcdef"):
         assert secret not in result.output
+
+
+def test_dry_run_refuses_args_that_no_stage_could_take(recipe):
+    result = invoke("run", recipe, "--set", "ppo.args.learning_rat=1", "--dry-run")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "ppo.args.learning_rat: TRL's GRPOConfig has no such field" in result.stderr
+    assert "did you mean 'learning_rate'?" in result.stderr
 
 
 def test_run_passes_on_what_was_given(recipe, fake, tmp_path, monkeypatch):
@@ -407,8 +414,10 @@ def test_verdict_names_its_judge():
 # --- verbs over runs -----------------------------------------------------------------------------
 
 
-def test_card_is_written_again(finished):
-    finished.data["files"] = {"adapters/policy/README.md": "stale"}
+@pytest.mark.parametrize("sealed", [True, False])
+def test_card_is_written_again(finished, sealed):
+    """A run that was stopped before it was sealed can be pushed after this."""
+    finished.data["files"] = {"adapters/policy/README.md": "stale"} if sealed else {}
     finished.save()
     result = invoke("card", finished.folder)
     assert result.exit_code == 0, result.output

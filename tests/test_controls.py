@@ -77,7 +77,8 @@ def test_the_record_says_what_was_done(finished):
     assert entry["identities"]["kl_at_start"] == 0
     assert entry["identities"]["only_policy_moved"] == 1
     assert entry["identities"]["reference_tensors_tied"] > 0
-    assert entry["settings"]["learning_rate"] == ARGS["learning_rate"]
+    rate = 5e-5 if name == "dpo" else ARGS["learning_rate"]
+    assert entry["args"]["learning_rate"] == rate
     lines = record.metrics(name)
     assert len(lines) == 2  # two updates; or one epoch over 8 comparisons, 4 at a time
     assert all(math.isfinite(line["policy/grad_norm"]) for line in lines)
@@ -202,11 +203,11 @@ def test_its_own_section_wins(tmp_path):
     assert controls.longest(asked, record) == 5 and controls.sampled_tokens(asked, record) == 6
 
 
-def test_dpo_has_ppos_batches_and_its_own_beta(tmp_path):
+def test_dpo_has_ppos_batches_its_own_beta_and_rate(tmp_path):
     asked = recipe("dpo", {"num_train_epochs": 3}, beta=0.3)
     found = dpo.arguments(asked, Record.open(tmp_path / "run", asked))
     assert (found.beta, found.num_train_epochs) == (0.3, 3)
-    assert found.learning_rate == ARGS["learning_rate"] and found.disable_dropout
+    assert found.learning_rate == 5e-5 and found.disable_dropout  # its own: not PPO's
     assert found.per_device_train_batch_size == 4 and found.max_length == asked.data.max_tokens
 
 

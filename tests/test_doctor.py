@@ -86,6 +86,7 @@ def test_an_untrained_reward_model(tmp_path):
     assert found.stage == "reward" and "8e-13" in found.what
 
 
+@pytest.mark.slow
 def test_a_reward_that_pays_for_length(tmp_path):
     record = broken_runs.run(
         tmp_path, "reward.args.num_train_epochs=4", "ppo.args.learning_rate=3e-3", "ppo.updates=14",
@@ -115,6 +116,7 @@ def test_the_same_with_several_epochs_shows_in_ratios(healthy):
     assert not {"clip_fraction", "update_too_large", "ratio_max"} & set(names(record))
 
 
+@pytest.mark.slow
 def test_no_kl_penalty(healthy):
     record = continued(
         healthy, "free", "ppo.kl_coef=0.0", "ppo.args.learning_rate=5e-3", "ppo.updates=12"

@@ -13,6 +13,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -387,6 +388,55 @@ def test_preflight_refuses_before_hours_of_training(server, here, sections, matc
     with pytest.raises(HubError, match=match):
         hub.preflight(recipe(**sections))
     assert not writes(server)
+
+
+def test_preflight_says_how_a_local_base_gets_there(server, here):
+    wanted = recipe(hub={"policy": "acme/p"}, model={"id": "tiny"})
+    with pytest.raises(HubError, match="train without `hub:` first"):
+        hub.preflight(wanted)
+
+
+def test_preflight_knows_the_base_that_was_pushed(run, server, here):
+    wanted = recipe(hub={"policy": "acme/p"}, model={"id": "tiny"})
+    assert hub.preflight(wanted, run) == []  # the record names acme/base
+    run.data["model"]["hub_id"] = None
+    with pytest.raises(HubError, match="--base org/name"):
+        hub.preflight(wanted, run)
+
+
+def test_preflight_asks_nothing_for_what_is_pushed_already(run, server, here, monkeypatch):
+    hub.push(run, "policy", "acme/p")
+    asked = len(server.requests)
+    monkeypatch.delenv("HF_TOKEN")
+    assert hub.preflight(recipe(hub={"policy": "acme/p"}), Record.read(run.folder)) == []
+    assert len(server.requests) == asked
+    with pytest.raises(HubError, match="no token"):
+        hub.preflight(recipe(hub={"policy": "acme/other"}), run)
+
+
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [({"license": "mit"}, "mit"), ({"license": "other", "license_name": "own"}, "own"),
+     ({"license": "other"}, "other"), ({"license": ["a", "b"]}, None), ({}, None), (None, None)],
+)  # fmt: skip
+def test_the_licence_of_a_base_is_that_of_its_card(server, here, monkeypatch, card, licence):
+    asked = []
+
+    def model_info(self, repo_id, **options):
+        asked.append((repo_id, options["revision"]))
+        return SimpleNamespace(card_data=card, private=False)
+
+    monkeypatch.setattr(hub.HfApi, "model_info", model_info)
+    assert hub.base_licence({"id": "acme/base", "revision": "c0ffee"}) == licence
+    assert asked == [("acme/base", "c0ffee")]
+
+
+def test_a_licence_that_cannot_be_had_is_none(server, here, monkeypatch):
+    assert hub.base_licence({"id": "acme/nowhere", "revision": None}) is None
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    asked = len(server.requests)
+    assert hub.base_licence({"id": "acme/base", "revision": None}) is None
+    assert len(server.requests) == asked
 
 
 def test_preflight_without_a_token_or_with_one_that_reads(server, here, monkeypatch):

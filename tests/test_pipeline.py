@@ -4,15 +4,18 @@
 import json
 import os
 import runpy
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import lora_rlhf
-from lora_rlhf import pipeline, ppo_trainer, reward, tiny
+from lora_rlhf import checks, pipeline, ppo_trainer, reward, tiny
 from lora_rlhf.config import load_recipe
 from lora_rlhf.errors import DataError, GateError, RecipeError, SetupError, UsageError
-from lora_rlhf.record import Record
+from lora_rlhf.progress import Progress
+from lora_rlhf.record import Record, sha256
 
 REDUCED = [
     "data.demonstrations.0.n=60", "data.comparisons.0.n=40", "data.comparisons.0.completions=3",
@@ -200,10 +203,102 @@ def test_comparisons_of_a_file_are_read_once(tmp_path: Path, monkeypatch):
     assert len(reads) == 1 and record.done("reward")
     path.write_text(path.read_text().replace("no", "nay"))
     changed = recipe(f"data.comparisons=[{{path: {path}}}]", "algorithm=dpo")
-    with pytest.raises(DataError, match="not those that the reward model learned from"):
+    with pytest.raises(DataError, match="changed since reward, which read it"):
         pipeline.run(changed, record.folder)
 
 
+@pytest.fixture
+def copied(finished: Record, tmp_path: Path, monkeypatch) -> Path:
+    """A finished run to go on with; nothing of it may need the backbone."""
+    monkeypatch.setattr(pipeline.Backbone, "load", lambda *_: pytest.fail("the base was loaded"))
+    return Path(shutil.copytree(finished.folder, tmp_path / "copy"))
+
+
+def test_a_run_stopped_while_its_cards_are_written_can_be_finished(copied, monkeypatch):
+    record = Record.read(copied)
+    del record.data["stages"]["card"]
+    record.data["files"] = {}
+    record.save()
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    for owner, name in ((pipeline.card, "write"), (Record, "seal")):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(owner, name, stop)
+            pipeline.run(recipe(), copied)
+        assert not Record.read(copied).done("card")
+    record = pipeline.run(recipe(), copied)
+    assert record.done("card") and record.data["files"]["samples.jsonl"]
+
+
+def test_a_free_key_that_changes_reaches_cards_and_seal(copied):
+    record = pipeline.run(recipe("card.title=Another name"), copied)
+    assert "# Another name" in (record.adapter("policy") / "README.md").read_text()
+    for path in (copied / "recipe.yaml", record.adapter("policy") / "README.md"):
+        assert record.data["files"][str(path.relative_to(copied))] == sha256(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["sft.args.per_device_train_batch_size=0", "reward.args.lr_scheduler_kwargs={min_lr: 1}",
+     "ppo.args.learning_rate=fast", "report_to=[foo]", "sft.args.activation_offloading=true"],
+)  # fmt: skip
+def test_bad_args_are_told_before_anything(change: str, tmp_path: Path):
+    with pytest.raises(RecipeError, match=change.split("=")[0].rsplit(".", 1)[0]):
+        pipeline.run(recipe(change), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_may_not_change_between_stages_that_read_them(tmp_path: Path):
+    def said(sha, evaluate="e"):
+        return {"sources": [{"sha256": sha}], "evaluate": {"sources": [{"sha256": evaluate}]}}
+
+    record = Record.open(tmp_path / "run", recipe())
+    record.data["data"] = {"demonstrations": said("a"), "prompts": said("a")}
+    checks.same_data(record, "demonstrations", said("b"))  # no stage has read them
+    with record.stage("sft"):
+        pass
+    checks.same_data(record, "demonstrations", said("a"))
+    checks.same_data(record, "prompts", said("b"))
+    with pytest.raises(DataError, match="data.demonstrations .* changed since sft"):
+        checks.same_data(record, "demonstrations", said("b"))
+    with pytest.raises(DataError, match="data.evaluate .* changed since sft"):
+        checks.same_data(record, "prompts", said("a", "f"))
+    with record.stage("ppo"):
+        pass
+    with pytest.raises(DataError, match="data.prompts .* changed since ppo"):
+        checks.same_data(record, "prompts", said("b"))
+
+
+def work(record: Record, asked) -> pipeline._Work:
+    made = object.__new__(pipeline._Work)
+    made.recipe, made.record, made.progress = asked, record, Progress(quiet=True)
+    made.tokenizer, made._samples, made._found = None, {}, None
+    return made
+
+
+def test_two_task_sources_get_answers_of_their_own(tmp_path: Path):
+    asked, drawn = recipe(), []
+    made = work(Record.open(tmp_path / "run", asked), asked)
+    made.backbone = SimpleNamespace(
+        encode_prompt=str, decode=str, generate=lambda ids, *_, **__: drawn.append(ids) or ids
+    )
+    assert made._sample(["a", "b"], 2, 0) == [["a", "a"], ["b", "b"]]
+    assert made._sample(["c"], 3, 0) == [["c", "c", "c"]]
+    assert made._sample(["a", "b"], 2, 0) == [["a", "a"], ["b", "b"]] and len(drawn) == 2
+
+
+def test_a_reward_model_that_nobody_needs_is_done(tmp_path: Path):
+    asked = recipe("ppo.reward=gold", "data.comparisons=[]")
+    record = Record.open(tmp_path / "run", asked)
+    work(record, asked)._reward(run=True)
+    assert record.done("reward") and "gold" in record.data["stages"]["reward"]["skipped"]
+    assert checks.finished(asked, record, "reward")
+    assert not checks.finished(recipe("data.comparisons=[]"), record, "reward")
+
+
+@pytest.mark.slow
 def test_another_seed_gives_other_numbers(finished: Record, tmp_path: Path):
     record = pipeline.run(recipe("seed=1"), tmp_path / "c", until="sft")
     assert (

@@ -137,6 +137,16 @@ def test_the_log_keeps_what_a_clock_decides_apart(clock, record):
     assert progress.step_count == 3 and "reward/score 2" in progress._line().plain
 
 
+@pytest.mark.parametrize(("steps", "per_unit", "total"), [(7, 1, 7), (12, 4, 3), (13, 4, 4)])
+def test_the_total_is_the_trainers_own(clock, record, steps, per_unit, total):
+    """Epochs may be halves, and a last window of gradients may be short."""
+    progress, _ = screen(quiet=True)
+    progress.begin("sft", 99)
+    log = StageLog(record, "sft", progress, steps_per_unit=per_unit)
+    log.on_train_begin(None, SimpleNamespace(max_steps=steps), None)
+    assert progress.total == total
+
+
 def test_what_is_no_number_is_logged_and_not_shown(clock, record):
     progress, _ = screen(quiet=True)
     progress.begin("ppo", 1)

@@ -2,12 +2,13 @@
 """A recipe's `args:` become a TRL config, or one clear error."""
 
 import dataclasses
+import json
 
 import pytest
 
-from lora_rlhf import stages
+from lora_rlhf import arguments, stages
 from lora_rlhf._trl import GRPOConfig, RewardConfig, SFTConfig
-from lora_rlhf.errors import NonFiniteError, RecipeError
+from lora_rlhf.errors import NonFiniteError, RecipeError, SetupError
 from lora_rlhf.ppo_trainer import PPOConfig
 from lora_rlhf.record import Record
 from lora_rlhf.sections import DataSection, ModelSection, Recipe
@@ -54,17 +55,17 @@ def test_checkpointing_comes_from_the_model_section(record):
     assert config.activation_checkpointing_kwargs == {"use_reentrant": False}
 
 
-@pytest.mark.parametrize("key", sorted(stages._OWNED))
+@pytest.mark.parametrize("key", sorted(arguments.OWNED))
 def test_a_key_with_another_home_is_refused_and_sent_there(key, recipe, record):
     with pytest.raises(RecipeError, match=f"ppo.args.{key} is not set there") as error:
         stages.trainer_args(recipe, record, "ppo", {}, {key: 1})
-    assert error.value.remedy == f"use {stages._OWNED[key]}"
+    assert error.value.remedy == f"use {arguments.OWNED[key]}"
 
 
 def test_every_home_exists(recipe):
     """A home that is spelt like a key is one; TRL still knows the keys that are sent away."""
     known = {f.name for config in CONFIGS.values() for f in dataclasses.fields(config)}
-    for key, home in stages._OWNED.items():
+    for key, home in arguments.OWNED.items():
         assert key in known or key == "fp16" or key == "bf16", key
         section, dot, name = home.partition(".")
         if dot:
@@ -106,6 +107,52 @@ def test_one_completion_a_prompt_fits_every_batch(batch, recipe, record):
         GRPOConfig(**merged)
     with pytest.raises(RecipeError, match="num_generations"):
         stages.build("ppo", PPOConfig, {**merged, "num_generations": 2 * batch})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("lr_scheduler_kwargs", {"min_lr": 1}), ("lr_scheduler_type", "bent"), ("optim", "magic"),
+     ("logging_strategy", 7)],
+)  # fmt: skip
+def test_what_would_fail_only_when_training_begins_fails_at_once(key, value, recipe, record):
+    merged = stages.trainer_args(recipe, record, "sft", {}, {key: value})
+    with pytest.raises(RecipeError, match=r"^sft\.args: "):
+        stages.build("sft", SFTConfig, merged)
+
+
+def test_a_trainer_that_refuses_its_arguments_is_a_recipe_error():
+    with pytest.raises(RecipeError, match=r"^reward\.args: it does not fit"):
+        with stages.complaints("held_out"):
+            raise ValueError("it does not fit\nand more")
+    with pytest.raises(RuntimeError), stages.complaints("sft"):
+        raise RuntimeError("not the recipe's fault")
+
+
+def test_trackers_are_known_and_installed(monkeypatch):
+    stages.check_trackers([])
+    with pytest.raises(RecipeError, match="no tracker 'foo'"):
+        stages.check_trackers(["foo"])
+    monkeypatch.setattr(
+        stages.integration_utils, "get_available_reporting_integrations", lambda: ["wandb"]
+    )
+    stages.check_trackers(["wandb"])
+    with pytest.raises(SetupError, match="the package of neptune is not installed"):
+        stages.check_trackers(["wandb", "neptune"])
+
+
+@pytest.mark.parametrize("stage", CONFIGS)
+def test_what_took_effect_is_told_with_its_defaults(stage, recipe, record):
+    given = {"learning_rate": 0.5, "num_train_epochs": 2.5}
+    if stage == "ppo":
+        given |= {"max_steps": 8, "num_generations": 1, "beta": 0.0}
+    merged = stages.trainer_args(recipe, record, stage, given, {})
+    told = stages.effective(stages.build(stage, CONFIGS[stage], merged))
+    assert told["learning_rate"] == 0.5 and told["adam_epsilon"] == 1e-5
+    assert told["lr_scheduler_type"] == "linear" and told["per_device_train_batch_size"] == 8
+    assert ("max_steps" in told) == (stage == "ppo") != ("num_train_epochs" in told)
+    assert ("epsilon" in told) == (stage == "ppo") and "beta" not in told
+    assert stage != "ppo" or "loss_type" not in told  # GRPO's, and PPO has its own
+    assert json.loads(json.dumps(told)) == told
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf")])

@@ -37,6 +37,7 @@ def refused(run, tmp_path, match, role="policy"):
 
 
 def resealed(run):
+    run.data["files"] = {}
     run.seal()
     return run
 
@@ -71,6 +72,24 @@ def test_a_recipe_that_changed_since_the_run(run, tmp_path):
     path = run.folder / "recipe.yaml"
     path.write_text(path.read_text() + "seed: 9\n")
     refused(run, tmp_path, "recipe.yaml is not the file")
+
+
+@pytest.mark.parametrize("name", ["samples.jsonl", "metrics.jsonl"])
+def test_what_the_card_is_made_from_must_be_what_the_run_wrote(run, tmp_path, name):
+    path = run.folder / name
+    path.write_text(path.read_text().replace("0.", "9.") + "\n")
+    refused(run, tmp_path, f"{name} is not the file")
+
+
+def test_the_published_record_tells_nothing_of_other_repositories_or_errors(run, tmp_path):
+    run.data["clock"]["pushed"] = {"reward": {"repo_id": "acme/secret-reward", "commit": "abc"}}
+    run.data["stages"]["value"] = {"status": "interrupted", "error": {"message": "in /x/y.json"}}
+    (tmp_path / "staged").mkdir()
+    staging.stage_adapter(run, "policy", "acme/p", tmp_path / "staged")
+    text = (tmp_path / "staged" / "record.json").read_text()
+    assert "secret-reward" not in text and "y.json" not in text
+    assert json.loads(text)["clock"]["metrics_sha256"]
+    assert "pushed" in run.data["clock"] and "error" in run.data["stages"]["value"]
 
 
 def test_a_missing_file(run, tmp_path):

@@ -132,7 +132,7 @@ def test_a_file_holds_one_role_even_beside_a_foreign_adapter(tmp_path):
     backbone = small.backbone("llama", *ROLES, "held_out")
     config = copy.deepcopy(backbone.views["policy"].peft_config["default"])
     backbone.views["policy"].add_adapter("ref", config)
-    backbone._activate([])
+    backbone.activate([])
     counts = {"policy": 28, "reference": 28, "reward": 29, "value": 30, "held_out": 29}
     for role, count in counts.items():
         folder = adapters.save_role(backbone, role, tmp_path / role)

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run is refused for before a folder is made, a model loaded or a stage begun."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import arguments, best_of_n, controls, dpo, group_trainers, ppo, reward, sft, stages
+from .config import Recipe
+from .errors import DataError, RecipeError, SetupError
+from .readers import ALGORITHMS
+from .record import Record
+
+_READERS: dict[str, tuple[str, ...]] = {
+    "demonstrations": ("sft", "reward"), "comparisons": ("reward", "dpo"),
+    "comparisons_held_out_model": ("reward",), "prompts": (*ALGORITHMS, "evaluate"),
+    "text": ("ppo",),
+}  # fmt: skip
+"""Set of the record -> the stages whose result depends on its rows."""
+
+
+def setup(recipe: Recipe) -> None:
+    """Refuse what cannot end well, before a folder is made or a model loaded.
+
+    Raises:
+        SetupError: Several processes, or several GPUs, of which only one would be used.
+        RecipeError: `hub:` names a repository for an adapter that this run will not have.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SetupError(
+            f"this is one of {os.environ['WORLD_SIZE']} processes (WORLD_SIZE)",
+            expected="one process: all roles share one backbone on one GPU",
+            remedy="start `lora-rlhf` itself, without torchrun or accelerate launch",
+        )
+    if torch.cuda.device_count() > 1:
+        raise SetupError(
+            f"{torch.cuda.device_count()} GPUs are visible, and only one is used",
+            expected="one visible GPU: TRL would spread the backbone over all of them",
+            remedy="choose it, for example with CUDA_VISIBLE_DEVICES=0 before the command",
+        )
+    made = {"best_of_n": set(), "ppo": {"policy", "value"}}.get(recipe.algorithm, {"policy"})
+    made -= {"value"} if recipe.ppo.value == "head" else set()
+    for role in ("policy", "value"):
+        if getattr(recipe.hub, role) and role not in made:
+            raise RecipeError(
+                f"hub.{role} is set, and {ALGORITHMS[recipe.algorithm]} trains no {role} adapter",
+                remedy=f"leave it out, or --set hub.{role}=null",
+            )
+
+
+def every_argument(recipe: Recipe, out: str | Path) -> None:
+    """Make every stage's TRL config before a folder or the backbone: `args:` must not cost hours.
+
+    Raises:
+        RecipeError: `args:` of a stage, or `report_to`, cannot be what they say.
+        SetupError: A tracker is not installed.
+    """
+    arguments.check(recipe)
+    stages.check_trackers(recipe.report_to)
+    record = Record(out, {"stages": {}})  # only its folder is asked for
+    sft.arguments(recipe, record)
+    if has_reward_model(recipe):
+        reward.arguments(recipe, record)
+    if recipe.algorithm == "best_of_n":
+        best_of_n.check(recipe)
+        controls.sampled_tokens(recipe, record)
+    else:
+        {"ppo": ppo, "dpo": dpo}.get(recipe.algorithm, group_trainers).arguments(recipe, record)
+
+
+def finished(recipe: Recipe, record: Record, stage: str) -> bool:
+    """Whether a stage need not run; a reward model that was not needed may be needed now."""
+    needed = stage == "reward" and has_reward_model(recipe)
+    return record.done(stage) and not (needed and "skipped" in record.data["stages"][stage])
+
+
+def has_reward_model(recipe: Recipe) -> bool:
+    """Whether the reward stage trains anything: not for gold without comparisons."""
+    return bool(recipe.data.comparisons) or recipe.ppo.reward == "model"
+
+
+def same_data(record: Record, name: str, report: dict[str, Any]) -> None:
+    """Refuse a set that is no longer what the finished stages that read it were made with.
+
+    Args:
+        report: What data.py says of it now.
+
+    Raises:
+        DataError: The data changed in between.
+    """
+    before = record.data["data"].get(name, {})
+    parts = {name: (before, report, _READERS[name])}
+    if "evaluate" in before or "evaluate" in report:  # every set leaves its prompts out
+        parts["evaluate"] = (
+            before.get("evaluate", {}), report.get("evaluate", {}),
+            ("sft", "reward", *ALGORITHMS, "evaluate"),
+        )  # fmt: skip
+    for part, (was, now, readers) in parts.items():
+        stage = next((s for s in readers if record.done(s)), None)
+        if before and stage and _fingerprints(was) != _fingerprints(now):
+            raise DataError(
+                f"data.{part} is not what it was: it has changed since {stage}, which read it",
+                expected="the same rows, by their sha256 in record.json",
+                remedy="put the data back as they were, or give another --out",
+            )
+
+
+def _fingerprints(report: dict[str, Any]) -> list[Any]:
+    return [source.get("sha256") for source in report.get("sources", [])]
