@@ -31,7 +31,7 @@ from lora_rlhf.data import prompts as read_prompts
 COMMON = ["threads=1", "evaluate.n=512", "data.evaluate.0.n=512"]
 LEARNED = [*COMMON, "data.comparisons.0.n=1000"]
 ALGORITHMS = ("ppo", "grpo", "rloo", "dpo", "best_of_n")
-KL_COEFS = (0.0, 0.05, 0.2)
+KL_COEFS = [0.0, 0.05, 0.2]
 LONG = 60
 LORA = {
     "fraction-1": [], "fraction-1-2": ["lora.top_fraction=0.5"],
@@ -227,7 +227,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--part", choices=PARTS, action="append", help="default: all")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--kl-coef", type=float, action="append", help="of `curves`; default: all")
     args = parser.parse_args()
+    KL_COEFS[:] = args.kl_coef or KL_COEFS
     shell.quieten()
     for part in args.part or PARTS:
         rows = [r for seed in range(args.seeds) for r in PARTS[part](seed, args.out)]
