@@ -28,8 +28,6 @@ import lora_rlhf
 from lora_rlhf import ensemble, overoptimization, pipeline, shell, tasks, tiny
 from lora_rlhf.data import prompts as read_prompts
 
-COMMON = ["threads=1", "evaluate.n=512", "data.evaluate.0.n=512"]
-LEARNED = [*COMMON, "data.comparisons.0.n=1000"]
 ALGORITHMS = ("ppo", "grpo", "rloo", "dpo", "best_of_n")
 KL_COEFS = [0.0, 0.05, 0.2]
 LONG = 60
@@ -63,19 +61,19 @@ def row(record: Any, name: str, seed: int) -> dict[str, Any]:
 def shared(seed: int, out: Path) -> Path:
     """SFT and reward model of one seed."""
     folder = out / f"seed-{seed}" / "shared"
-    one([*LEARNED, f"seed={seed}"], folder, until="reward")
+    one([f"seed={seed}"], folder, until="reward")
     return folder
 
 
 def gold(seed: int, out: Path) -> list[dict[str, Any]]:
-    sets = [*COMMON, f"seed={seed}", "ppo.reward=gold", "data.comparisons=[]", "ppo.updates=24"]
+    sets = [f"seed={seed}", "ppo.reward=gold", "data.comparisons=[]", "ppo.updates=24"]
     return [row(one(sets, out / f"seed-{seed}" / "gold"), "gold", seed)]
 
 
 def algorithms(seed: int, out: Path) -> list[dict[str, Any]]:
     start, rows = shared(seed, out), []
     for algorithm in ALGORITHMS:
-        sets = [*LEARNED, f"seed={seed}", f"algorithm={algorithm}"]
+        sets = [f"seed={seed}", f"algorithm={algorithm}"]
         rows.append(row(one(sets, out / f"seed-{seed}" / algorithm, start), algorithm, seed))
     return rows
 
@@ -83,7 +81,7 @@ def algorithms(seed: int, out: Path) -> list[dict[str, Any]]:
 def lora(seed: int, out: Path) -> list[dict[str, Any]]:
     rows = []
     for name, more in LORA.items():
-        sets = [*LEARNED, f"seed={seed}", *more]
+        sets = [f"seed={seed}", *more]
         # The whole fraction at rank 16 is the recipe itself: the PPO run of `algorithms`.
         where = out / f"seed-{seed}" / (name if more else "ppo")
         start = None if more else shared(seed, out)
@@ -94,7 +92,7 @@ def lora(seed: int, out: Path) -> list[dict[str, Any]]:
 def curves(seed: int, out: Path) -> list[dict[str, Any]]:
     start, rows = shared(seed, out), []
     for coef in KL_COEFS:
-        sets = [*LEARNED, f"seed={seed}", f"ppo.kl_coef={coef}", f"ppo.updates={LONG}",
+        sets = [f"seed={seed}", f"ppo.kl_coef={coef}", f"ppo.updates={LONG}",
                 "ppo.watch=off"]  # fmt: skip
         where = out / f"seed-{seed}" / f"long-{coef}"
         found = row(one(sets, where, start), f"long-{coef}", seed)
@@ -164,7 +162,9 @@ def draw(rows: list[dict[str, Any]], found: dict[str, Any], path: Path) -> None:
     import numpy as np
 
     names = list(found)
-    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.6), sharey=True)
+    size = (4 * len(names), 3.6)
+    figure, grid = plt.subplots(1, len(names), figsize=size, sharey=True, squeeze=False)
+    axes = list(grid[0])
     for axis, name in zip(axes, names, strict=True):
         for kind, colour in (("proxy", "tab:blue"), ("gold", "tab:orange")):
             points = [p for r in rows if r["name"] == name for p in r["curve"]]
