@@ -249,6 +249,6 @@ def refuse(reason: str) -> GateError:
     return GateError(
         f"the reward model may not be optimised against: {reason}",
         expected="held-out accuracy whose 95 % interval excludes 0.5, and more than length",
-        remedy="mend the comparisons or train longer; `reward.gate: warn` goes on, and the card "
-        "says so",
+        remedy="mend the comparisons or train longer, in a new --out (this run keeps its reward "
+        "model); `reward.gate: warn` goes on here, and the card says so",
     )
