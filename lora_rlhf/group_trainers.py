@@ -22,7 +22,7 @@ from . import controls, guards, heads, ppo, ppo_log
 from ._trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from .backbone import Backbone
 from .config import Recipe
-from .errors import DataError, NonFiniteError, RecipeError
+from .errors import RecipeError
 from .metrics import repetition
 from .minibatches import model_inputs
 from .objectives import kl_estimates, masked_mean
@@ -63,22 +63,14 @@ def run(
         functions, weights = ppo.rewards(recipe, backbone, prompts)
         functions.append(_missing_eos(backbone, recipe.ppo.missing_eos_penalty))
         args.reward_weights = [*weights, 1.0]
-        per_update = _per_update(args)
+        per_update = ppo.steps_per_update(args)
         with backbone.training("policy"):
             log = StageLog(record, name, progress, steps_per_unit=per_update)
             with complaints(name):
                 trainer = _KINDS[name][1](
                     backbone, args, functions, prompts, progress, callbacks=[log]
                 )
-            sample = [backbone.encode_prompt(p) for p in prompts[:4]["prompt"]]
-            trainer.identities["sampler_difference"] = guards.sampler_agrees(
-                backbone, sample, trainer.generation_config, args.temperature
-            )
-            progress.begin(name, args.max_steps // per_update)
-            try:
-                result = trainer.train()
-            finally:
-                progress.end()
+            result = ppo.train(trainer, name, args.max_steps // per_update, prompts)
         check_finite(name, result.training_loss)
         updates = trainer.state.global_step // per_update
         entry |= {
@@ -89,10 +81,7 @@ def run(
             "optimizer_steps": trainer.state.global_step, "identities": trainer.identities,
             "args": effective(args),
         }  # fmt: skip
-        lines = record.metrics(name)
-        if lines and "kl/sequence" in lines[-1]:
-            entry["kl_last"] = lines[-1]["kl/sequence"]
-        entry |= controls.save_policy(backbone, record)
+        entry |= ppo.last_kl(record, name) | controls.save_policy(backbone, record)
 
 
 def check(recipe: Recipe, record: Record, prompts: Dataset) -> Any:
@@ -104,12 +93,7 @@ def check(recipe: Recipe, record: Record, prompts: Dataset) -> Any:
     """
     args = arguments(recipe, record)
     controls.enough(recipe.algorithm, prompts, args.generation_batch_size // args.num_generations)
-    checkable = "item" in prompts.column_names and all(prompts["item"])
-    if recipe.ppo.reward == "gold" and not checkable:
-        raise DataError(
-            "ppo.reward is gold, and these prompts have no checker",
-            expected="prompts of `task: closed-world`", remedy="set ppo.reward to model",
-        )  # fmt: skip
+    ppo.require_checker(recipe, prompts)
     return args
 
 
@@ -150,11 +134,6 @@ def arguments(recipe: Recipe, record: Record) -> Any:
         "max_steps": updates * per_update, "logging_steps": per_update,
         "logging_first_step": False,
     })  # fmt: skip
-
-
-def _per_update(args: Any) -> int:
-    """Optimizer steps of one rollout."""
-    return int(args.num_iterations * args.steps_per_generation // args.gradient_accumulation_steps)
 
 
 def _missing_eos(backbone: Backbone, penalty: float) -> Callable[..., list[float]]:
@@ -214,17 +193,7 @@ class _OnBackbone(_Base):
         rewards: Tensor = super()._calculate_rewards(
             asked, prompts, completions, completion_ids_list
         )
-        weights = self.reward_weights.to(rewards.device)
-        used = torch.where(weights != 0, rewards * weights, 0.0)
-        bad = (~torch.isfinite(used.sum(dim=1))).nonzero().flatten().tolist()
-        if bad:  # TRL would take a NaN for 0
-            raise NonFiniteError(
-                f"the reward of {len(bad)} episodes is not a number; the first prompt is "
-                f"{str(prompts[bad[0]])[:200]!r}",
-                expected="a finite number per completion",
-                remedy="mend the reward function or the reward model",
-            )
-        scores_b = used[:, :-1].sum(dim=1)
+        scores_b = guards.weighted_rewards(rewards, self.reward_weights, prompts)[:, :-1].sum(dim=1)
         shares = [share for share in repetition(completion_ids_list) if share is not None]
         ended = [bool(ids) and ids[-1] in self.eos_token_ids for ids in completion_ids_list]
         self._note({

@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 from . import heads
 from .backbone import REWARDS, Backbone
 from .base import pad_left
-from .errors import GateError, IdentityError
+from .errors import GateError, IdentityError, NonFiniteError
 from .objectives import masked_mean
 
 RATIO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
@@ -242,6 +242,25 @@ def _lies_above(bound: float, estimate: dict[str, Any]) -> bool:
 def _lies_below(bound: float, estimate: dict[str, Any]) -> bool:
     """Whether the whole interval lies below `bound`; never without an interval."""
     return estimate["high"] is not None and estimate["high"] < bound
+
+
+def weighted_rewards(rewards_bf: Tensor, weights_f: Tensor, prompts: list[Any]) -> Tensor:
+    """What each of F reward functions adds to an episode's score, (B, F); a weight of 0 only logs.
+
+    Raises:
+        NonFiniteError: A score is no number, naming the prompt; TRL would take a NaN for 0.
+    """
+    weights_f = weights_f.to(rewards_bf.device)
+    used_bf = torch.where(weights_f != 0, rewards_bf * weights_f, 0.0)
+    bad = (~torch.isfinite(used_bf.sum(dim=1))).nonzero().flatten().tolist()
+    if bad:
+        raise NonFiniteError(
+            f"the reward of {len(bad)} episodes is not a number; the first prompt is "
+            f"{str(prompts[bad[0]])[:200]!r}",
+            expected="a finite number per completion",
+            remedy="mend the reward function or the reward model",
+        )
+    return used_bf
 
 
 def refuse(reason: str) -> GateError:

@@ -88,9 +88,7 @@ def run(
         args = check(recipe, record, prompts)
         start_roles(backbone, recipe)
         functions, args.reward_weights = rewards(recipe, backbone, prompts)
-        per_update = (
-            args.num_iterations * args.steps_per_generation // args.gradient_accumulation_steps
-        )
+        per_update = steps_per_update(args)
         with backbone.training("policy", "value"):
             mix = _text_mix(recipe, backbone, args, text)
             log = StageLog(record, "ppo", progress, steps_per_unit=per_update)
@@ -98,15 +96,7 @@ def run(
                 trainer = PPOTrainer(
                     backbone, args, recipe.ppo, functions, prompts, progress, [log], mix
                 )
-            sample = [backbone.encode_prompt(p) for p in prompts[:4]["prompt"]]
-            trainer.identities["sampler_difference"] = guards.sampler_agrees(
-                backbone, sample, trainer.generation_config, args.temperature
-            )
-            progress.begin("ppo", recipe.ppo.updates)
-            try:
-                trainer.train()
-            finally:
-                progress.end()
+            train(trainer, "ppo", recipe.ppo.updates, prompts)
             trainer.steering.finish()
         updates = trainer.state.global_step // per_update
         entry |= {
@@ -115,13 +105,42 @@ def run(
             "optimizer_steps": trainer.state.global_step, "identities": trainer.identities,
             **({"steering": trainer.steering.entry} if trainer.steering.entry else {}),
         }  # fmt: skip
-        lines = record.metrics("ppo")
-        if lines and "kl/sequence" in lines[-1]:
-            entry["kl_last"] = lines[-1]["kl/sequence"]
+        entry |= last_kl(record, "ppo")
         roles = [("policy", "adapter_sha256"), ("value", "value_adapter_sha256")]
         for role, key in roles if backbone.has("value") else roles[:1]:
             folder = adapters.save_role(backbone, role, record.adapter(role))
             entry[key] = sha256(folder / "adapter_model.safetensors")
+
+
+def train(trainer: Any, stage: str, updates: int, prompts: Dataset) -> Any:
+    """Check the sampler against the trainer, then train, with progress; for any rollout trainer.
+
+    Args:
+        trainer: Of PPO, GRPO or RLOO on our backbone.
+
+    Raises:
+        IdentityError: The sampler's log-probs are not the trainer's.
+    """
+    sample = [trainer.backbone.encode_prompt(p) for p in prompts[:4]["prompt"]]
+    trainer.identities["sampler_difference"] = guards.sampler_agrees(
+        trainer.backbone, sample, trainer.generation_config, trainer.args.temperature
+    )
+    trainer.progress.begin(stage, updates)
+    try:
+        return trainer.train()
+    finally:
+        trainer.progress.end()
+
+
+def steps_per_update(args: Any) -> int:
+    """Optimizer steps that one rollout is used for."""
+    return int(args.num_iterations * args.steps_per_generation // args.gradient_accumulation_steps)
+
+
+def last_kl(record: Record, stage: str) -> dict[str, float]:
+    """`kl_last` for a stage's entry, where its log has one."""
+    lines = record.metrics(stage)
+    return {"kl_last": lines[-1]["kl/sequence"]} if lines and "kl/sequence" in lines[-1] else {}
 
 
 def _text_mix(
@@ -147,12 +166,21 @@ def check(recipe: Recipe, record: Record, prompts: Dataset) -> PPOConfig:
             f"{len(prompts)} prompts", expected=f"at least {needed}, one rollout",
             remedy="give more prompts, or lower ppo.args.steps_per_generation",
         )  # fmt: skip
+    require_checker(recipe, prompts)
+    return args
+
+
+def require_checker(recipe: Recipe, prompts: Dataset) -> None:
+    """Refuse a gold reward on prompts that no task made.
+
+    Raises:
+        DataError: With what to change.
+    """
     if recipe.ppo.reward == "gold" and not _checkable(prompts):
         raise DataError(
             "ppo.reward is gold, and these prompts have no checker",
             expected="prompts of `task: closed-world`", remedy="set ppo.reward to model",
         )  # fmt: skip
-    return args
 
 
 def load(backbone: Backbone, record: Record) -> None:

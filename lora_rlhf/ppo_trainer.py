@@ -64,6 +64,7 @@ class PPOTrainer(GRPOTrainer):
     _tag_names = ["lora-rlhf", "ppo"]
     _name = "PPO"
     optimizer: torch.optim.Optimizer | None
+    lr_scheduler: Any
     _buffered_inputs: list[dict[str, Any]] | None
 
     def __init__(
@@ -126,17 +127,7 @@ class PPOTrainer(GRPOTrainer):
     ) -> Tensor:
         self.progress.phase("score")
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        weights = self.reward_weights.to(rewards.device)
-        # A weight of 0 is for logging: its NaN (not applicable) must not reach the score.
-        self._scores_b = torch.where(weights != 0, rewards * weights, 0.0).sum(dim=1)
-        bad = (~torch.isfinite(self._scores_b)).nonzero().flatten().tolist()
-        if bad:
-            raise NonFiniteError(
-                f"the reward of {len(bad)} episodes is not a number; the first prompt is "
-                f"{str(prompts[bad[0]])[:200]!r}",
-                expected="a finite number per completion",
-                remedy="mend the reward function or the reward model",
-            )
+        self._scores_b = guards.weighted_rewards(rewards, self.reward_weights, prompts).sum(dim=1)
         return rewards
 
     @torch.no_grad()
@@ -364,7 +355,7 @@ class PPOTrainer(GRPOTrainer):
         if self.args.lr_scheduler_type != "constant_with_warmup" or not warmup:
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
-            self.lr_scheduler = ppo_optimizer.warm_up(optimizer or self.optimizer, warmup)
+            self.lr_scheduler = ppo_optimizer.warm_up(optimizer or self.create_optimizer(), warmup)
         return self.lr_scheduler
 
     # ------------------------------------------------------------------ logging
