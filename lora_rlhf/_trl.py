@@ -57,6 +57,7 @@ SUPPORTED = ("1.16",)
 SEAMS: dict[type, dict[str, tuple[str, ...]]] = {
     GRPOTrainer: {
         "_generate": ("prompts",),
+        "_generate_single_turn": ("prompt_ids",),
         "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
         "_generate_and_score_completions": ("inputs",),
         "_prepare_inputs": ("generation_batch",),

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,10 +27,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from . import sampler
 from .base import BaseModel
 from .errors import AdapterError
 from .fingerprints import fingerprint
-from .views import build_view, head_wrapper, tensor_bytes, to_head_dtype
+from .views import build_view, head_wrapper, held_tensors, tensor_bytes, to_head_dtype
 
 MEMBERS = ("reward", *(f"reward_{i}" for i in range(1, 16)))
 """The roles of a reward ensemble, in order; without one there is only the first."""
@@ -63,10 +63,10 @@ class Backbone(BaseModel):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        count = math.ceil(len(self.layers) * self.lora_section.top_fraction)
-        self.adapted_layers = list(range(len(self.layers) - count, len(self.layers)))
         self._trainable: frozenset[str] = frozenset()
         self._bare_value: nn.Linear | None = None
+        # Found by walks over all modules; asked for at every switch and optimizer step.
+        self._known: dict[str, list[Any]] = {}
 
     # ------------------------------------------------------------------ roles
 
@@ -117,6 +117,7 @@ class Backbone(BaseModel):
             # Inside the policy's module tree the optimizer, zero_grad and state all see it.
             self.views["policy"].add_module("value_head", self.head("value"))
         # PEFT has just switched gradients and active adapters as it sees fit: back to the declared.
+        self._known.clear()
         self.activate([])
         self._apply_trainable()
         if copy_from is not None:
@@ -137,6 +138,11 @@ class Backbone(BaseModel):
 
     def role_parameters(self, role: str) -> list[tuple[str, nn.Parameter]]:
         """Names (as PEFT saves them, without the adapter's name) and parameters of one role."""
+        if role not in self._known:
+            self._known[role] = self._find_parameters(role)
+        return self._known[role]
+
+    def _find_parameters(self, role: str) -> list[tuple[str, nn.Parameter]]:
         if role == "value" and self._bare_value is not None:
             return [(f"value_head.{n}", p) for n, p in self._bare_value.named_parameters()]
         adapter, found = ADAPTERS[role], []
@@ -174,6 +180,7 @@ class Backbone(BaseModel):
 
         It starts as the reward role's head and offset, or at 0, and belongs to the policy's view.
         """
+        self._known.clear()
         hidden = self.causal.get_output_embeddings().weight.shape[1]
         self._bare_value = nn.Linear(hidden, 1, device=self.device, dtype=torch.float32)
         with torch.no_grad():
@@ -186,6 +193,7 @@ class Backbone(BaseModel):
 
     def drop_value(self) -> None:
         """Forget the value, whichever of its two forms it has."""
+        self._known.clear()
         if self._bare_value is not None:
             self._bare_value = None
             del self.views["policy"].value_head
@@ -202,6 +210,7 @@ class Backbone(BaseModel):
     def drop_role(self, role: str) -> None:
         """Forget a role's adapter and head, freeing their memory."""
         _forget(self.views.pop(role), ADAPTERS[role])
+        self._known.clear()
         if role == "value" and self.has("policy"):
             del self.views["policy"].value_head
         self.reward_offset.pop(role, None)
@@ -239,7 +248,9 @@ class Backbone(BaseModel):
         return next((role for role, name in ADAPTERS.items() if (name,) == names), None)
 
     def _lora_layers(self) -> list[BaseTunerLayer]:
-        return [m for m in self.decoder.modules() if isinstance(m, BaseTunerLayer)]
+        if "" not in self._known:
+            self._known[""] = [m for m in self.decoder.modules() if isinstance(m, BaseTunerLayer)]
+        return self._known[""]
 
     def activate(self, names: list[str]) -> None:
         """Make these adapters the layers' active ones, and nothing else; prefer `role`."""
@@ -348,7 +359,7 @@ class Backbone(BaseModel):
                 # PEFT keeps the head as it was, beside the one that is trained.
                 own += head_wrapper(self.views[role]).original_module.parameters()
             roles[role] = tensor_bytes([p.data for p in own])
-        backbone = tensor_bytes([t for p in shared.values() for t in _tensors(p)])
+        backbone = tensor_bytes([t for p in shared.values() for t in held_tensors(p)])
         return {"backbone": backbone, "roles": roles, "total": backbone + sum(roles.values())}
 
     def describe_lora(self) -> dict[str, Any]:
@@ -372,12 +383,13 @@ class Backbone(BaseModel):
         seed: int = 0,
         batch_size: int = 64,
     ) -> list[list[int]]:
-        """Completions as `role`, None being the base model; the rest as `BaseModel.sample`."""
+        """Completions as `role`, None being the base model; the rest as `sampler.sample`."""
         with self.role(role):
-            return self.sample(
-                prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+            found = sampler.sample(
+                self, prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
                 batch_size=batch_size,
             )  # fmt: skip
+        return [sampled.ids for sampled in found]
 
 
 def _forget(view: PeftModel, adapter: str) -> None:
@@ -385,13 +397,3 @@ def _forget(view: PeftModel, adapter: str) -> None:
     if view.peft_config:
         # The view lives on for its other role; PEFT looks its configuration up by this name.
         view.active_adapter = view.base_model.active_adapter = next(iter(view.peft_config))
-
-
-def _tensors(parameter: nn.Parameter) -> list[torch.Tensor]:
-    """A parameter and, in 4 bits, the scales and codes that it is read with."""
-    found = [parameter.data]
-    state = getattr(parameter, "quant_state", None)
-    while state is not None:
-        found += [t for t in vars(state).values() if isinstance(t, torch.Tensor)]
-        state = state.state2
-    return found

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -19,7 +19,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -53,6 +52,8 @@ class BaseModel:
 
     def __post_init__(self) -> None:
         self.layers = decoder_layers(self.causal)
+        count = math.ceil(len(self.layers) * self.lora_section.top_fraction)
+        self.adapted_layers = list(range(len(self.layers) - count, len(self.layers)))
         self.target_modules = linear_names(self.layers, self.lora_section.target_modules)
         self.fingerprint = fingerprint(self.causal)
         self.causal.requires_grad_(False)
@@ -162,69 +163,6 @@ class BaseModel:
         """Everything up to the first eos."""
         ends = [ids.index(eos) for eos in self.eos_ids if eos in ids]
         return ids[: min(ends) + 1] if ends else ids
-
-    @torch.no_grad()
-    def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-        batch_size: int,
-    ) -> list[list[int]]:
-        """Completions of whatever is active, without padding, the eos included where it came.
-
-        Args:
-            prompts: Ids of each prompt.
-            max_new_tokens: Longest completion.
-            temperature: 0 is greedy; otherwise plain sampling, no top-k, no top-p.
-            seed: Of the sampling; the global random state is left as it was.
-            batch_size: Prompts at once.
-        """
-        out: list[list[int]] = []
-        config = GenerationConfig(
-            max_new_tokens=max_new_tokens, do_sample=temperature > 0,
-            temperature=temperature if temperature > 0 else None, top_k=0, top_p=1.0,
-            repetition_penalty=1.0, disable_compile=True, eos_token_id=self.eos_ids,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )  # fmt: skip
-        with _seeded(seed, self.device), self._plain_generation():
-            for start in range(0, len(prompts), batch_size):
-                ids, mask = pad_left(
-                    prompts[start : start + batch_size], self.tokenizer.pad_token_id
-                )
-                sequences = self.causal.generate(
-                    input_ids=ids.to(self.device), attention_mask=mask.to(self.device),
-                    generation_config=config,
-                )  # fmt: skip
-                out += [self.cut_at_eos(row.tolist()) for row in sequences[:, ids.shape[1] :].cpu()]
-        return out
-
-    @contextlib.contextmanager
-    def _plain_generation(self) -> Iterator[None]:
-        """Without the base's own generation config, whose every unset field `generate` takes over.
-
-        A `min_p` or `suppress_tokens` there would truncate what is sampled, while log-probs and KL
-        are those of the whole distribution.
-        """
-        own = self.causal.generation_config
-        self.causal.generation_config = GenerationConfig(
-            eos_token_id=own.eos_token_id, bos_token_id=own.bos_token_id,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )  # fmt: skip
-        try:
-            yield
-        finally:
-            self.causal.generation_config = own
-
-
-@contextlib.contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
 
 
 def pick_device() -> torch.device:

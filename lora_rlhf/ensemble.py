@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 from . import heads
 from .backbone import MEMBERS, Backbone
@@ -68,14 +69,19 @@ def scores(
     episodes: Sequence[Episode],
     section: RewardSection,
     batch_size: int = 32,
+    states: Sequence[Tensor] | None = None,
 ) -> Scores:
     """As `rewards_of`, with the standard deviation over members; 0 where one model scores."""
-    each = member_scores(backbone, episodes, roles(section), batch_size)
+    each = member_scores(backbone, episodes, roles(section), batch_size, states)
     return Scores(combine(each, section).tolist(), each.std(axis=0).tolist())
 
 
 def member_scores(
-    backbone: Backbone, episodes: Sequence[Episode], members: Sequence[str], batch_size: int = 32
+    backbone: Backbone,
+    episodes: Sequence[Episode],
+    members: Sequence[str],
+    batch_size: int = 32,
+    states: Sequence[Tensor] | None = None,
 ) -> Floats:
     """(M, N) rewards of N episodes by each of these roles, its own offset added."""
     missing = [role for role in members if not backbone.has(role)]
@@ -86,7 +92,7 @@ def member_scores(
             remedy="load the run with the recipe that it was trained with",
         )
     return np.array([
-        np.array(heads.scores(backbone, episodes, role, batch_size))
+        np.array(heads.scores(backbone, episodes, role, batch_size, states))
         + backbone.reward_offset.get(role, 0.0)
         for role in members
     ])  # fmt: skip

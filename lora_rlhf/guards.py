@@ -107,14 +107,22 @@ def sampler_agrees(
         full = torch.cat([mask, valid.to(mask.dtype)], dim=1)
         trained, _ = heads.completion_logprobs(backbone, out.sequences, full, tokens, temperature)
     backbone.causal.train(was_training)
-    worst = _typical((sampled - trained).abs(), valid, backbone.causal.dtype)
-    if not worst <= SAMPLER_TOLERANCE[backbone.causal.dtype]:
+    return sampler_is_the_policy((sampled - trained).abs()[valid], backbone.causal.dtype)
+
+
+def sampler_is_the_policy(difference: Tensor, dtype: torch.dtype) -> float:
+    """|log-prob while sampling less that of the training forward| over tokens, as one number.
+
+    Raises:
+        IdentityError: Padding, positions, temperature or a logits processor differ between the two.
+    """
+    worst = _typical(difference, torch.ones_like(difference), dtype)
+    if not worst <= SAMPLER_TOLERANCE[dtype]:
         raise IdentityError(
             f"the sampler's log-probs differ from the trainer's by {worst:.3g} nats",
-            expected=f"at most {SAMPLER_TOLERANCE[backbone.causal.dtype]} in "
-            f"{backbone.causal.dtype}",
-            remedy="stage at fault: rollout. Padding side, positions, temperature, or a processor "
-            "in the base model's generation config",
+            expected=f"at most {SAMPLER_TOLERANCE[dtype]} in {dtype}",
+            remedy="stage at fault: rollout. Dropout, padding side, positions, temperature, or a "
+            "processor in the base model's generation config",
         )
     return worst
 

@@ -20,8 +20,18 @@ def model_inputs(batch: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
     return ids, mask, batch["completion_ids"].shape[1]
 
 
+def trunk_states(batch: dict[str, Any], device: torch.device) -> Tensor | None:
+    """What leaves the trunk for prompt and completion, (B, L, H), where the rollout keeps it."""
+    if "prompt_states" not in batch:
+        return None
+    return torch.cat([batch["prompt_states"], batch["completion_states"]], dim=1).to(device)
+
+
 def split(rollout: dict[str, Tensor], micro_batches: int, window: int) -> list[dict[str, Any]]:
     """One epoch's micro-batches, in a fresh order.
+
+    Which episodes share an optimizer step is drawn; inside it they are sorted by length, which
+    changes nothing but the padding.
 
     Args:
         rollout: Tensors of N episodes, on the first dimension.
@@ -30,6 +40,10 @@ def split(rollout: dict[str, Tensor], micro_batches: int, window: int) -> list[d
             its whole window: dividing by them makes gradient accumulation exact.
     """
     order = torch.randperm(rollout["prompt_ids"].shape[0])
+    if window > 1:
+        length = rollout["prompt_mask"].sum(dim=1) + rollout["completion_mask"].sum(dim=1)
+        steps = order.split(window * len(order) // micro_batches)
+        order = torch.cat([i[length.cpu()[i].argsort(stable=True)] for i in steps])
     shuffled = {k: v[order.to(v.device)] for k, v in rollout.items()}
     batches: list[dict[str, Any]] = split_tensor_dict(shuffled, micro_batches)
     for start in range(0, len(batches), window):

@@ -121,10 +121,11 @@ def train(trainer: Any, stage: str, updates: int, prompts: Dataset) -> Any:
     Raises:
         IdentityError: The sampler's log-probs are not the trainer's.
     """
-    sample = [trainer.backbone.encode_prompt(p) for p in prompts[:4]["prompt"]]
-    trainer.identities["sampler_difference"] = guards.sampler_agrees(
-        trainer.backbone, sample, trainer.generation_config, trainer.args.temperature
-    )
+    if not getattr(trainer, "samples_itself", False):  # else its first rollout is checked
+        sample = [trainer.backbone.encode_prompt(p) for p in prompts[:4]["prompt"]]
+        trainer.identities["sampler_difference"] = guards.sampler_agrees(
+            trainer.backbone, sample, trainer.generation_config, trainer.args.temperature
+        )
     trainer.progress.begin(stage, updates)
     try:
         return trainer.train()
@@ -261,10 +262,13 @@ def rewards(
 
     apart: list[float] = []
 
-    def model(completion_ids: Any, prompt_ids: Any, **_: Any) -> list[float]:
+    def model(
+        completion_ids: Any, prompt_ids: Any, trunk_states: Any = None, **_: Any
+    ) -> list[float]:
         found = ensemble.scores(
-            backbone, list(zip(prompt_ids, completion_ids, strict=True)), recipe.reward
-        )
+            backbone, list(zip(prompt_ids, completion_ids, strict=True)), recipe.reward,
+            states=trunk_states,
+        )  # fmt: skip
         apart[:] = found.std
         return found.rewards
 
@@ -278,9 +282,11 @@ def rewards(
             for i, text in zip(item, texts, strict=True)
         ]
 
-    def held_out(completion_ids: Any, prompt_ids: Any, **_: Any) -> list[float]:
+    def held_out(
+        completion_ids: Any, prompt_ids: Any, trunk_states: Any = None, **_: Any
+    ) -> list[float]:
         episodes = list(zip(prompt_ids, completion_ids, strict=True))
-        [scores] = ensemble.member_scores(backbone, episodes, ["held_out"])
+        [scores] = ensemble.member_scores(backbone, episodes, ["held_out"], states=trunk_states)
         return [float(score) for score in scores]
 
     functions: list[RewardFunction] = [gold if recipe.ppo.reward == "gold" else model]

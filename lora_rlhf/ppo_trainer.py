@@ -22,7 +22,7 @@ from . import guards, heads, minibatches, ppo_log, ppo_optimizer, ptx
 from ._trl import GRPOTrainer
 from .backbone import Backbone
 from .errors import NonFiniteError
-from .minibatches import model_inputs
+from .minibatches import model_inputs, trunk_states
 from .objectives import (
     RunningMoments,
     gae,
@@ -37,6 +37,7 @@ from .objectives import (
 )
 from .progress import Progress
 from .ptx import TextMix
+from .rollout import Scorer
 from .sections import PpoSection
 from .stages import PPOConfig
 from .steering import Steering
@@ -96,6 +97,10 @@ class PPOTrainer(GRPOTrainer):
                 processing_class=backbone.tokenizer,
                 callbacks=callbacks,
             )
+        self.scorer = Scorer(
+            backbone, ppo, self.temperature, args.per_device_train_batch_size, self.identities,
+            progress.say,
+        )  # fmt: skip
         self.remove_callback(PrinterCallback)
         self.add_callback(_AfterStep(self))
         self.steering = Steering(backbone, ppo, progress, args.generation_batch_size)
@@ -113,14 +118,29 @@ class PPOTrainer(GRPOTrainer):
         """Whether only the value learns for now."""
         return self.update < self.ppo.value_warmup_updates
 
+    @property
+    def samples_itself(self) -> bool:
+        """Whether sampler.py samples; the recipe may ask for one of transformers' own ways."""
+        return not (
+            self.args.use_transformers_continuous_batching or self.args.cache_implementation
+        )
+
     def _generate(self, prompts: list[Any]) -> Any:
         self.progress.phase("rollout")
         out = super()._generate(prompts)
+        prompt_ids, completion_ids, extra_fields = out[0], out[1], out[5]
+        states = self.scorer.begin(list(zip(prompt_ids, completion_ids, strict=True)))
         # TRL hands extra fields on to the reward functions: they score the very ids that were
         # sampled, and nothing is tokenised twice.
-        prompt_ids, extra_fields = out[0], out[5]
         extra_fields["prompt_ids"] = prompt_ids
+        if states is not None:
+            extra_fields["trunk_states"] = states
         return out
+
+    def _generate_single_turn(self, prompt_ids: Any, *rest: Any, **options: Any) -> Any:
+        if not self.samples_itself:
+            return super()._generate_single_turn(prompt_ids, *rest, **options)
+        return self.scorer.sample(prompt_ids, self.max_completion_length), None
 
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
@@ -160,29 +180,8 @@ class PPOTrainer(GRPOTrainer):
 
     def _score_roles(self, out: dict[str, Any]) -> Tensor:
         """Add old log-probs and old values to the rollout; returns the reference's log-probs."""
-        size = self.args.per_device_train_batch_size
-        parts: dict[str, list[Tensor]] = {"old_logprobs": [], "old_values": [], "reference": []}
-        for start in range(0, out["prompt_ids"].shape[0], size):
-            rows = {k: v[start : start + size] for k, v in out.items()}
-            ids, mask, tokens = model_inputs(rows)
-            with self.backbone.role("policy"):
-                states_bth = heads.completion_states(self.backbone, ids, mask, tokens)
-                found = heads.logprobs_of(self.backbone, states_bth, ids, self.temperature)
-                parts["old_logprobs"].append(found[0])
-            with self.backbone.role("reference"):
-                found = heads.completion_logprobs(
-                    self.backbone, ids, mask, tokens, self.temperature
-                )
-                parts["reference"].append(found[0])
-            if self.ppo.value == "head":
-                parts["old_values"].append(heads.values_of(self.backbone, states_bth))
-            else:
-                with self.backbone.role("value"):
-                    values_bt = heads.token_values(self.backbone, ids, mask, tokens)
-                parts["old_values"].append(values_bt)
-        reference_bt = torch.cat(parts.pop("reference"))
-        out |= {name: torch.cat(found) for name, found in parts.items()}
-        return reference_bt
+        # Until the policy has moved, its log-probs must be the reference's, to the bit.
+        return self.scorer.score(out, exact=self.policy_updates == 0)
 
     def _ended(self, batch: dict[str, Tensor]) -> Tensor:
         """Which episodes end with an eos, by their last valid token. Shape (B,)."""
@@ -229,10 +228,11 @@ class PPOTrainer(GRPOTrainer):
         if self.warming_up:
             return self._no_loss()
         ids, mask, tokens = model_inputs(inputs)
-        states_bth = heads.completion_states(self.backbone, ids, mask, tokens)
+        kept_blh = trunk_states(inputs, ids.device)
+        states_bth = heads.completion_states(self.backbone, ids, mask, tokens, kept_blh)
         self._states_bth = states_bth.detach()
         logprobs_bt, entropy_bt = heads.logprobs_of(
-            self.backbone, states_bth, ids, self.temperature
+            self.backbone, states_bth, ids, self.temperature, self.ppo.entropy_coef > 0
         )
         mask_bt = inputs["completion_mask"]
         result = policy_loss(
@@ -301,11 +301,14 @@ class PPOTrainer(GRPOTrainer):
     def _values(self, batch: dict[str, Any]) -> Tensor:
         """Values (B, T) of the active role's states; those of the policy carry no gradient."""
         ids, mask, tokens = model_inputs(batch)
+        kept_blh = trunk_states(batch, ids.device)
         if self.ppo.value == "adapter":
-            return heads.token_values(self.backbone, ids, mask, tokens)
+            return heads.token_values(self.backbone, ids, mask, tokens, trunk_states=kept_blh)
         if self._states_bth is None:  # no forward of the policy while only the value learns
             with torch.no_grad():
-                self._states_bth = heads.completion_states(self.backbone, ids, mask, tokens)
+                self._states_bth = heads.completion_states(
+                    self.backbone, ids, mask, tokens, kept_blh
+                )
         return heads.values_of(self.backbone, self._states_bth)
 
     def _clip_grad_norm(self, model: Any) -> Tensor:

@@ -169,6 +169,11 @@ class PpoSection(StageSection):
         "adapter",
         description="head: only a linear head on the policy's own states, detached; cheaper.",
     )
+    trunk_states: Literal["device", "cpu", "off"] = Field(
+        "device",
+        description="Where a rollout keeps the states that leave the frozen layers "
+        "(lora.top_fraction); off: every pass runs these layers again.",
+    )
     normalize_reward: bool = Field(
         False, description="Divide scores by their running std; the mean is not shifted."
     )

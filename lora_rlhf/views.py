@@ -86,6 +86,16 @@ def tensor_bytes(tensors: list[Tensor]) -> int:
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
+def held_tensors(parameter: nn.Parameter) -> list[Tensor]:
+    """A parameter and, in 4 bits, the scales and codes that it is read with."""
+    found = [parameter.data]
+    state = getattr(parameter, "quant_state", None)
+    while state is not None:
+        found += [t for t in vars(state).values() if isinstance(t, Tensor)]
+        state = state.state2
+    return found
+
+
 def _one_label(config: Any) -> Any:
     config = copy.deepcopy(config)
     config.num_labels = 1

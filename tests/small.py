@@ -31,6 +31,7 @@ ARCHITECTURES = {
     "qwen3": {**_GROUPED, "head_dim": 16},
     "mistral": {**_GROUPED, "sliding_window": 8},
     "gemma2": {**_GROUPED, "head_dim": 16, "final_logit_softcapping": 0.5, "sliding_window": 8},
+    "gemma3_text": {**_GROUPED, "head_dim": 16, "sliding_window": 8},
     "phi3": {**_GROUPED, "pad_token_id": PAD},
     "gpt_neox": _HIDDEN,
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4},

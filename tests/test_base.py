@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from lora_rlhf import sampler
 from lora_rlhf.base import (
     BaseModel,
     decoder_layers,
@@ -370,12 +371,13 @@ def test_a_base_is_known_again_in_another_dtype(dtype):
 
 
 def test_sampling_is_plain_whatever_the_base_prefers():
-    """`generate` would fill every field that is left open from the base's own config."""
+    """transformers' `generate` would fill every field that is left open from the base's config."""
     base = load(small.base_folder())
     options = {"max_new_tokens": 12, "temperature": 1.0, "seed": 3, "batch_size": 4}
     prompts = [[5, 6], [7], [8, 9, 10]]
-    plain = base.sample(prompts, **options)
+    plain = sampler.sample(base, prompts, **options)
     own = base.causal.generation_config
     own.min_p, own.suppress_tokens, own.min_new_tokens = 0.9, list(range(20, 60)), 12
-    assert base.sample(prompts, **options) == plain
+    found = sampler.sample(base, prompts, **options)
+    assert [x.ids for x in found] == [x.ids for x in plain]
     assert base.causal.generation_config is own

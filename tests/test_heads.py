@@ -8,6 +8,7 @@ from small import EOS, PAD
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_rlhf import heads
+from lora_rlhf import logprobs as logprobs_room
 
 ROPE, LEARNED = "llama", "gpt2"
 EPISODES = [
@@ -228,7 +229,7 @@ def test_no_tensor_of_all_logits_is_made():
     with backbone.training("policy"), Largest() as largest:
         logprobs, _ = heads.completion_logprobs(backbone, ids, mask, tokens, 1.0)
         logprobs.sum().backward()
-    assert largest.elements <= max(4 * tokens * heads._TILE, weights)
+    assert largest.elements <= max(4 * tokens * logprobs_room._COLUMNS, weights)
     assert largest.elements < 4 * tokens * vocabulary / 4
     with torch.no_grad(), Largest() as whole:
         backbone.causal(ids)

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The frozen trunk: the layers below the lowest adapted one, one function of the tokens for all.
+
+With `lora.top_fraction` below 1 no role changes what these layers compute. So they run once per
+rollout; policy, reference, rewards and value, and every PPO epoch, start from the states that were
+kept. For the time of a context the lower layers' own `forward` hands on what it is given and the
+last of them returns the kept states: masks, positions, PEFT, checkpointing and 4-bit stay as they
+are, and `layers` is left alone.
+
+B rows, L tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .base import BaseModel
+
+
+def depth(base: BaseModel) -> int:
+    """How many layers lie below the lowest adapted one; 0: there is no trunk."""
+    return base.adapted_layers[0]
+
+
+@contextlib.contextmanager
+def kept(base: BaseModel, states: Tensor | None) -> Iterator[None]:
+    """Compute from these states (B, L, H), not from the tokens; None: from the tokens.
+
+    The embedding still runs, for what follows from its shape, and is not used.
+    """
+    if states is None:
+        yield
+        return
+    below = list(base.layers[: depth(base)])
+    with _replaced(below[:-1], _pass_on), _replaced(below[-1:], lambda *_, **__: states):
+        yield
+
+
+@contextlib.contextmanager
+def alone(base: BaseModel) -> Iterator[None]:
+    """Compute the trunk only: the layers above it hand on what they are given."""
+    with _replaced(list(base.layers[depth(base) :]), _pass_on):
+        yield
+
+
+@contextlib.contextmanager
+def caught(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """The hidden states that enter a layer, one tensor for each forward."""
+    found: list[Tensor] = []
+
+    def keep(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append((args[0] if args else kwargs["hidden_states"]).detach())
+
+    handle = layer.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def pad(rows: Sequence[Tensor], width: int) -> Tensor:
+    """(B, width, H) from B states of different lengths, padded on the left with zeros."""
+    out = rows[0].new_zeros((len(rows), width, rows[0].shape[-1]))
+    for i, row in enumerate(rows):
+        out[i, width - len(row) :] = row
+    return out
+
+
+def _pass_on(*args: Any, **kwargs: Any) -> Tensor:
+    found: Tensor = args[0] if args else kwargs["hidden_states"]
+    return found
+
+
+@contextlib.contextmanager
+def _replaced(layers: Sequence[nn.Module], forward: Callable[..., Tensor]) -> Iterator[None]:
+    """With another `forward` of these layers; whatever was there before is put back."""
+    before = [layer.__dict__.get("forward") for layer in layers]
+    for layer in layers:
+        layer.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        for layer, own in zip(layers, before, strict=True):
+            del layer.__dict__["forward"]
+            if own is not None:
+                layer.__dict__["forward"] = own
