@@ -63,7 +63,9 @@ def completion_states(
     trunk_states: Tensor | None = None,
 ) -> Tensor:
     """Hidden states that predict the last `tokens` ids, of the active role; (B, T, H)."""
-    return hidden_states(backbone, input_ids, attention_mask, trunk_states)[:, -tokens - 1 : -1]
+    with trunk.top_tokens(backbone, tokens + 1):
+        states = hidden_states(backbone, input_ids, attention_mask, trunk_states)
+    return states[:, -tokens - 1 : -1]
 
 
 def completion_logprobs(

@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import set_seed
 
-from . import adapters, ensemble, guards, tasks
+from . import adapters, ensemble, fused, guards, tasks
 from .backbone import Backbone
 from .config import Recipe
 from .errors import DataError, RecipeError
@@ -89,7 +89,7 @@ def run(
         start_roles(backbone, recipe)
         functions, args.reward_weights = rewards(recipe, backbone, prompts)
         per_update = steps_per_update(args)
-        with backbone.training("policy", "value"):
+        with backbone.training("policy", "value"), fused.lora(backbone):
             mix = _text_mix(recipe, backbone, args, text)
             log = StageLog(record, "ppo", progress, steps_per_unit=per_update)
             with complaints("ppo"):

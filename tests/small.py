@@ -40,6 +40,9 @@ ARCHITECTURES = {
 }  # fmt: skip
 """model_type -> what makes its config tiny; every one keeps its dropout defaults."""
 
+NO_TOKEN_CLASS = ("opt", "gemma3_text")
+"""Those whose value head sits in their sequence class."""
+
 EPISODES = [([5, 6, 7], [8, 9, EOS]), ([5, 6, 7, 10, 11], [8, EOS]), ([12], [13, 14, 15, 16, EOS])]
 """Prompts and completions of different lengths, the last one without room for padding errors."""
 

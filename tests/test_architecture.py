@@ -19,7 +19,7 @@ ORDER = [
     *("arguments", "readers", "record", "sharing", "samples"),
     *("sources", "layouts", "filters", "task_words", "task_checks", "tasks", "metrics", "data"),
     *("tiny", "tiny.train"),
-    *("_trl", "fingerprints", "base", "trunk", "sampler", "views", "backbone", "adapters"),
+    *("_trl", "fingerprints", "base", "trunk", "sampler", "views", "backbone", "fused", "adapters"),
     *("logprobs", "heads"),
     *("objectives", "overoptimization", "guards"),
     *("progress", "stages", "sft"),
@@ -141,7 +141,7 @@ def test_every_file_names_its_licence_and_purpose(name):
 
 def test_one_door_per_library():
     assert importers("trl") == {"_trl"}
-    assert importers("peft") <= {"base", "views", "backbone"}
+    assert importers("peft") <= {"base", "views", "backbone", "fused"}
     assert importers("typer") <= {"shell", "cli"}
     assert importers("matplotlib") == {"plots"}
 

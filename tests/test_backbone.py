@@ -458,11 +458,11 @@ def test_every_role_runs_and_agrees_with_the_hugging_face_class(name):
         with torch.no_grad(), backbone.role("value"):
             ours = heads.token_values(backbone, **data, tokens=tokens)[row, -n:]
             # OPT has no token class: its sequence class shows the value of the last token only.
-            for i in range(1, n + 1) if name == "opt" else [0]:
+            for i in range(1, n + 1) if name in small.NO_TOKEN_CLASS else [0]:
                 ids = unpadded(EPISODES[row])[:, : -i if i else None]
                 logits = backbone.views["value"](input_ids=ids).logits
-                want = logits[0, 0] if name == "opt" else logits[0, -n - 1 : -1, 0]
-                got = ours[-i] if name == "opt" else ours
+                want = logits[0, 0] if name in small.NO_TOKEN_CLASS else logits[0, -n - 1 : -1, 0]
+                got = ours[-i] if name in small.NO_TOKEN_CLASS else ours
                 assert torch.allclose(got, want, atol=1e-5)
         with torch.no_grad(), backbone.role("policy"):
             logits = backbone.causal(input_ids=unpadded(EPISODES[row])).logits[0, -n - 1 : -1]

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from ppo_run import Run, roles, w9
+from ppo_run import Run, roles
 from small import backbone
 from transformers import TrainerControl, TrainerState
 
@@ -162,9 +162,15 @@ def test_the_average_lags_behind_the_last_policy(tmp_path):
     assert 0 < (after - start).norm() < (last - start).norm()
 
 
+def mean_id(completion_ids, **_):
+    return [sum(ids) / len(ids) / 10 for ids in completion_ids]
+
+
 def test_normalising_divides_by_the_running_std(tmp_path):
-    plain = Run(tmp_path / "a", rewards=[w9], updates=2, kl_coef=0.0, missing_eos_penalty=0.0).go()
-    scaled = Run(tmp_path / "b", rewards=[w9], updates=2, kl_coef=0.0, missing_eos_penalty=0.0,
+    plain = Run(
+        tmp_path / "a", rewards=[mean_id], updates=2, kl_coef=0.0, missing_eos_penalty=0.0
+    ).go()
+    scaled = Run(tmp_path / "b", rewards=[mean_id], updates=2, kl_coef=0.0, missing_eos_penalty=0.0,
                  normalize_reward=True, clip_reward=50.0).go()  # fmt: skip
     first, second = plain.lines[0], scaled.lines[0]
     assert first["reward/score"] == second["reward/score"]  # the log keeps the score as it is

@@ -146,3 +146,26 @@ def test_an_architecture_that_looks_below_switches_it_off_and_says_so(tmp_path):
     made_run.go()
     assert made_run.trainer.scorer.trunk is False
     assert len(said) == 1 and "LlamaForCausalLM cannot start from kept trunk states" in said[0]
+
+
+@pytest.mark.parametrize("name", small.ARCHITECTURES)
+def test_the_top_mlp_of_prompts_is_not_computed_and_not_missed(name):
+    made = halved(name)
+    ids, mask = rows(made)
+    tokens, seen = 3, []
+    mlp = getattr(made.layers[-1], "mlp", None)
+    if mlp is not None:
+        mlp.register_forward_hook(lambda m, args, out: seen.append(out))
+    with made.training("policy"):
+        whole = heads.hidden_states(made, ids, mask)[:, -tokens - 1 : -1]
+        whole.square().sum().backward()
+        want = [p.grad.clone() for _, p in made.role_parameters("policy")]
+        made.views["policy"].zero_grad()
+        part = heads.completion_states(made, ids, mask, tokens)
+        part.square().sum().backward()
+        found = [p.grad.clone() for _, p in made.role_parameters("policy")]
+    torch.testing.assert_close(part, whole, rtol=1e-4, atol=1e-5)
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()) + 1e-6)
+    if mlp is not None:
+        assert not seen[1][:, : -tokens - 1].any() and seen[0][:, 0].any()
