@@ -229,6 +229,7 @@ class Updates:
             self.answer(self.summary())
             sys.stderr.flush()
             os._exit(0)  # trainers of three libraries need not be unwound
+        self._asked = order
         self._phase, self._spent = "train", {name: [0.0, 0.0] for name in PHASES}
         self._mark = self._now()
         return order
@@ -279,7 +280,7 @@ class Updates:
     def end(self, **more: Any) -> None:
         """The update is over."""
         self.enter("train")
-        record: dict[str, Any] = {"update": len(self.records)}
+        record: dict[str, Any] = {"update": len(self.records), "order": self._asked}
         for kind, unit in enumerate(("cpu", "wall")):
             record[unit] = {name: round(self._spent[name][kind], 4) for name in PHASES}
             record[unit]["total"] = round(sum(record[unit].values()), 4)
@@ -291,12 +292,15 @@ class Updates:
 
     def summary(self) -> dict[str, Any]:
         """The final line: settings, medians over the measured updates, memory."""
-        measured = self.records[1:]
+        measured = [record for record in self.records[1:] if record["order"] == "update"]
         found: dict[str, Any] = {**self.facts, **vars(self.options)}
         for unit in ("cpu", "wall") if measured else ():
             for name in (*PHASES, "total"):
                 median = statistics.median(record[unit][name] for record in measured)
                 found[f"{unit}_{name}_s"] = round(median, 4)
+        for name in ("cuda_peak_mb", "cuda_reserved_mb"):
+            if measured and name in measured[-1]:
+                found[name] = measured[-1][name]
         return {
             **found, "measured_updates": len(measured),
             "rss_before_models_mb": round(self.before_models, 1),
@@ -306,7 +310,7 @@ class Updates:
 
 
 def matmul_rate(rows: int, inner: int, columns: int, seconds: float = 0.5) -> float:
-    """GFLOP/s, by CPU seconds, that a plain float32 product (rows, inner) x (inner, columns) has."""
+    """GFLOP/s, by CPU seconds, of a plain float32 product (rows, inner) x (inner, columns)."""
     import torch
 
     a, b = torch.randn(rows, inner), torch.randn(inner, columns)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from typing import Any
 
@@ -18,7 +19,7 @@ _KINDS = {
                "fill_", "zero_", "zeros", "empty", "slice_backward", "stack"),
     "log-probs": ("softmax", "logsumexp", "exp", "log", "max", "amax"),
 }  # fmt: skip
-"""Kind -> names of operators, matched in this order; a name with `_` inside is looked for inside."""
+"""Kind -> names of operators, matched in this order; one with `_` in it is looked for inside."""
 
 
 def watch(order: str, updates: common.Updates, backbone: Any) -> Any:
@@ -55,6 +56,9 @@ class Operations:
         self.flops[self.phase] += total - self.seen
         self.phase, self.seen = name, total
 
+    def step(self) -> None:
+        """An optimizer step is over."""
+
     def finish(self) -> dict[str, Any]:
         """`flops` of each phase and `tokens` through the lowest and the highest layer."""
         self._new_phase("train")
@@ -67,33 +71,49 @@ class Operations:
                 "tokens": {k: dict(v) for k, v in self.tokens.items()}}  # fmt: skip
 
 
+_PROFILED_STEPS = 4
+"""Optimizer steps that are profiled: minutes of post-processing would tell nothing more."""
+
+
 class Times:
-    """Profiles scoring and training: CPU seconds by kind of operator."""
+    """Profiles scoring and the first optimizer steps: CPU seconds by kind of operator."""
 
     def __init__(self, updates: common.Updates, _: Any) -> None:
-        self.updates = updates
+        self.updates, self.steps, self.found = updates, 0, dict[str, Any]()
         self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
-        self.running = False
         updates.heard = self._new_phase
 
     def _new_phase(self, name: str) -> None:
-        if name == "score" and not self.running:
-            self.running = True
+        if name == "score":
+            self.updates.heard = None
+            self.start = time.process_time()
             self.profiler.__enter__()
 
-    def finish(self) -> dict[str, Any]:
-        """`seconds_by_kind`, and the operators that take longest."""
+    def step(self) -> None:
+        """An optimizer step is over."""
+        self.steps += 1
+        if self.steps == _PROFILED_STEPS:
+            self._stop()
+
+    def _stop(self) -> None:
+        seconds = time.process_time() - self.start
         self.profiler.__exit__(None, None, None)
-        self.updates.heard = None
         kinds: Counter[str] = Counter()
         events = self.profiler.key_averages()
         for event in events:
             kinds[_kind(event.key)] += event.self_cpu_time_total / 1e6
         slowest = sorted(events, key=lambda e: -e.self_cpu_time_total)[:25]
-        return {
+        self.found = {
+            "profiled_seconds": round(seconds, 4),
             "seconds_by_kind": {k: round(s, 4) for k, s in kinds.most_common()},
             "slowest": [[e.key, e.count, round(e.self_cpu_time_total / 1e6, 4)] for e in slowest],
         }
+
+    def finish(self) -> dict[str, Any]:
+        """`seconds_by_kind`, and the operators that take longest."""
+        if not self.found:
+            self._stop()
+        return self.found
 
 
 def _kind(key: str) -> str:

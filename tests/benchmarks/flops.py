@@ -6,7 +6,7 @@ completions; P the weights of one layer's linear modules, R those of its LoRA fa
 of the attention, V the vocabulary, h the hidden size; A adapted layers, F frozen ones below them.
 
     a layer forward            2 P S + attention, 2 R S more with an adapter
-    attention forward          4 H a pair of tokens that sees each other, L (L + 1) / 2 in a sequence
+    attention forward          4 H for each of a sequence's L (L + 1) / 2 pairs of tokens
     an adapted layer backward  2 P S for the gradient of its input (the weights are frozen),
                                4 R S for LoRA (gradients of input and weights), 2 x attention
     the lowest adapted layer   no gradient of what comes from below: without the input gradients of

@@ -8,7 +8,6 @@ does more than one of them exist in 16 or 32 bits, so an 8B model needs no 16 GB
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 import common
 import torch

@@ -11,7 +11,6 @@ One update is what `lora_rlhf.ppo.run` does between two lines of its log: a roll
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -33,6 +32,8 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     made.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     made.add_argument("--four-bit", action="store_true", help="NF4, double quantisation")
     made.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    made.add_argument("--copies", type=int, default=0, help="idle backbones kept in memory as well")
+    made.add_argument("--memory-gb", type=float, help="CUDA: refuse to use more than this")
     return common.options(made, argv)
 
 
@@ -43,11 +44,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     torch.set_num_threads(found.threads)
     torch.manual_seed(found.seed)
+    import models
     import peft
     import transformers
     import trl
 
-    import models
     from lora_rlhf import ppo
     from lora_rlhf._trl import check_seams
     from lora_rlhf.base import pick_device
@@ -56,7 +57,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_seams()
     transformers.logging.set_verbosity_error()
     device = pick_device()
-    updates = common.Updates(found, torch.cuda.synchronize if device.type == "cuda" else None)
+    on_gpu = device.type == "cuda"
+    if on_gpu and found.memory_gb:
+        whole = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, found.memory_gb * 2**30 / whole))
+    updates = common.Updates(found, torch.cuda.synchronize if on_gpu else None)
+    # What separate models cost: each has a backbone of its own; the work of a role is the same.
+    idle = [models.backbone(found, device) for _ in range(found.copies)]
     backbone = models.backbone(found, device)
     parameters = backbone.causal.num_parameters()
     models.add_roles(backbone)
@@ -73,7 +80,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             transformers=transformers.__version__, params=parameters,
             adapted_layers=len(backbone.adapted_layers), device=str(device),
             trainable=sum(p.numel() for _, p in _trained(backbone)),
-            model_tensors_mb=round(memory["total"] / 2**20, 1),
+            model_tensors_mb=round(
+                memory["total"] / 2**20 + sum(b.memory_report()["total"] for b in idle) / 2**20, 1
+            ),
             backbone_tensors_mb=round(memory["backbone"] / 2**20, 1),
         )  # fmt: skip
         with backbone.training("policy", "value"):
@@ -128,22 +137,24 @@ def _progress(updates: common.Updates) -> Any:
 
 
 def _callback(updates: common.Updates, backbone: Any, per_update: int) -> Any:
-    from transformers import TrainerCallback
-
     import counting
+    import torch
+    from transformers import TrainerCallback
 
     class EachUpdate(TrainerCallback):
         """Waits before every update, and takes its time after it."""
-
-        def __init__(self) -> None:
-            self.inside = contextlib.ExitStack()
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             self._begin()
 
         def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+            if self.watch:
+                self.watch.step()
             if state.global_step % per_update == 0:
                 counted = self.watch.finish() if self.watch else {}
+                if backbone.device.type == "cuda":
+                    counted["cuda_peak_mb"] = round(torch.cuda.max_memory_allocated() / 2**20)
+                    counted["cuda_reserved_mb"] = round(torch.cuda.max_memory_reserved() / 2**20)
                 updates.end(**counted)
                 self._begin()
 

@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     updates.models_are_made(
         f"trl {trl.__version__} experimental.ppo", torch=torch.__version__, trl=trl.__version__,
         transformers=transformers.__version__, peft=peft.__version__,
-        trainable=sum(p.numel() for p in trained), model_tensors_mb=round(common.tensor_mb(tensors), 1),
+        trainable=sum(p.numel() for p in trained),
+        model_tensors_mb=round(common.tensor_mb(tensors), 1),
     )  # fmt: skip
     trainer.train()
 
