@@ -22,11 +22,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-
 import report
 
+HERE = Path(__file__).resolve().parent
 MODELS = ("llama1b", "llama8b")
 LADDER = ("qwen32b", "mistral24b", "qwen14b", "llama8b", "llama3b", "llama1b")
 LIMITS_GB = (16, 24)

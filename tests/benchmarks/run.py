@@ -23,12 +23,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-
 import common
 import report
 from peers import environments
+
+HERE = Path(__file__).resolve().parent
 
 DTYPES = {"float32": [], "bfloat16": ["--dtype", "bfloat16"], "4-bit": ["--four-bit"]}
 """How ours is run, and the options for it; 4-bit computes in float32."""
