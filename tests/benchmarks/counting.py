@@ -76,7 +76,10 @@ _PROFILED_STEPS = 4
 
 
 class Times:
-    """Profiles scoring and the first optimizer steps: CPU seconds by kind of operator."""
+    """Profiles scoring and the first optimizer steps: seconds by kind of operator.
+
+    Wall seconds, for the profiler knows no others: of these only shares of the whole are told.
+    """
 
     def __init__(self, updates: common.Updates, _: Any) -> None:
         self.updates, self.steps, self.found = updates, 0, dict[str, Any]()
@@ -86,7 +89,7 @@ class Times:
     def _new_phase(self, name: str) -> None:
         if name == "score":
             self.updates.heard = None
-            self.start = time.process_time()
+            self.start = time.perf_counter()
             self.profiler.__enter__()
 
     def step(self) -> None:
@@ -96,7 +99,7 @@ class Times:
             self._stop()
 
     def _stop(self) -> None:
-        seconds = time.process_time() - self.start
+        seconds = time.perf_counter() - self.start
         self.profiler.__exit__(None, None, None)
         kinds: Counter[str] = Counter()
         events = self.profiler.key_averages()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import platform
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -159,10 +160,18 @@ def _rest_table(entries: list[dict[str, Any]]) -> str:
         rows.append([entry["fraction"], *(f"{spent.get(k, 0.0) / whole:.0%}" for k in kinds),
                      f"{rest / whole:.0%}"])  # fmt: skip
     return (
-        "Where it goes: CPU time inside operators by kind (torch's profiler over scoring and the "
+        "Where it goes: time inside operators by kind (torch's profiler over scoring and the "
         "first four optimizer steps of one more update), and between them.\n\n"
         + table(["top fraction", *kinds, "interpreter and profiler"], rows)
     )
+
+
+def processor() -> str:
+    """What this machine calls its processor."""
+    found = Path("/proc/cpuinfo")
+    lines = found.read_text().splitlines() if found.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def into_page(page: Path, name: str, text: str) -> None:

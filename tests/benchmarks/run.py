@@ -122,7 +122,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             entries += _rounds(together, options)
     return {
         "case": options.case, **common.CASES[options.case], "rounds": options.rounds,
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "python":
+        "machine": {"processor": report.processor(), "cores": os.cpu_count(), "python":
                     platform.python_version(), "load_at_end": os.getloadavg()},
         "programs": entries, "ratios": report.ratios(entries),
     }  # fmt: skip
@@ -175,14 +175,6 @@ def _matmuls(options: argparse.Namespace) -> list[str]:
         f"matmul {rows} {shape.intermediate} {shape.hidden}",
         _MATMUL if options.case != "tiny" else "matmul 64 64 64",
     ]
-
-
-def _processor() -> str:
-    lines = (
-        Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
-    )
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def _say(text: str) -> None:
