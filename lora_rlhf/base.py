@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from . import tokens
 from .errors import BaseModelError, SetupError, TokenizerError, first_line
 from .fingerprints import fingerprint
 from .sections import LoraSection, ModelSection
@@ -136,12 +137,7 @@ class BaseModel:
 
     def encode_prompt(self, prompt: str | list[dict[str, str]]) -> list[int]:
         """Ids of a prompt, up to where the model has to answer; as TRL's rollouts tokenise it."""
-        if isinstance(prompt, str):
-            return list(self.tokenizer(text=prompt)["input_ids"])
-        encoded = self.tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-        return list(encoded["input_ids"])
+        return tokens.prompt_ids(self.tokenizer, [prompt])[0].tolist()
 
     def encode_completion(self, completion: str | list[dict[str, str]]) -> list[int]:
         """Ids of a completion and the eos: just what the policy would have to sample.
@@ -150,10 +146,7 @@ class BaseModel:
         same token in training and in PPO. Control tokens written in the text stay text.
         """
         text = completion if isinstance(completion, str) else completion[-1]["content"]
-        ids = self.tokenizer(text=text, add_special_tokens=False, split_special_tokens=True)[
-            "input_ids"
-        ]
-        return [*ids, self.tokenizer.eos_token_id]
+        return [*tokens.completion_ids(self.tokenizer, [text])[0], self.tokenizer.eos_token_id]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, without special tokens."""

@@ -12,7 +12,7 @@ import itertools
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import tasks
@@ -35,6 +35,9 @@ _SIMULATED = "none: simulated, by the task's exact checker with noise"
 Sampler = Callable[[list[Turns], int, int], list[list[str]]]
 """(prompts, k, seed) -> k completions for each prompt."""
 
+Loaded = dict[str, Kept]
+"""Sets by name, before they are split: what one run has read, it does not read again."""
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -53,14 +56,14 @@ class Prepared:
     report: dict[str, Any]
 
 
-def demonstrations(recipe: Recipe, tokenizer: Any) -> Prepared:
+def demonstrations(recipe: Recipe, tokenizer: Any, loaded: Loaded | None = None) -> Prepared:
     """The set for SFT, with columns `prompt` and `completion` (both text, or both messages).
 
     Raises:
         DataError: A source cannot be read or does not fit, or too few rows are left.
         TokenizerError: Messages, but the tokenizer has no chat template.
     """
-    kept = _load(recipe, tokenizer, "demonstrations")
+    kept = _load(recipe, tokenizer, "demonstrations", {} if loaded is None else loaded)
     return _prepared(recipe, kept, *_sides(recipe, kept.rows))
 
 
@@ -69,6 +72,7 @@ def comparisons(
     tokenizer: Any,
     sampler: Sampler | None = None,
     part: Literal["all", "proxy", "held_out_model"] = "all",
+    loaded: Loaded | None = None,
 ) -> Prepared:
     """The set for the reward model: `prompt`, `chosen`, `rejected`, `group`, perhaps `margin`.
 
@@ -81,13 +85,14 @@ def comparisons(
         sampler: Draws the completions that the simulated labelers of a task rank.
         part: The proxy reward model and the held-out one train on halves with no prompt in
             common; both are measured on the same held-out rows.
+        loaded: What the run has read already.
 
     Raises:
         DataError: A source cannot be read or does not fit, or too few rows are left.
         TokenizerError: Messages, but the tokenizer has no chat template.
         ValueError: A task source without a sampler, or a sampler that returns something else.
     """
-    kept = _load(recipe, tokenizer, "comparisons", sampler)
+    kept = _load(recipe, tokenizer, "comparisons", {} if loaded is None else loaded, sampler)
     train, held_out = _sides(recipe, kept.rows)
     if part != "all":
         middle = (1 + recipe.data.held_out) / 2
@@ -106,7 +111,7 @@ def comparisons(
     return _prepared(recipe, kept, train, held_out)
 
 
-def prompts(recipe: Recipe, tokenizer: Any) -> Prepared:
+def prompts(recipe: Recipe, tokenizer: Any, loaded: Loaded | None = None) -> Prepared:
     """The prompts of the rollouts, and those of the evaluation as `held_out`; column `prompt`.
 
     Prompts of a task have a column `item` too: JSON that `tasks.Item.from_dict` takes. The
@@ -116,11 +121,12 @@ def prompts(recipe: Recipe, tokenizer: Any) -> Prepared:
         DataError: A source cannot be read or does not fit, or too few rows are left.
         TokenizerError: Messages, but the tokenizer has no chat template.
     """
-    kept = _load(recipe, tokenizer, "prompts")
+    loaded = {} if loaded is None else loaded
+    kept = _load(recipe, tokenizer, "prompts", loaded)
     train, held_out = _sides(recipe, kept.rows)
     if not recipe.data.evaluate:
         return _prepared(recipe, kept, train, held_out)
-    evaluate = _load(recipe, tokenizer, "evaluate")
+    evaluate = _load(recipe, tokenizer, "evaluate", loaded)
     # Still without the rows that other sets hold out: nothing is tuned on what a set is tested on.
     kept.counts["held out in other sets"] = {"before": len(kept.rows), "after": len(train)}
     found = _prepared(recipe, kept, train, evaluate.rows)
@@ -164,8 +170,19 @@ def texts(recipe: Recipe, tokenizer: Any) -> tuple[list[list[int]], dict[str, An
     return good, report
 
 
-def _load(recipe: Recipe, tokenizer: Any, name: str, sampler: Sampler | None = None) -> Kept:
-    """Read, convert, filter and mix the sources of one set; nothing is split yet."""
+def _load(
+    recipe: Recipe, tokenizer: Any, name: str, loaded: Loaded, sampler: Sampler | None = None
+) -> Kept:
+    """One set, nothing split yet: read once, and given out with counts of its own."""
+    if name not in loaded:
+        loaded[name] = _read(recipe, tokenizer, name, loaded, sampler)
+    return replace(loaded[name], counts=dict(loaded[name].counts))
+
+
+def _read(
+    recipe: Recipe, tokenizer: Any, name: str, loaded: Loaded, sampler: Sampler | None
+) -> Kept:
+    """Read, convert, filter and mix the sources of one set."""
     sources: list[DataSource] = getattr(recipe.data, name)
     if not sources:
         raise DataError(
@@ -209,7 +226,7 @@ def _load(recipe: Recipe, tokenizer: Any, name: str, sampler: Sampler | None = N
     clean(kept)
     fit(kept, recipe, tokenizer)
     if name != "evaluate":
-        _keep_apart(kept, recipe, tokenizer)
+        _keep_apart(kept, recipe, tokenizer, loaded)
     return kept
 
 
@@ -318,11 +335,11 @@ def _overlap(labelled: list[tuple[str, Example]]) -> dict[str, Any] | None:
     return {**_measured([agree for _, agree in same], prompts), "labelers": labelers}
 
 
-def _keep_apart(kept: Kept, recipe: Recipe, tokenizer: Any) -> None:
+def _keep_apart(kept: Kept, recipe: Recipe, tokenizer: Any, loaded: Loaded) -> None:
     """Drop and count rows whose prompt is one of the evaluation's."""
     if all(source.task for source in recipe.data.evaluate):  # a task's splits share no content
         return
-    keys = {prompt_key(row["prompt"]) for row in _load(recipe, tokenizer, "evaluate").rows}
+    keys = {prompt_key(row["prompt"]) for row in _load(recipe, tokenizer, "evaluate", loaded).rows}
     reason = "in the evaluation set"
     kept.rows = kept.filter(reason, kept.rows, lambda row: prompt_key(row["prompt"]) not in keys)
 

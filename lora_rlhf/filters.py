@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from . import tokens
 from .config import Recipe
 from .layouts import Example, Turns, said, transcript
 
@@ -202,38 +203,48 @@ def clean(kept: Kept) -> None:
 
 
 def fit(kept: Kept, recipe: Recipe, tokenizer: Any) -> None:
-    """Drop and count rows over the token limits, the chat template's own tokens included."""
-    import jinja2
+    """Drop and count rows over the token limits: of the ids that a stage will learn from.
 
-    asking = kept.name in ("prompts", "evaluate")
-    name = "max_prompt_tokens" if asking else "max_tokens"
+    The chat template's own tokens and the eos that ends a completion are among them.
+    """
+    name = "max_prompt_tokens" if kept.name in ("prompts", "evaluate") else "max_tokens"
     limit = getattr(recipe.data, name)
-    columns = {"demonstrations": ["completion"], "comparisons": ["chosen", "rejected"]}
-
-    def render(prompt: Turns, answer: Turns | None) -> str | None:
-        if isinstance(prompt, str):
-            return prompt + (answer if isinstance(answer, str) else "")
-        try:
-            text: str = tokenizer.apply_chat_template(
-                [*prompt, *(answer or ())], tokenize=False, add_generation_prompt=answer is None
-            )
-        except jinja2.TemplateError as error:
-            kept.notes[f"the chat template refuses: {error}"] += 1
-            return None
-        return text
-
     for batch in (kept.rows[i : i + _BATCH] for i in range(0, len(kept.rows), _BATCH)):
-        plain = isinstance(batch[0]["prompt"], str)
-        for column in columns.get(kept.name, [""]):
-            texts = [render(row["prompt"], row.get(column)) for row in batch]
-            encoded = tokenizer(
-                [text or "" for text in texts], add_special_tokens=plain, verbose=False
-            )
-            for row, text, ids in zip(batch, texts, encoded["input_ids"], strict=True):
-                length = len(ids) + (plain and not asking)  # a trainer adds eos to plain text
-                row["_tokens"] = max(row.get("_tokens", 0), math.inf if text is None else length)
+        sizes = _prompt_sizes(kept, batch, tokenizer)
+        answers = [0] * len(batch)
+        for column in ("completion", "chosen", "rejected"):
+            if column in batch[0]:
+                ids = tokens.completion_ids(tokenizer, [_last(row[column]) for row in batch])
+                answers = [max(n, len(i) + 1) for n, i in zip(answers, ids, strict=True)]
+        for row, prompt, answer in zip(batch, sizes, answers, strict=True):
+            row["_tokens"] = prompt + answer
     known = "refused by the chat template"
     rows = kept.filter(known, kept.rows, lambda row: row["_tokens"] < math.inf)
     kept.rows = kept.filter(
         f"over data.{name} = {limit}", rows, lambda row: row["_tokens"] <= limit
     )
+
+
+def _prompt_sizes(kept: Kept, batch: list[dict[str, Any]], tokenizer: Any) -> list[float]:
+    """Tokens of each row's prompt; without end where the chat template refuses it."""
+    import jinja2
+
+    def size(prompts: list[Turns]) -> list[float]:
+        return [len(ids) for ids in tokens.prompt_ids(tokenizer, prompts)]
+
+    try:
+        return size([row["prompt"] for row in batch])
+    except jinja2.TemplateError:  # some of them: find out which
+        found: list[float] = []
+        for row in batch:
+            try:
+                found += size([row["prompt"]])
+            except jinja2.TemplateError as error:
+                kept.notes[f"the chat template refuses: {error}"] += 1
+                found.append(math.inf)
+        return found
+
+
+def _last(answer: Turns) -> str:
+    """The text that a completion's ids are those of."""
+    return answer if isinstance(answer, str) else answer[-1]["content"]

@@ -120,6 +120,7 @@ class _Work:
         self.backbone = Backbone.load(recipe.model, recipe.lora)
         self.tokenizer = self.backbone.tokenizer
         self._samples: dict[str, list[list[str]]] = {}
+        self._loaded: data.Loaded = {}
         self._found: tuple[Prepared, Prepared | None] | None = None
         self._texts: list[list[int]] | None = None
         # `push --base` names the base's repository in the record; going on must not forget it.
@@ -153,10 +154,10 @@ class _Work:
         recipe, tokenizer = self.recipe, self.tokenizer
         if set(wanted) & {"sft", "reward"}:
             self.demonstrations = self._note(
-                "demonstrations", data.demonstrations(recipe, tokenizer)
+                "demonstrations", data.demonstrations(recipe, tokenizer, self._loaded)
             )
         if set(wanted) & {recipe.algorithm, "evaluate"}:
-            self.prompts = self._note("prompts", data.prompts(recipe, tokenizer))
+            self.prompts = self._note("prompts", data.prompts(recipe, tokenizer, self._loaded))
         if recipe.algorithm in wanted:
             self._check_policy()
         if set(wanted) & {"reward", "dpo"} and not any(s.task for s in recipe.data.comparisons):
@@ -191,7 +192,10 @@ class _Work:
             parts: tuple[Literal["all", "proxy", "held_out_model"], ...] = ("all",)
             if recipe.reward.held_out_model:
                 parts = ("proxy", "held_out_model")
-            found = [data.comparisons(recipe, tokenizer, self._sample, part=p) for p in parts]
+            found = [
+                data.comparisons(recipe, tokenizer, self._sample, part, self._loaded)
+                for part in parts
+            ]
             self._note("comparisons", found[0])
             if len(found) > 1:
                 self._note("comparisons_held_out_model", found[1])

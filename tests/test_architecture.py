@@ -17,7 +17,17 @@ PACKAGE = ROOT / "lora_rlhf"
 ORDER = [
     *("errors", "strict_yaml", "masking", "section", "data_section", "sections", "config"),
     *("arguments", "readers", "record", "sharing", "samples"),
-    *("sources", "layouts", "filters", "task_words", "task_checks", "tasks", "metrics", "data"),
+    *(
+        "sources",
+        "layouts",
+        "tokens",
+        "filters",
+        "task_words",
+        "task_checks",
+        "tasks",
+        "metrics",
+        "data",
+    ),
     *("tiny", "tiny.train"),
     *("_trl", "fingerprints", "base", "trunk", "sampler", "views", "backbone", "fused", "adapters"),
     *("logprobs", "heads"),

@@ -50,7 +50,7 @@ class Words:
     eos_token, all_special_tokens, chat_template = None, (), "a template"
 
     def __call__(self, texts, **_):
-        return {"input_ids": [text.split() for text in texts]}
+        return {"input_ids": [[0] * len(text.split()) for text in texts]}
 
     def apply_chat_template(self, messages, **_):
         return "\n".join(turn["content"] for turn in messages)
@@ -538,8 +538,8 @@ def test_two_answers_to_one_prompt_are_both_kept(tmp_path, plain):
 
 def test_token_limits_count_the_template(tmp_path, chat):
     path = jsonl(tmp_path / "d.jsonl", PAIRS)
-    turns = user("q0") + answer("a0")
-    longest = len(chat.apply_chat_template(turns, tokenize=True, return_dict=False)) + 2  # q10, a10
+    asked = chat.apply_chat_template(user("q10"), add_generation_prompt=True, return_dict=False)
+    longest = len(asked) + len(chat("a10")["input_ids"]) + 1  # what SFT is given, with its eos
     text_only = len(chat("q10")["input_ids"]) + len(chat("a10")["input_ids"])
     assert text_only < longest - 4
     found = data.demonstrations(recipe(demonstrations=path, max_tokens=longest), chat)
@@ -569,7 +569,7 @@ def test_prompt_limits_count_the_generation_prompt(tmp_path, chat):
 
 def test_token_limits_of_plain_text_count_the_end_of_text(tmp_path, plain):
     path = jsonl(tmp_path / "d.jsonl", PAIRS)
-    longest = len(plain("q10a10")["input_ids"]) + 1
+    longest = len(plain("q10")["input_ids"]) + len(plain("a10")["input_ids"]) + 1
     for limit, dropped in ((longest, 0), (longest - 1, 50)):
         given = recipe(demonstrations=path, max_tokens=limit, held_out=0.4)
         found = data.demonstrations(given, plain)
