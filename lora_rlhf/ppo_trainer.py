@@ -207,6 +207,8 @@ class PPOTrainer(GRPOTrainer):
         """One micro-batch: a new rollout when the last is used up, a new shuffle every epoch."""
         micro = self.args.steps_per_generation
         if self._step % (micro * self.num_iterations) == 0 or not self._rollout:
+            # Trunk states are large: those of the last rollout go before new ones are made.
+            self._rollout, self._buffered_inputs = {}, None
             self._rollout = self._generate_and_score_completions(generation_batch)
         if self._step % micro == 0 or self._buffered_inputs is None:
             self._buffered_inputs = self._split()

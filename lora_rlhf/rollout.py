@@ -122,7 +122,7 @@ class Scorer:
         out["old_logprobs"], out["old_values"] = _pad(logprobs, mask_nt), _pad(values, mask_nt)
         if self.states is not None:
             out |= self._padded_states(out)
-        self._sampled = None
+        self._sampled = self.states = None  # the rollout has them now
         return _pad(reference, mask_nt)
 
     @torch.no_grad()
