@@ -89,7 +89,7 @@ def run(
         start_roles(backbone, recipe)
         functions, args.reward_weights = rewards(recipe, backbone, prompts)
         per_update = steps_per_update(args)
-        with backbone.training("policy", "value"), fused.lora(backbone):
+        with backbone.training("policy", "value"):
             mix = _text_mix(recipe, backbone, args, text)
             log = StageLog(record, "ppo", progress, steps_per_unit=per_update)
             with complaints("ppo"):
@@ -128,7 +128,8 @@ def train(trainer: Any, stage: str, updates: int, prompts: Dataset) -> Any:
         )
     trainer.progress.begin(stage, updates)
     try:
-        return trainer.train()
+        with fused.lora(trainer.backbone):
+            return trainer.train()
     finally:
         trainer.progress.end()
 
