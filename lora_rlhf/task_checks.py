@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from lora_rlhf.task_words import CONSTRAINED, DAYS, OBJECTS, PHRASES, POOLS, RECORD, VERBS
@@ -28,7 +28,7 @@ class Item:
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-able columns, with the same types in every family."""
-        return {**asdict(self), "facts": [list(f) for f in self.facts], "keys": list(self.keys)}
+        return {**vars(self), "facts": [list(f) for f in self.facts], "keys": list(self.keys)}
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> Item:
