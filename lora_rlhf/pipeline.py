@@ -3,8 +3,8 @@
 
 In the place of PPO stands what the recipe's `algorithm:` says.
 
-A finished stage is not run again; an interrupted one starts over from its own seed, so a run that
-was stopped between or inside stages ends with the same bits as one that was not.
+A finished stage is not run again; an interrupted one goes on from its newest checkpoint, so a run
+that was stopped between or inside stages ends with the same bits as one that was not.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from . import (
     best_of_n,
     card,
+    checkpoint,
     checks,
     controls,
     data,
@@ -32,6 +33,7 @@ from . import (
     reward,
     sft,
     sharing,
+    stopping,
 )
 from .backbone import Backbone
 from .config import Recipe, load_recipe
@@ -77,6 +79,21 @@ def run(
     progress = progress or Progress(quiet=True)
     checks.setup(recipe)
     checks.every_argument(recipe, out)
+    if Path(out).is_dir() or not Path(out).exists():
+        with checkpoint.locked(Path(out)), stopping.budget(recipe.checkpoint.max_minutes):
+            return _run(recipe, out, names, until, progress, start_from)
+    return Record.open(out, recipe)  # a file: it says so
+
+
+def _run(
+    recipe: Recipe,
+    out: str | Path,
+    names: tuple[str, ...],
+    until: str,
+    progress: Progress,
+    start_from: str | Path | None,
+) -> Record:
+    """`run` in a directory that nobody else works in."""
     source = sharing.check(start_from, recipe, out) if start_from is not None else None
     record = Record.open(out, recipe)
     if source is not None and (taken := sharing.take_over(source, record)):
@@ -88,7 +105,11 @@ def run(
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     if set(wanted) - {"card"}:
-        _Work(recipe, record, progress).run(wanted)
+        try:
+            _Work(recipe, record, progress).run(wanted)
+        except stopping.OutOfTime:
+            progress.say("the minutes are used up and all is saved; the same command goes on")
+            return record
     if "card" in wanted:
         with record.stage("card"):  # to its very end: what is not sealed cannot be pushed
             plots.run(record)
@@ -138,6 +159,7 @@ class _Work:
         names = stage_names(self.recipe.algorithm)[: len(steps)]
         last = max(names.index(stage) for stage in wanted if stage != "card")
         for stage, step in list(zip(names, steps, strict=True))[: last + 1]:
+            stopping.leave()
             step(run=stage in wanted)
             self.record.data["lora"] = self.backbone.describe_lora()
             self.record.data["clock"]["memory"] = self.backbone.memory_report()

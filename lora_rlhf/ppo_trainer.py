@@ -37,6 +37,7 @@ from .objectives import (
 )
 from .progress import Progress
 from .ptx import TextMix
+from .resume import Resumable
 from .sections import PpoSection
 from .stages import PPOConfig
 from .steering import Steering
@@ -47,7 +48,7 @@ MAX_MEAN_RATIO = 10.0
 """A micro-batch whose mean ratio is above this moves the policy nowhere: it is left out."""
 
 
-class PPOTrainer(GRPOTrainer):
+class PPOTrainer(Resumable, GRPOTrainer):
     """PPO for the roles of one backbone. Use it inside `backbone.training("policy", "value")`.
 
     Args:
@@ -63,6 +64,9 @@ class PPOTrainer(GRPOTrainer):
 
     _tag_names = ["lora-rlhf", "ppo"]
     _name = "PPO"
+    kept = (
+        "_rollout", "policy_updates", "identities", "steering", "text", "_moments", "_moved",
+    )  # fmt: skip
     optimizer: torch.optim.Optimizer | None
     lr_scheduler: Any
     _buffered_inputs: list[dict[str, Any]] | None
@@ -100,6 +104,13 @@ class PPOTrainer(GRPOTrainer):
         self.add_callback(_AfterStep(self))
         self.steering = Steering(backbone, ppo, progress, args.generation_batch_size)
         self.add_callback(self.steering)
+
+    def restore(self, found: dict[str, Any]) -> None:
+        """As `Resumable`; a check that waits for a first step is made anew."""
+        moved = found.pop("_moved")
+        super().restore(found)
+        if moved is not None:
+            self._moved = guards.MovedOnly.restored(self.backbone, moved)
 
     # ------------------------------------------------------------------ rollout
 

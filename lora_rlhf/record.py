@@ -19,6 +19,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,13 +27,16 @@ from typing import Any
 
 from .config import Recipe, dump_recipe, parse_recipe
 from .errors import LoraRlhfError, SetupError, UsageError
-from .readers import ALGORITHMS, FREE, differences, first_reader, identity
+from .readers import ALGORITHMS, FREE, differences, first_reader, identity, stage_of
 
 SCHEMA = 1
 """Of `record.json`: what this version writes and reads."""
 
 _PARTS = ("model", "lora", "data", "stages", "evaluation", "files", "clock")
 """Keys of the record that hold a mapping."""
+
+_BEGINNINGS = {"recipe.yaml", "recipe.yaml.tmp", "record.json.tmp"}
+"""Names of files in a run that was killed before it had a record: it begins again."""
 
 _REWRITTEN = ("README.md", "recipe.yaml")
 """Names of files that may be written anew in a sealed run: cards, and keys that are free."""
@@ -71,9 +75,12 @@ class Record:
             for other in ALGORITHMS.keys() - {recipe.algorithm}:  # interrupted, then another chosen
                 record.data["stages"].pop(other, None)
                 record.restart_metrics(other)
+                record.drop_checkpoints(other)
             record._keep_recipe(recipe, text)
             return record
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (
+            not folder.is_dir() or {p.name for p in folder.iterdir()} - _BEGINNINGS
+        ):
             raise UsageError(
                 f"{folder} exists and is not a run", remedy="give an --out that is empty or new"
             )
@@ -103,9 +110,11 @@ class Record:
         """
         before = self.recipe()
         wrong = [
-            f"  {key}: {was!r} -> {now!r} (read by {stage}, which is done)"
+            f"  {key}: {was!r} -> {now!r} (read by {stage}, which "
+            + ("is done)" if self.done(stage) else "has begun)")
             for key, was, now in differences(before, recipe)
-            if (stage := first_reader(key, before.algorithm)) and self.done(stage)
+            if (stage := first_reader(key, before.algorithm))
+            and (self.done(stage) or self.in_flight(stage))
         ]
         if wrong:
             raise UsageError(
@@ -207,16 +216,53 @@ class Record:
             raise
         if other := changed_versions(self.data["versions"], versions()):
             entry["versions"] = other
+        clock, seconds = self.data["clock"], time.perf_counter() - started
+        for training in [t for t in clock.get("before", {}) if stage_of(t) == name]:
+            seconds += clock["before"].pop(training)  # spent in processes that were stopped
         self.data["stages"][name] = {"status": "done", **entry}
-        self.data["clock"]["stages"][name] = {"seconds": round(time.perf_counter() - started, 3)}
+        clock["stages"][name] = {"seconds": round(seconds, 3)}
         self.save()
+        self.drop_checkpoints(name)
 
     def restart_metrics(self, stage: str) -> None:
         """Forget what an interrupted try of `stage` logged: it starts from its beginning."""
+        self.keep_lines(stage, 0)
+
+    def keep_lines(self, stage: str, count: int) -> bool:
+        """Forget what `stage` logged after its first `count` lines; False where it has fewer."""
+        path, kept, seen = self.folder / "metrics.jsonl", [], 0
+        if not path.exists():
+            return count == 0
+        for text, line in self._logged():
+            seen += line["stage"] == stage
+            if line["stage"] != stage or seen <= count:
+                kept.append(text)
+        if seen < count:
+            return False
+        _write_atomically(path, "".join(kept))
+        return True
+
+    def sync_metrics(self) -> None:
+        """Bring the log to the disk: a checkpoint that follows counts its lines."""
         path = self.folder / "metrics.jsonl"
         if path.exists():
-            kept = [text for text, line in self._logged() if line["stage"] != stage]
-            _write_atomically(path, "".join(kept))
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def checkpoints(self, training: str) -> Path:
+        """The folder of a training's checkpoints."""
+        return self.folder / "checkpoints" / training
+
+    def in_flight(self, stage: str) -> bool:
+        """Whether `stage` has begun, and left a checkpoint to go on from."""
+        found = self.checkpoints("").glob("*/step-*/manifest.json")
+        return not self.done(stage) and any(stage_of(p.parts[-3]) == stage for p in found)
+
+    def drop_checkpoints(self, stage: str) -> None:
+        """Delete those of a stage, which is done or begins anew."""
+        for path in self.checkpoints("").glob("*"):
+            if stage_of(path.name) == stage:
+                shutil.rmtree(path, ignore_errors=True)
 
     def log(
         self, stage: str, step: int, metrics: dict[str, Any], clock: dict[str, Any] | None = None

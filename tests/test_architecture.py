@@ -15,13 +15,22 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lora_rlhf"
 
 ORDER = [
-    *("errors", "strict_yaml", "masking", "section", "data_section", "sections", "config"),
+    *(
+        "errors",
+        "stopping",
+        "strict_yaml",
+        "masking",
+        "section",
+        "data_section",
+        "sections",
+        "config",
+    ),
     *("arguments", "readers", "record", "sharing", "samples"),
     *("sources", "layouts", "filters", "task_words", "task_checks", "tasks", "metrics", "data"),
     *("tiny", "tiny.train"),
     *("_trl", "fingerprints", "base", "views", "backbone", "adapters", "heads"),
     *("objectives", "overoptimization", "guards"),
-    *("progress", "stages", "sft"),
+    *("progress", "checkpoint", "resume", "stages", "sft"),
     *("ensemble", "ranking", "reward_report", "reward"),
     *("ppo_log", "ptx", "minibatches", "watch", "steering", "ppo_optimizer", "ppo_trainer", "ppo"),
     *("controls", "group_trainers", "dpo", "best_of_n", "evaluate"),
