@@ -155,15 +155,24 @@ class _Work:
     def run(self, wanted: list[str]) -> None:
         """Run the wanted stages and load the others that they stand on."""
         self._check_data(wanted)
+        self.record.on_done = self._describe
         steps = (self._sft, self._reward, self._policy, self._evaluate)
         names = stage_names(self.recipe.algorithm)[: len(steps)]
         last = max(names.index(stage) for stage in wanted if stage != "card")
         for stage, step in list(zip(names, steps, strict=True))[: last + 1]:
-            stopping.leave()
             step(run=stage in wanted)
-            self.record.data["lora"] = self.backbone.describe_lora()
-            self.record.data["clock"]["memory"] = self.backbone.memory_report()
-            self.record.save()
+            # Asked after what was done: the shortest budget, too, gets a little further each time.
+            if stage in wanted and stage != names[last]:
+                stopping.leave()
+
+    def _describe(self) -> None:
+        """With the stage itself, or a run that is killed between the two would never say it."""
+        record, found = self.record, self.backbone.describe_lora()
+        # A role that an earlier process trained (the value) need not be loaded any more.
+        known = record.data["lora"].get("parameters_per_role", {})
+        found["parameters_per_role"] = known | found["parameters_per_role"]
+        record.data["lora"] = found
+        record.data["clock"]["memory"] = self.backbone.memory_report()
 
     def _note(self, name: str, prepared: Prepared) -> Prepared:
         checks.same_data(self.record, name, prepared.report)

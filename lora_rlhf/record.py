@@ -21,7 +21,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ class Record:
     def __init__(self, folder: str | Path, data: dict[str, Any]) -> None:
         self.folder = Path(folder)
         self.data = data
+        self.on_done: Callable[[], None] | None = None  # before a stage is noted as done
 
     @classmethod
     def open(cls, folder: str | Path, recipe: Recipe) -> Record:
@@ -219,6 +220,8 @@ class Record:
         clock, seconds = self.data["clock"], time.perf_counter() - started
         for training in [t for t in clock.get("before", {}) if stage_of(t) == name]:
             seconds += clock["before"].pop(training)  # spent in processes that were stopped
+        if self.on_done is not None:
+            self.on_done()
         self.data["stages"][name] = {"status": "done", **entry}
         clock["stages"][name] = {"seconds": round(seconds, 3)}
         self.save()
