@@ -147,10 +147,10 @@ def write(
     manifest = {"schema": SCHEMA, "step": step, "run": dict(run), "notes": dict(notes),
                 "files": sums}  # fmt: skip
     _write_synced(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
-    _sync_folder(temporary)
+    sync(temporary)
     shutil.rmtree(folder, ignore_errors=True)  # a damaged one of this step
     temporary.replace(folder)
-    _sync_folder(parent)
+    sync(parent)
     return folder
 
 
@@ -161,9 +161,9 @@ def _write_synced(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(path: Path) -> None:
-    """Make names in a folder lasting; Windows cannot open a folder, and does so by itself."""
-    if os.name == "posix":
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk. Windows cannot do it for folders."""
+    if os.name == "posix" and path.exists():
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -171,9 +171,16 @@ def _sync_folder(path: Path) -> None:
             os.close(handle)
 
 
+def drop(parent: Path, old: list[Path]) -> None:
+    """Delete folders that a new start has made useless."""
+    for path in old:
+        shutil.rmtree(path, ignore_errors=True)
+    sync(parent)
+
+
 def prune(parent: Path, keep: int) -> None:
     """Delete all but the newest folders, and what an interrupted write left."""
-    for path in _folders(parent)[keep:]:
+    for path in folders(parent)[keep:]:
         shutil.rmtree(path, ignore_errors=True)
     for path in parent.glob("step-*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
@@ -230,7 +237,7 @@ def newest(parent: Path) -> tuple[Checkpoint | None, list[Skipped]]:
         Skipped(path.name, "it was not finished") for path in sorted(parent.glob("step-*.tmp"))
     ]
     broken: list[Skipped] = []
-    for folder in _folders(parent):
+    for folder in folders(parent):
         found = verify(folder)
         if isinstance(found, Checkpoint):
             return found, [*broken, *skipped]
@@ -239,6 +246,19 @@ def newest(parent: Path) -> tuple[Checkpoint | None, list[Skipped]]:
         told = "; ".join(f"{name}: {why}" for name, why in broken)
         raise lacking(parent / broken[0].name, f"no checkpoint is complete: {told}")
     return None, skipped
+
+
+def newest_adapters(parent: Path) -> Checkpoint | None:
+    """The newest folder whose adapters are whole, whatever else of it is not."""
+    for folder in folders(parent):
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+            sums = {n: manifest["files"][n]["sha256"] for n in ("roles.json", "roles.safetensors")}
+            if all(sha256(folder / name) == known for name, known in sums.items()):
+                return Checkpoint(folder, int(manifest["step"]), manifest["run"], sums)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
 
 
 def verify(folder: Path) -> Checkpoint | str:
@@ -269,7 +289,7 @@ def verify(folder: Path) -> Checkpoint | str:
     return found
 
 
-def _folders(parent: Path) -> list[Path]:
+def folders(parent: Path) -> list[Path]:
     """The step folders, newest first."""
     found = [p for p in parent.glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir()]
     return sorted(found, reverse=True)

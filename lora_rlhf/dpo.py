@@ -178,6 +178,7 @@ class ComparisonTrainer(Resumable, DPOTrainer):
         self.identities["loss_at_start"] = loss
         tolerance = RATIO_TOLERANCE[self.backbone.causal.dtype]
         plain = self.loss_types == ["sigmoid"] and not self.args.loss_weights
+        plain = plain and not self.warm_started
         if plain and not abs(loss - math.log(2)) <= tolerance:
             raise IdentityError(
                 f"the first loss of DPO is {loss:.4f}",

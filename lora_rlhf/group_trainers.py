@@ -228,7 +228,7 @@ class _OnBackbone(Resumable):
                     )[0])  # fmt: skip
             found[role] = torch.cat(parts)
         mask_bt = out["completion_mask"]
-        if self.state.global_step == 0:
+        if self.state.global_step == 0 and not self.warm_started:
             self.identities["kl_at_start"] = guards.policy_equals_reference(
                 found["policy"], found["reference"], mask_bt
             )

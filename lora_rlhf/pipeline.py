@@ -51,6 +51,7 @@ def run(
     until: str = "card",
     progress: Progress | None = None,
     start_from: str | Path | None = None,
+    warm_start: bool = False,
 ) -> Record:
     """Run a recipe into a directory, or go on with the run that is there.
 
@@ -62,6 +63,8 @@ def run(
         progress: Where to report; default: nowhere.
         start_from: Another run, whose finished SFT and reward stages are taken over where every
             recipe key that they read is equal.
+        warm_start: Begin the stage that was interrupted again, from the adapters of its newest
+            checkpoint: another run than the one that was interrupted, and the record says so.
 
     Returns:
         The record, with `evaluation` once that stage is done.
@@ -81,7 +84,7 @@ def run(
     checks.every_argument(recipe, out)
     if Path(out).is_dir() or not Path(out).exists():
         with checkpoint.locked(Path(out)), stopping.budget(recipe.checkpoint.max_minutes):
-            return _run(recipe, out, names, until, progress, start_from)
+            return _run(recipe, out, names, until, progress, start_from, warm_start)
     return Record.open(out, recipe)  # a file: it says so
 
 
@@ -92,10 +95,11 @@ def _run(
     until: str,
     progress: Progress,
     start_from: str | Path | None,
+    warm_start: bool,
 ) -> Record:
     """`run` in a directory that nobody else works in."""
     source = sharing.check(start_from, recipe, out) if start_from is not None else None
-    record = Record.open(out, recipe)
+    record = Record.open(out, recipe, warm_start=warm_start)
     if source is not None and (taken := sharing.take_over(source, record)):
         progress.say(f"taken over from {source.folder}: {', '.join(taken)}")
     wanted = [s for s in names[: names.index(until) + 1] if not checks.finished(recipe, record, s)]

@@ -149,7 +149,7 @@ class PPOTrainer(Resumable, GRPOTrainer):
         }
         mask_bt, ended_b = out["completion_mask"], self._ended(out)
         reference_bt = self._score_roles(out)
-        if self.policy_updates == 0:
+        if self.policy_updates == 0 and not self.warm_started:
             self.identities["kl_at_start"] = guards.policy_equals_reference(
                 out["old_logprobs"], reference_bt, mask_bt
             )

@@ -27,7 +27,7 @@ from typing import Any
 
 from .config import Recipe, dump_recipe, parse_recipe
 from .errors import LoraRlhfError, SetupError, UsageError
-from .readers import ALGORITHMS, FREE, differences, first_reader, identity, stage_of
+from .readers import ALGORITHMS, FREE, differences, first_reader, identity, stage_names, stage_of
 
 SCHEMA = 1
 """Of `record.json`: what this version writes and reads."""
@@ -56,14 +56,19 @@ class Record:
     def __init__(self, folder: str | Path, data: dict[str, Any]) -> None:
         self.folder = Path(folder)
         self.data = data
+        self.warm_start = False
         self.on_done: Callable[[], None] | None = None  # before a stage is noted as done
 
     @classmethod
-    def open(cls, folder: str | Path, recipe: Recipe) -> Record:
+    def open(cls, folder: str | Path, recipe: Recipe, *, warm_start: bool = False) -> Record:
         """The record of a new run, or of an earlier run of the same recipe, to be continued.
 
+        Args:
+            warm_start: What only a stage that has begun reads may differ: it begins again.
+
         Raises:
-            UsageError: The folder holds a run of another recipe, or files that are no run.
+            UsageError: The folder holds a run of another recipe, or files that are no run; there
+                is no stage to start again.
             SetupError: The folder cannot be written.
         """
         folder = Path(folder)
@@ -71,6 +76,7 @@ class Record:
         digest = identity(recipe)
         if (folder / "record.json").exists():
             record = cls.read(folder)
+            record.warm_start = warm_start
             record._accept(recipe)
             record.data |= {"recipe_sha256": digest, "algorithm": recipe.algorithm}
             for other in ALGORITHMS.keys() - {recipe.algorithm}:  # interrupted, then another chosen
@@ -115,13 +121,18 @@ class Record:
             + ("is done)" if self.done(stage) else "has begun)")
             for key, was, now in differences(before, recipe)
             if (stage := first_reader(key, before.algorithm))
-            and (self.done(stage) or self.in_flight(stage))
+            and (self.done(stage) or (self.in_flight(stage) and not self.warm_start))
         ]
+        if self.warm_start and not any(map(self.in_flight, stage_names(before.algorithm))):
+            raise UsageError(
+                f"{self.folder} has no stage that was interrupted and left a checkpoint",
+                remedy="leave --warm-start out",
+            )
         if wrong:
             raise UsageError(
                 f"{self.folder} holds a run of another recipe:\n" + "\n".join(wrong),
                 expected="a change only of what stages to come read, or of " + ", ".join(FREE),
-                remedy="give another --out",
+                remedy="give another --out; `--warm-start` begins an interrupted stage anew",
             )
 
     def _keep_recipe(self, recipe: Recipe, text: str) -> None:
@@ -244,13 +255,6 @@ class Record:
             return False
         _write_atomically(path, "".join(kept))
         return True
-
-    def sync_metrics(self) -> None:
-        """Bring the log to the disk: a checkpoint that follows counts its lines."""
-        path = self.folder / "metrics.jsonl"
-        if path.exists():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
 
     def checkpoints(self, training: str) -> Path:
         """The folder of a training's checkpoints."""

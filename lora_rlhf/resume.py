@@ -9,6 +9,7 @@ are never written or read. In a training of K optimizer steps a checkpoint may s
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import random
 import time
@@ -24,6 +25,7 @@ from . import checkpoint, stopping
 from .backbone import Backbone
 from .checkpoint import Checkpoint
 from .config import Recipe
+from .errors import CheckpointError
 from .progress import Progress
 from .readers import READS, fingerprints, keys_read
 from .record import Record
@@ -50,10 +52,12 @@ class Resumable(_Base):
     Attributes:
         kept: Names of attributes, beside TRL's, that decide what follows; an object with
             `kept_state` and `restore` gives and takes its own.
+        warm_started: It began from other adapters than the stage's own: it need not equal SFT.
     """
 
     kept: tuple[str, ...] = ()
     keeper: Keeper | None = None
+    warm_started = False
 
     def kept_state(self) -> dict[str, Any]:
         """What decides the steps to come, beside roles, optimizer and random states."""
@@ -132,6 +136,7 @@ class Keeper(TrainerCallback):
         self.found: Checkpoint | None = None
         self.run = _identity(recipe, backbone, record, stage)
         self.paused = False
+        self._old: list[Path] = []  # checkpoints from before a warm start
         self._epoch: dict[str, Any] = {}
         self._saved = self._started = time.monotonic()
         self._spent = 0.0
@@ -145,6 +150,10 @@ class Keeper(TrainerCallback):
             CheckpointError: There are checkpoints, and none is complete, or of this run.
             Interrupted, OutOfTime: What was done is saved.
         """
+        trainer.keeper = self
+        if self.record.warm_start and self.record.in_flight(self.stage):
+            self._start_warm(trainer)
+            return self._train(trainer)
         self.found, skipped = checkpoint.newest(self.folder)
         for name, why in skipped:
             self.progress.say(f"{self.name}: checkpoint {name} is not used: {why}")
@@ -152,7 +161,6 @@ class Keeper(TrainerCallback):
             self.name, self.found.notes["lines"]
         ):
             raise checkpoint.lacking(self.found.folder, "metrics.jsonl has fewer lines than then")
-        trainer.keeper = self
         if self.found is None:
             self.record.restart_metrics(self.name)
         else:
@@ -165,6 +173,9 @@ class Keeper(TrainerCallback):
                     str(self.found.folder / checkpoint.TRAINER_STATE)
                 )
                 return Result(*self.found.notes["finished"])
+        return self._train(trainer)
+
+    def _train(self, trainer: Any) -> Result:
         trainer.add_callback(self)
         with stopping.at_boundaries(self.progress.say):
             out = trainer.train(resume_from_checkpoint=self.found and str(self.found.folder))
@@ -172,6 +183,32 @@ class Keeper(TrainerCallback):
             if not self.paused:
                 self.save(trainer, {"finished": list(result)})
         return result
+
+    def _start_warm(self, trainer: Any) -> None:
+        """Only the adapters of the newest checkpoint that has them; all else begins anew.
+
+        Raises:
+            CheckpointError: No checkpoint has them.
+        """
+        self.record.restart_metrics(self.name)
+        self._old = checkpoint.folders(self.folder)
+        if not self._old:
+            return  # another role of the stage: it has not begun
+        found = checkpoint.newest_adapters(self.folder)
+        if found is None:
+            raise CheckpointError(
+                f"{self.folder}: no checkpoint holds its adapters whole",
+                remedy=f"deleting {self.folder} begins the stage from its start",
+            )
+        if found.run.get("base") != self.run["base"]:
+            raise checkpoint.changed(found.folder, _differences(found.run, self.run, ["base"]))
+        self._load_roles(found)
+        trainer.warm_started = True
+        note = {"from_step": found.step, "adapters_sha256": found.notes["roles.safetensors"],
+                "changed": _differences(found.run, self.run)}  # fmt: skip
+        self.record.data.setdefault("warm_starts", {})[self.name] = note
+        self.record.save()
+        self.progress.say(f"{self.name}: begins again from the adapters of {found.folder.name}")
 
     def _note_resumed(self, found: Checkpoint) -> None:
         self.progress.say(f"{self.name}: going on from {found.folder.name}")
@@ -187,12 +224,7 @@ class Keeper(TrainerCallback):
         Raises:
             CheckpointError: With a table of the differences.
         """
-        keys = sorted(found.run.keys() | self.run.keys())
-        rows = [
-            f"  {key}: {found.run.get(key)!r} -> {self.run.get(key)!r}"
-            for key in keys if found.run.get(key) != self.run.get(key)
-        ]  # fmt: skip
-        if rows:
+        if rows := _differences(found.run, self.run):
             raise checkpoint.changed(found.folder, rows)
 
     # -------------------------------------------------------------------- when
@@ -241,7 +273,7 @@ class Keeper(TrainerCallback):
         }
         state = dataclasses.asdict(dataclasses.replace(trainer.state, log_history=[]))
         state["stateful_callbacks"] = {}
-        self.record.sync_metrics()
+        checkpoint.sync(self.record.folder / "metrics.jsonl")  # its lines are counted below
         checkpoint.write(
             self.folder, trainer.state.global_step, parts,
             {checkpoint.TRAINER_STATE: json.dumps(state, indent=1)}, self.run,
@@ -251,25 +283,30 @@ class Keeper(TrainerCallback):
                 **(notes or {}),
             },
         )  # fmt: skip
+        checkpoint.drop(self.folder, self._old)
+        self._old = []
         checkpoint.prune(self.folder, self.section.keep)
         self._saved = time.monotonic()
 
     @torch.no_grad()
-    def load(self, trainer: Any) -> None:
-        """Put back adapters, heads and what the trainer keeps.
-
-        Raises:
-            CheckpointError: A tensor is missing, of another shape, or not finite.
-        """
-        assert self.found is not None
-        roles = self.found.part("roles")
+    def _load_roles(self, found: Checkpoint) -> None:
+        roles = found.part("roles")
         for role in sorted(self.backbone.trained_roles):
             wanted, there = dict(self.backbone.role_parameters(role)), roles.get(role, {})
             for name, parameter in wanted.items():
                 tensor = there.get(name)
                 if tensor is None or tensor.shape != parameter.shape:
-                    raise checkpoint.lacking(self.found.folder, f"it lacks {name} of {role}")
+                    raise checkpoint.lacking(found.folder, f"it lacks {name} of {role}")
                 parameter.copy_(tensor)
+
+    def load(self, trainer: Any) -> None:
+        """Put back adapters, heads and what the trainer keeps.
+
+        Raises:
+            CheckpointError: Something is missing, or a tensor is of another shape.
+        """
+        assert self.found is not None
+        self._load_roles(self.found)
         found = self.found.part("trainer")["kept"]
         for name in trainer.kept_state():
             if name not in found:
@@ -300,7 +337,7 @@ def _identity(recipe: Recipe, backbone: Backbone, record: Record, stage: str) ->
     """What must be equal for two runs to be the same up to the end of a stage, as flat keys."""
     found = {k: v for k, v in keys_read(record.recipe(), stage).items() if v is not None}
     tokenizer = backbone.tokenizer
-    template = str(tokenizer.chat_template or "")
+    template = hashlib.sha256(str(tokenizer.chat_template or "").encode()).hexdigest()
     found |= {
         "base": backbone.fingerprint, "base.dtype": str(backbone.causal.dtype),
         "tokenizer.template": template, "tokenizer.pad": tokenizer.pad_token_id,
@@ -311,6 +348,17 @@ def _identity(recipe: Recipe, backbone: Backbone, record: Record, stage: str) ->
             found[f"data.{name}"] = fingerprints(record.data["data"][name])
     frozen = sorted(backbone.views.keys() - backbone.trained_roles)
     return found | {f"adapter.{role}": backbone.state_hash(role) for role in frozen}
+
+
+def _differences(
+    before: dict[str, Any], now: dict[str, Any], keys: list[str] | None = None
+) -> list[str]:
+    """`  key: before -> now` of everything that is not the same."""
+    names = keys or sorted(before.keys() | now.keys())
+    return [
+        f"  {key}: {before.get(key)!r:.80} -> {now.get(key)!r:.80}"
+        for key in names if before.get(key) != now.get(key)
+    ]  # fmt: skip
 
 
 def _random(loader: Any) -> dict[str, Any]:
