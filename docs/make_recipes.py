@@ -33,8 +33,9 @@ A recipe is one YAML file that states a whole run. This page is written by `make
   `GRPOConfig` for `ppo` and `grpo`, `RLOOConfig`, `DPOConfig`), so those names are TRL's. Keys that
   have their home elsewhere in the recipe (`seed`, `bf16`, `beta`, `output_dir`, ...) are refused
   there, with the place to set them.
-- A run that is continued may change `card`, `hub`, `report_to`, `threads`, `reward.gate`, and
-  whatever only stages to come read: `ppo` until PPO is done, say. Other changes are refused.
+- A run that is continued may change `card`, `hub`, `report_to`, `threads`, `reward.gate`,
+  `checkpoint`, and whatever only stages to come read: `ppo` until PPO has begun, say. Other changes
+  are refused, with a table ([what a run survives](reliability.md)).
 - `algorithm` chooses what makes the policy; of `ppo`, `grpo`, `rloo`, `dpo` and `best_of_n` only
   the section of that name is read, but that the controls take from `ppo` what they leave unsaid
   ([is PPO worth it here?](compare.md)).

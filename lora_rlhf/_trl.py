@@ -16,6 +16,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import trl
+from transformers import Trainer
 from trl import (
     DPOConfig,
     DPOTrainer,
@@ -55,6 +56,14 @@ SUPPORTED = ("1.16",)
 """The minor versions of TRL on which tests/test_trl_seams.py passed."""
 
 SEAMS: dict[type, dict[str, tuple[str, ...]]] = {
+    Trainer: {
+        "_save_checkpoint": ("model", "trial"),
+        "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
+        "_load_optimizer_and_scheduler": ("checkpoint",),
+        "_load_rng_state": ("checkpoint",),
+        "_init_training_state": ("resume_from_checkpoint",),
+        "_run_epoch": ("resume_from_checkpoint", "steps_trained_in_current_epoch"),
+    },
     GRPOTrainer: {
         "_generate": ("prompts",),
         "_generate_single_turn": ("prompt_ids",),

@@ -63,10 +63,9 @@ class Backbone(BaseModel):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._trainable: frozenset[str] = frozenset()
+        self.trained_roles: frozenset[str] = frozenset()
         self._bare_value: nn.Linear | None = None
-        # Found by walks over all modules; asked for at every switch and optimizer step.
-        self._known: dict[str, list[Any]] = {}
+        self._known: dict[str, list[Any]] = {}  # found by walks over all modules
 
     # ------------------------------------------------------------------ roles
 
@@ -274,13 +273,13 @@ class Backbone(BaseModel):
             # TRL, Trainer and each rollout would hook the embedding, so that backward runs through
             # the frozen layers below the adapters. Only reentrant checkpointing needs that.
             base.__dict__["enable_input_require_grads"] = lambda: None
-        self._trainable = frozenset(roles)
+        self.trained_roles = frozenset(roles)
         self._apply_trainable()
         try:
             with self.role(roles[0]):
                 yield
         finally:
-            self._trainable = frozenset()
+            self.trained_roles = frozenset()
             self._apply_trainable()
             self.causal.__dict__.pop("forward", None)
             if forward is not None:
@@ -312,7 +311,7 @@ class Backbone(BaseModel):
                 parameter.data = data
 
     def _apply_trainable(self) -> None:
-        wanted = {id(p) for role in self._trainable for _, p in self.role_parameters(role)}
+        wanted = {id(p) for role in self.trained_roles for _, p in self.role_parameters(role)}
         for parameter in self._all_parameters():
             parameter.requires_grad_(id(parameter) in wanted)
 
@@ -323,14 +322,16 @@ class Backbone(BaseModel):
             AdapterError: Naming a parameter that is frozen or trainable against the declaration.
         """
         wanted = {
-            id(p): f"{role}: {n}" for role in self._trainable for n, p in self.role_parameters(role)
+            id(p): f"{role}: {n}"
+            for role in self.trained_roles
+            for n, p in self.role_parameters(role)
         }
         for parameter in self._all_parameters():
             if parameter.requires_grad != (id(parameter) in wanted):
                 name = wanted.get(id(parameter), "a parameter of no trained role")
                 state = "is trainable" if parameter.requires_grad else "is frozen"
                 raise AdapterError(
-                    f"{name} {state}", expected=f"trainable: {sorted(self._trainable)}",
+                    f"{name} {state}", expected=f"trainable: {sorted(self.trained_roles)}",
                     remedy="this is a bug or a foreign call of set_adapter; please report it",
                 )  # fmt: skip
 

@@ -12,15 +12,8 @@ import torch
 from . import arguments, best_of_n, controls, dpo, group_trainers, ppo, reward, sft, stages
 from .config import Recipe
 from .errors import DataError, RecipeError, SetupError
-from .readers import ALGORITHMS
+from .readers import ALGORITHMS, READS
 from .record import Record
-
-_READERS: dict[str, tuple[str, ...]] = {
-    "demonstrations": ("sft", "reward"), "comparisons": ("reward", "dpo"),
-    "comparisons_held_out_model": ("reward",), "prompts": (*ALGORITHMS, "evaluate"),
-    "text": ("ppo",),
-}  # fmt: skip
-"""Set of the record -> the stages whose result depends on its rows."""
 
 
 def setup(recipe: Recipe) -> None:
@@ -93,7 +86,7 @@ def same_data(record: Record, name: str, report: dict[str, Any]) -> None:
         DataError: The data changed in between.
     """
     before = record.data["data"].get(name, {})
-    parts = {name: (before, report, _READERS[name])}
+    parts = {name: (before, report, READS[name])}
     if "evaluate" in before or "evaluate" in report:  # every set leaves its prompts out
         parts["evaluate"] = (
             before.get("evaluate", {}), report.get("evaluate", {}),

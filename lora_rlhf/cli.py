@@ -63,6 +63,12 @@ From = Annotated[
         "--from", metavar="RUN", help="Take over SFT and reward model of a run where they fit."
     ),
 ]
+Warm = Annotated[
+    bool,
+    typer.Option(
+        "--warm-start", help="Begin the interrupted stage again from its adapters: another run."
+    ),
+]
 RepoId = Annotated[str | None, typer.Option(metavar="ORG/NAME")]
 
 
@@ -134,6 +140,7 @@ def _train(
     dry_run: bool,
     until: str = "card",
     start_from: Path | None = None,
+    warm_start: bool = False,
 ) -> None:
     from .config import dump_recipe, load_recipe
 
@@ -144,17 +151,20 @@ def _train(
         arguments.check(recipe)
         typer.echo(dump_recipe(recipe), nl=False)
     else:
-        _run(recipe, out or Path("runs") / recipe.name, until, start_from)
+        _run(recipe, out or Path("runs") / recipe.name, until, start_from, warm_start)
 
 
-def _run(recipe: Recipe, out: Path, until: str, start_from: Path | None) -> None:
+def _run(recipe: Recipe, out: Path, until: str, start_from: Path | None, warm_start: bool) -> None:
     pipeline = _pipeline()
     from . import summary
     from .progress import Progress
 
     progress = Progress()
     try:
-        record = pipeline.run(recipe, out, until=until, progress=progress, start_from=start_from)
+        record = pipeline.run(
+            recipe, out, until=until, progress=progress, start_from=start_from,
+            warm_start=warm_start,
+        )  # fmt: skip
     finally:
         progress.end()
     summary.show(record)
@@ -166,6 +176,7 @@ def _run_verb(
     out: Out = None,
     overrides: Set = None,
     start_from: From = None,
+    warm_start: Warm = False,
     dry_run: DryRun = False,
 ) -> None:
     """Run a whole recipe, or go on with it.
@@ -173,7 +184,7 @@ def _run_verb(
     SFT, reward model, PPO (or what `algorithm` says), evaluation, cards. A finished stage is not
     run again.
     """
-    _train(recipe, out, overrides, dry_run, start_from=start_from)
+    _train(recipe, out, overrides, dry_run, start_from=start_from, warm_start=warm_start)
 
 
 @_command("demo")
@@ -200,9 +211,10 @@ def _stage_verb(stage: str, what: str) -> None:
         out: Out = None,
         overrides: Set = None,
         start_from: From = None,
+        warm_start: Warm = False,
         dry_run: DryRun = False,
     ) -> None:
-        _train(recipe, out, overrides, dry_run, stage, start_from)
+        _train(recipe, out, overrides, dry_run, stage, start_from, warm_start)
 
     verb.__doc__ = f"Run a recipe until {what}."
     _command(stage)(verb)

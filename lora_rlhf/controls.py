@@ -146,11 +146,11 @@ class Untouched(TrainerCallback):
     Args:
         backbone: Inside `training("policy")`.
         stage: Who is at fault where it fails.
-        identities: Where it notes that it held.
+        trainer: In whose `identities` it notes that it held.
     """
 
-    def __init__(self, backbone: Backbone, stage: str, identities: dict[str, float]) -> None:
-        self.backbone, self.stage, self.identities = backbone, stage, identities
+    def __init__(self, backbone: Backbone, stage: str, trainer: Any) -> None:
+        self.backbone, self.stage, self.trainer = backbone, stage, trainer
         roles = [None, *(r for r in ("reference", *REWARDS) if backbone.has(r))]
         self.frozen = {role: backbone.state_hash(role) for role in roles}
         self.policy = backbone.state_hash("policy")
@@ -168,8 +168,16 @@ class Untouched(TrainerCallback):
         # A learning rate that warms up from 0 makes a first step that moves nothing.
         if not self.done and optimizer.param_groups[0]["lr"] > 0:
             self.check()
-            self.identities["only_policy_moved"] = 1
+            self.trainer.identities["only_policy_moved"] = 1
             self.done = True
+
+    def kept_state(self) -> dict[str, Any]:
+        """For a checkpoint: whether it held already."""
+        return {"done": self.done}
+
+    def restore(self, found: dict[str, Any]) -> None:
+        """Put back what `kept_state` gave."""
+        self.done = bool(found["done"])
 
     def check(self) -> None:
         """Compare with what was there at the start.

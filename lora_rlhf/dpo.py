@@ -25,6 +25,7 @@ from .errors import IdentityError
 from .guards import RATIO_TOLERANCE
 from .progress import Progress, StageLog
 from .record import Record
+from .resume import Keeper, Resumable
 from .stages import build, check_finite, complaints, effective, trainer_args
 
 _DEFAULTS: dict[str, Any] = {
@@ -53,7 +54,6 @@ def run(
         IdentityError: A start-up identity does not hold.
     """
     with record.stage("dpo") as entry:
-        record.restart_metrics("dpo")
         set_seed(recipe.seed)
         args = arguments(recipe, record)
         controls.start_policy(backbone)
@@ -68,7 +68,8 @@ def run(
             steps = math.ceil(math.ceil(windows) * args.num_train_epochs)
             progress.begin("dpo", args.max_steps if args.max_steps > 0 else max(1, steps))
             try:
-                result = trainer.train()
+                keeper = Keeper(recipe, backbone, record, progress, "dpo")
+                result = keeper.train(trainer)
             finally:
                 progress.end()
         check_finite("dpo", result.training_loss)
@@ -131,7 +132,7 @@ def _difference(backbone: Backbone, rows: Dataset) -> float:
     return worst
 
 
-class ComparisonTrainer(DPOTrainer):
+class ComparisonTrainer(Resumable, DPOTrainer):
     """TRL's DPO on our backbone and ids. Use it inside `backbone.training("policy")`.
 
     Args:
@@ -141,6 +142,7 @@ class ComparisonTrainer(DPOTrainer):
     """
 
     _tag_names = ["lora-rlhf", "dpo"]
+    kept = ("identities", "untouched")
 
     def __init__(
         self,
@@ -158,7 +160,8 @@ class ComparisonTrainer(DPOTrainer):
             )  # fmt: skip
         self.remove_callback(PrinterCallback)
         self.identities["reference_tensors_tied"] = controls.tie_reference(backbone)
-        self.add_callback(controls.Untouched(backbone, "dpo", self.identities))
+        self.untouched = controls.Untouched(backbone, "dpo", self)
+        self.add_callback(self.untouched)
 
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
         # TRL would tokenise prompt + completion as one text, which can merge tokens at the seam.
@@ -175,6 +178,7 @@ class ComparisonTrainer(DPOTrainer):
         self.identities["loss_at_start"] = loss
         tolerance = RATIO_TOLERANCE[self.backbone.causal.dtype]
         plain = self.loss_types == ["sigmoid"] and not self.args.loss_weights
+        plain = plain and not self.warm_started
         if plain and not abs(loss - math.log(2)) <= tolerance:
             raise IdentityError(
                 f"the first loss of DPO is {loss:.4f}",

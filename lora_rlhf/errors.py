@@ -9,6 +9,8 @@ LoraRlhfError                 exit code 1
 │   ├── BaseModelError
 │   ├── TokenizerError
 │   ├── AdapterError
+│   ├── CheckpointError
+│   ├── BusyError
 │   └── HubError
 └── DivergedError             exit code 5
     ├── IdentityError
@@ -84,6 +86,14 @@ class TokenizerError(SetupError):
 
 class AdapterError(SetupError):
     """An adapter folder that is missing, broken, or made for another base or role."""
+
+
+class CheckpointError(SetupError):
+    """A checkpoint from which a run cannot go on exactly: broken, incomplete, of another run."""
+
+
+class BusyError(SetupError):
+    """Another process works in the run directory."""
 
 
 class HubError(SetupError):

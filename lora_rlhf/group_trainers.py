@@ -28,10 +28,8 @@ from .minibatches import model_inputs
 from .objectives import kl_estimates, masked_mean
 from .progress import Progress, StageLog
 from .record import Record
+from .resume import Keeper, Resumable
 from .stages import build, check_finite, complaints, effective, trainer_args
-
-_Base: Any = object
-"""GRPOTrainer and RLOOTrainer have no common class of their own that has what is overridden."""
 
 _RENAMED = {"entropy": "policy/entropy", "clip_ratio/region_mean": "policy/clip_fraction"}
 """TRL's name -> ours, where both mean the same."""
@@ -56,7 +54,6 @@ def run(
     """
     name = recipe.algorithm
     with record.stage(name) as entry:
-        record.restart_metrics(name)
         set_seed(recipe.seed)
         args = check(recipe, record, prompts)
         controls.start_policy(backbone)
@@ -70,7 +67,8 @@ def run(
                 trainer = _KINDS[name][1](
                     backbone, args, functions, prompts, progress, callbacks=[log]
                 )
-            result = ppo.train(trainer, name, args.max_steps // per_update, prompts)
+            keeper = Keeper(recipe, backbone, record, progress, name, unit=per_update)
+            result = ppo.train(trainer, keeper, args.max_steps // per_update, prompts)
         check_finite(name, result.training_loss)
         updates = trainer.state.global_step // per_update
         entry |= {
@@ -146,7 +144,7 @@ def _missing_eos(backbone: Backbone, penalty: float) -> Callable[..., list[float
     return missing_eos
 
 
-class _OnBackbone(_Base):
+class _OnBackbone(Resumable):
     """What GRPO and RLOO need on our backbone; use it inside `backbone.training("policy")`.
 
     Args:
@@ -155,6 +153,8 @@ class _OnBackbone(_Base):
         reward_funcs: Called as TRL calls reward functions, with `prompt_ids` beside
             `completion_ids`; the last one is the penalty for a missing eos.
     """
+
+    kept = ("identities", "untouched")
 
     def __init__(
         self,
@@ -176,7 +176,8 @@ class _OnBackbone(_Base):
             )  # fmt: skip
         self.remove_callback(PrinterCallback)
         self.identities["reference_tensors_tied"] = controls.tie_reference(backbone)
-        self.add_callback(controls.Untouched(backbone, self._name.lower(), self.identities))
+        self.untouched = controls.Untouched(backbone, self._name.lower(), self)
+        self.add_callback(self.untouched)
 
     def _generate(self, prompts: list[Any]) -> Any:
         self.progress.phase("rollout")
@@ -227,7 +228,7 @@ class _OnBackbone(_Base):
                     )[0])  # fmt: skip
             found[role] = torch.cat(parts)
         mask_bt = out["completion_mask"]
-        if self.state.global_step == 0:
+        if self.state.global_step == 0 and not self.warm_started:
             self.identities["kl_at_start"] = guards.policy_equals_reference(
                 found["policy"], found["reference"], mask_bt
             )
@@ -251,7 +252,8 @@ class _OnBackbone(_Base):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """PPO's names where they mean the same; the rest of TRL's is left out."""
-        found = {_RENAMED.get(name, name): v for name, v in self._metrics["train"].items()}
+        lists: dict[str, list[float]] = self._metrics["train"]
+        found = {_RENAMED.get(name, name): values for name, values in lists.items()}
         kept = ppo_log.kept(found)
         kept["reward/groups_without_spread"] = found.get("frac_reward_zero_std", [])
         self._metrics["train"] = defaultdict(list, {k: v for k, v in kept.items() if v})

@@ -194,6 +194,14 @@ class RunningMoments:
         self.mean += gap * n / total
         self.count = total
 
+    def kept_state(self) -> dict[str, float]:
+        """For a checkpoint: the three numbers."""
+        return dict(vars(self))
+
+    def restore(self, found: dict[str, float]) -> None:
+        """Put back what `kept_state` gave."""
+        vars(self).update(found)
+
     @property
     def std(self) -> float:
         """Biased standard deviation; 1 while nothing varies, so that dividing by it is safe."""

@@ -3,8 +3,8 @@
 
 In the place of PPO stands what the recipe's `algorithm:` says.
 
-A finished stage is not run again; an interrupted one starts over from its own seed, so a run that
-was stopped between or inside stages ends with the same bits as one that was not.
+A finished stage is not run again; an interrupted one goes on from its newest checkpoint, so a run
+that was stopped between or inside stages ends with the same bits as one that was not.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from . import (
     best_of_n,
     card,
+    checkpoint,
     checks,
     controls,
     data,
@@ -32,6 +33,7 @@ from . import (
     reward,
     sft,
     sharing,
+    stopping,
 )
 from .backbone import Backbone
 from .config import Recipe, load_recipe
@@ -49,6 +51,7 @@ def run(
     until: str = "card",
     progress: Progress | None = None,
     start_from: str | Path | None = None,
+    warm_start: bool = False,
 ) -> Record:
     """Run a recipe into a directory, or go on with the run that is there.
 
@@ -60,6 +63,8 @@ def run(
         progress: Where to report; default: nowhere.
         start_from: Another run, whose finished SFT and reward stages are taken over where every
             recipe key that they read is equal.
+        warm_start: Begin the stage that was interrupted again, from the adapters of its newest
+            checkpoint: another run than the one that was interrupted, and the record says so.
 
     Returns:
         The record, with `evaluation` once that stage is done.
@@ -77,8 +82,24 @@ def run(
     progress = progress or Progress(quiet=True)
     checks.setup(recipe)
     checks.every_argument(recipe, out)
+    if Path(out).is_dir() or not Path(out).exists():
+        with checkpoint.locked(Path(out)), stopping.budget(recipe.checkpoint.max_minutes):
+            return _run(recipe, out, names, until, progress, start_from, warm_start)
+    return Record.open(out, recipe)  # a file: it says so
+
+
+def _run(
+    recipe: Recipe,
+    out: str | Path,
+    names: tuple[str, ...],
+    until: str,
+    progress: Progress,
+    start_from: str | Path | None,
+    warm_start: bool,
+) -> Record:
+    """`run` in a directory that nobody else works in."""
     source = sharing.check(start_from, recipe, out) if start_from is not None else None
-    record = Record.open(out, recipe)
+    record = Record.open(out, recipe, warm_start=warm_start)
     if source is not None and (taken := sharing.take_over(source, record)):
         progress.say(f"taken over from {source.folder}: {', '.join(taken)}")
     wanted = [s for s in names[: names.index(until) + 1] if not checks.finished(recipe, record, s)]
@@ -88,7 +109,11 @@ def run(
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     if set(wanted) - {"card"}:
-        _Work(recipe, record, progress).run(wanted)
+        try:
+            _Work(recipe, record, progress).run(wanted)
+        except stopping.OutOfTime:
+            progress.say("the minutes are used up and all is saved; the same command goes on")
+            return record
     if "card" in wanted:
         with record.stage("card"):  # to its very end: what is not sealed cannot be pushed
             plots.run(record)
@@ -135,14 +160,24 @@ class _Work:
     def run(self, wanted: list[str]) -> None:
         """Run the wanted stages and load the others that they stand on."""
         self._check_data(wanted)
+        self.record.on_done = self._describe
         steps = (self._sft, self._reward, self._policy, self._evaluate)
         names = stage_names(self.recipe.algorithm)[: len(steps)]
         last = max(names.index(stage) for stage in wanted if stage != "card")
         for stage, step in list(zip(names, steps, strict=True))[: last + 1]:
             step(run=stage in wanted)
-            self.record.data["lora"] = self.backbone.describe_lora()
-            self.record.data["clock"]["memory"] = self.backbone.memory_report()
-            self.record.save()
+            # Asked after what was done: the shortest budget, too, gets a little further each time.
+            if stage in wanted and stage != names[last]:
+                stopping.leave()
+
+    def _describe(self) -> None:
+        """With the stage itself, or a run that is killed between the two would never say it."""
+        record, found = self.record, self.backbone.describe_lora()
+        # A role that an earlier process trained (the value) need not be loaded any more.
+        known = record.data["lora"].get("parameters_per_role", {})
+        found["parameters_per_role"] = known | found["parameters_per_role"]
+        record.data["lora"] = found
+        record.data["clock"]["memory"] = self.backbone.memory_report()
 
     def _note(self, name: str, prepared: Prepared) -> Prepared:
         checks.same_data(self.record, name, prepared.report)

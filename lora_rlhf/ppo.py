@@ -18,6 +18,7 @@ from .ppo_trainer import PPOTrainer, RewardFunction
 from .progress import Progress, StageLog
 from .ptx import TextMix
 from .record import Record, sha256
+from .resume import Keeper, Result
 from .stages import PPOConfig, build, complaints, effective, trainer_args
 
 _DEFAULTS: dict[str, Any] = {
@@ -83,7 +84,6 @@ def run(
         DataError: Fewer prompts than one rollout takes, or no checker for a gold reward.
     """
     with record.stage("ppo") as entry:
-        record.restart_metrics("ppo")
         set_seed(recipe.seed)
         args = check(recipe, record, prompts)
         start_roles(backbone, recipe)
@@ -96,7 +96,8 @@ def run(
                 trainer = PPOTrainer(
                     backbone, args, recipe.ppo, functions, prompts, progress, [log], mix
                 )
-            train(trainer, "ppo", recipe.ppo.updates, prompts)
+            keeper = Keeper(recipe, backbone, record, progress, "ppo", unit=per_update)
+            train(trainer, keeper, recipe.ppo.updates, prompts)
             trainer.steering.finish()
         updates = trainer.state.global_step // per_update
         entry |= {
@@ -112,7 +113,7 @@ def run(
             entry[key] = sha256(folder / "adapter_model.safetensors")
 
 
-def train(trainer: Any, stage: str, updates: int, prompts: Dataset) -> Any:
+def train(trainer: Any, keeper: Keeper, updates: int, prompts: Dataset) -> Result:
     """Check the sampler against the trainer, then train, with progress; for any rollout trainer.
 
     Args:
@@ -126,10 +127,10 @@ def train(trainer: Any, stage: str, updates: int, prompts: Dataset) -> Any:
         trainer.identities["sampler_difference"] = guards.sampler_agrees(
             trainer.backbone, sample, trainer.generation_config, trainer.args.temperature
         )
-    trainer.progress.begin(stage, updates)
+    trainer.progress.begin(keeper.name, updates)
     try:
         with fused.lora(trainer.backbone):
-            return trainer.train()
+            return keeper.train(trainer)
     finally:
         trainer.progress.end()
 

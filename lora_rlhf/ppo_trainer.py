@@ -37,6 +37,7 @@ from .objectives import (
 )
 from .progress import Progress
 from .ptx import TextMix
+from .resume import Resumable
 from .rollout import Scorer
 from .sections import PpoSection
 from .stages import PPOConfig
@@ -48,7 +49,7 @@ MAX_MEAN_RATIO = 10.0
 """A micro-batch whose mean ratio is above this moves the policy nowhere: it is left out."""
 
 
-class PPOTrainer(GRPOTrainer):
+class PPOTrainer(Resumable, GRPOTrainer):
     """PPO for the roles of one backbone. Use it inside `backbone.training("policy", "value")`.
 
     Args:
@@ -64,6 +65,10 @@ class PPOTrainer(GRPOTrainer):
 
     _tag_names = ["lora-rlhf", "ppo"]
     _name = "PPO"
+    kept = (
+        "_rollout", "policy_updates", "identities", "scorer", "steering", "text", "_moments",
+        "_moved",
+    )  # fmt: skip
     optimizer: torch.optim.Optimizer | None
     lr_scheduler: Any
     _buffered_inputs: list[dict[str, Any]] | None
@@ -106,6 +111,14 @@ class PPOTrainer(GRPOTrainer):
         self.steering = Steering(backbone, ppo, progress, args.generation_batch_size)
         self.add_callback(self.steering)
 
+    def restore(self, found: dict[str, Any]) -> None:
+        """As `Resumable`; a check that waits for a first step is made anew."""
+        moved = found.pop("_moved")
+        super().restore(found)
+        self.scorer.identities = self.identities
+        if moved is not None:
+            self._moved = guards.MovedOnly.restored(self.backbone, moved)
+
     # ------------------------------------------------------------------ rollout
 
     @property
@@ -132,9 +145,8 @@ class PPOTrainer(GRPOTrainer):
         states = self.scorer.begin(list(zip(prompt_ids, completion_ids, strict=True)))
         # TRL hands extra fields on to the reward functions: they score the very ids that were
         # sampled, and nothing is tokenised twice.
-        extra_fields["prompt_ids"] = prompt_ids
-        if states is not None:
-            extra_fields["trunk_states"] = states
+        extra_fields |= {"prompt_ids": prompt_ids}
+        extra_fields |= {} if states is None else {"trunk_states": states}
         return out
 
     def _generate_single_turn(self, prompt_ids: Any, *rest: Any, **options: Any) -> Any:
@@ -158,7 +170,7 @@ class PPOTrainer(GRPOTrainer):
         }
         mask_bt, ended_b = out["completion_mask"], self._ended(out)
         reference_bt = self._score_roles(out)
-        if self.policy_updates == 0:
+        if self.policy_updates == 0 and not self.warm_started:
             self.identities["kl_at_start"] = guards.policy_equals_reference(
                 out["old_logprobs"], reference_bt, mask_bt
             )
@@ -179,7 +191,7 @@ class PPOTrainer(GRPOTrainer):
         return out
 
     def _score_roles(self, out: dict[str, Any]) -> Tensor:
-        """Add old log-probs and old values to the rollout; returns the reference's log-probs."""
+        """Add to the rollout what the roles say of it; returns the reference's log-probs."""
         # Until the policy has moved, its log-probs must be the reference's, to the bit.
         return self.scorer.score(out, exact=self.policy_updates == 0)
 

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .record import Record
 
-_CLOCK = ("runtime", "per_second", "step_time", "total_flos")
+_CLOCK = ("runtime", "per_second", "step_time", "total_flos", "preparation_time")
 _ROLLOUTS = ("reward/score", "rewards/gold", "kl/sequence", "completions/length")
 _SHOWN = {
     "sft": ("loss",),

@@ -9,16 +9,18 @@ tokens of an optimizer step: 1 weighs a token of text as PPO's loss weighs one o
 from __future__ import annotations
 
 import random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from . import heads
 from .backbone import Backbone
 from .base import pad_left
+from .checkpoint import kept_tuple
 from .objectives import masked_sum
 
 
+@kept_tuple
 class TextBatch(NamedTuple):
     """Texts of one micro-batch: ids and mask (B, L), left-padded, and how many are predicted."""
 
@@ -40,6 +42,15 @@ class TextMix:
         self.rows, self.size, self.pad_id = rows, min(size, len(rows)), pad_id
         self._random = random.Random(f"{seed}/ptx")
         self._order: list[int] = []
+
+    def kept_state(self) -> dict[str, Any]:
+        """For a checkpoint: the place in the order, and what the next order is drawn from."""
+        return {"order": self._order, "random": self._random.getstate()}
+
+    def restore(self, found: dict[str, Any]) -> None:
+        """Put back what `kept_state` gave."""
+        self._order = found["order"]
+        self._random.setstate(found["random"])
 
     def next(self, backbone: Backbone) -> TextBatch:
         """The next batch, on the backbone's device."""

@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ._trl import RewardTrainer
 from .backbone import Backbone
+from .resume import Resumable
 
 MOST_COMPLETIONS = 16
 """Completions in one element at most: a prompt with more becomes several, to bound memory."""
@@ -119,7 +120,7 @@ def ranking_loss(rewards: Tensor, pairs: Tensor, margins: Tensor, weights: Tenso
     return -(weights * nn.functional.logsigmoid(winners - losers - margins)).sum()
 
 
-class RankingTrainer(RewardTrainer):
+class RankingTrainer(Resumable, RewardTrainer):
     """TRL's RewardTrainer on rows of `rankings`: a batch counts prompts, not pairs.
 
     Every prompt of an optimizer step has the same weight, however the step is cut into batches of

@@ -14,7 +14,7 @@ ALGORITHMS = {
 }  # fmt: skip
 """What can stand third among the stages, and what people call it."""
 
-FREE = ("card", "hub", "model.hub_id", "report_to", "threads", "reward.gate")
+FREE = ("card", "hub", "model.hub_id", "report_to", "threads", "reward.gate", "checkpoint")
 """Recipe keys that may differ when a run is continued: none of them changes what is trained."""
 
 _POLICY = "ppo.updates", "ppo.kl_coef", "ppo.reward", "ppo.missing_eos_penalty", "ppo.watch"
@@ -22,6 +22,33 @@ _POLICY = "ppo.updates", "ppo.kl_coef", "ppo.reward", "ppo.missing_eos_penalty",
 
 _SAMPLING = ("ppo.args.max_completion_length", "evaluate.batch_size")
 """Keys that the reward stage reads too, when the SFT model's completions are ranked."""
+
+
+READS: dict[str, tuple[str, ...]] = {
+    "demonstrations": ("sft", "reward"), "comparisons": ("reward", "dpo"),
+    "comparisons_held_out_model": ("reward",), "prompts": (*ALGORITHMS, "evaluate"),
+    "text": ("ppo",),
+}  # fmt: skip
+"""Set of the record -> the stages whose result depends on its rows."""
+
+
+def stage_of(training: str) -> str:
+    """The stage of a training: the reward stage trains several roles, each under its name."""
+    return training if training in ("sft", *ALGORITHMS) else "reward"
+
+
+def fingerprints(report: dict[str, Any]) -> list[Any]:
+    """sha256 of every source of a set, and of those of its evaluation prompts."""
+    sources = [*report.get("sources", []), *report.get("evaluate", {}).get("sources", [])]
+    return [source.get("sha256") for source in sources]
+
+
+def keys_read(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """The recipe as dotted keys: those that a stage or one before it reads."""
+    names = stage_names(recipe.algorithm)
+    upto = names[: names.index(stage) + 1]
+    flat = _flat(recipe.model_dump(mode="json"))
+    return {k: v for k, v in flat.items() if first_reader(k, recipe.algorithm) in upto}
 
 
 def stage_names(algorithm: str) -> tuple[str, ...]:

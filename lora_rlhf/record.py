@@ -19,20 +19,24 @@ import json
 import math
 import os
 import platform
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from .config import Recipe, dump_recipe, parse_recipe
 from .errors import LoraRlhfError, SetupError, UsageError
-from .readers import ALGORITHMS, FREE, differences, first_reader, identity
+from .readers import ALGORITHMS, FREE, differences, first_reader, identity, stage_names, stage_of
 
 SCHEMA = 1
 """Of `record.json`: what this version writes and reads."""
 
 _PARTS = ("model", "lora", "data", "stages", "evaluation", "files", "clock")
 """Keys of the record that hold a mapping."""
+
+_BEGINNINGS = {"recipe.yaml", "recipe.yaml.tmp", "record.json.tmp"}
+"""Names of files in a run that was killed before it had a record: it begins again."""
 
 _REWRITTEN = ("README.md", "recipe.yaml")
 """Names of files that may be written anew in a sealed run: cards, and keys that are free."""
@@ -52,13 +56,19 @@ class Record:
     def __init__(self, folder: str | Path, data: dict[str, Any]) -> None:
         self.folder = Path(folder)
         self.data = data
+        self.warm_start = False
+        self.on_done: Callable[[], None] | None = None  # before a stage is noted as done
 
     @classmethod
-    def open(cls, folder: str | Path, recipe: Recipe) -> Record:
+    def open(cls, folder: str | Path, recipe: Recipe, *, warm_start: bool = False) -> Record:
         """The record of a new run, or of an earlier run of the same recipe, to be continued.
 
+        Args:
+            warm_start: What only a stage that has begun reads may differ: it begins again.
+
         Raises:
-            UsageError: The folder holds a run of another recipe, or files that are no run.
+            UsageError: The folder holds a run of another recipe, or files that are no run; there
+                is no stage to start again.
             SetupError: The folder cannot be written.
         """
         folder = Path(folder)
@@ -66,14 +76,18 @@ class Record:
         digest = identity(recipe)
         if (folder / "record.json").exists():
             record = cls.read(folder)
+            record.warm_start = warm_start
             record._accept(recipe)
             record.data |= {"recipe_sha256": digest, "algorithm": recipe.algorithm}
             for other in ALGORITHMS.keys() - {recipe.algorithm}:  # interrupted, then another chosen
                 record.data["stages"].pop(other, None)
                 record.restart_metrics(other)
+                record.drop_checkpoints(other)
             record._keep_recipe(recipe, text)
             return record
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (
+            not folder.is_dir() or {p.name for p in folder.iterdir()} - _BEGINNINGS
+        ):
             raise UsageError(
                 f"{folder} exists and is not a run", remedy="give an --out that is empty or new"
             )
@@ -103,15 +117,22 @@ class Record:
         """
         before = self.recipe()
         wrong = [
-            f"  {key}: {was!r} -> {now!r} (read by {stage}, which is done)"
+            f"  {key}: {was!r} -> {now!r} (read by {stage}, which "
+            + ("is done)" if self.done(stage) else "has begun)")
             for key, was, now in differences(before, recipe)
-            if (stage := first_reader(key, before.algorithm)) and self.done(stage)
+            if (stage := first_reader(key, before.algorithm))
+            and (self.done(stage) or (self.in_flight(stage) and not self.warm_start))
         ]
+        if self.warm_start and not any(map(self.in_flight, stage_names(before.algorithm))):
+            raise UsageError(
+                f"{self.folder} has no stage that was interrupted and left a checkpoint",
+                remedy="leave --warm-start out",
+            )
         if wrong:
             raise UsageError(
                 f"{self.folder} holds a run of another recipe:\n" + "\n".join(wrong),
                 expected="a change only of what stages to come read, or of " + ", ".join(FREE),
-                remedy="give another --out",
+                remedy="give another --out; `--warm-start` begins an interrupted stage anew",
             )
 
     def _keep_recipe(self, recipe: Recipe, text: str) -> None:
@@ -207,16 +228,48 @@ class Record:
             raise
         if other := changed_versions(self.data["versions"], versions()):
             entry["versions"] = other
+        clock, seconds = self.data["clock"], time.perf_counter() - started
+        for training in [t for t in clock.get("before", {}) if stage_of(t) == name]:
+            seconds += clock["before"].pop(training)  # spent in processes that were stopped
+        if self.on_done is not None:
+            self.on_done()
         self.data["stages"][name] = {"status": "done", **entry}
-        self.data["clock"]["stages"][name] = {"seconds": round(time.perf_counter() - started, 3)}
+        clock["stages"][name] = {"seconds": round(seconds, 3)}
         self.save()
+        self.drop_checkpoints(name)
 
     def restart_metrics(self, stage: str) -> None:
         """Forget what an interrupted try of `stage` logged: it starts from its beginning."""
-        path = self.folder / "metrics.jsonl"
-        if path.exists():
-            kept = [text for text, line in self._logged() if line["stage"] != stage]
-            _write_atomically(path, "".join(kept))
+        self.keep_lines(stage, 0)
+
+    def keep_lines(self, stage: str, count: int) -> bool:
+        """Forget what `stage` logged after its first `count` lines; False where it has fewer."""
+        path, kept, seen = self.folder / "metrics.jsonl", [], 0
+        if not path.exists():
+            return count == 0
+        for text, line in self._logged():
+            seen += line["stage"] == stage
+            if line["stage"] != stage or seen <= count:
+                kept.append(text)
+        if seen < count:
+            return False
+        _write_atomically(path, "".join(kept))
+        return True
+
+    def checkpoints(self, training: str) -> Path:
+        """The folder of a training's checkpoints."""
+        return self.folder / "checkpoints" / training
+
+    def in_flight(self, stage: str) -> bool:
+        """Whether `stage` has begun, and left a checkpoint to go on from."""
+        found = self.checkpoints("").glob("*/step-*/manifest.json")
+        return not self.done(stage) and any(stage_of(p.parts[-3]) == stage for p in found)
+
+    def drop_checkpoints(self, stage: str) -> None:
+        """Delete those of a stage, which is done or begins anew."""
+        for path in self.checkpoints("").glob("*"):
+            if stage_of(path.name) == stage:
+                shutil.rmtree(path, ignore_errors=True)
 
     def log(
         self, stage: str, step: int, metrics: dict[str, Any], clock: dict[str, Any] | None = None

@@ -24,6 +24,7 @@ from .metrics import mean_interval
 from .progress import Progress, StageLog
 from .ranking import RankingCollator, RankingTrainer, rankings
 from .record import Record, sha256
+from .resume import Keeper
 from .reward_report import Comparisons, Report, ceiling, report
 from .stages import build, check_finite, complaints, effective, trainer_args
 
@@ -133,7 +134,6 @@ def _train(
     seed = recipe.seed + _SEEDS.index(role)
     # Weights are averaged only from a common start, heads included; the order still differs.
     set_seed(recipe.seed if recipe.reward.combine == "warm" and role in MEMBERS else seed)
-    record.restart_metrics(role)
     backbone.add_role(role, copy_from="reference")
     train = rankings(backbone, data.train)
     args = arguments(recipe, record, role)
@@ -149,7 +149,8 @@ def _train(
         steps = math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps)
         progress.begin(role, int(steps * args.num_train_epochs))
         try:
-            result = trainer.train()
+            keeper = Keeper(recipe, backbone, record, progress, "reward", role)
+            result = keeper.train(trainer)
         finally:
             progress.end()
         check_finite(role, result.training_loss)

@@ -62,6 +62,14 @@ class Scorer:
         if trunk.depth(self.backbone) == 0 or self.ppo.trunk_states == "off":
             self.trunk = False
 
+    def kept_state(self) -> dict[str, bool | None]:
+        """What was settled on the first rollout, for a checkpoint."""
+        return {"trunk": self.trunk, "trusted": self.trusted}
+
+    def restore(self, found: dict[str, bool | None]) -> None:
+        """Put back what `kept_state` gave."""
+        self.trunk, self.trusted = found["trunk"], found["trusted"]
+
     def sample(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
         """Completions of the active role, and their log-probs and states kept for `begin`."""
         self._sampled = sampler.sample(

@@ -19,6 +19,7 @@ __all__ = [
     "COLUMNS",
     "BestOfNSection",
     "CardSection",
+    "CheckpointSection",
     "DataSection",
     "DataSource",
     "DpoSection",
@@ -244,6 +245,21 @@ class EvaluateSection(Section):
     )
 
 
+class CheckpointSection(Section):
+    """`checkpoint`: what is kept while a stage trains, so that it can go on; changes no result."""
+
+    every_minutes: float | None = Field(
+        5.0, ge=0, description="Save at the next update after so many minutes; 0: every update."
+    )
+    every_steps: int | None = Field(
+        None, ge=1, description="Save after so many optimizer steps, in a rollout's middle too."
+    )
+    keep: int = Field(2, ge=1, description="Checkpoints of a stage that are kept.")
+    max_minutes: float | None = Field(
+        None, gt=0, description="Save and stop after so many minutes; the same command goes on."
+    )
+
+
 class CardSection(Section):
     """`card`: what only a person can know."""
 
@@ -303,6 +319,7 @@ class Recipe(Section):
     dpo: DpoSection = DpoSection()
     best_of_n: BestOfNSection = BestOfNSection()
     evaluate: EvaluateSection = EvaluateSection()
+    checkpoint: CheckpointSection = CheckpointSection()
     card: CardSection = CardSection()
     hub: HubSection = HubSection()
 

@@ -20,12 +20,18 @@ from .data import Prepared
 from .errors import IdentityError
 from .progress import Progress, StageLog
 from .record import Record, sha256
+from .resume import Keeper, Resumable
 from .stages import build, check_finite, complaints, effective, trainer_args
 
 _DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 8, "num_train_epochs": 2, "learning_rate": 2e-4,
     "lr_scheduler_type": "cosine", "warmup_steps": 5, "logging_steps": 5,
 }  # fmt: skip
+
+
+class Demonstrations(Resumable, SFTTrainer):
+    """TRL's SFT, which can go on from a checkpoint."""
+
 
 _OTHER_DTYPE = 0.5
 """Largest difference of a logit between two dtypes of one base: a few roundings of bfloat16."""
@@ -42,14 +48,13 @@ def run(
         IdentityError: The saved adapter does not give the same outputs when it is loaded again.
     """
     with record.stage("sft") as entry:
-        record.restart_metrics("sft")
         set_seed(recipe.seed)
         backbone.add_role("policy")
         train, held_out = tokenize(backbone, data.train), tokenize(backbone, data.held_out)
         args = arguments(recipe, record)
         with backbone.training("policy"):
             with backbone.float32_kept(), complaints("sft"):
-                trainer = SFTTrainer(
+                trainer = Demonstrations(
                     model=backbone.views["policy"], args=args, train_dataset=train,
                     eval_dataset=held_out, processing_class=backbone.tokenizer,
                     callbacks=[StageLog(record, "sft", progress)],
@@ -59,7 +64,8 @@ def run(
             progress.begin(
                 "sft", int(trainer.get_train_dataloader().__len__() * args.num_train_epochs)
             )
-            result = trainer.train()
+            keeper = Keeper(recipe, backbone, record, progress, "sft")
+            result = keeper.train(trainer)
             check_finite("sft", result.training_loss)
             entry["held_out_loss"] = trainer.evaluate()["eval_loss"]
         progress.end()

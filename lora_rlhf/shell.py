@@ -15,6 +15,7 @@ from typing import NoReturn
 
 import typer
 
+from . import stopping
 from .errors import INTERRUPTED, LoraRlhfError, SetupError
 
 _QUIET = {
@@ -27,10 +28,6 @@ _QUIET = {
 """Set before the libraries are imported, where the user has not set them."""
 
 
-class _Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM; libraries treat it as they treat Ctrl-C."""
-
-
 @contextlib.contextmanager
 def errors_as_text(debug: bool) -> Iterator[None]:
     """Turn what is raised inside into a message on stderr and an exit code, without a traceback."""
@@ -39,7 +36,7 @@ def errors_as_text(debug: bool) -> Iterator[None]:
     except (typer.Exit, BrokenPipeError):
         raise
     except KeyboardInterrupt as error:
-        name = str(error) if isinstance(error, _Interrupted) else "SIGINT"
+        name = str(error) if isinstance(error, stopping.Interrupted) else "SIGINT"
         _fail(debug, "interrupted; run the same command again to go on", INTERRUPTED[name])
     except LoraRlhfError as error:
         _fail(debug, str(error), error.exit_code)
@@ -67,12 +64,12 @@ def _fail(debug: bool, message: str, code: int) -> NoReturn:
 
 @contextlib.contextmanager
 def signals_raise() -> Iterator[None]:
-    """Let SIGINT and SIGTERM raise once; a second one ends the process at once."""
+    """Let SIGINT and SIGTERM stop once, at a boundary; a second one ends the process at once."""
 
     def raise_once(number: int, frame: FrameType | None) -> None:
         for each in before:
             signal.signal(each, signal.SIG_DFL)
-        raise _Interrupted(signal.Signals(number).name)
+        stopping.request(signal.Signals(number).name)
 
     before = {}
     if threading.current_thread() is threading.main_thread():

@@ -20,6 +20,8 @@ from .objectives import adapted_kl_coef
 from .progress import Progress
 from .sections import PpoSection
 
+_KEPT = ("kl_coef", "entry", "lines", "_before", "_kept", "_best_reward", "_average")
+
 _SMOOTHED = 3
 """Rollouts over which the held-out reward is averaged before policies are compared by it."""
 
@@ -84,6 +86,16 @@ class Steering(TrainerCallback):
         stop = self._over_budget(kl) or self._watch()
         if stop:
             control.should_training_stop = True
+
+    def kept_state(self) -> dict[str, Any]:
+        """For a checkpoint: coefficient, log, and the policies that may become the result."""
+        return {name: getattr(self, name) for name in _KEPT} | {"_warned": sorted(self._warned)}
+
+    def restore(self, found: dict[str, Any]) -> None:
+        """Put back what `kept_state` gave."""
+        for name in _KEPT:
+            setattr(self, name, found[name])
+        self._warned = set(found["_warned"])
 
     def finish(self) -> None:
         """Put the policy in place that the run settles on; call it when training is over."""

@@ -15,7 +15,16 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lora_rlhf"
 
 ORDER = [
-    *("errors", "strict_yaml", "masking", "section", "data_section", "sections", "config"),
+    *(
+        "errors",
+        "stopping",
+        "strict_yaml",
+        "masking",
+        "section",
+        "data_section",
+        "sections",
+        "config",
+    ),
     *("arguments", "readers", "record", "sharing", "samples"),
     *(
         "sources",
@@ -32,7 +41,7 @@ ORDER = [
     *("_trl", "fingerprints", "base", "trunk", "sampler", "views", "backbone", "fused", "adapters"),
     *("logprobs", "heads"),
     *("objectives", "overoptimization", "guards"),
-    *("progress", "stages", "sft"),
+    *("progress", "checkpoint", "resume", "stages", "sft"),
     *("ensemble", "ranking", "reward_report", "reward"),
     *("ppo_log", "ptx", "minibatches", "watch", "steering", "ppo_optimizer"),
     *("rollout", "ppo_trainer", "ppo"),

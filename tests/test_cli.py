@@ -48,9 +48,9 @@ def fake(monkeypatch):
     """A pipeline that does what the test says."""
     made = SimpleNamespace(calls=[], raises=None, record=None)
 
-    def run(recipe, out, *, until="card", progress=None, start_from=None):
+    def run(recipe, out, *, until="card", progress=None, start_from=None, warm_start=False):
         made.calls.append((recipe, Path(out), until))
-        made.start_from = start_from
+        made.start_from, made.warm_start = start_from, warm_start
         if made.raises is not None:
             raise made.raises
         return made.record or Record.open(out, recipe)
@@ -194,6 +194,14 @@ def test_from_names_the_run_to_start_from(recipe, fake, tmp_path):
     assert fake.start_from == tmp_path / "a"
     assert invoke("policy", recipe, "--out", tmp_path / "b").exit_code == 0
     assert fake.start_from is None
+
+
+@pytest.mark.parametrize("verb", ["run", "ppo"])
+def test_a_warm_start_is_asked_for_explicitly(verb, recipe, fake, tmp_path):
+    assert invoke(verb, recipe, "--out", tmp_path / "b").exit_code == 0
+    assert fake.warm_start is False
+    assert invoke(verb, recipe, "--out", tmp_path / "b", "--warm-start").exit_code == 0
+    assert fake.warm_start is True
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "policy", "evaluate"])

@@ -215,3 +215,13 @@ def test_a_free_key_that_changes_asks_for_new_cards(tmp_path):
     assert again.data["model"] == {"id": "tiny", "hub_id": "a/new"}
     assert again.recipe().card.title == "New"
     assert not Record.read(tmp_path / "run").done("card")
+
+
+def test_a_run_killed_before_it_had_a_record_begins_again(tmp_path):
+    for name in ("recipe.yaml.tmp", "recipe.yaml", "record.json.tmp"):
+        (tmp_path / name).write_text("half")
+        assert Record.open(tmp_path, recipe()).data["stages"] == {}
+        (tmp_path / "record.json").unlink()
+    (tmp_path / "other").touch()
+    with pytest.raises(UsageError, match="is not a run"):
+        Record.open(tmp_path, recipe())

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     import transformers
     import trl
 
-    from lora_rlhf import ppo
+    from lora_rlhf import fused, ppo
     from lora_rlhf._trl import check_seams
     from lora_rlhf.base import pick_device
     from lora_rlhf.record import Record
@@ -90,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 backbone, args, recipe.ppo, functions, prompts, _progress(updates),
                 [_callback(updates, backbone, ppo.steps_per_update(args))],
             )  # fmt: skip
-            ppo.train(trainer, "ppo", recipe.ppo.updates, prompts)
+            with fused.lora(backbone):  # as ppo.train does
+                trainer.train()
 
 
 def recipe_of(found: argparse.Namespace, backbone: Any) -> Any:

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Signals and a budget of minutes: saved at the next boundary, the right exit code, equal bits."""
+
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import killed
+import pytest
+import typer
+
+from lora_rlhf import checkpoint, pipeline, ppo_trainer, shell, stopping
+from lora_rlhf.progress import Progress
+from lora_rlhf.record import Record
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("stopped")
+    killed.write(folder)
+    killed.finish(asked(folder), folder / "before", "reward")
+    killed.finish(asked(folder), begun(folder, folder / "whole"), "ppo")
+    return folder / "whole"
+
+
+def begun(folder: Path, out: Path) -> Path:
+    """A run in which SFT and the reward model are done."""
+    return Path(shutil.copytree(folder / "before", out))
+
+
+def asked(folder: Path, *sets: str):
+    """Saved only when it is told to: what is on disk is there because of the signal."""
+    return killed.recipe(
+        folder, "checkpoint.every_steps=null", "reward.held_out_model=false", *sets
+    )
+
+
+def run(recipe, out: Path, prepare=None) -> int:
+    """As the command line runs it; the exit code."""
+    if prepare is not None:
+        prepare()
+    try:
+        with shell.errors_as_text(False), shell.signals_raise():
+            pipeline.run(recipe, out, until="ppo", progress=Progress(quiet=True))
+    except typer.Exit as error:
+        return error.exit_code
+    return 0
+
+
+def at(owner, name: str, number: int, times: int = 1, call: int = 1):
+    """Send this process a signal when something is called for the n-th time."""
+
+    def prepare() -> None:
+        real, seen = getattr(owner, name), [0]
+
+        def instead(*args, **kwargs):
+            seen[0] += 1
+            if seen[0] == call:
+                for _ in range(times):
+                    os.kill(os.getpid(), number)
+                    time.sleep(0.01)  # a handler runs between two instructions
+            return real(*args, **kwargs)
+
+        setattr(owner, name, instead)
+
+    return prepare
+
+
+PHASES = {
+    "load": (pipeline.Backbone, "load", 1, None),
+    "rollout": (ppo_trainer.PPOTrainer, "_generate", 2, 5),
+    "score": (ppo_trainer.PPOTrainer, "_calculate_rewards", 2, 5),
+    "update": (ppo_trainer.PPOTrainer, "training_step", 6, 6),
+    "save": (checkpoint, "write", 3, None),
+}
+"""Phase -> what is called, the how-manieth time, and the step of PPO that is then saved."""
+
+
+@pytest.mark.parametrize(
+    ("phase", "name"), [*((phase, "SIGTERM") for phase in PHASES), ("rollout", "SIGINT")]
+)
+def test_a_signal_saves_at_the_next_boundary(whole: Path, tmp_path: Path, phase: str, name: str):
+    owner, function, call, step = PHASES[phase]
+    number, out = getattr(signal, name), begun(whole.parent, tmp_path / "run")
+    recipe = asked(whole.parent, *(["checkpoint.every_steps=1"] if phase == "save" else []))
+    child = killed.start(run, recipe, out, at(owner, function, number, call=call))
+    assert killed.wait(child) == 128 + number
+    if step is not None:
+        found, skipped = checkpoint.newest(out / "checkpoints" / "ppo")
+        assert found is not None and (found.step, skipped) == (step, [])
+    assert killed.wait(killed.start(run, recipe, out)) == 0
+    assert killed.bits(out) == killed.bits(whole)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_second_signal_is_immediate(whole: Path, tmp_path: Path, name: str):
+    number = getattr(signal, name)
+    second = at(ppo_trainer.PPOTrainer, "_generate", number, times=2)
+    out = begun(whole.parent, tmp_path / "run")
+    assert killed.wait(killed.start(run, asked(whole.parent), out, second)) == -number
+    assert killed.wait(killed.start(run, asked(whole.parent), out)) == 0
+    assert killed.bits(out) == killed.bits(whole)
+
+
+def test_a_budget_of_minutes_is_kept_and_gone_on_with(whole: Path, tmp_path: Path):
+    def out_at_fifth_look() -> None:
+        looks = iter(range(99))
+        stopping.out_of_time = lambda: next(looks) >= 5
+
+    out = begun(whole.parent, tmp_path / "run")
+    assert killed.wait(killed.start(run, asked(whole.parent), out, out_at_fifth_look)) == 0
+    assert Record.read(out).in_flight("ppo") and not Record.read(out).done("ppo")
+    assert killed.wait(killed.start(run, asked(whole.parent), out)) == 0
+    assert killed.bits(out) == killed.bits(whole)
+
+
+@pytest.mark.slow
+def test_the_shortest_budget_gets_to_the_end(whole: Path, tmp_path: Path):
+    """The shortest there is: every session gets at least to its next boundary, and exits with 0."""
+    out, sessions = tmp_path / "run", 0
+    recipe = asked(whole.parent, "checkpoint.max_minutes=0.0001")
+    while not (out / "record.json").exists() or not Record.read(out).done("ppo"):
+        assert killed.wait(killed.start(run, recipe, out)) == 0
+        sessions += 1
+        assert sessions < 60
+    assert sessions > 20
+    assert killed.bits(out) == killed.bits(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_signals_at_random_moments(whole: Path, tmp_path: Path, name: str):
+    number, rng, wanted = getattr(signal, name), random.Random(), killed.bits(whole)
+    for turn in range(20):
+        out = tmp_path / str(turn)
+        child = killed.start(run, asked(whole.parent), out)
+        time.sleep(rng.uniform(0.3, 4))
+        os.kill(child, number)
+        assert killed.wait(child) in (128 + number, 0)
+        assert killed.wait(killed.start(run, asked(whole.parent), out)) == 0
+        assert killed.bits(out) == wanted
+
+
+# --- without a run -------------------------------------------------------------------------------
+
+
+def test_outside_of_a_training_a_signal_raises_at_once():
+    with pytest.raises(stopping.Interrupted, match="SIGTERM"):
+        stopping.request("SIGTERM")
+
+
+def test_inside_it_waits_and_raises_at_the_end():
+    said = []
+    with pytest.raises(stopping.Interrupted, match="SIGINT"):
+        with stopping.at_boundaries(said.append):
+            assert not stopping.wanted()
+            stopping.request("SIGINT")
+            assert stopping.wanted()
+    assert said == ["SIGINT: saving at the next boundary; a second one stops at once"]
+    assert not stopping.wanted()
+
+
+def test_an_error_inside_is_not_hidden_by_a_signal():
+    with pytest.raises(ValueError, match="first"):
+        with stopping.at_boundaries():
+            stopping.request("SIGINT")
+            raise ValueError("first")
+    stopping._state.waiting = None
+
+
+def test_a_budget_ends_with_its_run():
+    with stopping.budget(1e-9):
+        assert stopping.wanted()
+        with pytest.raises(stopping.OutOfTime):
+            stopping.leave()
+        with stopping.budget(None):
+            assert not stopping.wanted()
+    assert not stopping.wanted()
