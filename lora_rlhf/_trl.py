@@ -28,8 +28,8 @@ from trl import (
     SFTConfig,
     SFTTrainer,
 )
-from trl.kernels import ChunkedLogProbFunction
-from trl.trainer.utils import split_tensor_dict
+from trl.kernels import ChunkedLogProbFunction, chunked_logprob
+from trl.trainer.utils import add_fused_lm_head, split_tensor_dict
 
 from .errors import SetupError
 
@@ -47,7 +47,9 @@ __all__ = [
     "RewardTrainer",
     "SFTConfig",
     "SFTTrainer",
+    "add_fused_lm_head",
     "check_seams",
+    "chunked_logprob",
     "split_tensor_dict",
 ]
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 from . import (
+    advice,
     best_of_n,
     card,
     checks,
@@ -116,6 +117,11 @@ class _Work:
 
     def __init__(self, recipe: Recipe, record: Record, progress: Progress) -> None:
         self.recipe, self.record, self.progress = recipe, record, progress
+        planned, line = advice.before_run(recipe)
+        progress.say(line)
+        if planned is not None:
+            record.data["plan"] = planned.as_dict()
+        self._peak = advice.PeakMemory()
         started = time.perf_counter()
         self.backbone = Backbone.load(recipe.model, recipe.lora)
         self.tokenizer = self.backbone.tokenizer
@@ -141,7 +147,16 @@ class _Work:
             step(run=stage in wanted)
             self.record.data["lora"] = self.backbone.describe_lora()
             self.record.data["clock"]["memory"] = self.backbone.memory_report()
+            self._note_peak()
             self.record.save()
+        if (measured := self._peak.read()) is not None:
+            self.progress.say(f"measured: {advice.size(measured)} at the peak ({self._peak.what})")
+
+    def _note_peak(self) -> None:
+        """Keep the highest of this run in the record, whichever of its sittings had it."""
+        clock, measured = self.record.data["clock"], self._peak.read()
+        if measured is not None and measured / 1e6 >= clock.get("peak_memory_mb", 0):
+            clock |= {"peak_memory_mb": round(measured / 1e6, 1), "peak_memory_is": self._peak.what}
 
     def _note(self, name: str, prepared: Prepared) -> Prepared:
         checks.same_data(self.record, name, prepared.report)
