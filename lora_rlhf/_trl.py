@@ -29,8 +29,8 @@ from trl import (
     SFTConfig,
     SFTTrainer,
 )
-from trl.kernels import ChunkedLogProbFunction
-from trl.trainer.utils import split_tensor_dict
+from trl.kernels import ChunkedLogProbFunction, chunked_logprob
+from trl.trainer.utils import add_fused_lm_head, split_tensor_dict
 
 from .errors import SetupError
 
@@ -48,7 +48,9 @@ __all__ = [
     "RewardTrainer",
     "SFTConfig",
     "SFTTrainer",
+    "add_fused_lm_head",
     "check_seams",
+    "chunked_logprob",
     "split_tensor_dict",
 ]
 

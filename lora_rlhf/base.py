@@ -29,9 +29,11 @@ from .errors import BaseModelError, SetupError, TokenizerError, first_line
 from .fingerprints import fingerprint
 from .sections import LoraSection, ModelSection
 
-_DROPOUTS = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout",
-             "dropout", "activation_dropout", "layerdrop", "attention_probs_dropout_prob",
-             "hidden_dropout_prob", "classifier_dropout", "token_dropout")  # fmt: skip
+DROPOUTS = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout",
+            "dropout", "activation_dropout", "layerdrop", "attention_probs_dropout_prob",
+            "hidden_dropout_prob", "classifier_dropout", "token_dropout")  # fmt: skip
+"""Keys of configs that hold a dropout; all are 0 here."""
+
 _PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>", "<unk>")
 
 
@@ -75,11 +77,11 @@ class BaseModel:
         plain: dict[str, Any] = {"revision": model.revision, "trust_remote_code": False}
         options = dict(plain)
         if model.load_in_4bit:
-            options["quantization_config"] = _nf4(dtype)
+            options["quantization_config"] = nf4(dtype)
         try:
             config = AutoConfig.from_pretrained(where, **plain)
             tokenizer = AutoTokenizer.from_pretrained(where, padding_side="left", **plain)
-            for name in _DROPOUTS:
+            for name in DROPOUTS:
                 if isinstance(getattr(config, name, None), float):
                     setattr(config, name, 0.0)
             causal = AutoModelForCausalLM.from_pretrained(
@@ -228,7 +230,12 @@ def _source(where: str, model: ModelSection) -> dict[str, Any]:
     return {"source": "local folder" if _is_local(model) else "Hub", "license": None}
 
 
-def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """How a base is quantised: NF4, its scales quantised too, computing in `dtype`.
+
+    Raises:
+        SetupError: bitsandbytes is not there.
+    """
     try:
         import bitsandbytes  # noqa: F401
     except (ImportError, RuntimeError) as error:

@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from . import shell
-from .errors import UsageError
+from .errors import SetupError, UsageError
 
 if TYPE_CHECKING:
     from .config import Recipe
@@ -117,19 +117,6 @@ def _command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     return register
 
 
-def _pipeline() -> Any:
-    """The pipeline, imported now; bars stay where something is downloaded, and only there."""
-    from huggingface_hub import utils
-    from transformers.utils import logging
-
-    from . import pipeline
-
-    if not _debug:
-        logging.disable_progress_bar()  # transformers' own, and the Hub's as well
-        utils.enable_progress_bars()  # type: ignore[attr-defined]
-    return pipeline
-
-
 # --- verbs over recipes --------------------------------------------------------------------------
 
 
@@ -155,7 +142,7 @@ def _train(
 
 
 def _run(recipe: Recipe, out: Path, until: str, start_from: Path | None, warm_start: bool) -> None:
-    pipeline = _pipeline()
+    pipeline = shell.pipeline(_debug)
     from . import summary
     from .progress import Progress
 
@@ -203,6 +190,31 @@ def _demo_verb(
     if not overrides:  # they may name a model or data on the Hub
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     _train(tiny.recipe(), out, [f"seed={seed}", *(overrides or [])], dry_run)
+
+
+@_command("plan")
+def _plan_verb(
+    path: RecipePath,
+    gpu: Annotated[str | None, typer.Option(metavar="SIZE", help="16GB, 16GiB or 16.")] = None,
+    overrides: Set = None,
+    probe: Annotated[bool, typer.Option("--probe", help="Load the base and measure.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a recipe takes in memory, and on which GPUs it fits.
+
+    From the base's config alone; only --probe loads weights. With --gpu the exit code is 0 where
+    the recipe fits as it is, and 4 where it does not.
+    """
+    from .config import load_recipe
+
+    recipe = load_recipe(path, overrides)
+    shell.pipeline(_debug)
+    from . import plan_report
+
+    report = plan_report.report(recipe, path if path.is_dir() else path.parent, gpu, probe=probe)
+    typer.echo(report.as_json() if as_json else report.as_text())
+    if gpu is not None and not report.fits:
+        raise typer.Exit(SetupError.exit_code)
 
 
 def _stage_verb(stage: str, what: str) -> None:
@@ -296,25 +308,14 @@ def _push_verb(
     A base that exists only here (the tiny one, or a local folder) goes first, with --base.
     """
     from . import hub
-    from .config import load_recipe
     from .record import Record
 
     record = Record.read(run)
-    wanted = {"policy": policy, "reward": reward, "value": value, "sft": sft}
-    if not base and not any(wanted.values()):
-        section = load_recipe(run / "recipe.yaml").hub
-        wanted = {role: getattr(section, role) for role in wanted}
-        public = public or section.public
-        if not any(wanted.values()):
-            raise UsageError(
-                "no repository to push to",
-                expected="--policy, --reward, --value, --sft or --base, each with org/name",
-                remedy=f"lora-rlhf push {run} --policy org/name",
-            )
-    pushes = [(role, repo_id) for role, repo_id in wanted.items() if repo_id]
+    named = {"policy": policy, "reward": reward, "value": value, "sft": sft}
+    pushes, public = hub.asked_for(record, named, public=public, base=base)
     if base:
         _say_pushed("base", hub.push_base(record, base, public=public))
-    for role, repo_id in pushes:
+    for role, repo_id in pushes.items():
         _say_pushed(role, hub.push(record, role, repo_id, public=public))
 
 
@@ -342,7 +343,7 @@ def _generate_verb(
     from .record import Record
 
     Record.read(run)  # a wrong folder is told before seconds of importing
-    pipeline = _pipeline()
+    pipeline = shell.pipeline(_debug)
     from . import summary
 
     summary.show_answers(

@@ -26,7 +26,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from .card_facts import ROLES, hub_base
 from .config import Recipe
-from .errors import HubError
+from .errors import HubError, UsageError
 from .record import Record
 from .staging import check_adapter, local_base, stage_adapter, stage_base
 
@@ -176,6 +176,28 @@ def preflight(recipe: Recipe, record: Record | None = None, token: str | None = 
             )
         notes += hub.check_visibility()
     return notes
+
+
+def asked_for(
+    record: Record, named: dict[str, str | None], *, public: bool, base: str | None
+) -> tuple[dict[str, str], bool]:
+    """Role -> repository of a `push`: those named, else those of the recipe; and whether public.
+
+    Raises:
+        UsageError: There are none.
+    """
+    found = {role: repo_id for role, repo_id in named.items() if repo_id}
+    if found or base:
+        return found, public
+    section = record.recipe().hub
+    found = {role: getattr(section, role) for role in named if getattr(section, role)}
+    if not found:
+        raise UsageError(
+            "no repository to push to",
+            expected="--policy, --reward, --value, --sft or --base, each with org/name",
+            remedy=f"lora-rlhf push {record.folder} --policy org/name",
+        )
+    return found, public or section.public
 
 
 def to_push(recipe: Recipe, record: Record | None) -> dict[str, str]:

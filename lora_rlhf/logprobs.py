@@ -52,15 +52,27 @@ def logprobs_and_entropy(
         entropy_gradient: Whether the entropy is differentiable too, which takes a third product.
     """
     if states.is_cuda:
-        logprobs, entropy, *_ = ChunkedLogProbFunction.apply(
-            states, weight, bias, targets, transform.temperature,
-            min(_TRL_COLUMNS, weight.shape[0]), transform.softcap, transform.scale, ("entropy",),
-        )  # fmt: skip
-        return logprobs, entropy if entropy_gradient else entropy.detach()
+        return fused(states, weight, bias, targets, transform, entropy_gradient)
     found: tuple[Tensor, Tensor] = _OnePass.apply(
         states, weight, bias, targets, transform, entropy_gradient
     )
     return found
+
+
+def fused(
+    states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    transform: Transform,
+    entropy_gradient: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The same by TRL's kernels, as on CUDA."""
+    logprobs, entropy, *_ = ChunkedLogProbFunction.apply(
+        states, weight, bias, targets, transform.temperature,
+        min(_TRL_COLUMNS, weight.shape[0]), transform.softcap, transform.scale, ("entropy",),
+    )  # fmt: skip
+    return logprobs, entropy if entropy_gradient else entropy.detach()
 
 
 class _OnePass(torch.autograd.Function):

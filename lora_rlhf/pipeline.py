@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 from . import (
+    advice,
     best_of_n,
     card,
     checkpoint,
@@ -141,6 +142,11 @@ class _Work:
 
     def __init__(self, recipe: Recipe, record: Record, progress: Progress) -> None:
         self.recipe, self.record, self.progress = recipe, record, progress
+        planned, line = advice.before_run(recipe)
+        progress.say(line)
+        if planned is not None:
+            record.data["plan"] = planned.as_dict()
+        self._peak = advice.PeakMemory()
         started = time.perf_counter()
         self.backbone = Backbone.load(recipe.model, recipe.lora)
         self.tokenizer = self.backbone.tokenizer
@@ -169,6 +175,8 @@ class _Work:
             # Asked after what was done: the shortest budget, too, gets a little further each time.
             if stage in wanted and stage != names[last]:
                 stopping.leave()
+        if (measured := self._peak.read()) is not None:
+            self.progress.say(f"measured: {advice.size(measured)} at the peak ({self._peak.what})")
 
     def _describe(self) -> None:
         """With the stage itself, or a run that is killed between the two would never say it."""
@@ -178,6 +186,12 @@ class _Work:
         found["parameters_per_role"] = known | found["parameters_per_role"]
         record.data["lora"] = found
         record.data["clock"]["memory"] = self.backbone.memory_report()
+        if (measured := self._peak.read()) is None:
+            return
+        # The highest of this run, whichever of its sittings had it.
+        clock = record.data["clock"]
+        if measured / 1e6 >= clock.get("peak_memory_mb", 0):
+            clock |= {"peak_memory_mb": round(measured / 1e6, 1), "peak_memory_is": self._peak.what}
 
     def _note(self, name: str, prepared: Prepared) -> Prepared:
         checks.same_data(self.record, name, prepared.report)

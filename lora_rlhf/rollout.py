@@ -30,7 +30,7 @@ PARITY = 1e-4
 _COMPARED = 16
 """Episodes of the first rollout on which they are compared."""
 
-_MORE = 2
+MORE = 2
 """Scoring keeps no activations, so this many training micro-batches go at once."""
 
 
@@ -111,7 +111,7 @@ class Scorer:
         Returns:
             The reference's log-probs, (N, T).
         """
-        size, mask_nt = _MORE * self.size, out["completion_mask"]
+        size, mask_nt = MORE * self.size, out["completion_mask"]
         known = self._sampled if self.trusted and not exact else None
         values: list[Tensor] = []
         if self.ppo.value == "head":
@@ -148,7 +148,7 @@ class Scorer:
     def _trunk_pass(self) -> list[Tensor]:
         """The trunk's states of every episode, (L, H) each, in one pass over its layers."""
         out: list[Tensor] = [torch.empty(0)] * len(self.episodes)
-        for batch in heads.batches(self.backbone, self.episodes, _MORE * self.size):
+        for batch in heads.batches(self.backbone, self.episodes, MORE * self.size):
             for row, i in zip(self._trunk(batch), batch.index, strict=True):
                 out[i] = row[len(row) - sum(map(len, self.episodes[i])) :].clone()
         return out

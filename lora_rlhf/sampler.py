@@ -157,7 +157,7 @@ class _Batch:
                 if self.keep_states:
                     _keep(inside, found.pop())
                 uniform = torch.stack([row.uniform[len(row.ids) % self.longest] for row in inside])
-                tokens, logprobs = _draw(logits, self.temperature, uniform)
+                tokens, logprobs = draw(logits, self.temperature, uniform)
                 drawn = zip(inside, tokens.tolist(), logprobs.tolist(), strict=True)
                 for row, token, logprob in drawn:
                     self._grow(row, token, logprob)
@@ -208,7 +208,7 @@ def _keep(rows: list[_Row], states: Tensor) -> None:
             row.states.append(mine if row.states else mine[len(mine) - row.prompt :])
 
 
-def _draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """A token for each row and its log-prob, (B,) each.
 
     Args:

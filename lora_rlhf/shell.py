@@ -11,7 +11,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 
@@ -90,3 +90,16 @@ def quieten() -> None:
     warnings.filterwarnings("ignore")
     # It warns on every CPU with bfloat16 instructions that an optional kernel is not installed.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def pipeline(debug: bool) -> Any:
+    """The pipeline, imported now; bars stay where something is downloaded, and only there."""
+    from huggingface_hub import utils
+    from transformers.utils import logging
+
+    from . import pipeline
+
+    if not debug:
+        logging.disable_progress_bar()  # transformers' own, and the Hub's as well
+        utils.enable_progress_bars()  # type: ignore[attr-defined]
+    return pipeline

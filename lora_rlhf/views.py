@@ -83,10 +83,10 @@ def to_head_dtype(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 def tensor_bytes(tensors: list[Tensor]) -> int:
     """Bytes of these tensors, memory that they share counted once."""
     storages = [t.untyped_storage() for t in tensors]
-    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+    return sum({s._cdata: s.nbytes() for s in storages}.values())
 
 
-def held_tensors(parameter: nn.Parameter) -> list[Tensor]:
+def held_tensors(parameter: Tensor) -> list[Tensor]:
     """A parameter and, in 4 bits, the scales and codes that it is read with."""
     found = [parameter.data]
     state = getattr(parameter, "quant_state", None)

@@ -93,13 +93,13 @@ def test_what_the_sampler_knew_is_what_a_pass_finds(tmp_path, top_fraction):
 
 def test_a_sampler_that_is_a_little_off_is_not_trusted_and_said_so(tmp_path, monkeypatch):
     plain = run(tmp_path / "plain").go()
-    draw = sampler._draw
+    draw = sampler.draw
 
     def off(*args):
         tokens, logprobs = draw(*args)
         return tokens, logprobs + 5e-4
 
-    monkeypatch.setattr(sampler, "_draw", off)
+    monkeypatch.setattr(sampler, "draw", off)
     made, said = run(tmp_path / "off"), []
     made.trainer.scorer.say = said.append
     made.go()

@@ -106,7 +106,7 @@ def test_the_distribution_is_the_models():
 def test_what_has_no_probability_is_never_drawn():
     logits = torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf]]).expand(4, -1)
     uniform = torch.tensor([0.0, 0.4999999, 0.5, 1 - 2**-24])
-    tokens, logprobs = sampler._draw(logits, 1.0, uniform)
+    tokens, logprobs = sampler.draw(logits, 1.0, uniform)
     assert tokens.tolist() == [0, 0, 2, 2]
     assert logprobs.tolist() == pytest.approx([-0.6931472] * 4)
 

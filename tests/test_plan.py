@@ -1,0 +1,377 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is planned from a config, against what the real model allocates."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import small
+import torch
+from transformers import AutoConfig, LlamaConfig
+from typer.testing import CliRunner
+
+from lora_rlhf import (
+    advice,
+    base_config,
+    budget,
+    cli,
+    meta,
+    pipeline,
+    plan,
+    probe,
+    rehearsal,
+    tiny,
+)
+from lora_rlhf.backbone import Backbone
+from lora_rlhf.config import load_recipe
+from lora_rlhf.errors import BaseModelError, RecipeError, UsageError
+from lora_rlhf.progress import Progress
+from lora_rlhf.record import Record
+from lora_rlhf.sections import LoraSection, ModelSection, PpoSection, Recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted(path.parent for path in (ROOT / "recipes").rglob("recipe.yaml"))
+TOLERANCE = 0.1
+
+DEEP: dict[str, dict[str, int]] = {"llama": {"num_hidden_layers": 3}}
+"""More than the two layers that these models have; half of them, rounded up, are adapted."""
+SETTINGS = [
+    ("llama", False, 1.0, False), ("llama", True, 0.5, False), ("llama", False, 0.5, True),
+    ("gpt2", True, 1.0, False), ("gpt2", False, 0.5, False), ("gpt2", True, 0.5, True),
+    ("gemma2", False, 1.0, True), ("gemma2", True, 1.0, False), ("gemma2", False, 0.5, False),
+]  # fmt: skip
+"""Architecture, checkpointing, share of adapted layers, 4-bit."""
+
+TRAINED = {
+    rehearsal.language_model: ("policy",), rehearsal.ranking: ("reward",),
+    rehearsal.update: ("policy", "value"),
+}  # fmt: skip
+PHASES = [rehearsal.prefill, rehearsal.decode, rehearsal.score, rehearsal.rewards, *TRAINED]
+
+
+def folder_of(name: str) -> str:
+    return (
+        str(tiny.path()) if name == "tiny" else str(small.base_folder(name, **DEEP.get(name, {})))
+    )
+
+
+def sections(name: str, fraction: float, four_bit: bool, checkpointing: bool = False):
+    model = ModelSection(
+        id=folder_of(name), dtype="float32", load_in_4bit=four_bit,
+        gradient_checkpointing=checkpointing,
+    )  # fmt: skip
+    return model, LoraSection(r=4, alpha=8, top_fraction=fraction)
+
+
+def both(name: str, fraction: float, four_bit: bool) -> tuple[Backbone, Backbone]:
+    """The same backbone without weights and with them, every role on each."""
+    model, lora = sections(name, fraction, four_bit)
+    config = AutoConfig.from_pretrained(folder_of(name))
+    made = (meta.backbone(config, model, lora, torch.float32), Backbone.load(model, lora))
+    for one in made:
+        for role in ("policy", "reference", "reward", "value"):
+            one.add_role(role)
+    return made
+
+
+def measured(real: Backbone, batch: rehearsal.Batch, phase: rehearsal.Phase) -> int:
+    meter = probe.Meter(torch.device("cpu"), 0)
+    meter.start()
+    phase(real, batch)
+    return meter.lap()
+
+
+# --------------------------------------------------------------------- the phases, one by one
+
+
+@pytest.mark.parametrize(("name", "checkpointing", "fraction", "four_bit"), SETTINGS)
+def test_what_a_phase_allocates_is_known_from_the_config(name, checkpointing, fraction, four_bit):
+    bare, real = both(name, fraction, four_bit)
+    assert bare.memory_report() == real.memory_report()
+    rows = 1 if four_bit else 6  # one row has no padding, and so no mask
+    batch = rehearsal.Batch(rows, 20, 12, kept=fraction < 1)
+    for phase in PHASES:
+        trained = TRAINED.get(phase, ())
+        with rehearsal.stage(bare, trained, checkpointing=checkpointing):
+            planned = rehearsal.count(bare, "cpu", batch, phase)
+        with rehearsal.stage(real, trained, checkpointing=checkpointing):
+            assert planned == pytest.approx(measured(real, batch, phase), rel=0.03), phase.__name__
+
+
+def test_checkpointing_a_trunk_and_four_bits_each_take_less():
+    counts = {}
+    for fraction, checkpointing in ((1.0, False), (1.0, True), (0.5, False)):
+        bare, _ = both("llama", fraction, False)
+        with rehearsal.stage(bare, ("policy", "value"), checkpointing=checkpointing):
+            batch = rehearsal.Batch(6, 20, 12)
+            counts[fraction, checkpointing] = rehearsal.count(bare, "cpu", batch, rehearsal.update)
+    assert counts[1.0, True] < 0.8 * counts[1.0, False]
+    assert counts[0.5, False] < 0.8 * counts[1.0, False]
+    packed, whole = (both("llama", 1.0, q)[0].memory_report()["backbone"] for q in (True, False))
+    assert packed < 0.5 * whole
+
+
+def test_the_meter_counts_what_is_released_and_what_a_kernel_needs():
+    meter = probe.Meter(torch.device("cpu"), 1000)
+    meter.start()
+    kept = torch.zeros(1000)
+    torch.zeros(5000)
+    assert meter.lap() == pytest.approx(1000 + 4 * 6000, abs=200)
+    assert meter.now == pytest.approx(1000 + 4 * 1000, abs=200)
+    del kept
+
+
+# ------------------------------------------------------------------------ the trainer, for real
+
+
+def recipe_of(name: str, checkpointing: bool, fraction: float, four_bit: bool, **ppo) -> Recipe:
+    model, lora = sections(name, fraction, four_bit, checkpointing)
+    args = {"per_device_train_batch_size": 4, "steps_per_generation": 2, "learning_rate": 1e-3,
+            "max_completion_length": 16, **ppo.pop("args", {})}  # fmt: skip
+    return Recipe(
+        name="probe", model=model, lora=lora,
+        data={"comparisons": [{"path": "x.jsonl"}], "max_prompt_tokens": 24, "max_tokens": 48},
+        ppo=PpoSection(**ppo, args=args),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "checkpointing", "fraction", "four_bit"),
+    [
+        ("tiny", False, 1.0, False), ("tiny", True, 0.5, False), ("llama", False, 0.5, False),
+        ("gpt2", False, 1.0, False), ("gemma2", True, 0.5, True),
+    ],
+)  # fmt: skip
+def test_a_probe_measures_what_was_planned(name, checkpointing, fraction, four_bit):
+    recipe = recipe_of(name, checkpointing, fraction, four_bit)
+    planned = plan.Planner(base_config.find_config(recipe), "cpu").plan(recipe)
+    found = {p.phase: p for p in probe.run(recipe, planned)}
+    assert set(found) == {"sft", "reward", "ppo sampling", "ppo scoring", "ppo update"}
+    for phase in found.values():
+        assert abs(phase.error) < TOLERANCE, phase
+
+
+def test_accumulation_keeps_the_gradients_of_an_earlier_micro_batch():
+    recipe = recipe_of("tiny", True, 1.0, False, args={"gradient_accumulation_steps": 2})
+    planner = plan.Planner(base_config.find_config(recipe), "cpu")
+    once = recipe_of("tiny", True, 1.0, False)
+    more = planner.plan(recipe).phases["ppo update"].total
+    assert more > planner.plan(once).phases["ppo update"].total
+    found = {p.phase: p for p in probe.run(recipe, planner.plan(recipe))}
+    assert abs(found["ppo update"].error) < TOLERANCE
+
+
+def test_only_a_recipe_of_ppo_is_probed():
+    recipe = recipe_of("tiny", False, 1.0, False).model_copy(update={"algorithm": "grpo"})
+    planned = plan.Planner(base_config.find_config(recipe), "cpu").plan(recipe)
+    with pytest.raises(UsageError, match="algorithm is grpo"):
+        probe.run(recipe, planned)
+
+
+# ------------------------------------------------------------------------------------ the plan
+
+
+def smollm2(**lora: object) -> tuple[LlamaConfig, Recipe]:
+    folder = ROOT / "recipes" / "smollm2-135m-hh"
+    recipe = load_recipe(folder)
+    recipe = recipe.model_copy(update={"lora": recipe.lora.model_copy(update=lora)})
+    return AutoConfig.from_pretrained(folder), recipe
+
+
+def test_a_deep_model_is_planned_from_a_few_of_its_layers(monkeypatch: pytest.MonkeyPatch):
+    config, recipe = smollm2(top_fraction=0.5)
+    config = meta.with_layers(config, 20)
+    few = plan.Planner(config, "cpu").plan(recipe)
+    monkeypatch.setattr(plan, "_WHOLE", 100)
+    whole = plan.Planner(config, "cpu").plan(recipe)
+    for name, phase in few.phases.items():
+        assert phase.total == pytest.approx(whole.phases[name].total, rel=0.01), name
+
+
+def test_the_parameters_of_a_base_are_counted_exactly():
+    """SmolLM2-135M has 134,515,008 parameters, the embedding tied; Llama 3 8B 8,030,261,248."""
+    config, recipe = smollm2()
+    recipe = recipe.model_copy(
+        update={"model": ModelSection(id="a/b", dtype="bfloat16", load_in_4bit=False)}
+    )
+    rope = 576 // 9 // 2 * 4  # inverse frequencies, kept twice
+    assert plan.Planner(config, "cuda").plan(recipe).backbone == 2 * 134_515_008 + 2 * rope
+    made = meta.backbone(LLAMA["8B"], recipe.model, recipe.lora, torch.bfloat16)
+    assert sum(p.numel() for p in made.causal.parameters()) == 8_030_261_248
+
+
+def test_roles_and_phases_are_those_of_the_algorithm():
+    config, recipe = smollm2()
+    planner = plan.Planner(config, "cpu")
+    names = {
+        "ppo": {"ppo sampling", "ppo scoring", "ppo update"}, "dpo": {"dpo update"},
+        "rloo": {"rloo sampling", "rloo scoring", "rloo update"}, "best_of_n": set(),
+    }  # fmt: skip
+    for algorithm, own in names.items():
+        found = planner.plan(recipe.model_copy(update={"algorithm": algorithm}))
+        assert set(found.phases) == {"load", "sft", "reward", "evaluate"} | own
+        assert ("value" in found.roles) == (algorithm == "ppo")
+    section = recipe.reward.model_copy(update={"ensemble": 3})
+    found = planner.plan(recipe.model_copy(update={"reward": section}))
+    assert [r for r in found.roles if r.startswith("reward")] == ["reward", "reward_1", "reward_2"]
+
+
+def test_a_trunk_is_kept_where_the_recipe_says():
+    config, recipe = smollm2()
+    planner = plan.Planner(config, "cuda")
+    one = 24 * (56 + 40) * 576 * 2  # episodes, tokens, hidden size, bfloat16
+
+    def trunk(where: str) -> list[int]:
+        section = recipe.ppo.model_copy(update={"trunk_states": where})
+        phases = planner.plan(recipe.model_copy(update={"ppo": section})).phases
+        return [phases[f"ppo {name}"].trunk for name in ("sampling", "scoring", "update")]
+
+    assert trunk("device") == [2 * one] * 3
+    assert trunk("cpu") == [2 * one, 0, 0]
+    assert trunk("off") == [0, 0, 0]
+
+
+def test_every_shipped_recipe_plans_with_nothing_but_its_folder(tmp_path: Path):
+    """In a process that has neither a network nor anything in the Hub's cache."""
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from lora_rlhf import base_config, plan; from lora_rlhf.config import load_recipe\n"
+        "for name in sys.argv[1:]:\n"
+        "    recipe = load_recipe(name)\n"
+        "    config = base_config.find_config(recipe, Path(name))\n"
+        "    print(plan.Planner(config, 'cuda').plan(recipe).peak)\n"
+    )
+    assert len(RECIPES) >= 3
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, RECIPES)], capture_output=True, text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) == len(RECIPES) and min(map(int, done.stdout.split())) > 1e7
+
+
+def test_a_config_that_is_nowhere_is_told_with_its_remedy(tmp_path: Path):
+    recipe = recipe_of("tiny", False, 1.0, False)
+    recipe = recipe.model_copy(update={"model": ModelSection(id="nobody/nothing")})
+    with pytest.raises(BaseModelError, match="beside the recipe"):
+        base_config.find_config(recipe, tmp_path)
+    other = {"model_type": "llama", "_name_or_path": "somebody/something"}
+    (tmp_path / "config.json").write_text(json.dumps(other))
+    with pytest.raises(BaseModelError, match="somebody/something"):
+        base_config.find_config(recipe, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    assert base_config.find_config(recipe, tmp_path).model_type == "llama"
+
+
+# ------------------------------------------------------------------------------------- advice
+
+LLAMA = {
+    "1B": LlamaConfig(
+        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
+    ),
+    "8B": LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=False,
+    ),
+}  # fmt: skip
+"""The shapes of Llama 3.2 1B and Llama 3 8B."""
+
+
+def plain(**model: object) -> Recipe:
+    return Recipe(
+        name="x", model=ModelSection(id="a/b", **model), data={"comparisons": [{"path": "x.jsonl"}]}
+    )
+
+
+def test_what_does_not_fit_is_changed_until_it_does():
+    planner = plan.Planner(LLAMA["1B"], "cuda")
+    card = 8 * 10**9
+    assert planner.plan(plain(), card).needed > card
+    found = advice.fit(planner, plain(), card)
+    assert found.changes and next(iter(found.changes)) == "model.gradient_checkpointing"
+    again = planner.plan(advice.changed(plain(), found.changes), card)
+    assert again.needed == found.plan.needed <= card
+    assert found.micro_batch is not None
+    work = plan.Work(planner, found.recipe, card)
+    assert work.update(found.micro_batch).total <= budget.largest(card)
+    assert work.update(found.micro_batch + 1).total > budget.largest(card)
+
+
+def test_a_card_without_room_for_the_4_bit_base_is_given_up():
+    config = meta.with_layers(LLAMA["1B"], 2)
+    recipe = plain(load_in_4bit=True, gradient_checkpointing=True)
+    assert advice.fit(plan.Planner(config, "cuda"), recipe, 10**9).changes is None
+
+
+def test_a_base_that_is_too_large_is_first_of_all_quantised():
+    planner = plan.Planner(LLAMA["8B"], "cuda")
+    found = advice.fit(planner, plain(), 16 * 10**9)
+    assert found.changes and next(iter(found.changes)) == "model.load_in_4bit"
+    assert found.plan.needed <= 16 * 10**9
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("16GB", 16e9), ("16", 16e9), ("16GiB", 2**34), (" 7.5 gb", 7.5e9)]
+)
+def test_sizes_of_cards(text: str, count: float):
+    assert advice.capacity(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "big", "16 parsecs", "0", "-3GB"])
+def test_what_is_no_size_is_refused(text: str):
+    with pytest.raises(UsageError, match="--gpu"):
+        advice.capacity(text)
+
+
+# --------------------------------------------------------------------------- command and runs
+
+
+def invoke(*args: object):
+    return CliRunner().invoke(cli.app, ["plan", *map(str, args)], prog_name="lora-rlhf")
+
+
+def test_the_command_says_whether_a_card_is_enough():
+    folder = ROOT / "recipes" / "smollm2-135m-hh"
+    done = invoke(folder, "--gpu", "8GB")
+    assert done.exit_code == 0 and "fits 8 GB" in done.output and "<- peak" in done.output
+    done = invoke(folder, "--gpu", "1.7GB", "--json")
+    assert done.exit_code == 4
+    told = json.loads(done.stdout)
+    [card] = told["cards"]
+    assert not card["fits"] and told["plan"]["needed"] > card["bytes"] >= card["needed"]
+
+
+def test_the_command_passes_on_what_is_wrong_with_the_recipe():
+    assert invoke(tiny.recipe(), "--set", "ppo.args.nothing=1").exit_code == RecipeError.exit_code
+    assert invoke(tiny.recipe(), "--gpu", "wide").exit_code == UsageError.exit_code
+
+
+class Said(Progress):
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def test_a_run_tells_its_plan_at_the_start_and_its_peak_at_the_end(tmp_path: Path):
+    from test_pipeline import recipe
+
+    said = Said()
+    record = pipeline.run(recipe(), tmp_path / "run", until="sft", progress=said)
+    planned = Record.read(record.folder).data["plan"]
+    assert said.lines[0].startswith(f"plan: {advice.size(planned['peak'])} at the peak (")
+    assert said.lines[-1].startswith("measured: ")
+    clock = record.data["clock"]
+    assert clock["peak_memory_mb"] > 0 and "resident set" in clock["peak_memory_is"]
+
+
+def test_a_plan_that_cannot_be_made_keeps_no_run_from_starting(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(advice, "find_config", lambda *_: 1 / 0)
+    planned, line = advice.before_run(load_recipe(tiny.recipe()))
+    assert planned is None and line.startswith("plan: none (ZeroDivisionError")
