@@ -72,7 +72,9 @@ def test_the_formula_agrees_with_torchs_counter(measured):
     need = flops.needed(
         shape, adapted=2, targets=("q_proj", "v_proj"), r=16, sequences=case["num_prompts"],
         prompt=case["prompt_len"], completion=case["response_len"], epochs=case["ppo_epochs"],
+        role_passes=passes,
     )  # fmt: skip
+    assert passes == 3  # the policy's log-probs come from sampling
     attention = case["num_prompts"] * 4 * shape.attention * length * (length + 1) / 2
     counted = full["flops"]["flops"]
     assert counted["score"] == pytest.approx(need["score"] - passes * 2 * attention, rel=0.02)

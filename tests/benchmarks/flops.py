@@ -11,6 +11,8 @@ of the attention, V the vocabulary, h the hidden size; A adapted layers, F froze
                                4 R S for LoRA (gradients of input and weights), 2 x attention
     the lowest adapted layer   no gradient of what comes from below: without the input gradients of
                                q, k, v and of their LoRA A
+    the highest layer          its MLP for completions and what predicts their first token only, but
+                               for the reward, whose pass is whole
     the LM head                2 h V C forward, 2 h V C backward (its weight is frozen)
 
     score   F layers once; A layers for each of policy, reference, reward and value; the LM head for
@@ -71,9 +73,14 @@ def needed(
     first = ("q_proj", "k_proj", "v_proj")
     unneeded = 2 * tokens * sum(sizes[n][0] * sizes[n][1] for n in first)
     unneeded += 2 * tokens * sum(r * sizes[n][0] for n in first if n in targets)
+    mlp = ("gate_proj", "up_proj", "down_proj")
+    skipped, m = sequences * (prompt - 1), sum(sizes[n][0] * sizes[n][1] for n in mlp)
+    m_lora = sum(r * sum(sizes[n]) for n in mlp if n in targets)
+    saved = 2 * (m + m_lora) * skipped
     head = 2 * shape.hidden * shape.vocabulary * predicted
     heads = 2 - max(0.0, 4 - role_passes)
     trunk = trunk_passes * (shape.layers - adapted) * plain
-    epoch = 2 * (adapted * (forward + backward) - unneeded) + 2 * head
-    return {"score": trunk + role_passes * adapted * forward + heads * head,
-            "train": epochs * epoch}  # fmt: skip
+    saved_backward = (2 * m + 4 * m_lora) * skipped
+    pair = adapted * (forward + backward) - unneeded - saved - saved_backward
+    roles = role_passes * adapted * forward - (role_passes - 1) * saved
+    return {"score": trunk + roles + heads * head, "train": epochs * (2 * pair + 2 * head)}
