@@ -30,7 +30,7 @@ ORDER = [
     *("tiny", "tiny.train"),
     *("_trl", "fingerprints", "base", "views", "backbone", "adapters", "heads"),
     *("objectives", "overoptimization", "guards"),
-    *("progress", "checkpoint", "resume", "stages", "sft"),
+    *("progress", "health", "checkpoint", "resumable", "resume", "stages", "sft"),
     *("ensemble", "ranking", "reward_report", "reward"),
     *("ppo_log", "ptx", "minibatches", "watch", "steering", "ppo_optimizer", "ppo_trainer", "ppo"),
     *("controls", "group_trainers", "dpo", "best_of_n", "evaluate"),
