@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from .errors import BusyError, CheckpointError, SetupError
+from .errors import BusyError, CheckpointError, DiskError
 from .readers import FREE
 from .record import sha256
 
@@ -125,10 +125,56 @@ def write(
     Args:
         parts: Name -> plain data with tensors in it.
         files: Name -> text, written as it is.
+
+    Raises:
+        DiskError: There is no room, or the folder may not be written; older ones are as they were.
     """
     folder = parent / f"step-{step:08d}"
     temporary = folder.with_name(folder.name + ".tmp")
-    parent.mkdir(parents=True, exist_ok=True)
+    try:
+        _fill(temporary, step, parts, files, run, notes)
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one of this step
+        temporary.replace(folder)
+        sync(parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise no_room(parent, error) from None
+    return folder
+
+
+def no_room(folder: Path, error: Exception) -> DiskError:
+    """The one-line error for a disk that is full or may not be written."""
+    free = shutil.disk_usage(folder).free if folder.exists() else 0
+    return DiskError(
+        f"cannot write to {folder}: {getattr(error, 'strerror', None) or error} "
+        f"({free / 1e6:.1f} MB free)",
+        expected="room for two checkpoints",
+        remedy="make room, then the same command goes on from the last complete checkpoint",
+    )
+
+
+def room(parent: Path, parts: Mapping[str, Any]) -> None:
+    """Look before the first checkpoint of a training whether two of them have room.
+
+    Raises:
+        DiskError: They have not.
+    """
+    tensors: dict[str, Tensor] = {}
+    pack(parts, tensors)
+    needed = 2 * sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if shutil.disk_usage(parent).free < needed:
+        raise no_room(parent, OSError(f"two checkpoints take {needed / 1e6:.1f} MB"))
+
+
+def _fill(
+    temporary: Path,
+    step: int,
+    parts: Mapping[str, Any],
+    files: Mapping[str, str],
+    run: Mapping[str, Any],
+    notes: Mapping[str, Any],
+) -> None:
+    temporary.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     sums: dict[str, dict[str, Any]] = {}
@@ -148,10 +194,6 @@ def write(
                 "files": sums}  # fmt: skip
     _write_synced(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
     sync(temporary)
-    shutil.rmtree(folder, ignore_errors=True)  # a damaged one of this step
-    temporary.replace(folder)
-    sync(parent)
-    return folder
 
 
 def _write_synced(path: Path, content: bytes) -> None:
@@ -169,13 +211,6 @@ def sync(path: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def drop(parent: Path, old: list[Path]) -> None:
-    """Delete folders that a new start has made useless."""
-    for path in old:
-        shutil.rmtree(path, ignore_errors=True)
-    sync(parent)
 
 
 def prune(parent: Path, keep: int) -> None:
@@ -197,12 +232,13 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
         BusyError: Another process holds it.
-        SetupError: It cannot be made.
+        DiskError: It cannot be made.
     """
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SetupError(
+        raise DiskError(
             f"cannot write to {folder}: {error.strerror}", remedy="give another --out"
         ) from None
     if fcntl is None:
@@ -222,6 +258,8 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+        if made and not any(folder.iterdir()):  # refused before anything was written
+            folder.rmdir()
 
 
 # --- choosing ------------------------------------------------------------------------------------

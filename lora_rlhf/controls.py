@@ -7,7 +7,6 @@ GRPO and RLOO in group_trainers.py, DPO in dpo.py, best of n in best_of_n.py.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from . import adapters, ppo
 from .backbone import ADAPTERS, REWARDS, Backbone
 from .config import Recipe
-from .errors import DataError, IdentityError, NonFiniteError, RecipeError
+from .errors import DataError, IdentityError, RecipeError
 from .readers import ALGORITHMS
 from .record import Record, sha256
 from .stages import PPOConfig
@@ -166,7 +165,8 @@ class Untouched(TrainerCallback):
     ) -> None:
         """Called by the Trainer between the optimizer's step and the scheduler's."""
         # A learning rate that warms up from 0 makes a first step that moves nothing.
-        if not self.done and optimizer.param_groups[0]["lr"] > 0:
+        moves = optimizer.param_groups[0]["lr"] > 0 and not self.trainer.skipped
+        if not self.done and moves:
             self.check()
             self.trainer.identities["only_policy_moved"] = 1
             self.done = True
@@ -196,21 +196,6 @@ class Untouched(TrainerCallback):
                 expected="the policy moves; backbone, reference and reward do not",
                 remedy=f"stage at fault: {self.stage}. Please report it with record.json",
             )
-
-
-def finite_norm(stage: str, step: int, norm: float) -> float:
-    """The norm of a gradient, if it is a number.
-
-    Raises:
-        NonFiniteError: With what to try.
-    """
-    if not math.isfinite(norm):
-        raise NonFiniteError(
-            f"{stage}, optimizer step {step}: the gradient of the policy is {norm}",
-            expected="a finite number",
-            remedy=f"lower {stage}.args.learning_rate; nothing of this stage was saved",
-        )
-    return norm
 
 
 def save_policy(backbone: Backbone, record: Record) -> dict[str, str]:

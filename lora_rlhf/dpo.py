@@ -25,7 +25,8 @@ from .errors import IdentityError
 from .guards import RATIO_TOLERANCE
 from .progress import Progress, StageLog
 from .record import Record
-from .resume import Keeper, Resumable
+from .resumable import Resumable
+from .resume import Keeper
 from .stages import build, check_finite, complaints, effective, trainer_args
 
 _DEFAULTS: dict[str, Any] = {
@@ -189,7 +190,7 @@ class ComparisonTrainer(Resumable, DPOTrainer):
     def _clip_grad_norm(self, model: Any) -> Tensor:
         self.backbone.assert_trainable()
         norm: Tensor = super()._clip_grad_norm(model)
-        found = controls.finite_norm("dpo", self.state.global_step, float(norm))
+        found = self.checked_norm("dpo", float(norm))
         self._metrics["train"]["policy/grad_norm"].append(found)
         return norm
 

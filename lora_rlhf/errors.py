@@ -11,6 +11,7 @@ LoraRlhfError                 exit code 1
 │   ├── AdapterError
 │   ├── CheckpointError
 │   ├── BusyError
+│   ├── DiskError
 │   └── HubError
 └── DivergedError             exit code 5
     ├── IdentityError
@@ -94,6 +95,10 @@ class CheckpointError(SetupError):
 
 class BusyError(SetupError):
     """Another process works in the run directory."""
+
+
+class DiskError(SetupError):
+    """The disk is full, or the run directory may not be written; what is on it is whole."""
 
 
 class HubError(SetupError):

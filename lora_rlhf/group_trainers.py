@@ -28,7 +28,8 @@ from .minibatches import model_inputs
 from .objectives import kl_estimates, masked_mean
 from .progress import Progress, StageLog
 from .record import Record
-from .resume import Keeper, Resumable
+from .resumable import Resumable
+from .resume import Keeper
 from .stages import build, check_finite, complaints, effective, trainer_args
 
 _RENAMED = {"entropy": "policy/entropy", "clip_ratio/region_mean": "policy/clip_fraction"}
@@ -194,7 +195,7 @@ class _OnBackbone(Resumable):
         rewards: Tensor = super()._calculate_rewards(
             asked, prompts, completions, completion_ids_list
         )
-        scores_b = guards.weighted_rewards(rewards, self.reward_weights, prompts)[:, :-1].sum(dim=1)
+        scores_b = self.checked_rewards(rewards, prompts)[:, :-1].sum(dim=1)
         shares = [share for share in repetition(completion_ids_list) if share is not None]
         ended = [bool(ids) and ids[-1] in self.eos_token_ids for ids in completion_ids_list]
         self._note({
@@ -242,7 +243,7 @@ class _OnBackbone(Resumable):
     def _clip_grad_norm(self, model: Any) -> Tensor:
         self.backbone.assert_trainable()
         norm: Tensor = super()._clip_grad_norm(model)
-        found = controls.finite_norm(self._name.lower(), self.state.global_step, float(norm))
+        found = self.checked_norm(self._name.lower(), float(norm))
         self._note({"policy/grad_norm": found})
         return norm
 

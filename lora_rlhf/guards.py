@@ -263,14 +263,19 @@ def _lies_below(bound: float, estimate: dict[str, Any]) -> bool:
     return estimate["high"] is not None and estimate["high"] < bound
 
 
+def weighted(rewards_bf: Tensor, weights_f: Tensor) -> Tensor:
+    """Rewards (B, F) times their weights; a weight of 0 makes 0 of whatever it is."""
+    weights_f = weights_f.to(rewards_bf.device)
+    return torch.where(weights_f != 0, rewards_bf * weights_f, 0.0)
+
+
 def weighted_rewards(rewards_bf: Tensor, weights_f: Tensor, prompts: list[Any]) -> Tensor:
     """What each of F reward functions adds to an episode's score, (B, F); a weight of 0 only logs.
 
     Raises:
         NonFiniteError: A score is no number, naming the prompt; TRL would take a NaN for 0.
     """
-    weights_f = weights_f.to(rewards_bf.device)
-    used_bf = torch.where(weights_f != 0, rewards_bf * weights_f, 0.0)
+    used_bf = weighted(rewards_bf, weights_f)
     bad = (~torch.isfinite(used_bf.sum(dim=1))).nonzero().flatten().tolist()
     if bad:
         raise NonFiniteError(

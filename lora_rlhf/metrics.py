@@ -23,6 +23,12 @@ _CHUNK = 2_000_000
 
 Floats = NDArray[np.float64]
 
+UNDEFINED = {"value/explained_variance", "completions/repetition"}
+"""Metrics that are NaN where they have no meaning: equal returns; completions under 4 tokens.
+
+A reward function, too, may have nothing to say of an episode (`rewards/NAME`).
+"""
+
 
 class Estimate(TypedDict):
     """A number, its two-sided 95 % interval (None where n does not allow one), and its n."""

@@ -216,6 +216,7 @@ def scaled_scores(scores_b: Tensor, moments: RunningMoments | None, clip: float 
     (2307.04964, section 4.2.2; 2403.17031).
     """
     if moments is not None:
-        moments.add(scores_b)
+        if bool(torch.isfinite(scores_b).all()):  # one NaN would stay in them for ever
+            moments.add(scores_b)
         scores_b = scores_b / moments.std
     return scores_b if clip is None else scores_b.clamp(-clip, clip)

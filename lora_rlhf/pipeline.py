@@ -9,6 +9,7 @@ that was stopped between or inside stages ends with the same bits as one that wa
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from pathlib import Path
@@ -85,7 +86,12 @@ def run(
     checks.every_argument(recipe, out)
     if Path(out).is_dir() or not Path(out).exists():
         with checkpoint.locked(Path(out)), stopping.budget(recipe.checkpoint.max_minutes):
-            return _run(recipe, out, names, until, progress, start_from, warm_start)
+            try:
+                return _run(recipe, out, names, until, progress, start_from, warm_start)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+                    raise checkpoint.no_room(Path(error.filename or out), error) from error
+                raise
     return Record.open(out, recipe)  # a file: it says so
 
 

@@ -21,7 +21,6 @@ from transformers import PrinterCallback, TrainerCallback
 from . import guards, heads, minibatches, ppo_log, ppo_optimizer, ptx
 from ._trl import GRPOTrainer
 from .backbone import Backbone
-from .errors import NonFiniteError
 from .minibatches import model_inputs, trunk_states
 from .objectives import (
     RunningMoments,
@@ -37,7 +36,7 @@ from .objectives import (
 )
 from .progress import Progress
 from .ptx import TextMix
-from .resume import Resumable
+from .resumable import Resumable
 from .rollout import Scorer
 from .sections import PpoSection
 from .stages import PPOConfig
@@ -159,7 +158,7 @@ class PPOTrainer(Resumable, GRPOTrainer):
     ) -> Tensor:
         self.progress.phase("score")
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        self._scores_b = guards.weighted_rewards(rewards, self.reward_weights, prompts).sum(dim=1)
+        self._scores_b = self.checked_rewards(rewards, prompts).sum(dim=1)
         return rewards
 
     @torch.no_grad()
@@ -170,7 +169,9 @@ class PPOTrainer(Resumable, GRPOTrainer):
         }
         mask_bt, ended_b = out["completion_mask"], self._ended(out)
         reference_bt = self._score_roles(out)
-        if self.policy_updates == 0 and not self.warm_started:
+        well = self.well("log-probs", out["old_logprobs"], reference_bt, rollout=True)
+        well = self.well("values", out["old_values"], rollout=True) and well
+        if well and self.policy_updates == 0 and not self.warm_started:
             self.identities["kl_at_start"] = guards.policy_equals_reference(
                 out["old_logprobs"], reference_bt, mask_bt
             )
@@ -253,7 +254,8 @@ class PPOTrainer(Resumable, GRPOTrainer):
             logprobs_bt, inputs["old_logprobs"], inputs["advantages"], mask_bt,
             self.epsilon_low, self.epsilon_high,
         )  # fmt: skip
-        if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
+        starts = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+        if self.well("log-probs", logprobs_bt) and starts:
             dtype = self.backbone.causal.dtype
             off = guards.ratio_off_one(result.ratio_bt, mask_bt, dtype)
             self._note({"policy/ratio_start": off})
@@ -277,7 +279,7 @@ class PPOTrainer(Resumable, GRPOTrainer):
         """Zero without a graph to the policy: it gets no gradient and cannot move."""
         return torch.zeros((), device=self.backbone.device, requires_grad=True)
 
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any) -> Tensor:
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """The policy's forward and backward, then the value's, each inside its own role.
 
         One backward per role: with gradient checkpointing the recomputation runs under whichever
@@ -337,14 +339,8 @@ class PPOTrainer(Resumable, GRPOTrainer):
             for gradient in (p.grad for p in parameters if p.grad is not None):
                 gradient.div_(self._scale)
             norms[role] = self.accelerator.clip_grad_norm_(parameters, most)
-            if not bool(torch.isfinite(norms[role])):
-                raise NonFiniteError(
-                    f"optimizer step {self.state.global_step}: the gradient of the {role} is "
-                    f"{float(norms[role])}",
-                    expected="a finite number",
-                    remedy="lower ppo.args.learning_rate; nothing of this stage was saved",
-                )
-            self._note({f"{role}/grad_norm": float(norms[role])})
+            norm = self.checked_norm("ppo", float(norms[role]), role)
+            self._note({f"{role}/grad_norm": norm})
         return norms["policy"]
 
     def after_optimizer_step(self) -> None:
@@ -353,7 +349,8 @@ class PPOTrainer(Resumable, GRPOTrainer):
         if self.policy_updates:
             self.steering.after_policy_step()
         # A learning rate that warms up from 0 makes a first step that moves nothing.
-        if self._moved is not None and self.optimizer.param_groups[0]["lr"] > 0:
+        moves = self.optimizer.param_groups[0]["lr"] > 0 and not self.skipped
+        if self._moved is not None and moves:
             self.identities |= self._moved.check()
             self._moved = None
 

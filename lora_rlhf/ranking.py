@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ._trl import RewardTrainer
 from .backbone import Backbone
-from .resume import Resumable
+from .resumable import Resumable
 
 MOST_COMPLETIONS = 16
 """Completions in one element at most: a prompt with more becomes several, to bound memory."""

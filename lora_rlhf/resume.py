@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exact resume: what a Trainer is made of, put into checkpoints and back.
+"""Exact resume: when a checkpoint is due, what is in it, and whether it is of this run.
 
-Trainer counts, skips what its loader gave before, and calls the hooks that `Resumable` overrides;
-its own files (pickles, adapters loaded through `set_adapter`, which breaks the optimizer's groups)
-are never written or read. In a training of K optimizer steps a checkpoint may stand after each.
+The hooks by which a trainer comes here are in resumable.py.
 """
 
 from __future__ import annotations
@@ -12,8 +10,8 @@ import dataclasses
 import hashlib
 import json
 import random
+import shutil
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,16 +24,15 @@ from .backbone import Backbone
 from .checkpoint import Checkpoint
 from .config import Recipe
 from .errors import CheckpointError
+from .health import Health
 from .progress import Progress
 from .readers import READS, fingerprints, keys_read
 from .record import Record
 from .sections import CheckpointSection
 
-_Base: Any = object
-"""The trainers of TRL that `Resumable` stands before have no common class that mypy knows."""
-
-_OF_TRL = ("_step", "_buffered_inputs", "_metrics", "_total_train_tokens")
-_OF_TRAINER = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged")
+_OF_TRAINER = (
+    "_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step",
+)  # fmt: skip
 """Set to 0 when the training loop begins, so put back after that."""
 
 
@@ -44,73 +41,6 @@ class Result(NamedTuple):
 
     global_step: int
     training_loss: float
-
-
-class Resumable(_Base):
-    """A trainer that can go on from a checkpoint; stands left of TRL's class.
-
-    Attributes:
-        kept: Names of attributes, beside TRL's, that decide what follows; an object with
-            `kept_state` and `restore` gives and takes its own.
-        warm_started: It began from other adapters than the stage's own: it need not equal SFT.
-    """
-
-    kept: tuple[str, ...] = ()
-    keeper: Keeper | None = None
-    warm_started = False
-
-    def kept_state(self) -> dict[str, Any]:
-        """What decides the steps to come, beside roles, optimizer and random states."""
-        found: dict[str, Any] = {}
-        for name in (*_OF_TRL, *self.kept):
-            if hasattr(self, name):
-                value = getattr(self, name)
-                found[name] = value.kept_state() if hasattr(value, "kept_state") else value
-        if "_step" in found and found["_step"] % _rollout_steps(self) == 0:
-            found["_buffered_inputs"] = None  # used up: the next step begins with a rollout
-            if "_rollout" in found:
-                found["_rollout"] = {}
-        return found
-
-    def restore(self, found: dict[str, Any]) -> None:
-        """Put back what `kept_state` gave."""
-        found = checkpoint.to_device(found, self.args.device)
-        for name, value in found.items():
-            now: Any = getattr(self, name, None)
-            if hasattr(now, "restore"):
-                now.restore(value)
-            elif name == "_metrics":
-                self._metrics = {mode: defaultdict(list, lists) for mode, lists in value.items()}
-            else:
-                setattr(self, name, value)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        assert self.keeper is not None
-        # Asked once: a signal that comes while this is written waits for the next boundary.
-        stop = stopping.wanted() and not self.control.should_training_stop
-        self.keeper.save(self)
-        self.control.should_save = False  # Trainer asks again at the end of an epoch
-        if stop:
-            self.keeper.paused = self.control.should_training_stop = True
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        assert self.keeper is not None
-        self.keeper.load(self)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            assert self.keeper is not None
-            self.keeper.load_optimizer(self)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            assert self.keeper is not None
-            self.keeper.load_random(self)
-
-
-def _rollout_steps(trainer: Any) -> int:
-    """Micro-batches that one rollout is used for."""
-    return int(trainer.args.steps_per_generation * trainer.num_iterations)
 
 
 class Keeper(TrainerCallback):
@@ -135,7 +65,7 @@ class Keeper(TrainerCallback):
         self.folder: Path = record.checkpoints(self.name)
         self.found: Checkpoint | None = None
         self.run = _identity(recipe, backbone, record, stage)
-        self.paused = False
+        self.paused = self._looked = False
         self._old: list[Path] = []  # checkpoints from before a warm start
         self._epoch: dict[str, Any] = {}
         self._saved = self._started = time.monotonic()
@@ -151,6 +81,9 @@ class Keeper(TrainerCallback):
             Interrupted, OutOfTime: What was done is saved.
         """
         trainer.keeper = self
+        trainer.health = Health(
+            trainer, self.backbone, self.record, self.progress, self.name, self.unit
+        )
         if self.record.warm_start and self.record.in_flight(self.stage):
             self._start_warm(trainer)
             return self._train(trainer)
@@ -177,9 +110,11 @@ class Keeper(TrainerCallback):
 
     def _train(self, trainer: Any) -> Result:
         trainer.add_callback(self)
+        trainer.add_callback(trainer.health)
         with stopping.at_boundaries(self.progress.say):
             out = trainer.train(resume_from_checkpoint=self.found and str(self.found.folder))
-            result = Result(out.global_step, out.training_loss)
+            loss = trainer.health.mean_loss(out.training_loss)
+            result = Result(out.global_step, loss)
             if not self.paused:
                 self.save(trainer, {"finished": list(result)})
         return result
@@ -271,6 +206,9 @@ class Keeper(TrainerCallback):
                 "loop": {name: getattr(trainer, name) for name in _OF_TRAINER},
             },
         }
+        if not self._looked:
+            checkpoint.room(self.record.folder, parts)
+            self._looked = True
         state = dataclasses.asdict(dataclasses.replace(trainer.state, log_history=[]))
         state["stateful_callbacks"] = {}
         checkpoint.sync(self.record.folder / "metrics.jsonl")  # its lines are counted below
@@ -283,7 +221,8 @@ class Keeper(TrainerCallback):
                 **(notes or {}),
             },
         )  # fmt: skip
-        checkpoint.drop(self.folder, self._old)
+        for path in self._old:
+            shutil.rmtree(path, ignore_errors=True)
         self._old = []
         checkpoint.prune(self.folder, self.section.keep)
         self._saved = time.monotonic()
@@ -330,7 +269,6 @@ class Keeper(TrainerCallback):
         loop = checkpoint.to_device(self.found.part("trainer")["loop"], trainer.args.device)
         for name in _OF_TRAINER:
             setattr(trainer, name, loop[name])
-        trainer._initial_global_step = 0  # the mean loss is that of the whole training
 
 
 def _identity(recipe: Recipe, backbone: Backbone, record: Record, stage: str) -> dict[str, Any]:

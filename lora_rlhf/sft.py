@@ -20,7 +20,8 @@ from .data import Prepared
 from .errors import IdentityError
 from .progress import Progress, StageLog
 from .record import Record, sha256
-from .resume import Keeper, Resumable
+from .resumable import Resumable
+from .resume import Keeper
 from .stages import build, check_finite, complaints, effective, trainer_args
 
 _DEFAULTS: dict[str, Any] = {

@@ -7,6 +7,7 @@ over the adapter only; early stopping by KL and by a held-out reward model 2210.
 
 from __future__ import annotations
 
+import math
 from statistics import fmean
 from typing import Any
 
@@ -79,7 +80,7 @@ class Steering(TrainerCallback):
             return
         self.lines.append(line)
         kl, target = line["kl/sequence"], self.section.kl_target
-        if target is not None:
+        if target is not None and math.isfinite(kl):
             self.kl_coef = adapted_kl_coef(
                 self.kl_coef, kl, target, self.section.kl_horizon, self.episodes
             )
@@ -112,7 +113,7 @@ class Steering(TrainerCallback):
 
     def _over_budget(self, kl: float) -> bool:
         budget = self.section.kl_budget
-        if budget is None:
+        if budget is None or not math.isfinite(kl):
             return False
         if kl <= budget:
             if self.section.watch != "best":

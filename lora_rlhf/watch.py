@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean, median
 from typing import NamedTuple
 
+from .metrics import UNDEFINED
+
 LATEST = 3
 """Lines whose median is a level: one odd rollout is no sign, two of three are."""
 
@@ -86,9 +88,6 @@ VALUE_LOSS = 10.0
 
 SPREAD = 1e-6
 """Standard deviation of the score below which all episodes are alike: as in guards.gate_reward."""
-
-UNDEFINED = {"value/explained_variance", "completions/repetition"}
-"""Metrics that are NaN where they have no meaning: equal returns; completions under 4 tokens."""
 
 _RATE = "a lower ppo.args.learning_rate (a third of it), or fewer num_iterations"
 _KL = "a larger ppo.kl_coef, ppo.kl_target or ppo.kl_budget"

@@ -11,6 +11,7 @@ from lora_rlhf import ppo
 from lora_rlhf.ppo_trainer import PPOTrainer
 from lora_rlhf.progress import Progress, StageLog
 from lora_rlhf.record import Record
+from lora_rlhf.resume import Keeper
 from lora_rlhf.sections import ModelSection, PpoSection, Recipe
 
 ARGS = {
@@ -75,6 +76,15 @@ class Run:
     def go(self):
         with self.stage:
             self.trainer.train()
+        return self
+
+    def kept(self):
+        """The same as a stage does it: with checkpoints, and bad updates skipped."""
+        unit = ppo.steps_per_update(self.trainer.args)
+        progress = self.trainer.progress
+        keeper = Keeper(self.recipe, self.backbone, self.record, progress, "ppo", unit=unit)
+        with self.stage:
+            keeper.train(self.trainer)
         return self
 
     @property

@@ -41,7 +41,7 @@ ORDER = [
     *("_trl", "fingerprints", "base", "trunk", "sampler", "views", "backbone", "fused", "adapters"),
     *("logprobs", "heads"),
     *("objectives", "overoptimization", "guards"),
-    *("progress", "checkpoint", "resume", "stages", "sft"),
+    *("progress", "health", "checkpoint", "resumable", "resume", "stages", "sft"),
     *("ensemble", "ranking", "reward_report", "reward"),
     *("ppo_log", "ptx", "minibatches", "watch", "steering", "ppo_optimizer"),
     *("rollout", "ppo_trainer", "ppo"),

@@ -2,6 +2,7 @@
 """The controls of PPO: each moves only the policy, against a reference that is SFT and frozen."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,7 +148,7 @@ def test_what_moves_beside_the_policy_stops_the_run(tmp_path):
     made = roles()
     made.copy_role("reference", "policy")
     identities = {}
-    watch = controls.Untouched(made, "grpo", identities)
+    watch = controls.Untouched(made, "grpo", SimpleNamespace(identities=identities, skipped=False))
     with pytest.raises(IdentityError, match="policy, which did not"):
         watch.check()
     with torch.no_grad():
@@ -163,13 +164,19 @@ def test_what_moves_beside_the_policy_stops_the_run(tmp_path):
 # --------------------------------------------------------------------------- reward
 
 
-def test_a_nan_reward_stops_the_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
+def test_nan_rewards_teach_nothing_and_stop_the_run(tmp_path, monkeypatch, algorithm):
+    """TRL would take a NaN for 0."""
     monkeypatch.setattr(
         group_trainers.ppo, "rewards",
         lambda *_: ([lambda completion_ids, **_: [math.nan] * len(completion_ids)], [1.0]),
     )  # fmt: skip
-    with pytest.raises(NonFiniteError, match="not a number"):
-        run(tmp_path / "run", recipe("rloo"))
+    made = roles()
+    with pytest.raises(NonFiniteError, match="3 updates in a row .* reward of 8 episodes"):
+        run(tmp_path / "run", recipe(algorithm, ppo={"updates": 4}), made)
+    assert made.state_hash("policy") == made.state_hash("reference")
+    [first, second] = Record.read(tmp_path / "run").metrics(algorithm)  # the third is not logged
+    assert first["reward/score"] == second["reward/score"] == "nan"
 
 
 def test_the_penalty_is_ppos():
