@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import killed
@@ -192,31 +193,39 @@ def again(half: Path, out: Path, *sets: str, harm=None) -> Said:
     return said
 
 
-def test_finished_updates_are_not_done_again(half: Path, tmp_path: Path, monkeypatch):
+@pytest.fixture(scope="module")
+def gone_on(half: Path, tmp_path_factory) -> SimpleNamespace:
+    """The killed run, gone on with; the steps that were done in the second process."""
+    out, steps, real = tmp_path_factory.mktemp("on") / "run", [], resume.Keeper.on_step_end
+
+    def look(self, args, state, control, **kwargs):
+        steps.append(state.global_step)
+        real(self, args, state, control, **kwargs)
+
+    resume.Keeper.on_step_end = look
+    try:
+        said = again(half, out)
+    finally:
+        resume.Keeper.on_step_end = real
+    return SimpleNamespace(folder=out, steps=steps, said=said.lines)
+
+
+def test_finished_updates_are_not_done_again(half: Path, gone_on):
     """12 steps in all, 6 of them before the kill, which left a rollout in flight."""
-    held = json.loads((half / "checkpoints/ppo/step-00000006/trainer.json").read_text())
+    folder = half / "checkpoints/ppo/step-00000006"
+    held = json.loads((folder / "trainer.json").read_text())
     assert held["kept"]["_buffered_inputs"] and held["kept"]["_rollout"]
-    steps, real = [], resume.Keeper.on_step_end
-    monkeypatch.setattr(
-        resume.Keeper,
-        "on_step_end",
-        lambda self, args, state, control, **k: (
-            steps.append(state.global_step) or real(self, args, state, control, **k)
-        ),
-    )
-    said = again(half, tmp_path / "run")
-    assert steps == list(range(7, 13))
-    assert "ppo: going on from step-00000006" in said.lines
-    record = Record.read(tmp_path / "run")
+    assert gone_on.steps == list(range(7, 13))
+    assert "ppo: going on from step-00000006" in gone_on.said
+    record = Record.read(gone_on.folder)
     assert [line["step"] for line in record.metrics("ppo")] == [1, 2, 3]
     assert record.data["clock"]["resumed"] == [{"training": "ppo", "from": "step-00000006"}]
+    before = json.loads((folder / "manifest.json").read_text())["notes"]["seconds"]
     spent = record.data["clock"]["stages"]["ppo"]["seconds"]
-    assert spent > json.loads(
-        (half / "checkpoints/ppo/step-00000006/manifest.json").read_text()
-    )["notes"]["seconds"], "the time of both processes counts"  # fmt: skip
+    assert spent > before, "the time of both processes counts"
 
 
-def test_an_older_one_is_used_where_the_newest_is_broken(half: Path, tmp_path: Path):
+def test_an_older_one_is_used_where_the_newest_is_broken(half: Path, gone_on, tmp_path: Path):
     said = again(
         half, tmp_path / "a", harm=lambda p: flip(p / "step-00000006" / "optimizer.safetensors")
     )
@@ -224,8 +233,7 @@ def test_an_older_one_is_used_where_the_newest_is_broken(half: Path, tmp_path: P
     assert told == ["ppo: checkpoint step-00000006 is not used: optimizer.safetensors has another "
                     "sha256 than its manifest says"]  # fmt: skip
     assert "ppo: going on from step-00000005" in said.lines
-    again(half, tmp_path / "b")
-    assert killed.bits(tmp_path / "a") == killed.bits(tmp_path / "b")
+    assert killed.bits(tmp_path / "a") == killed.bits(gone_on.folder)
 
 
 def reseal(folder: Path) -> None:

@@ -64,7 +64,7 @@ def run(asked, out: Path, told: Path) -> int:
     return 0
 
 
-@pytest.mark.parametrize("looks", [True, False])
+@pytest.mark.parametrize("looks", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_run_on_a_full_disk_ends_in_one_error_and_goes_on_with_room(
     tmp_path: Path, small_disk: Path, monkeypatch, looks: bool
 ):

@@ -113,7 +113,9 @@ def test_one_bad_update_is_skipped_and_told(tmp_path: Path, kind: str, bad_logit
     assert math.isfinite(made.trainer._moments.std)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["reward", "adapter", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS[1:3])]
+)
 def test_three_in_a_row_stop_with_the_last_good_state(tmp_path: Path, kind: str, bad_logits):
     made = run(tmp_path / "r", kind, {1, 2, 3})
     if kind == "logit":
@@ -135,7 +137,10 @@ def test_two_in_a_row_and_two_later_do_not_stop(tmp_path: Path):
     assert sorted(made.record.data["skipped"]["ppo"]) == ["1", "2", "4", "5"]
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "grpo", "rloo"])
+@pytest.mark.parametrize(
+    "stage",
+    ["sft", *(pytest.param(s, marks=pytest.mark.slow) for s in ("reward", "dpo", "grpo", "rloo"))],
+)
 def test_every_stage_skips_a_bad_gradient_and_keeps_its_loss(tmp_path, monkeypatch, stage: str):
     """And the mean loss of the record is one of the steps that counted."""
     killed.write(tmp_path)

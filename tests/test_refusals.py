@@ -45,6 +45,7 @@ def test_another_seed_or_rate_is_a_table(half: Path, out: Path, change: str, sta
     assert Record.read(out).in_flight("ppo")
 
 
+@pytest.mark.slow
 def test_keys_that_may_change_may(half: Path, out: Path):
     changed = killed.recipe(half.parent, "checkpoint.keep=5", "card.title=x", "evaluate.n=8")
     assert pipeline.run(changed, out, until="ppo").done("ppo")
@@ -98,7 +99,7 @@ def test_prompts_that_changed_in_between_are_refused(half: Path, tmp_path: Path)
 # --- warm start ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("broken", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_warm_start_keeps_the_adapters_and_says_so(half: Path, out: Path, broken: bool):
     change = "ppo.args.learning_rate=1e-4"
     if broken:  # what an exact resume needs is gone, the adapters are whole

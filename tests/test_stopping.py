@@ -80,8 +80,14 @@ PHASES = {
 
 
 @pytest.mark.parametrize(
-    ("phase", "name"), [*((phase, "SIGTERM") for phase in PHASES), ("rollout", "SIGINT")]
-)
+    ("phase", "name"),
+    [("rollout", "SIGTERM"), ("save", "SIGTERM")]
+    + [
+        pytest.param(phase, name, marks=pytest.mark.slow)
+        for phase, name in [*((p, "SIGINT") for p in PHASES), ("load", "SIGTERM"),
+                            ("score", "SIGTERM"), ("update", "SIGTERM")]
+    ],
+)  # fmt: skip
 def test_a_signal_saves_at_the_next_boundary(whole: Path, tmp_path: Path, phase: str, name: str):
     owner, function, call, step = PHASES[phase]
     number, out = getattr(signal, name), begun(whole.parent, tmp_path / "run")
@@ -95,7 +101,7 @@ def test_a_signal_saves_at_the_next_boundary(whole: Path, tmp_path: Path, phase:
     assert killed.bits(out) == killed.bits(whole)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGINT", pytest.param("SIGTERM", marks=pytest.mark.slow)])
 def test_a_second_signal_is_immediate(whole: Path, tmp_path: Path, name: str):
     number = getattr(signal, name)
     second = at(ppo_trainer.PPOTrainer, "_generate", number, times=2)
