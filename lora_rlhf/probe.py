@@ -24,8 +24,8 @@ import torch
 from datasets import Dataset
 from torch.profiler import ProfilerActivity, profile
 
+from . import fused, ppo, rehearsal
 from . import plan as planning
-from . import ppo, rehearsal
 from .backbone import MEMBERS, Backbone
 from .budget import Plan
 from .config import Recipe
@@ -201,6 +201,7 @@ def _updates(recipe: Recipe, backbone: Backbone, meter: Meter) -> dict[str, int]
         with backbone.training("policy", "value"):
             trainer = _Trainer(backbone, args, section, functions, prompts, cast(Progress, laps))
             trainer.longest = recipe.data.max_prompt_tokens
-            trainer.train()
+            with fused.lora(backbone):
+                trainer.train()
             laps.phase("")
     return laps.peaks
