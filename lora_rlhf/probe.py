@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lora-rlhf plan --probe`: the longest batches, once, on the real model: measured against planned.
+"""`lora-rlhf plan RECIPE --probe`: the longest batches, once, for real: measured against planned.
 
 PPO's phases are two updates of the real trainer on prompts and completions of the longest length:
 two, since Adam's moments, half of what is trained twice over, are there from the second on. SFT and
