@@ -257,8 +257,7 @@ class Work:
     def _kv(self, batch: Batch, phase: rehearsal.Phase) -> int:
         return self.planner.kv_cache(self.planner.config, batch, self.dtype, phase)
 
-    def _sampling(self, resident: int, rows: int, completion: int, trunk: int = 0) -> Phase:
-        batch = Batch(rows, self.prompt, completion)
+    def _sampling(self, resident: int, batch: Batch, trunk: int = 0) -> Phase:
         return max(
             (
                 Phase(resident, self._kv(batch, phase), trunk,
@@ -279,7 +278,7 @@ class Work:
 
     def _batch(self, rows: int, *, kept: bool | None = None) -> Batch:
         kept = bool(self._trunk()) if kept is None else kept
-        return Batch(rows, self.prompt, self.completion, kept)
+        return Batch(rows, self.prompt, self.completion, kept, rollout=True)
 
     def _kept(self) -> int:
         """Bytes of trunk states on the device once a rollout is sampled."""
@@ -300,7 +299,7 @@ class Work:
         )
         return {
             f"{name} sampling": self._sampling(
-                resident, sampled, self.completion, _TRUNK_COPIES * trunk
+                resident, self._batch(sampled, kept=False), _TRUNK_COPIES * trunk
             ),
             f"{name} scoring": Phase(resident, trunk=self._kept(), activations=scoring),
         }
@@ -319,7 +318,7 @@ class Work:
             step, roles = rehearsal.update, ["policy", "value"]
         working = self._step(step, self._batch(rows), *roles)
         if recipe.ppo.ptx_coef and recipe.algorithm == "ppo":
-            text = Batch(rows, 1, recipe.data.max_tokens - 1)
+            text = Batch(rows, 1, recipe.data.max_tokens - 1, rollout=True)
             working = max(working, self._step(step, text, *roles))
         return Phase(resident, trunk=self._kept(), activations=working)
 
@@ -327,7 +326,8 @@ class Work:
         """Sampling by evaluate.batch_size prompts, as the reward stage does it too."""
         section = self.recipe.evaluate
         longest = section.max_new_tokens or self.completion
-        return self._sampling(self.resident, min(section.batch_size, section.n), longest)
+        rows = min(section.batch_size, section.n)
+        return self._sampling(self.resident, Batch(rows, self.prompt, longest))
 
     def _logits(self) -> int:
         size = self.policy.per_device_train_batch_size

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lora-rlhf plan --probe`: the longest batches, once, on the real model: measured against planned.
+"""`lora-rlhf plan RECIPE --probe`: the longest batches, once, for real: measured against planned.
 
 PPO's phases are two updates of the real trainer on prompts and completions of the longest length:
 two, since Adam's moments, half of what is trained twice over, are there from the second on. SFT and
@@ -24,8 +24,8 @@ import torch
 from datasets import Dataset
 from torch.profiler import ProfilerActivity, profile
 
+from . import fused, ppo, rehearsal
 from . import plan as planning
-from . import ppo, rehearsal
 from .backbone import MEMBERS, Backbone
 from .budget import Plan
 from .config import Recipe
@@ -201,6 +201,7 @@ def _updates(recipe: Recipe, backbone: Backbone, meter: Meter) -> dict[str, int]
         with backbone.training("policy", "value"):
             trainer = _Trainer(backbone, args, section, functions, prompts, cast(Progress, laps))
             trainer.longest = recipe.data.max_prompt_tokens
-            trainer.train()
+            with fused.lora(backbone):
+                trainer.train()
             laps.phase("")
     return laps.peaks

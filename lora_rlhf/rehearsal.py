@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, masking_utils
 
-from . import heads, logprobs, sampler, trunk
+from . import fused, heads, logprobs, sampler, trunk
 from ._trl import add_fused_lm_head, chunked_logprob
 from .backbone import Backbone
 from .meta import BLOCK, tensors
@@ -153,12 +153,14 @@ class Batch:
 
     Attributes:
         kept: Whether passes start from the trunk's states of them, kept from the rollout.
+        rollout: Whether they are of a stage of rollouts, whose adapters fused.py computes.
     """
 
     rows: int
     prompt: int
     completion: int
     kept: bool = False
+    rollout: bool = False
 
     @property
     def tokens(self) -> int:
@@ -168,7 +170,8 @@ class Batch:
 
 def count(made: Backbone, device: str, batch: Batch, phase: Phase) -> int:
     """Go through a phase as on `device`; the bytes it holds at its peak beside what it finds."""
-    with _as_on(device, padded=batch.rows > 1), LiveBytes(tensors(made)) as live:
+    adapters = fused.lora(made) if batch.rollout else contextlib.nullcontext()
+    with adapters, _as_on(device, padded=batch.rows > 1), LiveBytes(tensors(made)) as live:
         phase(made, batch)
     for model in (made.causal, *made.views.values()):
         model.zero_grad(set_to_none=True)
