@@ -28,6 +28,11 @@ def watch(order: str, updates: common.Updates, backbone: Any) -> Any:
     return kinds[order](updates, backbone) if order in kinds else None
 
 
+def _product(_: Any, a: Any, b: Any, **__: Any) -> int:
+    """Operations of (m, k) times (k, n), from the two shapes."""
+    return int(2 * a[0] * a[1] * b[1])
+
+
 class Operations:
     """Counts the operations of every phase, and how often tokens pass lowest and highest layer."""
 
@@ -41,7 +46,9 @@ class Operations:
             backbone.layers[at].mlp.register_forward_pre_hook(self._count(name))
             for name, at in (("lowest", 0), ("highest", -1))
         ]
-        self.mode = FlopCounterMode(display=False)
+        # torch counts the product that is added to a tensor in place as nothing.
+        in_place = {torch.ops.aten.addmm_: _product}
+        self.mode = FlopCounterMode(display=False, custom_mapping=in_place)
         self.mode.__enter__()
         updates.heard = self._new_phase
 
