@@ -18,7 +18,8 @@ from transformers import AutoConfig
 from .base_config import find_config
 from .budget import Plan, largest
 from .config import Recipe
-from .errors import UsageError
+from .errors import MemoryLimitError, UsageError, first_line
+from .halving import is_out_of_memory
 from .plan import Planner, Work
 
 _UNITS = {"": 10**9, "G": 10**9, "GB": 10**9, "GIB": 2**30, "M": 10**6, "MB": 10**6, "MIB": 2**20}
@@ -128,6 +129,50 @@ def _merged(groups: list[Changes]) -> Changes:
     return {key: value for group in groups for key, value in group.items()}
 
 
+def memory_limit(recipe: Recipe, error: BaseException) -> MemoryLimitError | None:
+    """Memory that ran out where nothing could be halved any more, with the remedies; else None."""
+    if isinstance(error, MemoryLimitError):
+        given, expected = error.given, error.expected
+    elif is_out_of_memory(error):
+        given, expected = f"memory ran out: {first_line(error)}", ""
+    else:
+        return None
+    return MemoryLimitError(
+        given, expected=expected,
+        remedy=f"in a new --out, one or more of these; what is saved stays\n{remedies(recipe)}",
+    )  # fmt: skip
+
+
+def remedies(recipe: Recipe) -> str:
+    """A table of what to set where memory has run out though one row goes at once.
+
+    Each change by itself, with the planned peak of this recipe on the device that is here.
+    """
+    gpu = torch.cuda.is_available()
+    total = torch.cuda.mem_get_info()[1] if gpu else None
+    try:
+        made = planner(find_config(recipe), "cuda" if gpu else "cpu")
+        least = changed(recipe, _rows_at_once(made, recipe, total))  # so far halving has come
+        plan = made.plan(least, total)
+        rows = [("nothing, one row at once", size(plan.peak), plan.worst)]
+        for step in (_checkpointing, _trunk_on_cpu, _lengths, _rank, _fraction, _four_bit):
+            if changes := step(made, least, plan):
+                other = made.plan(changed(least, changes), total)
+                keys = " ".join(f"--set {k}={as_yaml(v)}" for k, v in changes.items())
+                rows.append((keys, size(other.peak), other.worst))
+    except Exception:  # a plan is a help: without one the keys are still true
+        return f"    {_KEYS}"
+    width = max(len(row[0]) for row in rows)
+    head = f"    {'change':{width}}  planned peak, in tensors"
+    told = [f"    {keys:{width}}  {peak:>9}  {phase}" for keys, peak, phase in rows]
+    return "\n".join([head, *told])
+
+
+_KEYS = (
+    "model.gradient_checkpointing, ppo.trunk_states: cpu, evaluate.batch_size, shorter lengths, "
+    "lora.r, lora.top_fraction, model.load_in_4bit"
+)
+
 # ------------------------------------------------------------------------------------- remedies
 
 
@@ -159,6 +204,23 @@ def _micro_batches(planner: Planner, recipe: Recipe, plan: Plan) -> Changes:
     if stage is None and hasattr(args, "steps_per_generation"):
         found[f"{at}.steps_per_generation"] = 2 * args.steps_per_generation
     return found
+
+
+def _rows_at_once(planner: Planner, recipe: Recipe, total: int | None) -> Changes:
+    """As few rows in the worst phase as there can be, and so on with the one that is worst then."""
+    found: Changes = {}
+    while True:
+        now = changed(recipe, found)
+        more = _micro_batches(planner, now, planner.plan(now, total))
+        if not more:
+            return found
+        found |= more
+
+
+def _trunk_on_cpu(planner: Planner, recipe: Recipe, plan: Plan) -> Changes:
+    kept = recipe.algorithm == "ppo" and recipe.ppo.trunk_states == "device"
+    away = kept and recipe.lora.top_fraction < 1 and torch.cuda.is_available()
+    return {"ppo.trunk_states": "cpu"} if away else {}
 
 
 def _lengths(planner: Planner, recipe: Recipe, plan: Plan) -> Changes:
@@ -269,6 +331,11 @@ def _resident_highest() -> int:
         return 0
     found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(found) * (1 if sys.platform == "darwin" else 1024)
+
+
+def as_yaml(value: Any) -> str:
+    """A value as it is written in a recipe."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def size(count: int) -> str:

@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from . import tokens
 from .errors import BaseModelError, SetupError, TokenizerError, first_line
 from .fingerprints import fingerprint
+from .halving import Halving
 from .sections import LoraSection, ModelSection
 
 DROPOUTS = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout",
@@ -45,6 +46,7 @@ class BaseModel:
         causal: The base model with its LM head; its tensors exist once.
         tokenizer: With a pad token apart from eos, padding on the left.
         source: Where the weights came from and their licence, for the record.
+        halving: What is computed in smaller batches since memory ran out.
     """
 
     causal: PreTrainedModel
@@ -54,6 +56,7 @@ class BaseModel:
     source: dict[str, Any]
 
     def __post_init__(self) -> None:
+        self.halving = Halving()
         self.layers = decoder_layers(self.causal)
         count = math.ceil(len(self.layers) * self.lora_section.top_fraction)
         self.adapted_layers = list(range(len(self.layers) - count, len(self.layers)))

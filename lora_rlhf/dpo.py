@@ -174,6 +174,20 @@ class ComparisonTrainer(Resumable, DPOTrainer):
             self._check_first(float(loss.detach()))
         return loss
 
+    def rows(self, inputs: Any) -> int:
+        """Comparisons: the chosen completions stand first, then the rejected ones."""
+        return len(inputs["input_ids"]) // 2
+
+    def part(self, inputs: Any, start: int, stop: int) -> Any:
+        """Some comparisons, both sides of each."""
+        n = self.rows(inputs)
+        both = [*range(start, stop), *range(n + start, n + stop)]
+        return {k: v[both] if isinstance(v, Tensor) else v for k, v in inputs.items()}
+
+    def share(self, piece: Any, inputs: Any, num_items_in_batch: Any) -> float:
+        """The loss is a mean over comparisons."""
+        return self.rows(piece) / self.rows(inputs)
+
     def _check_first(self, loss: float) -> None:
         """With policy and reference equal every margin is 0, and -log sigmoid(0) is ln 2."""
         self.identities["loss_at_start"] = loss

@@ -12,6 +12,7 @@ LoraRlhfError                 exit code 1
 │   ├── CheckpointError
 │   ├── BusyError
 │   ├── DiskError
+│   ├── MemoryLimitError
 │   └── HubError
 └── DivergedError             exit code 5
     ├── IdentityError
@@ -99,6 +100,10 @@ class BusyError(SetupError):
 
 class DiskError(SetupError):
     """The disk is full, or the run directory may not be written; what is on it is whole."""
+
+
+class MemoryLimitError(SetupError):
+    """The device has no memory for what was asked; what was saved is whole."""
 
 
 class HubError(SetupError):

@@ -10,7 +10,7 @@ it to the loss (k3), so equal coefficients are not equal strengths.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -219,15 +219,18 @@ class _OnBackbone(Resumable):
         names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
         size, found = self.args.per_device_train_batch_size, {}
         for role in ("policy", "reference"):
-            parts = []
+            found[role] = torch.zeros(out["completion_mask"].shape, device=self.backbone.device)
+
+            def visit(index: Sequence[int], into: Tensor = found[role]) -> None:
+                ids, mask, tokens = model_inputs(
+                    {k: out[k][index[0] : index[-1] + 1] for k in names}
+                )
+                into[index[0] : index[-1] + 1] = heads.completion_logprobs(
+                    self.backbone, ids, mask, tokens, self.temperature
+                )[0]
+
             with self.backbone.role(role):
-                for start in range(0, out["prompt_ids"].shape[0], size):
-                    rows = {k: out[k][start : start + size] for k in names}
-                    ids, mask, tokens = model_inputs(rows)
-                    parts.append(heads.completion_logprobs(
-                        self.backbone, ids, mask, tokens, self.temperature
-                    )[0])  # fmt: skip
-            found[role] = torch.cat(parts)
+                self.backbone.halving.over("scoring", range(len(out["prompt_ids"])), size, visit)
         mask_bt = out["completion_mask"]
         if self.state.global_step == 0 and not self.warm_started:
             self.identities["kl_at_start"] = guards.policy_equals_reference(
@@ -239,6 +242,16 @@ class _OnBackbone(Resumable):
             "kl/k1": float(masked_mean(kl.k1, mask_bt)),
             "kl/k3": float(masked_mean(kl.k3, mask_bt)),
         })  # fmt: skip
+
+    def share(self, piece: Any, inputs: Any, num_items_in_batch: Any) -> float:
+        """By what TRL's loss is a mean of; 1 where it is divided by the whole window's tokens."""
+        kind = getattr(self, "loss_type", None)  # RLOO has none: a mean over completions
+        if kind in ("dapo", "cispo", "vespo"):
+            return 1.0
+        if kind == "bnpo":
+            mine, whole = (max(int(x["completion_mask"].sum()), 1) for x in (piece, inputs))
+            return mine / whole
+        return self.rows(piece) / self.rows(inputs)
 
     def _clip_grad_norm(self, model: Any) -> Tensor:
         self.backbone.assert_trainable()

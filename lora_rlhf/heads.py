@@ -10,7 +10,7 @@ Where the states that leave the trunk are given, (B, L, H), only the adapted lay
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,23 +173,42 @@ class Batch:
             out[i] = row[self.tokens - predicted :]
 
 
-def batches(
+def by_length(episodes: Sequence[Episode]) -> list[int]:
+    """Where the episodes stand, the shortest first."""
+    return sorted(range(len(episodes)), key=lambda i: len(episodes[i][0]) + len(episodes[i][1]))
+
+
+def batch(
+    backbone: Backbone,
+    episodes: Sequence[Episode],
+    index: Sequence[int],
+    states: Sequence[Tensor] | None = None,
+) -> Batch:
+    """These episodes as one batch."""
+    rows = [episodes[i][0] + episodes[i][1] for i in index]
+    ids, mask = pad_left(rows, backbone.tokenizer.pad_token_id)
+    tokens = min(max(len(episodes[i][1]) for i in index), ids.shape[1] - 1)
+    given = None
+    if states is not None:
+        given = trunk.pad([states[i] for i in index], ids.shape[1]).to(backbone.device)
+    return Batch(list(index), ids.to(backbone.device), mask.to(backbone.device), tokens, given)
+
+
+def over(
     backbone: Backbone,
     episodes: Sequence[Episode],
     size: int,
-    states: Sequence[Tensor] | None = None,
-) -> Iterator[Batch]:
-    """Every episode once, short ones first: no row is padded beyond the longest beside it."""
-    order = sorted(range(len(episodes)), key=lambda i: len(episodes[i][0]) + len(episodes[i][1]))
-    for start in range(0, len(order), size):
-        index = order[start : start + size]
-        rows = [episodes[i][0] + episodes[i][1] for i in index]
-        ids, mask = pad_left(rows, backbone.tokenizer.pad_token_id)
-        tokens = min(max(len(episodes[i][1]) for i in index), ids.shape[1] - 1)
-        given = None
-        if states is not None:
-            given = trunk.pad([states[i] for i in index], ids.shape[1]).to(backbone.device)
-        yield Batch(index, ids.to(backbone.device), mask.to(backbone.device), tokens, given)
+    states: Sequence[Tensor] | None,
+    visit: Callable[[Batch], None],
+) -> None:
+    """Show every episode to `visit`, short ones first: no row is padded beyond those beside it.
+
+    Where memory runs out the rest, and what was being visited, comes in smaller batches.
+    """
+    backbone.halving.over(
+        "scoring", by_length(episodes), size,
+        lambda index: visit(batch(backbone, episodes, index, states)),
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -210,11 +229,14 @@ def scores(
         states: (L, H) of each episode that leave the trunk, where they are known.
     """
     out = [0.0] * len(episodes)
+
+    def visit(batch: Batch) -> None:
+        found = last_token_scores(backbone, batch.ids, batch.mask, role, batch.states)
+        for i, score in zip(batch.index, found.tolist(), strict=True):
+            out[i] = score
+
     with backbone.role(role):
-        for batch in batches(backbone, episodes, batch_size, states):
-            found = last_token_scores(backbone, batch.ids, batch.mask, role, batch.states)
-            for i, score in zip(batch.index, found.tolist(), strict=True):
-                out[i] = score
+        over(backbone, episodes, batch_size, states, visit)
     return out
 
 
@@ -229,10 +251,13 @@ def episode_logprobs(
 ) -> list[Tensor]:
     """Log-probs of each completion's tokens, (t,) float32 each, in the order given."""
     out: list[Tensor] = [torch.empty(0)] * len(episodes)
+
+    def visit(batch: Batch) -> None:
+        found, _ = completion_logprobs(backbone, *batch.inputs, temperature, batch.states)
+        batch.scatter(found, episodes, out)
+
     with backbone.role(role):
-        for batch in batches(backbone, episodes, batch_size, states):
-            found, _ = completion_logprobs(backbone, *batch.inputs, temperature, batch.states)
-            batch.scatter(found, episodes, out)
+        over(backbone, episodes, batch_size, states, visit)
     return out
 
 
@@ -245,10 +270,13 @@ def episode_values(
 ) -> list[Tensor]:
     """V before each of a completion's tokens, (t,) float32 each, in the order given."""
     out: list[Tensor] = [torch.empty(0)] * len(episodes)
+
+    def visit(batch: Batch) -> None:
+        found = token_values(backbone, *batch.inputs, trunk_states=batch.states)
+        batch.scatter(found, episodes, out)
+
     with backbone.role("value"):
-        for batch in batches(backbone, episodes, batch_size, states):
-            found = token_values(backbone, *batch.inputs, trunk_states=batch.states)
-            batch.scatter(found, episodes, out)
+        over(backbone, episodes, batch_size, states, visit)
     return out
 
 

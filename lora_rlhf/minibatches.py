@@ -64,6 +64,12 @@ def add_text(batches: list[dict[str, Any]], mix: TextMix, window: int, backbone:
             batch["window_text_tokens"] = tokens
 
 
+def part(batch: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
+    """Some episodes of a micro-batch; what is said of its window stays."""
+    cut = {k: v[start:stop] if isinstance(v, Tensor) else v for k, v in batch.items()}
+    return trim(cut)
+
+
 def trim(batch: dict[str, Any]) -> dict[str, Any]:
     """Without the padding columns that are padding in every row."""
     skip = int((batch["prompt_mask"].sum(dim=0) > 0).int().argmax())

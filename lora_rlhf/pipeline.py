@@ -40,7 +40,7 @@ from . import (
 from .backbone import Backbone
 from .config import Recipe, load_recipe
 from .data import Prepared
-from .errors import UsageError
+from .errors import MemoryLimitError, UsageError
 from .progress import Progress
 from .readers import stage_names
 from .record import Record
@@ -92,6 +92,10 @@ def run(
                 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
                     raise checkpoint.no_room(Path(error.filename or out), error) from error
                 raise
+            except (RuntimeError, MemoryError, MemoryLimitError) as error:
+                if (limit := advice.memory_limit(recipe, error)) is None:
+                    raise
+                raise limit from error
     return Record.open(out, recipe)  # a file: it says so
 
 
@@ -155,6 +159,7 @@ class _Work:
         self._peak = advice.PeakMemory()
         started = time.perf_counter()
         self.backbone = Backbone.load(recipe.model, recipe.lora)
+        self.backbone.halving.say = progress.say
         self.tokenizer = self.backbone.tokenizer
         self._samples: dict[str, list[list[str]]] = {}
         self._loaded: data.Loaded = {}
@@ -192,6 +197,8 @@ class _Work:
         found["parameters_per_role"] = known | found["parameters_per_role"]
         record.data["lora"] = found
         record.data["clock"]["memory"] = self.backbone.memory_report()
+        if self.backbone.halving.most:  # since then not every sum is rounded as on a larger card
+            record.data["clock"]["rows_at_once"] = dict(self.backbone.halving.most)
         if (measured := self._peak.read()) is None:
             return
         # The highest of this run, whichever of its sittings had it.

@@ -7,12 +7,11 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from . import probe as probing
-from .advice import Fit, capacity, fit, planner, size
+from .advice import Fit, as_yaml, capacity, fit, planner, size
 from .base_config import find_config
 from .budget import CUDA_CONTEXT, FRAGMENTATION, Plan
 from .config import Recipe
@@ -158,12 +157,8 @@ def _verdict(one: Fit) -> Iterator[str]:
         return
     if one.changes:
         yield f"does not fit {card} as it is; with these changes it takes {size(one.plan.needed)}:"
-        yield from (f"  --set {key}={_plain(value)}" for key, value in one.changes.items())
+        yield from (f"  --set {key}={as_yaml(value)}" for key, value in one.changes.items())
     else:
         yield f"fits {card}"
     if one.micro_batch is not None:
         yield f"largest per_device_train_batch_size of the policy's updates: {one.micro_batch}"
-
-
-def _plain(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

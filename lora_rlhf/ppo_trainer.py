@@ -9,6 +9,7 @@ takes `gradient_accumulation_steps` micro-batches and divides by their valid tok
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -45,7 +46,7 @@ from .steering import Steering
 RewardFunction = Callable[..., list[float]]
 
 MAX_MEAN_RATIO = 10.0
-"""A micro-batch whose mean ratio is above this moves the policy nowhere: it is left out."""
+"""A micro-batch (or piece) whose mean ratio is above this moves nothing: it is left out."""
 
 
 class PPOTrainer(Resumable, GRPOTrainer):
@@ -89,7 +90,7 @@ class PPOTrainer(Resumable, GRPOTrainer):
         self._moved: guards.MovedOnly | None = None
         self._rollout: dict[str, Tensor] = {}
         self._scores_b = torch.empty(0)
-        self._states_bth: Tensor | None = None
+        self._policy_states: tuple[Any, Tensor] | None = None
         self._scale = ppo_optimizer.loss_scale(backbone)
         self._moments = RunningMoments() if ppo.normalize_reward else None
         with backbone.float32_kept():
@@ -106,7 +107,7 @@ class PPOTrainer(Resumable, GRPOTrainer):
             progress.say,
         )  # fmt: skip
         self.remove_callback(PrinterCallback)
-        self.add_callback(_AfterStep(self))
+        self.add_callback(ppo_optimizer.AfterStep(self.after_optimizer_step))
         self.steering = Steering(backbone, ppo, progress, args.generation_batch_size)
         self.add_callback(self.steering)
 
@@ -239,13 +240,13 @@ class PPOTrainer(Resumable, GRPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """The policy's clipped loss over the valid tokens of the whole minibatch."""
-        self._micro_batch, self._states_bth = inputs, None
+        self._policy_states = None
         if self.warming_up:
             return self._no_loss()
         ids, mask, tokens = model_inputs(inputs)
         kept_blh = trunk_states(inputs, ids.device)
         states_bth = heads.completion_states(self.backbone, ids, mask, tokens, kept_blh)
-        self._states_bth = states_bth.detach()
+        self._policy_states = inputs, states_bth.detach()
         logprobs_bt, entropy_bt = heads.logprobs_of(
             self.backbone, states_bth, ids, self.temperature, self.ppo.entropy_coef > 0
         )
@@ -254,8 +255,8 @@ class PPOTrainer(Resumable, GRPOTrainer):
             logprobs_bt, inputs["old_logprobs"], inputs["advantages"], mask_bt,
             self.epsilon_low, self.epsilon_high,
         )  # fmt: skip
-        starts = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
-        if self.well("log-probs", logprobs_bt) and starts:
+        per_rollout = self.args.steps_per_generation * self.num_iterations
+        if self.well("log-probs", logprobs_bt) and self._step % per_rollout == 0:
             dtype = self.backbone.causal.dtype
             off = guards.ratio_off_one(result.ratio_bt, mask_bt, dtype)
             self._note({"policy/ratio_start": off})
@@ -275,6 +276,14 @@ class PPOTrainer(Resumable, GRPOTrainer):
             loss_sum = loss_sum - self.ppo.entropy_coef * masked_sum(entropy_bt, mask_bt)
         return self._scale * loss_sum / inputs["window_tokens"]
 
+    def part(self, inputs: Any, start: int, stop: int) -> Any:
+        """Some episodes, without the padding that only the others needed."""
+        return minibatches.part(inputs, start, stop)
+
+    def moved_by_loss(self) -> list[torch.nn.Parameter]:
+        """The policy's: the value has a loss of its own."""
+        return [p for _, p in self.backbone.role_parameters("policy")]
+
     def _no_loss(self) -> Tensor:
         """Zero without a graph to the policy: it gets no gradient and cannot move."""
         return torch.zeros((), device=self.backbone.device, requires_grad=True)
@@ -287,10 +296,29 @@ class PPOTrainer(Resumable, GRPOTrainer):
         """
         warming_up = self.warming_up
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        batch = self._micro_batch
-        mask_bt = batch["completion_mask"]
+        batch = self.micro_batch
         if "text" in batch and not warming_up:
-            self._ptx(batch)
+            text, tokens = batch["text"], batch["window_text_tokens"]
+            step = functools.partial(self._ptx, window_tokens=tokens)
+            self.in_pieces(text, len(text.ids), text.part, step, self.moved_by_loss())
+        self.in_pieces(
+            batch, self.rows(batch), functools.partial(self.part, batch), self._value_step,
+            [p for _, p in self.backbone.role_parameters("value")],
+        )  # fmt: skip
+        if not warming_up and self.accelerator.sync_gradients:
+            self.policy_updates += 1
+        return loss / self._scale
+
+    def _ptx(self, text: ptx.TextBatch, window_tokens: int) -> None:
+        """The language-model loss on this micro-batch's text, with a backward of its own."""
+        with self.backbone.role("policy"):
+            loss_sum = ptx.loss_sum(self.backbone, text)
+            self.accelerator.backward(self._scale * self.ppo.ptx_coef * loss_sum / window_tokens)
+        self._note({"policy/ptx_loss": float(loss_sum.detach()) / text.tokens})
+
+    def _value_step(self, batch: dict[str, Any]) -> None:
+        """The value's forward and backward."""
+        mask_bt = batch["completion_mask"]
         with self.backbone.role("policy" if self.ppo.value == "head" else "value"):
             result = value_loss(
                 self._values(batch), batch["old_values"], batch["returns"], mask_bt,
@@ -302,17 +330,6 @@ class PPOTrainer(Resumable, GRPOTrainer):
             "value/loss": float(result.loss_sum.detach()) / max(int(mask_bt.sum()), 1),
             "value/clip_fraction": float(masked_mean(result.clipped_bt, mask_bt)),
         })  # fmt: skip
-        if not warming_up and self.accelerator.sync_gradients:
-            self.policy_updates += 1
-        return loss / self._scale
-
-    def _ptx(self, batch: dict[str, Any]) -> None:
-        """The language-model loss on this micro-batch's text, with a backward of its own."""
-        with self.backbone.role("policy"):
-            loss_sum = ptx.loss_sum(self.backbone, batch["text"])
-            tokens = batch["window_text_tokens"]
-            self.accelerator.backward(self._scale * self.ppo.ptx_coef * loss_sum / tokens)
-        self._note({"policy/ptx_loss": float(loss_sum.detach()) / batch["text"].tokens})
 
     def _values(self, batch: dict[str, Any]) -> Tensor:
         """Values (B, T) of the active role's states; those of the policy carry no gradient."""
@@ -320,21 +337,19 @@ class PPOTrainer(Resumable, GRPOTrainer):
         kept_blh = trunk_states(batch, ids.device)
         if self.ppo.value == "adapter":
             return heads.token_values(self.backbone, ids, mask, tokens, trunk_states=kept_blh)
-        if self._states_bth is None:  # no forward of the policy while only the value learns
-            with torch.no_grad():
-                self._states_bth = heads.completion_states(
-                    self.backbone, ids, mask, tokens, kept_blh
-                )
-        return heads.values_of(self.backbone, self._states_bth)
+        known = self._policy_states
+        if known is not None and known[0] is batch:
+            return heads.values_of(self.backbone, known[1])
+        with torch.no_grad():  # no forward of the policy while only the value learns
+            states_bth = heads.completion_states(self.backbone, ids, mask, tokens, kept_blh)
+        return heads.values_of(self.backbone, states_bth)
 
     def _clip_grad_norm(self, model: Any) -> Tensor:
         """Clip policy and value apart: their norms differ by more than an order of magnitude."""
         self.backbone.assert_trainable()
         norms = {}
-        for role, most in (
-            ("policy", self.args.max_grad_norm),
-            ("value", self.ppo.max_grad_norm_value),
-        ):
+        limits = {"policy": self.args.max_grad_norm, "value": self.ppo.max_grad_norm_value}
+        for role, most in limits.items():
             parameters = [p for _, p in self.backbone.role_parameters(role)]
             for gradient in (p.grad for p in parameters if p.grad is not None):
                 gradient.div_(self._scale)
@@ -384,14 +399,3 @@ class PPOTrainer(Resumable, GRPOTrainer):
         self._metrics["train"] = defaultdict(list, ppo_log.kept(self._metrics["train"]))
         logs.pop("grad_norm", None)
         super().log(logs, start_time)
-
-
-class _AfterStep(TrainerCallback):
-    """Tells the trainer that the optimizer has made a step."""
-
-    def __init__(self, trainer: PPOTrainer) -> None:
-        self.trainer = trainer
-
-    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """Called by the Trainer between the optimizer's step and the scheduler's."""
-        self.trainer.after_optimizer_step()

@@ -28,6 +28,11 @@ class TextBatch(NamedTuple):
     mask: Tensor
     tokens: int
 
+    def part(self, start: int, stop: int) -> TextBatch:
+        """Some of the texts."""
+        mask = self.mask[start:stop]
+        return TextBatch(self.ids[start:stop], mask, int((mask.sum(dim=1) - 1).sum()))
+
 
 class TextMix:
     """Batches of texts in a shuffled order, begun anew when it is through.

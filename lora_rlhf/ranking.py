@@ -146,7 +146,7 @@ class RankingTrainer(Resumable, RewardTrainer):
         # Gradients are averaged over processes, so each divides by the mean of their counts.
         return batches, self.accelerator.gather(prompts).float().mean()
 
-    def compute_loss(
+    def whole_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Mean over prompts of the mean over the pairs of each."""
@@ -163,6 +163,29 @@ class RankingTrainer(Resumable, RewardTrainer):
         self._note(inputs, rewards.detach())
         loss = loss / (prompts if num_items_in_batch is None else num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+    def rows(self, inputs: Any) -> int:
+        """Prompts: a ranking is one element, and is not cut."""
+        return len(inputs["prompts"])
+
+    def part(self, inputs: Any, start: int, stop: int) -> Any:
+        """Some prompts, with their pairs and their completions; these stand in the same order."""
+        counts = inputs["prompts"].tolist()
+        first, last = sum(counts[:start]), sum(counts[:stop])
+        pairs = inputs["pairs"][first:last]
+        low, high = int(pairs.min()), int(pairs.max()) + 1
+        return {
+            "input_ids": inputs["input_ids"][low:high],
+            "attention_mask": inputs["attention_mask"][low:high],
+            "pairs": pairs - low,
+            **{name: inputs[name][first:last] for name in ("margins", "weights")},
+            "prompts": inputs["prompts"][start:stop],
+        }
+
+    def share(self, piece: Any, inputs: Any, num_items_in_batch: Any) -> float:
+        """1 where the loss is divided by the prompts of the whole step."""
+        known = num_items_in_batch is not None
+        return 1.0 if known else len(piece["prompts"]) / len(inputs["prompts"])
 
     def _note(self, inputs: Any, rewards: Tensor) -> None:
         """What TRL logs under the same names, over prompts instead of pairs."""

@@ -19,14 +19,12 @@ from . import checkpoint, guards, stopping
 from .errors import NonFiniteError
 from .health import Health
 from .metrics import UNDEFINED
+from .pieces import InPieces
 
-_Base: Any = object
-"""The trainers of TRL that `Resumable` stands before have no common class that mypy knows."""
-
-_OF_TRL = ("_step", "_buffered_inputs", "_metrics", "_total_train_tokens", "health")
+_OF_TRL = ("_step", "_buffered_inputs", "_metrics", "_total_train_tokens", "health", "halving")
 
 
-class Resumable(_Base):
+class Resumable(InPieces):
     """A trainer that can go on from a checkpoint; stands left of TRL's class.
 
     Attributes:

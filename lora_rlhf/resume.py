@@ -80,7 +80,7 @@ class Keeper(TrainerCallback):
             CheckpointError: There are checkpoints, and none is complete, or of this run.
             Interrupted, OutOfTime: What was done is saved.
         """
-        trainer.keeper = self
+        trainer.keeper, trainer.halving = self, self.backbone.halving
         trainer.health = Health(
             trainer, self.backbone, self.record, self.progress, self.name, self.unit
         )

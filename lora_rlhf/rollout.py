@@ -11,14 +11,14 @@ N episodes, P and T tokens of the longest prompt and completion, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import guards, heads, sampler, trunk
+from . import guards, halving, heads, sampler, trunk
 from .backbone import Backbone
 from .heads import Episode
 from .sampler import Sampled
@@ -137,20 +137,26 @@ class Scorer:
     def _policy_and_values(self, size: int) -> tuple[list[Tensor], list[Tensor]]:
         """Where the value is a head on the policy's states: both from one pass."""
         logprobs, values = ([torch.empty(0)] * len(self.episodes) for _ in range(2))
+
+        def visit(batch: heads.Batch) -> None:
+            states = heads.completion_states(self.backbone, *batch.inputs, batch.states)
+            found, _ = heads.logprobs_of(self.backbone, states, batch.ids, self.temperature)
+            batch.scatter(found, self.episodes, logprobs)
+            batch.scatter(heads.values_of(self.backbone, states), self.episodes, values)
+
         with self.backbone.role("policy"):
-            for batch in heads.batches(self.backbone, self.episodes, size, self.states):
-                states = heads.completion_states(self.backbone, *batch.inputs, batch.states)
-                found, _ = heads.logprobs_of(self.backbone, states, batch.ids, self.temperature)
-                batch.scatter(found, self.episodes, logprobs)
-                batch.scatter(heads.values_of(self.backbone, states), self.episodes, values)
+            heads.over(self.backbone, self.episodes, size, self.states, visit)
         return logprobs, values
 
     def _trunk_pass(self) -> list[Tensor]:
         """The trunk's states of every episode, (L, H) each, in one pass over its layers."""
         out: list[Tensor] = [torch.empty(0)] * len(self.episodes)
-        for batch in heads.batches(self.backbone, self.episodes, MORE * self.size):
+
+        def visit(batch: heads.Batch) -> None:
             for row, i in zip(self._trunk(batch), batch.index, strict=True):
                 out[i] = row[len(row) - sum(map(len, self.episodes[i])) :].clone()
+
+        heads.over(self.backbone, self.episodes, MORE * self.size, None, visit)
         return out
 
     def _trunk(self, batch: heads.Batch) -> Tensor:
@@ -174,11 +180,19 @@ class Scorer:
     @torch.no_grad()
     def _settle_trunk(self) -> None:
         """Keep states only if passes that start from them give the very bits of whole ones."""
-        batch = next(heads.batches(self.backbone, self.episodes, self.size))
+        first = heads.by_length(self.episodes)[: self.size]
+        self.backbone.halving.over("scoring", first, len(first), self._settle_trunk_on)
+
+    def _settle_trunk_on(self, index: Sequence[int]) -> None:
+        if self.trunk is False:
+            return
+        batch = heads.batch(self.backbone, self.episodes, index)
         whole = heads.hidden_states(self.backbone, batch.ids, batch.mask)
         try:
             part = heads.hidden_states(self.backbone, batch.ids, batch.mask, self._trunk(batch))
         except Exception as error:  # whatever an unknown architecture makes of it
+            if halving.is_out_of_memory(error):
+                raise
             reason = f"{type(error).__name__}: {error}"
         else:
             valid = batch.mask.bool()

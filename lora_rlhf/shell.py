@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import typer
 
 from . import stopping
-from .errors import INTERRUPTED, LoraRlhfError, SetupError
+from .errors import INTERRUPTED, LoraRlhfError, MemoryLimitError
 
 _QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -42,11 +42,10 @@ def errors_as_text(debug: bool) -> Iterator[None]:
         _fail(debug, str(error), error.exit_code)
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
-        if type(error).__name__ == "OutOfMemoryError":
-            known = SetupError(
+        if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):
+            known = MemoryLimitError(
                 f"the device has no memory left: {lines[0]}",
-                remedy="lower per_device_train_batch_size or evaluate.batch_size, or set "
-                "model.load_in_4bit or model.gradient_checkpointing, and give a new --out",
+                remedy="a smaller base, model.load_in_4bit, or a smaller evaluate.batch_size",
             )
             _fail(debug, str(known), known.exit_code)
         hint = "" if debug else "; run again with --debug for the traceback"

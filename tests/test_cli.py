@@ -282,7 +282,7 @@ class OutOfMemoryError(RuntimeError):
         (LoraRlhfError("odd"), 1, "odd"),
         (ValueError("a\nb"), 1, "unexpected error: ValueError: a; run again with --debug"),
         (KeyError(), 1, "unexpected error: KeyError: ; run again with --debug"),
-        (OutOfMemoryError("CUDA: tried"), 4, "per_device_train_batch_size"),
+        (OutOfMemoryError("CUDA: tried"), 4, "evaluate.batch_size"),
         (KeyboardInterrupt(), 130, "interrupted; run the same command again to go on"),
     ],
 )

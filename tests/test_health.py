@@ -148,8 +148,8 @@ def test_every_stage_skips_a_bad_gradient_and_keeps_its_loss(tmp_path, monkeypat
 
     def train(self, trainer):
         if self.stage == stage and self.name == stage:
-            compute = trainer.compute_loss
-            trainer.compute_loss = lambda *a, **k: (
+            compute = trainer.whole_loss
+            trainer.whole_loss = lambda *a, **k: (
                 compute(*a, **k) * (NAN if trainer.state.global_step == 1 else 1.0)
             )
         return real(self, trainer)

@@ -552,7 +552,7 @@ def test_other_precisions_hold_the_same_identities(tmp_path, mode):
 def test_it_learns(tmp_path):
     """Paid for one token, the policy says it more often."""
     args = {"per_device_train_batch_size": 16, "steps_per_generation": 2, "learning_rate": 2e-2}
-    run = Run(tmp_path / "r", args, updates=15, kl_coef=0.0, missing_eos_penalty=0.0).go()
+    run = Run(tmp_path / "r", args, updates=24, kl_coef=0.0, missing_eos_penalty=0.0).go()
     share = [line["reward/score"] for line in run.lines]
     assert sum(share[-3:]) / 3 > 0.5 > 0.1 > share[0]
     assert run.lines[-1]["kl/sequence"] > 1

@@ -85,7 +85,7 @@ def test_accumulation_divides_by_the_tokens_of_the_whole_step(tmp_path):
 
 
 def only_text(trainer, inputs):
-    trainer._micro_batch = inputs
+    trainer.micro_batch = inputs
     return trainer._no_loss()
 
 

@@ -85,7 +85,7 @@ def test_loss_and_gradient_are_those_of_the_pairs_one_by_one(made, tmp_path, siz
     with made.training("reward"):
         batch = RankingCollator(0)(list(elements))
         assert batch["input_ids"].shape[0] == sum(sizes), "K forwards, not K (K - 1)"
-        loss = trainer(made, rows, tmp_path).compute_loss(made.views["reward"], batch)
+        loss = trainer(made, rows, tmp_path).whole_loss(made.views["reward"], batch)
         loss.backward()
         ours = gradients(made)
         wanted = explicit(made, rows)
@@ -124,7 +124,7 @@ def test_plain_pairs_are_learned_as_trl_learns_them(made, tmp_path):
         theirs = trainer(made, ids, tmp_path, RewardTrainer)
         wanted = theirs.compute_loss(made.views["reward"], theirs.data_collator(list(ids)))
         ours = trainer(made, rows, tmp_path)
-        found = ours.compute_loss(
+        found = ours.whole_loss(
             made.views["reward"], RankingCollator(0)(list(rankings(made, rows)))
         )
     assert float(found) == pytest.approx(float(wanted), abs=1e-6)

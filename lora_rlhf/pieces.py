@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A micro-batch in pieces: forward and backward of one after the other, with the same gradient.
+
+Left of TRL's trainers. Where memory runs out, in the forward or in the backward, the gradients are
+put back to what they were before the micro-batch, and it is done again in pieces half as large. For
+that the gradient is taken where the loss is computed, not after it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .halving import Halving, tried
+
+T = TypeVar("T")
+
+_Base: Any = object
+"""The trainers of TRL that `InPieces` stands before have no common class that mypy knows."""
+
+
+class InPieces(_Base):
+    """A trainer whose micro-batches can be cut; stands left of TRL's class.
+
+    Attributes:
+        halving: Says into how many rows; without it a lack of memory raises.
+        micro_batch: The inputs of the loss at hand, whole.
+    """
+
+    halving: Halving | None = None
+    micro_batch: Any = None
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's loss, its gradient added to the parameters here, in pieces where memory ran out.
+
+        What is returned has no graph: Trainer's backward of it adds nothing. Evaluation is TRL's.
+        """
+        if return_outputs or not torch.is_grad_enabled():
+            return self.whole_loss(model, inputs, return_outputs, num_items_in_batch)
+        self.micro_batch = inputs
+        scaled = self.loss_is_scaled_for_ga
+        if scaled is None:  # as Trainer.training_step decides it
+            scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        window = 1 if scaled else self.current_gradient_accumulation_steps
+
+        def step(piece: Any) -> Tensor:
+            loss = self.whole_loss(model, piece, False, num_items_in_batch)
+            if piece is not inputs:
+                loss = loss * self.share(piece, inputs, num_items_in_batch)
+            with torch.autocast(self.args.device.type, enabled=False):
+                self.accelerator.backward(loss if window == 1 else loss / window)
+            return loss.detach()  # type: ignore[no-any-return]
+
+        cut = functools.partial(self.part, inputs)
+        losses = self.in_pieces(inputs, self.rows(inputs), cut, step, self.moved_by_loss())
+        return torch.stack(losses).sum().requires_grad_()
+
+    def whole_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss as TRL computes it, with its graph."""
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def rows(self, inputs: Any) -> int:
+        """What a micro-batch can be cut into."""
+        return len(inputs["prompt_ids"] if "prompt_ids" in inputs else inputs["input_ids"])
+
+    def part(self, inputs: Any, start: int, stop: int) -> Any:
+        """Some rows of a micro-batch; what is said of it as a whole stays."""
+        rows = self.rows(inputs)
+        return {
+            k: v[start:stop] if isinstance(v, Tensor) and v.ndim and len(v) == rows else v
+            for k, v in inputs.items()
+        }
+
+    def share(self, piece: Any, inputs: Any, num_items_in_batch: Any) -> float:
+        """What a piece's loss counts for in that of its micro-batch: 1 where both are sums."""
+        return 1.0
+
+    def moved_by_loss(self) -> Iterable[torch.nn.Parameter]:
+        """The parameters that the loss has gradients for."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def in_pieces(
+        self,
+        whole: Any,
+        rows: int,
+        cut: Callable[[int, int], Any],
+        step: Callable[[Any], T],
+        parameters: Iterable[torch.nn.Parameter],
+    ) -> list[T]:
+        """`step`, a forward and backward, on a micro-batch or on its pieces one after the other.
+
+        Where memory runs out, gradients and metrics are put back and the pieces halved.
+
+        Args:
+            whole: The micro-batch.
+            rows: Of it.
+            cut: A piece of it: rows from and to.
+            step: Adds the gradient of a piece's share of the loss.
+            parameters: All that `step` may add to.
+
+        Raises:
+            MemoryLimitError: There is no room for one row.
+        """
+        limit = self.halving
+        parameters = list(parameters)
+        before = [None if p.grad is None else p.grad.clone() for p in parameters] if limit else []
+        lists = self._metrics["train"]
+        noted = {name: len(found) for name, found in lists.items()}
+        tokens = getattr(self, "_total_train_tokens", None)
+
+        def run(size: int) -> list[T]:
+            if size >= rows:
+                return [step(whole)]
+            return [step(cut(i, min(i + size, rows))) for i in range(0, rows, size)]
+
+        if limit is None:
+            return run(rows)
+        while True:
+            size = limit.rows("training", rows)
+            found, why = tried(lambda size=size: run(size))  # type: ignore[misc]
+            if found is not None:
+                return found
+            for parameter, gradient in zip(parameters, before, strict=True):
+                parameter.grad = None if gradient is None else gradient.clone()
+            for name in list(lists):
+                del lists[name][noted.get(name, 0) :]
+            if tokens is not None:
+                self._total_train_tokens = tokens
+            limit.ran_out("training", size, why or "")
