@@ -184,8 +184,8 @@ class PPOTrainer(Resumable, GRPOTrainer):
             rewards_bt, out["old_values"], mask_bt, self.ppo.gamma, self.ppo.lam
         )
         out["advantages"] = whiten(advantages_bt, mask_bt)
-        self._note(ppo_log.rollout(out, self._scores_b, ended_b, kl, rewards_bt))
-        self._note({"kl/coef": self.steering.kl_coef})
+        noted = ppo_log.rollout(out, self._scores_b, ended_b, kl, rewards_bt)
+        self._note(noted | {"kl/coef": self.steering.kl_coef})
         if self._moments is not None:
             self._note({"reward/scale": self._moments.std})
         self.steering.before_update(self.update)
@@ -250,11 +250,9 @@ class PPOTrainer(Resumable, GRPOTrainer):
         logprobs_bt, entropy_bt = heads.logprobs_of(
             self.backbone, states_bth, ids, self.temperature, self.ppo.entropy_coef > 0
         )
-        mask_bt = inputs["completion_mask"]
-        result = policy_loss(
-            logprobs_bt, inputs["old_logprobs"], inputs["advantages"], mask_bt,
-            self.epsilon_low, self.epsilon_high,
-        )  # fmt: skip
+        mask_bt, old_bt = inputs["completion_mask"], inputs["old_logprobs"]
+        clip = self.epsilon_low, self.epsilon_high
+        result = policy_loss(logprobs_bt, old_bt, inputs["advantages"], mask_bt, *clip)
         per_rollout = self.args.steps_per_generation * self.num_iterations
         if self.well("log-probs", logprobs_bt) and self._step % per_rollout == 0:
             dtype = self.backbone.causal.dtype
@@ -266,7 +264,7 @@ class PPOTrainer(Resumable, GRPOTrainer):
             if "ratio_at_start" not in self.identities:
                 self.identities["ratio_at_start"] = off
                 self._moved = guards.MovedOnly(self.backbone, inputs, self.temperature)
-        self._note(ppo_log.policy(result, logprobs_bt, inputs["old_logprobs"], entropy_bt, mask_bt))
+        self._note(ppo_log.policy(result, logprobs_bt, old_bt, entropy_bt, mask_bt))
         skipped = float(masked_mean(result.ratio_bt, mask_bt)) > MAX_MEAN_RATIO
         self._note({"policy/skipped": float(skipped)})
         if skipped:
