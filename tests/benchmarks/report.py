@@ -41,6 +41,22 @@ def ratios(entries: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, list[
     return found
 
 
+def joined(files: list[dict[str, Any]]) -> dict[str, Any]:
+    """The programs of several measurements of one case; ratios are those inside each of them."""
+    first, *others = files
+    for other in others:
+        if other["case"] != first["case"] or other["machine"]["processor"] != processor_of(first):
+            raise SystemExit("these are not of one case on one processor")
+        first["programs"] += other["programs"]
+        first["ratios"] |= other["ratios"]
+    return first
+
+
+def processor_of(found: dict[str, Any]) -> str:
+    """On which it was measured."""
+    return str(found["machine"]["processor"])
+
+
 def markdown(found: dict[str, Any]) -> str:
     """All tables of one case."""
     machine = found["machine"]
@@ -53,7 +69,9 @@ def markdown(found: dict[str, Any]) -> str:
     ]
     if found["ratios"]:
         parts += ["How many times faster, float32 against float32: median (lowest to highest) of "
-                  "the rounds.", _ratio_table(found["ratios"])]  # fmt: skip
+                  "the rounds.", _ratio_table(found["ratios"]),
+                  "Peak memory above the imports, as a share of the peer's.",
+                  _peak_table(found["programs"])]  # fmt: skip
     accounted = [e for e in found["programs"] if "flops" in e]
     if accounted:
         parts += [_LIMIT, _limit_table(found, accounted), _rest_table(accounted)]
@@ -79,17 +97,35 @@ def _seconds(entries: list[dict[str, Any]]) -> str:
     for entry in entries:
         total, generate, score, train = (median(entry, part) for part in PARTS)
         facts = entry["facts"]
-        peak = max(record["peak_mb"] for record in entry["rounds"])
         rows.append([
             PEERS.get(entry["name"], "ours"), entry["dtype"], entry["fraction"] or "–",
             *(f"{seconds:.2f}" for seconds in (total, generate, score, train)),
-            f"{generate / total:.0%}", f"{peak - facts['rss_before_models_mb']:.0f}",
+            f"{generate / total:.0%}", f"{peak(entry):.0f}",
             f"{facts['model_tensors_mb']:.0f}",
         ])  # fmt: skip
     return table(
         ["", "dtype", "top fraction", "update, s", "generate", "score", "train",
          "share of generation", "peak MB above imports", "MB of model tensors"], rows,
     )  # fmt: skip
+
+
+def peak(entry: dict[str, Any]) -> float:
+    """Megabytes of resident memory above the imports, at the highest."""
+    highest = max(record["peak_mb"] for record in entry["rounds"])
+    return float(highest - entry["facts"]["rss_before_models_mb"])
+
+
+def _peak_table(entries: list[dict[str, Any]]) -> str:
+    peers = [e for e in entries if e["name"] in PEERS]
+    ours = [e for e in entries if e["name"] not in PEERS and e["dtype"] in _IN_FLOAT32]
+    rows = [
+        [_IN_FLOAT32[e["dtype"]], e["fraction"], *(f"{peak(e) / peak(p):.2f}" for p in peers)]
+        for e in ours
+    ]
+    return table(["", "top fraction", *(f"of {PEERS[p['name']]}" for p in peers)], rows)
+
+
+_IN_FLOAT32 = {"float32": "ours", "checkpointing": "ours, gradient checkpointing"}
 
 
 def _ratio_table(found: dict[str, Any]) -> str:

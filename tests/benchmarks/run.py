@@ -29,8 +29,11 @@ from peers import environments
 
 HERE = Path(__file__).resolve().parent
 
-DTYPES = {"float32": [], "bfloat16": ["--dtype", "bfloat16"], "4-bit": ["--four-bit"]}
-"""How ours is run, and the options for it; 4-bit computes in float32."""
+DTYPES = {
+    "float32": [], "checkpointing": ["--checkpointing"], "bfloat16": ["--dtype", "bfloat16"],
+    "4-bit": ["--four-bit"],
+}  # fmt: skip
+"""How ours is run, and the options for it; checkpointing and 4-bit compute in float32."""
 
 _MATMUL = "matmul 2048 2048 2048"
 
@@ -194,14 +197,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--venv-dir", type=Path, default=environments.default_folder())
     parser.add_argument("--json", type=Path, help="write all that was measured")
     parser.add_argument("--page", type=Path, help="put the tables between the page's markers")
-    parser.add_argument("--from-json", type=Path, help="measure nothing: the tables of such a file")
+    parser.add_argument(
+        "--from-json", type=Path, nargs="+",
+        help="measure nothing: the tables of such a file; of more, programs of the same case",
+    )  # fmt: skip
     options = parser.parse_args(argv)
     options.fractions = [Fraction(text) for text in options.fractions.split(",")]
     options.only = options.only.split(",")
     if unknown := set(options.only) - set(every):
         parser.error(f"--only: there is no {', '.join(sorted(unknown))}")
     if options.from_json:
-        found = json.loads(options.from_json.read_text())
+        found = report.joined([json.loads(path.read_text()) for path in options.from_json])
     else:
         found = measure(options)
     text = report.markdown(found)
