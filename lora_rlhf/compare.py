@@ -30,6 +30,9 @@ _JUDGED_BY = {"held_out_reward": "stages.reward.held_out_adapter_sha256",
 _WIN_RATES = ("win_rate", "win_rate_held_out", "win_rate_proxy")
 _SHOWN = (*REWARDS, "gold_reward_minus_sft", *_WIN_RATES, "kl", "kl_bound", "length")
 
+FEWEST_SEEDS = 3
+"""Of a statement about an algorithm (2411.00640 asks for the spread over runs)."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -228,6 +231,11 @@ def _notes(groups: list[list[Run]], metric: str | None) -> list[str]:
     if any(len(group) > 1 for group in groups):
         notes.append(
             "Rows of several seeds: the mean over seeds, its interval and n are those of seeds."
+        )
+    if any(len(group) < FEWEST_SEEDS for group in groups):
+        notes.append(
+            f"Rows of fewer than {FEWEST_SEEDS} seeds tell of those runs, not of their algorithm: "
+            "another seed can turn the order round."
         )
     if any(group[0].record.algorithm == "best_of_n" for group in groups):
         notes.append(

@@ -2,7 +2,8 @@
 """NaN and infinity: the update is skipped and its prompts are written down; three in a row stop.
 
 Nothing that is no number reaches a weight: gradients of a bad step are dropped, and adapters that
-hold NaN, whoever put it there, are set back to what they were after the last good step.
+hold NaN, whoever put it there, are set back to what they were after the last good step. And after
+every update the roles that do not train are what they were, or the run stops.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .backbone import Backbone
-from .errors import NonFiniteError
+from .errors import IdentityError, NonFiniteError
 from .progress import Progress
 from .record import Record
 
@@ -54,6 +55,7 @@ class Health(TrainerCallback):
         self._rollout: str | None = None  # of all steps of this rollout
         self._last, self._row = -2, 0
         self._good: dict[str, dict[str, Tensor]] = {}
+        self._frozen: dict[str, Tensor] = {}
         self._sum, self._logged = 0.0, 0
 
     def kept_state(self) -> dict[str, Any]:
@@ -78,6 +80,7 @@ class Health(TrainerCallback):
         """Before anything is computed with the adapters, they are numbers."""
         if not self._good:
             self._keep()
+            self._frozen = self._checksums()
         elif bad := self._bad_role():
             self._put_back()
             self.note(NonFiniteError(f"the adapter of the {bad} held NaN or infinity"))
@@ -116,9 +119,21 @@ class Health(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """A rollout that was bad is over."""
+        """A rollout that was bad is over; who does not train has not moved.
+
+        Raises:
+            IdentityError: Naming the role that did.
+        """
         if state.global_step % self.unit == 0:
             self._rollout = None
+            now = self._checksums()
+            for role in [r for r in now if not torch.equal(now[r], self._frozen[r])]:
+                raise IdentityError(
+                    f"{self.name}: in update {state.global_step // self.unit} the {role} moved",
+                    expected=f"only {', '.join(sorted(self.backbone.trained_roles))} to move",
+                    remedy=f"stage at fault: {self.name}. Something writes to frozen tensors; the "
+                    "checkpoints of this stage are not to be trusted: delete them",
+                )
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -142,6 +157,16 @@ class Health(TrainerCallback):
     def _parameters(self) -> list[tuple[str, str, torch.nn.Parameter]]:
         roles = sorted(self.backbone.trained_roles)
         return [(r, n, p) for r in roles for n, p in self.backbone.role_parameters(r)]
+
+    def _checksums(self) -> dict[str, Tensor]:
+        """Sums of the bits of each frozen role's tensors: exact, on the device, no copy."""
+        return {
+            role: torch.stack([
+                p.detach().contiguous().view(torch.int32).sum(dtype=torch.int64)
+                for _, p in self.backbone.role_parameters(role)
+            ])
+            for role in sorted(self.backbone.views.keys() - self.backbone.trained_roles)
+        }  # fmt: skip
 
     def _bad_role(self) -> str | None:
         for role in sorted(self.backbone.trained_roles):

@@ -96,6 +96,9 @@ def test_seeds_of_one_recipe_are_one_row(tmp_path):
     assert grpo["metrics"]["gold_reward"]["value"] == pytest.approx(0.5)
     assert grpo["metrics"]["gold_reward"]["n"] == 3
     # Differences 0.2, 0.3, 0.4: mean 0.3, s = 0.1, t(2) = 4.3027: 0.3 +- 4.3027 * 0.1 / sqrt(3)
+    assert not any("fewer than 3 seeds" in note for note in report["notes"])
+    few = compare.run(folders[:4])
+    assert any("fewer than 3 seeds" in note for note in few["notes"])
     found = report["differences"][0]
     assert found["pairs"] == 3 and found["estimate"]["n"] == 3
     assert found["estimate"]["value"] == pytest.approx(0.3)

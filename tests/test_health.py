@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from lora_rlhf import heads, pipeline, resume, shell, staging
 from lora_rlhf.checkpoint import newest
-from lora_rlhf.errors import LoraRlhfError, NonFiniteError
+from lora_rlhf.errors import IdentityError, LoraRlhfError, NonFiniteError
 from lora_rlhf.record import Record
 
 ARGS = {"steps_per_generation": 2}
@@ -66,6 +66,22 @@ def run(folder: Path, kind: str, updates: set[int], total: int = 5) -> Run:
     if kind == "logit":
         made.spoiled = first
     return made
+
+
+@pytest.mark.parametrize("role", ["reference", "reward"])
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_frozen_role_that_moves_stops_the_run_in_that_update(tmp_path, role, at):
+    """The first update has hashes of its own; this one is after each."""
+    made = Run(tmp_path / "r", ARGS, updates=3)
+    name, parameter = made.backbone.role_parameters(role)[0]
+
+    def write():
+        parameter.data[0, 0] += 1e-7 + parameter.data[0, 0].abs() * 1e-6  # the smallest change
+
+    made.trainer.add_callback(At("on_step_begin", {at}, write))
+    with pytest.raises(IdentityError) as error:
+        made.kept()
+    assert role in str(error.value) and made.trainer.state.global_step <= 2 * (at // 2 + 1)
 
 
 @pytest.fixture
