@@ -5,12 +5,16 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import killed
 import pytest
 import typer
+from hub_run import make_finished
+from hub_server import HubServer, hub_env
 
 from lora_rlhf import checkpoint, pipeline, ppo_trainer, shell, stopping
 from lora_rlhf.progress import Progress
@@ -149,6 +153,36 @@ def test_signals_at_random_moments(whole: Path, tmp_path: Path, name: str):
         assert killed.wait(child) in (128 + number, 0)
         assert killed.wait(killed.start(run, asked(whole.parent), out)) == 0
         assert killed.bits(out) == wanted
+
+
+@pytest.mark.hub
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_while_it_pushes_leaves_nothing_half_done(tmp_path: Path, name: str):
+    """The Hub is busy, the client waits to try again; then the user has had enough."""
+    number = getattr(signal, name)
+    folder = make_finished(tmp_path)
+    record = Record.read(folder)
+    record.data["model"] |= {"hub_id": "acme/base"}
+    record.save()
+    command = [sys.executable, "-m", "lora_rlhf", "push", str(folder), "--policy", "acme/little"]
+    with HubServer(user="tester", token="hf_test", orgs=("acme",)) as server:
+        server.add_repo("acme/base", {"config.json": b"{}"}, private=True)
+        server.fail_next("PUT", r"^/_lfs/", 503, times=999)
+        process = subprocess.Popen(command, env=hub_env(server, tmp_path), stderr=subprocess.PIPE)
+        deadline = time.monotonic() + 120
+        while not any(r.method == "PUT" for r in server.requests) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, told = process.communicate(timeout=60)
+        assert process.returncode == 128 + number, told
+        assert b"Traceback" not in told and b"same command" in told
+        repo = server.repos.get("acme/little")
+        assert repo is None or set(repo.files) <= {".gitattributes"}, "a repository without a card"
+        server._faults.clear()
+        done = subprocess.run(command, env=hub_env(server, tmp_path), capture_output=True)
+        assert done.returncode == 0, done.stderr
+        files = server.repos["acme/little"].files
+        assert "README.md" in files and "adapter_model.safetensors" in files
 
 
 # --- without a run -------------------------------------------------------------------------------
