@@ -18,12 +18,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import tokens
+from . import masking, templates, tokens
 from .config import Recipe
 from .layouts import Example, Turns, said, transcript
 
 _JOINT = "\u200b"  # zero-width space: breaks a control token's spelling, and nobody sees it
 _BATCH = 1_000
+
+SECRET = "the text holds what looks like"
+"""How a note about a secret begins; a run says it aloud."""
 
 
 @dataclass
@@ -91,27 +94,33 @@ def prompt_key(prompt: Turns) -> str:
     return " ".join(text.split())
 
 
-def neutralise(kept: Kept, found: list[Example], tokenizer: Any) -> None:
-    """Break control tokens that stand in the texts, so that they are encoded as text.
+def breaker(tokenizer: Any) -> Callable[[str], str]:
+    """A function that breaks control tokens, and the marks of turns, that stand in a text.
 
     A zero-width space after the first character does it, whoever tokenises later: a chat template
-    and its content are one string by then. An eos at the very end of an answer is taken away,
-    since trainers add their own.
+    and its content are one string by then.
     """
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     special = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
+    # `### Answer:` is no token: it is what the chat template writes where another turn begins.
+    special.update(templates.markers(tokenizer))
     words = sorted((re.escape(word) for word in special if len(word) > 1), key=len, reverse=True)
     control = re.compile("|".join(words) or r"(?!)")
-    eos = tokenizer.eos_token
+    return lambda text: control.sub(lambda match: match[0][0] + _JOINT + match[0][1:], text)
 
-    def broken(text: str, answer: bool) -> str:
-        text = text.removesuffix(eos) if answer and eos else text
-        return control.sub(lambda match: match[0][0] + _JOINT + match[0][1:], text)
+
+def neutralise(kept: Kept, found: list[Example], tokenizer: Any) -> None:
+    """Break control tokens that stand in the texts, so that they are encoded as text; count them.
+
+    An eos at the very end of an answer is taken away, since trainers add their own. What looks
+    like a secret is left as it is, and counted.
+    """
+    broken, eos = breaker(tokenizer), tokenizer.eos_token
 
     def mend(turns: Turns, answer: bool) -> Turns:
         if isinstance(turns, str):
-            return broken(turns, answer)
-        return [{**turn, "content": broken(turn["content"], answer)} for turn in turns]
+            return broken(turns.removesuffix(eos) if answer and eos else turns)
+        return [{**turn, "content": str(mend(turn["content"], answer))} for turn in turns]
 
     for example in found:
         before = _JOINT.join(said(turns) for turns in (example.prompt, *example.answers))
@@ -119,6 +128,8 @@ def neutralise(kept: Kept, found: list[Example], tokenizer: Any) -> None:
         example.answers = [mend(answer, True) for answer in example.answers]
         after = _JOINT.join(said(turns) for turns in (example.prompt, *example.answers))
         kept.special += after.count(_JOINT) > before.count(_JOINT)
+        for kind in masking.found(before):
+            kept.notes[f"{SECRET} {kind}; take it out, or a model learns it by heart"] += 1
     if kept.special:
         note = "control tokens of the tokenizer in the text were broken by a zero-width space"
         kept.notes[note] += kept.special

@@ -16,10 +16,11 @@ PACKAGE = ROOT / "lora_rlhf"
 
 ORDER = [
     *(
+        "masking",
         "errors",
         "stopping",
         "strict_yaml",
-        "masking",
+        "inside",
         "section",
         "data_section",
         "sections",
@@ -30,6 +31,7 @@ ORDER = [
         "sources",
         "layouts",
         "tokens",
+        "templates",
         "filters",
         "task_words",
         "task_checks",
