@@ -21,7 +21,7 @@ from .strict_yaml import Lines, dump_yaml, parse_yaml
 
 __all__ = ["Recipe", "dump_recipe", "load_recipe", "masked", "parse_recipe"]
 
-_MAX_BYTES = 1_000_000
+_MAX_BYTES = 250_000
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:

@@ -20,6 +20,7 @@ from typing import Any
 
 from . import masking, templates, tokens
 from .config import Recipe
+from .errors import first_line
 from .layouts import Example, Turns, said, transcript
 
 _JOINT = "\u200b"  # zero-width space: breaks a control token's spelling, and nobody sees it
@@ -238,20 +239,19 @@ def fit(kept: Kept, recipe: Recipe, tokenizer: Any) -> None:
 
 def _prompt_sizes(kept: Kept, batch: list[dict[str, Any]], tokenizer: Any) -> list[float]:
     """Tokens of each row's prompt; without end where the chat template refuses it."""
-    import jinja2
 
     def size(prompts: list[Turns]) -> list[float]:
         return [len(ids) for ids in tokens.prompt_ids(tokenizer, prompts)]
 
     try:
         return size([row["prompt"] for row in batch])
-    except jinja2.TemplateError:  # some of them: find out which
+    except Exception:  # a template raises what it likes, at some of them: find out which
         found: list[float] = []
         for row in batch:
             try:
                 found += size([row["prompt"]])
-            except jinja2.TemplateError as error:
-                kept.notes[f"the chat template refuses: {error}"] += 1
+            except Exception as error:
+                kept.notes[f"the chat template refuses: {first_line(error)}"] += 1
                 found.append(math.inf)
         return found
 

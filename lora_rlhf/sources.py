@@ -27,6 +27,7 @@ Row = tuple[str, dict[str, Any]]
 """Where the row stands (`file:line`, 1-based), and its columns."""
 
 FORMATS = ".jsonl, .ndjson, .json, .csv, .tsv or .parquet, .gz allowed"
+_UNPACKED, _RATIO = 2**26, 200  # what a .gz may become, in bytes and times its size
 _MAX_CELL = 2**31 - 1  # the csv module's own limit of 128 kB refuses long but sound texts
 
 
@@ -121,7 +122,7 @@ def _file(path: Path) -> list[Row]:
         raw = path.read_bytes()
         suffixes = [suffix.lower() for suffix in path.suffixes]
         if suffixes and suffixes[-1] == ".gz":
-            raw, suffixes = gzip.decompress(raw), suffixes[:-1]
+            raw, suffixes = _unpacked(path, raw), suffixes[:-1]
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot be read: {error}", where=str(path), expected=FORMATS) from None
     kind = suffixes[-1] if suffixes else ""
@@ -136,6 +137,19 @@ def _file(path: Path) -> list[Row]:
         array = kind == ".json" and text.lstrip().startswith("[")
         return _json(path, text) if array else list(_jsonl(path, text))
     raise DataError(f"the ending {kind!r} is not known", where=str(path), expected=FORMATS)
+
+
+def _unpacked(path: Path, raw: bytes) -> bytes:
+    most = max(_UNPACKED, _RATIO * len(raw))
+    with gzip.GzipFile(fileobj=io.BytesIO(raw)) as file:
+        found = file.read(most + 1)
+    if len(found) > most:
+        raise DataError(
+            f"it unpacks to over {most / 1e6:.0f} MB, from {len(raw) / 1e6:.1f} MB",
+            where=str(path), expected=f"text, which packs to more than a {_RATIO}th",
+            remedy="unpack it yourself, if you know where it comes from",
+        )  # fmt: skip
+    return found
 
 
 def _decode(path: Path, raw: bytes) -> str:
