@@ -105,6 +105,7 @@ class BaseModel:
         if model.load_in_4bit:
             _settle_4bit(causal)
         _distinct_pad(tokenizer, causal)
+        _within_rows(tokenizer, causal)
         return cls(causal, tokenizer, model, lora, source)
 
     @property
@@ -307,12 +308,36 @@ def _distinct_pad(tokenizer: PreTrainedTokenizerBase, causal: PreTrainedModel) -
     causal.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
+def _within_rows(tokenizer: PreTrainedTokenizerBase, causal: PreTrainedModel) -> None:
+    """Refuse tokens that were added behind the last row of the embedding, and that can occur.
+
+    A text is kept free of special tokens, so one that no template writes does no harm.
+    """
+    rows, template = causal.get_input_embeddings().num_embeddings, _template_text(tokenizer)
+    bad = [
+        token.content for index, token in tokenizer.added_tokens_decoder.items()
+        if index >= rows and (not token.special or token.content in template)
+    ]  # fmt: skip
+    if bad or tokenizer.eos_token_id >= rows:
+        raise TokenizerError(
+            f"the tokenizer has {(bad or [tokenizer.eos_token])[0]!r}, and the embedding of the "
+            f"model, of {rows} rows, has no row for it",
+            expected="a tokenizer of this model: every token has its row",
+            remedy="use the tokenizer that the model was trained with, or resize and train the "
+            "embedding before this",
+        )
+
+
 def _template_text(tokenizer: PreTrainedTokenizerBase) -> str:
     """The chat template and what it makes of a chat: some put markers together from the roles."""
     if not isinstance(tokenizer.chat_template, str):
         return ""
     chat = [{"role": role, "content": ""} for role in ("user", "assistant")]
-    return tokenizer.chat_template + str(tokenizer.apply_chat_template(chat, tokenize=False))
+    try:
+        rendered = str(tokenizer.apply_chat_template(chat, tokenize=False))
+    except Exception:  # whatever it raises: it takes no such chat, and says so of the data
+        rendered = ""
+    return tokenizer.chat_template + rendered
 
 
 def decoder_layers(causal: PreTrainedModel) -> nn.ModuleList:

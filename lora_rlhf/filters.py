@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
 import unicodedata
 from collections import Counter
@@ -20,8 +21,9 @@ from typing import Any
 
 from . import masking, templates, tokens
 from .config import Recipe
-from .errors import first_line
+from .errors import DataError, first_line
 from .layouts import Example, Turns, said, transcript
+from .sources import Skips
 
 _JOINT = "\u200b"  # zero-width space: breaks a control token's spelling, and nobody sees it
 _BATCH = 1_000
@@ -44,6 +46,8 @@ class Kept:
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     notes: Counter[str] = field(default_factory=Counter)
     special: int = 0
+    lines: int = 0
+    lost: int = 0
     agreement: dict[str, Any] | None = None
     instructions: list[str] = field(default_factory=list)
 
@@ -54,6 +58,21 @@ class Kept:
         left = [row for row in rows if good(row)]
         self.counts[reason] = {"before": len(rows), "after": len(left)}
         return left
+
+    def broken(self, skips: Skips, lines: int) -> None:
+        """Count the rows of a source that were left out because they are broken.
+
+        Args:
+            lines: That the source has, with those that could not be read.
+        """
+        self.lines += lines
+        self.lost += len(skips.seen)
+        if skips.seen:
+            where = skips.seen[0].where.rpartition(os.sep)[2]
+            note = f"broken and left out (skip_bad), the first at {where}"
+            self.notes[note] += len(skips.seen)
+        if self.lost:
+            self.counts["broken"] = {"before": self.lines, "after": self.lines - self.lost}
 
     def report(self) -> dict[str, Any]:
         """All of it, as plain JSON."""
@@ -218,6 +237,9 @@ def fit(kept: Kept, recipe: Recipe, tokenizer: Any) -> None:
     """Drop and count rows over the token limits: of the ids that a stage will learn from.
 
     The chat template's own tokens and the eos that ends a completion are among them.
+
+    Raises:
+        DataError: More than `data.max_lost` of the rows are too long.
     """
     name = "max_prompt_tokens" if kept.name in ("prompts", "evaluate") else "max_tokens"
     limit = getattr(recipe.data, name)
@@ -232,9 +254,18 @@ def fit(kept: Kept, recipe: Recipe, tokenizer: Any) -> None:
             row["_tokens"] = prompt + answer
     known = "refused by the chat template"
     rows = kept.filter(known, kept.rows, lambda row: row["_tokens"] < math.inf)
-    kept.rows = kept.filter(
-        f"over data.{name} = {limit}", rows, lambda row: row["_tokens"] <= limit
-    )
+    reason = f"over data.{name} = {limit}"
+    kept.rows = kept.filter(reason, rows, lambda row: row["_tokens"] <= limit)
+    lost = 1 - len(kept.rows) / len(rows) if rows else 0.0
+    if lost > recipe.data.max_lost:
+        middle = sorted(row["_tokens"] for row in rows)[len(rows) // 2]
+        raise DataError(
+            f"of the {kept.name}, {lost:.0%} of the rows are {reason}" + kept.table(),
+            expected=f"at most {recipe.data.max_lost:.0%} (data.max_lost); half of the rows have "
+            f"up to {middle:.0f} tokens, the longest {max(row['_tokens'] for row in rows):.0f}",
+            remedy=f"raise data.{name}, or set data.max_lost to {math.ceil(lost * 100) / 100:g} to "
+            "do without them",
+        )
 
 
 def _prompt_sizes(kept: Kept, batch: list[dict[str, Any]], tokenizer: Any) -> list[float]:

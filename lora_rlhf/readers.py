@@ -15,7 +15,8 @@ ALGORITHMS = {
 }  # fmt: skip
 """What can stand third among the stages, and what people call it."""
 
-FREE = ("card", "hub", "model.hub_id", "report_to", "threads", "reward.gate", "checkpoint")
+FREE = ("card", "hub", "model.hub_id", "report_to", "threads", "reward.gate", "checkpoint",
+        "data.max_lost")  # fmt: skip
 """Recipe keys that may differ when a run is continued: none of them changes what is trained."""
 
 _POLICY = "ppo.updates", "ppo.kl_coef", "ppo.reward", "ppo.missing_eos_penalty", "ppo.watch"
