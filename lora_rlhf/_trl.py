@@ -12,6 +12,7 @@ import inspect
 import os
 
 # TRL's trainers report their use to the Hub; a library built on them must not do so unasked.
+# Other libraries may have read the variable before it is set here: `Resumable` asks again.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
@@ -52,6 +53,7 @@ __all__ = [
     "check_seams",
     "chunked_logprob",
     "split_tensor_dict",
+    "telemetry_asked",
 ]
 
 SUPPORTED = ("1.16",)
@@ -79,6 +81,7 @@ SEAMS: dict[type, dict[str, tuple[str, ...]]] = {
         "create_optimizer": (),
         "create_scheduler": ("num_training_steps", "optimizer"),
         "log": ("logs",),
+        "_send_telemetry": (),
     },
     RLOOTrainer: {
         "_generate": ("prompts",),
@@ -103,6 +106,11 @@ SEAMS: dict[type, dict[str, tuple[str, ...]]] = {
     },
 }
 """Methods that this package overrides or relies on, with the parameters it counts on."""
+
+
+def telemetry_asked() -> bool:
+    """Whether the user has said, with HF_HUB_DISABLE_TELEMETRY=0, that TRL may tell of its use."""
+    return os.environ.get("HF_HUB_DISABLE_TELEMETRY", "1").upper() in ("0", "FALSE", "NO", "OFF")
 
 
 def check_seams() -> None:

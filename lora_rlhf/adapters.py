@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from . import fingerprints
+from . import fingerprints, inside
 from .backbone import ADAPTERS, REWARDS, Backbone
 from .base import pad_left
 from .errors import AdapterError, NonFiniteError
@@ -95,10 +95,11 @@ def load_role(backbone: Backbone, role: str, folder: str | Path) -> None:
     """
     folder = Path(folder)
     path = folder / "adapter_model.safetensors"
+    inside.no_way_out(folder, AdapterError)
     if not path.is_file() or not (folder / "adapter_config.json").is_file():
         raise AdapterError(
             f"{folder} holds no adapter",
-            expected="adapter_config.json and adapter_model.safetensors",
+            expected="adapter_config.json and adapter_model.safetensors; never a pickle (.bin)",
             remedy="check the path; a stage that was interrupted leaves none",
         )
     try:

@@ -94,7 +94,7 @@ class Backbone(BaseModel):
             lora_dropout=0.0, bias="none", target_modules=list(self.target_modules),
             layers_to_transform=self.adapted_layers if partly else None,
             fan_in_fan_out=any(isinstance(m, Conv1D) for m in self.layers.modules()),
-            base_model_name_or_path=self.model_section.hub_id or self.model_section.id,
+            base_model_name_or_path=self.model_section.hub_id or self.causal.name_or_path,
         )  # fmt: skip
         if task is TaskType.CAUSAL_LM and any(_TASKS[r] is task for r in self.views):
             view = next(v for r, v in self.views.items() if _TASKS[r] is task)

@@ -24,10 +24,11 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from . import tokens
+from . import inside, templates, tokens
 from .errors import BaseModelError, SetupError, TokenizerError, first_line
 from .fingerprints import fingerprint
 from .halving import Halving
+from .masking import safe
 from .sections import LoraSection, ModelSection
 
 DROPOUTS = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout",
@@ -78,7 +79,8 @@ class BaseModel:
         source = _source(where, model)
         device, dtype = pick_device(), pick_dtype(model.dtype)
         plain: dict[str, Any] = {"revision": model.revision, "trust_remote_code": False}
-        options = dict(plain)
+        # Without it transformers reads pickles where a folder has no safetensors.
+        options = {**plain, "use_safetensors": True}
         if model.load_in_4bit:
             options["quantization_config"] = nf4(dtype)
         try:
@@ -97,11 +99,16 @@ class BaseModel:
                 f"cannot load {model.id}: {first_line(error)}",
                 expected="a causal language model, complete: `tiny`, a local folder, or a Hub id",
                 remedy="check model.id, and a folder's files against the original; a folder beside "
-                "the recipe is written ./folder; without a network, give a local folder",
+                "the recipe is written ./folder; without a network, give a local folder; only "
+                "safetensors are read, and code beside them is never run",
             ) from error
+        templates.check(tokenizer)
+        for named in (causal, causal.config, tokenizer):  # PEFT and trackers write it down
+            named.name_or_path = safe(where)
         if model.load_in_4bit:
             _settle_4bit(causal)
         _distinct_pad(tokenizer, causal)
+        _within_rows(tokenizer, causal)
         return cls(causal, tokenizer, model, lora, source)
 
     @property
@@ -129,7 +136,7 @@ class BaseModel:
         template = self.tokenizer.chat_template
         text = template if isinstance(template, str) else json.dumps(template)
         return {
-            "id": self.model_section.id, "hub_id": self.model_section.hub_id,
+            "id": safe(self.model_section.id), "hub_id": self.model_section.hub_id,
             "revision": None if _is_local(self.model_section) else
             getattr(self.causal.config, "_commit_hash", None) or self.model_section.revision,
             "fingerprint": self.fingerprint, "dtype": str(self.causal.dtype).removeprefix("torch."),
@@ -138,6 +145,8 @@ class BaseModel:
             "hidden_size": self.causal.config.get_text_config().hidden_size,
             "chat_template_sha256": hashlib.sha256(text.encode()).hexdigest() if template else None,
             "eos_ids": self.eos_ids, "pad_id": self.tokenizer.pad_token_id, **self.source,
+            **({"chat_template_note": note} if (note := templates.prefix_note(self.tokenizer))
+               else {}),
         }  # fmt: skip
 
     def encode_prompt(self, prompt: str | list[dict[str, str]]) -> list[int]:
@@ -201,8 +210,10 @@ def _locate(model: ModelSection) -> str:
                 f"{model.id} holds no config.json", expected="a folder saved by transformers",
                 remedy="check model.id",
             )  # fmt: skip
-        return str(path)
-    return model.id
+    if path.is_dir():  # where transformers finds it, too
+        inside.no_way_out(path, BaseModelError)
+        inside.shards(path, BaseModelError)
+    return str(path) if path.is_absolute() or model.id.startswith(".") else model.id
 
 
 def _is_local(model: ModelSection) -> bool:
@@ -300,12 +311,36 @@ def _distinct_pad(tokenizer: PreTrainedTokenizerBase, causal: PreTrainedModel) -
     causal.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
+def _within_rows(tokenizer: PreTrainedTokenizerBase, causal: PreTrainedModel) -> None:
+    """Refuse tokens that were added behind the last row of the embedding, and that can occur.
+
+    A text is kept free of special tokens, so one that no template writes does no harm.
+    """
+    rows, template = causal.get_input_embeddings().num_embeddings, _template_text(tokenizer)
+    bad = [
+        token.content for index, token in tokenizer.added_tokens_decoder.items()
+        if index >= rows and (not token.special or token.content in template)
+    ]  # fmt: skip
+    if bad or tokenizer.eos_token_id >= rows:
+        raise TokenizerError(
+            f"the tokenizer has {(bad or [tokenizer.eos_token])[0]!r}, and the embedding of the "
+            f"model, of {rows} rows, has no row for it",
+            expected="a tokenizer of this model: every token has its row",
+            remedy="use the tokenizer that the model was trained with, or resize and train the "
+            "embedding before this",
+        )
+
+
 def _template_text(tokenizer: PreTrainedTokenizerBase) -> str:
     """The chat template and what it makes of a chat: some put markers together from the roles."""
     if not isinstance(tokenizer.chat_template, str):
         return ""
     chat = [{"role": role, "content": ""} for role in ("user", "assistant")]
-    return tokenizer.chat_template + str(tokenizer.apply_chat_template(chat, tokenize=False))
+    try:
+        rendered = str(tokenizer.apply_chat_template(chat, tokenize=False))
+    except Exception:  # whatever it raises: it takes no such chat, and says so of the data
+        rendered = ""
+    return tokenizer.chat_template + rendered
 
 
 def decoder_layers(causal: PreTrainedModel) -> nn.ModuleList:

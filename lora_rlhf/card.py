@@ -27,6 +27,7 @@ from .card_text import (
 )
 from .errors import UsageError
 from .evaluate import METRICS
+from .masking import safe
 from .record import Record
 from .samples import sample_table
 
@@ -85,6 +86,7 @@ def render(record: Record, role: str, repo_ids: dict[str, str] | None = None) ->
     for title, body in sections.items():
         if body:
             text += f"\n## {title}\n\n{body}\n" if title else f"\n{body}\n"
+    text = safe(text)
     ModelCard(text)  # a card that the Hub's own reader cannot parse must not leave this function
     return text
 

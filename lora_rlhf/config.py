@@ -21,7 +21,7 @@ from .strict_yaml import Lines, dump_yaml, parse_yaml
 
 __all__ = ["Recipe", "dump_recipe", "load_recipe", "masked", "parse_recipe"]
 
-_MAX_BYTES = 1_000_000
+_MAX_BYTES = 250_000
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -59,8 +59,7 @@ def parse_recipe(
     data, lines = parse_yaml(text, name)
     for override in overrides or []:
         _apply_override(data, lines, override)
-    if folder is not None:
-        _anchor_paths(data, folder)
+    _anchor_paths(data, folder)
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
@@ -102,23 +101,41 @@ def _apply_override(data: dict[str, Any], lines: Lines, override: str) -> None:
     lines[tuple(parts)] = 0
 
 
-def _anchor_paths(data: dict[str, Any], folder: Path) -> None:
+def _anchor_paths(data: dict[str, Any], folder: Path | None) -> None:
     """Make paths of the recipe absolute, so that a run can start anywhere.
 
     A model's id is a path where it begins like one, or where that folder, with a model in it, is
-    beside the recipe: transformers would look for it in the working directory.
+    beside the recipe: transformers would look for it in the working directory. Without a folder
+    only `~` is put back, as what a run wrote down has it.
     """
     model = data.get("model")
     if isinstance(model, dict) and isinstance(model.get("id"), str) and model["id"] != "tiny":
-        found = folder / os.path.expanduser(model["id"])
-        if model["id"].startswith((".", "~")) or os.path.isfile(found / "config.json"):
-            model["id"] = os.path.abspath(found)
+        model["id"] = _model_id(model["id"], folder)
     sections = data.get("data")
     for sources in sections.values() if isinstance(sections, dict) else ():
         for source in sources if isinstance(sources, list) else ():
             path = source.get("path") if isinstance(source, dict) else None
             if isinstance(path, str) and not path.startswith("data://"):
-                source["path"] = str((folder / os.path.expanduser(path)).resolve())
+                source["path"] = _data_path(path, folder)
+
+
+def _model_id(given: str, folder: Path | None) -> str:
+    if "\0" in given:
+        return given  # no path at all: whoever looks for it says so
+    found = (folder or Path()) / os.path.expanduser(given)
+    beside = folder is not None and os.path.isfile(found / "config.json")
+    if given.startswith("~") or beside or (folder is not None and given.startswith(".")):
+        return os.path.abspath(found)
+    return given
+
+
+def _data_path(given: str, folder: Path | None) -> str:
+    if "\0" in given or (folder is None and not given.startswith("~")):
+        return given
+    try:
+        return str(((folder or Path()) / os.path.expanduser(given)).resolve())
+    except (OSError, RuntimeError):  # a name that is too long, or links in a circle
+        return given
 
 
 def _fields(model: type[BaseModel], at: tuple[str | int, ...]) -> Iterator[str]:

@@ -21,7 +21,7 @@ from .filters import Kept, bucket, clean, expand, first_turn, fit, neutralise, p
 from .layouts import Example, Turns, examples, said
 from .metrics import Estimate, share_interval
 from .sections import DataSource, Recipe
-from .sources import Row, described, read
+from .sources import Row, Skips, described, read
 
 if TYPE_CHECKING:
     import datasets
@@ -145,7 +145,9 @@ def texts(recipe: Recipe, tokenizer: Any) -> tuple[list[list[int]], dict[str, An
     """
     kept, pieces, documents = Kept("text"), [], 0
     for index, source in enumerate(recipe.data.text):
-        rows = read(source)
+        skips = Skips(source.skip_bad)
+        rows = read(source, skips)
+        kept.broken(skips, len(rows) + len(skips.seen))
         for where, row in rows:
             if not isinstance(row.get("text"), str):
                 raise DataError(
@@ -197,24 +199,28 @@ def _read(
     wanted = "prompts" if name == "evaluate" else name
     read_rows = 0
     for index, source in enumerate(sources):
-        rows = (
-            _task_rows(recipe, source, name, chat, sampler, kept) if source.task else read(source)
-        )
+        skips = Skips(source.skip_bad)
+        if source.task:
+            rows = _task_rows(recipe, source, name, chat, sampler, kept)
+        else:
+            rows = read(source, skips)
         kept.sources.append(described(source, rows))
         if name == "comparisons" and (source.task or source.labeler_instructions):
             kept.instructions.append(source.labeler_instructions or _SIMULATED)
-        read_rows += len(rows)
+        lines = len(rows) + len(skips.seen)
         order = list(range(len(rows)))
         if not source.task:  # a task's rows come in the turn of its families, and stay in it
             random.Random(f"{recipe.seed}/{name}/{index}").shuffle(order)
         order = order[: source.limit]
         chosen = sorted(order)  # read in the file's order, so that errors show its first rows
-        parsed = examples([rows[i] for i in chosen], wanted, chat, kept.notes)
-        for example in parsed:  # a file's column `item` is its own, and no item of the task
+        parsed = examples([rows[i] for i in chosen], wanted, chat, kept.notes, skips)
+        at = {i: example for i, example in zip(chosen, parsed, strict=True) if example is not None}
+        for example in at.values():  # a file's column `item` is its own, and no item of the task
             example.item = example.item if source.task else ""
-        at = dict(zip(chosen, parsed, strict=True))
-        found += [at[i] for i in order]
-        who = [(rows[i][1].get("labeler"), at[i]) for i in order]
+        kept.broken(skips, lines)
+        read_rows += lines - len(skips.seen)
+        found += [at[i] for i in order if i in at]
+        who = [(rows[i][1].get("labeler"), at[i]) for i in order if i in at]
         labelled += [(str(labeler), example) for labeler, example in who if labeler is not None]
     kept.counts["limit"] = {"before": read_rows, "after": len(found)}
     if len(sources) > 1:

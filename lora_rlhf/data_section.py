@@ -37,6 +37,11 @@ class DataSource(Section):
     limit: int | None = Field(
         None, ge=1, description="At most this many rows, taken after shuffling."
     )
+    skip_bad: int = Field(
+        0,
+        ge=0,
+        description="Leave out at most this many broken lines or rows, counted (path, hub).",
+    )
     n: int = Field(256, ge=1, description="Rows to generate (task only).")
     completions: int = Field(
         4, ge=2, description="Completions ranked per prompt (task comparisons only)."
@@ -56,8 +61,8 @@ class DataSource(Section):
             found = f"give exactly one of task, path, hub (found: {', '.join(given) or 'none'})"
             raise conflict(found, *given)
         readers = {
-            "task": ("n", "completions", "agreement"), "path": ("columns",),
-            "hub": ("columns", "name", "split", "revision"),
+            "task": ("n", "completions", "agreement"), "path": ("columns", "skip_bad"),
+            "hub": ("columns", "skip_bad", "name", "split", "revision"),
         }  # fmt: skip
         every = {key for keys in readers.values() for key in keys}
         unread = self.changed(*sorted(every.difference(readers[given[0]])))
@@ -93,6 +98,9 @@ class DataSection(Section):
     max_prompt_tokens: int = Field(512, ge=1, description="Longer prompts are dropped and counted.")
     max_tokens: int = Field(
         1024, ge=2, description="Longer demonstrations and comparisons are dropped."
+    )
+    max_lost: float = Field(
+        0.2, ge=0, le=1, description="Share of the rows that a token limit may take; more stops."
     )
 
     @model_validator(mode="after")

@@ -22,6 +22,8 @@ LoraRlhfError                 exit code 1
 
 from __future__ import annotations
 
+from .masking import safe
+
 INTERRUPTED = {"SIGINT": 130, "SIGTERM": 143}
 """Exit codes of an interrupted run, as a shell reports them (128 + signal number)."""
 
@@ -35,6 +37,8 @@ def first_line(error: BaseException) -> str:
 class LoraRlhfError(Exception):
     """Base of all errors that are the user's to mend; the CLI prints them without a traceback.
 
+    Whatever is said is said without secrets, and without the folder of anybody's home.
+
     Args:
         given: What was found, with the offending value.
         expected: What would have been right.
@@ -47,6 +51,7 @@ class LoraRlhfError(Exception):
     def __init__(
         self, given: str, *, expected: str = "", remedy: str = "", where: str = ""
     ) -> None:
+        given, expected, remedy, where = map(safe, (given, expected, remedy, where))
         self.given, self.expected, self.remedy, self.where = given, expected, remedy, where
         lines = [f"{where}: {given}" if where else given]
         if expected:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from . import metrics
 from .config import Recipe
 from .errors import DataError, NonFiniteError
+from .masking import safe
 from .metrics import Estimate
 from .record import Record
 from .samples import prompt_text
@@ -336,7 +337,7 @@ def _write_samples(
                 kinds = [key for key in _SCORES if key in line]
                 if kinds:
                     line["score"] = line[kinds[0]]
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(safe(line)) + "\n")
 
 
 # --- the table ---------------------------------------------------------------------------------

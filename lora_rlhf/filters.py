@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
 import unicodedata
 from collections import Counter
@@ -18,12 +19,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import tokens
+from . import masking, templates, tokens
 from .config import Recipe
+from .errors import DataError, first_line
 from .layouts import Example, Turns, said, transcript
+from .sources import Skips
 
 _JOINT = "\u200b"  # zero-width space: breaks a control token's spelling, and nobody sees it
 _BATCH = 1_000
+
+SECRET = "the text holds what looks like"
+"""How a note about a secret begins; a run says it aloud."""
 
 
 @dataclass
@@ -40,6 +46,8 @@ class Kept:
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     notes: Counter[str] = field(default_factory=Counter)
     special: int = 0
+    lines: int = 0
+    lost: int = 0
     agreement: dict[str, Any] | None = None
     instructions: list[str] = field(default_factory=list)
 
@@ -50,6 +58,21 @@ class Kept:
         left = [row for row in rows if good(row)]
         self.counts[reason] = {"before": len(rows), "after": len(left)}
         return left
+
+    def broken(self, skips: Skips, lines: int) -> None:
+        """Count the rows of a source that were left out because they are broken.
+
+        Args:
+            lines: That the source has, with those that could not be read.
+        """
+        self.lines += lines
+        self.lost += len(skips.seen)
+        if skips.seen:
+            where = skips.seen[0].where.rpartition(os.sep)[2]
+            note = f"broken and left out (skip_bad), the first at {where}"
+            self.notes[note] += len(skips.seen)
+        if self.lost:
+            self.counts["broken"] = {"before": self.lines, "after": self.lines - self.lost}
 
     def report(self) -> dict[str, Any]:
         """All of it, as plain JSON."""
@@ -91,27 +114,33 @@ def prompt_key(prompt: Turns) -> str:
     return " ".join(text.split())
 
 
-def neutralise(kept: Kept, found: list[Example], tokenizer: Any) -> None:
-    """Break control tokens that stand in the texts, so that they are encoded as text.
+def breaker(tokenizer: Any) -> Callable[[str], str]:
+    """A function that breaks control tokens, and the marks of turns, that stand in a text.
 
     A zero-width space after the first character does it, whoever tokenises later: a chat template
-    and its content are one string by then. An eos at the very end of an answer is taken away,
-    since trainers add their own.
+    and its content are one string by then.
     """
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     special = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
+    # `### Answer:` is no token: it is what the chat template writes where another turn begins.
+    special.update(templates.markers(tokenizer))
     words = sorted((re.escape(word) for word in special if len(word) > 1), key=len, reverse=True)
     control = re.compile("|".join(words) or r"(?!)")
-    eos = tokenizer.eos_token
+    return lambda text: control.sub(lambda match: match[0][0] + _JOINT + match[0][1:], text)
 
-    def broken(text: str, answer: bool) -> str:
-        text = text.removesuffix(eos) if answer and eos else text
-        return control.sub(lambda match: match[0][0] + _JOINT + match[0][1:], text)
+
+def neutralise(kept: Kept, found: list[Example], tokenizer: Any) -> None:
+    """Break control tokens that stand in the texts, so that they are encoded as text; count them.
+
+    An eos at the very end of an answer is taken away, since trainers add their own. What looks
+    like a secret is left as it is, and counted.
+    """
+    broken, eos = breaker(tokenizer), tokenizer.eos_token
 
     def mend(turns: Turns, answer: bool) -> Turns:
         if isinstance(turns, str):
-            return broken(turns, answer)
-        return [{**turn, "content": broken(turn["content"], answer)} for turn in turns]
+            return broken(turns.removesuffix(eos) if answer and eos else turns)
+        return [{**turn, "content": str(mend(turn["content"], answer))} for turn in turns]
 
     for example in found:
         before = _JOINT.join(said(turns) for turns in (example.prompt, *example.answers))
@@ -119,6 +148,8 @@ def neutralise(kept: Kept, found: list[Example], tokenizer: Any) -> None:
         example.answers = [mend(answer, True) for answer in example.answers]
         after = _JOINT.join(said(turns) for turns in (example.prompt, *example.answers))
         kept.special += after.count(_JOINT) > before.count(_JOINT)
+        for kind in masking.found(before):
+            kept.notes[f"{SECRET} {kind}; take it out, or a model learns it by heart"] += 1
     if kept.special:
         note = "control tokens of the tokenizer in the text were broken by a zero-width space"
         kept.notes[note] += kept.special
@@ -206,6 +237,9 @@ def fit(kept: Kept, recipe: Recipe, tokenizer: Any) -> None:
     """Drop and count rows over the token limits: of the ids that a stage will learn from.
 
     The chat template's own tokens and the eos that ends a completion are among them.
+
+    Raises:
+        DataError: More than `data.max_lost` of the rows are too long.
     """
     name = "max_prompt_tokens" if kept.name in ("prompts", "evaluate") else "max_tokens"
     limit = getattr(recipe.data, name)
@@ -220,27 +254,35 @@ def fit(kept: Kept, recipe: Recipe, tokenizer: Any) -> None:
             row["_tokens"] = prompt + answer
     known = "refused by the chat template"
     rows = kept.filter(known, kept.rows, lambda row: row["_tokens"] < math.inf)
-    kept.rows = kept.filter(
-        f"over data.{name} = {limit}", rows, lambda row: row["_tokens"] <= limit
-    )
+    reason = f"over data.{name} = {limit}"
+    kept.rows = kept.filter(reason, rows, lambda row: row["_tokens"] <= limit)
+    lost = 1 - len(kept.rows) / len(rows) if rows else 0.0
+    if lost > recipe.data.max_lost:
+        middle = sorted(row["_tokens"] for row in rows)[len(rows) // 2]
+        raise DataError(
+            f"of the {kept.name}, {lost:.0%} of the rows are {reason}" + kept.table(),
+            expected=f"at most {recipe.data.max_lost:.0%} (data.max_lost); half of the rows have "
+            f"up to {middle:.0f} tokens, the longest {max(row['_tokens'] for row in rows):.0f}",
+            remedy=f"raise data.{name}, or set data.max_lost to {math.ceil(lost * 100) / 100:g} to "
+            "do without them",
+        )
 
 
 def _prompt_sizes(kept: Kept, batch: list[dict[str, Any]], tokenizer: Any) -> list[float]:
     """Tokens of each row's prompt; without end where the chat template refuses it."""
-    import jinja2
 
     def size(prompts: list[Turns]) -> list[float]:
         return [len(ids) for ids in tokens.prompt_ids(tokenizer, prompts)]
 
     try:
         return size([row["prompt"] for row in batch])
-    except jinja2.TemplateError:  # some of them: find out which
+    except Exception:  # a template raises what it likes, at some of them: find out which
         found: list[float] = []
         for row in batch:
             try:
                 found += size([row["prompt"]])
-            except jinja2.TemplateError as error:
-                kept.notes[f"the chat template refuses: {error}"] += 1
+            except Exception as error:
+                kept.notes[f"the chat template refuses: {first_line(error)}"] += 1
                 found.append(math.inf)
         return found
 

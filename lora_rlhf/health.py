@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .backbone import Backbone
 from .errors import IdentityError, NonFiniteError
+from .masking import safe
 from .progress import Progress
 from .record import Record
 
@@ -201,7 +202,7 @@ class Health(TrainerCallback):
         }
         path = self.record.folder / "skipped.jsonl"
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(safe(line)) + "\n")
         known = self.record.data.setdefault("skipped", {}).setdefault(self.name, {})
         known[str(update)] = why  # by number: an update that is done again is one update
         self.record.save()

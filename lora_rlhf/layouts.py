@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import DataError, TokenizerError
-from .sources import Row, excerpt
+from .sources import Row, Skips, excerpt
 
 Message = dict[str, str]
 Turns = str | list[Message]
@@ -61,7 +61,9 @@ class _Unfit(Exception):
     """What is wrong with one row; collected, so that an error can show several."""
 
 
-def examples(rows: list[Row], name: str, chat: bool, notes: Counter[str]) -> list[Example]:
+def examples(
+    rows: list[Row], name: str, chat: bool, notes: Counter[str], skips: Skips | None = None
+) -> list[Example | None]:
     """The rows of one source as examples for the set `name`, in their order.
 
     Args:
@@ -69,6 +71,7 @@ def examples(rows: list[Row], name: str, chat: bool, notes: Counter[str]) -> lis
         name: demonstrations, comparisons or prompts.
         chat: Whether the tokenizer has a chat template.
         notes: Counts of what was done to rows, for the report.
+        skips: Takes the rows that do not fit, if it may: None stands in their place.
 
     Raises:
         DataError: Columns are missing, null or of a wrong type; the first five such rows are shown.
@@ -79,7 +82,7 @@ def examples(rows: list[Row], name: str, chat: bool, notes: Counter[str]) -> lis
     fitting = [layout for layout in LAYOUTS[name] if present.issuperset(layout)]
     if not fitting:
         raise _no_layout(rows, name)
-    good: list[Example] = []
+    good: list[Example | None] = []
     bad: list[tuple[str, str]] = []
     for where, row in rows:
         try:
@@ -87,7 +90,10 @@ def examples(rows: list[Row], name: str, chat: bool, notes: Counter[str]) -> lis
             good.append(_as_chat(example, notes) if chat else _as_text(example, where))
         except _Unfit as error:
             bad.append((where, str(error)))
-    if bad:
+            good.append(None)
+    if skips is not None and len(bad) <= skips.most - len(skips.seen):
+        skips.seen += [DataError(text, where=where) for where, text in bad]
+    elif bad:
         shown = "".join(f"\n  {where.rpartition(os.sep)[2]}: {text}" for where, text in bad[:5])
         raise DataError(
             f"{len(bad)} of {len(rows)} rows do not fit {' + '.join(fitting[0])}{shown}",
@@ -97,7 +103,7 @@ def examples(rows: list[Row], name: str, chat: bool, notes: Counter[str]) -> lis
         )
     if name != "comparisons" and fitting[0] == ("chosen", "rejected"):
         what = "prompts are those" if name == "prompts" else "demonstrations are the chosen answers"
-        notes[f"{what} of a comparison file"] += len(good)
+        notes[f"{what} of a comparison file"] += len(good) - good.count(None)
     return good
 
 

@@ -1,10 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What looks like a secret, by its shape or by the name of its key, and how it is hidden."""
+"""What looks like a secret, by its shape or by the name of its key, and how it is hidden.
+
+The folder of a person's home is one too: it names them. `~` stands for it.
+"""
 
 from __future__ import annotations
 
+import os
 import re
-from typing import Any
+from collections import Counter
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 TOKENS = {
     "a Hugging Face token": re.compile(r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{16,}"),
@@ -17,6 +24,11 @@ TOKENS = {
 """Shapes of secrets that are told apart from words by themselves, wherever they stand."""
 
 HIDDEN = "***"
+
+SHORTEST = 12
+"""Characters; below it the value of a variable is a word, found in any text."""
+
+_VARIABLE = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY", re.IGNORECASE)
 
 _IN_ADDRESS = re.compile(r"(?<=://)([\w.%+~-]+):[^\s/@]+(?=@)")  # https://user:password@host
 _SECRET = re.compile(r"token|secret|passw|credential|(api|access|private)_?key", re.IGNORECASE)
@@ -36,16 +48,53 @@ def hide(value: Any, key: str = "") -> Any:
     if isinstance(value, list):
         return [hide(v, key) for v in value]
     if isinstance(value, str):
-        return HIDDEN if value and _by_key(key) else _without_tokens(value)
+        return HIDDEN if value and _by_key(key) else safe(value)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return HIDDEN if number and _by_key(key) and _NUMBER_TOO.search(key) else value
+
+
+def safe(value: T) -> T:
+    """The same plain data, or text, for a file or a screen: no token in it and no home folder.
+
+    Keys mean nothing here: what the user's own data hold is hidden by its shape alone.
+    """
+    told: Any = value
+    if isinstance(value, str):
+        told = _without_secrets(value)
+    elif isinstance(value, dict):
+        told = {safe(k): safe(v) for k, v in value.items()}
+    elif isinstance(value, list | tuple):
+        told = [safe(v) for v in value]
+    kept: T = told
+    return kept
+
+
+def found(text: str) -> Counter[str]:
+    """How many secrets of each kind a text holds, by their shapes."""
+    kinds = Counter({kind: len(shape.findall(text)) for kind, shape in TOKENS.items()})
+    return +kinds
+
+
+def variables() -> dict[str, str]:
+    """Value -> name of the environment variables that hold a secret, by their names."""
+    return {
+        value: name for name, value in os.environ.items()
+        if len(value) >= SHORTEST and _VARIABLE.search(name)
+    }  # fmt: skip
 
 
 def _by_key(key: str) -> bool:
     return bool(_SECRET.search(key)) and not _NO_SECRET.fullmatch(key)
 
 
-def _without_tokens(text: str) -> str:
+def _without_secrets(text: str) -> str:
+    for value in variables():
+        text = text.replace(value, HIDDEN)
     for pattern in TOKENS.values():
         text = pattern.sub(HIDDEN, text)
-    return _IN_ADDRESS.sub(rf"\1:{HIDDEN}", text)
+    text = _IN_ADDRESS.sub(rf"\1:{HIDDEN}", text)
+    home = os.path.expanduser("~")
+    for folder in {home, os.path.realpath(home)}:
+        if len(folder) > 1 and folder in text:
+            text = re.sub(rf"(?<![\w.~-]){re.escape(folder)}(?![\w-]|\.\w)", "~", text)
+    return text

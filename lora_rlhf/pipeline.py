@@ -30,6 +30,7 @@ from . import (
     evaluate,
     group_trainers,
     hub,
+    inside,
     plots,
     ppo,
     reward,
@@ -41,6 +42,7 @@ from .backbone import Backbone
 from .config import Recipe, load_recipe
 from .data import Prepared
 from .errors import MemoryLimitError, UsageError
+from .filters import SECRET, breaker
 from .progress import Progress
 from .readers import stage_names
 from .record import Record
@@ -84,6 +86,7 @@ def run(
     progress = progress or Progress(quiet=True)
     checks.setup(recipe)
     checks.every_argument(recipe, out)
+    inside.no_way_out(Path(out), UsageError)  # or what is written here would be written there
     if Path(out).is_dir() or not Path(out).exists():
         with checkpoint.locked(Path(out)), stopping.budget(recipe.checkpoint.max_minutes):
             try:
@@ -209,6 +212,9 @@ class _Work:
     def _note(self, name: str, prepared: Prepared) -> Prepared:
         checks.same_data(self.record, name, prepared.report)
         self.record.data["data"][name] = prepared.report
+        for note in prepared.report["notes"]:
+            if note.startswith(SECRET):
+                self.progress.say(f"warning: data.{name}: {note}")
         return prepared
 
     def _check_data(self, wanted: list[str]) -> None:
@@ -359,6 +365,7 @@ def generate(
     """
     backbone, record = load(folder)
     recipe = load_recipe(Path(folder) / "recipe.yaml")
+    text = breaker(backbone.tokenizer)(text)  # what a user writes is text
     prompt: Any = [{"role": "user", "content": text}] if backbone.tokenizer.chat_template else text
     ids = backbone.encode_prompt(prompt)
     limit = max_new_tokens or controls.longest(recipe, record)

@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .masking import safe
 from .record import Record
 
 _CLOCK = ("runtime", "per_second", "step_time", "total_flos", "preparation_time")
@@ -45,7 +46,7 @@ class Progress:
     def say(self, text: str) -> None:
         """A line that stays."""
         if not self.quiet:
-            self.console.print(text, highlight=False, markup=False)
+            self.console.print(safe(text), highlight=False, markup=False)
 
     def begin(self, stage: str, total: int) -> None:
         """Start a stage of `total` steps."""

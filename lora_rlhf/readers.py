@@ -7,6 +7,7 @@ import hashlib
 import json
 from typing import Any
 
+from .masking import hide
 from .sections import Recipe
 
 ALGORITHMS = {
@@ -14,7 +15,8 @@ ALGORITHMS = {
 }  # fmt: skip
 """What can stand third among the stages, and what people call it."""
 
-FREE = ("card", "hub", "model.hub_id", "report_to", "threads", "reward.gate", "checkpoint")
+FREE = ("card", "hub", "model.hub_id", "report_to", "threads", "reward.gate", "checkpoint",
+        "data.max_lost")  # fmt: skip
 """Recipe keys that may differ when a run is continued: none of them changes what is trained."""
 
 _POLICY = "ppo.updates", "ppo.kl_coef", "ppo.reward", "ppo.missing_eos_penalty", "ppo.watch"
@@ -58,15 +60,18 @@ def stage_names(algorithm: str) -> tuple[str, ...]:
 
 def identity(recipe: Recipe, without: tuple[str, ...] = ()) -> str:
     """sha256 of what decides a run's result: the recipe without the keys that may change."""
-    flat = _flat(recipe.model_dump(mode="json"))
+    flat = _flat(hide(recipe.model_dump(mode="json")))
     kept = (k for k in flat if k not in without and first_reader(k, recipe.algorithm))
     data = {k: flat[k] for k in kept}
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def differences(before: Recipe, now: Recipe) -> list[tuple[str, Any, Any]]:
-    """(dotted key, value before, value now) of every key in which two recipes differ."""
-    a, b = (_flat(recipe.model_dump(mode="json")) for recipe in (before, now))
+    """(dotted key, value before, value now) of every key in which two recipes differ.
+
+    Without their secrets: a run's own recipe was written without them.
+    """
+    a, b = (_flat(hide(recipe.model_dump(mode="json"))) for recipe in (before, now))
     keys = sorted(a.keys() | b.keys())
     return [(key, a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)]
 

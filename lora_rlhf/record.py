@@ -27,6 +27,8 @@ from typing import Any
 
 from .config import Recipe, dump_recipe, parse_recipe
 from .errors import LoraRlhfError, SetupError, UsageError
+from .inside import no_way_out
+from .masking import safe
 from .readers import ALGORITHMS, FREE, differences, first_reader, identity, stage_names, stage_of
 
 SCHEMA = 1
@@ -153,8 +155,9 @@ class Record:
         """The record of a finished or interrupted run.
 
         Raises:
-            UsageError: The folder is no run, or its record cannot be read.
+            UsageError: The folder is no run, a link leads out of it, or its record cannot be read.
         """
+        no_way_out(Path(folder), UsageError)
         path = Path(folder) / "record.json"
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
@@ -197,9 +200,8 @@ class Record:
 
     def save(self) -> None:
         """Write `record.json` at once and whole, or not at all."""
-        _write_atomically(
-            self.folder / "record.json", json.dumps(finite(self.data), indent=1) + "\n"
-        )
+        text = json.dumps(safe(finite(self.data)), indent=1) + "\n"
+        _write_atomically(self.folder / "record.json", text)
 
     def done(self, stage: str) -> bool:
         """Whether `stage` has been finished in this run; the last one, once the run is sealed."""
@@ -279,7 +281,7 @@ class Record:
         if clock:
             line["clock"] = finite(clock)
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(safe(line)) + "\n")
 
     def metrics(self, stage: str | None = None) -> list[dict[str, Any]]:
         """The logged lines, of one stage or of all.
@@ -367,9 +369,7 @@ def finite(value: Any) -> Any:
         return str(value)
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return value
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _misshapen(data: Any) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, guards, stopping
+from ._trl import telemetry_asked
 from .errors import NonFiniteError
 from .health import Health
 from .metrics import UNDEFINED
@@ -40,6 +41,11 @@ class Resumable(InPieces):
     warm_started = False
     health: Health | None = None
     seen: Any = None
+
+    def _send_telemetry(self) -> None:
+        """TRL's, which tells the Hub of every trainer that is made, only where it was asked for."""
+        if telemetry_asked():
+            super()._send_telemetry()
 
     def kept_state(self) -> dict[str, Any]:
         """What decides the steps to come, beside roles, optimizer and random states."""

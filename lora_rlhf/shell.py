@@ -17,6 +17,7 @@ import typer
 
 from . import stopping
 from .errors import INTERRUPTED, LoraRlhfError, MemoryLimitError
+from .masking import safe
 
 _QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -56,8 +57,8 @@ def _fail(debug: bool, message: str, code: int) -> NoReturn:
     if debug:
         import traceback
 
-        typer.echo(traceback.format_exc(), err=True, nl=False)
-    typer.echo(message, err=True)
+        typer.echo(safe(traceback.format_exc()), err=True, nl=False)
+    typer.echo(safe(message), err=True)
     raise typer.Exit(code) from None
 
 

@@ -7,6 +7,7 @@ mark and CRLF are accepted. What cannot be read is one `DataError` with file, li
 
 from __future__ import annotations
 
+import codecs
 import csv
 import difflib
 import gzip
@@ -17,26 +18,56 @@ import os
 import re
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .errors import DataError
-from .sections import DataSource
+from .sections import COLUMNS, DataSource
 
 Row = tuple[str, dict[str, Any]]
 """Where the row stands (`file:line`, 1-based), and its columns."""
 
 FORMATS = ".jsonl, .ndjson, .json, .csv, .tsv or .parquet, .gz allowed"
+_READ = {*COLUMNS, "conversations", "item", "text"}
+_COLUMNS_TOLD = 20
+_UNPACKED, _RATIO = 2**26, 200  # what a .gz may become, in bytes and times its size
 _MAX_CELL = 2**31 - 1  # the csv module's own limit of 128 kB refuses long but sound texts
 
 
-def read(source: DataSource) -> list[Row]:
+@dataclass
+class Skips:
+    """The rows of one source that are left out because they are broken, at most `most` of them."""
+
+    most: int = 0
+    seen: list[DataError] = field(default_factory=list)
+
+    def take(self, error: DataError) -> None:
+        """Leave one out.
+
+        Raises:
+            DataError: The error, where no more may be left out.
+        """
+        if len(self.seen) >= self.most:
+            remedy = error.remedy or "mend or remove it, or leave so many out with `skip_bad:`"
+            if self.most:
+                remedy += f"; {self.most} before it were left out (skip_bad: {self.most})"
+            raise DataError(
+                error.given, expected=error.expected, remedy=remedy, where=error.where
+            ) from None
+        self.seen.append(error)
+
+
+def read(source: DataSource, skips: Skips | None = None) -> list[Row]:
     """All rows of a file or of a Hub dataset, with `source.columns` applied.
+
+    Args:
+        skips: Takes the lines that cannot be read; default: none may be left out.
 
     Raises:
         DataError: The source is missing, cannot be read, is empty, or lacks a mapped column.
     """
-    rows = _hub(source) if source.hub else _file(locate(source.path or ""))
+    rows = _hub(source) if source.hub else _file(locate(source.path or ""), skips or Skips())
     if not rows:
         raise DataError("no rows", where=title(source), expected="at least a few dozen rows")
     if source.columns:
@@ -53,8 +84,13 @@ def described(source: DataSource, rows: list[Row]) -> dict[str, Any]:
     """What a report says of a source and of all that was read from it; plain JSON."""
     kind = "task" if source.task else "hub" if source.hub else "file"
     licence = source.license or ("Apache-2.0" if source.task else None)
-    said = {"kind": kind, "name": title(source), "license": licence, "rows": len(rows),
-            "sha256": fingerprint(rows)}  # fmt: skip
+    said: dict[str, Any] = {
+        "kind": kind, "name": title(source), "license": licence, "rows": len(rows),
+        "sha256": fingerprint(rows),
+    }  # fmt: skip
+    columns = {str(key): None for _, row in rows for key in row}
+    if unread := [key for key in columns if key not in _READ]:
+        said["columns_not_read"] = [excerpt(key) for key in unread[:_COLUMNS_TOLD]]
     where = {"config": source.name, "split": source.split, "revision": source.revision}
     return {**said, **where} if source.hub else said
 
@@ -116,40 +152,55 @@ def _rename(where: str, row: dict[str, Any], columns: dict[str, str]) -> dict[st
     return {**kept, **{ours: row[theirs] for ours, theirs in columns.items()}}
 
 
-def _file(path: Path) -> list[Row]:
+def _file(path: Path, skips: Skips) -> list[Row]:
     try:
         raw = path.read_bytes()
         suffixes = [suffix.lower() for suffix in path.suffixes]
         if suffixes and suffixes[-1] == ".gz":
-            raw, suffixes = gzip.decompress(raw), suffixes[:-1]
+            raw, suffixes = _unpacked(path, raw), suffixes[:-1]
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot be read: {error}", where=str(path), expected=FORMATS) from None
     kind = suffixes[-1] if suffixes else ""
-    if not raw.strip():
+    if not raw.removeprefix(codecs.BOM_UTF8).strip():
         raise DataError("the file is empty", where=str(path), expected="at least a few dozen rows")
     if kind == ".parquet":
         return _parquet(path, raw)
     if kind in (".csv", ".tsv"):
-        return list(_csv(path, _decode(path, raw), "\t" if kind == ".tsv" else ","))
+        return list(_csv(path, _decode(path, raw), "\t" if kind == ".tsv" else ",", skips))
     if kind in (".jsonl", ".ndjson", ".json"):
-        text = _decode(path, raw)
-        array = kind == ".json" and text.lstrip().startswith("[")
-        return _json(path, text) if array else list(_jsonl(path, text))
+        raw = raw.removeprefix(codecs.BOM_UTF8)
+        array = kind == ".json" and raw.lstrip().startswith(b"[")
+        return _json(path, _decode(path, raw)) if array else list(_jsonl(path, raw, skips))
     raise DataError(f"the ending {kind!r} is not known", where=str(path), expected=FORMATS)
 
 
-def _decode(path: Path, raw: bytes) -> str:
+def _unpacked(path: Path, raw: bytes) -> bytes:
+    most = max(_UNPACKED, _RATIO * len(raw))
+    with gzip.GzipFile(fileobj=io.BytesIO(raw)) as file:
+        found = file.read(most + 1)
+    if len(found) > most:
+        raise DataError(
+            f"it unpacks to over {most / 1e6:.0f} MB, from {len(raw) / 1e6:.1f} MB",
+            where=str(path), expected=f"text, which packs to more than a {_RATIO}th",
+            remedy="unpack it yourself, if you know where it comes from",
+        )  # fmt: skip
+    return found
+
+
+def _decode(path: Path, raw: bytes, first: int = 1) -> str:
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         start = raw.rfind(b"\n", 0, error.start) + 1
         line = raw[start : start + 400].split(b"\n")[0].decode("utf-8", "backslashreplace")
+        wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in raw[:4]
         raise DataError(
             f"byte 0x{raw[error.start]:02x} at column {error.start - start + 1} is not UTF-8: "
             f"{excerpt(line)}",
-            where=_at(path, raw.count(b"\n", 0, error.start) + 1),
+            where=_at(path, raw.count(b"\n", 0, error.start) + first),
             expected="UTF-8",
-            remedy="convert the file, such as with `iconv -f latin1 -t utf-8`",
+            remedy=f"convert the file, such as with `iconv -f {'utf-16' if wide else 'latin1'} "
+            "-t utf-8`",
         ) from None
 
 
@@ -157,28 +208,35 @@ def _at(path: Path, line: int) -> str:
     return f"{path}:{line}"
 
 
-def _jsonl(path: Path, text: str) -> Iterator[Row]:
+def _jsonl(path: Path, raw: bytes, skips: Skips) -> Iterator[Row]:
     # Only \n ends a line: str.splitlines would cut a JSON string at U+2028.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-            what = getattr(error, "msg", str(error))
-            raise DataError(
-                f"not valid JSON{column} ({what}): {excerpt(line)}",
-                where=_at(path, number),
-                expected="one JSON object a line",
-            ) from None
-        if not isinstance(row, dict):
-            raise DataError(
-                f"a JSON {type(row).__name__}: {excerpt(line)}",
-                where=_at(path, number),
-                expected="one JSON object a line",
-            )
-        yield _at(path, number), row
+    for number, line in enumerate(raw.split(b"\n"), start=1):
+        if line.strip():
+            try:
+                yield _at(path, number), _object(path, line, number)
+            except DataError as error:
+                skips.take(error)
+
+
+def _object(path: Path, raw: bytes, number: int) -> dict[str, Any]:
+    line = _decode(path, raw, number)
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        what = getattr(error, "msg", str(error))
+        raise DataError(
+            f"not valid JSON{column} ({what}): {excerpt(line)}",
+            where=_at(path, number),
+            expected="one JSON object a line",
+        ) from None
+    if not isinstance(row, dict):
+        raise DataError(
+            f"a JSON {type(row).__name__}: {excerpt(line)}",
+            where=_at(path, number),
+            expected="one JSON object a line",
+        )
+    return row
 
 
 def _json(path: Path, text: str) -> list[Row]:
@@ -203,7 +261,7 @@ def _json(path: Path, text: str) -> list[Row]:
     return [(f"{path} row {number}", row) for number, row in enumerate(rows, start=1)]
 
 
-def _csv(path: Path, text: str, delimiter: str) -> Iterator[Row]:
+def _csv(path: Path, text: str, delimiter: str, skips: Skips) -> Iterator[Row]:
     limit = csv.field_size_limit(_MAX_CELL)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
@@ -219,13 +277,13 @@ def _csv(path: Path, text: str, delimiter: str) -> Iterator[Row]:
         line = reader.line_num + 1
         for cells in reader:
             if cells and len(cells) != len(header):
-                raise DataError(
+                skips.take(DataError(
                     f"{len(cells)} cells under {len(header)} columns: {excerpt(cells)}",
                     where=_at(path, line),
                     expected="as many cells as the header has",
                     remedy="quote cells that hold a comma, a quote or a line break",
-                )
-            if cells:
+                ))  # fmt: skip
+            elif cells:
                 yield _at(path, line), dict(zip(header, cells, strict=True))
             line = reader.line_num + 1
     except csv.Error as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from . import arguments
 from ._trl import GRPOConfig
 from .config import Recipe
 from .errors import NonFiniteError, RecipeError, SetupError, first_line
+from .masking import hide, safe
 from .record import Record
 
 _EFFECTIVE = (
@@ -91,7 +93,15 @@ def build(stage: str, config: Any, given: dict[str, Any]) -> Any:
         # One process uses one GPU, whatever is visible: transformers would replicate the backbone.
         built._n_gpu = min(built.n_gpu, 1)
         _try_out(built)
+        # What trackers are told of the run: no folder of this machine's user, no secret.
+        built.to_dict = functools.partial(_told, built)
+        built.run_name, built.project = safe(built.run_name), safe(built.project)
         return built
+
+
+def _told(args: Any) -> dict[str, Any]:
+    found: dict[str, Any] = hide(type(args).to_dict(args))
+    return found
 
 
 def _try_out(args: Any) -> None:

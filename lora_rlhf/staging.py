@@ -24,7 +24,7 @@ from . import card
 from .card_facts import RL_STAGES, ROLES, hub_base, slug
 from .card_text import cell, code, without_paths
 from .errors import HubError, UsageError
-from .masking import TOKENS
+from .masking import TOKENS, variables
 from .record import Record, sha256
 
 TOKENIZER = (
@@ -49,8 +49,6 @@ _SECRETS = {
         r"(?<![\w.])(/home/[\w.-]+/|/Users/[\w.-]+/|/root/)|[A-Za-z]:\\+Users\\+\w"
     ),
 }
-_SECRET_VARIABLE = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY", re.IGNORECASE)
-_SHORTEST_SECRET = 12  # below it the value of a variable is a word, found in any text
 _FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 _BF16_EXPONENT = 0x7F80
 
@@ -188,10 +186,6 @@ def scan(folder: Path, names: Iterable[str], private: Iterable[str] = ()) -> Non
     Raises:
         HubError: Naming the file and the kind of what was found, never the secret.
     """
-    variables = {
-        value: f"the value of the environment variable {name}" for name, value in os.environ.items()
-        if _SECRET_VARIABLE.search(name) and len(value) >= _SHORTEST_SECRET
-    }  # fmt: skip
     home = str(Path.home())
     paths = {*private, *([home + os.sep] if len(home) > 1 else [])}
     for name in names:
@@ -199,7 +193,8 @@ def scan(folder: Path, names: Iterable[str], private: Iterable[str] = ()) -> Non
             continue
         text = (folder / name).read_text(encoding="utf-8", errors="replace")
         found = [kind for kind, pattern in _SECRETS.items() if pattern.search(text)]
-        found += [kind for value, kind in variables.items() if value in text]
+        found += [f"the value of the environment variable {name}"
+                  for value, name in variables().items() if value in text]  # fmt: skip
         found += ["a path of this machine" for path in paths if path in text]
         if found:
             raise HubError(

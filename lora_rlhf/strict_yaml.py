@@ -73,15 +73,22 @@ _Dumper.add_representer(str, _text)
 _Loader.add_constructor("tag:yaml.org,2002:int", _int)
 _Loader.add_constructor("tag:yaml.org,2002:float", _float)
 
+_DEEPEST = 50
+
 Lines = dict[tuple[str | int, ...], int]
 
 
 def parse_yaml(text: str, name: str) -> tuple[dict[str, Any], Lines]:
     """Plain data and the line of every key; refuses duplicates, aliases, tags, more documents."""
-    loader = _Loader(text)
     lines: Lines = {}
+    depth = 0
     try:
+        loader = _Loader(text)
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:  # PyYAML's time grows with the square of it
+                raise RecursionError
             mark = f"{name}:{event.start_mark.line + 1 if event.start_mark else 1}"
             tag = getattr(event, "tag", None)
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .evaluate import cell, rows
+from .masking import safe
 from .readers import ALGORITHMS
 from .record import Record
 
@@ -47,7 +48,7 @@ def show(record: Record, console: Console | None = None) -> None:
     if record.done("sft"):
         lines.append(("try it", f'lora-rlhf generate {record.folder} "your text"'))
     for name, value in lines:
-        say(console, f"{name:9s} {value}")
+        say(console, f"{name:9s} {safe(value)}")
 
 
 def verdict(evaluation: dict[str, dict[str, Any]], algorithm: str = "ppo") -> str:

@@ -16,10 +16,11 @@ PACKAGE = ROOT / "lora_rlhf"
 
 ORDER = [
     *(
+        "masking",
         "errors",
         "stopping",
         "strict_yaml",
-        "masking",
+        "inside",
         "section",
         "data_section",
         "sections",
@@ -30,6 +31,7 @@ ORDER = [
         "sources",
         "layouts",
         "tokens",
+        "templates",
         "filters",
         "task_words",
         "task_checks",
@@ -193,14 +195,81 @@ def test_only_the_hub_module_talks_to_the_hub():
         assert not importers(library), library
 
 
-def test_nothing_is_unpickled_or_executed():
-    assert not importers("pickle") | importers("joblib") | importers("dill") | importers("marshal")
-    for name, nodes in NODES.items():
-        for node in nodes:
-            if isinstance(node, ast.Call):
-                assert dotted(node.func) not in {"torch.load", "torch.save", "eval", "exec"}, name
-                remote = [k for k in node.keywords if k.arg == "trust_remote_code"]
-                assert all(ast.unparse(k.value) == "False" for k in remote), name
+PICKLES = ("pickle", "cPickle", "_pickle", "cloudpickle", "joblib", "dill", "marshal", "shelve")
+FORBIDDEN = {
+    *("eval", "exec", "compile", "__import__", "torch.load", "torch.save", "torch.hub.load"),
+    *("os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"),
+    *("yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "yaml.unsafe_load_all"),
+    *("yaml.full_load_all", "pandas.read_pickle", "pd.read_pickle"),
+}
+SAFE_LOADERS = ("yaml.SafeLoader", "_Loader")
+
+
+def dangers(tree: ast.AST) -> list[str]:
+    """What could run, or unpickle, something that a file says."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names]
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            found += [f"import {name}" for name in names if name.split(".")[0] in PICKLES]
+            found += [
+                f"from {node.module} import {name}" for name in names
+                if isinstance(node, ast.ImportFrom) and f"{node.module}.{name}" in FORBIDDEN
+            ]  # fmt: skip
+        elif isinstance(node, ast.Attribute | ast.Name):
+            bases = ("yaml.Loader", "yaml.UnsafeLoader", "yaml.FullLoader")
+            found += [dotted(node)] if dotted(node) in bases else []
+        if not isinstance(node, ast.Call):
+            continue
+        found += [dotted(node.func)] if dotted(node.func) in FORBIDDEN else []
+        allowed = {
+            "trust_remote_code": ("False",), "shell": ("False",), "allow_pickle": ("False",),
+            "weights_only": ("True",), "use_safetensors": ("True",), "Loader": SAFE_LOADERS,
+        }  # fmt: skip
+        keys = [(k.arg, ast.unparse(k.value)) for k in node.keywords]
+        found += [
+            f"{key}={value}" for key, value in keys if value not in allowed.get(key, (value,))
+        ]
+    for node in ast.walk(tree):  # options that are handed on as a dict
+        if isinstance(node, ast.Dict):
+            for key, value in zip(node.keys, node.values, strict=True):
+                name = key.value if isinstance(key, ast.Constant) else None
+                if name in ("trust_remote_code", "shell") and not isinstance(value, ast.Constant):
+                    found.append(f"{name}: {ast.unparse(value)}")
+                elif name in ("trust_remote_code", "shell") and value.value is True:
+                    found.append(f"{name}: True")
+    return found
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_nothing_is_unpickled_or_executed(name):
+    assert dangers(TREES[name]) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["import pickle", "from pickle import loads", "import dill as d", "import joblib.numpy_pickle",
+     "torch.load(x)", "torch.save(a, b)", "from torch import load", "eval(x)",
+     "exec(x)", "yaml.load(x)", "yaml.load(x, Loader=yaml.SafeLoader)", "yaml.unsafe_load(x)",
+     "yaml.parse(x, Loader=yaml.Loader)", "class L(yaml.UnsafeLoader): pass",
+     "from os import system",
+     "os.system(x)", "subprocess.run(x, shell=True)", "subprocess.run(x, shell=wanted)",
+     "f(trust_remote_code=True)", "f(trust_remote_code=given)", "f(**{'trust_remote_code': True})",
+     "numpy.load(x, allow_pickle=True)", "f(use_safetensors=None)",
+     "torch.load(x, weights_only=False)"],
+)  # fmt: skip
+def test_the_audit_sees(line):
+    assert dangers(ast.parse(line))
+
+
+def test_the_audit_lets_pass_what_is_safe():
+    fine = "yaml.safe_load(x); yaml.parse(x, Loader=yaml.SafeLoader); f(trust_remote_code=False)"
+    assert dangers(ast.parse(fine + "; re.compile(x); subprocess.run([a])")) == []
+    assert {"use_safetensors", "trust_remote_code"} <= {
+        key.value for node in NODES["base"] if isinstance(node, ast.Dict)
+        for key in node.keys if isinstance(key, ast.Constant)
+    }  # fmt: skip
 
 
 def test_the_package_does_not_print():

@@ -36,7 +36,8 @@ report_to: [none]
 model: {id: /base, dtype: float16, load_in_4bit: true, hub_id: a/base, gradient_checkpointing: true}
 lora: {r: 2, alpha: 5, top_fraction: 0.5, target_modules: [q_proj]}
 data:
-  demonstrations: [{hub: a/d, name: en, split: test, revision: abc, license: mit, limit: 9}]
+  demonstrations: [{hub: a/d, name: en, split: test, revision: abc, license: mit, limit: 9,
+    skip_bad: 2}]
   comparisons:
     - {task: closed-world, n: 7, completions: 3, agreement: 0.9}
     - {path: /c.csv, columns: {chosen: a, rejected: b}, labeler_instructions: "Which is: better?"}
@@ -46,6 +47,7 @@ data:
   held_out: 0.2
   max_prompt_tokens: 9
   max_tokens: 10
+  max_lost: 0.5
 sft: {args: {learning_rate: 1e-5, tags: [a, "1"], nested: {"1": null, yes: "no"}}}
 reward:
   {gate: warn, held_out_model: true, ensemble: 3, combine: mean_minus_std,

@@ -67,7 +67,9 @@ def plain():
 
 
 def recipe(seed=0, **sets):
-    limits = {k: sets.pop(k) for k in ("held_out", "max_tokens", "max_prompt_tokens") if k in sets}
+    sets.setdefault("max_lost", 1.0)
+    limits = ("held_out", "max_tokens", "max_prompt_tokens", "max_lost")
+    limits = {k: sets.pop(k) for k in limits if k in sets}
     sources = {
         name: [s if isinstance(s, dict) else {"path": str(s)} for s in given]
         for name, given in ((n, g if isinstance(g, list) else [g]) for n, g in sets.items())

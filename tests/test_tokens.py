@@ -100,9 +100,9 @@ def test_a_refused_prompt_is_not_remembered_as_anything():
 def test_a_run_reads_every_set_once(recipe, tmp_path, monkeypatch):
     reads, read = Counter(), data.read
 
-    def counting(source):
+    def counting(source, *more):
         reads[source.path] += 1
-        return read(source)
+        return read(source, *more)
 
     monkeypatch.setattr(data, "read", counting)
     work = pipeline._Work(recipe, Record.open(tmp_path / "run", recipe), Progress(quiet=True))

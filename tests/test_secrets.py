@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nothing leaked: canaries in every place that a secret may come from, looked for in every file.
+
+One real run on a little random base, through the command line, with a tracker, then pushed to the
+local Hub. What the canary test looks for it has put there itself, so that it can fail.
+"""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import broken_runs
+import pytest
+import small
+from hub_server import HubServer
+from huggingface_hub import constants
+from transformers import TrainerCallback
+from transformers.integrations import integration_utils
+from typer.testing import CliRunner
+
+from lora_rlhf import cli, masking, pipeline, sft
+from lora_rlhf.config import load_recipe
+from lora_rlhf.errors import DataError, UsageError
+from lora_rlhf.record import Record
+
+CANARIES = {
+    "environment": "hf_" + "EnvCanary" * 3,
+    "variable": "plainlookingpassphrase",  # of no known shape: only its variable tells
+    "recipe": "hf_" + "RecipeCanary" * 2,
+    "args": "sk-" + "args0Canary" * 2,
+    "data": "ghp_" + "DataCanary" * 3,
+    "prompt": "hf_" + "PromptCanary" * 2,
+    "exception": "glpat-" + "ErrorCanary" * 2,
+}
+
+RECIPE = """
+name: little
+model: {id: ./base}
+lora: {r: 4, alpha: 8}
+report_to: [canary]
+data:
+  demonstrations: [{path: ~/project/demonstrations.jsonl}]
+  comparisons: [{path: comparisons.jsonl, labeler_instructions: "ask %(recipe)s in %(home)s/x"}]
+  prompts: [{path: %(home)s/project/prompts.jsonl}]
+  held_out: 0.25
+sft: {args: {per_device_train_batch_size: 16, max_steps: 2, run_name: "%(args)s"}}
+reward: {gate: warn, args: {per_device_train_batch_size: 16, max_steps: 2}}
+ppo: {updates: 1, value_warmup_updates: 0,
+  args: {per_device_train_batch_size: 8, steps_per_generation: 1, max_completion_length: 6}}
+evaluate: {n: 24, samples: 8}
+card: {title: little, authors: "see %(home)s/me", intended_use: "with %(recipe)s"}
+"""
+
+seen_by_tracker: list[str] = []
+
+
+class Tracker(TrainerCallback):
+    """Takes all that the trackers of transformers take."""
+
+    def on_train_begin(self, args, state, control, model=None, **_):
+        view = model if hasattr(model, "peft_config") else None
+        sent = [args.to_dict(), args.to_sanitized_dict(), args.to_json_string()]
+        sent += [model.config.to_dict(), getattr(view, "peft_config", None), args.run_name]
+        seen_by_tracker.append(repr(sent))
+
+    def on_log(self, args, state, control, logs=None, **_):
+        seen_by_tracker.append(repr(logs))
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """Somebody's home with a project in it, and secrets in the environment."""
+    home = tmp_path / "home" / "somebody"
+    broken_runs.write(home / "project", None, 48)
+    shutil.copytree(small.base_folder("llama"), home / "project" / "base")
+    for name in ("HF_HUB_DISABLE_TELEMETRY", "HF_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("HF_TOKEN", CANARIES["environment"])
+    monkeypatch.setenv("MY_SECRET", CANARIES["variable"])
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "canary", Tracker)
+    monkeypatch.setattr(
+        integration_utils, "get_available_reporting_integrations", lambda: ["canary"]
+    )
+    project = home / "project"
+    (project / "recipe.yaml").write_text(RECIPE % (CANARIES | {"home": home}))
+    for name in ("prompts", "comparisons", "demonstrations"):
+        path = project / f"{name}.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for number, row in enumerate(rows):
+            kind = ("data", "prompt", "variable")[number % 3]
+            row["prompt"] += f" {CANARIES[kind]} {home}/{number}"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seen_by_tracker.clear()
+    return home
+
+
+def leaks(text: str, home: Path) -> list[str]:
+    wanted = CANARIES | {"home": str(home)}
+    return [name for name, canary in wanted.items() if canary in text]
+
+
+def in_files(folder: Path, home: Path) -> dict[str, list[str]]:
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    assert len(files) >= 2
+    found = {p.relative_to(folder).as_posix(): leaks(p.read_bytes().decode("latin-1"), home)
+             for p in files}  # fmt: skip
+    return {name: kinds for name, kinds in found.items() if kinds}
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli.app, [str(a) for a in arguments])
+
+
+def test_no_canary_leaves_its_place(home, monkeypatch, caplog):
+    caplog.set_level(logging.WARNING)
+    project, out = home / "project", home / "runs" / "x"
+
+    def fails(recipe, backbone, record, prepared, progress):
+        with record.stage("sft"):
+            raise DataError(f"cannot use {CANARIES['exception']} in {home}/project")
+
+    told = ""
+    with monkeypatch.context() as patched:
+        patched.setattr(sft, "run", fails)
+        for flags in ([], ["--debug"]):
+            result = invoke(*flags, "run", project / "recipe.yaml", "--out", out)
+            assert result.exit_code == 3 and "cannot use *** in ~/project" in result.output
+            told += result.output
+    error = Record.read(out).data["stages"]["sft"]["error"]["message"]
+    assert error == "cannot use *** in ~/project"
+    assert in_files(out, home) == {}
+    result = invoke("run", project / "recipe.yaml", "--out", out)
+    assert result.exit_code == 0, result.output
+    told += result.output
+
+    # the run did use what it hides
+    record = Record.read(out)
+    assert record.done("card") and record.recipe() != load_recipe(project / "recipe.yaml")
+    assert record.recipe().data.prompts[0].path == str(project / "prompts.jsonl")
+    assert "~/project/prompts.jsonl" in (out / "recipe.yaml").read_text()
+    samples = (out / "samples.jsonl").read_text()
+    assert "***" in samples and "~/" in samples
+    assert in_files(out, home) == {}
+    assert leaks(told + caplog.text, home) == []
+    assert len(seen_by_tracker) > 5 and "~/runs/x/checkpoints" in "".join(seen_by_tracker)
+    assert leaks("".join(seen_by_tracker), home) == []
+
+    # a hit in the data is said aloud, and counted
+    assert "warning: data.prompts: the text holds what looks like a GitHub token" in told
+    notes = record.data["data"]["prompts"]["notes"]
+    assert any("a GitHub token" in note and "(16 rows)" in note for note in notes)
+    pushes_nothing_secret(out, home, monkeypatch)
+
+
+def pushes_nothing_secret(out: Path, home: Path, monkeypatch) -> None:
+    with HubServer(user="tester", token=CANARIES["environment"], orgs=("acme",)) as server:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        names = {role: f"acme/{role}" for role in ("base", "policy", "reward", "sft")}
+        result = invoke("push", out, *[a for r, n in names.items() for a in (f"--{r}", n)])
+        assert result.exit_code == 0, result.output
+        assert leaks(result.output, home) == []
+        assert set(names.values()) <= server.repos.keys()
+        pushed = {
+            f"{key}/{path}": leaks(data.decode("latin-1"), home)
+            for key, repo in server.repos.items() for path, data in repo.files.items()
+        }  # fmt: skip
+        assert len(pushed) > 30 and {"acme/policy/record.json"} <= pushed.keys()
+        assert {path: kinds for path, kinds in pushed.items() if kinds} == {}
+        messages = [c.message for repo in server.repos.values() for c in repo.commits]
+        assert leaks("".join(messages), home) == []
+        # The token goes to the Hub in one header, and is in no address and no body.
+        for request in server.requests:
+            headers = {k: v for k, v in request.headers.items() if k != "authorization"}
+            assert leaks(f"{request.path} {request.query} {headers}", home) == []
+            assert leaks(request.body.decode("latin-1"), home) == []
+
+
+def test_a_run_with_secrets_in_its_recipe_can_be_continued(home):
+    """It was written down without them: that is no difference, and no way to print them."""
+    recipe = load_recipe(home / "project" / "recipe.yaml")
+    out = home / "runs" / "y"
+    pipeline.run(recipe, out, until="sft")
+    assert pipeline.run(recipe, out, until="sft").done("sft")
+    other = recipe.sft.model_copy(update={"args": {**recipe.sft.args, "max_steps": 3}})
+    with pytest.raises(UsageError, match="sft.args.max_steps: 2 -> 3") as caught:
+        pipeline.run(recipe.model_copy(update={"sft": other}), out, until="sft")
+    assert leaks(str(caught.value), home) == []
+
+
+def test_the_home_folder_is_a_tilde_wherever_it_stands(monkeypatch, tmp_path):
+    home = tmp_path / "me"
+    home.mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(home)
+    monkeypatch.setenv("HOME", str(link))
+    for folder in (home, link):
+        text = f"a {folder}/x, '{folder}' {folder}. {folder}-2 {folder}.bak x{folder}y"
+        assert masking.safe(text) == (f"a ~/x, '~' ~. {folder}-2 {folder}.bak x{folder}y")
+    assert masking.safe({str(home): [f"{home}/a", 3, None]}) == {"~": ["~/a", 3, None]}
+    monkeypatch.setenv("HOME", "/")
+    assert masking.safe("/etc/x") == "/etc/x"
+
+
+def test_the_value_of_a_secret_variable_is_hidden_whatever_it_looks_like(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "abcdefabcdef")
+    monkeypatch.setenv("SHORT_TOKEN", "word")
+    assert masking.safe("abcdefabcdef and a word") == "*** and a word"
+    assert masking.variables()["abcdefabcdef"] == "WANDB_API_KEY"
+
+
+def test_kinds_of_secrets_are_counted():
+    text = " ".join(CANARIES.values())
+    assert masking.found(text) == {
+        "a Hugging Face token": 3, "an API key": 1, "a GitHub token": 1, "a GitLab token": 1,
+    }  # fmt: skip
+    assert not masking.found("hf_smoke sk-learn ghp_x")
+
+
+def test_told_arguments_are_arguments_all_the_same(tmp_path, monkeypatch):
+    """Hidden is only what is told: the folder that the trainer works in is as it was."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = broken_runs_args(tmp_path)
+    assert args.output_dir == str(tmp_path / "run" / "checkpoints" / "sft")
+    told = [args.to_dict(), args.to_sanitized_dict(), json.loads(args.to_json_string())]
+    assert {found["output_dir"] for found in told} == {"~/run/checkpoints/sft"}
+    assert {found["run_name"] for found in told} == {"***"}
+
+
+def broken_runs_args(folder: Path):
+    broken_runs.write(folder, None, 4)
+    text = broken_runs.RECIPE.format(base=small.base_folder("llama"))
+    from lora_rlhf.config import parse_recipe
+
+    recipe = parse_recipe(text, "r", [f"sft.args.run_name={CANARIES['args']}"], folder)
+    return sft.arguments(recipe, Record(folder / "run", {"stages": {}}))
