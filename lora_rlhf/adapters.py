@@ -26,6 +26,7 @@ from .base import pad_left
 from .errors import AdapterError, NonFiniteError
 from .views import has_token_class
 
+_MOST = 1e30  # a score beyond it is none
 _CHECK_TEXTS = ("The record does not say.", "Hello! How can I help you today?")
 
 
@@ -115,6 +116,12 @@ def load_role(backbone: Backbone, role: str, folder: str | Path) -> None:
         raise AdapterError(
             f"{folder}: reward.json has stacked {stacked}", expected=f"1 to {len(REWARDS) - 1}"
         )
+    offset = note.get("reward_offset", 0.0)
+    if isinstance(offset, bool) or not isinstance(offset, int | float) or not abs(offset) < _MOST:
+        raise AdapterError(
+            f"{folder}: reward.json has reward_offset {offset!r:.80}", expected="a finite number",
+            remedy="put the file back as it was: it says what an answer's reward is counted from",
+        )  # fmt: skip
     _check_scale(backbone, folder, stacked)
     fresh = not backbone.has(role)
     if fresh:
@@ -129,7 +136,7 @@ def load_role(backbone: Backbone, role: str, folder: str | Path) -> None:
     for name, parameter in wanted.items():
         parameter.copy_(tensors[name])
     if "reward_offset" in note:
-        backbone.reward_offset[role] = float(note["reward_offset"])
+        backbone.reward_offset[role] = float(offset)
 
 
 def _check_base(backbone: Backbone, folder: Path) -> None:
@@ -244,6 +251,6 @@ def _read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path} cannot be read: {error}") from None
     return data if isinstance(data, dict) else {}

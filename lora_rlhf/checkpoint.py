@@ -308,7 +308,7 @@ def verify(folder: Path) -> Checkpoint | str:
         schema = manifest["schema"]
     except FileNotFoundError:
         return "manifest.json is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"manifest.json cannot be read: {error!r}"
     if schema != SCHEMA:
         return f"manifest.json has schema {schema!r}, this version reads {SCHEMA}"

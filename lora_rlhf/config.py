@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from .strict_yaml import Lines, dump_yaml, parse_yaml
 __all__ = ["Recipe", "dump_recipe", "load_recipe", "masked", "parse_recipe"]
 
 _MAX_BYTES = 250_000
+_SHOWN = 20  # problems in one error
+_INDEX = re.compile("[0-9]{1,6}")
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -81,7 +84,7 @@ def _apply_override(data: dict[str, Any], lines: Lines, override: str) -> None:
     key, sign, value = override.partition("=")
     if not sign or not key:
         raise RecipeError(
-            f"--set {override!r}", expected="key=value, such as ppo.args.learning_rate=2e-5"
+            f"--set {_short(override)!r}", expected="key=value, such as ppo.args.learning_rate=2e-5"
         )
     target: Any = data
     parts = _parts(key)
@@ -91,13 +94,14 @@ def _apply_override(data: dict[str, Any], lines: Lines, override: str) -> None:
         try:
             target = target[part if isinstance(target, list) else str(part)]
         except (IndexError, TypeError, KeyError):
-            reached = ".".join(map(str, parts[: index + 1]))
-            raise RecipeError(f"--set {override!r}: there is no {reached}") from None
-    parsed, _ = parse_yaml(f"value: {value}", f"--set {key}")
+            reached = _short(".".join(map(str, parts[: index + 1])))
+            raise RecipeError(f"--set {_short(override)}: there is no {reached}") from None
+    parsed, _ = parse_yaml(f"value: {value}", f"--set {_short(key)}")
     try:
         target[parts[-1] if isinstance(target, list) else str(parts[-1])] = parsed["value"]
     except (IndexError, TypeError):
-        raise RecipeError(f"--set {override!r}: there is no {key}") from None
+        told = f"--set {_short(override)}: there is no {_short(key)}"
+        raise RecipeError(told) from None
     lines[tuple(parts)] = 0
 
 
@@ -157,7 +161,9 @@ def _fields(model: type[BaseModel], at: tuple[str | int, ...]) -> Iterator[str]:
 def _explain(error: ValidationError, name: str, lines: Lines) -> RecipeError:
     problems = [_problem(dict(item), name, lines) for item in error.errors(include_url=False)]
     where, first = problems[0]
-    more = "".join(f"\n  {place}: {text}" for place, text in problems[1:])
+    more = "".join(f"\n  {place}: {text}" for place, text in problems[1:_SHOWN])
+    if len(problems) > _SHOWN:
+        more += f"\n  and {len(problems) - _SHOWN} more"
     return RecipeError(
         first + more, where=where, remedy="correct the recipe; docs/recipes.md lists the keys"
     )
@@ -172,7 +178,7 @@ def _problem(item: dict[str, Any], name: str, lines: Lines) -> tuple[str, str]:
     known = at
     while known and known not in lines:
         known = known[:-1]
-    key = ".".join(map(str, at)) or "the recipe"
+    key = _short(".".join(map(str, at))) or "the recipe"
     line = lines.get(known, 1)
     where = f"{name}:{line}" if line else f"--set {key}"
     message = item["msg"].removeprefix("Value error, ")
@@ -195,5 +201,12 @@ def _problem(item: dict[str, Any], name: str, lines: Lines) -> tuple[str, str]:
     return where, f"{key} = {shown}: {message}"
 
 
+def _short(text: str) -> str:
+    """What somebody wrote, short enough for an error, and on one line."""
+    text = text if text.isprintable() else repr(text)[1:-1]
+    return text if len(text) <= 100 else text[:99] + "…"
+
+
 def _parts(key: str) -> list[str | int]:
-    return [int(part) if part.isdigit() else part for part in key.strip().split(".")]
+    parts = key.strip().split(".")
+    return [int(part) if _INDEX.fullmatch(part) else part for part in parts]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
@@ -41,16 +41,16 @@ _NO_SECRET = re.compile(
 """Keys of trainers that speak of tokens of text."""
 
 
+class _Known(NamedTuple):
+    """What this machine has to hide beside the shapes, looked up once for all of a value."""
+
+    values: tuple[str, ...]
+    homes: tuple[str, ...]
+
+
 def hide(value: Any, key: str = "") -> Any:
     """Plain data without its secrets: values under secret-like keys, and shapes of tokens."""
-    if isinstance(value, dict):
-        return {k: hide(v, key if _by_key(key) else str(k)) for k, v in value.items()}
-    if isinstance(value, list):
-        return [hide(v, key) for v in value]
-    if isinstance(value, str):
-        return HIDDEN if value and _by_key(key) else safe(value)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return HIDDEN if number and _by_key(key) and _NUMBER_TOO.search(key) else value
+    return _hidden(value, key, _known())
 
 
 def safe(value: T) -> T:
@@ -58,15 +58,27 @@ def safe(value: T) -> T:
 
     Keys mean nothing here: what the user's own data hold is hidden by its shape alone.
     """
-    told: Any = value
+    told: T = _told(value, _known())
+    return told
+
+
+def _hidden(value: Any, key: str, known: _Known) -> Any:
+    if isinstance(value, dict):
+        return {k: _hidden(v, key if _by_key(key) else str(k), known) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_hidden(v, key, known) for v in value]
     if isinstance(value, str):
-        told = _without_secrets(value)
-    elif isinstance(value, dict):
-        told = {safe(k): safe(v) for k, v in value.items()}
-    elif isinstance(value, list | tuple):
-        told = [safe(v) for v in value]
-    kept: T = told
-    return kept
+        return HIDDEN if value and _by_key(key) else _without_secrets(value, known)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return HIDDEN if number and _by_key(key) and _NUMBER_TOO.search(key) else value
+
+
+def _told(value: Any, known: _Known) -> Any:
+    if isinstance(value, str):
+        return _without_secrets(value, known)
+    if isinstance(value, dict):
+        return {_told(k, known): _told(v, known) for k, v in value.items()}
+    return [_told(v, known) for v in value] if isinstance(value, list | tuple) else value
 
 
 def found(text: str) -> Counter[str]:
@@ -87,14 +99,19 @@ def _by_key(key: str) -> bool:
     return bool(_SECRET.search(key)) and not _NO_SECRET.fullmatch(key)
 
 
-def _without_secrets(text: str) -> str:
-    for value in variables():
+def _known() -> _Known:
+    home = os.path.expanduser("~")
+    homes = dict.fromkeys(folder for folder in (home, os.path.realpath(home)) if len(folder) > 1)
+    return _Known(tuple(variables()), tuple(homes))
+
+
+def _without_secrets(text: str, known: _Known) -> str:
+    for value in known.values:
         text = text.replace(value, HIDDEN)
     for pattern in TOKENS.values():
         text = pattern.sub(HIDDEN, text)
     text = _IN_ADDRESS.sub(rf"\1:{HIDDEN}", text)
-    home = os.path.expanduser("~")
-    for folder in {home, os.path.realpath(home)}:
-        if len(folder) > 1 and folder in text:
+    for folder in known.homes:
+        if folder in text:
             text = re.sub(rf"(?<![\w.~-]){re.escape(folder)}(?![\w-]|\.\w)", "~", text)
     return text

@@ -166,7 +166,7 @@ class Record:
                 f"{folder} is not a run directory", expected="a folder that holds record.json",
                 remedy="give the --out of a `lora-rlhf run`",
             ) from None  # fmt: skip
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             raise UsageError(f"{path} cannot be read: {error}") from None
         if wrong := _misshapen(data):
             raise UsageError(

@@ -305,8 +305,10 @@ def _parquet(path: Path, raw: bytes) -> list[Row]:
 
 
 def _hub(source: DataSource) -> list[Row]:
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.hub or ""):
-        raise DataError(f"hub: {source.hub!r}", expected="org/name", remedy="use path: for a file")
+    name = source.hub or ""
+    # A folder of that name would be read in the place of the Hub's, whatever is in it.
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) or Path(name).exists():
+        raise DataError(f"hub: {name!r:.100}", expected="org/name", remedy="use path: for a file")
     import datasets
 
     try:

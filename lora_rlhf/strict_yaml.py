@@ -94,7 +94,7 @@ def parse_yaml(text: str, name: str) -> tuple[dict[str, Any], Lines]:
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
                 raise RecipeError("an alias or anchor", where=mark, expected="plain YAML data")
             if tag:
-                raise RecipeError(f"the tag {tag}", where=mark, expected="plain YAML data")
+                raise RecipeError(f"the tag {tag:.100}", where=mark, expected="plain YAML data")
         node = loader.get_single_node()
         data = _construct(loader, node, name, lines, ()) if node is not None else {}
     except yaml.YAMLError as error:
@@ -130,7 +130,7 @@ def _construct(
             key = str(key_node.value)
             if key in out:
                 raise RecipeError(
-                    f"the key {key!r} is given twice (first on line {lines[(*at, key)]})",
+                    f"the key {key!r:.100} is given twice (first on line {lines[(*at, key)]})",
                     where=f"{name}:{line}",
                     remedy="keep one of them",
                 )
@@ -145,4 +145,4 @@ def _construct(
     try:
         return loader.construct_object(node)
     except (ValueError, OverflowError) as error:
-        raise RecipeError(str(error), where=f"{name}:{node.start_mark.line + 1}") from None
+        raise RecipeError(f"{error!s:.200}", where=f"{name}:{node.start_mark.line + 1}") from None

@@ -460,6 +460,29 @@ def test_a_checkpoint_names_its_own_files_only(tmp_path):
         assert str(tmp_path / "x") not in watch.opened
 
 
+@pytest.mark.parametrize("name", ["../outside", "..", "./x", "a/..", ".a/b", "data", "a/b/c", "~"])
+def test_a_hub_dataset_is_no_folder(tmp_path, canary, monkeypatch, name):
+    """`datasets` reads a folder of that name in the place of the Hub's."""
+    (tmp_path / "here" / "data").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    open(os.devnull).close()  # something is opened: the watch is on
+    text = f"{BASE}data: {{demonstrations: [{{hub: '{name}'}}]}}\n"
+    with pytest.raises(DataError, match="use path: for a file"):
+        data.demonstrations(parse_recipe(text, "r"), small.tokenizer())
+
+
+@pytest.mark.parametrize("name", ["check.json", "adapter_config.json", "reward.json"])
+def test_small_files_that_are_deep_or_no_files(adapter, name):
+    (adapter / name).unlink(missing_ok=True)
+    (adapter / name).write_text("[" * 100_000)
+    with pytest.raises(AdapterError, match="cannot be read"):
+        adapters.load_role(small.backbone(), "reward", adapter)
+    (adapter / name).unlink()
+    (adapter / name).mkdir()
+    with pytest.raises(AdapterError, match="cannot be read|holds no adapter"):
+        adapters.load_role(small.backbone(), "reward", adapter)
+
+
 def demonstrations(path: Path):
     text = f"{BASE}data: {{demonstrations: [{{path: {path}}}]}}\n"
     return data.demonstrations(parse_recipe(text, "r"), small.tokenizer())
