@@ -307,12 +307,12 @@ def _push_verb(
 
     A base that exists only here (the tiny one, or a local folder) goes first, with --base.
     """
-    from . import hub
+    from . import hub, staging
     from .record import Record
 
     record = Record.read(run)
     named = {"policy": policy, "reward": reward, "value": value, "sft": sft}
-    pushes, public = hub.asked_for(record, named, public=public, base=base)
+    pushes, public = staging.asked_for(record, named, public=public, base=base)
     if base:
         _say_pushed("base", hub.push_base(record, base, public=public))
     for role, repo_id in pushes.items():

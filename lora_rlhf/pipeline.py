@@ -19,6 +19,7 @@ import torch
 
 from . import (
     advice,
+    backup,
     best_of_n,
     card,
     checkpoint,
@@ -106,13 +107,20 @@ def _run(
 ) -> Record:
     """`run` in a directory that nobody else works in."""
     source = sharing.check(start_from, recipe, out) if start_from is not None else None
+    remote = backup.prepare(recipe, Path(out), progress, warm_start=warm_start)
     record = Record.open(out, recipe, warm_start=warm_start)
     if source is not None and (taken := sharing.take_over(source, record)):
         progress.say(f"taken over from {source.folder}: {', '.join(taken)}")
-    wanted = [s for s in names[: names.index(until) + 1] if not checks.finished(recipe, record, s)]
     if until == "card":
         for note in hub.preflight(recipe, record):  # before hours of training, not after them
             progress.say(note)
+    with backup.kept(remote, recipe, record, progress):
+        return _work(recipe, record, names[: names.index(until) + 1], progress)
+
+
+def _work(recipe: Recipe, record: Record, names: tuple[str, ...], progress: Progress) -> Record:
+    """Those of these stages that are not finished."""
+    wanted = [stage for stage in names if not checks.finished(recipe, record, stage)]
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     if set(wanted) - {"card"}:
@@ -127,7 +135,7 @@ def _run(
             record.finish()
             card.write(record)
             record.seal()
-    if until == "card":
+    if "card" in names:
         _push(recipe, record, progress)
     return record
 

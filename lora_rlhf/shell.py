@@ -20,6 +20,7 @@ from .errors import INTERRUPTED, LoraRlhfError, SetupError
 
 _QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_VERBOSITY": "error",  # it tells of every new try; what comes of them, we tell
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
     "DATASETS_VERBOSITY": "error",

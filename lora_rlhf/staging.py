@@ -89,6 +89,28 @@ def stage_adapter(record: Record, role: str, repo_id: str, folder: Path) -> list
     return names
 
 
+def asked_for(
+    record: Record, named: dict[str, str | None], *, public: bool, base: str | None
+) -> tuple[dict[str, str], bool]:
+    """Role -> repository of a `push`: those named, else those of the recipe; and whether public.
+
+    Raises:
+        UsageError: There are none.
+    """
+    found = {role: repo_id for role, repo_id in named.items() if repo_id}
+    if found or base:
+        return found, public
+    section = record.recipe().hub
+    found = {role: getattr(section, role) for role in named if getattr(section, role)}
+    if not found:
+        raise UsageError(
+            "no repository to push to",
+            expected="--policy, --reward, --value, --sft or --base, each with org/name",
+            remedy=f"lora-rlhf push {record.folder} --policy org/name",
+        )
+    return found, public or section.public
+
+
 def check_adapter(record: Record, role: str) -> str:
     """The Hub id of the base, if the adapter of `role` is finished, whole and may be published.
 
@@ -182,8 +204,13 @@ def stage_base(record: Record, folder: Path) -> list[str]:
     return names
 
 
-def scan(folder: Path, names: Iterable[str], private: Iterable[str] = ()) -> None:
+def scan(
+    folder: Path, names: Iterable[str], private: Iterable[str] = (), *, homes: bool = True
+) -> None:
     """Look for secrets and local paths in every text file; `private` are more strings to refuse.
+
+    Args:
+        homes: Whether paths are looked for: rows of data may speak of them as they like.
 
     Raises:
         HubError: Naming the file and the kind of what was found, never the secret.
@@ -193,12 +220,13 @@ def scan(folder: Path, names: Iterable[str], private: Iterable[str] = ()) -> Non
         if _SECRET_VARIABLE.search(name) and len(value) >= _SHORTEST_SECRET
     }  # fmt: skip
     home = str(Path.home())
-    paths = {*private, *([home + os.sep] if len(home) > 1 else [])}
+    paths = {*private, *([home + os.sep] if homes and len(home) > 1 else [])}
+    kinds = _SECRETS if homes else TOKENS
     for name in names:
         if name.endswith((".safetensors", ".png", ".model")):
             continue
         text = (folder / name).read_text(encoding="utf-8", errors="replace")
-        found = [kind for kind, pattern in _SECRETS.items() if pattern.search(text)]
+        found = [kind for kind, pattern in kinds.items() if pattern.search(text)]
         found += [kind for value, kind in variables.items() if value in text]
         found += ["a path of this machine" for path in paths if path in text]
         if found:
