@@ -33,11 +33,11 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import _http, validate_repo_id  # type: ignore[attr-defined]
 
-from .card_facts import ROLES, hub_base
+from .card_facts import hub_base
 from .config import Recipe
 from .errors import HubError
 from .record import Record
-from .staging import check_adapter, local_base, stage_adapter, stage_base
+from .staging import check_adapter, local_base, stage_adapter, stage_base, to_push
 
 T = TypeVar("T")
 
@@ -146,8 +146,7 @@ def base_licence(model: dict[str, Any], token: str | None = None) -> str | None:
         return None  # it is only for the card, which then says that it does not know
     card: Any = info.card_data or {}
     named = card.get("license")
-    if named == "other":
-        named = card.get("license_name") or named
+    named = card.get("license_name") or named if named == "other" else named
     return named if isinstance(named, str) else None
 
 
@@ -168,7 +167,6 @@ def preflight(recipe: Recipe, record: Record | None = None, token: str | None = 
     wanted = to_push(recipe, record)
     if not wanted:
         return []
-    again = "lora-rlhf run"
     listed = ", ".join(f"{role} to {repo}" for role, repo in wanted.items())
     if offline():
         return [f"offline (HF_HUB_OFFLINE): not pushed: {listed}; push after the run instead"]
@@ -179,9 +177,8 @@ def preflight(recipe: Recipe, record: Record | None = None, token: str | None = 
     if base is None:
         raise local_base(recipe.model.id)
     for role, repo_id in wanted.items():
-        hub = Repository(
-            repo_id, token, recipe.hub.public, again, f"the push of the {role} adapter"
-        )
+        what = f"the push of the {role} adapter"
+        hub = Repository(repo_id, token, recipe.hub.public, "lora-rlhf run", what)
         hub.check_access()
         if hub.visibility(base) is None:
             raise HubError(
@@ -190,16 +187,6 @@ def preflight(recipe: Recipe, record: Record | None = None, token: str | None = 
             )
         notes += hub.check_visibility()
     return notes
-
-
-def to_push(recipe: Recipe, record: Record | None) -> dict[str, str]:
-    """Role -> repository of what `hub:` names and the run has not pushed there yet."""
-    done = record.data["clock"].get("pushed", {}) if record is not None else {}
-    wanted = {role: getattr(recipe.hub, role) for role in ROLES}
-    return {
-        role: repo for role, repo in wanted.items()
-        if repo and done.get(role, {}).get("repo_id") != repo
-    }  # fmt: skip
 
 
 class Repository:
@@ -344,7 +331,7 @@ class Repository:
         """Run one step, again where the fault may pass; `missing` lets "not found" through."""
         for pause in (*self.pauses, None):
             try:
-                return step()
+                return _heard(step)
             except OfflineModeIsEnabled as error:
                 raise self._failed(error) from None
             except HfHubHTTPError as error:
@@ -360,7 +347,10 @@ class Repository:
                 ours = isinstance(error, FileNotFoundError)
                 if pause is None or (ours and not isinstance(error, LocalEntryNotFoundError)):
                     raise self._failed(error) from None
-            except ValueError as error:  # huggingface_hub on a card that the Hub would refuse
+            except (
+                ValueError,
+                RuntimeError,
+            ) as error:  # huggingface_hub on a card that the Hub would refuse
                 raise self._failed(error) from None
             time.sleep(pause)
         raise AssertionError("the last try returns or raises")
@@ -379,6 +369,14 @@ class Repository:
             expected=expected,
             remedy=f"choose another repository or token (`hf auth login`), then `{self.again}`",
         )
+
+
+def _heard(step: Callable[[], T]) -> T:
+    """The client hides what the upload of a large file failed of behind a RuntimeError."""
+    try:
+        return step()
+    except RuntimeError as error:
+        raise error.__cause__ or error from None
 
 
 @functools.cache

@@ -36,12 +36,13 @@ from . import (
     reward,
     sft,
     sharing,
+    staging,
     stopping,
 )
 from .backbone import Backbone
 from .config import Recipe, load_recipe
 from .data import Prepared
-from .errors import UsageError
+from .errors import HubError, UsageError
 from .progress import Progress
 from .readers import stage_names
 from .record import Record
@@ -141,9 +142,16 @@ def _work(recipe: Recipe, record: Record, names: tuple[str, ...], progress: Prog
 
 
 def _push(recipe: Recipe, record: Record, progress: Progress) -> None:
-    """Push what the recipe's `hub:` names and this run has not pushed yet."""
-    for role, repo_id in {} if hub.offline() else hub.to_push(recipe, record).items():
-        pushed = hub.push(record, role, repo_id, public=recipe.hub.public)
+    """Push what the recipe's `hub:` names and this run has not pushed yet.
+
+    A run that is done stays done where the Hub fails: it is said, with the command to try again.
+    """
+    for role, repo_id in {} if hub.offline() else staging.to_push(recipe, record).items():
+        try:
+            pushed = hub.push(record, role, repo_id, public=recipe.hub.public)
+        except HubError as error:
+            progress.say(f"the run is done and saved, the {role} adapter is not pushed: {error}")
+            continue
         progress.say(f"pushed {role} to {pushed['url']}")
 
 

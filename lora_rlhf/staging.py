@@ -23,6 +23,7 @@ import yaml
 from . import card
 from .card_facts import RL_STAGES, ROLES, hub_base, slug
 from .card_text import cell, code, without_paths
+from .config import Recipe
 from .errors import HubError, UsageError
 from .masking import TOKENS
 from .record import Record, sha256
@@ -109,6 +110,16 @@ def asked_for(
             remedy=f"lora-rlhf push {record.folder} --policy org/name",
         )
     return found, public or section.public
+
+
+def to_push(recipe: Recipe, record: Record | None) -> dict[str, str]:
+    """Role -> repository of what `hub:` names and the run has not pushed there yet."""
+    done = record.data["clock"].get("pushed", {}) if record is not None else {}
+    wanted = {role: getattr(recipe.hub, role) for role in ROLES}
+    return {
+        role: repo for role, repo in wanted.items()
+        if repo and done.get(role, {}).get("repo_id") != repo
+    }  # fmt: skip
 
 
 def check_adapter(record: Record, role: str) -> str:
@@ -334,7 +345,8 @@ def _publish_record(record: Record, folder: Path) -> None:
     Without what is nobody's business: other repositories, and what a stage stopped with.
     """
     data = without_paths(record.data)
-    data.get("clock", {}).pop("pushed", None)
+    for name in ("pushed", "backup"):
+        data.get("clock", {}).pop(name, None)
     for entry in data.get("stages", {}).values():
         entry.pop("error", None)
     data["published"] = {name: sha256(folder / name) for name in _names(folder)}

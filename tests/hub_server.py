@@ -86,7 +86,7 @@ class Request(NamedTuple):
     query: dict[str, str]
     headers: dict[str, str]  # lower-case names
     body: bytes
-    status: int  # 0: the connection was dropped, -1: no answer came, -2: half of one
+    status: int  # below 1: see `fail_next`
 
 
 class Reply(NamedTuple):
@@ -134,12 +134,24 @@ class HubServer:
     def fail_next(self, method, path_regex, status, times=1, *, after=False, headers=None):
         """Answer the next `times` matching requests with `status`.
 
-        0: drop the connection, -1: never answer, -2: drop it in the middle of the true answer.
+        0: drop the connection, -1: never answer, -2: drop it in the middle of the true answer,
+        -3: drop it in the middle of the request.
 
         `after=True` does the work and loses only the answer; `headers` may hold X-Error-Code."""
         fault = {"method": method, "path": path_regex, "times": times, "after": after}
         fault["reply"] = Reply({"error": "injected"}, status, headers or {})
         self._faults.append(fault)
+
+    def hangs_up(self, method: str, path: str) -> bool:
+        """Whether the connection is dropped before the request is heard to its end."""
+        with self._lock:
+            for fault in self._faults:
+                here = fault["method"] == method and re.search(fault["path"], path)
+                if here and fault["times"] > 0 and fault["reply"].status == -3:
+                    fault["times"] -= 1
+                    self.requests.append(Request(method, path, {}, {}, b"", -3))
+                    return True
+        return False
 
     def add_repo(self, key: str, files: dict[str, bytes] | None = None, private=False) -> Repo:
         """Put a repository there without HTTP, under any namespace."""
@@ -157,7 +169,7 @@ class HubServer:
             fault = None
             for candidate in self._faults:
                 here = candidate["method"] == method and re.search(candidate["path"], path)
-                if here and candidate["times"] > 0:
+                if here and candidate["times"] > 0 and candidate["reply"].status != -3:
                     fault = candidate
                     fault["times"] -= 1
                     break
@@ -408,7 +420,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _handle(self):
         headers = {name.lower(): value for name, value in self.headers.items()}
-        body = self.rfile.read(int(headers.get("content-length", 0)))
+        length = int(headers.get("content-length", 0))
+        if self.hub.hangs_up(self.command, urlsplit(self.path).path):
+            self.rfile.read(length // 2)
+            self.close_connection = True
+            return
+        body = self.rfile.read(length)
         if headers.get("transfer-encoding") == "chunked":
             while size := int(self.rfile.readline(), 16):
                 body += self.rfile.read(size)

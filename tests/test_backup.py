@@ -216,7 +216,7 @@ FAULTS = [
     ("POST", "/commit/", 0, 2), ("PUT", "^/_lfs/", 500, 3), ("PUT", "^/_lfs/", 0, 3),
     ("PUT", "^/_lfs/", -1, 1), ("POST", "/commit/", -1, 1), ("POST", "objects/batch", 503, 3),
     ("GET", "/tree/|/revision/|kept$", 502, 1), ("POST", "preupload", 504, 2),
-    ("POST", "repos/create", 500, 2),
+    ("POST", "repos/create", 500, 2), ("PUT", "^/_lfs/", -3, 3),
 ]  # fmt: skip
 
 
