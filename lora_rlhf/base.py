@@ -95,6 +95,13 @@ class BaseModel:
         except torch.OutOfMemoryError:  # the model is fine
             raise
         except Exception as error:  # whatever the libraries raise: a truncated file is their own
+            if "gated repo" in str(error):
+                raise BaseModelError(
+                    f"{model.id} is gated, and this token is not on its list",
+                    expected="a base that may be read, or whose terms were accepted",
+                    remedy="accept them on its page on the Hub, then `hf auth login`, or give "
+                    "HF_TOKEN of who did",
+                ) from error
             raise BaseModelError(
                 f"cannot load {model.id}: {first_line(error)}",
                 expected="a causal language model, complete: `tiny`, a local folder, or a Hub id",

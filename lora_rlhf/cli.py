@@ -142,7 +142,7 @@ def _train(
 
 
 def _run(recipe: Recipe, out: Path, until: str, start_from: Path | None, warm_start: bool) -> None:
-    pipeline = shell.pipeline(_debug)
+    pipeline = shell.room("pipeline", _debug)
     from . import summary
     from .progress import Progress
 
@@ -208,7 +208,7 @@ def _plan_verb(
     from .config import load_recipe
 
     recipe = load_recipe(path, overrides)
-    shell.pipeline(_debug)
+    shell.room("pipeline", _debug)
     from . import plan_report
 
     report = plan_report.report(recipe, path if path.is_dir() else path.parent, gpu, probe=probe)
@@ -307,12 +307,12 @@ def _push_verb(
 
     A base that exists only here (the tiny one, or a local folder) goes first, with --base.
     """
-    from . import hub
+    from . import hub, staging
     from .record import Record
 
     record = Record.read(run)
     named = {"policy": policy, "reward": reward, "value": value, "sft": sft}
-    pushes, public = hub.asked_for(record, named, public=public, base=base)
+    pushes, public = staging.asked_for(record, named, public=public, base=base)
     if base:
         _say_pushed("base", hub.push_base(record, base, public=public))
     for role, repo_id in pushes.items():
@@ -343,11 +343,11 @@ def _generate_verb(
     from .record import Record
 
     Record.read(run)  # a wrong folder is told before seconds of importing
-    pipeline = shell.pipeline(_debug)
+    answers = shell.room("answers", _debug)
     from . import summary
 
     summary.show_answers(
-        pipeline.generate(
+        answers.generate(
             run, text, temperature=temperature, seed=seed, max_new_tokens=max_new_tokens
         )
     )

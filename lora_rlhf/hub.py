@@ -8,6 +8,7 @@ files that are there already are not sent again.
 
 from __future__ import annotations
 
+import functools
 import shlex
 import tempfile
 import time
@@ -15,20 +16,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    constants,
+    get_token,
+    set_client_factory,
+)
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
+    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils import _http, validate_repo_id  # type: ignore[attr-defined]
 
-from .card_facts import ROLES, hub_base
+from .card_facts import hub_base
 from .config import Recipe
-from .errors import HubError, UsageError
+from .errors import HubError
 from .record import Record
-from .staging import check_adapter, local_base, stage_adapter, stage_base
+from .staging import check_adapter, local_base, stage_adapter, stage_base, to_push
 
 T = TypeVar("T")
 
@@ -36,6 +45,9 @@ PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds before each new try, where the Hub does not say how long to wait."""
 _LONGEST_PAUSE = 60.0
 _LICENCE_SECONDS = 10.0
+_SILENCE_SECONDS = (
+    60.0  # huggingface_hub sets no limit: a dead connection would hold a run for ever
+)
 # 412: somebody else committed meanwhile; a new try builds on their commit.
 _PASSING = frozenset({408, 412, 425, 429, 500, 502, 503, 504})
 # The base class of connection errors and time-outs, whichever HTTP library huggingface_hub uses.
@@ -63,7 +75,7 @@ def push(
             holds the command that tries again.
     """
     again = f"lora-rlhf push {shlex.quote(str(record.folder))} --{role} {repo_id}"
-    hub = _Hub(repo_id, token, public, again, f"the push of the {role} adapter")
+    hub = Repository(repo_id, token, public, again, f"the push of the {role} adapter")
     base, model = check_adapter(record, role), record.data["model"]
     if model.get("source") == "Hub" and not model.get("license"):  # trained without a network
         model["license"] = base_licence(model, token)
@@ -101,7 +113,7 @@ def push_base(
         HubError: As `push`.
     """
     again = f"lora-rlhf push {shlex.quote(str(record.folder))} --base {repo_id}"
-    hub = _Hub(repo_id, token, public, again, "the push of the base model")
+    hub = Repository(repo_id, token, public, again, "the push of the base model")
     with tempfile.TemporaryDirectory(prefix="lora-rlhf-push-") as name:
         files = stage_base(record, Path(name))
         hub.check_access()
@@ -134,8 +146,7 @@ def base_licence(model: dict[str, Any], token: str | None = None) -> str | None:
         return None  # it is only for the card, which then says that it does not know
     card: Any = info.card_data or {}
     named = card.get("license")
-    if named == "other":
-        named = card.get("license_name") or named
+    named = card.get("license_name") or named if named == "other" else named
     return named if isinstance(named, str) else None
 
 
@@ -156,7 +167,6 @@ def preflight(recipe: Recipe, record: Record | None = None, token: str | None = 
     wanted = to_push(recipe, record)
     if not wanted:
         return []
-    again = "lora-rlhf run"
     listed = ", ".join(f"{role} to {repo}" for role, repo in wanted.items())
     if offline():
         return [f"offline (HF_HUB_OFFLINE): not pushed: {listed}; push after the run instead"]
@@ -167,7 +177,8 @@ def preflight(recipe: Recipe, record: Record | None = None, token: str | None = 
     if base is None:
         raise local_base(recipe.model.id)
     for role, repo_id in wanted.items():
-        hub = _Hub(repo_id, token, recipe.hub.public, again, f"the push of the {role} adapter")
+        what = f"the push of the {role} adapter"
+        hub = Repository(repo_id, token, recipe.hub.public, "lora-rlhf run", what)
         hub.check_access()
         if hub.visibility(base) is None:
             raise HubError(
@@ -178,45 +189,20 @@ def preflight(recipe: Recipe, record: Record | None = None, token: str | None = 
     return notes
 
 
-def asked_for(
-    record: Record, named: dict[str, str | None], *, public: bool, base: str | None
-) -> tuple[dict[str, str], bool]:
-    """Role -> repository of a `push`: those named, else those of the recipe; and whether public.
+class Repository:
+    """One repository and what is wanted of it; every call is tried again, within bounds.
 
-    Raises:
-        UsageError: There are none.
+    Args:
+        again: The command that tries again, for messages.
+        what: What is done with it, for messages.
+        pauses: Seconds before each new try of a step that failed in passing.
     """
-    found = {role: repo_id for role, repo_id in named.items() if repo_id}
-    if found or base:
-        return found, public
-    section = record.recipe().hub
-    found = {role: getattr(section, role) for role in named if getattr(section, role)}
-    if not found:
-        raise UsageError(
-            "no repository to push to",
-            expected="--policy, --reward, --value, --sft or --base, each with org/name",
-            remedy=f"lora-rlhf push {record.folder} --policy org/name",
-        )
-    return found, public or section.public
-
-
-def to_push(recipe: Recipe, record: Record | None) -> dict[str, str]:
-    """Role -> repository of what `hub:` names and the run has not pushed there yet."""
-    done = record.data["clock"].get("pushed", {}) if record is not None else {}
-    wanted = {role: getattr(recipe.hub, role) for role in ROLES}
-    return {
-        role: repo for role, repo in wanted.items()
-        if repo and done.get(role, {}).get("repo_id") != repo
-    }  # fmt: skip
-
-
-class _Hub:
-    """One repository and what is wanted of it; every call is tried again, within bounds."""
 
     def __init__(
-        self, repo_id: str, token: str | None, public: bool, again: str, what: str
-    ) -> None:
-        self.repo_id, self.public, self.what = repo_id, public, what
+        self, repo_id: str, token: str | None, public: bool, again: str, what: str,
+        pauses: tuple[float, ...] = PAUSES,
+    ) -> None:  # fmt: skip
+        self.repo_id, self.public, self.what, self.pauses = repo_id, public, what, pauses
         self.again = again + (" --public" if public and again != "lora-rlhf run" else "")
         try:
             validate_repo_id(repo_id)
@@ -239,6 +225,7 @@ class _Hub:
                 expected="a token that may write, from `hf auth login` or HF_TOKEN",
                 remedy=f"log in with `hf auth login`, then `{self.again}`",
             )
+        _limit_silence()
         self.api = HfApi(token=self.token)
 
     def check_access(self) -> None:
@@ -310,21 +297,41 @@ class _Hub:
                 commit_message=f"Push the {message}",
             )
         )
-        private = self.visibility(self.repo_id)
-        url = f"{self.api.endpoint}/{self.repo_id}"
         return {
-            "url": url,
-            "commit": commit.oid,
-            "files": files,
-            "private": private,
-            "notes": notes,
-        }
+            "url": f"{self.api.endpoint}/{self.repo_id}", "commit": commit.oid, "files": files,
+            "private": self.visibility(self.repo_id), "notes": notes,
+        }  # fmt: skip
+
+    def mirror(self, folder: Path, files: list[str], message: str) -> str:
+        """Let a private repository hold these files and no others, in one commit; returns it."""
+        self.call(lambda: self.api.create_repo(self.repo_id, private=True, exist_ok=True))
+
+        def commit() -> str:
+            # Asked in every try: the one before may have been heard though its answer was lost.
+            gone = {*self.api.list_repo_files(self.repo_id)} - {*files, ".gitattributes"}
+            return self.api.create_commit(
+                self.repo_id,
+                [*(CommitOperationAdd(name, folder / name) for name in files),
+                 *(CommitOperationDelete(name) for name in sorted(gone))],
+                commit_message=message,
+            ).oid  # fmt: skip
+
+        return self.call(commit)
+
+    def download(self, folder: Path, only: str | None = None) -> bool:
+        """All files of the newest commit, or one of them, into a folder; False: no repository."""
+        try:
+            get = functools.partial(self.api.snapshot_download, self.repo_id, local_dir=folder)
+            self.call(lambda: get(allow_patterns=only), missing=True)
+        except RepositoryNotFoundError:
+            return False
+        return True
 
     def call(self, step: Callable[[], T], missing: bool = False) -> T:
         """Run one step, again where the fault may pass; `missing` lets "not found" through."""
-        for pause in (*PAUSES, None):
+        for pause in (*self.pauses, None):
             try:
-                return step()
+                return _heard(step)
             except OfflineModeIsEnabled as error:
                 raise self._failed(error) from None
             except HfHubHTTPError as error:
@@ -336,9 +343,14 @@ class _Hub:
                     raise self._failed(error, status) from None
                 pause = _asked_pause(response, pause)
             except (_TRANSPORT, OSError) as error:
-                if pause is None or isinstance(error, FileNotFoundError):
+                # The client says "not in the cache" where it could not ask the Hub.
+                ours = isinstance(error, FileNotFoundError)
+                if pause is None or (ours and not isinstance(error, LocalEntryNotFoundError)):
                     raise self._failed(error) from None
-            except ValueError as error:  # huggingface_hub on a card that the Hub would refuse
+            except (
+                ValueError,
+                RuntimeError,
+            ) as error:  # huggingface_hub on a card that the Hub would refuse
                 raise self._failed(error) from None
             time.sleep(pause)
         raise AssertionError("the last try returns or raises")
@@ -347,8 +359,7 @@ class _Hub:
         remedy = f"nothing that was trained is lost; try again with `{self.again}`"
         if status in (401, 403):
             remedy = f"use a token that may write there (`hf auth login`), then `{self.again}`"
-        text = " ".join(str(error).split()) or type(error).__name__
-        text = text.replace(str(self.token), "***")
+        text = " ".join(str(error).replace(str(self.token), "***").split()) or type(error).__name__
         code = f" (HTTP {status})" if status else ""
         return HubError(f"{self.what} to {self.repo_id} failed{code}: {text:.300}", remedy=remedy)
 
@@ -358,6 +369,27 @@ class _Hub:
             expected=expected,
             remedy=f"choose another repository or token (`hf auth login`), then `{self.again}`",
         )
+
+
+def _heard(step: Callable[[], T]) -> T:
+    """The client hides what the upload of a large file failed of behind a RuntimeError."""
+    try:
+        return step()
+    except RuntimeError as error:
+        raise error.__cause__ or error from None
+
+
+@functools.cache
+def _limit_silence() -> None:
+    """Let no session of the client, which makes new ones as it likes, wait for ever."""
+    before = _http._GLOBAL_CLIENT_FACTORY
+
+    def impatient() -> Any:
+        session = before()
+        session.timeout = _SILENCE_SECONDS
+        return session
+
+    set_client_factory(impatient)
 
 
 def _asked_pause(response: Any, pause: float) -> float:

@@ -19,6 +19,7 @@ import torch
 
 from . import (
     advice,
+    backup,
     best_of_n,
     card,
     checkpoint,
@@ -26,7 +27,6 @@ from . import (
     controls,
     data,
     dpo,
-    ensemble,
     evaluate,
     group_trainers,
     hub,
@@ -36,13 +36,14 @@ from . import (
     reward,
     sft,
     sharing,
+    staging,
     stopping,
 )
 from .backbone import Backbone
-from .config import Recipe, load_recipe
+from .config import Recipe
 from .data import Prepared
-from .errors import MemoryLimitError, UsageError
-from .filters import SECRET, breaker
+from .errors import HubError, MemoryLimitError, UsageError
+from .filters import SECRET
 from .progress import Progress
 from .readers import stage_names
 from .record import Record
@@ -113,13 +114,20 @@ def _run(
 ) -> Record:
     """`run` in a directory that nobody else works in."""
     source = sharing.check(start_from, recipe, out) if start_from is not None else None
+    remote = backup.prepare(recipe, Path(out), progress, warm_start=warm_start)
     record = Record.open(out, recipe, warm_start=warm_start)
     if source is not None and (taken := sharing.take_over(source, record)):
         progress.say(f"taken over from {source.folder}: {', '.join(taken)}")
-    wanted = [s for s in names[: names.index(until) + 1] if not checks.finished(recipe, record, s)]
     if until == "card":
         for note in hub.preflight(recipe, record):  # before hours of training, not after them
             progress.say(note)
+    with backup.kept(remote, recipe, record, progress):
+        return _work(recipe, record, names[: names.index(until) + 1], progress)
+
+
+def _work(recipe: Recipe, record: Record, names: tuple[str, ...], progress: Progress) -> Record:
+    """Those of these stages that are not finished."""
+    wanted = [stage for stage in names if not checks.finished(recipe, record, stage)]
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     if set(wanted) - {"card"}:
@@ -134,15 +142,22 @@ def _run(
             record.finish()
             card.write(record)
             record.seal()
-    if until == "card":
+    if "card" in names:
         _push(recipe, record, progress)
     return record
 
 
 def _push(recipe: Recipe, record: Record, progress: Progress) -> None:
-    """Push what the recipe's `hub:` names and this run has not pushed yet."""
-    for role, repo_id in {} if hub.offline() else hub.to_push(recipe, record).items():
-        pushed = hub.push(record, role, repo_id, public=recipe.hub.public)
+    """Push what the recipe's `hub:` names and this run has not pushed yet.
+
+    A run that is done stays done where the Hub fails: it is said, with the command to try again.
+    """
+    for role, repo_id in {} if hub.offline() else staging.to_push(recipe, record).items():
+        try:
+            pushed = hub.push(record, role, repo_id, public=recipe.hub.public)
+        except HubError as error:
+            progress.say(f"the run is done and saved, the {role} adapter is not pushed: {error}")
+            continue
         progress.say(f"pushed {role} to {pushed['url']}")
 
 
@@ -332,63 +347,3 @@ class _Work:
         texts = [self.backbone.decode(a) for a in answers]
         self._samples[asked] = [texts[i : i + k] for i in range(0, len(texts), k)]
         return self._samples[asked]
-
-
-def load(folder: str | Path) -> tuple[Backbone, Record]:
-    """The backbone of a run with every role that it finished.
-
-    Raises:
-        UsageError: The folder is no run, or no stage of it is finished.
-    """
-    record = Record.read(folder)
-    if not record.done("sft"):
-        raise UsageError(f"{folder} has no finished stage", remedy="go on with `lora-rlhf run`")
-    recipe = load_recipe(Path(folder) / "recipe.yaml")
-    backbone = Backbone.load(recipe.model, recipe.lora)
-    sft.load(backbone, record)
-    if record.done("reward"):
-        reward.load(backbone, record)
-    if record.done(record.algorithm) and record.algorithm != "best_of_n":
-        ppo.load(backbone, record)
-    return backbone, record
-
-
-def generate(
-    folder: str | Path, text: str, *, temperature: float = 1.0, seed: int = 0,
-    max_new_tokens: int | None = None,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Answers of base, SFT and policy (or best of n) to one prompt, with the reward of each.
-
-    Returns:
-        One dict for each model that the run has: `model`, `text`, `tokens`, and `reward` where
-        there is a reward model.
-    """
-    backbone, record = load(folder)
-    recipe = load_recipe(Path(folder) / "recipe.yaml")
-    text = breaker(backbone.tokenizer)(text)  # what a user writes is text
-    prompt: Any = [{"role": "user", "content": text}] if backbone.tokenizer.chat_template else text
-    ids = backbone.encode_prompt(prompt)
-    limit = max_new_tokens or controls.longest(recipe, record)
-    models: list[tuple[str, str | None]] = [("base", None), ("sft", "reference")]
-    if record.done(recipe.algorithm):
-        models.append(("policy", "policy"))
-        if recipe.algorithm == "best_of_n":  # greedy answers are all the same: none is best
-            models[-1:] = [("best_of_n", "reference")] if temperature > 0 else []
-    rows = []
-    for model, role in models:
-        options: dict[str, Any] = {
-            "max_new_tokens": limit, "temperature": temperature, "seed": seed,
-        }  # fmt: skip
-        if model == "best_of_n":
-            [answer] = best_of_n.choose(backbone, [ids], recipe, **options)
-        else:
-            [answer] = backbone.generate([ids], role, **options)
-        row: dict[str, Any] = {
-            "model": model,
-            "text": backbone.decode(answer),
-            "tokens": len(answer),
-        }
-        if backbone.has("reward"):
-            [row["reward"]] = ensemble.rewards_of(backbone, [(ids, answer)], recipe.reward)
-        rows.append(row)
-    return rows

@@ -56,10 +56,10 @@ class Record:
     """
 
     def __init__(self, folder: str | Path, data: dict[str, Any]) -> None:
-        self.folder = Path(folder)
-        self.data = data
+        self.folder, self.data = Path(folder), data
         self.warm_start = False
         self.on_done: Callable[[], None] | None = None  # before a stage is noted as done
+        self.on_saved: Callable[[bool], None] = lambda whole_stage: None  # more to go on from
 
     @classmethod
     def open(cls, folder: str | Path, recipe: Recipe, *, warm_start: bool = False) -> Record:
@@ -239,6 +239,7 @@ class Record:
         clock["stages"][name] = {"seconds": round(seconds, 3)}
         self.save()
         self.drop_checkpoints(name)
+        self.on_saved(True)
 
     def restart_metrics(self, stage: str) -> None:
         """Forget what an interrupted try of `stage` logged: it starts from its beginning."""

@@ -226,6 +226,7 @@ class Keeper(TrainerCallback):
         self._old = []
         checkpoint.prune(self.folder, self.section.keep)
         self._saved = time.monotonic()
+        self.record.on_saved(False)
 
     @torch.no_grad()
     def _load_roles(self, found: Checkpoint) -> None:

@@ -258,6 +258,20 @@ class CheckpointSection(Section):
     max_minutes: float | None = Field(
         None, gt=0, description="Save and stop after so many minutes; the same command goes on."
     )
+    hub: str | None = Field(
+        None,
+        description="A private repository, organisation/name, that is kept equal to the run; the "
+        "same recipe with an empty --out, on any machine, goes on from there.",
+    )
+    hub_minutes: float = Field(
+        15.0, ge=0, description="Send there at most every so many minutes, and after each stage."
+    )
+
+    @model_validator(mode="after")
+    def _with_hub(self) -> CheckpointSection:
+        if self.hub is None and self.changed("hub_minutes"):
+            raise conflict("checkpoint.hub_minutes needs checkpoint.hub", "hub_minutes")
+        return self
 
 
 class CardSection(Section):
@@ -327,6 +341,14 @@ class Recipe(Section):
     def _goes_together(self) -> Recipe:
         """Refuse what cannot work together, before a model is loaded."""
         ppo, reward = self.ppo, self.reward
+        for role in ("policy", "reward", "value", "sft"):
+            named = getattr(self.hub, role)
+            if named and self.checkpoint.hub and named.casefold() == self.checkpoint.hub.casefold():
+                raise conflict(
+                    f"checkpoint.hub and hub.{role} are both {named}: checkpoints need a "
+                    "repository of their own",
+                    "checkpoint.hub", f"hub.{role}",
+                )  # fmt: skip
         if ppo.ptx_coef and not self.data.text:
             raise conflict(
                 "ppo.ptx_coef is above 0, and data.text is empty: give it text",

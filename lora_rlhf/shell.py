@@ -21,6 +21,7 @@ from .masking import safe
 
 _QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_VERBOSITY": "error",  # it tells of every new try; what comes of them, we tell
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
     "DATASETS_VERBOSITY": "error",
@@ -92,14 +93,17 @@ def quieten() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def pipeline(debug: bool) -> Any:
-    """The pipeline, imported now; bars stay where something is downloaded, and only there."""
+def room(name: str, debug: bool) -> Any:
+    """A module that needs the libraries, imported now: `pipeline`, or `answers`.
+
+    Bars stay where something is downloaded, and only there.
+    """
+    import importlib
+
     from huggingface_hub import utils
     from transformers.utils import logging
-
-    from . import pipeline
 
     if not debug:
         logging.disable_progress_bar()  # transformers' own, and the Hub's as well
         utils.enable_progress_bars()  # type: ignore[attr-defined]
-    return pipeline
+    return importlib.import_module(f".{name}", __package__)

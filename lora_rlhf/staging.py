@@ -23,6 +23,7 @@ import yaml
 from . import card
 from .card_facts import RL_STAGES, ROLES, hub_base, slug
 from .card_text import cell, code, without_paths
+from .config import Recipe
 from .errors import HubError, UsageError
 from .masking import TOKENS, variables
 from .record import Record, sha256
@@ -85,6 +86,38 @@ def stage_adapter(record: Record, role: str, repo_id: str, folder: Path) -> list
     names = _names(folder)
     scan(folder, names, [str(record.folder.resolve())])
     return names
+
+
+def asked_for(
+    record: Record, named: dict[str, str | None], *, public: bool, base: str | None
+) -> tuple[dict[str, str], bool]:
+    """Role -> repository of a `push`: those named, else those of the recipe; and whether public.
+
+    Raises:
+        UsageError: There are none.
+    """
+    found = {role: repo_id for role, repo_id in named.items() if repo_id}
+    if found or base:
+        return found, public
+    section = record.recipe().hub
+    found = {role: getattr(section, role) for role in named if getattr(section, role)}
+    if not found:
+        raise UsageError(
+            "no repository to push to",
+            expected="--policy, --reward, --value, --sft or --base, each with org/name",
+            remedy=f"lora-rlhf push {record.folder} --policy org/name",
+        )
+    return found, public or section.public
+
+
+def to_push(recipe: Recipe, record: Record | None) -> dict[str, str]:
+    """Role -> repository of what `hub:` names and the run has not pushed there yet."""
+    done = record.data["clock"].get("pushed", {}) if record is not None else {}
+    wanted = {role: getattr(recipe.hub, role) for role in ROLES}
+    return {
+        role: repo for role, repo in wanted.items()
+        if repo and done.get(role, {}).get("repo_id") != repo
+    }  # fmt: skip
 
 
 def check_adapter(record: Record, role: str) -> str:
@@ -180,19 +213,25 @@ def stage_base(record: Record, folder: Path) -> list[str]:
     return names
 
 
-def scan(folder: Path, names: Iterable[str], private: Iterable[str] = ()) -> None:
+def scan(
+    folder: Path, names: Iterable[str], private: Iterable[str] = (), *, homes: bool = True
+) -> None:
     """Look for secrets and local paths in every text file; `private` are more strings to refuse.
+
+    Args:
+        homes: Whether paths are looked for: rows of data may speak of them as they like.
 
     Raises:
         HubError: Naming the file and the kind of what was found, never the secret.
     """
     home = str(Path.home())
-    paths = {*private, *([home + os.sep] if len(home) > 1 else [])}
+    paths = {*private, *([home + os.sep] if homes and len(home) > 1 else [])}
+    kinds = _SECRETS if homes else TOKENS
     for name in names:
         if name.endswith((".safetensors", ".png", ".model")):
             continue
         text = (folder / name).read_text(encoding="utf-8", errors="replace")
-        found = [kind for kind, pattern in _SECRETS.items() if pattern.search(text)]
+        found = [kind for kind, pattern in kinds.items() if pattern.search(text)]
         found += [f"the value of the environment variable {name}"
                   for value, name in variables().items() if value in text]  # fmt: skip
         found += ["a path of this machine" for path in paths if path in text]
@@ -301,7 +340,8 @@ def _publish_record(record: Record, folder: Path) -> None:
     Without what is nobody's business: other repositories, and what a stage stopped with.
     """
     data = without_paths(record.data)
-    data.get("clock", {}).pop("pushed", None)
+    for name in ("pushed", "backup"):
+        data.get("clock", {}).pop(name, None)
     for entry in data.get("stages", {}).values():
         entry.pop("error", None)
     data["published"] = {name: sha256(folder / name) for name in _names(folder)}

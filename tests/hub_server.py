@@ -7,7 +7,7 @@
 
 As on the Hub: a new repository holds `.gitattributes`; a card's metadata is checked on
 `/api/validate-yaml` and again on the commit; what a token may not see is "not found". Not here:
-branches, tags, pull requests, pages (a list is one page), multi-part uploads, Xet, gating, search.
+branches, tags, pull requests, pages (a list is one page), multi-part uploads, Xet, search.
 """
 
 import base64
@@ -86,7 +86,7 @@ class Request(NamedTuple):
     query: dict[str, str]
     headers: dict[str, str]  # lower-case names
     body: bytes
-    status: int  # 0: the connection was dropped
+    status: int  # below 1: see `fail_next`
 
 
 class Reply(NamedTuple):
@@ -109,6 +109,7 @@ class HubServer:
     def __init__(self, user="tester", token="hf_test", orgs=("acme",), role="write"):
         self.user, self.token, self.orgs, self.role = user, token, tuple(orgs), role
         self.repos: dict[str, Repo] = {}
+        self.gated: set[str] = set()  # may be seen, and not be read, by this user
         self.lfs: dict[str, bytes] = {}  # sha256 -> content, uploaded but perhaps never committed
         self.requests: list[Request] = []
         self._faults: list[dict] = []
@@ -118,6 +119,7 @@ class HubServer:
         self._httpd.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._httpd.server_address[1]}"
         self.closed = False
+        self.closing = threading.Event()
 
     def __enter__(self) -> "HubServer":
         threading.Thread(target=self._httpd.serve_forever, args=(0.02,), daemon=True).start()
@@ -125,16 +127,31 @@ class HubServer:
 
     def __exit__(self, *_):
         self.closed = True
+        self.closing.set()
         self._httpd.shutdown()
         self._httpd.server_close()
 
     def fail_next(self, method, path_regex, status, times=1, *, after=False, headers=None):
-        """Answer the next `times` matching requests with `status` (0: drop the connection).
+        """Answer the next `times` matching requests with `status`.
+
+        0: drop the connection, -1: never answer, -2: drop it in the middle of the true answer,
+        -3: drop it in the middle of the request.
 
         `after=True` does the work and loses only the answer; `headers` may hold X-Error-Code."""
         fault = {"method": method, "path": path_regex, "times": times, "after": after}
         fault["reply"] = Reply({"error": "injected"}, status, headers or {})
         self._faults.append(fault)
+
+    def hangs_up(self, method: str, path: str) -> bool:
+        """Whether the connection is dropped before the request is heard to its end."""
+        with self._lock:
+            for fault in self._faults:
+                here = fault["method"] == method and re.search(fault["path"], path)
+                if here and fault["times"] > 0 and fault["reply"].status == -3:
+                    fault["times"] -= 1
+                    self.requests.append(Request(method, path, {}, {}, b"", -3))
+                    return True
+        return False
 
     def add_repo(self, key: str, files: dict[str, bytes] | None = None, private=False) -> Repo:
         """Put a repository there without HTTP, under any namespace."""
@@ -152,7 +169,7 @@ class HubServer:
             fault = None
             for candidate in self._faults:
                 here = candidate["method"] == method and re.search(candidate["path"], path)
-                if here and candidate["times"] > 0:
+                if here and candidate["times"] > 0 and candidate["reply"].status != -3:
                     fault = candidate
                     fault["times"] -= 1
                     break
@@ -164,7 +181,10 @@ class HubServer:
                     reply = error.reply
                 except Exception as error:  # a request this server was not made for
                     reply = HubError(400, f"the test server failed: {error!r}").reply
-            reply = fault["reply"] if fault else reply
+            if fault and fault["reply"].status == -2:
+                reply = self._route(method, path, query, headers, body)._replace(status=-2)
+            else:
+                reply = fault["reply"] if fault else reply
             self.requests.append(Request(method, path, query, headers, body, reply.status))
             return reply
 
@@ -282,13 +302,17 @@ class HubServer:
             sibling |= {"size": entry["size"], "blobId": entry["oid"], "lfs": entry.get("lfs")}
         repo_id = "/".join(repo.key.split("/")[-2:])
         info = {"id": repo_id, "author": repo_id.split("/")[0], "sha": commit.sha}
-        info |= {"private": repo.private, "gated": False, "disabled": False, "lastModified": DATE}
+        info |= {"private": repo.private, "gated": repo.key in self.gated and "manual"}
+        info |= {"disabled": False, "lastModified": DATE}
         info |= {"createdAt": DATE, "downloads": 0, "likes": 0, "siblings": siblings}
         shown = ("tags", "library_name", "pipeline_tag", "model-index")
         return info | {"cardData": meta} | {key: meta[key] for key in shown if key in meta}
 
     def _resolve(self, repo: Repo, revision: str, path: str) -> Reply:
         commit = repo.at(revision)
+        if repo.key in self.gated:
+            message = f"Access to model {repo.key} is restricted and you are not in its list"
+            raise HubError(403, message, "GatedRepo", commit=commit.sha)
         if path not in commit.tree:
             raise HubError(404, "Entry not found", "EntryNotFound", commit=commit.sha)
         blob = commit.tree[path]
@@ -396,7 +420,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _handle(self):
         headers = {name.lower(): value for name, value in self.headers.items()}
-        body = self.rfile.read(int(headers.get("content-length", 0)))
+        length = int(headers.get("content-length", 0))
+        if self.hub.hangs_up(self.command, urlsplit(self.path).path):
+            self.rfile.read(length // 2)
+            self.close_connection = True
+            return
+        body = self.rfile.read(length)
         if headers.get("transfer-encoding") == "chunked":
             while size := int(self.rfile.readline(), 16):
                 body += self.rfile.read(size)
@@ -407,19 +436,23 @@ class _Handler(BaseHTTPRequestHandler):
         reply = Reply(status=0)
         if not self.hub.closed:
             reply = self.hub.answer(self.command, url.path, query, headers, body)
-        if reply.status == 0:
+        if reply.status == -1:
+            self.hub.closing.wait(30)
+        if reply.status in (0, -1):
             self.close_connection = True
             return
         raw = isinstance(reply.body, bytes)
         content = reply.body if raw else json.dumps(reply.body).encode()
-        self.send_response(reply.status)
+        half = reply.status == -2
+        self.send_response(200 if half else reply.status)
         self.send_header("Content-Type", "application/octet-stream" if raw else "application/json")
         self.send_header("Content-Length", str(len(content)))
         for name, value in reply.headers.items():
             self.send_header(name, " ".join(value.split()))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content)
+            self.wfile.write(content[: len(content) // 2] if half else content)
+        self.close_connection = self.close_connection or half
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _handle
 

@@ -55,7 +55,7 @@ def fake(monkeypatch):
             raise made.raises
         return made.record or Record.open(out, recipe)
 
-    monkeypatch.setattr(cli.shell, "pipeline", lambda _: SimpleNamespace(run=run))
+    monkeypatch.setattr(cli.shell, "room", lambda *_: SimpleNamespace(run=run))
     return made
 
 
@@ -329,7 +329,7 @@ def test_signals(name, times, code, recipe, tmp_path):
                 print("cleaning", flush=True)
                 for _ in range({times - 1}):
                     kill()
-        cli.shell.pipeline = lambda _: types.SimpleNamespace(run=run)
+        cli.shell.room = lambda *_: types.SimpleNamespace(run=run)
         sys.argv = ["lora-rlhf", "run", {str(recipe)!r}, "--out", {str(tmp_path / "o")!r}]
         cli.main()
     """
@@ -494,7 +494,7 @@ def test_generate_shows_each_model_with_its_reward(finished, monkeypatch):
             {"model": "policy", "text": "A [bold]box[/bold].", "tokens": 4, "reward": 0.5},
         ]
 
-    monkeypatch.setattr(cli.shell, "pipeline", lambda _: SimpleNamespace(generate=generate))
+    monkeypatch.setattr(cli.shell, "room", lambda *_: SimpleNamespace(generate=generate))
     result = invoke("generate", finished.folder, "What is it?", "--temperature", 0, "--seed", 3,
                     "--max-new-tokens", 9)  # fmt: skip
     assert result.exit_code == 0, result.output

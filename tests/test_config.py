@@ -63,7 +63,8 @@ rloo: {updates: 3, kl_coef: 0.1, num_generations: 2, args: {a: 1}}
 dpo: {beta: 0.2, args: {a: 1}}
 best_of_n: {n: 3}
 evaluate: {n: 3, max_new_tokens: 4, temperature: 0, batch_size: 2, samples: 1}
-checkpoint: {every_minutes: 0, every_steps: 7, keep: 3, max_minutes: 90}
+checkpoint: {every_minutes: 0, every_steps: 7, keep: 3, max_minutes: 90,
+  hub: acme/kept, hub_minutes: 3}
 card: {title: "1e3", license: mit, language: [en, "no"], authors: "null", intended_use: "yes",
   limits: "a: b\\n# c"}
 hub: {policy: a/p, reward: a/r, value: a/v, sft: a/s, public: true}

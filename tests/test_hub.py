@@ -21,10 +21,12 @@ from hub_run import make_finished
 from hub_server import HubServer, hub_env
 from huggingface_hub import constants
 
-from lora_rlhf import hub, staging
+from lora_rlhf import hub, pipeline, staging
+from lora_rlhf.base import BaseModel
 from lora_rlhf.config import parse_recipe
-from lora_rlhf.errors import HubError
+from lora_rlhf.errors import BaseModelError, HubError
 from lora_rlhf.record import Record, sha256
+from lora_rlhf.sections import LoraSection, ModelSection
 
 pytestmark = pytest.mark.hub
 
@@ -69,11 +71,23 @@ def here(server, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", "hf_test")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    files = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
     pauses = []
     monkeypatch.setattr(time, "sleep", pauses.append)
     return pauses
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """A silent connection is given up after less than a second."""
+    monkeypatch.setattr(hub, "_SILENCE_SECONDS", 0.3)
+    hub._limit_silence.cache_clear()
+    yield
+    monkeypatch.undo()
+    hub._limit_silence.cache_clear()
 
 
 def writes(server):
@@ -205,13 +219,18 @@ def test_a_second_push_changes_nothing_and_a_new_card_is_one_commit(run, server,
         ("GET", "whoami", 500), ("POST", "repos/create", 503), ("POST", "preupload", 502),
         ("POST", "objects/batch", 500), ("PUT", "^/_lfs/", 500), ("PUT", "^/_lfs/", 0),
         ("POST", "/commit/", 500), ("POST", "/commit/", 412), ("POST", "/commit/", 429),
-        ("POST", "/commit/", 0), ("POST", "validate-yaml", 504),
+        ("POST", "/commit/", 0), ("POST", "validate-yaml", 504), ("POST", "/commit/", 408),
+        ("PUT", "^/_lfs/", -3), ("POST", "/commit/", -3), ("PUT", "^/_lfs/", -1),
+        ("POST", "/commit/", -1), ("GET", "whoami", -1),
     ],
 )  # fmt: skip
-def test_passing_faults_are_tried_again(run, server, here, method, path, status):
+def test_passing_faults_are_tried_again(run, server, here, impatient, method, path, status):
     server.fail_next(method, path, status, times=3)
+    started = time.monotonic()
     hub.push(run, "policy", "acme/p")
     assert here  # it paused
+    assert time.monotonic() - started < 20, "a connection that is silent was waited for"
+    assert [r.status for r in server.requests].count(status) == 3
     assert len(server.repos["acme/p"].commits) == 2
     assert set(server.repos["acme/p"].files) <= ALLOWED
 
@@ -247,6 +266,61 @@ def test_a_hub_that_is_not_there_is_an_error_of_ours(run, here, monkeypatch):
     with pytest.raises(HubError, match="nothing that was trained is lost"):
         hub.push(run, "policy", "acme/p")
     assert here == list(hub.PAUSES)
+
+
+def test_a_huge_folder_is_one_commit_and_goes_on_where_it_was_cut(run, server, here, tmp_path):
+    """40 shards; after a fault that lasts, only what is missing is sent again."""
+    base = Path(run.data["model"]["id"])
+    big, shards = tmp_path / "big", 40
+    shutil.copytree(base, big)
+    weights = (big / "model.safetensors").read_bytes()
+    (big / "model.safetensors").unlink()
+    size = int.from_bytes(weights[:8], "little")
+    for i in range(1, shards + 1):  # the same tensors under another length of header: other files
+        header = weights[8 : 8 + size] + b" " * (8 * i)
+        name = f"model-{i:05d}-of-{shards:05d}.safetensors"
+        (big / name).write_bytes(len(header).to_bytes(8, "little") + header + weights[8 + size :])
+    run.data["model"] |= {"id": str(big), "weights": {}}
+    third = sorted(big.glob("model-*"))[2]
+    server.fail_next("PUT", sha256(third), 500, times=10_000)
+    with pytest.raises(HubError, match="--base acme/big"):
+        hub.push_base(run, "acme/big")
+    assert set(server.repos["acme/big"].files) == {".gitattributes"}
+    server._faults.clear()
+    done = {r.path for r in server.sent("PUT", "^/_lfs/") if r.status == 200}
+    before = len(server.requests)
+    result = hub.push_base(run, "acme/big")
+    sent = [r.path for r in server.requests[before:] if r.method == "PUT"]
+    assert len(sent) == shards - len(done) and not done & {*sent}
+    assert len(result["files"]) > shards and len(server.repos["acme/big"].commits) == 2
+    assert {"README.md", third.name} <= set(server.repos["acme/big"].files)
+
+
+@pytest.mark.parametrize("fault", [500, 403, -1])
+def test_a_run_that_is_done_stays_done_where_the_push_fails(
+    run, server, here, impatient, monkeypatch, fault
+):
+    """Exit code 0, what happened and the exact command on the screen; the next call pushes."""
+    said = []
+    progress = SimpleNamespace(say=said.append)
+    wanted = recipe(hub={"policy": "acme/p", "reward": "acme/r"})
+    server.fail_next("POST", "acme/p/commit/", fault, times=10_000)
+    pipeline._push(wanted, run, progress)
+    assert f"`lora-rlhf push {run.folder} --policy acme/p`" in said[0]
+    assert "the policy adapter is not pushed" in said[0] and "pushed reward to" in said[1]
+    assert set(server.repos["acme/p"].files) == {".gitattributes"}
+    server._faults.clear()
+    pipeline._push(wanted, Record.read(run.folder), progress)
+    assert "pushed policy to" in said[2] and len(said) == 3
+    assert "README.md" in server.repos["acme/p"].files
+
+
+def test_a_gated_base_says_where_to_ask(server, here):
+    server.add_repo("acme/shy", {"config.json": b"{}"})
+    server.gated.add("acme/shy")
+    with pytest.raises(BaseModelError, match="acme/shy is gated") as caught:
+        BaseModel.load(ModelSection(id="acme/shy"), LoraSection())
+    assert "accept them on its page" in caught.value.remedy and caught.value.exit_code == 4
 
 
 # --- visibility -------------------------------------------------------------------------------
