@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .answers import generate, load
     from .backbone import Backbone
     from .config import Recipe, load_recipe
     from .errors import LoraRlhfError
     from .hub import push
+    from .loaded import generate, load
     from .pipeline import run
     from .progress import Progress
     from .record import Record
@@ -45,8 +45,8 @@ _HOMES = {
     "LoraRlhfError": "errors",
     "Recipe": "config",
     "Record": "record",
-    "generate": "answers",
-    "load": "answers",
+    "generate": "loaded",
+    "load": "loaded",
     "load_recipe": "config",
     "push": "hub",
     "run": "pipeline",

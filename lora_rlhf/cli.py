@@ -343,11 +343,11 @@ def _generate_verb(
     from .record import Record
 
     Record.read(run)  # a wrong folder is told before seconds of importing
-    answers = shell.room("answers", _debug)
+    loaded = shell.room("loaded", _debug)
     from . import summary
 
     summary.show_answers(
-        answers.generate(
+        loaded.generate(
             run, text, temperature=temperature, seed=seed, max_new_tokens=max_new_tokens
         )
     )

@@ -94,7 +94,7 @@ def quieten() -> None:
 
 
 def room(name: str, debug: bool) -> Any:
-    """A module that needs the libraries, imported now: `pipeline`, or `answers`.
+    """A module that needs the libraries, imported now: `pipeline`, or `loaded`.
 
     Bars stay where something is downloaded, and only there.
     """

@@ -102,7 +102,7 @@ def _plain(value: Any) -> str:
 
 
 def show_answers(answers: Sequence[dict[str, Any]], console: Console | None = None) -> None:
-    """Print what `answers.generate` returned: side by side on a terminal, else one by one."""
+    """Print what `loaded.generate` returned: side by side on a terminal, else one by one."""
     console = console or Console(highlight=False)
     rewarded = any("reward" in answer for answer in answers)
     if not console.is_terminal:

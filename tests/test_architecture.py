@@ -66,7 +66,7 @@ ORDER = [
         "hub",
         "backup",
         "checks",
-        "answers",
+        "loaded",
         "pipeline",
         "compare",
         "summary",

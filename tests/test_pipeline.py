@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 import lora_rlhf
-from lora_rlhf import answers, checks, pipeline, ppo_trainer, reward, tiny
+from lora_rlhf import checks, loaded, pipeline, ppo_trainer, reward, tiny
 from lora_rlhf.config import load_recipe
 from lora_rlhf.errors import DataError, GateError, RecipeError, SetupError, UsageError
 from lora_rlhf.progress import Progress
@@ -136,7 +136,7 @@ def test_a_control_ends_in_the_same_report(algorithm: str, started: str, tmp_pat
     evaluation = record.data["evaluation"]
     assert list(evaluation) == ["base", "sft", model] and record.done(algorithm)
     assert evaluation["sft"] == Record.read(started).data["evaluation"]["sft"]
-    rows = answers.generate(record.folder, "Say hello politely.", seed=1, max_new_tokens=8)
+    rows = loaded.generate(record.folder, "Say hello politely.", seed=1, max_new_tokens=8)
     assert [row["model"] for row in rows] == ["base", "sft", model]
     name = {"grpo": "GRPO", "dpo": "DPO", "best_of_n": "best of n"}[algorithm]
     if model == "policy":
@@ -327,7 +327,7 @@ def test_missing_data_is_found_before_anything_is_trained(tmp_path: Path):
 
 
 def test_generate_answers_as_base_sft_and_policy(finished: Record):
-    rows = answers.generate(finished.folder, "Say hello politely.", seed=1)
+    rows = loaded.generate(finished.folder, "Say hello politely.", seed=1)
     assert [row["model"] for row in rows] == ["base", "sft", "policy"]
     assert all(isinstance(row["reward"], float) for row in rows)
 

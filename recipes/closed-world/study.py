@@ -25,8 +25,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import lora_rlhf
-from lora_rlhf import answers as finished
-from lora_rlhf import ensemble, overoptimization, shell, tasks, tiny
+from lora_rlhf import ensemble, loaded, overoptimization, shell, tasks, tiny
 from lora_rlhf.data import prompts as read_prompts
 
 ALGORITHMS = ("ppo", "grpo", "rloo", "dpo", "best_of_n")
@@ -113,7 +112,7 @@ def curves(seed: int, out: Path) -> list[dict[str, Any]]:
 def best_of_n(run: Path, samples: int = 64, prompts: int = 128) -> list[dict[str, float]]:
     """Proxy and gold reward of the best of n SFT samples, for n = 1, 2, 4 ... `samples`."""
     print("best of n from", run, flush=True)
-    backbone, record = finished.load(run)
+    backbone, record = loaded.load(run)
     recipe = lora_rlhf.load_recipe(run / "recipe.yaml")
     rows = read_prompts(recipe, backbone.tokenizer).held_out.select(range(prompts))
     items = [tasks.Item.from_dict(json.loads(item)) for item in rows["item"]]
