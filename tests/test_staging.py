@@ -160,18 +160,17 @@ def test_a_secret_in_any_text_is_refused_and_not_shown(run, tmp_path, secret):
     assert secret not in str(caught.value)
 
 
-def test_a_secret_in_a_sample_is_hidden_on_the_card_and_found_anywhere_else(run, tmp_path):
+def test_a_secret_in_a_sample_is_on_no_card_and_stops_no_push(run, tmp_path):
+    """The card is written without it; samples themselves are never published."""
     text = (run.folder / "samples.jsonl").read_text()
     token = "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH"
     (run.folder / "samples.jsonl").write_text(text.replace("ordinary answer", token))
-    (tmp_path / "fine").mkdir()
-    staging.stage_adapter(resealed(run), "policy", "acme/p", tmp_path / "fine")
-    card = (tmp_path / "fine" / "README.md").read_text()
-    assert "***" in card and token not in card
-    path = run.adapter("policy") / "chat_template.jinja"
-    path.write_text(path.read_text() + "{# " + token + " #}")
-    match = "chat_template.jinja holds what looks like a Hugging Face token"
-    refused(resealed(run), tmp_path, match)
+    (tmp_path / "staged").mkdir()
+    names = staging.stage_adapter(resealed(run), "policy", "acme/p", tmp_path / "staged")
+    found = "".join((tmp_path / "staged" / name).read_text(errors="replace") for name in names)
+    assert token not in found and "samples.jsonl" not in names
+    card = (tmp_path / "staged" / "README.md").read_text()
+    assert "&#42;&#42;&#42;" in card or "***" in card
 
 
 def test_a_secret_of_the_environment_is_found(run, tmp_path, monkeypatch):
