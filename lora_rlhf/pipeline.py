@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 
+from . import installed  # noqa: F401  # isort: skip
 from . import (
     advice,
     backup,
@@ -40,6 +41,7 @@ from . import (
     stopping,
 )
 from .backbone import Backbone
+from .base import makes_do
 from .config import Recipe, load_recipe
 from .data import Prepared
 from .errors import HubError, UsageError
@@ -171,6 +173,9 @@ class _Work:
         self._peak = advice.PeakMemory()
         started = time.perf_counter()
         self.backbone = Backbone.load(recipe.model, recipe.lora)
+        record.data["clock"]["host"]["makes_do"] = notes = makes_do(self.backbone.causal.dtype)
+        for note in notes:
+            progress.say(note)
         self.tokenizer = self.backbone.tokenizer
         self._samples: dict[str, list[list[str]]] = {}
         self._loaded: data.Loaded = {}
@@ -385,11 +390,8 @@ def generate(
             [answer] = best_of_n.choose(backbone, [ids], recipe, **options)
         else:
             [answer] = backbone.generate([ids], role, **options)
-        row: dict[str, Any] = {
-            "model": model,
-            "text": backbone.decode(answer),
-            "tokens": len(answer),
-        }
+        row: dict[str, Any] = {"model": model, "text": backbone.decode(answer)}
+        row["tokens"] = len(answer)
         if backbone.has("reward"):
             [row["reward"]] = ensemble.rewards_of(backbone, [(ids, answer)], recipe.reward)
         rows.append(row)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from . import installed  # noqa: F401  # isort: skip
 from . import probe as probing
 from .advice import Fit, capacity, fit, planner, size
 from .base_config import find_config
