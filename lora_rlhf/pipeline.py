@@ -34,6 +34,7 @@ from . import (
     hub,
     plots,
     ppo,
+    resume,
     reward,
     sft,
     sharing,
@@ -144,10 +145,7 @@ def _work(recipe: Recipe, record: Record, names: tuple[str, ...], progress: Prog
 
 
 def _push(recipe: Recipe, record: Record, progress: Progress) -> None:
-    """Push what the recipe's `hub:` names and this run has not pushed yet.
-
-    A run that is done stays done where the Hub fails: it is said, with the command to try again.
-    """
+    """Push what `hub:` names and is not pushed yet; a failure does not undo a run that is done."""
     for role, repo_id in {} if hub.offline() else staging.to_push(recipe, record).items():
         try:
             pushed = hub.push(record, role, repo_id, public=recipe.hub.public)
@@ -321,7 +319,9 @@ class _Work:
         if run:
             last = "best of n" if self.recipe.algorithm == "best_of_n" else "policy"
             self.progress.say(f"evaluate: base, sft and {last} on the held-out prompts")
-            evaluate.run(self.recipe, self.backbone, self.record, self.prompts.held_out)
+            parts = self.recipe, self.backbone, self.record
+            same = resume.identity(*parts, "evaluate")
+            evaluate.run(*parts, self.prompts.held_out, same, self.progress.say)
 
     def _sample(self, prompts: list[Any], k: int, seed: int) -> list[list[str]]:
         """K completions of the SFT model for each prompt: what the simulated labelers rank."""

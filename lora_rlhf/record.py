@@ -93,7 +93,7 @@ class Record:
             )
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _write_atomically(folder / "recipe.yaml", text)
+            write_atomically(folder / "recipe.yaml", text)
         except OSError as error:
             raise SetupError(
                 f"cannot write to {folder}: {error.strerror}", remedy="give another --out"
@@ -146,7 +146,7 @@ class Record:
         # In this order: cut off between the two, the card stage runs once more and no harm is done.
         self.data["stages"].pop("card", None)
         self.save()
-        _write_atomically(path, text)
+        write_atomically(path, text)
 
     @classmethod
     def read(cls, folder: str | Path) -> Record:
@@ -197,9 +197,8 @@ class Record:
 
     def save(self) -> None:
         """Write `record.json` at once and whole, or not at all."""
-        _write_atomically(
-            self.folder / "record.json", json.dumps(finite(self.data), indent=1) + "\n"
-        )
+        text = json.dumps(finite(self.data), indent=1) + "\n"
+        write_atomically(self.folder / "record.json", text)
 
     def done(self, stage: str) -> bool:
         """Whether `stage` has been finished in this run; the last one, once the run is sealed."""
@@ -254,7 +253,7 @@ class Record:
                 kept.append(text)
         if seen < count:
             return False
-        _write_atomically(path, "".join(kept))
+        write_atomically(path, "".join(kept))
         return True
 
     def checkpoints(self, training: str) -> Path:
@@ -387,7 +386,8 @@ def _misshapen(data: Any) -> str:
     return "" if isinstance(data["clock"].get("stages"), dict) else "clock.stages is missing"
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
