@@ -35,7 +35,7 @@ SCHEMA = 1
 _PARTS = ("model", "lora", "data", "stages", "evaluation", "files", "clock")
 """Keys of the record that hold a mapping."""
 
-_BEGINNINGS = {"recipe.yaml", "recipe.yaml.tmp", "record.json.tmp"}
+BEGINNINGS = {"recipe.yaml", "recipe.yaml.tmp", "record.json.tmp"}
 """Names of files in a run that was killed before it had a record: it begins again."""
 
 _REWRITTEN = ("README.md", "recipe.yaml")
@@ -86,7 +86,7 @@ class Record:
             record._keep_recipe(recipe, text)
             return record
         if folder.exists() and (
-            not folder.is_dir() or {p.name for p in folder.iterdir()} - _BEGINNINGS
+            not folder.is_dir() or {p.name for p in folder.iterdir()} - BEGINNINGS
         ):
             raise UsageError(
                 f"{folder} exists and is not a run", remedy="give an --out that is empty or new"
