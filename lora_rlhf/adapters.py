@@ -11,6 +11,7 @@ reward.json                                       reward roles: {"reward_offset"
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from .errors import AdapterError, NonFiniteError
 from .views import has_token_class
 
 _MOST = 1e30  # a score beyond it is none
+_log = logging.getLogger(__name__)
 _CHECK_TEXTS = ("The record does not say.", "Hello! How can I help you today?")
 
 
@@ -135,6 +137,11 @@ def load_role(backbone: Backbone, role: str, folder: str | Path) -> None:
         raise
     for name, parameter in wanted.items():
         parameter.copy_(tensors[name])
+    if not any(bool(t.any()) for name, t in tensors.items() if "lora_B" in name):
+        _log.warning(
+            "%s changes nothing: every lora_B in it is 0, so the %s is the base model; was its "
+            "learning rate 0, or was it saved before it was trained?", path, role,
+        )  # fmt: skip
     if "reward_offset" in note:
         backbone.reward_offset[role] = float(offset)
 
@@ -191,6 +198,12 @@ def _check_tensors(
         )  # fmt: skip
     for name, parameter in wanted.items():
         if tensors[name].shape != parameter.shape:
+            if "lora_" not in name and tensors[name].shape[1:] == parameter.shape[1:]:
+                raise AdapterError(
+                    f"{path}: its head {name} gives {tensors[name].shape[0]} numbers",
+                    expected=f"{parameter.shape[0]}: one score, which grows with the quality",
+                    remedy="train the reward model with num_labels=1",
+                )
             raise AdapterError(
                 f"{path}: {name} has shape {tuple(tensors[name].shape)}",
                 expected=f"{tuple(parameter.shape)}",

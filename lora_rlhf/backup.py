@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import tempfile
 import threading
@@ -29,7 +30,7 @@ from .config import Recipe
 from .errors import CheckpointError, HubError, UsageError
 from .progress import Progress
 from .readers import keys_read
-from .record import Record, sha256
+from .record import BEGINNINGS, Record, sha256
 from .staging import ADAPTER, scan
 
 SCHEMA = 1
@@ -66,7 +67,7 @@ def prepare(
     if hub.offline():
         progress.say(f"offline (HF_HUB_OFFLINE): checkpoints neither come from nor go to {repo_id}")
         return None
-    again = f"lora-rlhf run {out}/recipe.yaml --out {out}"
+    again = "lora-rlhf run {0}/recipe.yaml --out {0}".format(shlex.quote(str(out)))
     remote = hub.Repository(
         repo_id, None, False, again if there else "lora-rlhf run", "keeping checkpoints", _PAUSES
     )
@@ -82,7 +83,7 @@ def prepare(
     remote.again = again
     if there and found is not None and found["run"] != _identity(Record.read(out)):
         raise _other_run(repo_id, found)
-    if found is not None and not there and out.is_dir() and not any(out.iterdir()):
+    if found is not None and not there and {p.name for p in out.iterdir()} <= BEGINNINGS:
         _fetch(recipe, out, remote, warm_start)
         progress.say(f"fetched from {repo_id}: {_told(Record.read(out))}; going on from there")
     return remote

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from . import inside, templates, tokens
+from . import inside, installed, templates, tokens  # installed: before anything of transformers
 from .errors import BaseModelError, SetupError, TokenizerError, first_line
 from .fingerprints import fingerprint
 from .halving import Halving
@@ -197,6 +197,27 @@ def pick_dtype(name: str) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability(0) >= (8, 0) else torch.float16
 
 
+def makes_do(dtype: torch.dtype) -> list[str]:
+    """What this machine does without, or only in part; empty where nothing is missing.
+
+    Args:
+        dtype: That the base was loaded in.
+    """
+    if not torch.cuda.is_available():
+        apple = "an Apple GPU (MPS) is not used, " if torch.backends.mps.is_available() else ""
+        return [f"no CUDA GPU: {apple}everything runs on the CPU"]
+    found, (major, minor) = [], torch.cuda.get_device_capability(0)
+    if (major, minor) < (8, 0):
+        how = {
+            torch.float16: "float16 with scaled losses in its place",
+            torch.bfloat16: "it is emulated, and slow; model.dtype: auto takes float16",
+        }.get(dtype, "computing in float32 is slow")
+        found.append(f"the GPU (compute capability {major}.{minor}) has no bfloat16: {how}")
+    if (count := torch.cuda.device_count()) > 1:
+        found.append(f"{count} GPUs are visible: only the first is used")
+    return found
+
+
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Ids and mask, (B, longest), padded on the left; the mask is by length, never by id."""
     width = max(len(row) for row in rows)
@@ -261,7 +282,8 @@ def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
         import bitsandbytes  # noqa: F401
     except (ImportError, RuntimeError) as error:
         raise SetupError(
-            f"model.load_in_4bit needs bitsandbytes: {error}",
+            f"model.load_in_4bit needs bitsandbytes: "
+            f"{installed.BROKEN.get('bitsandbytes') or error}",
             remedy="pip install bitsandbytes, or set model.load_in_4bit to false",
         ) from error
     return BitsAndBytesConfig(

@@ -216,9 +216,12 @@ def _cost(facts: Facts) -> str:
     stages = {name: at(entry, "seconds") for name, entry in facts.get("clock.stages", {}).items()}
     rows = [[cell(name), number(seconds)] for name, seconds in stages.items()]
     speed = facts.get("clock.evaluation", {})
-    host = [f"{cell(key)} {number(value)}" for key, value in facts.get("clock.host", {}).items()]
+    machine = dict(facts.get("clock.host", {}))
+    made_do = machine.pop("makes_do", None) or []
+    host = [f"{cell(key)} {number(value)}" for key, value in machine.items()]
     items = [
         f"Machine: {', '.join(host) or MISSING}",
+        *(f"Made do: {cell(note)}" for note in made_do),
         *(
             f"Evaluating {MODELS.get(model, cell(model))}: "
             f"{number(at(entry, 'tokens_per_second'))} tokens per second"

@@ -7,34 +7,30 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from . import arguments, best_of_n, controls, dpo, group_trainers, ppo, reward, sft, stages
 from .config import Recipe
 from .errors import DataError, RecipeError, SetupError
 from .readers import ALGORITHMS, READS
 from .record import Record
 
+_PROCESSES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Where launchers say how many processes there are; accelerate would join them."""
+
 
 def setup(recipe: Recipe) -> None:
     """Refuse what cannot end well, before a folder is made or a model loaded.
 
     Raises:
-        SetupError: Several processes, or several GPUs, of which only one would be used.
+        SetupError: Several processes.
         RecipeError: `hub:` names a repository for an adapter that this run will not have.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise SetupError(
-            f"this is one of {os.environ['WORLD_SIZE']} processes (WORLD_SIZE)",
-            expected="one process: all roles share one backbone on one GPU",
-            remedy="start `lora-rlhf` itself, without torchrun or accelerate launch",
-        )
-    if torch.cuda.device_count() > 1:
-        raise SetupError(
-            f"{torch.cuda.device_count()} GPUs are visible, and only one is used",
-            expected="one visible GPU: TRL would spread the backbone over all of them",
-            remedy="choose it, for example with CUDA_VISIBLE_DEVICES=0 before the command",
-        )
+    for name in _PROCESSES:
+        if (count := os.environ.get(name, "1")) not in ("", "0", "1"):
+            raise SetupError(
+                f"this is one of {count} processes ({name})",
+                expected="one process: all roles share one backbone on one GPU",
+                remedy="start `lora-rlhf` itself, without torchrun, accelerate launch or mpirun",
+            )
     made = {"best_of_n": set(), "ppo": {"policy", "value"}}.get(recipe.algorithm, {"policy"})
     made -= {"value"} if recipe.ppo.value == "head" else set()
     for role in ("policy", "value"):

@@ -11,11 +11,12 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from . import metrics
+from .answers import Answers, Shelf
 from .config import Recipe
 from .errors import DataError, NonFiniteError
 from .masking import safe
@@ -63,26 +64,16 @@ METRICS = {
 _SCORES = ("gold_reward", "held_out_reward", "proxy_reward")
 
 
-@dataclass
-class Answers:
-    """One model's completions of N prompts, in prompt order, and what was found about each."""
-
-    ids: list[list[int]]
-    texts: list[str]
-    finished: list[bool]
-    seconds: float
-    scores: dict[str, list[float]] = field(default_factory=dict)  # reward, held_out: centred
-    kl: list[float] | None = None
-    verdicts: list[Verdict | None] = field(default_factory=list)
-
-    @property
-    def lengths(self) -> list[int]:
-        """(N,) completion tokens, the end token included."""
-        return [len(ids) for ids in self.ids]
-
-
-def run(recipe: Recipe, backbone: Backbone, record: Record, prompts: Dataset) -> None:
+def run(
+    recipe: Recipe, backbone: Backbone, record: Record, prompts: Dataset,
+    identity: dict[str, Any] | None = None, say: Callable[[str], object] = len,
+) -> None:  # fmt: skip
     """Evaluate every model there is; `prompts` has a column `prompt` and, for tasks, `item` (JSON).
+
+    Args:
+        identity: What the run is, as flat keys: models that an earlier process of the same run
+            finished are not evaluated again. None: all are, and nothing is kept.
+        say: Told which they are.
 
     Raises:
         DataError: No prompts, or items that cannot be read.
@@ -94,8 +85,14 @@ def run(recipe: Recipe, backbone: Backbone, record: Record, prompts: Dataset) ->
         longest = _max_new_tokens(recipe, record)
         encoded = [backbone.encode_prompt(row["prompt"]) for row in asked]
         answers: dict[str, Answers] = {}
+        shelf = Shelf(record, identity, say)
+        kept = {model: shelf.take(model) for model in models}
         for model in models:
-            answers[model] = _answer(recipe, backbone, model, encoded, items, longest)
+            found = kept[model] or _answer(recipe, backbone, model, encoded, longest)
+            found.verdicts = _verdicts(items, found.texts)
+            answers[model] = found
+            if kept[model] is None:
+                shelf.put(model, found)
         record.data["evaluation"] = {
             model: measure(found, None if model == "sft" else answers.get("sft"), recipe.seed)
             for model, found in answers.items()
@@ -166,10 +163,9 @@ def _answer(
     backbone: Backbone,
     model: str,
     prompts: list[list[int]],
-    items: list[Item | None],
     longest: int,
 ) -> Answers:
-    """Generate with one model and let reward models, SFT and checkers judge it."""
+    """Generate with one model and let reward models and SFT judge it."""
     # Imported here: whoever only wants the table or the samples need not wait for torch.
     from .heads import scores, sequence_logprobs
 
@@ -196,11 +192,14 @@ def _answer(
         )  # fmt: skip
         gaps = [a - b for a, b in zip(own, sft, strict=True)]
         found.kl = _finite(gaps, f"log-ratio of {role or 'base'} to SFT")
-    found.verdicts = [
-        None if item is None else check(item, text)
-        for item, text in zip(items, found.texts, strict=True)
-    ]
     return found
+
+
+def _verdicts(items: list[Item | None], texts: list[str]) -> list[Verdict | None]:
+    """What the checkers say, where a prompt is of a task."""
+    return [
+        None if item is None else check(item, text) for item, text in zip(items, texts, strict=True)
+    ]
 
 
 def _generate(

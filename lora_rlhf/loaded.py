@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from . import installed  # noqa: F401  # isort: skip
 from . import best_of_n, controls, ensemble, ppo, reward, sft
 from .backbone import Backbone
 from .config import load_recipe

@@ -59,7 +59,10 @@ def _four_bit(device: object) -> str:
         )
         back = quantisation.dequantize_4bit(packed, state)
     except Exception as error:
-        return f"no: {type(error).__name__}: {_first_line(error)}"
+        from .installed import BROKEN
+
+        why = BROKEN.get("bitsandbytes") or _first_line(error)
+        return f"no: {type(error).__name__}: {why}"
     return "yes" if back.isfinite().all() else "no: NaN after quantising"
 
 

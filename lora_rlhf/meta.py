@@ -91,11 +91,12 @@ def _quantise(causal: PreTrainedModel, dtype: torch.dtype) -> None:
 
     A weight is half a byte; 64 share an 8-bit scale, 256 scales a float32 one (2305.14314, sec. 3).
     """
+    config = nf4(dtype)  # where bitsandbytes cannot be imported, this says so
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     skipped = HfQuantizer.get_modules_to_not_convert(causal, None, causal._keep_in_fp32_modules)
-    replace_with_bnb_linear(causal, skipped, quantization_config=nf4(dtype))
+    replace_with_bnb_linear(causal, skipped, quantization_config=config)
     for module in causal.modules():
         if not isinstance(module, Linear4bit):
             continue

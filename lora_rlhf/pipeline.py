@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 
+from . import installed  # noqa: F401  # isort: skip
 from . import (
     advice,
     backup,
@@ -33,6 +34,7 @@ from . import (
     inside,
     plots,
     ppo,
+    resume,
     reward,
     sft,
     sharing,
@@ -40,6 +42,7 @@ from . import (
     stopping,
 )
 from .backbone import Backbone
+from .base import makes_do
 from .config import Recipe
 from .data import Prepared
 from .errors import HubError, MemoryLimitError, UsageError
@@ -148,10 +151,7 @@ def _work(recipe: Recipe, record: Record, names: tuple[str, ...], progress: Prog
 
 
 def _push(recipe: Recipe, record: Record, progress: Progress) -> None:
-    """Push what the recipe's `hub:` names and this run has not pushed yet.
-
-    A run that is done stays done where the Hub fails: it is said, with the command to try again.
-    """
+    """Push what `hub:` names and is not pushed yet; a failure does not undo a run that is done."""
     for role, repo_id in {} if hub.offline() else staging.to_push(recipe, record).items():
         try:
             pushed = hub.push(record, role, repo_id, public=recipe.hub.public)
@@ -178,6 +178,9 @@ class _Work:
         started = time.perf_counter()
         self.backbone = Backbone.load(recipe.model, recipe.lora)
         self.backbone.halving.say = progress.say
+        record.data["clock"]["host"]["makes_do"] = notes = makes_do(self.backbone.causal.dtype)
+        for note in notes:
+            progress.say(note)
         self.tokenizer = self.backbone.tokenizer
         self._samples: dict[str, list[list[str]]] = {}
         self._loaded: data.Loaded = {}
@@ -328,7 +331,9 @@ class _Work:
         if run:
             last = "best of n" if self.recipe.algorithm == "best_of_n" else "policy"
             self.progress.say(f"evaluate: base, sft and {last} on the held-out prompts")
-            evaluate.run(self.recipe, self.backbone, self.record, self.prompts.held_out)
+            parts = self.recipe, self.backbone, self.record
+            same = resume.identity(*parts, "evaluate")
+            evaluate.run(*parts, self.prompts.held_out, same, self.progress.say)
 
     def _sample(self, prompts: list[Any], k: int, seed: int) -> list[list[str]]:
         """K completions of the SFT model for each prompt: what the simulated labelers rank."""

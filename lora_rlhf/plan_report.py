@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from . import installed  # noqa: F401  # isort: skip
 from . import probe as probing
 from .advice import Fit, as_yaml, capacity, fit, planner, size
 from .base_config import find_config

@@ -36,7 +36,7 @@ READS: dict[str, tuple[str, ...]] = {
 
 def stage_of(training: str) -> str:
     """The stage of a training: the reward stage trains several roles, each under its name."""
-    return training if training in ("sft", *ALGORITHMS) else "reward"
+    return training if training in ("sft", *ALGORITHMS, "evaluate") else "reward"
 
 
 def fingerprints(report: dict[str, Any]) -> list[Any]:

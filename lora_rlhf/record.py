@@ -37,7 +37,7 @@ SCHEMA = 1
 _PARTS = ("model", "lora", "data", "stages", "evaluation", "files", "clock")
 """Keys of the record that hold a mapping."""
 
-_BEGINNINGS = {"recipe.yaml", "recipe.yaml.tmp", "record.json.tmp"}
+BEGINNINGS = {"recipe.yaml", "recipe.yaml.tmp", "record.json.tmp"}
 """Names of files in a run that was killed before it had a record: it begins again."""
 
 _REWRITTEN = ("README.md", "recipe.yaml")
@@ -88,14 +88,14 @@ class Record:
             record._keep_recipe(recipe, text)
             return record
         if folder.exists() and (
-            not folder.is_dir() or {p.name for p in folder.iterdir()} - _BEGINNINGS
+            not folder.is_dir() or {p.name for p in folder.iterdir()} - BEGINNINGS
         ):
             raise UsageError(
                 f"{folder} exists and is not a run", remedy="give an --out that is empty or new"
             )
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _write_atomically(folder / "recipe.yaml", text)
+            write_atomically(folder / "recipe.yaml", text)
         except OSError as error:
             raise SetupError(
                 f"cannot write to {folder}: {error.strerror}", remedy="give another --out"
@@ -148,7 +148,7 @@ class Record:
         # In this order: cut off between the two, the card stage runs once more and no harm is done.
         self.data["stages"].pop("card", None)
         self.save()
-        _write_atomically(path, text)
+        write_atomically(path, text)
 
     @classmethod
     def read(cls, folder: str | Path) -> Record:
@@ -195,13 +195,14 @@ class Record:
     @property
     def algorithm(self) -> str:
         """What makes, or made, this run's policy."""
-        found = self.data.get("algorithm")
-        return found or next((a for a in ALGORITHMS if a in self.data["stages"]), "ppo")
+        return self.data.get("algorithm") or next(
+            (a for a in ALGORITHMS if a in self.data["stages"]), "ppo"
+        )
 
     def save(self) -> None:
         """Write `record.json` at once and whole, or not at all."""
-        text = json.dumps(safe(finite(self.data)), indent=1) + "\n"
-        _write_atomically(self.folder / "record.json", text)
+        text = json.dumps(safe(finite(self.data)), indent=1)
+        write_atomically(self.folder / "record.json", text + "\n")
 
     def done(self, stage: str) -> bool:
         """Whether `stage` has been finished in this run; the last one, once the run is sealed."""
@@ -256,7 +257,7 @@ class Record:
                 kept.append(text)
         if seen < count:
             return False
-        _write_atomically(path, "".join(kept))
+        write_atomically(path, "".join(kept))
         return True
 
     def checkpoints(self, training: str) -> Path:
@@ -387,7 +388,8 @@ def _misshapen(data: Any) -> str:
     return "" if isinstance(data["clock"].get("stages"), dict) else "clock.stages is missing"
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)

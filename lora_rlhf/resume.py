@@ -64,7 +64,7 @@ class Keeper(TrainerCallback):
         self.stage, self.name, self.unit = stage, name or stage, unit
         self.folder: Path = record.checkpoints(self.name)
         self.found: Checkpoint | None = None
-        self.run = _identity(recipe, backbone, record, stage)
+        self.run = identity(recipe, backbone, record, stage)
         self.paused = self._looked = False
         self._old: list[Path] = []  # checkpoints from before a warm start
         self._epoch: dict[str, Any] = {}
@@ -272,7 +272,7 @@ class Keeper(TrainerCallback):
             setattr(trainer, name, loop[name])
 
 
-def _identity(recipe: Recipe, backbone: Backbone, record: Record, stage: str) -> dict[str, Any]:
+def identity(recipe: Recipe, backbone: Backbone, record: Record, stage: str) -> dict[str, Any]:
     """What must be equal for two runs to be the same up to the end of a stage, as flat keys."""
     found = {k: v for k, v in keys_read(record.recipe(), stage).items() if v is not None}
     tokenizer = backbone.tokenizer
@@ -286,6 +286,8 @@ def _identity(recipe: Recipe, backbone: Backbone, record: Record, stage: str) ->
         if stage in stages and name in record.data["data"]:
             found[f"data.{name}"] = fingerprints(record.data["data"][name])
     frozen = sorted(backbone.views.keys() - backbone.trained_roles)
+    if stage == "evaluate":  # the value is there where PPO has just ended only, and is not asked
+        frozen = [role for role in frozen if role != "value"]
     return found | {f"adapter.{role}": backbone.state_hash(role) for role in frozen}
 
 

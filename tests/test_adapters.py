@@ -259,6 +259,10 @@ def headless(folder):
     change(folder, lambda t: t.pop("base_model.model.score.weight"))
 
 
+def two_labels(folder):
+    change(folder, lambda t: t.update({k: torch.cat([v, v]) for k, v in t.items() if "score" in k}))
+
+
 def other_base(folder):
     write(folder / "check.json", {"base_fingerprint": "0" * 64})
 
@@ -310,6 +314,7 @@ def untouched():
         (a_tensor_short, "lacks base_model"),
         (a_tensor_more, "has an unknown base_model.model.extra"),
         (headless, "lacks base_model.model.score.weight"),
+        (two_labels, "its head base_model.model.score.weight gives 2 numbers"),
         (other_base, "another base model"),
         (other_alpha, "has lora_alpha 16"),
         (other_scale, "has use_rslora True"),
@@ -366,3 +371,14 @@ def test_the_offset_travels_with_the_reward_adapter(saved):
     load_role(fresh, "reward", folders["reward"])
     assert fresh.reward_offset["reward"] == 0.5
     assert heads.scores(fresh, EPISODES) == heads.scores(backbone, EPISODES)
+
+
+def test_an_adapter_that_changes_nothing_is_told(saved, tmp_path, caplog):
+    """All 0 is what a LoRA begins as; a reward's head may still be its own."""
+    folder = Path(shutil.copytree(saved[1]["reward"], tmp_path / "reward"))
+    load_role(small.backbone(), "reward", folder)
+    assert not caplog.records
+    change(folder, lambda t: [v.zero_() for k, v in t.items() if "lora_B" in k])
+    load_role(small.backbone(), "reward", folder)
+    [record] = caplog.records
+    assert f"{folder}/adapter_model.safetensors changes nothing" in record.getMessage()

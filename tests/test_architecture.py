@@ -41,6 +41,7 @@ ORDER = [
     ),
     *("tiny", "tiny.train"),
     *(
+        "installed",
         "_trl",
         "fingerprints",
         "halving",
@@ -58,7 +59,7 @@ ORDER = [
     *("ensemble", "ranking", "reward_report", "reward"),
     *("ppo_log", "ptx", "minibatches", "watch", "steering", "ppo_optimizer"),
     *("rollout", "ppo_trainer", "ppo"),
-    *("controls", "group_trainers", "dpo", "best_of_n", "evaluate"),
+    *("controls", "group_trainers", "dpo", "best_of_n", "answers", "evaluate"),
     *("base_config", "budget", "meta", "rehearsal", "plan", "probe", "advice"),
     *("plots", "card_text", "card_facts", "card_limits", "card_training", "card_code", "card"),
     *(

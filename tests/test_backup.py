@@ -356,6 +356,7 @@ def test_an_index_that_leads_outside(server, tmp_path):
     index = json.loads(tree["backup.json"].data)
     index["files"]["../outside"] = "0" * 64
     tree["backup.json"] = tree["backup.json"]._replace(data=json.dumps(index).encode())
+    (tmp_path / "other").mkdir()
     with pytest.raises(HubError, match=r"it names \.\./outside"):
         backup.prepare(recipe, tmp_path / "other", Said())
 
@@ -435,6 +436,7 @@ def test_killed_in_a_fetch_it_is_fetched_again(server, tmp_path, at):
 
     out = tmp_path / "other"
     out.mkdir()
+    (out / "recipe.yaml").write_text("")  # of a run that was killed before it had a record
     assert killed.wait(killed.start(die)) == -signal.SIGKILL
     assert (out / backup.FETCHED).exists() and not (out / "record.json").exists()
     fetch(recipe, out)

@@ -402,3 +402,61 @@ def test_cell(estimate, text):
     keys = ("value", "low", "high", "n")
     given = None if estimate is None else dict(zip(keys, estimate, strict=True))
     assert evaluate.cell(given) == text
+
+
+# --- interrupted ---------------------------------------------------------------------------------
+
+
+def test_a_model_that_is_done_is_not_evaluated_again(tmp_path, heads, monkeypatch):
+    """Killed after the second of three models; the numbers are those of an evaluation in one go."""
+    answers = {
+        None: ["ab", "c\0", "d"],
+        "reference": ["abc", "d\0", "e"],
+        "policy": ["f", "gh", ""],
+    }
+    run = {"base": "x", "evaluate.n": 3}
+
+    def go(folder, identity, until=3):
+        backbone, said = Scripted(answers), []
+        real = Scripted.generate
+
+        def generate(self, prompts, role, **options):
+            if len(self.calls) == until:
+                raise KeyboardInterrupt
+            return real(self, prompts, role, **options)
+
+        monkeypatch.setattr(Scripted, "generate", generate)
+        record = Record.open(folder, recipe())
+        try:
+            evaluate.run(recipe(), backbone, record, plain_prompts(), identity, said.append)
+        except KeyboardInterrupt:
+            pass
+        monkeypatch.setattr(Scripted, "generate", real)
+        return [role for role, *_ in backbone.calls], said, record
+
+    _, _, whole = go(tmp_path / "whole", run)
+    assert not list((tmp_path / "whole").glob("checkpoints/*")), "a finished stage needs none"
+    for case, harm in enumerate((None, "run", "sum", "text")):
+        folder = tmp_path / str(case)
+        assert go(folder, run, until=2)[0] == [None, "reference"]
+        path = folder / "checkpoints" / "evaluate" / "sft.json"
+        if harm == "sum":
+            told = json.loads(path.read_text())
+            told["kept"]["ids"][0][0] += 1
+            path.write_text(json.dumps(told))
+        elif harm == "text":
+            path.write_text(path.read_text()[:-9])
+        calls, said, record = go(folder, {**run, "base": "y"} if harm == "run" else run)
+        wanted = {None: ["policy"], "run": [None, "reference", "policy"]}
+        assert calls == wanted.get(harm, ["reference", "policy"])
+        assert record.data["evaluation"] == whole.data["evaluation"]
+        assert record.data["stages"] == whole.data["stages"]
+        names = ("samples.jsonl",)
+        assert [(folder / n).read_bytes() for n in names] == [
+            (whole.folder / n).read_bytes() for n in names
+        ]
+        if harm is None:
+            assert said == ["evaluate: base was done before", "evaluate: sft was done before"]
+            assert [r["from"] for r in record.data["clock"]["resumed"]] == ["base.json", "sft.json"]
+        else:
+            assert any("is not used, sft is evaluated again" in line for line in said)

@@ -10,6 +10,8 @@ from pathlib import Path
 import killed
 import pytest
 
+from lora_rlhf import pipeline
+from lora_rlhf.answers import Shelf
 from lora_rlhf.record import Record
 
 _BOTH = ("sft", "reward")
@@ -110,3 +112,30 @@ def test_killed_between_a_stage_and_what_is_said_of_it(runs: Runs, tmp_path: Pat
     killed.finish(asked, out, "ppo")
     assert killed.bits(out) == killed.bits(runs.after("ppo"))
     assert "value" in Record.read(out).data["lora"]["parameters_per_role"]
+
+
+@pytest.mark.parametrize("model", ["base", "sft"])
+def test_killed_between_two_models_of_the_evaluation(runs: Runs, tmp_path: Path, model: str):
+    """What is done is not done again, whether or not the value is still in memory."""
+    whole = runs.after("evaluate")
+    out, asked = runs.copy("evaluate", tmp_path / "run"), runs.recipe("evaluate")
+
+    def die(asked, out: Path) -> None:
+        real = Shelf.put
+
+        def put(self, name, found):
+            real(self, name, found)
+            if name == model:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Shelf.put = put
+        pipeline.run(asked, out, until="evaluate")
+
+    assert killed.wait(killed.start(die, asked, out)) == -signal.SIGKILL
+    done = ["base.json", "sft.json"][: 1 + (model == "sft")]
+    assert sorted(p.name for p in (out / "checkpoints" / "evaluate").iterdir()) == done
+    killed.finish(asked, out, "evaluate")
+    assert killed.bits(out) == killed.bits(whole)
+    resumed = Record.read(out).data["clock"]["resumed"]
+    assert [line["from"] for line in resumed if line["training"] == "evaluate"] == done
+    assert not list((out / "checkpoints").glob("*/*"))
