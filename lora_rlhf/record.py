@@ -58,7 +58,7 @@ class Record:
     def __init__(self, folder: str | Path, data: dict[str, Any]) -> None:
         self.folder, self.data = Path(folder), data
         self.warm_start = False
-        self.on_done: Callable[[], None] | None = None  # before a stage is noted as done
+        self.on_done: Callable[[], None] = lambda: None  # before a stage is noted as done
         self.on_saved: Callable[[bool], None] = lambda whole_stage: None  # more to go on from
 
     @classmethod
@@ -195,9 +195,8 @@ class Record:
     @property
     def algorithm(self) -> str:
         """What makes, or made, this run's policy."""
-        return self.data.get("algorithm") or next(
-            (a for a in ALGORITHMS if a in self.data["stages"]), "ppo"
-        )
+        stages = self.data["stages"]
+        return self.data.get("algorithm") or next((a for a in ALGORITHMS if a in stages), "ppo")
 
     def save(self) -> None:
         """Write `record.json` at once and whole, or not at all."""
@@ -234,8 +233,7 @@ class Record:
         clock, seconds = self.data["clock"], time.perf_counter() - started
         for training in [t for t in clock.get("before", {}) if stage_of(t) == name]:
             seconds += clock["before"].pop(training)  # spent in processes that were stopped
-        if self.on_done is not None:
-            self.on_done()
+        self.on_done()
         self.data["stages"][name] = {"status": "done", **entry}
         clock["stages"][name] = {"seconds": round(seconds, 3)}
         self.save()
