@@ -174,9 +174,9 @@ def test_the_table_of_quality_is_made_from_the_study():
     def row(seed, gain, low):
         estimate = {"value": gain, "low": low, "high": 1.0, "n": 9}
         keys = dict.fromkeys(quality.SHOWN, estimate)
-        return {"name": "fraction-1-4", "seed": seed, **keys, "seconds": {"sft": 3.0, "ppo": 5.0}}
+        return {"name": "fraction-1-4", "seed": seed, **keys}
 
     text = quality.markdown([row(0, 0.55, 0.49), row(1, 0.65, 0.51), row(2, 0.75, 0.6)])
     [line] = [line for line in text.splitlines() if line.startswith("| 1/4")]
     # t(2) = 4.3027, s = 0.1: 0.65 -+ 4.3027 * 0.1 / sqrt(3)
-    assert "| 3 | 0.650 [0.402, 0.898]" in line and "| 2 of 3 | 3 | – | 5 |" in line
+    assert "| 3 | 0.650 [0.402, 0.898]" in line and line.endswith("| 2 of 3 |")

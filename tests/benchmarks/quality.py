@@ -5,7 +5,7 @@
     python tests/benchmarks/quality.py runs/study/lora.json --page docs/benchmarks.md
 
 Means over seeds; the interval is Student's t over the seeds' own means. The same number of episodes
-for every row. Seconds are wall-clock seconds of the three trainings, of runs made one by one.
+for every row. Speed is in the other tables: the study's runs share the machine with whatever is there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ NAMES = {
 
 SHOWN = {"gold_reward_minus_sft": "gold reward above SFT", "gold_reward": "gold reward",
          "win_rate": "win rate against SFT", "kl": "KL, nats"}  # fmt: skip
-TRAININGS = ("sft", "reward", "ppo")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -49,25 +48,17 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     for name in dict.fromkeys(row["name"] for row in rows):
         mine = [row for row in rows if row["name"] == name]
         clear = sum(row["win_rate"]["low"] > 0.5 for row in mine)
-        spent = [row["seconds"] for row in mine]
         lines.append([
             NAMES.get(name, name), str(len(mine)), *(_mean(mine, key) for key in SHOWN),
             f"{clear} of {len(mine)}",
-            *(_middle([s.get(stage) for s in spent]) for stage in TRAININGS),
         ])  # fmt: skip
     heads = ["top fraction", "seeds", *SHOWN.values(), "win rate clearly above 50 %"]
-    return report.table([*heads, *(f"{s}, s" for s in TRAININGS)], lines)
+    return report.table(heads, lines)
 
 
 def _mean(rows: list[dict[str, Any]], key: str) -> str:
     found = mean_interval([row[key]["value"] for row in rows])
     return "{value:.3f} [{low:.3f}, {high:.3f}]".format(**found)
-
-
-def _middle(seconds: list[float | None]) -> str:
-    """The median; a stage that another run has done is in none of these."""
-    found = sorted(s for s in seconds if s is not None)
-    return f"{found[len(found) // 2]:.0f}" if found else "–"
 
 
 if __name__ == "__main__":
