@@ -5,7 +5,7 @@
     python tests/benchmarks/quality.py runs/study/lora.json --page docs/benchmarks.md
 
 Means over seeds; the interval is Student's t over the seeds' own means. The same number of episodes
-for every row. Speed is in the other tables: the study's runs share the machine with whatever is there.
+for every row. Speed is in the other tables: runs of the study share the machine with other work.
 """
 
 from __future__ import annotations
