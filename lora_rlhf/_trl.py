@@ -75,7 +75,12 @@ SEAMS: dict[type, dict[str, tuple[str, ...]]] = {
         "_generate_and_score_completions": ("inputs",),
         "_prepare_inputs": ("generation_batch",),
         "_compute_loss": ("model", "inputs"),
-        "_get_per_token_logps_and_entropies": ("model", "input_ids", "attention_mask"),
+        "_get_per_token_logps_and_entropies": (
+            "model",
+            "input_ids",
+            "attention_mask",
+            "batch_size",
+        ),
         "training_step": ("model", "inputs", "num_items_in_batch"),
         "_clip_grad_norm": ("model",),
         "create_optimizer": (),
@@ -85,6 +90,8 @@ SEAMS: dict[type, dict[str, tuple[str, ...]]] = {
     },
     RLOOTrainer: {
         "_generate": ("prompts",),
+        "_generate_single_turn": ("prompt_ids",),
+        "_get_per_token_logps_and_entropies": ("model", "input_ids", "batch_size"),
         "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
         "_generate_and_score_completions": ("inputs",),
         "_clip_grad_norm": ("model",),

@@ -39,6 +39,12 @@ _RENAMED = {
 }  # fmt: skip
 """TRL's name -> ours, where both mean the same; `rewards/chosen` and the like stay TRL's."""
 
+_BY_ROW = {
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard",
+    "apo_zero", "apo_down", "discopop", "sigmoid_norm",
+}  # fmt: skip
+"""DPO's losses that are a mean over comparisons; `aot` sorts them, `sft` is a mean over tokens."""
+
 _ROWS = 8
 """Comparisons on which policy and reference are compared before the first update."""
 
@@ -183,6 +189,10 @@ class ComparisonTrainer(Resumable, DPOTrainer):
         n = self.rows(inputs)
         both = [*range(start, stop), *range(n + start, n + stop)]
         return {k: v[both] if isinstance(v, Tensor) else v for k, v in inputs.items()}
+
+    def can_be_cut(self) -> bool:
+        """Losses that compare rows with each other, or are means over tokens, are not."""
+        return super().can_be_cut() and set(self.loss_types) <= _BY_ROW
 
     def share(self, piece: Any, inputs: Any, num_items_in_batch: Any) -> float:
         """The loss is a mean over comparisons."""

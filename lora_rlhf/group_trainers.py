@@ -18,7 +18,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
-from . import controls, guards, heads, ppo, ppo_log
+from . import controls, guards, heads, ppo, ppo_log, sampler
 from ._trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from .backbone import Backbone
 from .config import Recipe
@@ -30,6 +30,7 @@ from .progress import Progress, StageLog
 from .record import Record
 from .resumable import Resumable
 from .resume import Keeper
+from .rollout import sampled_here
 from .stages import build, check_finite, complaints, effective, trainer_args
 
 _RENAMED = {"entropy": "policy/entropy", "clip_ratio/region_mean": "policy/clip_fraction"}
@@ -169,6 +170,7 @@ class _OnBackbone(Resumable):
         self.backbone, self.progress = backbone, progress
         self.identities: dict[str, float] = {}
         self._prompt_ids: list[list[int]] = []
+        self._sampled: list[sampler.Sampled] = []
         with backbone.float32_kept():
             super().__init__(
                 model=backbone.views["policy"], reward_funcs=list(reward_funcs), args=args,
@@ -185,6 +187,34 @@ class _OnBackbone(Resumable):
         out = super()._generate(prompts)
         self._prompt_ids = out[0]
         return out
+
+    @property
+    def samples_itself(self) -> bool:
+        """`rollout.sampled_here`: else the sampler is checked before training."""
+        return sampled_here(self.args)
+
+    def _sample(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        """Completions of the policy by sampler.py, whose log-probs `_observe` will check."""
+        with self.backbone.role("policy"):
+            self._sampled = sampler.sample(
+                self.backbone, prompt_ids, max_new_tokens=self.max_completion_length,
+                temperature=self.temperature,
+            )  # fmt: skip
+        return [sampled.ids for sampled in self._sampled]
+
+    def _get_per_token_logps_and_entropies(
+        self, *args: Any, batch_size: int | None = None, **options: Any
+    ) -> Any:
+        """TRL's; where it takes no gradient, fewer rows at once where memory runs out."""
+        compute = super()._get_per_token_logps_and_entropies
+        if torch.is_grad_enabled():
+            return compute(*args, batch_size=batch_size, **options)
+        model, ids, mask, tokens, *rest = args
+        size = batch_size or (rest[0] if rest else None) or len(ids)
+        return self.backbone.halving.at_most(
+            "scoring", size,
+            lambda rows: compute(model, ids, mask, tokens, batch_size=rows, **options),
+        )  # fmt: skip
 
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
@@ -236,12 +266,39 @@ class _OnBackbone(Resumable):
             self.identities["kl_at_start"] = guards.policy_equals_reference(
                 found["policy"], found["reference"], mask_bt
             )
+        self._check_sampler(found["policy"], mask_bt)
         kl = kl_estimates(found["policy"], found["reference"], mask_bt)
         self._note({
             "kl/sequence": float(kl.k1.sum(dim=1).mean()), "kl/coef": self.args.beta,
             "kl/k1": float(masked_mean(kl.k1, mask_bt)),
             "kl/k3": float(masked_mean(kl.k3, mask_bt)),
         })  # fmt: skip
+
+    def _check_sampler(self, policy_bt: Tensor, mask_bt: Tensor) -> None:
+        """On the first rollout the sampler's log-probs are those of the training forward.
+
+        Raises:
+            IdentityError: They are not.
+        """
+        sampled, self._sampled = self._sampled, []
+        if not sampled or "sampler_difference" in self.identities:
+            return
+        gaps = [
+            (drawn.logprobs.to(row.device) - row[mask.bool()]).abs()
+            for drawn, row, mask in zip(sampled, policy_bt, mask_bt, strict=True)
+            if int(mask.sum()) == len(drawn.ids)  # not where what was cut off is masked
+        ]
+        if not gaps:
+            return
+        self.identities["sampler_difference"] = guards.sampler_is_the_policy(
+            torch.cat(gaps), self.backbone.causal.dtype
+        )
+
+    def can_be_cut(self) -> bool:
+        """GRPO's entropy bonus and quantile are taken over all rows together."""
+        bonus = getattr(self, "_entropy_bonus_enabled", False)
+        quantile = getattr(self, "top_entropy_quantile", 1.0)
+        return super().can_be_cut() and not bonus and quantile == 1.0
 
     def share(self, piece: Any, inputs: Any, num_items_in_batch: Any) -> float:
         """By what TRL's loss is a mean of; 1 where it is divided by the whole window's tokens."""
@@ -280,11 +337,21 @@ class GroupGRPO(_OnBackbone, GRPOTrainer):
 
     _tag_names = ["lora-rlhf", "grpo"]
 
+    def _generate_single_turn(self, prompt_ids: Any, *rest: Any, **options: Any) -> Any:
+        if not self.samples_itself:
+            return super()._generate_single_turn(prompt_ids, *rest, **options)
+        return self._sample(prompt_ids), None
+
 
 class GroupRLOO(_OnBackbone, RLOOTrainer):
     """TRL's RLOO on our backbone."""
 
     _tag_names = ["lora-rlhf", "rloo"]
+
+    def _generate_single_turn(self, prompt_ids: Any, *rest: Any, **options: Any) -> Any:
+        if not self.samples_itself:
+            return super()._generate_single_turn(prompt_ids, *rest, **options)
+        return self._sample(prompt_ids)
 
 
 _KINDS: dict[str, tuple[Any, Any]] = {

@@ -20,6 +20,9 @@ T = TypeVar("T")
 
 KINDS = ("generation", "scoring", "training")
 
+_TOLD = ("CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
+"""What CUDA, cuBLAS and cuDNN say, beside what accelerate knows."""
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device, or the host, had no memory left."""
@@ -27,7 +30,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and bool(should_reduce_batch_size(error))
+    if not isinstance(error, RuntimeError):
+        return False
+    return bool(should_reduce_batch_size(error)) or any(text in str(error) for text in _TOLD)
 
 
 def tried(run: Callable[[], T]) -> tuple[T | None, str | None]:
@@ -86,6 +91,19 @@ class Halving:
             f"memory ran out in {kind} at {rows} rows ({why:.160}): {self.most[kind]} at once from "
             "now on, with the same result"
         )
+
+    def at_most(self, kind: str, wanted: int, run: Callable[[int], T]) -> T:
+        """`run` with `wanted` rows at once, or with as many as there is memory for.
+
+        Raises:
+            MemoryLimitError: There is no room for one.
+        """
+        while True:
+            rows = self.rows(kind, max(wanted, 1))
+            found, why = tried(lambda rows=rows: run(rows))  # type: ignore[misc]
+            if why is None:
+                return found  # type: ignore[return-value]
+            self.ran_out(kind, rows, why)
 
     def over(
         self, kind: str, items: Sequence[T], size: int, run: Callable[[Sequence[T]], Any]

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .errors import MemoryLimitError
 from .halving import Halving, tried
 
 T = TypeVar("T")
@@ -83,6 +84,10 @@ class InPieces(_Base):
         """What a piece's loss counts for in that of its micro-batch: 1 where both are sums."""
         return 1.0
 
+    def can_be_cut(self) -> bool:
+        """Whether the loss of a micro-batch is the sum of its pieces' shares, and nothing else."""
+        return not getattr(self, "aux_loss_enabled", False)  # of a mixture of experts: a mean
+
     def moved_by_loss(self) -> Iterable[torch.nn.Parameter]:
         """The parameters that the loss has gradients for."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -134,4 +139,10 @@ class InPieces(_Base):
                 del lists[name][noted.get(name, 0) :]
             if tokens is not None:
                 self._total_train_tokens = tokens
+            if not self.can_be_cut():
+                raise MemoryLimitError(
+                    f"memory ran out in training, with {size} rows at once: {why}",
+                    expected="room for the micro-batch: this loss is no sum over its rows",
+                    remedy="lower per_device_train_batch_size, or take another loss",
+                )
             limit.ran_out("training", size, why or "")

@@ -38,7 +38,7 @@ from .objectives import (
 from .progress import Progress
 from .ptx import TextMix
 from .resumable import Resumable
-from .rollout import Scorer
+from .rollout import Scorer, sampled_here
 from .sections import PpoSection
 from .stages import PPOConfig
 from .steering import Steering
@@ -133,10 +133,8 @@ class PPOTrainer(Resumable, GRPOTrainer):
 
     @property
     def samples_itself(self) -> bool:
-        """Whether sampler.py samples; the recipe may ask for one of transformers' own ways."""
-        return not (
-            self.args.use_transformers_continuous_batching or self.args.cache_implementation
-        )
+        """`rollout.sampled_here`: else the sampler is checked before training."""
+        return sampled_here(self.args)
 
     def _generate(self, prompts: list[Any]) -> Any:
         self.progress.phase("rollout")
@@ -262,8 +260,9 @@ class PPOTrainer(Resumable, GRPOTrainer):
             if dtype == torch.float32 or "ratio_at_start" not in self.identities:
                 guards.ratio_is_one(result.ratio_bt, mask_bt, dtype)
             if "ratio_at_start" not in self.identities:
-                self.identities["ratio_at_start"] = off
+                # First what may run out of memory: done again, the step must come here again.
                 self._moved = guards.MovedOnly(self.backbone, inputs, self.temperature)
+                self.identities["ratio_at_start"] = off
         self._note(ppo_log.policy(result, logprobs_bt, old_bt, entropy_bt, mask_bt))
         skipped = float(masked_mean(result.ratio_bt, mask_bt)) > MAX_MEAN_RATIO
         self._note({"policy/skipped": float(skipped)})

@@ -184,6 +184,44 @@ def test_the_gradient_of_every_algorithm_is_the_same(start, algorithm, more, whe
     compare(found, wanted)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
+def test_groups_are_sampled_and_scored_by_fewer_at_once(start, algorithm):
+    """The same tokens, and so the same gradient."""
+    options = {"algorithm": algorithm, "start": start / "start"}
+    _, wanted = one(start, f"{algorithm}-rows-all", algorithm, None, **options)
+    room = Room(generation=3, scoring=2)
+    record, found = one(start, f"{algorithm}-rows-half", algorithm, room, **options)
+    assert room.short["generation"] > 0 and room.short["scoring"] > 0
+    assert record.data["clock"]["rows_at_once"].keys() == {"generation", "scoring"}
+    assert record.data["stages"][algorithm]["identities"]["sampler_difference"] < 1e-3
+    compare(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "more"),
+    [("grpo", "grpo.args={entropy_coef: 0.01}"),
+     *(pytest.param(*other, marks=pytest.mark.slow) for other in
+       (("grpo", "grpo.args={top_entropy_quantile: 0.5}"), ("dpo", "dpo.args={loss_type: [aot]}"),
+        ("dpo", "dpo.args={loss_type: [sft]}")))],
+)  # fmt: skip
+def test_a_loss_that_is_no_sum_over_rows_is_not_cut(start, algorithm, more):
+    """Pieces would give another gradient: it stops, and says so."""
+    asked = killed.recipe(start, *SETS, f"algorithm={algorithm}", more)
+    out = start / f"whole-{algorithm}-{len(more)}"
+    with watched(Room(training=2), "none"), pytest.raises(MemoryLimitError, match="no sum over"):
+        pipeline.run(asked, out, start_from=start / "start", until="policy")
+
+
+def test_a_check_that_found_no_room_is_made_in_the_step_that_is_done_again(start):
+    """PPO takes the reference's log-probs while the policy's graph is there."""
+    room = Room(scoring=2)
+    record, _ = one(start, "moved", "none", room, "ppo.updates=1", start=start / "start")
+    assert record.data["clock"]["rows_at_once"] == {"scoring": 2, "training": 2}
+    identities = record.data["stages"]["ppo"]["identities"]
+    assert identities["mean_abs_log_ratio_after_first_update"] > 0
+
+
 def test_what_a_step_that_was_done_again_has_logged_is_logged_once(start):
     whole, _ = one(start, "log-all", "none", None, "ppo.updates=1", start=start / "start")
     room = Room(backward=2)
@@ -294,7 +332,11 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
         with pytest.raises(type(error)):
             halving.tried(lambda error=error: raises(error))
     host = RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: you tried ...")
-    for error in (torch.OutOfMemoryError(TOLD), MemoryError(), host):
+    others = [
+        RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ]
+    for error in (torch.OutOfMemoryError(TOLD), MemoryError(), host, *others):
         assert halving.tried(lambda error=error: raises(error))[1]
 
 
