@@ -152,7 +152,7 @@ class BaseModel:
             "hidden_size": self.causal.config.get_text_config().hidden_size,
             "chat_template_sha256": hashlib.sha256(text.encode()).hexdigest() if template else None,
             "eos_ids": self.eos_ids, "pad_id": self.tokenizer.pad_token_id, **self.source,
-            **({"chat_template_note": note} if (note := templates.prefix_note(self.tokenizer))
+            **({"chat_template_note": note} if (note := templates.note(self.tokenizer))
                else {}),
         }  # fmt: skip
 

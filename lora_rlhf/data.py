@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from . import tasks
 from .errors import DataError
 from .filters import Kept, bucket, clean, expand, first_turn, fit, neutralise, prompt_key
-from .layouts import Example, Turns, examples, said
+from .layouts import Example, Turns, examples, plain_texts, said
 from .metrics import Estimate, share_interval
 from .sections import DataSource, Recipe
 from .sources import Row, Skips, described, read
@@ -141,35 +141,31 @@ def texts(recipe: Recipe, tokenizer: Any) -> tuple[list[list[int]], dict[str, An
     piece of one token, which predicts nothing.
 
     Raises:
-        DataError: A source cannot be read, has no column `text`, or nothing is left.
+        DataError: A source cannot be read, more rows than its `skip_bad` hold no text, or nothing
+            is left.
     """
     kept, pieces, documents = Kept("text"), [], 0
     for index, source in enumerate(recipe.data.text):
         skips = Skips(source.skip_bad)
         rows = read(source, skips)
-        kept.broken(skips, len(rows) + len(skips.seen))
-        for where, row in rows:
-            if not isinstance(row.get("text"), str):
-                raise DataError(
-                    f"text: {row.get('text')!r:.80}", where=where,
-                    expected="a column `text` that holds text",
-                    remedy="map it with `columns: {text: the file's name}`",
-                )  # fmt: skip
+        lines = len(rows) + len(skips.seen)
+        good = plain_texts(rows, skips)
+        kept.broken(skips, lines)
         kept.sources.append(described(source, rows))
-        random.Random(f"{recipe.seed}/text/{index}").shuffle(rows)
-        found = [Example(row["text"]) for _, row in rows[: source.limit] if row["text"].strip()]
+        random.Random(f"{recipe.seed}/text/{index}").shuffle(good)
+        found = [Example(text) for text in good[: source.limit] if text.strip()]
         neutralise(kept, found, tokenizer)
         documents += len(found)
         for example in found:
             ids = [*tokenizer(example.prompt)["input_ids"], tokenizer.eos_token_id]
             step = recipe.data.max_tokens
             pieces += [ids[i : i + step] for i in range(0, len(ids), step)]
-    good = [piece for piece in pieces if len(piece) > 1]
-    if not good:
+    whole = [piece for piece in pieces if len(piece) > 1]
+    if not whole:
         raise DataError("data.text holds no text", remedy="give it text, or set ppo.ptx_coef to 0")
-    report = {**kept.report(), "documents": documents, "pieces": len(good),
-              "tokens": sum(map(len, good))}  # fmt: skip
-    return good, report
+    report = {**kept.report(), "documents": documents, "pieces": len(whole),
+              "tokens": sum(map(len, whole))}  # fmt: skip
+    return whole, report
 
 
 def _load(

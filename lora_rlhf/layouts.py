@@ -107,6 +107,27 @@ def examples(
     return good
 
 
+def plain_texts(rows: list[Row], skips: Skips) -> list[str]:
+    """The column `text` of the rows of one source, in their order.
+
+    Raises:
+        DataError: A row holds no text there, and `skips` may take no more.
+    """
+    good = []
+    for where, row in rows:
+        try:
+            if not isinstance(row.get("text"), str):
+                raise _Unfit(f"text: {row.get('text')!r:.80}")
+            good.append(_sound(row["text"], "text"))
+        except _Unfit as error:
+            skips.take(DataError(
+                str(error), where=where, expected="a column `text` that holds text",
+                remedy="map it with `columns: {text: the file's name}`, or leave so many rows out "
+                "with `skip_bad:`",
+            ))  # fmt: skip
+    return good
+
+
 def transcript(text: str) -> list[Message] | None:
     r"""Messages of an HH-RLHF transcript (`\n\nHuman: ...\n\nAssistant: ...`); None: it is none."""
     if not _TRANSCRIPT.match(text):

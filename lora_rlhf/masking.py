@@ -15,20 +15,34 @@ T = TypeVar("T")
 
 TOKENS = {
     "a Hugging Face token": re.compile(r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{16,}"),
-    "an API key": re.compile(r"(?<![A-Za-z0-9])sk-(?=[\w-]*\d)[\w-]{16,}"),
+    "an API key": re.compile(r"(?<![A-Za-z0-9])sk-(?=[A-Za-z_-]{0,64}+\d)[\w-]{16,}"),
     "an AWS key": re.compile(r"(?<![A-Za-z0-9])AKIA[0-9A-Z]{16}"),
     "a GitHub token": re.compile(r"(?<![A-Za-z0-9])(gh[pousr]_|github_pat_)\w{20,}"),
     "a GitLab token": re.compile(r"(?<![A-Za-z0-9])glpat-[\w-]{16,}"),
     "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*"),
 }
-"""Shapes of secrets that are told apart from words by themselves, wherever they stand."""
+"""Shapes of secrets that are told apart from words by themselves, wherever they stand.
+
+A text of any length is searched in time that grows as its length: what may stand before a part
+that has to be there is bounded, or cannot hold the start of another match. A key's first digit is
+looked for in its first 65 characters.
+"""
 
 HIDDEN = "***"
 
 SHORTEST = 12
 """Characters; below it the value of a variable is a word, found in any text."""
 
-_VARIABLE = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY", re.IGNORECASE)
+_VARIABLE = re.compile(
+    r"(TOKEN|SECRET(_?KEY)?|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY)S?(?![A-Za-z])"
+    r"(?!.*_(PATH|FILE|DIR|NAME|ID)S?$)",
+    re.IGNORECASE,
+)
+"""Names that end in such a word, or have `_` or a digit after it: none of TOKENIZERS_PARALLELISM.
+
+What names a place or a thing (HF_TOKEN_PATH) is told with the rest of the text.
+"""
+_MODEL = re.compile(r"[A-Za-z._-]{1,24}/[A-Za-z._-]{1,24}")
 
 _IN_ADDRESS = re.compile(r"(?<=://)([\w.%+~-]+):[^\s/@]+(?=@)")  # https://user:password@host
 _SECRET = re.compile(r"token|secret|passw|credential|(api|access|private)_?key", re.IGNORECASE)
@@ -88,11 +102,20 @@ def found(text: str) -> Counter[str]:
 
 
 def variables() -> dict[str, str]:
-    """Value -> name of the environment variables that hold a secret, by their names."""
+    """Value -> name of the environment variables that hold a secret, by their names.
+
+    Not where the value is the path of what is there, or `org/name`: it would be hidden everywhere.
+    """
     return {
         value: name for name, value in os.environ.items()
-        if len(value) >= SHORTEST and _VARIABLE.search(name)
+        if len(value) >= SHORTEST and _VARIABLE.search(name) and not _names_a_thing(value)
     }  # fmt: skip
+
+
+def _names_a_thing(value: str) -> bool:
+    if not any(mark in value for mark in {"/", os.sep}):
+        return False  # a file here that is called as a password is does not uncover it
+    return bool(_MODEL.fullmatch(value)) or os.path.exists(value)
 
 
 def _by_key(key: str) -> bool:

@@ -266,6 +266,9 @@ BOMBS = {
                 "{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x }}",
     "padding": "{{ 'a' | center(99999999999) }}",
     "length": "{# " + "x" * 1_000_000 + " #}",
+    "unasked": "{% if not add_generation_prompt %}{{ 'a' * 99999999999 }}{% endif %}",
+    "after a refusal": "{% if messages | length == 1 %}{{ raise_exception('no') }}{% endif %}"
+                       "{{ 'a' * 99999999999 }}",
 }  # fmt: skip
 
 
@@ -277,6 +280,60 @@ def test_a_template_bomb_is_found_before_it_goes_off(base, monkeypatch, kind):
     tokenizer.save_pretrained(base)
     with pytest.raises(TokenizerError, match="the chat template (does not end|asks for|has 1,000)"):
         load(base)
+
+
+SHADOWS = ("resource", "json", "jinja2", "markupsafe", "random", "datetime", "sitecustomize")
+
+
+@pytest.mark.parametrize("where", ["", "."])
+def test_the_trial_of_a_template_runs_nothing_of_the_folder_it_is_in(tmp_path, monkeypatch, where):
+    for name in SHADOWS:
+        (tmp_path / f"{name}.py").write_text(
+            f"import os\nos.mkdir({str(tmp_path / 'executed')!r})\nraise SystemExit(1)\n"
+        )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(sys, "path", [where and str(tmp_path), *sys.path])
+    tokenizer = small.tokenizer()
+    tokenizer.chat_template = BOMBS["memory"] + "{# " + where + " #}"
+    with pytest.raises(TokenizerError, match="asks for too much memory"):
+        templates.check(tokenizer)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("fault", ["no process", "exit code 7", "seconds were over"])
+def test_a_template_that_cannot_be_tried_is_noted_and_tried_again(monkeypatch, caplog, fault):
+    tokenizer = small.tokenizer()
+    tokenizer.chat_template = BOMBS["memory"] + "{# " + fault + " #}"
+    with monkeypatch.context() as broken:
+        if fault == "no process":
+            broken.setattr(sys, "executable", "/no/such/python")
+        elif fault == "exit code 7":
+            broken.setattr(templates, "_TRIAL", "import sys; sys.exit(7)")
+        else:
+            broken.setattr(templates, "SECONDS", 0.1)
+            broken.setattr(templates, "_TRIAL", "import time; time.sleep(9)")
+        templates.check(tokenizer)
+        [said] = caplog.messages
+        assert "could not be tried (" in said and said.endswith("it is used untried")
+        assert fault == "no process" or fault in said
+        monkeypatch.setattr(templates, "prefix_note", lambda tokenizer: None)  # would go off
+        assert templates.note(tokenizer) == said.removesuffix(": it is used untried")
+    with pytest.raises(TokenizerError, match="asks for too much memory"):
+        templates.check(tokenizer)
+
+
+def test_where_there_is_no_module_resource_the_clock_bounds_a_template(monkeypatch):
+    code = templates._TRIAL.replace("import resource", "import no_such_module")
+    monkeypatch.setattr(templates, "_TRIAL", code)
+    monkeypatch.setattr(templates, "SECONDS", 0.5)
+    tokenizer = small.tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content }}{# without #}"
+    templates.check(tokenizer)
+    assert templates.note(tokenizer) is None
+    tokenizer.chat_template = BOMBS["loops"] + "{# without #}"
+    with pytest.raises(TokenizerError, match="does not end"):
+        templates.check(tokenizer)
 
 
 ESCAPES = [

@@ -125,6 +125,23 @@ def test_text_without_the_column_is_told_with_file_and_line(tmp_path):
     assert "text.jsonl:2" in str(error.value) and "columns" in str(error.value)
 
 
+def test_rows_without_text_are_left_out_as_skip_bad_says_and_counted(tmp_path):
+    path = tmp_path / "text.jsonl"
+    found = ("w5 w6", None, "w7 w8", 3, "w9 w10", "half \udc00")
+    lines = ["{", *(json.dumps({"text": text}) for text in found)]
+    path.write_text("\n".join(lines))
+    tokenizer = backbone("llama", "policy").tokenizer
+    rows, report = data.texts(recipe(path, skip_bad=4), tokenizer)
+    assert len(rows) == report["documents"] == 3
+    assert report["counts"]["broken"] == {"before": 7, "after": 3}
+    [note] = report["notes"]
+    assert note == "broken and left out (skip_bad), the first at text.jsonl:1 (4 rows)"
+    for allowed, line in enumerate((1, 3, 5, 7)):
+        with pytest.raises(DataError) as error:
+            data.texts(recipe(path, skip_bad=allowed), tokenizer)
+        assert error.value.where == f"{path}:{line}"
+
+
 def test_no_text_at_all(tmp_path):
     path = tmp_path / "text.jsonl"
     path.write_text('{"text": " "}\n')

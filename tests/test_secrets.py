@@ -8,6 +8,7 @@ local Hub. What the canary test looks for it has put there itself, so that it ca
 import json
 import logging
 import shutil
+import time
 from pathlib import Path
 
 import broken_runs
@@ -210,6 +211,64 @@ def test_the_value_of_a_secret_variable_is_hidden_whatever_it_looks_like(monkeyp
     monkeypatch.setenv("SHORT_TOKEN", "word")
     assert masking.safe("abcdefabcdef and a word") == "*** and a word"
     assert masking.variables()["abcdefabcdef"] == "WANDB_API_KEY"
+
+
+NO_SECRETS = {
+    "TOKENIZER_NAME": "some-tokenizer", "TOKENIZER_PATH": "some/where/else1",
+    "TOKENIZERS_PARALLELISM": "neverandnever", "MY_TOKENIZER": "some-tokenizer",
+    "HF_TOKEN_PATH": "/no/such/token", "AWS_WEB_IDENTITY_TOKEN_FILE": "/var/run/token",
+    "SECRETS_DIR": "/run/secrets1", "SECRET_NAMES": "one and another", "TOKEN_ID": "twelve-or-more",
+    "TOKEN": "Some-org/Some.model",
+}  # fmt: skip
+SECRET_NAMES = ["HF_TOKEN", "TOKEN", "token", "GH_TOKEN_2", "API_TOKENS", "PGPASSWORD", "SECRET1",
+                "AWS_SECRET_ACCESS_KEY", "OPENAI_APIKEY", "SECRETKEY"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO_SECRETS)
+def test_a_variable_that_holds_no_secret_hides_nothing(monkeypatch, name):
+    monkeypatch.setenv(name, NO_SECRETS[name])
+    assert NO_SECRETS[name] not in masking.variables()
+    assert masking.safe(f"with {NO_SECRETS[name]}.") == f"with {NO_SECRETS[name]}."
+
+
+@pytest.mark.parametrize("name", SECRET_NAMES)
+def test_a_variable_that_holds_a_secret_hides_it(monkeypatch, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    for secret in ("plainlookingpassphrase", "abc/def0ghiJ+klm"):
+        monkeypatch.setenv(name, secret)
+        assert masking.safe(f"with {secret}.") == "with ***."
+    (tmp_path / "plainlookingpassphrase").touch()
+    monkeypatch.setenv(name, "plainlookingpassphrase")
+    assert masking.safe("with plainlookingpassphrase.") == "with ***."  # whatever a folder holds
+    monkeypatch.setenv(name, str(tmp_path / "plainlookingpassphrase"))
+    assert str(tmp_path / "plainlookingpassphrase") not in masking.variables()
+
+
+REPEATED = ["sk-", "sk-a", "sk-_", "hf_", "hf_a", "AKIA", "ghp_", "github_pat_", "glpat-", "a:",
+            "-----BEGIN ", "-----BEGIN PRIVATE KEY", "-----BEGIN A PRIVATE KEY ", "://a:", "://a",
+            "://a:b", "A", "-", "/home/", "/home/a", "~", "a:\\", "\\"]  # fmt: skip
+
+
+@pytest.mark.parametrize("part", REPEATED)
+def test_masking_takes_time_that_grows_as_the_text(part):
+    """Eight times the text takes some eight times the time; 64 times, where each pair counts."""
+
+    def seconds(size: int) -> float:
+        text = (part * size)[:size]
+        start = time.process_time()
+        assert masking.safe(text) and masking.found(text) is not None
+        return time.process_time() - start
+
+    assert any(seconds(32_000) <= 24 * max(seconds(4_000), 1e-4) for _ in range(3))
+    masking.safe(part * (1_000_000 // len(part)))
+
+
+def test_a_key_is_hidden_with_all_that_belongs_to_it():
+    for key in ("sk-abcdefghijklmnop1", "sk-proj-a_b-c0" + "x" * 99, "sk-" + "a" * 64 + "1"):
+        assert masking.safe(f"my {key} is") == "my *** is"
+        assert masking.safe(f"x-{key}") == "x-***"
+    for text in ("sk-learn-and-more-words", "sk-abc1", "task-abcdefghijklmnop1"):
+        assert masking.safe(text) == text
 
 
 def test_kinds_of_secrets_are_counted():
