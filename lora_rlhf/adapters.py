@@ -11,8 +11,8 @@ reward.json                                       reward roles: {"reward_offset"
 from __future__ import annotations
 
 import json
-import os
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any

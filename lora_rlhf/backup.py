@@ -287,7 +287,7 @@ def _compare(repo_id: str, found: dict[str, Any], record: Record) -> None:
     if found["progress"] > moment.progress(record):
         raise HubError(
             f"{repo_id} is ahead of {record.folder}: there {found.get('told')}; here "
-            f"{moment.told(record)}",
+            f"{moment.told(record, strict=False)}",
             expected="the folder in which the run was last gone on with",
             remedy="give another --out, new or empty, which fetches what is there; to go on from "
             "here, and lose that, delete the repository first",

@@ -148,22 +148,28 @@ def progress(record: Record) -> list[int]:
     return [done, parts + sum(map(_step, under_way))]
 
 
-def _step(training: Path) -> int:
+def _step(training: Path, *, strict: bool = False) -> int:
     """Of the newest checkpoint from which one can go on."""
     try:
         found = checkpoint.newest(training)[0]
     except CheckpointError:
+        if strict:
+            raise
         return 0
     return found.step if found else 0
 
 
-def told(record: Record) -> str:
-    """How far a run is, in words."""
+def told(record: Record, *, strict: bool = True) -> str:
+    """How far a run is, in words; unless `strict`, checkpoints that are broken count for nothing.
+
+    Raises:
+        CheckpointError: None of a training's checkpoints is complete.
+    """
     done = [name for name, entry in record.data["stages"].items() if entry["status"] == "done"]
     steps = [
         f"{training.name} at step {step}"
         for training in sorted(record.checkpoints("").glob("*"))
-        if (step := _step(training))
+        if (step := _step(training, strict=strict))
     ]
     return ", ".join([*(f"{name} done" for name in done), *steps]) or "nothing finished"
 
