@@ -535,7 +535,7 @@ def test_a_commit_between_the_look_and_the_upload_is_seen(
     monkeypatch.setattr(backup._Sender, "_ours", ours)
     send(recipe, record, said)
     assert seen and "checkpoints/reward/step-00000005/manifest.json" not in heads(server)
-    assert [r.status for r in server.requests].count(status) == 1
+    assert [r.status for r in server.sent("POST", "/commit/")].count(status) == 1
     assert record.data["clock"]["backup"]["failed"] == 1, "one look was enough"
     assert len([line for line in said.lines if "nothing more of it is sent" in line]) == 1
 
