@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,13 @@ def save_role(backbone: Backbone, role: str, folder: str | Path) -> Path:
     if backbone.model_section.hub_id:
         # PEFT has put the local folder there; the name is what others can load.
         config.base_model_name_or_path = backbone.model_section.hub_id
+    # What trackers are told names no home folder; on this disk, AutoPeft has to find the base.
+    told, where = config.base_model_name_or_path, getattr(backbone.causal, "loaded_from", None)
+    where = os.path.abspath(where) if where and os.path.isdir(where) else where
+    config.base_model_name_or_path = backbone.model_section.hub_id or where or told
     inference, config.inference_mode = config.inference_mode, True
     config.save_pretrained(str(temporary))
-    config.inference_mode = inference
+    config.inference_mode, config.base_model_name_or_path = inference, told
     backbone.tokenizer.save_pretrained(str(temporary))
     _write_json(temporary / "check.json", expected_outputs(backbone, role))
     if role in REWARDS:

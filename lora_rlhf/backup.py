@@ -2,50 +2,37 @@
 """A run kept on the Hub while it trains (`checkpoint.hub`), for a machine that may not come back.
 
 The private repository holds the run directory with the newest checkpoint of each training, and
-backup.json: which run it is, and the sha256 of every file. Each upload is one commit, so what is
-there is always one moment of the run. It is sent by a thread from a copy; nothing that happens to
-it can stop or change the run.
+backup.json (`moment.py`). Each upload is one commit, so what is there is always one moment of the
+run, and each builds on the one before: who finds another's commit there sends no more. It is sent
+by a thread from a copy; nothing that happens to it can stop or change the run.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import shlex
 import shutil
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import utils
 
-from . import checkpoint, hub
-from .card_text import code
+from . import checkpoint, hub, moment
 from .config import Recipe
 from .errors import CheckpointError, HubError, UsageError
 from .progress import Progress
-from .readers import keys_read
-from .record import BEGINNINGS, Record, sha256
-from .staging import ADAPTER, scan
+from .record import BEGINNINGS, COPY, Record, sha256
 
-SCHEMA = 1
-"""Of `backup.json`."""
-
-INDEX = "backup.json"
 FETCHED = "fetched.tmp"
 """Folder in the run directory while a fetch is at work: what lies beside it may not be whole."""
 
 _PAUSES = (1.0, 4.0)  # the next checkpoint is the next try: no need for patience here
 _NOTICED = 2.0  # seconds of waiting from which one wants to know what for
-_TEXTS = ("recipe.yaml", "record.json", "metrics.jsonl", "samples.jsonl", "skipped.jsonl")
-_OF_DATA = ("samples.jsonl", "skipped.jsonl", "checkpoints/")
-"""What holds rows of the data, which may speak of paths as they like."""
-_PLAIN = (".json", ".yaml", ".md")
 
 
 def prepare(
@@ -62,6 +49,7 @@ def prepare(
     there, repo_id = (out / "record.json").exists(), recipe.checkpoint.hub
     if (out / FETCHED).exists():
         _clear(out, everything=not there)
+    shutil.rmtree(out / COPY, ignore_errors=True)  # of a process that was killed while it sent
     if repo_id is None:
         return None
     if hub.offline():
@@ -72,20 +60,22 @@ def prepare(
         repo_id, None, False, again if there else "lora-rlhf run", "keeping checkpoints", _PAUSES
     )
     remote.check_access()
-    if remote.visibility(repo_id) is False:
+    known = remote.info(repo_id)  # before what is read: a later commit is then another's
+    if known is not None and not known.private:
         raise HubError(
             f"{repo_id} is a public repository, and checkpoints are nobody else's business",
             expected="a private one, or none yet: it is made",
             remedy="give another checkpoint.hub, or make that one private in its settings",
         )
-    with tempfile.TemporaryDirectory(prefix="lora-rlhf-backup-") as name:
-        found = _index(Path(name), repo_id) if remote.download(Path(name), INDEX) else None
-    remote.again = again
-    if there and found is not None and found["run"] != _identity(Record.read(out)):
-        raise _other_run(repo_id, found)
+    remote.head, remote.again = known.sha if known else None, again
+    found = _there(remote)
+    if there and found is not None:
+        _compare(repo_id, found, Record.read(out))
     if found is not None and not there and {p.name for p in out.iterdir()} <= BEGINNINGS:
         _fetch(recipe, out, remote, warm_start)
-        progress.say(f"fetched from {repo_id}: {_told(Record.read(out))}; going on from there")
+        progress.say(
+            f"fetched from {repo_id}: {moment.told(Record.read(out))}; going on from there"
+        )
     return remote
 
 
@@ -118,21 +108,22 @@ class _Sender:
         self._begun = float("-inf")
         self._unsent = bool(record.data["stages"])  # an earlier process may have sent less
         self._due, self._error = False, ""
+        self.writer, self.taken = uuid.uuid4().hex, False
 
     def saved(self, whole_stage: bool) -> None:
         """There is more to go on from: send it now, if that is due and nothing is under way."""
-        self._unsent = True
+        self._unsent = not self.taken
         self._due |= whole_stage or time.monotonic() - self._begun >= self.seconds
-        if self._due and (self._thread is None or not self._thread.is_alive()):
+        if self._due and self._unsent and (self._thread is None or not self._thread.is_alive()):
             self._begin()
 
     def finish(self) -> None:
         """Send what is not there yet, and wait for it."""
         self._wait()
-        if self._unsent:
+        if self._unsent and not self.taken:
             self._begin()
             self._wait()
-        if self._error:
+        if self._error and not self.taken:
             self.progress.say(
                 f"{self.remote.repo_id} does not hold the last of this run, {self.record.folder} "
                 f"does; to send it: `{self.remote.again}`"
@@ -152,10 +143,11 @@ class _Sender:
     def _begin(self) -> None:
         self._unsent = self._due = False
         self._begun, self._thread = time.monotonic(), None
-        folder = Path()
+        folder = self.record.folder / COPY  # on the same disk a copy of weights is a second name
         try:
-            folder = Path(tempfile.mkdtemp(prefix="lora-rlhf-backup-"))
-            _copy(self.record.folder, folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            moment.copy(self.record.folder, folder)
         except OSError as error:
             self._failed(folder, error)
             return
@@ -164,9 +156,12 @@ class _Sender:
 
     def _send(self, folder: Path) -> None:
         try:
-            files = _make_ready(folder, self.recipe, self.record.folder, self.remote.repo_id)
+            files = moment.make_ready(
+                folder, self.recipe, self.record.folder, self.remote.repo_id, self.writer
+            )
+            title = f"Checkpoints of {self.recipe.name}"
             with _no_bars():
-                self.remote.mirror(folder, files, f"Checkpoints of {self.recipe.name}")
+                self.remote.head = self.remote.mirror(folder, files, title, self._ours)
         except Exception as error:  # whatever it is, the run has nothing to do with it
             self._failed(folder, error)
             return
@@ -176,13 +171,30 @@ class _Sender:
         self._error = ""
         self.counts["sent"] += 1
 
+    def _ours(self, newest: str) -> None:
+        """Whether the commit to build on is our last one, its answer heard or not.
+
+        Raises:
+            HubError: It is somebody else's.
+        """
+        if newest == self.remote.head:
+            return
+        found = _there(self.remote, newest)
+        if found is not None and found.get("writer") != self.writer:
+            self.taken = True
+            raise HubError(
+                f"{self.remote.repo_id} was written to by another process: {found.get('told')}",
+                remedy="end one of the two; to keep this one too, another checkpoint.hub",
+            )
+
     def _failed(self, folder: Path, error: Exception) -> None:
         """Said once: a Hub that is away for hours must not fill the screen."""
-        if folder.name:
-            shutil.rmtree(folder, ignore_errors=True)
-        self._unsent = True
+        shutil.rmtree(folder, ignore_errors=True)
+        self._unsent = not self.taken
         self.counts["failed"] += 1
-        if not self._error:
+        if self.taken:
+            self.progress.say(f"the run goes on, but nothing more of it is sent: {error}")
+        elif not self._error:
             self.progress.say(
                 f"the run goes on, but its checkpoints are only here: {error}\n"
                 "  the next checkpoint tries again"
@@ -202,137 +214,14 @@ def _no_bars() -> Iterator[None]:
             utils.enable_progress_bars()  # type: ignore[attr-defined]
 
 
-# --- what is sent --------------------------------------------------------------------------------
-
-
-def _files(run: Path) -> Iterator[str]:
-    """Names, relative to the run, of what another machine needs; nothing that is not ours."""
-    yield from (name for name in _TEXTS if (run / name).is_file())
-    yield from (f"plots/{path.name}" for path in run.glob("plots/*.png"))
-    for folder in run.glob("adapters/*"):
-        if folder.suffix != ".tmp":
-            named = (folder / name for name in (*ADAPTER, "README.md"))
-            yield from (p.relative_to(run).as_posix() for p in named if p.is_file())
-    for training in run.glob("checkpoints/*"):
-        newest = checkpoint.folders(training)[:1]
-        for path in [p for step in newest for p in step.iterdir()] + [*training.glob("*.json")]:
-            yield path.relative_to(run).as_posix()
-
-
-def _copy(run: Path, folder: Path) -> None:
-    """This moment of the run; weights are never changed in place, so a second name is a copy."""
-    for name in _files(run):
-        source, target = run / name, folder / name
-        if source.is_symlink():
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if source.suffix == ".safetensors":
-            with contextlib.suppress(OSError):  # another disk
-                os.link(source, target)
-                continue
-        shutil.copyfile(source, target)
-
-
-def _make_ready(folder: Path, recipe: Recipe, run: Path, repo_id: str) -> list[str]:
-    """Hide this machine's paths, refuse secrets, write card and index; returns all names.
-
-    Raises:
-        HubError: A file holds what looks like a secret.
-    """
-    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    hidden = [name for name in names if _swap(folder / name, name, _paths(recipe, run))]
-    own = [name for name in names if not name.startswith(_OF_DATA)]
-    scan(folder, own)
-    scan(folder, sorted({*names} - {*own}), homes=False)
-    record = Record.read(folder)
-    index = {
-        "schema": SCHEMA, "run": _identity(record), "hidden": hidden,
-        "files": {name: sha256(folder / name) for name in names},
-    }  # fmt: skip
-    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(_card(record, repo_id), encoding="utf-8", newline="\n")
-    return sorted([*names, INDEX, "README.md"])
-
-
-def _paths(recipe: Recipe, run: Path) -> dict[str, str]:
-    """This machine's paths -> what stands for them, the longest first."""
-    keys = keys_read(recipe, "card").items()
-    found = {str(Path.home()): "@@home@@", str(run.resolve()): "@@run@@"}
-    found |= {
-        value: f"@@{key}@@" for key, value in keys
-        if isinstance(value, str) and (key == "model.id" or key.endswith(".path"))
-        and Path(value).is_absolute()
-    }  # fmt: skip
-    return dict(sorted(found.items(), key=lambda pair: -len(pair[0])))
-
-
-def _swap(path: Path, name: str, words: dict[str, str]) -> bool:
-    """Put one word for another in a small text file of ours; whether there was one."""
-    if not name.endswith(_PLAIN) or name.endswith("tokenizer.json"):
-        return False
-    if name.startswith(_OF_DATA) and not name.endswith("manifest.json"):
-        return False
-    text = before = path.read_bytes().decode()
-    for word, other in words.items():
-        if path.suffix == ".json":
-            word, other = (json.dumps(w)[1:-1] for w in (word, other))
-        text = text.replace(word, other)
-    if text != before:
-        path.write_bytes(text.encode())
-    return text != before
-
-
-def _identity(record: Record) -> dict[str, Any]:
-    """What tells one run from another of the same recipe."""
-    data = record.data
-    return {"name": data["name"], "seed": data["seed"], "started": data["clock"]["started"]}
-
-
-def _told(record: Record) -> str:
-    """How far a run is, in words."""
-    done = [name for name, entry in record.data["stages"].items() if entry["status"] == "done"]
-    steps = [
-        f"{training.name} at step {found.step}"
-        for training in sorted(record.checkpoints("").glob("*"))
-        if (found := checkpoint.newest(training)[0])
-    ]
-    return ", ".join([*(f"{name} done" for name in done), *steps]) or "nothing finished"
-
-
-def _card(record: Record, repo_id: str) -> str:
-    meta = yaml.safe_dump({"tags": ["lora-rlhf"]}, sort_keys=False).strip()
-    return (
-        f"---\n{meta}\n---\n\n# Checkpoints of {code(record.data['name'])}\n\n"
-        "Unfinished work of `lora-rlhf`, kept for a machine that may not come back; not a model to "
-        f"use.\n\nIt holds: {_told(record)}.\n\nTo go on from here, on any machine: the same "
-        f"recipe, with `checkpoint.hub: {repo_id}`, into an empty folder,\n"
-        "`lora-rlhf run RECIPE --out FOLDER`.\n"
-    )
+def _there(remote: hub.Repository, commit: str | None = None) -> dict[str, Any] | None:
+    """The index of a commit, by default the newest; None where there is none."""
+    with tempfile.TemporaryDirectory(prefix="lora-rlhf-backup-") as name:
+        found = remote.download(Path(name), moment.INDEX, commit)
+        return moment.read_index(Path(name), remote.repo_id) if found else None
 
 
 # --- what is fetched -----------------------------------------------------------------------------
-
-
-def _index(folder: Path, repo_id: str) -> dict[str, Any] | None:
-    """`backup.json`; None in a repository that has none yet.
-
-    Raises:
-        HubError: It is none of this version.
-    """
-    path = folder / INDEX
-    if not path.exists():
-        return None
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if found["schema"] != SCHEMA:
-            raise ValueError(f"schema {found['schema']!r}, this version reads {SCHEMA}")
-        names = [*found["files"], *found["hidden"]]
-        if wrong := [n for n in names if ".." in n.split("/") or Path(n).is_absolute()]:
-            raise ValueError(f"it names {wrong[0]}")
-        found["run"]["started"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _broken(repo_id, f"{INDEX} cannot be read: {error}") from None
-    return found
 
 
 def _fetch(recipe: Recipe, out: Path, remote: hub.Repository, warm_start: bool) -> None:
@@ -344,17 +233,21 @@ def _fetch(recipe: Recipe, out: Path, remote: hub.Repository, warm_start: bool) 
     folder = out / FETCHED
     try:
         remote.download(folder)
-        index = _index(folder, remote.repo_id)
+        index = moment.read_index(folder, remote.repo_id)
         if index is None:
-            raise _broken(remote.repo_id, f"it lacks {INDEX}")
+            raise moment.broken(remote.repo_id, f"it lacks {moment.INDEX}")
         for name, known in index["files"].items():
             if not (folder / name).is_file() or sha256(folder / name) != known:
-                raise _broken(remote.repo_id, f"{name} is not as it was sent")
-        words = {word: path for path, word in _paths(recipe, out).items()}
+                raise moment.broken(remote.repo_id, f"{name} is not as it was sent")
+        words = {word: path for path, word in moment.paths(recipe, out).items()}
         for name in index["hidden"]:
-            _swap(folder / name, name, words)
+            moment.swap(folder / name, name, words)
         for training in (folder / "checkpoints").glob("*"):
             checkpoint.newest(training)
+        if index["sealed"]:  # they were as sealed, and are so but for this machine's paths
+            record = Record.read(folder)
+            record.data["files"] |= {name: sha256(folder / name) for name in index["sealed"]}
+            record.save()
         Record.open(folder, recipe, warm_start=warm_start)
         # The record last: without it the folder is no run, and is fetched again.
         for name in sorted(index["files"], key=lambda name: name == "record.json"):
@@ -377,19 +270,25 @@ def _clear(out: Path, *, everything: bool) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _broken(repo_id: str, what: str) -> HubError:
-    return HubError(
-        f"the checkpoints on {repo_id} cannot be used: {what}",
-        expected="a repository that only `checkpoint.hub` writes to",
-        remedy="give another checkpoint.hub, or restore an earlier commit of the repository",
-    )
+def _compare(repo_id: str, found: dict[str, Any], record: Record) -> None:
+    """Whether the run in the folder may take the place of what is there.
 
-
-def _other_run(repo_id: str, found: dict[str, Any]) -> HubError:
+    Raises:
+        HubError: That is another run, or the same one further on.
+    """
     run = found["run"]
-    return HubError(
-        f"{repo_id} holds the checkpoints of another run: {run.get('name')}, seed "
-        f"{run.get('seed')}, started {run.get('started')}",
-        expected="a repository for each run",
-        remedy="give another checkpoint.hub; to go on with that run, an empty --out",
-    )
+    if run != moment.identity(record):
+        raise HubError(
+            f"{repo_id} holds the checkpoints of another run: {run.get('name')}, seed "
+            f"{run.get('seed')}, started {run.get('started')}",
+            expected="a repository for each run",
+            remedy="give another checkpoint.hub; to go on with that run, an empty --out",
+        )
+    if found["progress"] > moment.progress(record):
+        raise HubError(
+            f"{repo_id} is ahead of {record.folder}: there {found.get('told')}; here "
+            f"{moment.told(record, strict=False)}",
+            expected="the folder in which the run was last gone on with",
+            remedy="give another --out, new or empty, which fetches what is there; to go on from "
+            "here, and lose that, delete the repository first",
+        )

@@ -79,8 +79,7 @@ class BaseModel:
         source = _source(where, model)
         device, dtype = pick_device(), pick_dtype(model.dtype)
         plain: dict[str, Any] = {"revision": model.revision, "trust_remote_code": False}
-        # Without it transformers reads pickles where a folder has no safetensors.
-        options = {**plain, "use_safetensors": True}
+        options = {**plain, "use_safetensors": True}  # else it reads pickles where there are none
         if model.load_in_4bit:
             options["quantization_config"] = nf4(dtype)
         try:
@@ -110,8 +109,9 @@ class BaseModel:
                 "safetensors are read, and code beside them is never run",
             ) from error
         templates.check(tokenizer)
-        for named in (causal, causal.config, tokenizer):  # PEFT and trackers write it down
+        for named in (causal, causal.config, tokenizer):  # trackers and the tokenizer write it down
             named.name_or_path = safe(where)
+        causal.loaded_from = where  # for adapters on this disk, where ~ would be no path
         if model.load_in_4bit:
             _settle_4bit(causal)
         _distinct_pad(tokenizer, causal)

@@ -20,6 +20,7 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
+    ModelInfo,
     constants,
     get_token,
     set_client_factory,
@@ -45,11 +46,9 @@ PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds before each new try, where the Hub does not say how long to wait."""
 _LONGEST_PAUSE = 60.0
 _LICENCE_SECONDS = 10.0
-_SILENCE_SECONDS = (
-    60.0  # huggingface_hub sets no limit: a dead connection would hold a run for ever
-)
-# 412: somebody else committed meanwhile; a new try builds on their commit.
-_PASSING = frozenset({408, 412, 425, 429, 500, 502, 503, 504})
+_SILENCE_SECONDS = 60.0  # the client sets no limit: a dead connection would hold a run for ever
+# 409, 412: somebody else committed meanwhile; a new try builds on their commit, if it may.
+_PASSING = frozenset({408, 409, 412, 425, 429, 500, 502, 503, 504})
 # The base class of connection errors and time-outs, whichever HTTP library huggingface_hub uses.
 _TRANSPORT: type[Exception] = HfHubHTTPError.__mro__[1]
 
@@ -85,11 +84,7 @@ def push(
         hub.check_access()
         base_is_private = hub.visibility(base)
         if base_is_private is None:
-            raise HubError(
-                f"the base {base} is not on the Hub, or the token may not see it",
-                expected="a base that others can load the adapter with",
-                remedy=f"push it first: `lora-rlhf push {record.folder} --base {base}`",
-            )
+            raise _no_base(base, f"push it first: `lora-rlhf push {record.folder} --base {base}`")
         result = hub.upload(Path(name), files, f"{role} adapter of {record.data.get('name')}")
     entry = {role: {"repo_id": repo_id, "commit": result["commit"]}}
     record.data["clock"]["pushed"] = record.data["clock"].get("pushed", {}) | entry
@@ -139,9 +134,8 @@ def base_licence(model: dict[str, Any], token: str | None = None) -> str | None:
     if offline():
         return None
     try:
-        info = HfApi(token=token).model_info(
-            str(model["id"]), revision=model.get("revision"), timeout=_LICENCE_SECONDS
-        )
+        ask, revision = HfApi(token=token).model_info, model.get("revision")
+        info = ask(str(model["id"]), revision=revision, timeout=_LICENCE_SECONDS)
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, _TRANSPORT, OSError):
         return None  # it is only for the card, which then says that it does not know
     card: Any = info.card_data or {}
@@ -181,10 +175,7 @@ def preflight(recipe: Recipe, record: Record | None = None, token: str | None = 
         hub = Repository(repo_id, token, recipe.hub.public, "lora-rlhf run", what)
         hub.check_access()
         if hub.visibility(base) is None:
-            raise HubError(
-                f"the base {base} is not on the Hub, or the token may not see it",
-                remedy="push the base first, or correct model.hub_id",
-            )
+            raise _no_base(base, "push the base first, or correct model.hub_id")
         notes += hub.check_visibility()
     return notes
 
@@ -203,6 +194,7 @@ class Repository:
         pauses: tuple[float, ...] = PAUSES,
     ) -> None:  # fmt: skip
         self.repo_id, self.public, self.what, self.pauses = repo_id, public, what, pauses
+        self.head: str | None = None  # the commit that a mirror builds on
         self.again = again + (" --public" if public and again != "lora-rlhf run" else "")
         try:
             validate_repo_id(repo_id)
@@ -223,8 +215,7 @@ class Repository:
             raise HubError(
                 f"there is no token for {what} to {repo_id}",
                 expected="a token that may write, from `hf auth login` or HF_TOKEN",
-                remedy=f"log in with `hf auth login`, then `{self.again}`",
-            )
+                remedy=f"log in with `hf auth login`, then `{self.again}`")  # fmt: skip
         _limit_silence()
         self.api = HfApi(token=self.token)
 
@@ -250,17 +241,19 @@ class Repository:
             names = {(scope.get("entity") or {}).get("name") for scope in scopes
                      if "repo.write" in (scope.get("permissions") or [])}  # fmt: skip
             if not names & {namespace, self.repo_id}:
-                raise self._refused(
-                    f"the fine-grained token may not write in {namespace}",
-                    "one with write access to its repositories",
-                )
+                given = f"the fine-grained token may not write in {namespace}"
+                raise self._refused(given, "one with write access to its repositories")
+
+    def info(self, repo_id: str) -> ModelInfo | None:
+        """What the Hub says of a repository; None where there is none that the token may see."""
+        try:
+            return self.call(lambda: self.api.model_info(repo_id), missing=True)
+        except RepositoryNotFoundError:
+            return None
 
     def visibility(self, repo_id: str) -> bool | None:
         """Whether a repository is private; None where there is none that the token may see."""
-        try:
-            return bool(self.call(lambda: self.api.model_info(repo_id).private, missing=True))
-        except RepositoryNotFoundError:
-            return None
+        return bool(found.private) if (found := self.info(repo_id)) else None
 
     def check_visibility(self) -> list[str]:
         """Refuse to publish what should be private; say so where `public` cannot be had.
@@ -286,9 +279,8 @@ class Repository:
         them the repository would hold an adapter without its card.
         """
         notes = self.check_visibility()
-        self.call(
-            lambda: self.api.create_repo(self.repo_id, private=not self.public, exist_ok=True)
-        )
+        private, make = not self.public, self.api.create_repo
+        self.call(lambda: make(self.repo_id, private=private, exist_ok=True))
         commit = self.call(
             lambda: self.api.create_commit(
                 self.repo_id,
@@ -302,27 +294,34 @@ class Repository:
             "private": self.visibility(self.repo_id), "notes": notes,
         }  # fmt: skip
 
-    def mirror(self, folder: Path, files: list[str], message: str) -> str:
-        """Let a private repository hold these files and no others, in one commit; returns it."""
+    def mirror(
+        self, folder: Path, files: list[str], message: str, allowed: Callable[[str], None]
+    ) -> str:
+        """Let a private repository hold these files and no others, in one commit; returns it.
+
+        `allowed` is asked before every try, and raises where this commit may not be built on.
+        """
         self.call(lambda: self.api.create_repo(self.repo_id, private=True, exist_ok=True))
 
         def commit() -> str:
             # Asked in every try: the one before may have been heard though its answer was lost.
-            gone = {*self.api.list_repo_files(self.repo_id)} - {*files, ".gitattributes"}
+            there = self.api.model_info(self.repo_id)
+            allowed(str(there.sha))
+            gone = {f.rfilename for f in there.siblings or ()} - {*files, ".gitattributes"}
             return self.api.create_commit(
                 self.repo_id,
                 [*(CommitOperationAdd(name, folder / name) for name in files),
                  *(CommitOperationDelete(name) for name in sorted(gone))],
-                commit_message=message,
+                commit_message=message, parent_commit=there.sha,
             ).oid  # fmt: skip
 
         return self.call(commit)
 
-    def download(self, folder: Path, only: str | None = None) -> bool:
-        """All files of the newest commit, or one of them, into a folder; False: no repository."""
+    def download(self, folder: Path, only: str | None = None, commit: str | None = None) -> bool:
+        """All files, or one, of a commit, or the newest, into a folder; False: no repository."""
+        options: dict[str, Any] = {"local_dir": folder, "allow_patterns": only, "revision": commit}
         try:
-            get = functools.partial(self.api.snapshot_download, self.repo_id, local_dir=folder)
-            self.call(lambda: get(allow_patterns=only), missing=True)
+            self.call(lambda: self.api.snapshot_download(self.repo_id, **options), missing=True)
         except RepositoryNotFoundError:
             return False
         return True
@@ -347,10 +346,7 @@ class Repository:
                 ours = isinstance(error, FileNotFoundError)
                 if pause is None or (ours and not isinstance(error, LocalEntryNotFoundError)):
                     raise self._failed(error) from None
-            except (
-                ValueError,
-                RuntimeError,
-            ) as error:  # huggingface_hub on a card that the Hub would refuse
+            except (ValueError, RuntimeError) as error:  # on a card that the Hub would refuse
                 raise self._failed(error) from None
             time.sleep(pause)
         raise AssertionError("the last try returns or raises")
@@ -365,10 +361,16 @@ class Repository:
 
     def _refused(self, given: str, expected: str) -> HubError:
         return HubError(
-            f"{self.what} to {self.repo_id}: {given}",
-            expected=expected,
+            f"{self.what} to {self.repo_id}: {given}", expected=expected,
             remedy=f"choose another repository or token (`hf auth login`), then `{self.again}`",
-        )
+        )  # fmt: skip
+
+
+def _no_base(base: str, remedy: str) -> HubError:
+    return HubError(
+        f"the base {base} is not on the Hub, or the token may not see it",
+        expected="a base that others can load the adapter with", remedy=remedy,
+    )  # fmt: skip
 
 
 def _heard(step: Callable[[], T]) -> T:

@@ -37,6 +37,8 @@ SCHEMA = 1
 _PARTS = ("model", "lora", "data", "stages", "evaluation", "files", "clock")
 """Keys of the record that hold a mapping."""
 
+COPY = "backup.tmp"
+"""Folder in a run directory while a moment of it is sent to the Hub; no part of the run."""
 BEGINNINGS = {"recipe.yaml", "recipe.yaml.tmp", "record.json.tmp"}
 """Names of files in a run that was killed before it had a record: it begins again."""
 
@@ -74,8 +76,7 @@ class Record:
             SetupError: The folder cannot be written.
         """
         folder = Path(folder)
-        text = dump_recipe(recipe)
-        digest = identity(recipe)
+        text, digest = dump_recipe(recipe), identity(recipe)
         if (folder / "record.json").exists():
             record = cls.read(folder)
             record.warm_start = warm_start
@@ -329,11 +330,10 @@ class Record:
         `clock`.
         """
         before, found = self.data["files"], {}
-        for path in sorted(p for p in self.folder.rglob("*") if p.is_file()):
+        tops = [p for p in self.folder.iterdir() if p.name not in ("checkpoints", COPY)]
+        for path in sorted(p for top in tops for p in (top, *top.rglob("*")) if p.is_file()):
             name = path.relative_to(self.folder).as_posix()
-            if name.startswith("checkpoints/") or path.suffix in (".png", ".tmp"):
-                continue
-            if name not in ("record.json", "metrics.jsonl"):
+            if path.suffix not in (".png", ".tmp") and name not in ("record.json", "metrics.jsonl"):
                 known = None if path.name in _REWRITTEN else before.get(name)
                 found[name] = known or sha256(path)
         log, clock = self.folder / "metrics.jsonl", self.data["clock"]

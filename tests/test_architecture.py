@@ -65,6 +65,7 @@ ORDER = [
     *(
         "staging",
         "hub",
+        "moment",
         "backup",
         "checks",
         "loaded",

@@ -16,7 +16,7 @@ from huggingface_hub import constants
 from small import base_folder
 from test_checkpoint import Said, flip
 
-from lora_rlhf import backup, checkpoint, hub, pipeline, resume
+from lora_rlhf import backup, checkpoint, hub, moment, pipeline, resume
 from lora_rlhf.checkpoint import PARTS, TRAINER_STATE
 from lora_rlhf.config import parse_recipe
 from lora_rlhf.errors import HubError
@@ -25,6 +25,7 @@ from lora_rlhf.record import Record, sha256
 pytestmark = pytest.mark.hub
 
 SETS = ("checkpoint.hub=acme/kept", "checkpoint.hub_minutes=0")
+real_sleep = time.sleep
 SHORT = "sft.args.num_train_epochs=1"
 
 
@@ -442,3 +443,158 @@ def test_killed_in_a_fetch_it_is_fetched_again(server, tmp_path, at):
     fetch(recipe, out)
     assert not (out / backup.FETCHED).exists()
     assert (out / "checkpoints/reward/step-00000003/manifest.json").exists()
+
+
+# --- one run, two machines -----------------------------------------------------------------------
+
+
+def test_an_older_copy_of_the_run_does_not_replace_what_is_there(server, tmp_path):
+    """Begun on a laptop, gone on with elsewhere for hours, then started on the laptop again."""
+    recipe = asked(tmp_path / "data")
+    laptop = little(tmp_path / "laptop", recipe)
+    send(recipe, laptop)
+    other = fetch(recipe, tmp_path / "other")
+    step(other, 7)
+    send(recipe, other)
+    before = server.repos["acme/kept"].sha
+    match = (
+        "acme/kept is ahead of .*there sft done, reward at step 7; here sft done, reward at step 3"
+    )
+    with pytest.raises(HubError, match=match) as caught:
+        backup.prepare(recipe, laptop.folder, Said())
+    assert caught.value.exit_code == 4 and server.repos["acme/kept"].sha == before
+    assert "another --out" in caught.value.remedy and "delete the repo" in caught.value.remedy
+    step(laptop, 8)  # as far, or further: it goes on
+    send(recipe, laptop)
+    assert "checkpoints/reward/step-00000008/manifest.json" in heads(server)
+
+
+def test_a_finished_stage_is_further_than_any_step_before_it(tmp_path):
+    record = little(tmp_path / "run", asked(tmp_path / "data"))
+    assert moment.progress(record) == [1, 3]
+    with record.stage("reward"):
+        pass
+    assert moment.progress(record) == [2, 0]
+    for stage in ("ppo", "evaluate", "card"):  # a card is made again where only a card changes
+        with record.stage(stage):
+            pass
+    assert moment.progress(record) == [4, 0]
+
+
+def test_a_session_thought_dead_stops_sending_and_says_so_once(server, tmp_path, no_pauses):
+    recipe = asked(tmp_path / "data")
+    record, said = little(tmp_path / "run", recipe), Said()
+    remote = backup.prepare(recipe, record.folder, said)
+    with backup.kept(remote, recipe, record, said):
+        record.on_saved(True)
+        while len(server.repos["acme/kept"].commits if server.repos else ()) < 2:
+            real_sleep(0.02)
+        other = fetch(recipe, tmp_path / "other")
+        step(other, 7)
+        send(recipe, other)
+        newest = server.repos["acme/kept"].sha
+        for number in (8, 9):
+            step(record, number)
+            record.on_saved(True)
+            real_sleep(0.3)
+    assert server.repos["acme/kept"].sha == newest
+    told = [line for line in said.lines if "nothing more of it is sent" in line]
+    assert len(told) == 1 and said.lines[-1] == told[0] and "reward at step 7" in told[0]
+    assert record.data["clock"]["backup"]["failed"] == 1
+
+
+@pytest.mark.parametrize("status", [409, 412])
+def test_a_commit_between_the_look_and_the_upload_is_seen(
+    server, tmp_path, no_pauses, monkeypatch, status
+):
+    """The Hub refuses the upload, since it names the commit it builds on; then one looks again."""
+    recipe = asked(tmp_path / "data")
+    record, other = little(tmp_path / "run", recipe), None
+    send(recipe, record)
+    other = fetch(recipe, tmp_path / "other")
+    step(other, 7)
+    step(record, 5)
+    said, real, seen = Said(), backup._Sender._ours, []
+
+    def ours(self, newest):
+        real(self, newest)
+        if self.record is record and not seen:
+            seen.append(newest)
+            monkeypatch.setattr(backup._Sender, "_ours", real)
+            if status == 409:
+                server.fail_next("POST", "/commit/", 409, times=1)
+                server.repos["acme/kept"].commit(heads_of_other(), "of another")
+            else:
+                send(recipe, other)
+
+    def heads_of_other():
+        tree = dict(server.repos["acme/kept"].commits[-1].tree)
+        index = json.loads(tree["backup.json"].data) | {"writer": "another"}
+        return tree | {"backup.json": tree["backup.json"]._replace(data=json.dumps(index).encode())}
+
+    monkeypatch.setattr(backup._Sender, "_ours", ours)
+    send(recipe, record, said)
+    assert seen and "checkpoints/reward/step-00000005/manifest.json" not in heads(server)
+    assert [r.status for r in server.sent("POST", "/commit/")].count(status) == 1
+    assert record.data["clock"]["backup"]["failed"] == 1, "one look was enough"
+    assert len([line for line in said.lines if "nothing more of it is sent" in line]) == 1
+
+
+# --- paths, and where the copy lies --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("home", "text", "sent"),
+    [("/", '{"a": "x/y", "b": "/etc/z"}', None),
+     ("/home/ann", '{"a": "/home/anna/shared", "b": "/srv/home/ann"}', None),
+     ("/home/ann", '{"a": "/home/ann/b", "c": "in\\n/home/ann, x"}',
+      '{"a": "@@home@@/b", "c": "in\\n@@home@@, x"}')],
+)  # fmt: skip
+def test_only_whole_paths_are_replaced(tmp_path, monkeypatch, home, text, sent):
+    recipe = asked(tmp_path / "data")
+    monkeypatch.setenv("HOME", home)
+    path, words = tmp_path / "x.json", moment.paths(recipe, tmp_path / "run")
+    path.write_text(text)
+    assert moment.swap(path, "x.json", words) is (sent is not None)
+    assert path.read_text() == (sent or text)
+    moment.swap(path, "x.json", {word: other for other, word in words.items()})
+    assert path.read_text() == text
+
+
+def test_the_copy_lies_on_the_disk_of_the_run_and_is_no_part_of_it(server, tmp_path, monkeypatch):
+    recipe = asked(tmp_path / "data")
+    record, seen = little(tmp_path / "run", recipe), []
+    real = moment.make_ready
+
+    def look(folder, *rest):
+        weights = "adapters/sft/adapter_model.safetensors"
+        seen.append((folder, (folder / weights).samefile(record.folder / weights)))
+        record.seal()
+        return real(folder, *rest)
+
+    monkeypatch.setattr(moment, "make_ready", look)
+    assert not send(recipe, record).lines
+    assert seen == [(record.folder / "backup.tmp", True)] and not seen[0][0].exists()
+    assert not [name for name in record.data["files"] if "backup" in name]
+    assert "adapters/sft/adapter_model.safetensors" in record.data["files"]
+    (record.folder / "backup.tmp" / "adapters").mkdir(parents=True)  # a second signal
+    backup.prepare(recipe, record.folder, Said())
+    assert not (record.folder / "backup.tmp").exists()
+
+
+def test_an_adapters_base_is_not_told_and_is_vouched_for_where_it_is_fetched(
+    server, tmp_path, monkeypatch
+):
+    recipe = asked(tmp_path / "data")
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    record, name = little(tmp_path / "run", recipe), "adapters/sft/adapter_config.json"
+    config = {"base_model_name_or_path": str(tmp_path / "me" / "base")}
+    (record.folder / name).write_text(json.dumps(config))
+    record.seal()
+    send(recipe, record)
+    assert json.loads(heads(server)[name])["base_model_name_or_path"] == "@@home@@/base"
+    monkeypatch.setenv("HOME", str(tmp_path / "you"))
+    other = fetch(recipe, tmp_path / "other")
+    found = json.loads((other.folder / name).read_text())
+    assert found["base_model_name_or_path"] == str(tmp_path / "you" / "base")
+    assert other.data["files"][name] == sha256(other.folder / name)
