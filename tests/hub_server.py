@@ -468,3 +468,19 @@ def hub_env(hub: HubServer, tmp_path: Path, token: str | None = "") -> dict[str,
     env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     env |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
     return env if token is None else env | {"HF_TOKEN": token or hub.token}
+
+
+def turn_to(hub: HubServer, monkeypatch, tmp_path: Path) -> None:
+    """This process's own clients, which are offline, turned to this Hub."""
+    from huggingface_hub import constants
+
+    for name in list(os.environ):
+        if name.upper().startswith(("HF_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    files = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))

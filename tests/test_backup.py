@@ -11,7 +11,7 @@ from pathlib import Path
 import killed
 import pytest
 import torch
-from hub_server import HubServer
+from hub_server import HubServer, turn_to
 from huggingface_hub import constants
 from small import base_folder
 from test_checkpoint import Said, flip
@@ -38,16 +38,7 @@ def server():
 @pytest.fixture(autouse=True)
 def here(server, monkeypatch, tmp_path):
     """This process's clients turned to the local Hub."""
-    for name in list(os.environ):
-        if name.upper().startswith(("HF_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("HF_TOKEN", "hf_test")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    files = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    turn_to(server, monkeypatch, tmp_path)
 
 
 @pytest.fixture

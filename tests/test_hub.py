@@ -6,7 +6,6 @@ what is retried is tested in this process, with the clients turned to the local 
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from hub_run import make_finished
-from hub_server import HubServer, hub_env
+from hub_server import HubServer, hub_env, turn_to
 from huggingface_hub import constants
 
 from lora_rlhf import hub, pipeline, staging
@@ -65,16 +64,7 @@ def server():
 @pytest.fixture
 def here(server, monkeypatch, tmp_path):
     """This process's clients turned to the local Hub; every pause is noted, none is waited for."""
-    for name in list(os.environ):
-        if name.upper().startswith(("HF_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("HF_TOKEN", "hf_test")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    files = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    turn_to(server, monkeypatch, tmp_path)
     pauses = []
     monkeypatch.setattr(time, "sleep", pauses.append)
     return pauses
