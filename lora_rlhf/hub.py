@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import shlex
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +33,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import _http, validate_repo_id  # type: ignore[attr-defined]
 
+from . import stopping
 from .card_facts import hub_base
 from .config import Recipe
 from .errors import HubError
@@ -348,7 +348,7 @@ class Repository:
                     raise self._failed(error) from None
             except (ValueError, RuntimeError) as error:  # on a card that the Hub would refuse
                 raise self._failed(error) from None
-            time.sleep(pause)
+            stopping.sleep(pause)
         raise AssertionError("the last try returns or raises")
 
     def _failed(self, error: Exception, status: int | None = None) -> HubError:

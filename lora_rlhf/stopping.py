@@ -39,9 +39,9 @@ def request(name: str) -> None:
     Raises:
         Interrupted: No trainer is at work.
     """
+    _state.waiting = name
     if not _state.inside:
         raise Interrupted(name)
-    _state.waiting = name
     if _state.say is not None:
         _state.say(f"{name}: saving at the next boundary; a second one stops at once")
 
@@ -68,6 +68,17 @@ def leave() -> None:
         raise Interrupted(name)
     if out_of_time():
         raise OutOfTime
+
+
+def sleep(seconds: float) -> None:
+    """Wait, then stop if a signal came: Python drops what is raised inside a callback.
+
+    Raises:
+        Interrupted: A signal came, and where it came its exception was lost.
+    """
+    time.sleep(seconds)
+    if _state.waiting is not None and not _state.inside:
+        leave()
 
 
 @contextlib.contextmanager
