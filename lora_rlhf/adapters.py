@@ -59,7 +59,9 @@ def save_role(backbone: Backbone, role: str, folder: str | Path) -> Path:
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+    weights = temporary / "adapter_model.safetensors"
+    save_file(tensors, weights, metadata={"format": "pt"})
+    weights.chmod(0o666 & ~_umask())  # safetensors makes it the owner's alone
     config = backbone.views[role].peft_config[ADAPTERS[role]]
     if backbone.model_section.hub_id:
         # PEFT has put the local folder there; the name is what others can load.
@@ -272,3 +274,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path} cannot be read: {error}") from None
     return data if isinstance(data, dict) else {}
+
+
+def _umask() -> int:
+    """The process's mask for new files; it can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

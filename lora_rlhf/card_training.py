@@ -12,7 +12,7 @@ from .card_text import MISSING, at, bullets, cell, code, interval, is_number, nu
 
 _SHOWN = {
     "ppo": {"updates": "Updates", "episodes": "Episodes", "kl_coef": "KL coefficient",
-            "kl_last": "KL to SFT at the end, nats per sequence"},
+            "kl_last": "KL to SFT in the last rollout, before its update, nats per sequence"},
     "dpo": {"comparisons": "Comparisons", "epochs": "Epochs", "optimizer_steps": "Optimizer steps",
             "beta": "beta of the implicit KL to SFT", "train_loss": "Training loss"},
 }  # fmt: skip

@@ -186,7 +186,8 @@ def _read(
         raise DataError(
             f"the recipe names no {name}",
             expected=f"data.{name}: with at least one task:, path: or hub:",
-            remedy="a file of comparisons also serves as demonstrations and as prompts",
+            remedy="a file of comparisons also serves as demonstrations and as prompts: name the "
+            "same file under each",
         )
     kept = Kept(name)
     found: list[Example] = []

@@ -193,10 +193,14 @@ def _hacked(record: Record, lines: Lines) -> Found:
 
 _JUDGES = {"win_rate": "the exact checker", "win_rate_held_out": "the held-out reward model"}
 
+_MATERIAL = 0.5
+"""Share of a gain in win rate that has to go with the lengths before it is called one of length."""
+
 
 def _evaluation(record: Record, lines: Lines) -> Found:
     policy = record.data["evaluation"].get("policy", {})
     proxy = policy.get("win_rate_proxy")
+    yield from _weight(policy)
     for name, judge in _JUDGES.items():
         won, controlled = policy.get(name), policy.get(f"{name}_length_controlled")
         if not won:
@@ -216,7 +220,7 @@ def _evaluation(record: Record, lines: Lines) -> Found:
                 "evaluate", "fault", f"worse_{name}", told, "PPO made the model worse",
                 "the findings above; SFT is the better model of this run",
             )  # fmt: skip
-        elif above(won, 0.5) and controlled and not above(controlled, 0.5):
+        elif above(won, 0.5) and _by_length(won, controlled):
             yield Finding(
                 "evaluate", "warning", f"length_{name}",
                 f"{told}; for answers as long as SFT's {rate(controlled)}",
@@ -227,11 +231,33 @@ def _evaluation(record: Record, lines: Lines) -> Found:
                 "evaluate", "note", f"undecided_{name}", told, "PPO was not shown to help",
                 "more prompts (evaluate.n) tell smaller differences; more ppo.updates",
             )  # fmt: skip
-        if won["n"] < SMALL:
-            yield Finding(
-                "evaluate", "note", "few_prompts", f"the evaluation rests on {won['n']} prompts",
-                "only large differences show", "a larger evaluate.n",
-            )  # fmt: skip
+
+
+def _weight(policy: dict[str, Any]) -> Found:
+    """What the evaluation can tell at all: its judges and its prompts."""
+    proxy = policy.get("win_rate_proxy")
+    won = next((policy[name] for name in (*_JUDGES, "win_rate_proxy") if policy.get(name)), None)
+    if won and won["n"] < SMALL:
+        yield Finding(
+            "evaluate", "note", "few_prompts", f"the evaluation rests on {won['n']} prompts",
+            "only large differences show",
+            "more prompts (data.prompts or data.held_out), and a larger evaluate.n",
+        )  # fmt: skip
+    if proxy and not any(policy.get(name) for name in _JUDGES):
+        undecided = "" if above(proxy, 0.5) else ", and that is not clearly above 50 %"
+        yield Finding(
+            "evaluate", "note", "no_judge",
+            f"only the reward model that PPO optimised judges: {rate(proxy)}{undecided}",
+            "a gain by it proves little, and no gain by it is no help",
+            "reward.held_out_model: true trains a judge on other comparisons",
+        )  # fmt: skip
+
+
+def _by_length(won: dict[str, Any], controlled: dict[str, Any] | None) -> bool:
+    """Whether much of the gain is gone among answers of one length; a wide interval is no sign."""
+    if not controlled or above(controlled, 0.5):
+        return False
+    return bool(controlled["value"] - 0.5 <= (1 - _MATERIAL) * (won["value"] - 0.5))
 
 
 _CHECKS: tuple[Callable[[Record, Lines], Found], ...] = (

@@ -239,7 +239,33 @@ def test_what_the_record_tells(evaluated, tmp_path, name):
     stage, changes = RECORDS[name]
     found = {f.name: f for f in doctor.examine(edited(evaluated, tmp_path / "r", **changes))}
     assert found[name].stage == stage
-    assert set(found) <= {name, "few_prompts"}
+    assert set(found) <= {name, *NOTES}
+
+
+NOTES = {"few_prompts", "no_judge"}
+"""Of the run that the records are made from: few prompts, judged by the proxy alone."""
+
+
+def test_a_run_with_data_of_its_own_hears_what_its_evaluation_is_worth(evaluated, tmp_path):
+    """There is neither a checker nor a held-out model: the proxy judges itself."""
+    changes = {"evaluation__policy__win_rate_proxy": rate(0.42, 0.22, 0.68, n=6)}
+    found = {f.name: f for f in doctor.examine(edited(evaluated, tmp_path / "r", **changes))}
+    assert set(found) == NOTES and {f.severity for f in found.values()} == {"note"}
+    assert "rests on 6 prompts" in found["few_prompts"].what
+    assert "not clearly above 50 %" in found["no_judge"].what
+    assert "held_out_model" in found["no_judge"].remedy
+    clear = {"evaluation__policy__win_rate_proxy": rate(0.9, 0.8, 0.95, n=6)}
+    again = {f.name: f for f in doctor.examine(edited(evaluated, tmp_path / "b", **clear))}
+    assert "not clearly above" not in again["no_judge"].what
+
+
+def test_a_wide_interval_is_no_sign_that_length_was_the_gain(evaluated, tmp_path):
+    changes = {
+        "evaluation__policy__win_rate": rate(0.594, 0.523, 0.654),
+        "evaluation__policy__win_rate_length_controlled": rate(0.582, 0.457, 0.697),
+    }
+    names = {f.name for f in doctor.examine(edited(evaluated, tmp_path / "r", **changes))}
+    assert "length_win_rate" not in names
 
 
 def logged(evaluated, folder, lines, stage="ppo"):
@@ -296,7 +322,7 @@ def test_the_command_prints_findings_and_exits_with_0(evaluated, tmp_path):
     assert "    try  look for swapped columns" in text.output
     data = json.loads(CliRunner().invoke(cli.app, ["doctor", str(record.folder), "--json"]).output)
     assert data["verdict"].startswith("stage at fault: reward")
-    [found] = data["findings"]
+    [found] = [f for f in data["findings"] if f["name"] not in NOTES]
     assert list(found) == ["stage", "severity", "name", "what", "why", "try"]
 
 
