@@ -134,6 +134,7 @@ def test_the_case_reaches_every_program():
         assert f"--{key.replace('_', '-')} {value}" in command
 
 
+@pytest.mark.slow
 def test_the_gpu_command_works_without_one_on_a_tiny_shape(tmp_path):
     done = subprocess.run(
         [sys.executable, str(FOLDER / "ours.py"), "--preset", "tiny", "--num-prompts", "4",

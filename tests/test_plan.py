@@ -157,6 +157,7 @@ def test_a_probe_measures_what_was_planned(name, checkpointing, fraction, four_b
         assert abs(phase.error) < TOLERANCE, phase
 
 
+@pytest.mark.slow
 def test_accumulation_keeps_the_gradients_of_an_earlier_micro_batch():
     recipe = recipe_of("tiny", True, 1.0, False, args={"gradient_accumulation_steps": 2})
     planner = plan.Planner(base_config.find_config(recipe), "cpu")
@@ -184,6 +185,7 @@ def smollm2(**lora: object) -> tuple[LlamaConfig, Recipe]:
     return AutoConfig.from_pretrained(folder), recipe
 
 
+@pytest.mark.slow
 def test_a_deep_model_is_planned_from_a_few_of_its_layers(monkeypatch: pytest.MonkeyPatch):
     config, recipe = smollm2(top_fraction=0.5)
     config = meta.with_layers(config, 20)
@@ -304,6 +306,7 @@ def test_what_does_not_fit_is_changed_until_it_does():
     assert work.update(found.micro_batch + 1).total > budget.largest(card)
 
 
+@pytest.mark.slow
 def test_a_card_without_room_for_the_4_bit_base_is_given_up():
     config = meta.with_layers(LLAMA["1B"], 2)
     recipe = plain(load_in_4bit=True, gradient_checkpointing=True)
@@ -337,6 +340,7 @@ def invoke(*args: object):
     return CliRunner().invoke(cli.app, ["plan", *map(str, args)], prog_name="lora-rlhf")
 
 
+@pytest.mark.slow
 def test_the_command_says_whether_a_card_is_enough():
     folder = ROOT / "recipes" / "smollm2-135m-hh"
     done = invoke(folder, "--gpu", "8GB")

@@ -168,7 +168,11 @@ def test_a_signal_while_it_pushes_leaves_nothing_half_done(tmp_path: Path, name:
     with HubServer(user="tester", token="hf_test", orgs=("acme",)) as server:
         server.add_repo("acme/base", {"config.json": b"{}"}, private=True)
         server.fail_next("PUT", r"^/_lfs/", 503, times=999)
-        process = subprocess.Popen(command, env=hub_env(server, tmp_path), stderr=subprocess.PIPE)
+        process = subprocess.Popen(
+            command, env=hub_env(server, tmp_path), stderr=subprocess.PIPE,
+            # A shell starts its background jobs with SIGINT ignored, and so would the tests.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )  # fmt: skip
         deadline = time.monotonic() + 120
         while not any(r.method == "PUT" for r in server.requests) and time.monotonic() < deadline:
             time.sleep(0.05)
