@@ -252,10 +252,9 @@ class _OnBackbone(Resumable):
             found[role] = torch.zeros(out["completion_mask"].shape, device=self.backbone.device)
 
             def visit(index: Sequence[int], into: Tensor = found[role]) -> None:
-                ids, mask, tokens = model_inputs(
-                    {k: out[k][index[0] : index[-1] + 1] for k in names}
-                )
-                into[index[0] : index[-1] + 1] = heads.completion_logprobs(
+                rows = slice(index[0], index[-1] + 1)
+                ids, mask, tokens = model_inputs({k: out[k][rows] for k in names})
+                into[rows] = heads.completion_logprobs(
                     self.backbone, ids, mask, tokens, self.temperature
                 )[0]
 

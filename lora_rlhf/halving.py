@@ -114,10 +114,10 @@ class Halving:
             MemoryLimitError: There is no room for one of them.
         """
         start = 0
+
+        def step(rows: int) -> int:
+            run(items[start : start + rows])
+            return rows
+
         while start < len(items):
-            part = items[start : start + self.rows(kind, max(size, 1))]
-            _, why = tried(lambda part=part: run(part))  # type: ignore[misc]
-            if why is None:
-                start += len(part)
-            else:
-                self.ran_out(kind, len(part), why)
+            start += self.at_most(kind, min(size, len(items) - start), step)
