@@ -129,7 +129,7 @@ def train(trainer: Any, keeper: Keeper, updates: int, prompts: Dataset) -> Resul
         )
     trainer.progress.begin(keeper.name, updates)
     try:
-        with fused.lora(trainer.backbone):
+        with fused.layers(trainer.backbone):
             return keeper.train(trainer)
     finally:
         trainer.progress.end()

@@ -201,7 +201,7 @@ def _updates(recipe: Recipe, backbone: Backbone, meter: Meter) -> dict[str, int]
         with backbone.training("policy", "value"):
             trainer = _Trainer(backbone, args, section, functions, prompts, cast(Progress, laps))
             trainer.longest = recipe.data.max_prompt_tokens
-            with fused.lora(backbone):
+            with fused.layers(backbone):
                 trainer.train()
             laps.phase("")
     return laps.peaks

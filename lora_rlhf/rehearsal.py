@@ -171,7 +171,7 @@ class Batch:
 
 def count(made: Backbone, device: str, batch: Batch, phase: Phase) -> int:
     """Go through a phase as on `device`; the bytes it holds at its peak beside what it finds."""
-    adapters = fused.lora(made) if batch.rollout else contextlib.nullcontext()
+    adapters = fused.layers(made) if batch.rollout else contextlib.nullcontext()
     with adapters, _as_on(device, padded=batch.rows > 1), LiveBytes(tensors(made)) as live:
         phase(made, batch)
     for model in (made.causal, *made.views.values()):

@@ -21,8 +21,10 @@ _TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
+HIDDEN = 64
 _HIDDEN = {
-    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "hidden_size": HIDDEN, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4,
 }  # fmt: skip
 _GROUPED = {**_HIDDEN, "num_key_value_heads": 2}
 ARCHITECTURES = {

@@ -15,7 +15,7 @@ from small import EPISODES, backbone
 from transformers import TrainerCallback
 from typer.testing import CliRunner
 
-from lora_rlhf import cli, halving, heads, pipeline, resume, sampler
+from lora_rlhf import cli, halving, heads, pieces, pipeline, resume, sampler
 from lora_rlhf.backbone import Backbone
 from lora_rlhf.errors import MemoryLimitError
 from lora_rlhf.record import Record
@@ -324,6 +324,39 @@ def test_the_command_says_it_without_a_traceback(start):
     assert result.exit_code == 4
     assert "planned peak" in result.stderr and "Traceback" not in result.stderr
     json.loads((start / "said" / "record.json").read_text())
+
+
+def test_gradients_lie_in_one_block_and_what_gets_none_has_none():
+    """A parameter whose gradient is 0 would be moved by what the optimizer remembers."""
+    a, b, idle = (torch.nn.Parameter(torch.randn(3, 2)) for _ in range(3))
+    half, frozen = torch.nn.Parameter(torch.randn(4).half()), torch.nn.Parameter(torch.ones(1))
+    frozen.requires_grad_(False)
+    b.grad = torch.ones_like(b)  # of the micro-batch before
+    with pieces.in_one_block([a, b, idle, half, frozen]):
+        for _ in range(2):
+            (2 * a.sum() + b.square().sum() + half.float().sum()).backward()
+    assert idle.grad is None and frozen.grad is None
+    assert torch.equal(a.grad, torch.full((3, 2), 4.0))
+    torch.testing.assert_close(b.grad, 1 + 4 * b)
+    assert a.grad.untyped_storage().nbytes() == (a.numel() + idle.numel()) * 4
+    assert torch.equal(half.grad, torch.full((4,), 2.0).half())
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_a_stage_keeps_its_gradients_in_blocks(start, stage):
+    """One for each loss: else hundreds of small ones would lie between the activations."""
+    found = []
+    real = Gradients.keep
+
+    def keep(self, made):
+        found.extend({p.grad.untyped_storage().data_ptr() for _, p in made.role_parameters(role)
+                      if p.grad is not None} for role in made.trained_roles)  # fmt: skip
+        real(self, made)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Gradients, "keep", keep)
+        one(start, f"blocks-{stage}", stage, start=None if stage == "sft" else start / "start")
+    assert len(found) == (1 if stage == "sft" else 2) and all(len(blocks) == 1 for blocks in found)
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory():

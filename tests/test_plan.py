@@ -81,7 +81,7 @@ def both(name: str, fraction: float, four_bit: bool) -> tuple[Backbone, Backbone
 
 def measured(real: Backbone, batch: rehearsal.Batch, phase: rehearsal.Phase) -> int:
     meter = probe.Meter(torch.device("cpu"), 0)
-    with fused.lora(real) if batch.rollout else contextlib.nullcontext():
+    with fused.layers(real) if batch.rollout else contextlib.nullcontext():
         meter.start()
         phase(real, batch)
         return meter.lap()

@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 _KINDS = {
-    "matrix products": ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul"),
+    "matrix products": ("mm", "addmm", "addmm_", "bmm", "baddbmm", "linear", "matmul"),
     "attention": ("scaled_dot_product", "flash_attention"),
     "optimizer": ("adam",),
     "copies": ("copy_", "clone", "cat", "contiguous", "_to_copy", "index", "gather", "scatter",

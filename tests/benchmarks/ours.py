@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 backbone, args, recipe.ppo, functions, prompts, _progress(updates),
                 [_callback(updates, backbone, ppo.steps_per_update(args))],
             )  # fmt: skip
-            with fused.lora(backbone):  # as ppo.train does
+            with fused.layers(backbone):  # as ppo.train does
                 trainer.train()
 
 
