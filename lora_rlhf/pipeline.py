@@ -171,12 +171,14 @@ class _Work:
     def __init__(self, recipe: Recipe, record: Record, progress: Progress) -> None:
         self.recipe, self.record, self.progress = recipe, record, progress
         planned, line = advice.before_run(recipe)
-        progress.say(line)
         if planned is not None:
+            progress.say(line)
             record.data["plan"] = planned.as_dict()
         self._peak = advice.PeakMemory()
         started = time.perf_counter()
         self.backbone = Backbone.load(recipe.model, recipe.lora)
+        if planned is None:  # said only now: a base that is not there is one error, not two
+            progress.say(line)
         self.backbone.halving.say = progress.say
         record.data["clock"]["host"]["makes_do"] = notes = makes_do(self.backbone.causal.dtype)
         for note in notes:
