@@ -86,9 +86,9 @@ class Kept:
         return found
 
     def table(self) -> str:
-        """The counts as lines of text, for an error."""
-        steps = self.counts.items()
-        return "".join(f"\n  {reason}: {n['before']} -> {n['after']}" for reason, n in steps)
+        """The counts as lines of text, for an error; what took nothing is left out."""
+        took = [(reason, n) for reason, n in self.counts.items() if n["after"] < n["before"]]
+        return "".join(f"\n  {reason}: {n['before']} -> {n['after']}" for reason, n in took)
 
 
 def bucket(prompt: Turns, seed: int) -> float:
