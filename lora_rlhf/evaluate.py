@@ -242,13 +242,13 @@ def _finite(values: list[float], what: str) -> list[float]:
 
 def measure(found: Answers, sft: Answers | None, seed: int) -> dict[str, Estimate]:
     """Every metric that applies, in the order of METRICS; `sft` is None for SFT itself."""
-    shares = metrics.repetition(found.ids, n=4)
+    shares = [share for share in metrics.repetition(found.ids, n=4) if share is not None]
     out: dict[str, Estimate | None] = {
         "proxy_reward": _mean(found.scores.get("reward", [])),
         "held_out_reward": _mean(found.scores.get("held_out", [])),
         "length": _mean(found.lengths),
         "eos_rate": _share(found.finished),
-        "repetition": _mean(shares),
+        "repetition": metrics.mean_of_shares(shares) if shares else None,
         "kl": _mean(found.kl or []),
     }
     verdicts = [v for v in found.verdicts if v is not None]

@@ -10,6 +10,7 @@ import pytest
 from datasets import Dataset
 
 from lora_rlhf import evaluate, metrics, samples, tasks
+from lora_rlhf.answers import Answers
 from lora_rlhf.config import parse_recipe
 from lora_rlhf.errors import DataError, NonFiniteError
 from lora_rlhf.record import Record
@@ -178,6 +179,15 @@ def test_repetition_is_over_tokens_that_can_repeat(plain):
     base = plain["base"]["repetition"]
     assert (base["value"], base["low"], base["n"]) == (pytest.approx(6 / 7), None, 1)
     assert plain["policy"]["repetition"]["value"] == 0.0
+
+
+def test_the_interval_of_repetition_stays_above_0():
+    """One answer of ten loops: the interval of a plain mean would begin below 0."""
+    ids = [[1, 2, 3, 4, 5]] * 9 + [[6] * 9]
+    answers = Answers(ids=ids, texts=["x"] * 10, finished=[True] * 10, seconds=1.0)
+    found = evaluate.measure(answers, None, 0)["repetition"]
+    assert found["value"] == pytest.approx(5 / 60) and found["n"] == 10
+    assert 0 < found["low"] < found["value"] < found["high"] < 0.6
 
 
 def test_greedy_answers_have_no_kl(record, heads):
