@@ -414,6 +414,23 @@ def test_cell(estimate, text):
     assert evaluate.cell(given) == text
 
 
+@pytest.mark.parametrize(
+    ("estimate", "text"),
+    [
+        ((0.0004, -0.0123, 0.131, 512), "0.000400 [-0.0123, 0.131] n=512"),
+        ((0.004, 0.001, 0.3, 9), "0.00400 [0.00100, 0.300] n=9"),
+        ((-1.234, -12.0, 5.5e-17, 9), "-1.23 [-12.00, 0.00] n=9"),
+        ((0.0, 0.0, 0.0, 9), "0.00 [0.00, 0.00] n=9"),
+        ((-0.09996, None, None, 1), "-0.1000 n=1"),
+    ],
+)
+def test_a_small_difference_is_not_shown_as_none(estimate, text):
+    given = dict(zip(("value", "low", "high", "n"), estimate, strict=True))
+    assert evaluate.cell(given, difference=True) == text
+    [[name, shown]] = evaluate.rows({"policy": {"gold_reward_minus_sft": given}})[1]
+    assert shown == text
+
+
 # --- interrupted ---------------------------------------------------------------------------------
 
 
