@@ -29,6 +29,7 @@ from . import (
     data,
     dpo,
     evaluate,
+    findings,
     group_trainers,
     hub,
     inside,
@@ -245,7 +246,12 @@ class _Work:
                 "demonstrations", data.demonstrations(recipe, tokenizer, self._loaded)
             )
         if set(wanted) & {recipe.algorithm, "evaluate"}:
-            self.prompts = self._note("prompts", data.prompts(recipe, tokenizer, self._loaded))
+            self.prompts = data.prompts(recipe, tokenizer, self._loaded)
+            few = list(findings.few_prompts(min(recipe.evaluate.n, len(self.prompts.held_out))))
+            self.prompts.report["notes"] += [f"{found.what}: {found.why}" for found in few]
+            self._note("prompts", self.prompts)
+            for found in few:
+                self.progress.say(found.line())
         if recipe.algorithm in wanted:
             self._check_policy()
         if set(wanted) & {"reward", "dpo"} and not any(s.task for s in recipe.data.comparisons):
