@@ -89,7 +89,7 @@ def lora(facts: Facts) -> str:
 
 
 def data(facts: Facts) -> str:
-    """Sources with licences, rows before and after each filter, labelers."""
+    """Sources with licences, rows before and after each filter that changed them, labelers."""
     rows, notes = [], []
     for name, source in facts.sources():
         sha = str(at(source, "sha256", ""))
@@ -98,9 +98,10 @@ def data(facts: Facts) -> str:
             cell(at(source, "license", MISSING)), number(at(source, "rows")),
             code(sha[:16]) if sha else MISSING,
         ])  # fmt: skip
-    filters = [[name, cell(key), *(number(at(n, when)) for when in ("before", "after"))]
-               for name, entry in facts.sets()
-               for key, n in at(entry, "counts", {}).items()]  # fmt: skip
+    counts = [(name, key, [at(n, when) for when in ("before", "after")])
+              for name, entry in facts.sets()
+              for key, n in at(entry, "counts", {}).items()]  # fmt: skip
+    filters = [[name, cell(key), *map(number, n)] for name, key, n in counts if _changed(*n)]
     for name, entry in facts.sets():
         train, held_out = number(at(entry, "train")), number(at(entry, "held_out"))
         if name != "evaluate":
@@ -119,9 +120,15 @@ def data(facts: Facts) -> str:
         return "The record names no data, so this card cannot say what the adapter was trained on."
     head = ["set", "kind", "source", "licence", "rows", "sha256, first part"]
     parts = [table(head, rows) if rows else f"Sources were {MISSING}."]
+    none = "No filter changed the rows." if counts else f"Counts per filter were {MISSING}."
     parts.append(table(["set", "filter", "rows before", "rows after"], filters) if filters
-                 else f"Counts per filter were {MISSING}.")  # fmt: skip
+                 else none)  # fmt: skip
     return "\n\n".join([*parts, bullets(notes)])
+
+
+def _changed(before: Any, after: Any) -> bool:
+    """Whether a step took or made rows; one whose counts are no numbers is shown."""
+    return not (is_number(before) and is_number(after) and before == after)
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -158,8 +158,21 @@ def _fields(model: type[BaseModel], at: tuple[str | int, ...]) -> Iterator[str]:
     yield from model.model_fields
 
 
+def _meant(at: tuple[str | int, ...]) -> str:
+    """The key that an unknown one looks like; empty where there is none."""
+    close = difflib.get_close_matches(str(at[-1]), list(_fields(Recipe, at[:-1])), n=1)
+    return close[0] if close else ""
+
+
 def _explain(error: ValidationError, name: str, lines: Lines) -> RecipeError:
-    problems = [_problem(dict(item), name, lines) for item in error.errors(include_url=False)]
+    items: list[dict[str, Any]] = [dict(item) for item in error.errors(include_url=False)]
+    unknown = [item["loc"] for item in items if item["type"] == "extra_forbidden"]
+    meant = {(*at[:-1], _meant(at)) for at in unknown}  # one typo is one problem: it is not missing
+    problems = [
+        _problem(item, name, lines)
+        for item in items
+        if not (item["type"] == "missing" and item["loc"] in meant)
+    ]
     where, first = problems[0]
     more = "".join(f"\n  {place}: {text}" for place, text in problems[1:_SHOWN])
     if len(problems) > _SHOWN:
@@ -186,9 +199,8 @@ def _problem(item: dict[str, Any], name: str, lines: Lines) -> tuple[str, str]:
         listed = any(isinstance(part, int) for part in at) and key not in message
         return where, f"{key}: {message}" if listed else message
     if item["type"] == "extra_forbidden":
-        allowed = list(_fields(Recipe, at[:-1]))
-        close = difflib.get_close_matches(str(at[-1]), allowed, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(allowed)}"
+        known_keys = ", ".join(_fields(Recipe, at[:-1]))
+        hint = f"did you mean {close!r}?" if (close := _meant(at)) else f"known: {known_keys}"
         return where, f"unknown key {key!r}; {hint}"
     if item["type"] == "missing":
         return where, f"{key!r} is required"

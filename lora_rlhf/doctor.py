@@ -27,9 +27,6 @@ learning rate and not of the penalty, which only acts through the reward."""
 STILL = 0.01
 """KL to SFT, nats per sequence, below which the policy is SFT for all that a reader can see."""
 
-SMALL = 100
-"""Prompts or comparisons below which an interval of a rate is wider than 0.2."""
-
 
 def examine(record: Record) -> list[Finding]:
     """Everything that can be said of a run, ordered by stage and then by severity."""
@@ -237,12 +234,7 @@ def _weight(policy: dict[str, Any]) -> Found:
     """What the evaluation can tell at all: its judges and its prompts."""
     proxy = policy.get("win_rate_proxy")
     won = next((policy[name] for name in (*_JUDGES, "win_rate_proxy") if policy.get(name)), None)
-    if won and won["n"] < SMALL:
-        yield Finding(
-            "evaluate", "note", "few_prompts", f"the evaluation rests on {won['n']} prompts",
-            "only large differences show",
-            "more prompts (data.prompts or data.held_out), and a larger evaluate.n",
-        )  # fmt: skip
+    yield from findings.few_prompts(won["n"]) if won else ()
     if proxy and not any(policy.get(name) for name in _JUDGES):
         undecided = "" if above(proxy, 0.5) else ", and that is not clearly above 50 %"
         yield Finding(

@@ -61,6 +61,9 @@ METRICS = {
 }
 """Every metric with its unit and denominator, in the order of tables."""
 
+_DIFFERENCES = ("gold_reward_minus_sft",)
+"""Metrics of which a small one matters as much as a large one."""
+
 _SCORES = ("gold_reward", "held_out_reward", "proxy_reward")
 
 
@@ -242,13 +245,13 @@ def _finite(values: list[float], what: str) -> list[float]:
 
 def measure(found: Answers, sft: Answers | None, seed: int) -> dict[str, Estimate]:
     """Every metric that applies, in the order of METRICS; `sft` is None for SFT itself."""
-    shares = metrics.repetition(found.ids, n=4)
+    shares = [share for share in metrics.repetition(found.ids, n=4) if share is not None]
     out: dict[str, Estimate | None] = {
         "proxy_reward": _mean(found.scores.get("reward", [])),
         "held_out_reward": _mean(found.scores.get("held_out", [])),
         "length": _mean(found.lengths),
         "eos_rate": _share(found.finished),
-        "repetition": _mean(shares),
+        "repetition": metrics.mean_of_shares(shares) if shares else None,
         "kl": _mean(found.kl or []),
     }
     verdicts = [v for v in found.verdicts if v is not None]
@@ -350,14 +353,18 @@ def rows(evaluation: dict[str, dict[str, Estimate]]) -> tuple[list[str], list[li
     found = dict.fromkeys(name for values in evaluation.values() for name in values)
     names = [name for name in METRICS if name in found]
     names += [name for name in found if name not in METRICS]
-    table = [[name, *(cell(values.get(name)) for values in evaluation.values())] for name in names]
+    table = [
+        [name, *(cell(v.get(name), difference=name in _DIFFERENCES) for v in evaluation.values())]
+        for name in names
+    ]
     return ["metric", *evaluation], table
 
 
-def cell(estimate: Estimate | None) -> str:
+def cell(estimate: Estimate | None, *, difference: bool = False) -> str:
     """`0.41 [0.35, 0.47] n=128`; without an interval `0.41 n=1`; empty for None.
 
-    A number from a formula rests on no sample: its n is 0, and `0.41 (bound)` is shown.
+    A number from a formula rests on no sample: its n is 0, and `0.41 (bound)` is shown. Of a
+    difference each number has three significant digits or more: a small one is not 0.00.
     """
     if estimate is None:
         return ""
@@ -366,7 +373,10 @@ def cell(estimate: Estimate | None) -> str:
     places = 2 if largest < 100 else 1 if largest < 1000 else 0
 
     def show(x: float) -> str:
-        return f"{round(float(x), places) + 0.0:.{places}f}"
+        x, digits = round(float(x), 9), places  # what rounding left of 0 is 0
+        if difference and x:
+            digits = max(places, 2 - math.floor(math.log10(abs(x))))
+        return f"{round(x, digits) + 0.0:.{digits}f}"
 
     interval = "" if low is None or high is None else f" [{show(low)}, {show(high)}]"
     if not estimate["n"]:

@@ -86,8 +86,8 @@ class Kept:
         return found
 
     def table(self) -> str:
-        """The counts as lines of text, for an error."""
-        steps = self.counts.items()
+        """The counts as lines of text, for an error; what changed nothing is left out."""
+        steps = [(reason, n) for reason, n in self.counts.items() if n["after"] != n["before"]]
         return "".join(f"\n  {reason}: {n['before']} -> {n['after']}" for reason, n in steps)
 
 

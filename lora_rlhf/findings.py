@@ -44,6 +44,9 @@ MEMORISED = 0.75
 OVERFIT = 0.5
 """Nats by which the held-out loss of SFT may exceed the training loss."""
 
+SMALL = 100
+"""Prompts below which an interval of a rate is wider than 0.2."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -69,6 +72,10 @@ class Finding:
         """For JSON."""
         return {"stage": self.stage, "severity": self.severity, "name": self.name,
                 "what": self.what, "why": self.why, "try": self.remedy}  # fmt: skip
+
+    def line(self) -> str:
+        """All of it in one line, for a run that tells it as it goes."""
+        return f"{self.severity}: {self.what}; {self.why}; try {self.remedy}"
 
 
 Lines = dict[str, list[Line]]
@@ -160,6 +167,16 @@ def data(record: Record, lines: Lines) -> Found:
                 "the reward model cannot be expected to do much better than labelers agree",
                 "clearer instructions, fewer and better labelers, or more labels per pair",
             )  # fmt: skip
+
+
+def few_prompts(n: int) -> Found:
+    """What an evaluation on n prompts can tell; a run says it before it trains."""
+    if n < SMALL:
+        yield Finding(
+            "evaluate", "note", "few_prompts",
+            f"the evaluation rests on {n} prompt{'s' * (n != 1)}", "only large differences show",
+            "more prompts (data.prompts or data.held_out), and a larger evaluate.n",
+        )  # fmt: skip
 
 
 # --- sft -----------------------------------------------------------------------------------------

@@ -178,6 +178,27 @@ def share_interval(outcomes: ArrayLike, clusters: Sequence[Hashable]) -> Estimat
     return {**found, "n": n}
 
 
+def mean_of_shares(values: ArrayLike) -> Estimate:
+    """The mean of N shares, numbers from 0 to 1, with an interval that stays between them too.
+
+    Wilson's interval at the effective sample size p (1 - p) / s^2, with s the standard error of the
+    mean, corrected for N - 1 degrees of freedom (Korn and Graubard 1998), as in `share_interval`.
+    Shares spread less than outcomes of 0 and 1, so it is mostly above N. Where all are equal no
+    variance is seen, and each counts once: `wilson`. One share: no interval.
+    """
+    array = _floats(values)
+    if array.min() < 0 or array.max() > 1:
+        raise ValueError("a share is a number from 0 to 1")
+    found = mean_interval(array)
+    value, n = found["value"], found["n"]
+    if found["high"] is None:
+        return found
+    if np.ptp(array) < 1e-12:  # what is left of a spread by rounding is none
+        return {**wilson(n * value, n), "value": value}
+    effective = value * (1 - value) * (_Z / (found["high"] - value)) ** 2
+    return {**_score_interval(value, effective, ties=0.0), "n": n}
+
+
 # --- two models on the same prompts ------------------------------------------------------------
 
 

@@ -29,6 +29,7 @@ from . import (
     data,
     dpo,
     evaluate,
+    findings,
     group_trainers,
     hub,
     inside,
@@ -171,12 +172,14 @@ class _Work:
     def __init__(self, recipe: Recipe, record: Record, progress: Progress) -> None:
         self.recipe, self.record, self.progress = recipe, record, progress
         planned, line = advice.before_run(recipe)
-        progress.say(line)
         if planned is not None:
+            progress.say(line)
             record.data["plan"] = planned.as_dict()
         self._peak = advice.PeakMemory()
         started = time.perf_counter()
         self.backbone = Backbone.load(recipe.model, recipe.lora)
+        if planned is None:  # said only now: a base that is not there is one error, not two
+            progress.say(line)
         self.backbone.halving.say = progress.say
         record.data["clock"]["host"]["makes_do"] = notes = makes_do(self.backbone.causal.dtype)
         for note in notes:
@@ -243,7 +246,12 @@ class _Work:
                 "demonstrations", data.demonstrations(recipe, tokenizer, self._loaded)
             )
         if set(wanted) & {recipe.algorithm, "evaluate"}:
-            self.prompts = self._note("prompts", data.prompts(recipe, tokenizer, self._loaded))
+            self.prompts = data.prompts(recipe, tokenizer, self._loaded)
+            few = list(findings.few_prompts(min(recipe.evaluate.n, len(self.prompts.held_out))))
+            self.prompts.report["notes"] += [f"{found.what}: {found.why}" for found in few]
+            self._note("prompts", self.prompts)
+            for found in few:
+                self.progress.say(found.line())
         if recipe.algorithm in wanted:
             self._check_policy()
         if set(wanted) & {"reward", "dpo"} and not any(s.task for s in recipe.data.comparisons):

@@ -40,6 +40,7 @@ class Progress:
         self.console = Console(stderr=True)
         self._live: Live | None = None
         self.stage, self.phase_name, self.total, self.step_count = "", "", 0, 0
+        self._told = -1  # the step of the last plain line
         self._shown: dict[str, float] = {}
         self._started = self._printed = time.monotonic()
 
@@ -52,7 +53,7 @@ class Progress:
         """Start a stage of `total` steps."""
         self.stage, self.total, self.step_count, self._shown = stage, total, 0, {}
         self._started = self._printed = time.monotonic()
-        self.phase_name = ""
+        self.phase_name, self._told = "", -1
         if not self.quiet and self.console.is_terminal:
             self._live = Live(
                 self._line(), console=self.console, transient=True, refresh_per_second=4
@@ -65,7 +66,10 @@ class Progress:
         self._refresh()
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
-        """Show that `step` of the total is done, with its most telling metrics."""
+        """Show that `step` of the total is done, with its most telling metrics.
+
+        A step may be logged again, as by the evaluation at the end: one plain line tells of it.
+        """
         self.step_count = step
         names = _SHOWN.get(self.stage, ())
         self._shown.update(
@@ -73,10 +77,10 @@ class Progress:
         )
         if self._live is not None:
             self._refresh()
-        elif not self.quiet and (
+        elif (not self.quiet and step != self._told) and (
             time.monotonic() - self._printed > _PLAIN_SECONDS or step >= self.total
         ):
-            self._printed = time.monotonic()
+            self._printed, self._told = time.monotonic(), step
             self.console.print(self._line().plain, highlight=False, markup=False, soft_wrap=True)
 
     def end(self) -> None:

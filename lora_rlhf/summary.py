@@ -88,7 +88,7 @@ def show_comparison(report: dict[str, Any], console: Console | None = None) -> N
         what = f"{found['metric'].replace('_', ' ')} of {found['of']} less {found['less']}"
         told = f"not comparable: {found['why_not']}"
         if found["estimate"] is not None:
-            told = cell(found["estimate"])
+            told = cell(found["estimate"], difference=True)
             told += f" seeds, paired in {found['pairs']}" if found["pairs"] > 1 else ", paired"
         say(console, f"{what}: {told}")
     for note in report["notes"]:

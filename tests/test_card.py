@@ -212,6 +212,26 @@ def test_nulls_in_the_record_are_said_to_be_missing(run):
         assert not PLACEHOLDER.search(card.render(run(edit), role))
 
 
+def test_only_steps_that_changed_the_rows_are_listed(run):
+    def edit(data):
+        data["data"]["prompts"]["counts"] |= {
+            "duplicate": {"before": 399, "after": 399}, "unknown": {"before": None, "after": 399},
+        }  # fmt: skip
+        data["data"]["comparisons"]["counts"]["pairs"] = {"before": 997, "after": 1009}
+
+    text = card.render(run(edit), "policy")
+    assert "| prompts | limit | 401 | 399 |" in text
+    assert "| prompts | unknown | not recorded | 399 |" in text
+    assert "| prompts | duplicate |" not in text
+    assert "| comparisons | pairs | 997 | 1,009 |" in text, "what follows counts from there"
+
+    def nothing(data):
+        for entry in data["data"].values():
+            entry["counts"] = {"limit": {"before": 9, "after": 9}}
+
+    assert "No filter changed the rows." in card.render(run(nothing), "policy")
+
+
 def test_the_code_answers_as_long_as_was_evaluated(run):
     assert "max_new_tokens=29" in pythons(card.render(run(), "policy"))[0]
     record = run(lambda data: data["stages"]["evaluate"].pop("max_new_tokens"))

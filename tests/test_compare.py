@@ -206,6 +206,12 @@ def test_the_command_prints_a_table_or_json(three, tmp_path):
     assert json.loads(result.stdout)["rows"][2]["label"] == "b" and png.is_file()
 
 
+def test_a_small_difference_is_told(tmp_path):
+    runs = [make(tmp_path / "a"), make(tmp_path / "b", "grpo", rewards=(0.5, 0.25, 0.002, 0.25))]
+    result = CliRunner().invoke(cli.app, ["compare", *map(str, runs)])
+    assert "gold reward of b less a: 0.000500 [0.00, 0.00" in result.stdout
+
+
 def test_a_terminal_shows_every_number_once(three):
     import io
 

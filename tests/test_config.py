@@ -263,6 +263,22 @@ def test_a_conflict_names_the_line_and_never_shows_the_recipe(text, line, said):
     assert "{" not in error.given and len(error.given) < 220
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model: {idd: tiny}", "unknown key 'model.idd'; did you mean 'id'?"),
+        ("modle: {id: tiny}", "unknown key 'modle'; did you mean 'model'?"),
+        ("model: {revision: x}", "'model.id' is required"),
+        ("model: {nothing_like_it: x}", "'model.id' is required\n  r.yaml:2: unknown key"),
+    ],
+)
+def test_a_typo_in_a_required_key_is_one_problem(text, said):
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(f"name: x\n{text}\n", "r.yaml")
+    assert caught.value.where.startswith("r.yaml:") and caught.value.given.startswith(said)
+    assert caught.value.given.count("\n") == said.count("\n")
+
+
 def test_a_conflict_by_set_names_the_option():
     assert refused("", "reward.combine=min").where == "--set reward.combine"
     sets = "data={prompts: [{path: x, columns: {margins: y}}]}"

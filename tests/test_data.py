@@ -612,7 +612,9 @@ def test_too_few_rows_name_what_took_them(tmp_path, plain):
     rows = [{"prompt": f"q{i}", "chosen": "x", "rejected": "x"} for i in range(60)]
     with pytest.raises(DataError) as caught:
         data.comparisons(recipe(comparisons=jsonl(tmp_path / "d.jsonl", rows)), plain)
-    assert "chosen equal to rejected: 60 -> 0" in caught.value.given
+    told, *took = caught.value.given.splitlines()
+    assert "0 rows are left to train on" in told
+    assert took == ["  chosen equal to rejected: 60 -> 0"], "what took nothing is not listed"
     assert "chosen equal to rejected" in caught.value.remedy
     held = [row for row in PAIRS if data.bucket(row["prompt"], 0) < 0.1]
     rows = [row for row in PAIRS if row not in held] + held[:1]

@@ -10,6 +10,7 @@ import pytest
 from datasets import Dataset
 
 from lora_rlhf import evaluate, metrics, samples, tasks
+from lora_rlhf.answers import Answers
 from lora_rlhf.config import parse_recipe
 from lora_rlhf.errors import DataError, NonFiniteError
 from lora_rlhf.record import Record
@@ -178,6 +179,15 @@ def test_repetition_is_over_tokens_that_can_repeat(plain):
     base = plain["base"]["repetition"]
     assert (base["value"], base["low"], base["n"]) == (pytest.approx(6 / 7), None, 1)
     assert plain["policy"]["repetition"]["value"] == 0.0
+
+
+def test_the_interval_of_repetition_stays_above_0():
+    """One answer of ten loops: the interval of a plain mean would begin below 0."""
+    ids = [[1, 2, 3, 4, 5]] * 9 + [[6] * 9]
+    answers = Answers(ids=ids, texts=["x"] * 10, finished=[True] * 10, seconds=1.0)
+    found = evaluate.measure(answers, None, 0)["repetition"]
+    assert found["value"] == pytest.approx(5 / 60) and found["n"] == 10
+    assert 0 < found["low"] < found["value"] < found["high"] < 0.6
 
 
 def test_greedy_answers_have_no_kl(record, heads):
@@ -402,6 +412,23 @@ def test_cell(estimate, text):
     keys = ("value", "low", "high", "n")
     given = None if estimate is None else dict(zip(keys, estimate, strict=True))
     assert evaluate.cell(given) == text
+
+
+@pytest.mark.parametrize(
+    ("estimate", "text"),
+    [
+        ((0.0004, -0.0123, 0.131, 512), "0.000400 [-0.0123, 0.131] n=512"),
+        ((0.004, 0.001, 0.3, 9), "0.00400 [0.00100, 0.300] n=9"),
+        ((-1.234, -12.0, 5.5e-17, 9), "-1.23 [-12.00, 0.00] n=9"),
+        ((0.0, 0.0, 0.0, 9), "0.00 [0.00, 0.00] n=9"),
+        ((-0.09996, None, None, 1), "-0.1000 n=1"),
+    ],
+)
+def test_a_small_difference_is_not_shown_as_none(estimate, text):
+    given = dict(zip(("value", "low", "high", "n"), estimate, strict=True))
+    assert evaluate.cell(given, difference=True) == text
+    [[name, shown]] = evaluate.rows({"policy": {"gold_reward_minus_sft": given}})[1]
+    assert shown == text
 
 
 # --- interrupted ---------------------------------------------------------------------------------

@@ -85,6 +85,52 @@ def test_clusters_keep_the_coverage_that_ignoring_them_loses():
     assert np.mean(plain) < 0.75
 
 
+SHARES = (0.0,) * 40 + (0.02, 0.05, 0.3)
+"""Most texts repeat nothing, a few a little, one loops."""
+
+
+def test_shares_have_the_score_interval_of_their_own_spread():
+    """Against the equation itself: t standard errors at the limit, s^2 there as q (1 - q)."""
+    found = metrics.mean_of_shares(SHARES)
+    n, p = len(SHARES), float(np.mean(SHARES))
+    half = stats.t.ppf(0.975, n - 1) * stats.sem(SHARES)
+
+    def gap(q):
+        return (p - q) ** 2 * p * (1 - p) - half**2 * q * (1 - q)
+
+    assert found["value"] == pytest.approx(p) and found["n"] == n
+    assert found["low"] == pytest.approx(optimize.brentq(gap, 1e-9, p))
+    assert found["high"] == pytest.approx(optimize.brentq(gap, p, 0.9))
+    assert p - half < 0 < found["low"] < p < found["high"], "the mean's own interval leaves [0, 1]"
+
+
+@pytest.mark.parametrize("values", [(0.0, 1.0), (0.0, 0.0, 1e-9), (1.0, 1.0, 0.9), SHARES])
+def test_an_interval_of_shares_stays_between_0_and_1(values):
+    found = metrics.mean_of_shares(values)
+    assert 0 <= found["low"] <= found["value"] <= found["high"] <= 1
+    other = metrics.mean_of_shares([1 - value for value in values])
+    assert other["low"] == pytest.approx(1 - found["high"], abs=1e-9)
+
+
+def test_shares_that_are_all_equal_prove_nothing_of_others():
+    assert metrics.mean_of_shares([0.0] * 20) == metrics.wilson(0, 20)
+    assert metrics.mean_of_shares([1.0] * 3) == metrics.wilson(3, 3)
+    equal = metrics.mean_of_shares([0.1] * 7)
+    assert equal["low"] < equal["value"] == pytest.approx(0.1) and equal["high"] < 0.5
+    assert metrics.mean_of_shares([0.3]) == {"value": 0.3, "low": None, "high": None, "n": 1}
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        metrics.mean_of_shares([0.5, 1.5])
+
+
+def test_an_interval_of_shares_covers():
+    rng = np.random.default_rng(4)
+    hits = []
+    for _ in range(1500):
+        shares = np.where(rng.random(200) < 0.3, rng.beta(1, 9, size=200), 0.0)
+        hits.append(covers(metrics.mean_of_shares(shares), 0.3 * 0.1))
+    assert_coverage(hits)
+
+
 def test_one_value_has_no_interval():
     assert metrics.mean_interval([3.0]) == {"value": 3.0, "low": None, "high": None, "n": 1}
     assert metrics.mean_interval([1.0, 2.0], clusters=["a", "a"])["low"] is None

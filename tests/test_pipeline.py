@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 import lora_rlhf
-from lora_rlhf import checks, loaded, pipeline, ppo_trainer, reward, tiny
+from lora_rlhf import checks, doctor, findings, loaded, pipeline, ppo_trainer, reward, tiny
 from lora_rlhf.config import load_recipe
 from lora_rlhf.errors import DataError, GateError, RecipeError, SetupError, UsageError
 from lora_rlhf.progress import Progress
@@ -44,6 +44,42 @@ def bits(record: Record) -> dict[str, object]:
         for p in record.folder.glob("adapters/*/adapter_model.safetensors")
     }
     return {"record": data, "metrics": lines, "samples": samples, "weights": weights}
+
+
+@pytest.mark.parametrize(
+    ("n", "rows", "told"), [(24, 24, 24), (512, 24, 24), (3, 24, 3), (100, 100, 0)]
+)
+def test_few_prompts_of_the_evaluation_are_told_before_anything_is_trained(
+    tmp_path, monkeypatch, n, rows, told
+):
+    class Training(Exception):
+        pass
+
+    def train(_recipe, _backbone, record, *_):
+        record.save()
+        raise Training
+
+    said = []
+    progress = Progress(quiet=True)
+    monkeypatch.setattr(progress, "say", said.append)
+    monkeypatch.setattr(pipeline.sft, "run", train)
+    changes = [f"evaluate.n={n}", f"data.evaluate.0.n={rows}"]
+    with pytest.raises(Training):
+        pipeline.run(recipe(*changes), tmp_path / "run", progress=progress)
+    lines = [line for line in said if "evaluation rests" in line]
+    notes = Record.read(tmp_path / "run").data["data"]["prompts"]["notes"]
+    if not told:
+        assert not lines and not notes
+        return
+    [finding] = findings.few_prompts(told)
+    assert lines == [finding.line()] and "\n" not in finding.line()
+    assert f"rests on {told} prompts" in finding.line() and "evaluate.n" in finding.line()
+    assert notes == [f"the evaluation rests on {told} prompts: only large differences show"]
+
+
+def test_the_doctor_says_of_few_prompts_what_the_run_said(finished: Record):
+    [told] = [found for found in doctor.examine(finished) if found.name == "few_prompts"]
+    assert [told] == list(findings.few_prompts(24))
 
 
 def test_a_run_leaves_everything_a_user_was_promised(finished: Record):

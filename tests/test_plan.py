@@ -382,3 +382,25 @@ def test_a_plan_that_cannot_be_made_keeps_no_run_from_starting(monkeypatch: pyte
     monkeypatch.setattr(advice, "find_config", lambda *_: 1 / 0)
     planned, line = advice.before_run(load_recipe(tiny.recipe()))
     assert planned is None and line.startswith("plan: none (ZeroDivisionError")
+
+
+def test_a_plan_that_cannot_be_made_is_told_once_the_base_is_there(tmp_path, monkeypatch):
+    from test_pipeline import recipe
+
+    monkeypatch.setattr(advice, "find_config", lambda *_: 1 / 0)
+    said = Said()
+    pipeline.run(recipe(), tmp_path / "run", until="sft", progress=said)
+    assert [line for line in said.lines if line.startswith("plan: ")] == [
+        "plan: none (ZeroDivisionError: division by zero)"
+    ]
+
+
+@pytest.mark.parametrize("there_is_none", ["./nothing", "nobody/nothing"])
+def test_a_base_that_is_not_there_is_told_once(tmp_path, there_is_none):
+    """By the error of loading it, which says what to do; not by the plan before that as well."""
+    from test_pipeline import recipe
+
+    said = Said()
+    with pytest.raises(BaseModelError, match=r"nothing(.*\n)+.*check model.id"):
+        pipeline.run(recipe(f"model.id={there_is_none}"), tmp_path / "run", progress=said)
+    assert said.lines == []

@@ -59,6 +59,22 @@ def test_without_a_terminal_a_line_comes_now_and_then_and_at_the_end(clock):
     assert "reward/score 5" in lines[2] and "0:00 left" in lines[2]
 
 
+def test_without_a_terminal_a_step_that_is_logged_twice_is_told_once(clock, record):
+    """SFT's held-out loss is logged at the last step, after that step itself."""
+    progress, out = screen()
+    for stage in ("sft", "reward"):  # the next stage may end at the same step
+        progress.begin(stage, 10)
+        log = StageLog(record, stage, progress)
+        log.on_log(None, state(10), None, logs={"loss": 1.5})
+        clock.now += 60
+        log.on_log(None, state(10), None, logs={"eval_loss": 1.25})
+        progress.end()
+    assert [line.split()[:2] for line in out.getvalue().splitlines()] == [
+        ["sft", "10/10"], ["reward", "10/10"],
+    ]  # fmt: skip
+    assert len(record.metrics()) == 4, "the record keeps both"
+
+
 def test_a_line_is_never_wrapped_or_read_as_markup(clock):
     progress, out = screen()
     progress.say("warning: [red]adapters/x[/red] " + "long " * 30)
