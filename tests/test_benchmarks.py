@@ -109,6 +109,17 @@ def test_ratios_are_taken_inside_a_round():
     assert found["ours float32 1"]["trl011"]["total"] == [2.5, 2.0, 3.0]
 
 
+def test_fewer_rounds_than_the_others_are_told():
+    def entry(dtype, rounds):
+        record = {"cpu": dict.fromkeys(report.PARTS, 1.0), "peak_mb": 2.0}
+        facts = {"model_tensors_mb": 1.0, "rss_before_models_mb": 1.0}
+        return {"name": "ours", "dtype": dtype, "fraction": "1", "rounds": [record] * rounds,
+                "facts": facts}  # fmt: skip
+
+    shown = report._seconds([entry("float32", 5), entry("4-bit", 3)], 5)
+    assert "| float32 |" in shown and "| 4-bit (3 rounds) |" in shown
+
+
 def test_every_program_takes_the_same_options():
     ours = _options(FOLDER / "ours.py")
     for name, (script, _) in environments.PEERS.items():

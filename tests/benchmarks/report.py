@@ -65,7 +65,7 @@ def markdown(found: dict[str, Any]) -> str:
         f"{found['response_len']}) tokens, {found['ppo_epochs']} epochs, minibatch "
         f"{found['minibatch']}, LoRA r=16 on {found['lora_targets'].replace(',', ', ')}. "
         f"{found['rounds']} rounds on {machine['processor']}, one thread; CPU seconds, medians.",
-        _seconds(found["programs"]),
+        _seconds(found["programs"], found["rounds"]),
     ]
     if found["ratios"]:
         parts += ["How many times faster, float32 against float32: median (lowest to highest) of "
@@ -92,13 +92,15 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def _seconds(entries: list[dict[str, Any]]) -> str:
+def _seconds(entries: list[dict[str, Any]], usual: int) -> str:
     rows = []
     for entry in entries:
+        rounds = len(entry["rounds"])
+        dtype = entry["dtype"] if rounds == usual else f"{entry['dtype']} ({rounds} rounds)"
         total, generate, score, train = (median(entry, part) for part in PARTS)
         facts = entry["facts"]
         rows.append([
-            PEERS.get(entry["name"], "ours"), entry["dtype"], entry["fraction"] or "–",
+            PEERS.get(entry["name"], "ours"), dtype, entry["fraction"] or "–",
             *(f"{seconds:.2f}" for seconds in (total, generate, score, train)),
             f"{generate / total:.0%}", f"{peak(entry):.0f}",
             f"{facts['model_tensors_mb']:.0f}",
