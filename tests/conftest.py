@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Offline, quiet and on one thread, before any library is imported."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,6 +19,9 @@ def _one_thread():
     import torch
 
     torch.set_num_threads(1)
+    # Every trainer ends with a full collection: of what the tests made, not of the libraries too.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
