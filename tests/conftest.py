@@ -19,7 +19,15 @@ def _one_thread():
     import torch
 
     torch.set_num_threads(1)
-    # Every trainer ends with a full collection: of what the tests made, not of the libraries too.
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_gc():
+    """Hides what imports and caches hold so far from the garbage collector.
+
+    Every trainer ends with a full collection, which then goes through what its test made only; and
+    the children that tests fork copy fewer pages.
+    """
     gc.collect()
     gc.freeze()
 
