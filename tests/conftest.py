@@ -21,6 +21,14 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_the_disk():
+    """Processes are killed here, the machine never is: that needs the handle, not the platter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _quick_gc():
     """Hides what imports and caches hold so far from the garbage collector.
