@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Offline, quiet and on one thread, before any library is imported."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,6 +19,25 @@ def _one_thread():
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_the_disk():
+    """Processes are killed here, the machine never is: that needs the handle, not the platter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_gc():
+    """Hides what imports and caches hold so far from the garbage collector.
+
+    Every trainer ends with a full collection, which then goes through what its test made only; and
+    the children that tests fork copy fewer pages.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

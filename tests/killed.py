@@ -15,7 +15,7 @@ from pathlib import Path
 import broken_runs
 from small import base_folder
 
-from lora_rlhf import pipeline
+from lora_rlhf import advice, pipeline
 from lora_rlhf.config import parse_recipe
 from lora_rlhf.record import Record
 
@@ -44,7 +44,9 @@ def write(folder: Path, n: int = 40) -> None:
 
 def recipe(folder: Path, *sets: str):
     text = broken_runs.RECIPE.format(base=base_folder("llama"))
-    return parse_recipe(text, "recipe.yaml", [*SETS, *sets], folder)
+    asked = parse_recipe(text, "recipe.yaml", [*SETS, *sets], folder)
+    advice.before_run(asked)  # what it counts is kept, and would be counted by every child
+    return asked
 
 
 def start(run, *args, **kwargs) -> int:

@@ -39,13 +39,11 @@ def outputs(backbone, role):
 
 
 @pytest.fixture(scope="module")
-def quick_gc():
-    """Hides what the imports made from the garbage collector, which then takes no time."""
+def with_bitsandbytes():
+    """As conftest.py's, once bitsandbytes is imported too: `alive` looks at what is new."""
     small.backbone("llama", *ROLES, load_in_4bit=True)
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def alive():
@@ -56,7 +54,7 @@ def alive():
     return {s.data_ptr(): s.nbytes() for s in storages if s.nbytes()}
 
 
-@pytest.mark.usefixtures("quick_gc")
+@pytest.mark.usefixtures("with_bitsandbytes")
 def test_memory_report_is_the_sum_of_all_tensors_that_exist(kind):
     """Measured from outside: every storage that came into being with the backbone."""
     before = alive()
@@ -190,7 +188,7 @@ def test_a_reward_head_is_drawn_small():
 # ---------------------------------------------------------------- drop a role
 
 
-@pytest.mark.usefixtures("quick_gc")
+@pytest.mark.usefixtures("with_bitsandbytes")
 @pytest.mark.parametrize("role", ["reward", "value", "held_out"])
 def test_dropping_a_role_frees_its_tensors(role):
     backbone = small.backbone("llama", *ROLES)
@@ -211,7 +209,7 @@ def test_dropping_a_role_frees_its_tensors(role):
     assert torch.equal(outputs(backbone, role), outputs(backbone, None))
 
 
-@pytest.mark.usefixtures("quick_gc")
+@pytest.mark.usefixtures("with_bitsandbytes")
 @pytest.mark.parametrize("first", [("policy", "reference"), ("reference", "policy")])
 @pytest.mark.parametrize("role", ["policy", "reference"])
 def test_policy_and_reference_outlive_each_other(first, role):

@@ -7,11 +7,16 @@ import io
 import json
 import os
 import re
+import runpy
+import signal
 import subprocess
 import sys
+import traceback
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
+import killed
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "benchmarks"))
@@ -27,6 +32,43 @@ FOLDER = ROOT / "tests" / "benchmarks"
 PEERS = os.environ.get("LORA_RLHF_PEERS")
 
 
+class Forked:
+    """What run.py asks of a `Popen`, as a fork of this process: nothing is imported again.
+
+    In an interpreter of its own ours.py is run by the slow test below.
+    """
+
+    def __init__(self, command, *, stderr, env, **_):
+        (asked, ask), (answers, answer) = os.pipe(), os.pipe()
+
+        def program():
+            for number, stream in enumerate((asked, answer, stderr.fileno())):
+                os.dup2(stream, number)
+            sys.stdin = open(0, closefd=False)
+            sys.stdout, sys.stderr = (open(n, "w", closefd=False) for n in (1, 2))
+            os.environ.update(env)
+            sys.argv = command[1:]
+            try:
+                runpy.run_path(command[1], run_name="__main__")
+            except Exception:
+                traceback.print_exc()
+                return 1
+
+        self.child, self.code = killed.start(program), None
+        os.close(asked), os.close(answer)
+        self.stdin, self.stdout = os.fdopen(ask, "w"), os.fdopen(answers)
+
+    def poll(self):
+        return self.code
+
+    def wait(self):
+        self.code = killed.wait(self.child)
+        return self.code
+
+    def kill(self):
+        os.kill(self.child, signal.SIGKILL)
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """One round of ours on the tiny case, through the real command."""
@@ -34,7 +76,9 @@ def measured(tmp_path_factory):
     page = out / "page.md"
     page.write_text("before\n<!-- case tiny -->\nold\n<!-- end case tiny -->\nafter\n")
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    processes = SimpleNamespace(Popen=Forked, PIPE=subprocess.PIPE)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(run, "subprocess", processes)
         run.main(["--case", "tiny", "--rounds", "1", "--only", "float32", "--fractions", "1,1/2",
                   "--json", str(out / "tiny.json"), "--page", str(page)])  # fmt: skip
     return json.loads((out / "tiny.json").read_text()), printed.getvalue(), page.read_text()
