@@ -87,7 +87,7 @@ def test_few_prompts_of_the_evaluation_are_told_before_anything_is_trained(
 
 def test_the_doctor_says_of_few_prompts_what_the_run_said(finished: Record):
     [told] = [found for found in doctor.examine(finished) if found.name == "few_prompts"]
-    assert [told] == list(findings.few_prompts(24))
+    assert [told] == list(findings.few_prompts(12))
 
 
 def test_a_run_leaves_everything_a_user_was_promised(finished: Record):
