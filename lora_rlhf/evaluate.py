@@ -374,7 +374,7 @@ def cell(estimate: Estimate | None, *, difference: bool = False) -> str:
 
     def show(x: float) -> str:
         x, digits = round(float(x), 9), places  # what rounding left of 0 is 0
-        if difference and x:
+        if difference and x and math.isfinite(x):
             digits = max(places, 2 - math.floor(math.log10(abs(x))))
         return f"{round(x, digits) + 0.0:.{digits}f}"
 

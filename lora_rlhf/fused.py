@@ -8,7 +8,8 @@ its two projections gave and makes the rest again, which is two passes over it i
 tensors as wide as the MLP; an RMS norm keeps its input and a number a row. All differ from the
 originals by roundings.
 
-Only for plain float32 layers: quantised ones and other dtypes keep the forward of their own.
+Only for plain float32 layers: quantised ones and other dtypes keep the forward of their own. Hooks
+on the projections of such an MLP are not called, for it computes them itself.
 
 N rows (batch times tokens), I and O features in and out, r rank, M width of the MLP.
 """
@@ -40,13 +41,16 @@ def layers(backbone: Backbone) -> Iterator[None]:
     if found:  # else the backbone keeps the bits of its own
         found += [(m, _mlp(m)) for m in every if _is_gated(m)]
         found += [(m, _norm(m)) for m in every if _is_norm(m)]
+    before = [module.__dict__.get("forward") for module, _ in found]
     for module, forward in found:
         module.__dict__["forward"] = forward
     try:
         yield
     finally:
-        for module, _ in found:
+        for (module, _), own in zip(found, before, strict=True):
             del module.__dict__["forward"]
+            if own is not None:
+                module.__dict__["forward"] = own
 
 
 def _is_frozen(weight: Tensor) -> bool:
@@ -88,13 +92,20 @@ def _factors(layer: Any) -> _Factors | None:
     if type(layer) is nn.Linear:
         return _Factors(layer.weight, layer.bias, None, None, 0.0)
     active, base = layer._active_adapter, layer.base_layer
-    if len(active) != 1 or layer.disable_adapters:
+    if len(active) != 1 or layer.disable_adapters or layer.merged:
         return None
     name = active[0]
     if name not in layer.lora_A:
         return _Factors(base.weight, base.bias, None, None, 0.0)
+    if layer.lora_bias[name] or type(layer.lora_dropout[name]) is not nn.Identity:
+        return None
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     return _Factors(base.weight, base.bias, a, b, layer.scaling[name])
+
+
+def _is_float32(x: Tensor) -> bool:
+    """Whether what is computed from it is float32 as well."""
+    return x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
 
 
 def _lora(layer: Any) -> Callable[..., Tensor]:
@@ -102,7 +113,7 @@ def _lora(layer: Any) -> Callable[..., Tensor]:
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         found = _factors(layer)
-        if args or kwargs or found is None or x.dtype != torch.float32:
+        if args or kwargs or found is None or not _is_float32(x):
             return own(x, *args, **kwargs)  # type: ignore[no-any-return]
         if found.a is None:
             return nn.functional.linear(x, found.weight, found.bias)
@@ -117,7 +128,7 @@ def _mlp(mlp: Any) -> Callable[..., Tensor]:
     def forward(x: Tensor) -> Tensor:
         parts = [_factors(part) for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
         found = [p for p in parts if p is not None and p.bias is None]
-        if len(found) < len(parts) or x.dtype != torch.float32:
+        if len(found) < len(parts) or not _is_float32(x):
             return own(x)  # type: ignore[no-any-return]
         scales = tuple(f.s for f in found)
         tensors = [t for f in found for t in (f.weight, f.a, f.b)]
@@ -130,7 +141,7 @@ def _norm(module: Any) -> Callable[..., Tensor]:
     own = module.forward
 
     def forward(x: Tensor) -> Tensor:
-        if x.dtype != torch.float32:
+        if not _is_float32(x):
             return own(x)  # type: ignore[no-any-return]
         return _RMS.apply(x, module.weight, module.variance_epsilon)  # type: ignore[no-any-return]
 

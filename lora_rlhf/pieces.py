@@ -156,25 +156,35 @@ def in_one_block(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
     """Let the gradients that a backward makes lie side by side; one that it does not make is None.
 
     By itself it would leave hundreds of small ones strewn over the room of the activations, none
-    of which then fits the next layer's: the heap of a CPU grew by half (docs/benchmarks.md).
+    of which then fits the next layer's: the heap of a CPU grew by half (docs/decisions/0032).
+    CUDA's allocator keeps small and large apart, and there they come as the activations go. On
+    the meta device it is told as on a CPU.
     """
     wanted = defaultdict(list)
     for parameter in parameters:
         if parameter.grad is None and parameter.requires_grad:
-            wanted[parameter.dtype, parameter.device].append(parameter)
-    lent = []
-    for (dtype, device), those in wanted.items():
-        block = torch.zeros(sum(p.numel() for p in those), dtype=dtype, device=device)
-        start = 0
-        for parameter in those:
-            stop = start + parameter.numel()
-            # `data` has a version of its own, which tells whether anything was added to it.
-            gradient = block[start:stop].view(parameter.shape).data
-            parameter.grad, start = gradient, stop
-            lent.append((parameter, gradient, gradient._version))
+            if parameter.device.type in ("cpu", "meta"):
+                wanted[parameter.dtype, parameter.device].append(parameter)
+    lent: list[tuple[torch.nn.Parameter, Tensor, int]] = []
     try:
+        for (dtype, device), those in wanted.items():
+            _lend(those, dtype, device, lent)
         yield
     finally:
         for parameter, gradient, version in lent:
             if parameter.grad is gradient and gradient._version == version:
                 parameter.grad = None
+
+
+def _lend(
+    those: list[torch.nn.Parameter], dtype: torch.dtype, device: torch.device, lent: list[Any]
+) -> None:
+    """A gradient of zeros each, side by side; `lent` is told of it, and of its version."""
+    block = torch.zeros(sum(p.numel() for p in those), dtype=dtype, device=device)
+    start = 0
+    for parameter in those:
+        stop = start + parameter.numel()
+        # `data` has a version of its own, which tells whether anything was added to it.
+        gradient = block[start:stop].view(parameter.shape).data
+        parameter.grad, start = gradient, stop
+        lent.append((parameter, gradient, gradient._version))

@@ -24,7 +24,7 @@ import torch
 from datasets import Dataset
 from torch.profiler import ProfilerActivity, profile
 
-from . import fused, ppo, rehearsal
+from . import fused, pieces, ppo, rehearsal
 from . import plan as planning
 from .backbone import MEMBERS, Backbone
 from .budget import Plan
@@ -174,7 +174,8 @@ def _step(
         backbone, (role,), checkpointing=checkpointing
     ):  # fmt: skip
         meter.start()
-        phase(backbone, batch)
+        with pieces.in_one_block(rehearsal.trained(backbone)):
+            phase(backbone, batch)
         return meter.lap()
 
 

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, masking_utils
 
-from . import fused, heads, logprobs, sampler, trunk
+from . import fused, heads, logprobs, pieces, sampler, trunk
 from ._trl import add_fused_lm_head, chunked_logprob
 from .backbone import Backbone
 from .meta import BLOCK, tensors
@@ -173,10 +173,17 @@ def count(made: Backbone, device: str, batch: Batch, phase: Phase) -> int:
     """Go through a phase as on `device`; the bytes it holds at its peak beside what it finds."""
     adapters = fused.layers(made) if batch.rollout else contextlib.nullcontext()
     with adapters, _as_on(device, padded=batch.rows > 1), LiveBytes(tensors(made)) as live:
-        phase(made, batch)
+        with pieces.in_one_block(trained(made) if device == "cpu" else ()):
+            phase(made, batch)
     for model in (made.causal, *made.views.values()):
         model.zero_grad(set_to_none=True)
     return live.peak
+
+
+def trained(made: Backbone) -> list[nn.Parameter]:
+    """What a stage moves, of all views: none where no stage is begun."""
+    every = [p for model in (made.causal, *made.views.values()) for p in model.parameters()]
+    return list({id(p): p for p in every if p.requires_grad}.values())
 
 
 Phase = Callable[[Backbone, Batch], None]

@@ -35,13 +35,14 @@ PEERS = os.environ.get("LORA_RLHF_PEERS")
 class Forked:
     """What run.py asks of a `Popen`, as a fork of this process: nothing is imported again.
 
-    In an interpreter of its own ours.py is run by the slow test below.
+    In an interpreter of its own it is run by the slow test below.
     """
 
     def __init__(self, command, *, stderr, env, **_):
         (asked, ask), (answers, answer) = os.pipe(), os.pipe()
 
         def program():
+            os.close(ask), os.close(answers)  # the parent's: else no end would ever be told
             for number, stream in enumerate((asked, answer, stderr.fileno())):
                 os.dup2(stream, number)
             sys.stdin = open(0, closefd=False)
@@ -162,6 +163,17 @@ def test_fewer_rounds_than_the_others_are_told():
 
     shown = report._seconds([entry("float32", 5), entry("4-bit", 3)], 5)
     assert "| float32 |" in shown and "| 4-bit (3 rounds) |" in shown
+
+
+@pytest.mark.slow
+def test_a_worker_runs_in_an_interpreter_of_its_own(tmp_path, monkeypatch):
+    """With the package found through the PYTHONPATH that it is given."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    out = tmp_path / "tiny.json"
+    run.main(["--case", "tiny", "--rounds", "1", "--only", "float32", "--fractions", "1",
+              "--json", str(out)])  # fmt: skip
+    [program] = json.loads(out.read_text())["programs"]
+    assert program["facts"]["impl"] == "lora-rlhf" and len(program["rounds"]) == 1
 
 
 def test_every_program_takes_the_same_options():

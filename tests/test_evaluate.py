@@ -422,6 +422,7 @@ def test_cell(estimate, text):
         ((-1.234, -12.0, 5.5e-17, 9), "-1.23 [-12.00, 0.00] n=9"),
         ((0.0, 0.0, 0.0, 9), "0.00 [0.00, 0.00] n=9"),
         ((-0.09996, None, None, 1), "-0.1000 n=1"),
+        ((float("nan"), None, None, 3), "nan n=3"),
     ],
 )
 def test_a_small_difference_is_not_shown_as_none(estimate, text):

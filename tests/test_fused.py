@@ -127,6 +127,48 @@ def test_less_is_kept_for_backward():
         assert own - wide() == 2 * len(made.layers)
 
 
+def test_what_is_more_than_lora_on_a_linear_layer_is_left_to_peft():
+    made = small.backbone("llama", *ROLES)
+    data = small.batch(made)
+    layer = made.layers[0].mlp.up_proj
+    with torch.no_grad(), made.role("policy"):
+        for name in made.layers[0].mlp.up_proj.lora_B:
+            layer.lora_B[name].weight.normal_()
+
+        def compared(**bounds):
+            plain = heads.hidden_states(made, **data)
+            with fused.layers(made):
+                found = heads.hidden_states(made, **data)
+            torch.testing.assert_close(found, plain, **bounds)
+
+        layer.merge()
+        compared(rtol=0, atol=1e-4)
+        layer.unmerge()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            compared(rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("option", ["lora_dropout", "lora_bias"])
+def test_dropout_and_bias_are_left_to_peft(option):
+    made = small.backbone("llama", "policy")
+    layer = made.layers[0].mlp.up_proj
+    with made.role("policy"):
+        assert fused._factors(layer) is not None
+        [name] = layer.active_adapters
+        getattr(layer, option)[name] = torch.nn.Dropout(0.1) if option == "lora_dropout" else True
+        assert fused._factors(layer) is None
+
+
+def test_what_was_there_before_is_put_back():
+    made = small.backbone("llama", *ROLES)
+    norm = made.layers[0].input_layernorm
+    norm.__dict__["forward"] = other = lambda x: x
+    with fused.layers(made), fused.layers(made):
+        assert norm.__dict__["forward"] is not other
+    assert norm.__dict__["forward"] is other
+    assert sum("forward" in m.__dict__ for m in made.decoder.modules()) == 1
+
+
 def test_an_error_inside_leaves_pefts_layers():
     made = small.backbone("llama", *ROLES)
     with pytest.raises(RuntimeError, match="stop"), fused.layers(made):

@@ -342,6 +342,21 @@ def test_gradients_lie_in_one_block_and_what_gets_none_has_none():
     assert torch.equal(half.grad, torch.full((4,), 2.0).half())
 
 
+def test_no_room_for_a_block_lends_nothing(monkeypatch):
+    a, half = (torch.nn.Parameter(torch.ones(2, dtype=t)) for t in (torch.float32, torch.half))
+    zeros = torch.zeros
+
+    def short(size, dtype, **options):
+        if dtype == torch.half:
+            raise torch.OutOfMemoryError(TOLD)
+        return zeros(size, dtype=dtype, **options)
+
+    monkeypatch.setattr(torch, "zeros", short)
+    with pytest.raises(torch.OutOfMemoryError), pieces.in_one_block([a, half]):
+        raise AssertionError("there was room")
+    assert a.grad is None and half.grad is None
+
+
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
 def test_a_stage_keeps_its_gradients_in_blocks(start, stage):
     """One for each loss: else hundreds of small ones would lie between the activations."""

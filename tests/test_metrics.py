@@ -131,6 +131,16 @@ def test_an_interval_of_shares_covers():
     assert_coverage(hits)
 
 
+def test_of_texts_that_hardly_ever_loop_it_covers_more_than_the_means_own_interval():
+    rng = np.random.default_rng(5)
+    ours, own = [], []
+    for _ in range(1000):
+        shares = np.where(rng.random(128) < 0.02, rng.beta(1, 3, size=128), 0.0)
+        ours.append(covers(metrics.mean_of_shares(shares), 0.02 / 4))
+        own.append(covers(metrics.mean_interval(shares), 0.02 / 4))
+    assert np.mean(own) < 0.82 < 0.85 < np.mean(ours)
+
+
 def test_one_value_has_no_interval():
     assert metrics.mean_interval([3.0]) == {"value": 3.0, "low": None, "high": None, "n": 1}
     assert metrics.mean_interval([1.0, 2.0], clusters=["a", "a"])["low"] is None
