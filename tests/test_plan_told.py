@@ -4,22 +4,13 @@
 from pathlib import Path
 
 import pytest
+from test_checkpoint import Said
 from test_pipeline import recipe
 
 from lora_rlhf import advice, pipeline, tiny
 from lora_rlhf.config import load_recipe
 from lora_rlhf.errors import BaseModelError
-from lora_rlhf.progress import Progress
 from lora_rlhf.record import Record
-
-
-class Said(Progress):
-    def __init__(self) -> None:
-        super().__init__(quiet=True)
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
 
 
 def test_a_run_tells_its_plan_at_the_start_and_its_peak_at_the_end(tmp_path: Path):
