@@ -279,7 +279,7 @@ def before_run(recipe: Recipe) -> tuple[Plan | None, str]:
         plan = made.plan(recipe, total)
     except Exception as error:
         return None, f"plan: none ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
-    told = f"plan: {size(plan.peak)} at the peak ({plan.worst})"
+    told = f"plan: {size(plan.peak)} at the peak ({plan.worst}, texts as long as the recipe allows)"
     if not gpu:
         return plan, f"{told} in tensors, on the CPU"
     free = torch.cuda.mem_get_info()[0]
