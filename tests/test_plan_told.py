@@ -21,6 +21,7 @@ def test_a_run_tells_its_plan_at_the_start_and_its_peak_at_the_end(tmp_path: Pat
     planned = Record.read(record.folder).data["plan"]
     assert said.lines[0].startswith(f"plan: {advice.size(planned['peak'])} at the peak (")
     assert "texts as long as the recipe allows" in said.lines[0], "why less will be measured"
+    assert sum(line.startswith("plan: ") for line in said.lines) == 1
     assert said.lines[-1].startswith("measured: ")
     clock = record.data["clock"]
     assert clock["peak_memory_mb"] > 0 and "resident set" in clock["peak_memory_is"]
