@@ -24,6 +24,7 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
+from . import trunk
 from .backbone import Backbone
 
 _MLPS = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP"}
@@ -41,16 +42,8 @@ def layers(backbone: Backbone) -> Iterator[None]:
     if found:  # else the backbone keeps the bits of its own
         found += [(m, _mlp(m)) for m in every if _is_gated(m)]
         found += [(m, _norm(m)) for m in every if _is_norm(m)]
-    before = [module.__dict__.get("forward") for module, _ in found]
-    for module, forward in found:
-        module.__dict__["forward"] = forward
-    try:
+    with trunk.replaced(found):
         yield
-    finally:
-        for (module, _), own in zip(found, before, strict=True):
-            del module.__dict__["forward"]
-            if own is not None:
-                module.__dict__["forward"] = own
 
 
 def _is_frozen(weight: Tensor) -> bool:

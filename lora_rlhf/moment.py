@@ -79,7 +79,8 @@ def make_ready(folder: Path, recipe: Recipe, run: Path, repo_id: str, writer: st
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     sealed = Record.read(folder).data["files"]
     whole = {name for name in names if name in sealed and sealed[name] == sha256(folder / name)}
-    hidden = [name for name in names if swap(folder / name, name, paths(recipe, run))]
+    words = paths(recipe, run)
+    hidden = [name for name in names if swap(folder / name, name, words)]
     own = [name for name in names if not name.startswith(_OF_DATA)]
     scan(folder, own)
     scan(folder, sorted({*names} - {*own}), homes=False)

@@ -181,9 +181,8 @@ def count(made: Backbone, device: str, batch: Batch, phase: Phase) -> int:
 
 
 def trained(made: Backbone) -> list[nn.Parameter]:
-    """What a stage moves, of all views: none where no stage is begun."""
-    every = [p for model in (made.causal, *made.views.values()) for p in model.parameters()]
-    return list({id(p): p for p in every if p.requires_grad}.values())
+    """What the stage at hand moves; nothing where none is begun."""
+    return [p for role in sorted(made.trained_roles) for _, p in made.role_parameters(role)]
 
 
 Phase = Callable[[Backbone, Batch], None]

@@ -13,7 +13,7 @@ B rows, L tokens, H hidden size.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,14 +37,16 @@ def kept(base: BaseModel, states: Tensor | None) -> Iterator[None]:
         yield
         return
     below = list(base.layers[: depth(base)])
-    with _replaced(below[:-1], _pass_on), _replaced(below[-1:], lambda *_, **__: states):
+    forwards = [(layer, _pass_on) for layer in below[:-1]]
+    forwards += [(layer, lambda *_, **__: states) for layer in below[-1:]]
+    with replaced(forwards):
         yield
 
 
 @contextlib.contextmanager
 def alone(base: BaseModel) -> Iterator[None]:
     """Compute the trunk only: the layers above it hand on what they are given."""
-    with _replaced(list(base.layers[depth(base) :]), _pass_on):
+    with replaced((layer, _pass_on) for layer in base.layers[depth(base) :]):
         yield
 
 
@@ -71,7 +73,7 @@ def top_tokens(base: BaseModel, count: int) -> Iterator[None]:
             return own(states, *args, **kwargs)
         return nn.functional.pad(found, (0, 0, skipped, 0))
 
-    with _replaced([mlp], forward):
+    with replaced([(mlp, forward)]):
         yield
 
 
@@ -104,15 +106,15 @@ def _pass_on(*args: Any, **kwargs: Any) -> Tensor:
 
 
 @contextlib.contextmanager
-def _replaced(layers: Sequence[nn.Module], forward: Callable[..., Tensor]) -> Iterator[None]:
-    """With another `forward` of these layers; whatever was there before is put back."""
-    before = [layer.__dict__.get("forward") for layer in layers]
-    for layer in layers:
-        layer.__dict__["forward"] = forward
+def replaced(forwards: Iterable[tuple[nn.Module, Callable[..., Tensor]]]) -> Iterator[None]:
+    """With another `forward` of these modules; whatever was there before is put back."""
+    found = [(module, module.__dict__.get("forward"), forward) for module, forward in forwards]
+    for module, _, forward in found:
+        module.__dict__["forward"] = forward
     try:
         yield
     finally:
-        for layer, own in zip(layers, before, strict=True):
-            del layer.__dict__["forward"]
+        for module, own, _ in found:
+            del module.__dict__["forward"]
             if own is not None:
-                layer.__dict__["forward"] = own
+                module.__dict__["forward"] = own
