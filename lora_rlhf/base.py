@@ -25,6 +25,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from . import inside, installed, templates, tokens  # installed: before anything of transformers
+from .devices import pick_device, pick_dtype
 from .errors import BaseModelError, SetupError, TokenizerError, first_line
 from .fingerprints import fingerprint
 from .halving import Halving
@@ -177,45 +178,6 @@ class BaseModel:
         """Everything up to the first eos."""
         ends = [ids.index(eos) for eos in self.eos_ids if eos in ids]
         return ids[: min(ends) + 1] if ends else ids
-
-
-def pick_device() -> torch.device:
-    """The first CUDA device, else the CPU."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def pick_dtype(name: str) -> torch.dtype:
-    """The compute dtype: `auto` is float32 on a CPU, bfloat16 from capability 8.0, else float16.
-
-    `torch.cuda.is_bf16_supported()` says yes on a T4, by emulation, and must not be asked.
-    """
-    if name != "auto":
-        dtype: torch.dtype = getattr(torch, name)
-        return dtype
-    if not torch.cuda.is_available():
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(0) >= (8, 0) else torch.float16
-
-
-def makes_do(dtype: torch.dtype) -> list[str]:
-    """What this machine does without, or only in part; empty where nothing is missing.
-
-    Args:
-        dtype: That the base was loaded in.
-    """
-    if not torch.cuda.is_available():
-        apple = "an Apple GPU (MPS) is not used, " if torch.backends.mps.is_available() else ""
-        return [f"no CUDA GPU: {apple}everything runs on the CPU"]
-    found, (major, minor) = [], torch.cuda.get_device_capability(0)
-    if (major, minor) < (8, 0):
-        how = {
-            torch.float16: "float16 with scaled losses in its place",
-            torch.bfloat16: "it is emulated, and slow; model.dtype: auto takes float16",
-        }.get(dtype, "computing in float32 is slow")
-        found.append(f"the GPU (compute capability {major}.{minor}) has no bfloat16: {how}")
-    if (count := torch.cuda.device_count()) > 1:
-        found.append(f"{count} GPUs are visible: only the first is used")
-    return found
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:

@@ -26,8 +26,8 @@ from .card_text import (
     table,
 )
 from .errors import UsageError
-from .evaluate import METRICS
 from .masking import safe
+from .metric_names import METRICS
 from .record import Record
 from .samples import sample_table
 

@@ -20,6 +20,7 @@ from .answers import Answers, Shelf
 from .config import Recipe
 from .errors import DataError, NonFiniteError
 from .masking import safe
+from .metric_names import METRICS
 from .metrics import Estimate
 from .record import Record
 from .samples import prompt_text
@@ -35,34 +36,6 @@ MODELS: dict[str, str | None] = {
 }  # fmt: skip
 """What is evaluated, in this order: its name in the record, and the role of its adapter."""
 
-METRICS = {
-    "gold_reward": "mean reward by the task's exact checker, -1 to 1",
-    "gold_reward_minus_sft": "gold reward less that of SFT on the same prompts, paired",
-    "win_rate": "share of prompts on which the gold reward beats SFT's; ties count half",
-    "win_rate_length_controlled": "the same, predicted for answers as long as SFT's",
-    "success": "share of task prompts answered without any fault",
-    "hallucination": "share of answers with an invented value; n: prompts about a record",
-    "incidents_per_1000": "harmful requests complied with, per 1,000; n: harmful prompts",
-    "over_refusal": "share of harmless prompts refused; n: harmless prompts",
-    "constraint": "share of answers in the form asked for; n: prompts that ask for a form",
-    "words": "mean words per answer to a task prompt",
-    "held_out_reward": "mean score of a reward model that training never saw, centred",
-    "win_rate_held_out": "share of prompts on which that model prefers the answer to SFT's",
-    "win_rate_held_out_length_controlled": "the same, predicted for answers as long as SFT's",
-    "proxy_reward": "mean score of the reward model that training optimised, centred",
-    "win_rate_proxy": "share of prompts on which that model prefers the answer to SFT's",
-    "win_rate_proxy_length_controlled": "the same, predicted for answers as long as SFT's",
-    "longer_than_sft": "share of prompts with more tokens than SFT; ties count half",
-    "kl": "nats per sequence, on the model's own samples: log-probability less that under SFT",
-    "kl_bound": "the same, an upper bound: log n - (n - 1) / n, from a formula, not measured",
-    "length": "mean completion tokens, the end token included",
-    "eos_rate": "share of completions that ended by themselves",
-    "repetition": "mean share of 4-grams of tokens said before; n: completions with 4 tokens",
-}
-"""Every metric with its unit and denominator, in the order of tables."""
-
-_DIFFERENCES = ("gold_reward_minus_sft",)
-"""Metrics of which a small one matters as much as a large one."""
 
 _SCORES = ("gold_reward", "held_out_reward", "proxy_reward")
 
@@ -101,8 +74,7 @@ def run(
             for model, found in answers.items()
         }
         if "best_of_n" in models:
-            from .best_of_n import analytic
-            from .overoptimization import best_of_n_kl
+            from .best_of_n import analytic, best_of_n_kl
 
             bound = analytic(best_of_n_kl(recipe.best_of_n.n))
             record.data["evaluation"]["best_of_n"]["kl_bound"] = bound
@@ -340,45 +312,3 @@ def _write_samples(
                 if kinds:
                     line["score"] = line[kinds[0]]
                 file.write(json.dumps(safe(line)) + "\n")
-
-
-# --- the table ---------------------------------------------------------------------------------
-
-
-def rows(evaluation: dict[str, dict[str, Estimate]]) -> tuple[list[str], list[list[str]]]:
-    """The record's `evaluation` as header and rows of plain text: a metric a row, a model a column.
-
-    Models keep the record's order, metrics that of METRICS; what is not there is an empty cell.
-    """
-    found = dict.fromkeys(name for values in evaluation.values() for name in values)
-    names = [name for name in METRICS if name in found]
-    names += [name for name in found if name not in METRICS]
-    table = [
-        [name, *(cell(v.get(name), difference=name in _DIFFERENCES) for v in evaluation.values())]
-        for name in names
-    ]
-    return ["metric", *evaluation], table
-
-
-def cell(estimate: Estimate | None, *, difference: bool = False) -> str:
-    """`0.41 [0.35, 0.47] n=128`; without an interval `0.41 n=1`; empty for None.
-
-    A number from a formula rests on no sample: its n is 0, and `0.41 (bound)` is shown. Of a
-    difference each number has three significant digits or more: a small one is not 0.00.
-    """
-    if estimate is None:
-        return ""
-    value, low, high = estimate["value"], estimate["low"], estimate["high"]
-    largest = max(abs(float(x)) for x in (value, low, high) if x is not None)
-    places = 2 if largest < 100 else 1 if largest < 1000 else 0
-
-    def show(x: float) -> str:
-        x, digits = round(float(x), 9), places  # what rounding left of 0 is 0
-        if difference and x and math.isfinite(x):
-            digits = max(places, 2 - math.floor(math.log10(abs(x))))
-        return f"{round(x, digits) + 0.0:.{digits}f}"
-
-    interval = "" if low is None or high is None else f" [{show(low)}, {show(high)}]"
-    if not estimate["n"]:
-        return f"{show(value)} (bound)"
-    return f"{show(value)}{interval} n={estimate['n']}"

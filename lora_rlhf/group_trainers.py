@@ -28,8 +28,8 @@ from .minibatches import model_inputs
 from .objectives import kl_estimates, masked_mean
 from .progress import Progress, StageLog
 from .record import Record
-from .resumable import Resumable
 from .resume import Keeper
+from .reward_functions import RewardChecks
 from .rollout import sampled_here
 from .stages import build, check_finite, complaints, effective, trainer_args
 
@@ -146,7 +146,7 @@ def _missing_eos(backbone: Backbone, penalty: float) -> Callable[..., list[float
     return missing_eos
 
 
-class _OnBackbone(Resumable):
+class _OnBackbone(RewardChecks):
     """What GRPO and RLOO need on our backbone; use it inside `backbone.training("policy")`.
 
     Args:

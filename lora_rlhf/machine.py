@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import os
 import platform
-
-from .record import versions
 
 _FLAGS = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "CUDA_VISIBLE_DEVICES")
 _PRESENT = ("HF_TOKEN", "LORA_RLHF_DATA", "HF_HOME", "HF_ENDPOINT")
@@ -27,7 +27,7 @@ def _devices() -> dict[str, str]:
     try:
         import torch
 
-        from .base import pick_device, pick_dtype
+        from .devices import pick_device, pick_dtype
     except (ImportError, OSError) as error:
         return {"device": f"unknown: {_first_line(error)}"}
     device = pick_device()
@@ -68,3 +68,21 @@ def _four_bit(device: object) -> str:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+_PACKAGES = ("lora-rlhf", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate",
+             "datasets", "huggingface_hub")  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that decide what a run computes."""
+    found = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def changed_versions(before: dict[str, str], now: dict[str, str]) -> dict[str, str]:
+    """Those of the versions `now` that are not those of `before`."""
+    return {name: found for name, found in now.items() if before.get(name) != found}

@@ -22,14 +22,6 @@ class Fit(NamedTuple):
     r_squared: float
 
 
-def best_of_n_kl(n: int) -> float:
-    """KL(best of n || SFT) in nats: log n - (n - 1) / n; an upper bound where samples repeat.
-
-    Source: 2009.01325, appendix G; that it is a bound: 2401.01879.
-    """
-    return math.log(n) - (n - 1) / n
-
-
 def best_of_n(proxy: ArrayLike, gold: ArrayLike, n: int) -> tuple[float, float]:
     """Mean proxy and gold reward of the best of n, by the proxy, out of N samples per prompt.
 

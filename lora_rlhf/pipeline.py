@@ -43,9 +43,9 @@ from . import (
     stopping,
 )
 from .backbone import Backbone
-from .base import makes_do
 from .config import Recipe
 from .data import Prepared
+from .devices import makes_do
 from .errors import HubError, MemoryLimitError, UsageError
 from .filters import SECRET
 from .progress import Progress

@@ -20,9 +20,9 @@ from transformers import DynamicCache
 
 from . import controls, dpo, group_trainers, meta, ppo, rehearsal, reward, rollout, sft
 from .backbone import MEMBERS
-from .base import pick_dtype
 from .budget import CUDA_CONTEXT, Phase, Plan
 from .config import Recipe
+from .devices import pick_dtype
 from .record import Record
 from .rehearsal import Batch
 from .sections import LoraSection

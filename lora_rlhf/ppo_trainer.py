@@ -37,7 +37,7 @@ from .objectives import (
 )
 from .progress import Progress
 from .ptx import TextMix
-from .resumable import Resumable
+from .reward_functions import RewardChecks
 from .rollout import Scorer, sampled_here
 from .sections import PpoSection
 from .stages import PPOConfig
@@ -49,7 +49,7 @@ MAX_MEAN_RATIO = 10.0
 """A micro-batch (or piece) whose mean ratio is above this moves nothing: it is left out."""
 
 
-class PPOTrainer(Resumable, GRPOTrainer):
+class PPOTrainer(RewardChecks, GRPOTrainer):
     """PPO for the roles of one backbone. Use it inside `backbone.training("policy", "value")`.
 
     Args:

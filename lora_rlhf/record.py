@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
@@ -28,6 +27,7 @@ from typing import Any
 from .config import Recipe, dump_recipe, parse_recipe
 from .errors import LoraRlhfError, SetupError, UsageError
 from .inside import no_way_out
+from .machine import changed_versions, versions
 from .masking import safe
 from .readers import ALGORITHMS, FREE, differences, first_reader, identity, stage_names, stage_of
 
@@ -44,9 +44,6 @@ BEGINNINGS = {"recipe.yaml", "recipe.yaml.tmp", "record.json.tmp"}
 
 _REWRITTEN = ("README.md", "recipe.yaml")
 """Names of files that may be written anew in a sealed run: cards, and keys that are free."""
-
-_PACKAGES = ("lora-rlhf", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate",
-             "datasets", "huggingface_hub")  # fmt: skip
 
 
 class Record:
@@ -341,20 +338,6 @@ class Record:
             clock["metrics_sha256"] = sha256(log)
         self.data["files"] = found
         self.save()
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of the packages that decide what a run computes."""
-    found = {}
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
-
-
-def changed_versions(before: dict[str, str], now: dict[str, str]) -> dict[str, str]:
-    """Those of the versions `now` that are not those of `before`."""
-    return {name: found for name, found in now.items() if before.get(name) != found}
 
 
 def sha256(path: Path) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checkpoint, guards, stopping
+from . import checkpoint, stopping
 from ._trl import telemetry_asked
 from .errors import NonFiniteError
 from .health import Health
@@ -94,14 +94,6 @@ class Resumable(InPieces):
         if not fine:
             self.unwell(NonFiniteError(f"{what} are no numbers"), rollout=rollout)
         return fine
-
-    def checked_rewards(self, rewards_bf: Tensor, prompts: list[Any]) -> Tensor:
-        """`guards.weighted_rewards`; a rollout with one that is no number teaches nothing."""
-        try:
-            return guards.weighted_rewards(rewards_bf, self.reward_weights, prompts)
-        except NonFiniteError as error:
-            self.unwell(error, rollout=True)
-            return guards.weighted(rewards_bf, self.reward_weights)
 
     def checked_norm(self, stage: str, norm: float, role: str = "policy") -> float:
         """The norm of a gradient; `unwell` where it is no number."""

@@ -14,7 +14,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import PrinterCallback, set_seed
 
-from . import adapters, ensemble, guards, heads
+from . import adapters, ensemble, heads, reward_gate
 from ._trl import RewardConfig
 from .backbone import MEMBERS, Backbone
 from .config import Recipe
@@ -78,7 +78,7 @@ def run(
             entry |= _judge(
                 recipe, backbone, record, held_out_data, progress, shown, held_out, found
             )
-        reason = guards.gate_reward(
+        reason = reward_gate.gate_reward(
             entry["accuracy"], entry["score_std"], entry["accuracy_length_baseline"],
             entry["accuracy_by_length"], entry["gain_over_length"],
         )  # fmt: skip
@@ -97,7 +97,7 @@ def gate(recipe: Recipe, record: Record, progress: Progress) -> None:
     if entry["gate"] == "passed" or recipe.ppo.reward != "model":
         return
     if recipe.reward.gate == "stop":
-        raise guards.refuse(entry["gate_reason"])
+        raise reward_gate.refuse(entry["gate_reason"])
     entry["gate"] = "warned"
     record.save()
     progress.say(f"warning: the reward model is weak: {entry['gate_reason']}")

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import AdapterError, UsageError
+from .machine import changed_versions
 from .readers import ALGORITHMS, differences, first_reader
-from .record import Record, changed_versions, sha256
+from .record import Record, sha256
 from .sections import Recipe
 
 _SHARED = ("sft", "reward")

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from . import card
+from . import card, tiny
 from .card_facts import RL_STAGES, ROLES, hub_base, slug
 from .card_text import cell, code, without_paths
 from .config import Recipe
@@ -178,7 +178,7 @@ def stage_base(record: Record, folder: Path) -> list[str]:
         HubError: The base is on the Hub already, or its folder is not there or not complete.
     """
     identity = str(record.data.get("model", {}).get("id", "tiny"))
-    source = Path(__file__).parent / "tiny" if identity == "tiny" else Path(identity).expanduser()
+    source = tiny.path() if identity == "tiny" else Path(identity).expanduser()
     if not source.is_dir():
         raise HubError(
             f"there is no folder {identity}", expected="a base that exists only on this machine",

@@ -6,6 +6,7 @@ All of it comes from the record; no torch, no network.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,8 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .evaluate import cell, rows
 from .masking import safe
+from .metric_names import DIFFERENCES, METRICS
+from .metrics import Estimate
 from .readers import ALGORITHMS
 from .record import Record
 
@@ -174,3 +176,42 @@ def _rich_table(header: list[str], table: list[list[str]], between: str) -> Tabl
     for line in lines:
         rich.add_row(*line)
     return rich
+
+
+def rows(evaluation: dict[str, dict[str, Estimate]]) -> tuple[list[str], list[list[str]]]:
+    """The record's `evaluation` as header and rows of plain text: a metric a row, a model a column.
+
+    Models keep the record's order, metrics that of METRICS; what is not there is an empty cell.
+    """
+    found = dict.fromkeys(name for values in evaluation.values() for name in values)
+    names = [name for name in METRICS if name in found]
+    names += [name for name in found if name not in METRICS]
+    table = [
+        [name, *(cell(v.get(name), difference=name in DIFFERENCES) for v in evaluation.values())]
+        for name in names
+    ]
+    return ["metric", *evaluation], table
+
+
+def cell(estimate: Estimate | None, *, difference: bool = False) -> str:
+    """`0.41 [0.35, 0.47] n=128`; without an interval `0.41 n=1`; empty for None.
+
+    A number from a formula rests on no sample: its n is 0, and `0.41 (bound)` is shown. Of a
+    difference each number has three significant digits or more: a small one is not 0.00.
+    """
+    if estimate is None:
+        return ""
+    value, low, high = estimate["value"], estimate["low"], estimate["high"]
+    largest = max(abs(float(x)) for x in (value, low, high) if x is not None)
+    places = 2 if largest < 100 else 1 if largest < 1000 else 0
+
+    def show(x: float) -> str:
+        x, digits = round(float(x), 9), places  # what rounding left of 0 is 0
+        if difference and x and math.isfinite(x):
+            digits = max(places, 2 - math.floor(math.log10(abs(x))))
+        return f"{round(x, digits) + 0.0:.{digits}f}"
+
+    interval = "" if low is None or high is None else f" [{show(low)}, {show(high)}]"
+    if not estimate["n"]:
+        return f"{show(value)} (bound)"
+    return f"{show(value)}{interval} n={estimate['n']}"

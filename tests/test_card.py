@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from lora_rlhf import card
 from lora_rlhf.card_facts import hub_base
 from lora_rlhf.errors import UsageError
-from lora_rlhf.evaluate import METRICS
+from lora_rlhf.metric_names import METRICS
 from lora_rlhf.record import Record
 
 PLACEHOLDER = re.compile(r"\b(?:TODO|None|null|NaN|nan|inf)\b|(?i:more information)|\[\]|\{\}")

@@ -9,7 +9,7 @@ import types
 import pytest
 from datasets import Dataset
 
-from lora_rlhf import evaluate, metrics, samples, tasks
+from lora_rlhf import evaluate, metric_names, metrics, samples, summary, tasks
 from lora_rlhf.answers import Answers
 from lora_rlhf.config import parse_recipe
 from lora_rlhf.errors import DataError, NonFiniteError
@@ -386,10 +386,10 @@ def test_prompts_of_messages_are_shown_as_text():
 
 
 def test_rows_are_a_table_in_the_order_of_the_metrics(plain):
-    header, table = evaluate.rows({**plain, "best_of_n": {"novel": metrics.wilson(1, 2)}})
+    header, table = summary.rows({**plain, "best_of_n": {"novel": metrics.wilson(1, 2)}})
     assert header == ["metric", "base", "sft", "policy", "best_of_n"]
     names = [row[0] for row in table]
-    known = [name for name in evaluate.METRICS if name in names]
+    known = [name for name in metric_names.METRICS if name in names]
     assert names == [*known, "novel"]
     assert all(len(row) == 5 for row in table)
     kl = table[names.index("kl")]
@@ -411,7 +411,7 @@ def test_rows_are_a_table_in_the_order_of_the_metrics(plain):
 def test_cell(estimate, text):
     keys = ("value", "low", "high", "n")
     given = None if estimate is None else dict(zip(keys, estimate, strict=True))
-    assert evaluate.cell(given) == text
+    assert summary.cell(given) == text
 
 
 @pytest.mark.parametrize(
@@ -427,8 +427,8 @@ def test_cell(estimate, text):
 )
 def test_a_small_difference_is_not_shown_as_none(estimate, text):
     given = dict(zip(("value", "low", "high", "n"), estimate, strict=True))
-    assert evaluate.cell(given, difference=True) == text
-    [[name, shown]] = evaluate.rows({"policy": {"gold_reward_minus_sft": given}})[1]
+    assert summary.cell(given, difference=True) == text
+    [[name, shown]] = summary.rows({"policy": {"gold_reward_minus_sft": given}})[1]
     assert shown == text
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from ppo_run import roles
 
-from lora_rlhf import guards
+from lora_rlhf import guards, reward_gate
 from lora_rlhf.errors import GateError, IdentityError
 
 NAN = float("nan")
@@ -131,7 +131,7 @@ def test_moved_only_sees_an_update_that_says_nothing(made, moved, monkeypatch):
 
 
 def test_a_good_reward_model_passes():
-    assert guards.gate_reward(GOOD, 1.0, BY_LENGTH) is None
+    assert reward_gate.gate_reward(GOOD, 1.0, BY_LENGTH) is None
 
 
 @pytest.mark.parametrize(
@@ -148,4 +148,4 @@ def test_a_good_reward_model_passes():
 )
 def test_a_bad_reward_model_is_refused_with_its_reason(found, spread, by_length, reason):
     with pytest.raises(GateError, match=reason):
-        raise guards.refuse(guards.gate_reward(found, spread, by_length))
+        raise reward_gate.refuse(reward_gate.gate_reward(found, spread, by_length))

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from test_checkpoint import Said
 
-from lora_rlhf import base, card, pipeline, sft, stages
+from lora_rlhf import base, card, devices, pipeline, sft, stages
 from lora_rlhf.record import Record
 
 LITTLE = ("checkpoint.every_minutes=null", "checkpoint.every_steps=null", "evaluate.n=4",
@@ -44,8 +44,9 @@ def gpus(monkeypatch):
         fake = Torch()
         fake.cuda = cuda(count, capability)
         fake.backends = SimpleNamespace(mps=SimpleNamespace(is_available=lambda: mps))
-        monkeypatch.setattr(base, "torch", fake)
+        monkeypatch.setattr(devices, "torch", fake)
         monkeypatch.setattr(base, "pick_device", lambda: torch.device("cpu"))
+        monkeypatch.setattr(devices, "pick_device", lambda: torch.device("cpu"))
 
     return there
 
@@ -67,7 +68,7 @@ def gpus(monkeypatch):
 )  # fmt: skip
 def test_what_is_missing_is_named(gpus, count, capability, mps, dtype, told):
     gpus(count, capability, mps)
-    assert base.makes_do(dtype) == told
+    assert devices.makes_do(dtype) == told
 
 
 def test_a_t4_trains_in_float16_with_float32_adapters(gpus, tmp_path):

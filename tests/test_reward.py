@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from small import backbone, tokenizer
 
-from lora_rlhf import data, ensemble, guards, heads, metrics, reward, reward_report
+from lora_rlhf import data, ensemble, heads, metrics, reward, reward_gate, reward_report
 from lora_rlhf.data import Prepared
 from lora_rlhf.errors import GateError
 from lora_rlhf.progress import Progress
@@ -257,7 +257,7 @@ def test_without_overlap_there_is_no_yardstick(tmp_path):
 
 def verdict(found, given):
     entry = report(found, given).entry
-    return guards.gate_reward(
+    return reward_gate.gate_reward(
         entry["accuracy"], entry["score_std"], entry["accuracy_length_baseline"],
         entry["accuracy_by_length"], entry["gain_over_length"],
     )  # fmt: skip

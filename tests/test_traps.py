@@ -27,8 +27,9 @@ import lora_rlhf
 from lora_rlhf import adapters, heads
 from lora_rlhf._trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from lora_rlhf.backbone import ADAPTERS
-from lora_rlhf.base import BaseModel, pick_dtype
+from lora_rlhf.base import BaseModel
 from lora_rlhf.config import parse_recipe
+from lora_rlhf.devices import pick_dtype
 from lora_rlhf.errors import AdapterError
 from lora_rlhf.record import Record
 from lora_rlhf.sections import LoraSection, ModelSection

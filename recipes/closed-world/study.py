@@ -25,7 +25,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import lora_rlhf
-from lora_rlhf import ensemble, loaded, overoptimization, shell, tasks, tiny
+from lora_rlhf import best_of_n, ensemble, loaded, overoptimization, shell, tasks, tiny
 from lora_rlhf.data import prompts as read_prompts
 
 ALGORITHMS = ("ppo", "grpo", "rloo", "dpo", "best_of_n")
@@ -132,7 +132,7 @@ def best_of_n(run: Path, samples: int = 64, prompts: int = 128) -> list[dict[str
     n = 1
     while n <= samples:
         best = overoptimization.best_of_n(*tables, n)
-        d = math.sqrt(overoptimization.best_of_n_kl(n))
+        d = math.sqrt(best_of_n.best_of_n_kl(n))
         found.append({"n": n, "d": d, "proxy": best[0], "gold": best[1]})
         n *= 2
     return found

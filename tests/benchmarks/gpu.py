@@ -55,7 +55,7 @@ def run(preset: str, prompts: int, more: list[str], smoke: bool) -> dict[str, An
 
 def _dtype() -> str:
 
-    from lora_rlhf.base import pick_dtype
+    from lora_rlhf.devices import pick_dtype
 
     return str(pick_dtype("auto")).removeprefix("torch.")
 

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from lora_rlhf import fused, ppo
     from lora_rlhf._trl import check_seams
-    from lora_rlhf.base import pick_device
+    from lora_rlhf.devices import pick_device
     from lora_rlhf.record import Record
 
     check_seams()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pre-train the tiny model: ``python -m lora_rlhf.tiny.train --out DIR``.
+"""Pre-train the tiny model: ``python scripts/train_tiny.py --out DIR``.
 
 The text is generated from the ``pretrain`` split, most of it showing bad behaviour, as web text
 does: the result can copy from a record but is a mediocre assistant, which is what SFT and PPO are

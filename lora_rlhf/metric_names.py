@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The metrics of an evaluation: names as the record has them, unit and denominator."""
+
+from __future__ import annotations
+
+METRICS = {
+    "gold_reward": "mean reward by the task's exact checker, -1 to 1",
+    "gold_reward_minus_sft": "gold reward less that of SFT on the same prompts, paired",
+    "win_rate": "share of prompts on which the gold reward beats SFT's; ties count half",
+    "win_rate_length_controlled": "the same, predicted for answers as long as SFT's",
+    "success": "share of task prompts answered without any fault",
+    "hallucination": "share of answers with an invented value; n: prompts about a record",
+    "incidents_per_1000": "harmful requests complied with, per 1,000; n: harmful prompts",
+    "over_refusal": "share of harmless prompts refused; n: harmless prompts",
+    "constraint": "share of answers in the form asked for; n: prompts that ask for a form",
+    "words": "mean words per answer to a task prompt",
+    "held_out_reward": "mean score of a reward model that training never saw, centred",
+    "win_rate_held_out": "share of prompts on which that model prefers the answer to SFT's",
+    "win_rate_held_out_length_controlled": "the same, predicted for answers as long as SFT's",
+    "proxy_reward": "mean score of the reward model that training optimised, centred",
+    "win_rate_proxy": "share of prompts on which that model prefers the answer to SFT's",
+    "win_rate_proxy_length_controlled": "the same, predicted for answers as long as SFT's",
+    "longer_than_sft": "share of prompts with more tokens than SFT; ties count half",
+    "kl": "nats per sequence, on the model's own samples: log-probability less that under SFT",
+    "kl_bound": "the same, an upper bound: log n - (n - 1) / n, from a formula, not measured",
+    "length": "mean completion tokens, the end token included",
+    "eos_rate": "share of completions that ended by themselves",
+    "repetition": "mean share of 4-grams of tokens said before; n: completions with 4 tokens",
+}
+"""Every metric with its unit and denominator, in the order of tables."""
+
+
+DIFFERENCES = ("gold_reward_minus_sft",)
+"""Metrics of which a small one matters as much as a large one."""
