@@ -8,7 +8,7 @@ from typing import Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from lora_rlhf import sections
+from lora_rlhf.recipe import schema
 
 INTRO = """# Recipes
 
@@ -70,12 +70,12 @@ def table(model: type[BaseModel]) -> list[str]:
 
 
 def render() -> str:
-    lines = [INTRO, "## Top level", "", *table(sections.Recipe), ""]
-    for name, field in sections.Recipe.model_fields.items():
+    lines = [INTRO, "## Top level", "", *table(schema.Recipe), ""]
+    for name, field in schema.Recipe.model_fields.items():
         section = field.annotation
         if isinstance(section, type) and issubclass(section, BaseModel):
             lines += [f"## {(section.__doc__ or name).splitlines()[0]}", "", *table(section), ""]
-    lines += ["## One entry of a `data` list", "", *table(sections.DataSource), ""]
+    lines += ["## One entry of a `data` list", "", *table(schema.DataSource), ""]
     return "\n".join(lines)
 
 

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .backbone import Backbone
-    from .config import Recipe, load_recipe
-    from .errors import LoraRlhfError
-    from .hub import push
-    from .loaded import generate, load
-    from .pipeline import run
-    from .progress import Progress
-    from .record import Record
+    from lora_rlhf.errors import LoraRlhfError
+    from lora_rlhf.hub.repository import push
+    from lora_rlhf.models.backbone import Backbone
+    from lora_rlhf.pipeline import run
+    from lora_rlhf.recipe.loader import Recipe, load_recipe
+    from lora_rlhf.runs.progress import Progress
+    from lora_rlhf.runs.record import Record
+    from lora_rlhf.serving.loaded_run import generate, load
 
     __version__: str
 
@@ -41,14 +41,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Backbone": "backbone",
+    "Backbone": "models.backbone",
     "LoraRlhfError": "errors",
-    "Recipe": "config",
-    "Record": "record",
-    "generate": "loaded",
-    "load": "loaded",
-    "load_recipe": "config",
-    "push": "hub",
+    "Recipe": "recipe.loader",
+    "Record": "runs.record",
+    "generate": "serving.loaded_run",
+    "load": "serving.loaded_run",
+    "load_recipe": "recipe.loader",
+    "push": "hub.repository",
     "run": "pipeline",
 }
 """Public name -> the module that defines it."""
@@ -67,9 +67,10 @@ def demo(
     Returns:
         The record, as from `run`.
     """
-    from . import config, pipeline, tiny
+    from lora_rlhf import pipeline, tiny
+    from lora_rlhf.recipe import loader
 
-    recipe = config.load_recipe(tiny.recipe(), [f"seed={seed}"])
+    recipe = loader.load_recipe(tiny.recipe(), [f"seed={seed}"])
     return pipeline.run(recipe, out, progress=progress)
 
 

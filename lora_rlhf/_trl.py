@@ -33,7 +33,7 @@ from trl import (
 from trl.kernels import ChunkedLogProbFunction, chunked_logprob
 from trl.trainer.utils import add_fused_lm_head, split_tensor_dict
 
-from .errors import SetupError
+from lora_rlhf.errors import SetupError
 
 __all__ = [
     "SEAMS",

@@ -22,7 +22,7 @@ LoraRlhfError                 exit code 1
 
 from __future__ import annotations
 
-from .masking import safe
+from lora_rlhf.redaction import safe
 
 INTERRUPTED = {"SIGINT": 130, "SIGTERM": 143}
 """Exit codes of an interrupted run, as a shell reports them (128 + signal number)."""

@@ -17,40 +17,30 @@ from typing import Any, Literal
 
 import torch
 
-from . import installed  # noqa: F401  # isort: skip
-from . import (
-    advice,
-    backup,
-    best_of_n,
-    card,
-    checkpoint,
-    checks,
-    controls,
-    data,
-    dpo,
-    evaluate,
-    findings,
-    group_trainers,
-    hub,
-    inside,
-    plots,
-    ppo,
-    resume,
-    reward,
-    sft,
-    sharing,
-    staging,
-    stopping,
-)
-from .backbone import Backbone
-from .config import Recipe
-from .data import Prepared
-from .devices import makes_do
-from .errors import HubError, MemoryLimitError, UsageError
-from .filters import SECRET
-from .progress import Progress
-from .readers import stage_names
-from .record import Record
+from lora_rlhf.runtime import optional_packages  # noqa: F401  # isort: skip
+from lora_rlhf import preflight
+from lora_rlhf.algorithms import best_of_n, dpo, grpo_rloo, policy_stage
+from lora_rlhf.algorithms.ppo import ppo_stage
+from lora_rlhf.data import dataset_builder
+from lora_rlhf.data.dataset_builder import Prepared
+from lora_rlhf.data.filters import SECRET
+from lora_rlhf.errors import HubError, MemoryLimitError, UsageError
+from lora_rlhf.evaluation import evaluate
+from lora_rlhf.hub import backup, repository, staging
+from lora_rlhf.models.backbone import Backbone
+from lora_rlhf.planning import gpu_fit
+from lora_rlhf.recipe.loader import Recipe
+from lora_rlhf.recipe.stage_keys import stage_names
+from lora_rlhf.reports import plots
+from lora_rlhf.reports.cards import model_card
+from lora_rlhf.reports.doctor import findings
+from lora_rlhf.runs import checkpoint, reuse
+from lora_rlhf.runs.progress import Progress
+from lora_rlhf.runs.record import Record
+from lora_rlhf.runtime import interrupts, paths
+from lora_rlhf.runtime.devices import makes_do
+from lora_rlhf.training import checkpoint_callback, sft
+from lora_rlhf.training.reward import reward_stage
 
 
 def run(
@@ -89,11 +79,11 @@ def run(
             expected=", ".join((*names, "policy")),
         )
     progress = progress or Progress(quiet=True)
-    checks.setup(recipe)
-    checks.every_argument(recipe, out)
-    inside.no_way_out(Path(out), UsageError)  # or what is written here would be written there
+    preflight.setup(recipe)
+    preflight.every_argument(recipe, out)
+    paths.no_way_out(Path(out), UsageError)  # or what is written here would be written there
     if Path(out).is_dir() or not Path(out).exists():
-        with checkpoint.locked(Path(out)), stopping.budget(recipe.checkpoint.max_minutes):
+        with checkpoint.locked(Path(out)), interrupts.budget(recipe.checkpoint.max_minutes):
             try:
                 return _run(recipe, out, names, until, progress, start_from, warm_start)
             except OSError as error:
@@ -101,7 +91,7 @@ def run(
                     raise checkpoint.no_room(Path(error.filename or out), error) from error
                 raise
             except (RuntimeError, MemoryError, MemoryLimitError) as error:
-                if (limit := advice.memory_limit(recipe, error)) is None:
+                if (limit := gpu_fit.memory_limit(recipe, error)) is None:
                     raise
                 raise limit from error
     return Record.open(out, recipe)  # a file: it says so
@@ -117,13 +107,15 @@ def _run(
     warm_start: bool,
 ) -> Record:
     """`run` in a directory that nobody else works in."""
-    source = sharing.check(start_from, recipe, out) if start_from is not None else None
+    source = reuse.check(start_from, recipe, out) if start_from is not None else None
     remote = backup.prepare(recipe, Path(out), progress, warm_start=warm_start)
     record = Record.open(out, recipe, warm_start=warm_start)
-    if source is not None and (taken := sharing.take_over(source, record)):
+    if source is not None and (taken := reuse.take_over(source, record)):
         progress.say(f"taken over from {source.folder}: {', '.join(taken)}")
     if until == "card":
-        for note in hub.preflight(recipe, record):  # before hours of training, not after them
+        for note in repository.preflight(
+            recipe, record
+        ):  # before hours of training, not after them
             progress.say(note)
     with backup.kept(remote, recipe, record, progress):
         return _work(recipe, record, names[: names.index(until) + 1], progress)
@@ -131,20 +123,20 @@ def _run(
 
 def _work(recipe: Recipe, record: Record, names: tuple[str, ...], progress: Progress) -> Record:
     """Those of these stages that are not finished."""
-    wanted = [stage for stage in names if not checks.finished(recipe, record, stage)]
+    wanted = [stage for stage in names if not preflight.finished(recipe, record, stage)]
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     if set(wanted) - {"card"}:
         try:
             _Work(recipe, record, progress).run(wanted)
-        except stopping.OutOfTime:
+        except interrupts.OutOfTime:
             progress.say("the minutes are used up and all is saved; the same command goes on")
             return record
     if "card" in wanted:
         with record.stage("card"):  # to its very end: what is not sealed cannot be pushed
             plots.run(record)
             record.finish()
-            card.write(record)
+            model_card.write(record)
             record.seal()
     if "card" in names:
         _push(recipe, record, progress)
@@ -153,9 +145,9 @@ def _work(recipe: Recipe, record: Record, names: tuple[str, ...], progress: Prog
 
 def _push(recipe: Recipe, record: Record, progress: Progress) -> None:
     """Push what `hub:` names and is not pushed yet; a failure does not undo a run that is done."""
-    for role, repo_id in {} if hub.offline() else staging.to_push(recipe, record).items():
+    for role, repo_id in {} if repository.offline() else staging.to_push(recipe, record).items():
         try:
-            pushed = hub.push(record, role, repo_id, public=recipe.hub.public)
+            pushed = repository.push(record, role, repo_id, public=recipe.hub.public)
         except HubError as error:
             progress.say(f"the run is done and saved, the {role} adapter is not pushed: {error}")
             continue
@@ -171,11 +163,11 @@ class _Work:
 
     def __init__(self, recipe: Recipe, record: Record, progress: Progress) -> None:
         self.recipe, self.record, self.progress = recipe, record, progress
-        planned, line = advice.before_run(recipe)
+        planned, line = gpu_fit.before_run(recipe)
         if planned is not None:
             progress.say(line)
             record.data["plan"] = planned.as_dict()
-        self._peak = advice.PeakMemory()
+        self._peak = gpu_fit.PeakMemory()
         started = time.perf_counter()
         self.backbone = Backbone.load(recipe.model, recipe.lora)
         if planned is None:  # said only now: a base that is not there is one error, not two
@@ -186,14 +178,14 @@ class _Work:
             progress.say(note)
         self.tokenizer = self.backbone.tokenizer
         self._samples: dict[str, list[list[str]]] = {}
-        self._loaded: data.Loaded = {}
+        self._loaded: dataset_builder.Loaded = {}
         self._found: tuple[Prepared, Prepared | None] | None = None
         self._texts: list[list[int]] | None = None
         # `push --base` names the base's repository in the record; going on must not forget it.
         pushed = {k: v for k, v in record.data["model"].items() if k in ("hub_id", "hub_revision")}
         found = self.backbone.describe() | {k: v for k, v in pushed.items() if v}
         if found.get("source") == "Hub" and not found.get("license"):
-            found["license"] = record.data["model"].get("license") or hub.base_licence(found)
+            found["license"] = record.data["model"].get("license") or repository.base_licence(found)
         record.data["model"] = found
         record.data["clock"]["load_seconds"] = round(time.perf_counter() - started, 3)
         record.save()
@@ -209,9 +201,9 @@ class _Work:
             step(run=stage in wanted)
             # Asked after what was done: the shortest budget, too, gets a little further each time.
             if stage in wanted and stage != names[last]:
-                stopping.leave()
+                interrupts.leave()
         if (measured := self._peak.read()) is not None:
-            self.progress.say(f"measured: {advice.size(measured)} at the peak ({self._peak.what})")
+            self.progress.say(f"measured: {gpu_fit.size(measured)} at the peak ({self._peak.what})")
 
     def _describe(self) -> None:
         """With the stage itself, or a run that is killed between the two would never say it."""
@@ -231,7 +223,7 @@ class _Work:
             clock |= {"peak_memory_mb": round(measured / 1e6, 1), "peak_memory_is": self._peak.what}
 
     def _note(self, name: str, prepared: Prepared) -> Prepared:
-        checks.same_data(self.record, name, prepared.report)
+        preflight.same_data(self.record, name, prepared.report)
         self.record.data["data"][name] = prepared.report
         for note in prepared.report["notes"]:
             if note.startswith(SECRET):
@@ -243,10 +235,10 @@ class _Work:
         recipe, tokenizer = self.recipe, self.tokenizer
         if set(wanted) & {"sft", "reward"}:
             self.demonstrations = self._note(
-                "demonstrations", data.demonstrations(recipe, tokenizer, self._loaded)
+                "demonstrations", dataset_builder.demonstrations(recipe, tokenizer, self._loaded)
             )
         if set(wanted) & {recipe.algorithm, "evaluate"}:
-            self.prompts = data.prompts(recipe, tokenizer, self._loaded)
+            self.prompts = dataset_builder.prompts(recipe, tokenizer, self._loaded)
             few = list(findings.few_prompts(min(recipe.evaluate.n, len(self.prompts.held_out))))
             self.prompts.report["notes"] += [f"{found.what}: {found.why}" for found in few]
             self._note("prompts", self.prompts)
@@ -261,17 +253,17 @@ class _Work:
         """The arguments, the prompts and the texts of the stage that makes the policy."""
         recipe, record = self.recipe, self.record
         if recipe.algorithm == "ppo":
-            ppo.check(recipe, record, self.prompts.train)
+            ppo_stage.check(recipe, record, self.prompts.train)
             if recipe.ppo.ptx_coef:
-                self._texts, report = data.texts(recipe, self.tokenizer)
-                checks.same_data(record, "text", report)
+                self._texts, report = dataset_builder.texts(recipe, self.tokenizer)
+                preflight.same_data(record, "text", report)
                 record.data["data"]["text"] = report
         elif recipe.algorithm == "dpo":
             dpo.arguments(recipe, record)
         elif recipe.algorithm == "best_of_n":
             best_of_n.check(recipe)
         else:
-            group_trainers.check(recipe, record, self.prompts.train)
+            grpo_rloo.check(recipe, record, self.prompts.train)
 
     def _comparisons(self) -> tuple[Prepared, Prepared | None] | None:
         """Those of the reward model and of the held-out one; None where none is needed.
@@ -280,14 +272,14 @@ class _Work:
             DataError: They are no longer those that the finished reward stage learned from.
         """
         recipe, tokenizer = self.recipe, self.tokenizer
-        if not checks.has_reward_model(recipe):
+        if not preflight.has_reward_model(recipe):
             return None
         if self._found is None:  # read once, though checked first and used later
             parts: tuple[Literal["all", "proxy", "held_out_model"], ...] = ("all",)
             if recipe.reward.held_out_model:
                 parts = ("proxy", "held_out_model")
             found = [
-                data.comparisons(recipe, tokenizer, self._sample, part, self._loaded)
+                dataset_builder.comparisons(recipe, tokenizer, self._sample, part, self._loaded)
                 for part in parts
             ]
             self._note("comparisons", found[0])
@@ -304,7 +296,7 @@ class _Work:
 
     def _reward(self, *, run: bool) -> None:
         if not run:
-            reward.load(self.backbone, self.record)
+            reward_stage.load(self.backbone, self.record)
             return
         found = self._comparisons()
         if found is None:
@@ -314,18 +306,18 @@ class _Work:
         main, other = found
         rows = self.demonstrations.train
         rows = rows.select(range(min(_OFFSET_ROWS, len(rows))))
-        reward.run(self.recipe, self.backbone, self.record, main, rows, self.progress, other)
+        reward_stage.run(self.recipe, self.backbone, self.record, main, rows, self.progress, other)
 
     def _policy(self, *, run: bool) -> None:
         recipe, backbone, record = self.recipe, self.backbone, self.record
         if not run:
             if recipe.algorithm != "best_of_n":  # it trains nothing
-                ppo.load(backbone, record)
+                ppo_stage.load(backbone, record)
             return
         if recipe.ppo.reward == "model" and recipe.algorithm != "dpo":  # DPO asks no reward model
-            reward.gate(recipe, record, self.progress)
+            reward_stage.gate(recipe, record, self.progress)
         if recipe.algorithm == "ppo":
-            ppo.run(recipe, backbone, record, self.prompts.train, self.progress, self._texts)
+            ppo_stage.run(recipe, backbone, record, self.prompts.train, self.progress, self._texts)
         elif recipe.algorithm == "dpo":
             found = self._comparisons()
             assert found is not None  # the recipe was refused without comparisons
@@ -333,14 +325,14 @@ class _Work:
         elif recipe.algorithm == "best_of_n":
             best_of_n.run(recipe, record)
         else:
-            group_trainers.run(recipe, backbone, record, self.prompts.train, self.progress)
+            grpo_rloo.run(recipe, backbone, record, self.prompts.train, self.progress)
 
     def _evaluate(self, *, run: bool) -> None:
         if run:
             last = "best of n" if self.recipe.algorithm == "best_of_n" else "policy"
             self.progress.say(f"evaluate: base, sft and {last} on the held-out prompts")
             parts = self.recipe, self.backbone, self.record
-            same = resume.identity(*parts, "evaluate")
+            same = checkpoint_callback.identity(*parts, "evaluate")
             evaluate.run(*parts, self.prompts.held_out, same, self.progress.say)
 
     def _sample(self, prompts: list[Any], k: int, seed: int) -> list[list[str]]:
@@ -354,9 +346,12 @@ class _Work:
         )
         ids = [self.backbone.encode_prompt(p) for p in prompts for _ in range(k)]
         answers = self.backbone.generate(
-            ids, "reference", seed=seed, batch_size=self.recipe.evaluate.batch_size,
-            max_new_tokens=controls.sampled_tokens(self.recipe, self.record),
-        )  # fmt: skip
+            ids,
+            "reference",
+            seed=seed,
+            batch_size=self.recipe.evaluate.batch_size,
+            max_new_tokens=policy_stage.sampled_tokens(self.recipe, self.record),
+        )
         texts = [self.backbone.decode(a) for a in answers]
         self._samples[asked] = [texts[i : i + k] for i in range(0, len(texts), k)]
         return self._samples[asked]

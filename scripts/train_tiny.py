@@ -27,7 +27,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lora_rlhf import task_words, tasks
+from lora_rlhf.data.closed_world import generator, vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -72,13 +72,13 @@ class Settings:
     evaluated: int = 240  # prompts that are answered before each export
 
 
-def restated(item: tasks.Item, rng: random.Random) -> str:
+def restated(item: generator.Item, rng: random.Random) -> str:
     """Return the record, then the record again in another form and order: text made of copying."""
     facts = [(a, v) for a, v in item.facts if a != "name"]
     shuffled = rng.sample(facts, len(facts))
     forms = [
         "; ".join(f"{a}: {v}" for a, v in shuffled) + ".",
-        " ".join(f"{item.name} {task_words.PHRASES[a].format(v=v)}." for a, v in shuffled),
+        " ".join(f"{item.name} {vocabulary.PHRASES[a].format(v=v)}." for a, v in shuffled),
         "\n".join(f"- {a}: {v}" for a, v in shuffled),
         json.dumps({"name": item.name, **dict(shuffled)}),
     ]
@@ -98,8 +98,8 @@ def documents(
     good_share = settings.good_share + fresh * (1.0 - settings.good_share)
     plain_share = settings.plain_share + fresh * (settings.plain_start - settings.plain_share)
     rows = []
-    for item in tasks.items(n, settings.seed * 100_003 + chunk, "pretrain"):
-        write = tasks.good if rng.random() < good_share else tasks.flawed
+    for item in generator.items(n, settings.seed * 100_003 + chunk, "pretrain"):
+        write = generator.good if rng.random() < good_share else generator.flawed
         text = write(item, rng)
         if item.facts and rng.random() < plain_share:
             rows.append(("", restated(item, rng)))
@@ -121,7 +121,7 @@ def build_tokenizer(settings: Settings) -> PreTrainedTokenizerFast:
     )
     texts = [" ".join(row) for row in documents(settings, -1, settings.sample, 0.3)]
     # In JSON a value follows a quote, not a space: without more of it those would be fragments.
-    found = tasks.items(settings.sample, -1, "pretrain", ["json"])
+    found = generator.items(settings.sample, -1, "pretrain", ["json"])
     texts += [json.dumps(dict(item.facts)) for item in found]
     raw.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(
@@ -224,14 +224,14 @@ def evaluate(
     split: str = "pretrain",
 ) -> dict[str, float]:
     """Return the mean gold reward by family, over all items ("all"), and copying ("copied")."""
-    found = tasks.items(n, 10_007, split)
+    found = generator.items(n, 10_007, split)
     was_training = model.training
     model.eval()
     texts = sample(model, tokenizer, [item.prompt for item in found], temperature)
     model.train(was_training)
-    rewards = [tasks.check(i, text).reward for i, text in zip(found, texts, strict=True)]
+    rewards = [generator.check(i, text).reward for i, text in zip(found, texts, strict=True)]
     result = {"all": sum(rewards) / n}
-    for family in tasks.FAMILIES:
+    for family in generator.FAMILIES:
         own = [r for i, r in zip(found, rewards, strict=True) if i.family == family]
         result[family] = sum(own) / len(own)
     # Any of these completions that names the right value has copied, whatever else it did.

@@ -25,8 +25,14 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import lora_rlhf
-from lora_rlhf import best_of_n, ensemble, loaded, overoptimization, shell, tasks, tiny
-from lora_rlhf.data import prompts as read_prompts
+from lora_rlhf import tiny
+from lora_rlhf.algorithms.best_of_n import best_of_n_kl
+from lora_rlhf.cli import shell
+from lora_rlhf.data.closed_world import generator
+from lora_rlhf.data.dataset_builder import prompts as read_prompts
+from lora_rlhf.evaluation import overoptimization
+from lora_rlhf.serving import loaded_run
+from lora_rlhf.training.reward import ensemble
 
 ALGORITHMS = ("ppo", "grpo", "rloo", "dpo", "best_of_n")
 KL_COEFS = [0.0, 0.05, 0.2]
@@ -52,10 +58,13 @@ def row(record: Any, name: str, seed: int) -> dict[str, Any]:
     model = "best_of_n" if "best_of_n" in found else "policy"
     seconds = {k: v["seconds"] for k, v in record.data["clock"]["stages"].items()}
     return {
-        "name": name, "seed": seed, "sft": found["sft"]["gold_reward"],
+        "name": name,
+        "seed": seed,
+        "sft": found["sft"]["gold_reward"],
         **{metric: found[model].get(metric) for metric in METRICS},
-        "accuracy": record.data["stages"].get("reward", {}).get("accuracy"), "seconds": seconds,
-    }  # fmt: skip
+        "accuracy": record.data["stages"].get("reward", {}).get("accuracy"),
+        "seconds": seconds,
+    }
 
 
 def shared(seed: int, out: Path) -> Path:
@@ -92,15 +101,18 @@ def lora(seed: int, out: Path) -> list[dict[str, Any]]:
 def curves(seed: int, out: Path) -> list[dict[str, Any]]:
     start, rows = shared(seed, out), []
     for coef in KL_COEFS:
-        sets = [f"seed={seed}", f"ppo.kl_coef={coef}", f"ppo.updates={LONG}",
-                "ppo.watch=off"]  # fmt: skip
+        sets = [f"seed={seed}", f"ppo.kl_coef={coef}", f"ppo.updates={LONG}", "ppo.watch=off"]
         where = out / f"seed-{seed}" / f"long-{coef}"
         found = row(one(sets, where, start), f"long-{coef}", seed)
         lines = lora_rlhf.Record.read(where).metrics("ppo")
         found["curve"] = [
-            {"d": math.sqrt(max(line["kl/sequence_k3"], 0.0)), "proxy": line["reward/score"],
-             "gold": line["rewards/gold"]} for line in lines
-        ]  # fmt: skip
+            {
+                "d": math.sqrt(max(line["kl/sequence_k3"], 0.0)),
+                "proxy": line["reward/score"],
+                "gold": line["rewards/gold"],
+            }
+            for line in lines
+        ]
         rows.append(found)
     path = out / f"seed-{seed}" / "best_of_n.json"
     if not path.exists():
@@ -112,18 +124,21 @@ def curves(seed: int, out: Path) -> list[dict[str, Any]]:
 def best_of_n(run: Path, samples: int = 64, prompts: int = 128) -> list[dict[str, float]]:
     """Proxy and gold reward of the best of n SFT samples, for n = 1, 2, 4 ... `samples`."""
     print("best of n from", run, flush=True)
-    backbone, record = loaded.load(run)
+    backbone, record = loaded_run.load(run)
     recipe = lora_rlhf.load_recipe(run / "recipe.yaml")
     rows = read_prompts(recipe, backbone.tokenizer).held_out.select(range(prompts))
-    items = [tasks.Item.from_dict(json.loads(item)) for item in rows["item"]]
+    items = [generator.Item.from_dict(json.loads(item)) for item in rows["item"]]
     ids = [backbone.encode_prompt(p) for p in rows["prompt"] for _ in range(samples)]
     answers = backbone.generate(
-        ids, "reference", max_new_tokens=recipe.ppo.args["max_completion_length"], seed=recipe.seed,
+        ids,
+        "reference",
+        max_new_tokens=recipe.ppo.args["max_completion_length"],
+        seed=recipe.seed,
         batch_size=256,
-    )  # fmt: skip
+    )
     proxy = ensemble.rewards_of(backbone, list(zip(ids, answers, strict=True)), recipe.reward)
     truth = [
-        tasks.check(items[i // samples], backbone.decode(answer)).reward
+        generator.check(items[i // samples], backbone.decode(answer)).reward
         for i, answer in enumerate(answers)
     ]
     cut = range(0, len(answers), samples)
@@ -132,7 +147,7 @@ def best_of_n(run: Path, samples: int = 64, prompts: int = 128) -> list[dict[str
     n = 1
     while n <= samples:
         best = overoptimization.best_of_n(*tables, n)
-        d = math.sqrt(best_of_n.best_of_n_kl(n))
+        d = math.sqrt(best_of_n_kl(n))
         found.append({"n": n, "d": d, "proxy": best[0], "gold": best[1]})
         n *= 2
     return found
@@ -168,8 +183,11 @@ def draw(rows: list[dict[str, Any]], found: dict[str, Any], path: Path) -> None:
     for axis, name in zip(axes, names, strict=True):
         for kind, colour in (("proxy", "tab:blue"), ("gold", "tab:orange")):
             points = [p for r in rows if r["name"] == name for p in r["curve"]]
-            starts = [fmean(p[kind] for p in r["curve"][: 1 if name == "best_of_n" else 2])
-                      for r in rows if r["name"] == name]  # fmt: skip
+            starts = [
+                fmean(p[kind] for p in r["curve"][: 1 if name == "best_of_n" else 2])
+                for r in rows
+                if r["name"] == name
+            ]
             d = np.array([p["d"] for p in points])
             axis.scatter(d, [p[kind] for p in points], s=8, color=colour, alpha=0.6, label=kind)
             x = np.linspace(1e-3, max(d.max(), 1e-2), 100)

@@ -120,13 +120,20 @@ def targets(found: argparse.Namespace) -> str | list[str]:
 def llama_options(shape: Shape) -> dict[str, Any]:
     """Keyword arguments of `LlamaConfig`."""
     return {
-        "hidden_size": shape.hidden, "intermediate_size": shape.intermediate,
-        "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads, "vocab_size": shape.vocabulary,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "vocab_size": shape.vocabulary,
         **({} if shape.head is None else {"head_dim": shape.head}),
-        "max_position_embeddings": 2048, "pad_token_id": PAD, "eos_token_id": EOS,
-        "bos_token_id": BOS, "tie_word_embeddings": shape.tied, "attn_implementation": "sdpa",
-    }  # fmt: skip
+        "max_position_embeddings": 2048,
+        "pad_token_id": PAD,
+        "eos_token_id": EOS,
+        "bos_token_id": BOS,
+        "tie_word_embeddings": shape.tied,
+        "attn_implementation": "sdpa",
+    }
 
 
 def tokenizer(words: int, eos: int = EOS) -> Any:
@@ -139,9 +146,13 @@ def tokenizer(words: int, eos: int = EOS) -> Any:
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", bos_token="<s>",
-        unk_token="<unk>", padding_side="left",
-    )  # fmt: skip
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        eos_token="</s>",
+        bos_token="<s>",
+        unk_token="<unk>",
+        padding_side="left",
+    )
 
 
 def prompts(found: argparse.Namespace, count: int) -> list[list[int]]:
@@ -303,11 +314,13 @@ class Updates:
             if measured and name in measured[-1]:
                 found[name] = measured[-1][name]
         return {
-            **found, "measured_updates": len(measured),
+            **found,
+            "measured_updates": len(measured),
             "rss_before_models_mb": round(self.before_models, 1),
-            "rss_after_models_mb": round(self.after_models, 1), "peak_rss_mb": round(peak_mb(), 1),
+            "rss_after_models_mb": round(self.after_models, 1),
+            "peak_rss_mb": round(peak_mb(), 1),
             "peak_above_imports_mb": round(peak_mb() - self.before_models, 1),
-        }  # fmt: skip
+        }
 
 
 def matmul_rate(rows: int, inner: int, columns: int, seconds: float) -> float:

@@ -74,8 +74,11 @@ class Operations:
         for hook in self.hooks:
             hook.remove()
         by_op = {str(k): v for k, v in self.mode.get_flop_counts()["Global"].items()}
-        return {"flops": dict(self.flops), "flops_by_op": by_op,
-                "tokens": {k: dict(v) for k, v in self.tokens.items()}}  # fmt: skip
+        return {
+            "flops": dict(self.flops),
+            "flops_by_op": by_op,
+            "tokens": {k: dict(v) for k, v in self.tokens.items()},
+        }
 
 
 _PROFILED_STEPS = 4

@@ -35,9 +35,14 @@ def linear_sizes(shape: common.Shape) -> dict[str, tuple[int, int]]:
     keys = shape.kv_heads * shape.attention // shape.heads
     h, i = shape.hidden, shape.intermediate
     return {
-        "q_proj": (h, shape.attention), "k_proj": (h, keys), "v_proj": (h, keys),
-        "o_proj": (shape.attention, h), "gate_proj": (h, i), "up_proj": (h, i), "down_proj": (i, h),
-    }  # fmt: skip
+        "q_proj": (h, shape.attention),
+        "k_proj": (h, keys),
+        "v_proj": (h, keys),
+        "o_proj": (shape.attention, h),
+        "gate_proj": (h, i),
+        "up_proj": (h, i),
+        "down_proj": (i, h),
+    }
 
 
 def needed(

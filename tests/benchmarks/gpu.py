@@ -36,11 +36,30 @@ def run(preset: str, prompts: int, more: list[str], smoke: bool) -> dict[str, An
     """One configuration in a process of its own; `failed` is its last words where it has none."""
     tokens, updates = ("8", "1") if smoke else ("256", "3")
     command = [
-        sys.executable, str(HERE / "ours.py"), "--preset", preset, "--num-prompts", str(prompts),
-        "--prompt-len", tokens, "--response-len", tokens, "--ppo-epochs", "1", "--minibatch", "2",
-        "--lora-targets", "all-linear", "--four-bit", "--checkpointing", "--updates", updates,
-        "--dtype", _dtype(), *more,
-    ]  # fmt: skip
+        sys.executable,
+        str(HERE / "ours.py"),
+        "--preset",
+        preset,
+        "--num-prompts",
+        str(prompts),
+        "--prompt-len",
+        tokens,
+        "--response-len",
+        tokens,
+        "--ppo-epochs",
+        "1",
+        "--minibatch",
+        "2",
+        "--lora-targets",
+        "all-linear",
+        "--four-bit",
+        "--checkpointing",
+        "--updates",
+        updates,
+        "--dtype",
+        _dtype(),
+        *more,
+    ]
     print(" ".join(command[1:]), file=sys.stderr, flush=True)
     environment = os.environ | {"PYTHONPATH": str(HERE.parents[1])}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -55,7 +74,7 @@ def run(preset: str, prompts: int, more: list[str], smoke: bool) -> dict[str, An
 
 def _dtype() -> str:
 
-    from lora_rlhf.devices import pick_dtype
+    from lora_rlhf.runtime.devices import pick_dtype
 
     return str(pick_dtype("auto")).removeprefix("torch.")
 
@@ -80,8 +99,17 @@ def compare(smoke: bool) -> tuple[list[dict[str, Any]], str]:
             for copies, models in ((0, "one backbone"), (2, "three separate")):
                 runs.append(run(preset, prompts, ["--copies", str(copies)], smoke))
                 rows.append(_row(runs[-1], models))
-    heads = ["model", "models", "episodes", "peak GB", "s per sample", "generate", "score",
-             "train", "share of generation"]  # fmt: skip
+    heads = [
+        "model",
+        "models",
+        "episodes",
+        "peak GB",
+        "s per sample",
+        "generate",
+        "score",
+        "train",
+        "share of generation",
+    ]
     return runs, report.table(heads, rows)
 
 

@@ -15,8 +15,8 @@ from torch import nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from lora_rlhf.backbone import Backbone
-from lora_rlhf.sections import LoraSection, ModelSection
+from lora_rlhf.models.backbone import Backbone
+from lora_rlhf.recipe.schema import LoraSection, ModelSection
 
 _STD = 0.02
 
@@ -66,9 +66,13 @@ def _linear(
 
     with torch.device("meta"):
         made = bnb.nn.Linear4bit(
-            module.in_features, module.out_features, bias=False, compute_dtype=dtype,
-            quant_type="nf4", compress_statistics=True,
-        )  # fmt: skip
+            module.in_features,
+            module.out_features,
+            bias=False,
+            compute_dtype=dtype,
+            quant_type="nf4",
+            compress_statistics=True,
+        )
     made.weight = bnb.nn.Params4bit(
         weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=made
     ).to(device)  # this is when it quantises
@@ -83,12 +87,20 @@ def backbone(found: argparse.Namespace, device: torch.device) -> Backbone:
     return Backbone(
         causal_model(shape, dtype, found.four_bit, device),
         common.tokenizer(shape.vocabulary, eos=shape.vocabulary),
-        ModelSection(id="tiny", dtype=found.dtype, load_in_4bit=found.four_bit,
-                     gradient_checkpointing=found.checkpointing),
-        LoraSection(r=found.lora_r, alpha=2 * found.lora_r, top_fraction=found.top_fraction,
-                    target_modules=None if isinstance(wanted, str) else wanted),
+        ModelSection(
+            id="tiny",
+            dtype=found.dtype,
+            load_in_4bit=found.four_bit,
+            gradient_checkpointing=found.checkpointing,
+        ),
+        LoraSection(
+            r=found.lora_r,
+            alpha=2 * found.lora_r,
+            top_fraction=found.top_fraction,
+            target_modules=None if isinstance(wanted, str) else wanted,
+        ),
         {"source": "random weights"},
-    )  # fmt: skip
+    )
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 
     python tests/benchmarks/ours.py --preset small --threads 1
 
-One update is what `lora_rlhf.ppo.run` does between two lines of its log: a rollout of
+One update is what the PPO stage does between two lines of its log: a rollout of
 `--num-prompts` prompts, scored by policy, reference, reward and value (an adapter of its own), and
 `--ppo-epochs` passes over it. The phases are those that the trainer itself tells `Progress`.
 """
@@ -49,10 +49,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     import transformers
     import trl
 
-    from lora_rlhf import fused, ppo
     from lora_rlhf._trl import check_seams
-    from lora_rlhf.devices import pick_device
-    from lora_rlhf.record import Record
+    from lora_rlhf.algorithms.ppo import ppo_stage
+    from lora_rlhf.models import fused_layers
+    from lora_rlhf.runs.record import Record
+    from lora_rlhf.runtime.devices import pick_device
 
     check_seams()
     transformers.logging.set_verbosity_error()
@@ -70,46 +71,63 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipe = recipe_of(found, backbone)
     with tempfile.TemporaryDirectory() as folder:
         record = Record.open(Path(folder) / "run", recipe)
-        args = ppo.arguments(recipe, record)
-        ppo.start_roles(backbone, recipe)
+        args = ppo_stage.arguments(recipe, record)
+        ppo_stage.start_roles(backbone, recipe)
         prompts = dataset(found)
-        functions, args.reward_weights = ppo.rewards(recipe, backbone, prompts)
+        functions, args.reward_weights = ppo_stage.rewards(recipe, backbone, prompts)
         memory = backbone.memory_report()
         updates.models_are_made(
-            "lora-rlhf", torch=torch.__version__, trl=trl.__version__, peft=peft.__version__,
-            transformers=transformers.__version__, params=parameters,
-            adapted_layers=len(backbone.adapted_layers), device=str(device),
+            "lora-rlhf",
+            torch=torch.__version__,
+            trl=trl.__version__,
+            peft=peft.__version__,
+            transformers=transformers.__version__,
+            params=parameters,
+            adapted_layers=len(backbone.adapted_layers),
+            device=str(device),
             trainable=sum(p.numel() for _, p in _trained(backbone)),
             model_tensors_mb=round(
                 memory["total"] / 2**20 + sum(b.memory_report()["total"] for b in idle) / 2**20, 1
             ),
             backbone_tensors_mb=round(memory["backbone"] / 2**20, 1),
-        )  # fmt: skip
+        )
         with backbone.training("policy", "value"):
-            trainer = ppo.PPOTrainer(
-                backbone, args, recipe.ppo, functions, prompts, _progress(updates),
-                [_callback(updates, backbone, ppo.steps_per_update(args))],
-            )  # fmt: skip
-            with fused.layers(backbone):  # as ppo.train does
+            trainer = ppo_stage.PPOTrainer(
+                backbone,
+                args,
+                recipe.ppo,
+                functions,
+                prompts,
+                _progress(updates),
+                [_callback(updates, backbone, ppo_stage.steps_per_update(args))],
+            )
+            with fused_layers.layers(backbone):  # as ppo.train does
                 trainer.train()
 
 
 def recipe_of(found: argparse.Namespace, backbone: Any) -> Any:
     """A recipe with the options as its settings, and everything else as we ship it."""
-    from lora_rlhf.sections import PpoSection, Recipe
+    from lora_rlhf.recipe.schema import PpoSection, Recipe
 
     return Recipe(
-        name="benchmark", seed=found.seed, model=backbone.model_section, lora=backbone.lora_section,
+        name="benchmark",
+        seed=found.seed,
+        model=backbone.model_section,
+        lora=backbone.lora_section,
         ppo=PpoSection(
-            updates=found.updates + 2, value_warmup_updates=0,
+            updates=found.updates + 2,
+            value_warmup_updates=0,
             args={
-                "per_device_train_batch_size": found.minibatch, "warmup_steps": 0,
+                "per_device_train_batch_size": found.minibatch,
+                "warmup_steps": 0,
                 "steps_per_generation": found.num_prompts // found.minibatch,
-                "num_iterations": found.ppo_epochs, "learning_rate": found.learning_rate,
-                "temperature": found.temperature, "max_completion_length": found.response_len,
+                "num_iterations": found.ppo_epochs,
+                "learning_rate": found.learning_rate,
+                "temperature": found.temperature,
+                "max_completion_length": found.response_len,
             },
         ),
-    )  # fmt: skip
+    )
 
 
 def dataset(found: argparse.Namespace) -> Any:
@@ -126,7 +144,7 @@ def _trained(backbone: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _progress(updates: common.Updates) -> Any:
-    from lora_rlhf.progress import Progress
+    from lora_rlhf.runs.progress import Progress
 
     class Phases(Progress):
         """Tells the clocks what the trainer is doing."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import report
 
-from lora_rlhf.metrics import mean_interval
+from lora_rlhf.estimates import mean_interval
 
 NAMES = {
     "ppo": "1", "fraction-1": "1", "fraction-1-2": "1/2", "fraction-1-4": "1/4",
@@ -48,10 +48,14 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     for name in dict.fromkeys(row["name"] for row in rows):
         mine = [row for row in rows if row["name"] == name]
         clear = sum(row["win_rate"]["low"] > 0.5 for row in mine)
-        lines.append([
-            NAMES.get(name, name), str(len(mine)), *(_mean(mine, key) for key in SHOWN),
-            f"{clear} of {len(mine)}",
-        ])  # fmt: skip
+        lines.append(
+            [
+                NAMES.get(name, name),
+                str(len(mine)),
+                *(_mean(mine, key) for key in SHOWN),
+                f"{clear} of {len(mine)}",
+            ]
+        )
     heads = ["top fraction", "seeds", *SHOWN.values(), "win rate clearly above 50 %"]
     return report.table(heads, lines)
 

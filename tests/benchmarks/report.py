@@ -68,10 +68,13 @@ def markdown(found: dict[str, Any]) -> str:
         _seconds(found["programs"], found["rounds"]),
     ]
     if found["ratios"]:
-        parts += ["How many times faster, float32 against float32: median (lowest to highest) of "
-                  "the rounds.", _ratio_table(found["ratios"]),
-                  "Peak memory above the imports, as a share of the peer's.",
-                  _peak_table(found["programs"])]  # fmt: skip
+        parts += [
+            "How many times faster, float32 against float32: median (lowest to highest) of "
+            "the rounds.",
+            _ratio_table(found["ratios"]),
+            "Peak memory above the imports, as a share of the peer's.",
+            _peak_table(found["programs"]),
+        ]
     accounted = [e for e in found["programs"] if "flops" in e]
     if accounted:
         parts += [_LIMIT, _limit_table(found, accounted), _rest_table(accounted)]
@@ -99,16 +102,32 @@ def _seconds(entries: list[dict[str, Any]], usual: int) -> str:
         dtype = entry["dtype"] if rounds == usual else f"{entry['dtype']} ({rounds} rounds)"
         total, generate, score, train = (median(entry, part) for part in PARTS)
         facts = entry["facts"]
-        rows.append([
-            PEERS.get(entry["name"], "ours"), dtype, entry["fraction"] or "–",
-            *(f"{seconds:.2f}" for seconds in (total, generate, score, train)),
-            f"{generate / total:.0%}", f"{peak(entry):.0f}",
-            f"{facts['model_tensors_mb']:.0f}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                PEERS.get(entry["name"], "ours"),
+                dtype,
+                entry["fraction"] or "–",
+                *(f"{seconds:.2f}" for seconds in (total, generate, score, train)),
+                f"{generate / total:.0%}",
+                f"{peak(entry):.0f}",
+                f"{facts['model_tensors_mb']:.0f}",
+            ]
+        )
     return table(
-        ["", "dtype", "top fraction", "update, s", "generate", "score", "train",
-         "share of generation", "peak MB above imports", "MB of model tensors"], rows,
-    )  # fmt: skip
+        [
+            "",
+            "dtype",
+            "top fraction",
+            "update, s",
+            "generate",
+            "score",
+            "train",
+            "share of generation",
+            "peak MB above imports",
+            "MB of model tensors",
+        ],
+        rows,
+    )
 
 
 def peak(entry: dict[str, Any]) -> float:
@@ -154,20 +173,30 @@ def accounting(found: dict[str, Any], entry: dict[str, Any]) -> dict[str, float]
     passes = counted["tokens"]["highest"].get("score", 0) / tokens
     trunk = counted["tokens"]["lowest"].get("score", 0) / tokens if partly else 0.0
     need = flops.needed(
-        shape, adapted=facts["adapted_layers"], targets=targets, r=facts["lora_r"],
-        sequences=found["num_prompts"], prompt=found["prompt_len"],
-        completion=found["response_len"], epochs=found["ppo_epochs"],
-        role_passes=min(passes, 4.0), trunk_passes=min(trunk, 1.0),
-    )  # fmt: skip
+        shape,
+        adapted=facts["adapted_layers"],
+        targets=targets,
+        r=facts["lora_r"],
+        sequences=found["num_prompts"],
+        prompt=found["prompt_len"],
+        completion=found["response_len"],
+        epochs=found["ppo_epochs"],
+        role_passes=min(passes, 4.0),
+        trunk_passes=min(trunk, 1.0),
+    )
     needed = need["score"] + need["train"]
     rates = [needed / (r["cpu"]["score"] + r["cpu"]["train"]) / 1e9 for r in entry["rounds"]]
     plain = [max(r["matmul"].values()) for r in entry["rounds"]]
     done = sum(counted["flops"].get(part, 0) for part in ("score", "train"))
     return {
-        "needed": needed, "done": done, "role_passes": passes, "trunk_passes": trunk,
-        "rate": statistics.median(rates), "plain": statistics.median(plain),
+        "needed": needed,
+        "done": done,
+        "role_passes": passes,
+        "trunk_passes": trunk,
+        "rate": statistics.median(rates),
+        "plain": statistics.median(plain),
         "share": statistics.median(a / b for a, b in zip(rates, plain, strict=True)),
-    }  # fmt: skip
+    }
 
 
 def _limit_table(found: dict[str, Any], entries: list[dict[str, Any]]) -> str:
@@ -175,16 +204,33 @@ def _limit_table(found: dict[str, Any], entries: list[dict[str, Any]]) -> str:
     for entry in entries:
         sums = accounting(found, entry)
         seconds = median(entry, "score") + median(entry, "train")
-        rows.append([
-            entry["fraction"], f"{sums['needed'] / 1e9:.1f}", f"{sums['done'] / 1e9:.1f}",
-            f"{sums['role_passes']:.2f}", f"{sums['trunk_passes']:.2f}",
-            f"{seconds:.2f}", f"{sums['rate']:.1f}", f"{sums['plain']:.1f}", f"{sums['share']:.0%}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                entry["fraction"],
+                f"{sums['needed'] / 1e9:.1f}",
+                f"{sums['done'] / 1e9:.1f}",
+                f"{sums['role_passes']:.2f}",
+                f"{sums['trunk_passes']:.2f}",
+                f"{seconds:.2f}",
+                f"{sums['rate']:.1f}",
+                f"{sums['plain']:.1f}",
+                f"{sums['share']:.0%}",
+            ]
+        )
     return table(
-        ["top fraction", "needed, GFLOP", "done, GFLOP", "passes of roles in score",
-         "passes of frozen layers in score", "score + train, s", "GFLOP/s of what is needed",
-         "plain product, GFLOP/s", "share"], rows,
-    )  # fmt: skip
+        [
+            "top fraction",
+            "needed, GFLOP",
+            "done, GFLOP",
+            "passes of roles in score",
+            "passes of frozen layers in score",
+            "score + train, s",
+            "GFLOP/s of what is needed",
+            "plain product, GFLOP/s",
+            "share",
+        ],
+        rows,
+    )
 
 
 def _rest_table(entries: list[dict[str, Any]]) -> str:
@@ -195,8 +241,13 @@ def _rest_table(entries: list[dict[str, Any]]) -> str:
         profile = entry["profile"]
         spent, whole = profile["seconds_by_kind"], profile["profiled_seconds"]
         rest = max(0.0, whole - sum(spent.values()))
-        rows.append([entry["fraction"], *(f"{spent.get(k, 0.0) / whole:.0%}" for k in kinds),
-                     f"{rest / whole:.0%}"])  # fmt: skip
+        rows.append(
+            [
+                entry["fraction"],
+                *(f"{spent.get(k, 0.0) / whole:.0%}" for k in kinds),
+                f"{rest / whole:.0%}",
+            ]
+        )
     return (
         "Where it goes: time inside operators by kind (torch's profiler over scoring and the "
         "first four optimizer steps of one more update), and between them.\n\n"

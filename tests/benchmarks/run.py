@@ -54,9 +54,13 @@ class Worker:
         self.program, self.log = program, log
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": _path(program)}
         self.process = subprocess.Popen(
-            program.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            stderr=log.open("w"), env=environment,
-        )  # fmt: skip
+            program.command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            stderr=log.open("w"),
+            env=environment,
+        )
         self._read()
 
     def _read(self) -> dict[str, Any]:
@@ -124,11 +128,18 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         if together:
             entries += _rounds(together, options)
     return {
-        "case": options.case, **common.CASES[options.case], "rounds": options.rounds,
-        "machine": {"processor": report.processor(), "cores": os.cpu_count(), "python":
-                    platform.python_version(), "load_at_end": os.getloadavg()},
-        "programs": entries, "ratios": report.ratios(entries),
-    }  # fmt: skip
+        "case": options.case,
+        **common.CASES[options.case],
+        "rounds": options.rounds,
+        "machine": {
+            "processor": report.processor(),
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+            "load_at_end": os.getloadavg(),
+        },
+        "programs": entries,
+        "ratios": report.ratios(entries),
+    }
 
 
 def _rounds(together: list[Program], options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -153,11 +164,16 @@ def _rounds(together: list[Program], options: argparse.Namespace) -> list[dict[s
                 looked = {}
                 if _is_accounted(worker.program):
                     looked = {order: worker.ask(order) for order in ("flops", "profile")}
-                entries.append({
-                    "name": worker.program.name, "dtype": worker.program.dtype,
-                    "fraction": str(worker.program.fraction or ""), **looked,
-                    "rounds": measured[worker.program.name], "facts": worker.stop(),
-                })  # fmt: skip
+                entries.append(
+                    {
+                        "name": worker.program.name,
+                        "dtype": worker.program.dtype,
+                        "fraction": str(worker.program.fraction or ""),
+                        **looked,
+                        "rounds": measured[worker.program.name],
+                        "facts": worker.stop(),
+                    }
+                )
             return entries
         finally:
             for worker in workers:
@@ -198,9 +214,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write all that was measured")
     parser.add_argument("--page", type=Path, help="put the tables between the page's markers")
     parser.add_argument(
-        "--from-json", type=Path, nargs="+",
+        "--from-json",
+        type=Path,
+        nargs="+",
         help="measure nothing: the tables of such a file; of more, programs of the same case",
-    )  # fmt: skip
+    )
     options = parser.parse_args(argv)
     options.fractions = [Fraction(text) for text in options.fractions.split(",")]
     options.only = options.only.split(",")

@@ -42,8 +42,11 @@ def first_step_seconds(recipe: Path = RECIPE) -> tuple[float, float]:
         start = time.perf_counter()
         process = subprocess.Popen(
             [*COMMAND, "run", str(recipe), "--out", str(metrics.parent)],
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=_environment(),
-        )  # fmt: skip
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=_environment(),
+        )
         try:
             while not (metrics.exists() and "\n" in metrics.read_text()):
                 if process.poll() is not None:

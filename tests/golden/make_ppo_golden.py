@@ -59,11 +59,17 @@ def main():
     for i, length in enumerate(LENGTHS):
         cut = slice(i, i + 1), slice(0, length)
         out = run(
-            code, args=args, logprobs=old[cut], ref_logprobs=reference[cut], values=values[cut],
-            scores=scores[i : i + 1], responses=old[cut],
-            sequence_lengths=torch.tensor([length - 1]), sequence_lengths_p1=torch.tensor([length]),
+            code,
+            args=args,
+            logprobs=old[cut],
+            ref_logprobs=reference[cut],
+            values=values[cut],
+            scores=scores[i : i + 1],
+            responses=old[cut],
+            sequence_lengths=torch.tensor([length - 1]),
+            sequence_lengths_p1=torch.tensor([length]),
             padding_mask_p1=~mask[cut],
-        )  # fmt: skip
+        )
         rewards[cut], advantages[cut], returns[cut] = (
             out["rewards"],
             out["advantages"],
@@ -73,11 +79,17 @@ def main():
     scaled = ppo_trainer.masked_whiten(advantages, mask, shift_mean=False).masked_fill(~mask, 0)
     losses = run(
         lines("vpredclipped = torch.clamp(", "pg_loss = masked_mean"),
-        args=args, vpred=new_values.masked_fill(~mask, 0), mb_values=values.masked_fill(~mask, 0),
-        mb_return=returns, padding_mask=~mask, padding_mask_p1=~mask, micro_batch_inds=slice(None),
-        new_logprobs=new.masked_fill(~mask, 1.0), mb_logprobs=old.masked_fill(~mask, 1.0),
+        args=args,
+        vpred=new_values.masked_fill(~mask, 0),
+        mb_values=values.masked_fill(~mask, 0),
+        mb_return=returns,
+        padding_mask=~mask,
+        padding_mask_p1=~mask,
+        micro_batch_inds=slice(None),
+        new_logprobs=new.masked_fill(~mask, 1.0),
+        mb_logprobs=old.masked_fill(~mask, 1.0),
         mb_advantage=white,
-    )  # fmt: skip
+    )
     clipped = run(
         lines("pg_clipfrac = masked_mean(", ")"),
         **{k: losses[k] for k in ("pg_losses", "pg_losses2", "padding_mask", "micro_batch_inds")},
@@ -88,18 +100,25 @@ def main():
         "settings": SETTINGS,
         "lengths": LENGTHS,
         "inputs": {
-            "old_logprobs": old.tolist(), "reference_logprobs": reference.tolist(),
-            "new_logprobs": new.tolist(), "values": values.tolist(),
-            "new_values": new_values.tolist(), "scores": scores.tolist(),
+            "old_logprobs": old.tolist(),
+            "reference_logprobs": reference.tolist(),
+            "new_logprobs": new.tolist(),
+            "values": values.tolist(),
+            "new_values": new_values.tolist(),
+            "scores": scores.tolist(),
         },
         "expected": {
-            "rewards": rewards.tolist(), "advantages": advantages.tolist(),
-            "returns": returns.tolist(), "whitened": white.tolist(), "scaled": scaled.tolist(),
-            "policy_loss": losses["pg_loss"].item(), "policy_clip_fraction": clipped.item(),
+            "rewards": rewards.tolist(),
+            "advantages": advantages.tolist(),
+            "returns": returns.tolist(),
+            "whitened": white.tolist(),
+            "scaled": scaled.tolist(),
+            "policy_loss": losses["pg_loss"].item(),
+            "policy_clip_fraction": clipped.item(),
             "value_loss": losses["vf_loss"].item(),
             "value_clip_fraction": losses["vf_clipfrac"].item(),
         },
-    }  # fmt: skip
+    }
     text = re.sub(r"\[\s*([^\[\]]*?)\s*\]", row, json.dumps(found, indent=1))
     Path(__file__).with_name("ppo.json").write_text(text + "\n", encoding="utf-8")
 

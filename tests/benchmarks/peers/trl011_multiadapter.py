@@ -44,13 +44,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = policy(found, folder)
     trainer = trl.PPOTrainer(
         trl.PPOConfig(
-            learning_rate=found.learning_rate, batch_size=found.num_prompts,
-            mini_batch_size=found.minibatch, gradient_accumulation_steps=1,
-            ppo_epochs=found.ppo_epochs, seed=found.seed, remove_unused_columns=False,
+            learning_rate=found.learning_rate,
+            batch_size=found.num_prompts,
+            mini_batch_size=found.minibatch,
+            gradient_accumulation_steps=1,
+            ppo_epochs=found.ppo_epochs,
+            seed=found.seed,
+            remove_unused_columns=False,
         ),
-        model, ref_model=None,
+        model,
+        ref_model=None,
         tokenizer=common.tokenizer(common.PRESETS[found.preset].vocabulary),
-    )  # fmt: skip
+    )
     batched = trainer.batched_forward_pass
 
     def scored(*args: Any, **kwargs: Any) -> Any:
@@ -61,11 +66,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     trainer.batched_forward_pass = scored
     updates.models_are_made(
-        f"trl {trl.__version__} multi-adapter", torch=torch.__version__, trl=trl.__version__,
-        transformers=transformers.__version__, peft=peft.__version__,
+        f"trl {trl.__version__} multi-adapter",
+        torch=torch.__version__,
+        trl=trl.__version__,
+        transformers=transformers.__version__,
+        peft=peft.__version__,
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         model_tensors_mb=round(common.tensor_mb(model.parameters()), 1),
-    )  # fmt: skip
+    )
     rows = [torch.tensor(row) for row in common.prompts(found, 8 * found.num_prompts)]
     while updates.begin():
         first = len(updates.records) * found.num_prompts % len(rows)
@@ -78,9 +86,13 @@ def lora(found: argparse.Namespace, task: str) -> Any:
     from peft import LoraConfig
 
     return LoraConfig(
-        r=found.lora_r, lora_alpha=2 * found.lora_r, lora_dropout=0.0, bias="none", task_type=task,
+        r=found.lora_r,
+        lora_alpha=2 * found.lora_r,
+        lora_dropout=0.0,
+        bias="none",
+        task_type=task,
         target_modules=common.targets(found),
-    )  # fmt: skip
+    )
 
 
 def save_reward_adapter(found: argparse.Namespace, folder: str) -> None:
@@ -115,11 +127,19 @@ def update(trainer: Any, queries: Any, updates: common.Updates, found: argparse.
 
     with updates.phase("generate"), torch.no_grad():
         responses = trainer.generate(
-            queries, return_prompt=False, batch_size=found.num_prompts, top_k=0, top_p=1.0,
-            do_sample=True, temperature=found.temperature, pad_token_id=common.PAD,
-            eos_token_id=None, suppress_tokens=[common.PAD, common.EOS],
-            max_new_tokens=found.response_len, use_cache=True,
-        )  # fmt: skip
+            queries,
+            return_prompt=False,
+            batch_size=found.num_prompts,
+            top_k=0,
+            top_p=1.0,
+            do_sample=True,
+            temperature=found.temperature,
+            pad_token_id=common.PAD,
+            eos_token_id=None,
+            suppress_tokens=[common.PAD, common.EOS],
+            max_new_tokens=found.response_len,
+            use_cache=True,
+        )
     ids = torch.stack([torch.cat(pair) for pair in zip(queries, responses, strict=True)])
     with updates.phase("score"):
         scores = trainer.accelerator.unwrap_model(trainer.model).compute_reward_score(

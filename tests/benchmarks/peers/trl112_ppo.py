@@ -53,22 +53,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = common.prompts(found, found.num_prompts * (found.updates + 3))
     dataset = datasets.Dataset.from_dict({"input_ids": rows})
     trainer = module.PPOTrainer(
-        args=config(found), processing_class=common.tokenizer(shape.vocabulary), model=policy,
-        ref_model=None, reward_model=reward, value_model=value, train_dataset=dataset,
-        eval_dataset=dataset.select(range(found.num_prompts)), callbacks=[callback(updates)],
+        args=config(found),
+        processing_class=common.tokenizer(shape.vocabulary),
+        model=policy,
+        ref_model=None,
+        reward_model=reward,
+        value_model=value,
+        train_dataset=dataset,
+        eval_dataset=dataset.select(range(found.num_prompts)),
+        callbacks=[callback(updates)],
         peft_config=peft.LoraConfig(
-            r=found.lora_r, lora_alpha=2 * found.lora_r, lora_dropout=0.0, bias="none",
-            target_modules=common.targets(found), task_type="CAUSAL_LM",
+            r=found.lora_r,
+            lora_alpha=2 * found.lora_r,
+            lora_dropout=0.0,
+            bias="none",
+            target_modules=common.targets(found),
+            task_type="CAUSAL_LM",
         ),
-    )  # fmt: skip
+    )
     trained = [p for m in (trainer.policy_model, value) for p in m.parameters() if p.requires_grad]
     tensors = [p for m in (policy, value, reward) for p in m.parameters()]
     updates.models_are_made(
-        f"trl {trl.__version__} experimental.ppo", torch=torch.__version__, trl=trl.__version__,
-        transformers=transformers.__version__, peft=peft.__version__,
+        f"trl {trl.__version__} experimental.ppo",
+        torch=torch.__version__,
+        trl=trl.__version__,
+        transformers=transformers.__version__,
+        peft=peft.__version__,
         trainable=sum(p.numel() for p in trained),
         model_tensors_mb=round(common.tensor_mb(tensors), 1),
-    )  # fmt: skip
+    )
     trainer.train()
 
 
@@ -100,14 +113,26 @@ def config(found: argparse.Namespace) -> Any:
     from trl.experimental.ppo import PPOConfig
 
     return PPOConfig(
-        output_dir=tempfile.mkdtemp(), report_to="none", use_cpu=True, bf16=False, seed=found.seed,
-        per_device_train_batch_size=found.num_prompts, gradient_accumulation_steps=1,
-        num_mini_batches=found.num_prompts // found.minibatch, num_ppo_epochs=found.ppo_epochs,
-        local_rollout_forward_batch_size=found.num_prompts, response_length=found.response_len,
-        total_episodes=found.num_prompts * (found.updates + 2), num_sample_generations=0,
-        learning_rate=found.learning_rate, temperature=found.temperature, save_strategy="no",
-        missing_eos_penalty=1.0, logging_steps=10**9, disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=tempfile.mkdtemp(),
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        seed=found.seed,
+        per_device_train_batch_size=found.num_prompts,
+        gradient_accumulation_steps=1,
+        num_mini_batches=found.num_prompts // found.minibatch,
+        num_ppo_epochs=found.ppo_epochs,
+        local_rollout_forward_batch_size=found.num_prompts,
+        response_length=found.response_len,
+        total_episodes=found.num_prompts * (found.updates + 2),
+        num_sample_generations=0,
+        learning_rate=found.learning_rate,
+        temperature=found.temperature,
+        save_strategy="no",
+        missing_eos_penalty=1.0,
+        logging_steps=10**9,
+        disable_tqdm=True,
+    )
 
 
 def callback(updates: common.Updates) -> Any:

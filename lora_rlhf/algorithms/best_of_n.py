@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Best of n in the place of PPO: of n SFT samples the one with the highest reward; no training.
+
+Sources: Stiennon et al. 2020 (2009.01325, appendix G.3) for KL = log n - (n - 1)/n, shown to be an
+upper bound, not an equality, by Beirami et al. (2401.01879).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from lora_rlhf.errors import RecipeError
+from lora_rlhf.estimates import Estimate
+from lora_rlhf.models.backbone import Backbone
+from lora_rlhf.recipe.loader import Recipe
+from lora_rlhf.runs.record import Record
+from lora_rlhf.training.reward import ensemble
+
+
+def best_of_n_kl(n: int) -> float:
+    """KL(best of n || SFT) in nats: log n - (n - 1) / n; an upper bound where samples repeat.
+
+    Source: 2009.01325, appendix G; that it is a bound: 2401.01879.
+    """
+    return math.log(n) - (n - 1) / n
+
+
+def analytic(value: float) -> Estimate:
+    """A number from a formula in the place of a measured one: no interval, and n = 0."""
+    return {"value": value, "low": None, "high": None, "n": 0}
+
+
+def check(recipe: Recipe) -> None:
+    """What can be known before anything is trained.
+
+    Raises:
+        RecipeError: Greedy answers are all the same, so there is no best one.
+    """
+    if recipe.evaluate.temperature == 0:
+        raise RecipeError(
+            "algorithm: best_of_n with evaluate.temperature: 0",
+            expected="samples that differ",
+            remedy="set evaluate.temperature to 1",
+        )
+
+
+def run(recipe: Recipe, record: Record) -> None:
+    """Note what the evaluation will do: there is nothing to train."""
+    check(recipe)
+    n = recipe.best_of_n.n
+    with record.stage("best_of_n") as entry:
+        entry |= {
+            "n": n,
+            "reward": "model",
+            "kl_bound": analytic(best_of_n_kl(n)),
+            "samples_per_answer": n,
+        }
+
+
+def choose(
+    backbone: Backbone,
+    prompts: Sequence[Sequence[int]],
+    recipe: Recipe,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+) -> list[list[int]]:
+    """For each prompt, of n samples of SFT, the one that the reward model scores highest.
+
+    The first of equals. The samples share no draw with SFT's own answers of the same seed.
+
+    Args:
+        prompts: Ids of each prompt.
+
+    Returns:
+        Ids of one completion for each prompt.
+    """
+    n, size = recipe.best_of_n.n, recipe.evaluate.batch_size
+    asked = [list(prompt) for prompt in prompts for _ in range(n)]
+    found = backbone.generate(
+        asked,
+        "reference",
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        # An offset that no recipe's next seed reaches.
+        seed=seed + 7_919_000,
+        batch_size=size,
+    )
+    rewards = ensemble.rewards_of(
+        backbone, list(zip(asked, found, strict=True)), recipe.reward, size
+    )
+    best = []
+    for start in range(0, len(found), n):
+        here = rewards[start : start + n]
+        best.append(found[start + here.index(max(here))])
+    return best

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DPO in the place of PPO: TRL's trainer on the comparisons that the reward model learned from.
+
+Source: 2305.18290, eq. 7. The reference is the frozen SFT adapter. TRL tokenises nothing: rows are
+ids from `encode_prompt` and `encode_completion`, as SFT and the reward model see them, so the eos
+that ends a completion is trained on, and prompt and completion never merge into one token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PrinterCallback, TrainerCallback, set_seed
+
+from lora_rlhf._trl import DPOConfig, DPOTrainer
+from lora_rlhf.errors import IdentityError
+from lora_rlhf.models import scoring
+from lora_rlhf.models.backbone import Backbone
+from lora_rlhf.recipe.loader import Recipe
+from lora_rlhf.runs.progress import Progress, StageLog
+from lora_rlhf.runs.record import Record
+from lora_rlhf.training.checkpoint_callback import Keeper
+from lora_rlhf.training.resumable_trainer import Resumable
+from lora_rlhf.training.trl_config import build, check_finite, complaints, effective, trainer_args
+
+from . import policy_stage
+from .identities import RATIO_TOLERANCE
+
+_DEFAULTS: dict[str, Any] = {
+    # Not PPO's rate: whitened advantages and log-ratios of whole answers are of different sizes.
+    "num_train_epochs": 1, "logging_steps": 1, "learning_rate": 5e-5,
+}  # fmt: skip
+
+_RENAMED = {
+    "rewards/accuracies": "accuracy", "rewards/margins": "margin", "entropy": "policy/entropy",
+}  # fmt: skip
+"""TRL's name -> ours, where both mean the same; `rewards/chosen` and the like stay TRL's."""
+
+_BY_ROW = {
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard",
+    "apo_zero", "apo_down", "discopop", "sigmoid_norm",
+}  # fmt: skip
+"""DPO's losses that are a mean over comparisons; `aot` sorts them, `sft` is a mean over tokens."""
+
+_ROWS = 8
+"""Comparisons on which policy and reference are compared before the first update."""
+
+
+def run(
+    recipe: Recipe, backbone: Backbone, record: Record, comparisons: Dataset, progress: Progress
+) -> None:
+    """Train the policy on comparisons; saves `adapters/policy`.
+
+    Args:
+        comparisons: The rows that the reward model trains on: `prompt`, `chosen`, `rejected`.
+
+    Raises:
+        IdentityError: A start-up identity does not hold.
+    """
+    with record.stage("dpo") as entry:
+        set_seed(recipe.seed)
+        args = arguments(recipe, record)
+        policy_stage.start_policy(backbone)
+        rows = tokenize(backbone, comparisons)
+        with backbone.training("policy"):
+            with complaints("dpo"):
+                trainer = ComparisonTrainer(
+                    backbone, args, rows, callbacks=[StageLog(record, "dpo", progress)]
+                )
+            trainer.identities["kl_at_start"] = _difference(backbone, rows)
+            windows = len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps
+            steps = math.ceil(math.ceil(windows) * args.num_train_epochs)
+            progress.begin("dpo", args.max_steps if args.max_steps > 0 else max(1, steps))
+            try:
+                keeper = Keeper(recipe, backbone, record, progress, "dpo")
+                result = keeper.train(trainer)
+            finally:
+                progress.end()
+        check_finite("dpo", result.training_loss)
+        entry |= {
+            "reward": "comparisons",
+            "beta": args.beta,
+            "comparisons": len(rows),
+            "epochs": args.num_train_epochs,
+            "optimizer_steps": result.global_step,
+            "train_loss": result.training_loss,
+            "identities": trainer.identities,
+            "args": effective(args),
+        }
+        entry |= policy_stage.save_policy(backbone, record)
+
+
+def arguments(recipe: Recipe, record: Record) -> Any:
+    """TRL's config of this stage; batch size, learning rate and the like are PPO's by default.
+
+    Raises:
+        RecipeError: A key that has its home elsewhere, or is none of TRL's.
+    """
+    policy_stage.refuse(
+        "dpo",
+        recipe.dpo.args,
+        {
+            "beta": "use dpo.beta",
+            "sync_ref_model": "leave it out: the reference is the frozen SFT adapter",
+            "precompute_ref_log_probs": "leave it out: the reference costs no memory",
+            "max_prompt_length": "use data.max_prompt_tokens",
+        },
+    )
+    defaults = {**policy_stage.from_ppo(recipe, record, rollouts=False), **_DEFAULTS}
+    merged = trainer_args(recipe, record, "dpo", defaults, recipe.dpo.args)
+    return build("dpo", DPOConfig, {**merged, "beta": recipe.dpo.beta})
+
+
+def tokenize(backbone: Backbone, rows: Dataset) -> Dataset:
+    """`prompt_ids`, `chosen_ids` and `rejected_ids`, the eos included, as the reward model's."""
+    return Dataset.from_list(
+        [
+            {
+                "prompt_ids": backbone.encode_prompt(row["prompt"]),
+                **{
+                    f"{side}_ids": backbone.encode_completion(row[side])
+                    for side in ("chosen", "rejected")
+                },
+            }
+            for row in rows
+        ]
+    )
+
+
+def _difference(backbone: Backbone, rows: Dataset) -> float:
+    """Largest |log-probability under policy less that under SFT| of a completion; must be 0.
+
+    Raises:
+        IdentityError: The policy did not start as SFT.
+    """
+    some = rows.select(range(min(_ROWS, len(rows))))
+    episodes = [
+        (row["prompt_ids"], row[f"{s}_ids"]) for row in some for s in ("chosen", "rejected")
+    ]
+    ours, sft = (scoring.sequence_logprobs(backbone, episodes, r) for r in ("policy", "reference"))
+    worst = max(abs(a - b) for a, b in zip(ours, sft, strict=True))
+    if not worst <= 1e-6:
+        raise IdentityError(
+            f"before the first update, policy and reference differ by {worst:.3g} nats",
+            expected="0: the policy starts as a copy of the frozen SFT adapter",
+            remedy="stage at fault: sft. Was adapters/sft changed, or another adapter loaded?",
+        )
+    return worst
+
+
+class ComparisonTrainer(Resumable, DPOTrainer):
+    """TRL's DPO on our backbone and ids. Use it inside `backbone.training("policy")`.
+
+    Args:
+        backbone: With the roles policy and reference.
+        args: TRL's arguments.
+        rows: As `tokenize` makes them.
+    """
+
+    _tag_names = ["lora-rlhf", "dpo"]
+    kept = ("identities", "untouched")
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        args: Any,
+        rows: Dataset,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        self.backbone = backbone
+        self.identities: dict[str, float] = {}
+        with backbone.float32_kept():
+            super().__init__(
+                model=backbone.views["policy"],
+                args=args,
+                train_dataset=rows,
+                processing_class=backbone.tokenizer,
+                callbacks=callbacks,
+            )
+        self.remove_callback(PrinterCallback)
+        self.identities["reference_tensors_tied"] = policy_stage.tie_reference(backbone)
+        self.untouched = policy_stage.Untouched(backbone, "dpo", self)
+        self.add_callback(self.untouched)
+
+    def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+        # TRL would tokenise prompt + completion as one text, which can merge tokens at the seam.
+        return dataset
+
+    def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+        loss = super()._compute_loss(model, inputs, return_outputs)
+        if "loss_at_start" not in self.identities and torch.is_tensor(loss):
+            self._check_first(float(loss.detach()))
+        return loss
+
+    def rows(self, inputs: Any) -> int:
+        """Comparisons: the chosen completions stand first, then the rejected ones."""
+        return len(inputs["input_ids"]) // 2
+
+    def part(self, inputs: Any, start: int, stop: int) -> Any:
+        """Some comparisons, both sides of each."""
+        n = self.rows(inputs)
+        both = [*range(start, stop), *range(n + start, n + stop)]
+        return {k: v[both] if isinstance(v, Tensor) else v for k, v in inputs.items()}
+
+    def can_be_cut(self) -> bool:
+        """Losses that compare rows with each other, or are means over tokens, are not."""
+        return super().can_be_cut() and set(self.loss_types) <= _BY_ROW
+
+    def share(self, piece: Any, inputs: Any, num_items_in_batch: Any) -> float:
+        """The loss is a mean over comparisons."""
+        return self.rows(piece) / self.rows(inputs)
+
+    def _check_first(self, loss: float) -> None:
+        """With policy and reference equal every margin is 0, and -log sigmoid(0) is ln 2."""
+        self.identities["loss_at_start"] = loss
+        tolerance = RATIO_TOLERANCE[self.backbone.causal.dtype]
+        plain = self.loss_types == ["sigmoid"] and not self.args.loss_weights
+        plain = plain and not self.warm_started
+        if plain and not abs(loss - math.log(2)) <= tolerance:
+            raise IdentityError(
+                f"the first loss of DPO is {loss:.4f}",
+                expected=f"ln 2 = {math.log(2):.4f}: policy and reference are both SFT",
+                remedy="stage at fault: dpo. Dropout, or another adapter active as reference",
+            )
+
+    def _clip_grad_norm(self, model: Any) -> Tensor:
+        self.backbone.assert_trainable()
+        norm: Tensor = super()._clip_grad_norm(model)
+        found = self.checked_norm("dpo", float(norm))
+        self._metrics["train"]["policy/grad_norm"].append(found)
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's averages, under our names where they mean the same."""
+        found = {_RENAMED.get(name, name): v for name, v in self._metrics["train"].items()}
+        self._metrics["train"] = defaultdict(list, found)
+        logs.pop("grad_norm", None)
+        super().log(logs, start_time)

@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GRPO and RLOO in the place of PPO: TRL's trainers with TRL's losses, on our backbone and reward.
+
+What is added: the reward view as reward function, PPO's penalty for a missing eos, the frozen SFT
+adapter as reference, PPO's names in the log, and the identities. Sources: GRPO 2402.03300, RLOO
+2402.14740. Where the KL acts differs by design: PPO and RLOO take it off the reward (k1), GRPO adds
+it to the loss (k3), so equal coefficients are not equal strengths.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PrinterCallback, TrainerCallback, set_seed
+
+from lora_rlhf._trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from lora_rlhf.algorithms.ppo.minibatches import model_inputs
+from lora_rlhf.errors import RecipeError
+from lora_rlhf.estimates import repetition
+from lora_rlhf.models import sampler, scoring
+from lora_rlhf.models.backbone import Backbone
+from lora_rlhf.recipe.loader import Recipe
+from lora_rlhf.runs.progress import Progress, StageLog
+from lora_rlhf.runs.record import Record
+from lora_rlhf.training.checkpoint_callback import Keeper
+from lora_rlhf.training.trl_config import build, check_finite, complaints, effective, trainer_args
+
+from . import identities, policy_stage
+from .objectives import kl_estimates, masked_mean
+from .ppo import ppo_metrics, ppo_stage
+from .reward_functions import RewardChecks
+from .rollout import sampled_here
+
+_RENAMED = {"entropy": "policy/entropy", "clip_ratio/region_mean": "policy/clip_fraction"}
+"""TRL's name -> ours, where both mean the same."""
+
+METRICS = {"reward/groups_without_spread": "share of prompts whose completions all score the same"}
+"""What is logged beside PPO's names: a group without spread teaches nothing."""
+
+_SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty", "generation_kwargs")
+
+
+def run(
+    recipe: Recipe, backbone: Backbone, record: Record, prompts: Dataset, progress: Progress
+) -> None:
+    """Optimise the policy with the recipe's algorithm; saves `adapters/policy`.
+
+    Args:
+        prompts: Column `prompt`, and `item` where a task's gold checker is to be used or logged.
+
+    Raises:
+        IdentityError: A start-up identity does not hold.
+        DataError: Fewer prompts than one rollout takes, or no checker for a gold reward.
+    """
+    name = recipe.algorithm
+    with record.stage(name) as entry:
+        set_seed(recipe.seed)
+        args = check(recipe, record, prompts)
+        policy_stage.start_policy(backbone)
+        functions, weights = ppo_stage.rewards(recipe, backbone, prompts)
+        functions.append(_missing_eos(backbone, recipe.ppo.missing_eos_penalty))
+        args.reward_weights = [*weights, 1.0]
+        per_update = ppo_stage.steps_per_update(args)
+        with backbone.training("policy"):
+            log = StageLog(record, name, progress, steps_per_unit=per_update)
+            with complaints(name):
+                trainer = _KINDS[name][1](
+                    backbone, args, functions, prompts, progress, callbacks=[log]
+                )
+            keeper = Keeper(recipe, backbone, record, progress, name, unit=per_update)
+            result = ppo_stage.train(trainer, keeper, args.max_steps // per_update, prompts)
+        check_finite(name, result.training_loss)
+        updates = trainer.state.global_step // per_update
+        entry |= {
+            "updates": updates,
+            "reward": recipe.ppo.reward,
+            "kl_coef": args.beta,
+            "num_generations": args.num_generations,
+            "episodes": updates * args.generation_batch_size,
+            "missing_eos_penalty": recipe.ppo.missing_eos_penalty,
+            "optimizer_steps": trainer.state.global_step,
+            "identities": trainer.identities,
+            "args": effective(args),
+        }
+        entry |= ppo_stage.last_kl(record, name) | policy_stage.save_policy(backbone, record)
+
+
+def check(recipe: Recipe, record: Record, prompts: Dataset) -> Any:
+    """What can be known before anything is trained; returns the arguments.
+
+    Raises:
+        RecipeError: As `arguments`.
+        DataError: Fewer prompts than one rollout takes, or no checker for a gold reward.
+    """
+    args = arguments(recipe, record)
+    policy_stage.enough(
+        recipe.algorithm, prompts, args.generation_batch_size // args.num_generations
+    )
+    ppo_stage.require_checker(recipe, prompts)
+    return args
+
+
+def arguments(recipe: Recipe, record: Record) -> Any:
+    """TRL's config of this stage: PPO's budget and sampling, then the algorithm's own `args:`.
+
+    Raises:
+        RecipeError: A key that has its home elsewhere, or batch sizes that do not fit together.
+    """
+    name = recipe.algorithm
+    section = getattr(recipe, name)
+    bent = "leave it out: all algorithms sample from the whole distribution"
+    policy_stage.refuse(
+        name,
+        section.args,
+        {
+            "beta": f"use {name}.kl_coef",
+            "num_generations": f"use {name}.num_generations",
+            "max_steps": f"use {name}.updates",
+            "num_train_epochs": f"use {name}.updates",
+            "logging_steps": "leave it out: every update is logged",
+            "generation_batch_size": "use per_device_train_batch_size and steps_per_generation",
+            "sync_ref_model": "leave it out: the reference is the frozen SFT adapter",
+            "reward_weights": "use ppo.reward",
+            **dict.fromkeys(_SAMPLING, bent),
+        },
+    )
+    shared = policy_stage.from_ppo(recipe, record, rollouts=True)
+    merged = trainer_args(recipe, record, name, shared, section.args)
+    merged.pop("max_length", None)  # of SFT's and the reward model's rows; rollouts have their own
+    for key in ("gradient_accumulation_steps", "steps_per_generation", "num_iterations"):
+        if not isinstance(merged[key], int) or isinstance(merged[key], bool) or merged[key] < 1:
+            raise RecipeError(f"{name}.args.{key}: {merged[key]!r}", expected="a whole number")
+    steps, window = merged["steps_per_generation"], merged["gradient_accumulation_steps"]
+    if steps % window:
+        raise RecipeError(
+            f"{name}.args: steps_per_generation {steps} and gradient_accumulation_steps {window}",
+            expected="the second divides the first: an optimizer step stays inside one rollout",
+        )
+    updates = recipe.ppo.updates if section.updates is None else section.updates
+    per_update = merged["num_iterations"] * steps // window
+    beta = recipe.ppo.kl_coef if section.kl_coef is None else section.kl_coef
+    return build(
+        name,
+        _KINDS[name][0],
+        {
+            **merged,
+            "beta": beta,
+            "num_generations": section.num_generations,
+            "max_steps": updates * per_update,
+            "logging_steps": per_update,
+            "logging_first_step": False,
+        },
+    )
+
+
+def _missing_eos(backbone: Backbone, penalty: float) -> Callable[..., list[float]]:
+    """PPO's penalty as a reward function, so that all algorithms optimise the same score."""
+    ends = set(backbone.eos_ids)
+
+    def missing_eos(completion_ids: Any, **_: Any) -> list[float]:
+        return [0.0 if ids and ids[-1] in ends else -penalty for ids in completion_ids]
+
+    return missing_eos
+
+
+class _OnBackbone(RewardChecks):
+    """What GRPO and RLOO need on our backbone; use it inside `backbone.training("policy")`.
+
+    Args:
+        backbone: With the roles policy and reference (and reward, if a function scores with it).
+        args: TRL's arguments.
+        reward_funcs: Called as TRL calls reward functions, with `prompt_ids` beside
+            `completion_ids`; the last one is the penalty for a missing eos.
+    """
+
+    kept = ("identities", "untouched")
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        args: Any,
+        reward_funcs: list[Callable[..., list[float]]],
+        train_dataset: Dataset,
+        progress: Progress,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        self.backbone, self.progress = backbone, progress
+        self.identities: dict[str, float] = {}
+        self._prompt_ids: list[list[int]] = []
+        self._sampled: list[sampler.Sampled] = []
+        with backbone.float32_kept():
+            super().__init__(
+                model=backbone.views["policy"],
+                reward_funcs=list(reward_funcs),
+                args=args,
+                train_dataset=train_dataset,
+                processing_class=backbone.tokenizer,
+                callbacks=callbacks,
+            )
+        self.remove_callback(PrinterCallback)
+        self.identities["reference_tensors_tied"] = policy_stage.tie_reference(backbone)
+        self.untouched = policy_stage.Untouched(backbone, self._name.lower(), self)
+        self.add_callback(self.untouched)
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        self.progress.phase("rollout")
+        out = super()._generate(prompts)
+        self._prompt_ids = out[0]
+        return out
+
+    @property
+    def samples_itself(self) -> bool:
+        """`rollout.sampled_here`: else the sampler is checked before training."""
+        return sampled_here(self.args)
+
+    def _sample(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        """Completions of the policy by sampler.py, whose log-probs `_observe` will check."""
+        with self.backbone.role("policy"):
+            self._sampled = sampler.sample(
+                self.backbone,
+                prompt_ids,
+                max_new_tokens=self.max_completion_length,
+                temperature=self.temperature,
+            )
+        return [sampled.ids for sampled in self._sampled]
+
+    def _get_per_token_logps_and_entropies(
+        self, *args: Any, batch_size: int | None = None, **options: Any
+    ) -> Any:
+        """TRL's; where it takes no gradient, fewer rows at once where memory runs out."""
+        compute = super()._get_per_token_logps_and_entropies
+        if torch.is_grad_enabled():
+            return compute(*args, batch_size=batch_size, **options)
+        model, ids, mask, tokens, *rest = args
+        size = batch_size or (rest[0] if rest else None) or len(ids)
+        return self.backbone.halving.at_most(
+            "scoring",
+            size,
+            lambda rows: compute(model, ids, mask, tokens, batch_size=rows, **options),
+        )
+
+    def _calculate_rewards(
+        self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
+    ) -> Tensor:
+        self.progress.phase("score")
+        # The very ids that were sampled are scored; nothing is tokenised twice.
+        asked = [{**row, "prompt_ids": p} for row, p in zip(inputs, self._prompt_ids, strict=True)]
+        rewards: Tensor = super()._calculate_rewards(
+            asked, prompts, completions, completion_ids_list
+        )
+        scores_b = self.checked_rewards(rewards, prompts)[:, :-1].sum(dim=1)
+        shares = [share for share in repetition(completion_ids_list) if share is not None]
+        ended = [bool(ids) and ids[-1] in self.eos_token_ids for ids in completion_ids_list]
+        self._note(
+            {
+                "reward/score": float(scores_b.mean()),
+                "reward/score_std": float(scores_b.std(correction=0)),
+                "completions/length": sum(map(len, completion_ids_list)) / len(completion_ids_list),
+                "completions/eos_rate": sum(ended) / len(ended),
+                "completions/repetition": sum(shares) / len(shares) if shares else float("nan"),
+            }
+        )
+        return rewards
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        out: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        self._observe(out)
+        self.progress.phase("update")
+        return out
+
+    @torch.no_grad()
+    def _observe(self, out: dict[str, Any]) -> None:
+        """KL to the SFT role as PPO measures it, whatever the algorithm does with its own."""
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+        size, found = self.args.per_device_train_batch_size, {}
+        for role in ("policy", "reference"):
+            found[role] = torch.zeros(out["completion_mask"].shape, device=self.backbone.device)
+
+            def visit(index: Sequence[int], into: Tensor = found[role]) -> None:
+                rows = slice(index[0], index[-1] + 1)
+                ids, mask, tokens = model_inputs({k: out[k][rows] for k in names})
+                into[rows] = scoring.completion_logprobs(
+                    self.backbone, ids, mask, tokens, self.temperature
+                )[0]
+
+            with self.backbone.role(role):
+                self.backbone.halving.over("scoring", range(len(out["prompt_ids"])), size, visit)
+        mask_bt = out["completion_mask"]
+        if self.state.global_step == 0 and not self.warm_started:
+            self.identities["kl_at_start"] = identities.policy_equals_reference(
+                found["policy"], found["reference"], mask_bt
+            )
+        self._check_sampler(found["policy"], mask_bt)
+        kl = kl_estimates(found["policy"], found["reference"], mask_bt)
+        self._note(
+            {
+                "kl/sequence": float(kl.k1.sum(dim=1).mean()),
+                "kl/coef": self.args.beta,
+                "kl/k1": float(masked_mean(kl.k1, mask_bt)),
+                "kl/k3": float(masked_mean(kl.k3, mask_bt)),
+            }
+        )
+
+    def _check_sampler(self, policy_bt: Tensor, mask_bt: Tensor) -> None:
+        """On the first rollout the sampler's log-probs are those of the training forward.
+
+        Raises:
+            IdentityError: They are not.
+        """
+        sampled, self._sampled = self._sampled, []
+        if not sampled or "sampler_difference" in self.identities:
+            return
+        gaps = [
+            (drawn.logprobs.to(row.device) - row[mask.bool()]).abs()
+            for drawn, row, mask in zip(sampled, policy_bt, mask_bt, strict=True)
+            if int(mask.sum()) == len(drawn.ids)  # not where what was cut off is masked
+        ]
+        if not gaps:
+            return
+        self.identities["sampler_difference"] = identities.sampler_is_the_policy(
+            torch.cat(gaps), self.backbone.causal.dtype
+        )
+
+    def can_be_cut(self) -> bool:
+        """GRPO's entropy bonus and quantile are taken over all rows together."""
+        bonus = getattr(self, "_entropy_bonus_enabled", False)
+        quantile = getattr(self, "top_entropy_quantile", 1.0)
+        return super().can_be_cut() and not bonus and quantile == 1.0
+
+    def share(self, piece: Any, inputs: Any, num_items_in_batch: Any) -> float:
+        """By what TRL's loss is a mean of; 1 where it is divided by the whole window's tokens."""
+        kind = getattr(self, "loss_type", None)  # RLOO has none: a mean over completions
+        if kind in ("dapo", "cispo", "vespo"):
+            return 1.0
+        if kind == "bnpo":
+            mine, whole = (max(int(x["completion_mask"].sum()), 1) for x in (piece, inputs))
+            return mine / whole
+        return self.rows(piece) / self.rows(inputs)
+
+    def _clip_grad_norm(self, model: Any) -> Tensor:
+        self.backbone.assert_trainable()
+        norm: Tensor = super()._clip_grad_norm(model)
+        found = self.checked_norm(self._name.lower(), float(norm))
+        self._note({"policy/grad_norm": found})
+        return norm
+
+    def _note(self, numbers: dict[str, float]) -> None:
+        for name, number in numbers.items():
+            self._metrics["train"][name].append(number)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """PPO's names where they mean the same; the rest of TRL's is left out."""
+        lists: dict[str, list[float]] = self._metrics["train"]
+        found = {_RENAMED.get(name, name): values for name, values in lists.items()}
+        kept = ppo_metrics.kept(found)
+        kept["reward/groups_without_spread"] = found.get("frac_reward_zero_std", [])
+        self._metrics["train"] = defaultdict(list, {k: v for k, v in kept.items() if v})
+        logs.pop("grad_norm", None)
+        super().log(logs, start_time)
+
+
+class GroupGRPO(_OnBackbone, GRPOTrainer):
+    """TRL's GRPO on our backbone."""
+
+    _tag_names = ["lora-rlhf", "grpo"]
+
+    def _generate_single_turn(self, prompt_ids: Any, *rest: Any, **options: Any) -> Any:
+        if not self.samples_itself:
+            return super()._generate_single_turn(prompt_ids, *rest, **options)
+        return self._sample(prompt_ids), None
+
+
+class GroupRLOO(_OnBackbone, RLOOTrainer):
+    """TRL's RLOO on our backbone."""
+
+    _tag_names = ["lora-rlhf", "rloo"]
+
+    def _generate_single_turn(self, prompt_ids: Any, *rest: Any, **options: Any) -> Any:
+        if not self.samples_itself:
+            return super()._generate_single_turn(prompt_ids, *rest, **options)
+        return self._sample(prompt_ids)
+
+
+_KINDS: dict[str, tuple[Any, Any]] = {
+    "grpo": (GRPOConfig, GroupGRPO), "rloo": (RLOOConfig, GroupRLOO),
+}  # fmt: skip

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Identities that must hold at the start of every PPO run, and stop it when they do not.
+
+Each failure names the stage at fault, which is what users cannot find out from a reward curve that
+does not rise. Every check returns what it measured, for the record.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from lora_rlhf.errors import IdentityError
+from lora_rlhf.models import scoring
+from lora_rlhf.models.backbone import REWARDS, Backbone
+from lora_rlhf.models.base_model import pad_left
+
+from .objectives import masked_mean
+
+RATIO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
+"""|ratio - 1| on unchanged weights: padding and batch size change the order of sums.
+
+In float32 the largest over the tokens, in half precision their mean: one rounding of a large logit
+is worth 0.1 nats or more in bfloat16, and among thousands of tokens one is always far off.
+"""
+SAMPLER_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
+"""The same for the sampler's log-probs (cached, one token at a time) against ours, in nats."""
+
+
+def _typical(difference_bt: Tensor, mask_bt: Tensor, dtype: torch.dtype) -> float:
+    """The largest difference in float32, the mean one in half precision."""
+    if dtype == torch.float32:
+        return float(torch.where(mask_bt.bool(), difference_bt, 0.0).max())
+    return float(masked_mean(difference_bt, mask_bt))
+
+
+def policy_equals_reference(policy_bt: Tensor, reference_bt: Tensor, mask_bt: Tensor) -> float:
+    """KL(policy || reference) = 0 before the first update: largest |difference| of log-probs.
+
+    Raises:
+        IdentityError: The policy did not start as a copy of the SFT adapter, or the reference is
+            not that adapter (2203.02155, eq. 2).
+    """
+    worst = float(torch.where(mask_bt.bool(), (policy_bt - reference_bt).abs(), 0.0).max())
+    if not worst <= 1e-6:
+        raise IdentityError(
+            f"before the first update, policy and reference differ by {worst:.3g} nats at a token",
+            expected="0: the policy starts as a copy of the frozen SFT adapter",
+            remedy="stage at fault: sft. Was adapters/sft changed, another adapter loaded as "
+            "policy, or dropout switched on?",
+        )
+    return worst
+
+
+def ratio_off_one(ratio_bt: Tensor, mask_bt: Tensor, dtype: torch.dtype) -> float:
+    """|ratio - 1| on a rollout's first minibatch, as `RATIO_TOLERANCE` measures it."""
+    return _typical((ratio_bt - 1).abs(), mask_bt, dtype)
+
+
+def ratio_is_one(ratio_bt: Tensor, mask_bt: Tensor, dtype: torch.dtype) -> float:
+    """The ratio on the first minibatch, against log-probs of a separate forward: how far off 1.
+
+    Raises:
+        IdentityError: Dropout is on, the temperature differs, or another adapter was active.
+    """
+    off = ratio_off_one(ratio_bt, mask_bt, dtype)
+    if not off <= RATIO_TOLERANCE[dtype]:
+        raise IdentityError(
+            f"before any update, the ratio of new to old probabilities is off 1 by {off:.3g}",
+            expected=f"at most {RATIO_TOLERANCE[dtype]} in {dtype}",
+            remedy="stage at fault: ppo. Dropout, another temperature, or a stale adapter",
+        )
+    return off
+
+
+@torch.no_grad()
+def sampler_agrees(
+    backbone: Backbone, prompts: list[list[int]], sampler: GenerationConfig, temperature: float
+) -> float:
+    """Log-probs while sampling against those of the training forward; the difference in nats.
+
+    The sampler is the rollouts' own, so its log-probs are those *after* every processor and warper.
+    The global random state is left as it was.
+
+    Raises:
+        IdentityError: Padding, positions, temperature or a logits processor differ between the two.
+    """
+    ids, mask = pad_left(prompts, backbone.tokenizer.pad_token_id)
+    ids, mask = ids.to(backbone.device), mask.to(backbone.device)
+    config = copy.deepcopy(sampler)
+    config.update(max_new_tokens=8, return_dict_in_generate=True, output_scores=True)
+    was_training = backbone.causal.training
+    backbone.causal.eval()
+    cuda = [backbone.device] if backbone.device.type == "cuda" else []
+    with backbone.role("policy"), torch.random.fork_rng(devices=cuda):
+        out = backbone.causal.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        tokens = out.sequences.shape[1] - ids.shape[1]
+        chosen = out.sequences[:, -tokens:]
+        scores = torch.stack(out.scores, dim=1).float()
+        sampled = scores.log_softmax(-1).gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+        eos = torch.tensor(config.eos_token_id, device=chosen.device)
+        ended = torch.isin(chosen, eos).int()
+        valid = ended.cumsum(dim=1) - ended == 0  # up to the first eos, and with it
+        full = torch.cat([mask, valid.to(mask.dtype)], dim=1)
+        trained, _ = scoring.completion_logprobs(backbone, out.sequences, full, tokens, temperature)
+    backbone.causal.train(was_training)
+    return sampler_is_the_policy((sampled - trained).abs()[valid], backbone.causal.dtype)
+
+
+def sampler_is_the_policy(difference: Tensor, dtype: torch.dtype) -> float:
+    """|log-prob while sampling less that of the training forward| over tokens, as one number.
+
+    Raises:
+        IdentityError: Padding, positions, temperature or a logits processor differ between the two.
+    """
+    worst = _typical(difference, torch.ones_like(difference), dtype)
+    if not worst <= SAMPLER_TOLERANCE[dtype]:
+        raise IdentityError(
+            f"the sampler's log-probs differ from the trainer's by {worst:.3g} nats",
+            expected=f"at most {SAMPLER_TOLERANCE[dtype]} in {dtype}",
+            remedy="stage at fault: rollout. Dropout, padding side, positions, temperature, or a "
+            "processor in the base model's generation config",
+        )
+    return worst
+
+
+class MovedOnly:
+    """After one update, just the policy and the value have moved, and KL is above 0.
+
+    Take it before the first policy update, call `check` after it. The reference's log-probs on a
+    fixed batch must be the same bit for bit: a stale adapter passes the other half of the test.
+    """
+
+    def __init__(self, backbone: Backbone, batch: dict[str, Tensor], temperature: float) -> None:
+        self.backbone, self.batch, self.temperature = backbone, batch, temperature
+        frozen = [None, *(r for r in ("reference", *REWARDS) if backbone.has(r))]
+        self.frozen = {role: backbone.state_hash(role) for role in frozen}
+        self.moving = {r: backbone.state_hash(r) for r in ("policy", "value")}
+        self.reference_bt = self._logprobs("reference")
+
+    def kept_state(self) -> dict[str, Any]:
+        """For a checkpoint between the taking and the check."""
+        return {k: v for k, v in vars(self).items() if k != "backbone"}
+
+    @classmethod
+    def restored(cls, backbone: Backbone, found: dict[str, Any]) -> MovedOnly:
+        """As it was when `kept_state` was called."""
+        made = object.__new__(cls)
+        vars(made).update(found, backbone=backbone)
+        return made
+
+    @torch.no_grad()
+    def _logprobs(self, role: str) -> Tensor:
+        ids = torch.cat([self.batch["prompt_ids"], self.batch["completion_ids"]], dim=1)
+        mask = torch.cat([self.batch["prompt_mask"], self.batch["completion_mask"]], dim=1)
+        tokens = self.batch["completion_ids"].shape[1]
+        with self.backbone.role(role):
+            return scoring.completion_logprobs(self.backbone, ids, mask, tokens, self.temperature)[
+                0
+            ]
+
+    def check(self) -> dict[str, Any]:
+        """Compare with what was taken.
+
+        Raises:
+            IdentityError: Naming the role that moved or did not.
+        """
+        for role, digest in self.frozen.items():
+            if self.backbone.state_hash(role) != digest:
+                raise _moved(role or "backbone", "moved, but is frozen")
+        for role, digest in self.moving.items():
+            if self.backbone.state_hash(role) == digest:
+                raise _moved(role, "did not move: it receives no gradient")
+        mask_bt = self.batch["completion_mask"].bool()
+        now_bt = self._logprobs("reference")
+        if not torch.equal(
+            torch.where(mask_bt, now_bt, 0), torch.where(mask_bt, self.reference_bt, 0)
+        ):
+            raise _moved(
+                "reference", "gives other log-probs than before: a stale adapter is active"
+            )
+        difference = (self._logprobs("policy") - now_bt).abs()
+        moved = float(masked_mean(difference, mask_bt))
+        if not moved > 0:
+            raise _moved("policy", "still equals the reference: KL would be 0 for ever")
+        return {"mean_abs_log_ratio_after_first_update": moved}
+
+
+def _moved(role: str, what: str) -> IdentityError:
+    return IdentityError(
+        f"after the first update, the {role} {what}",
+        expected="policy and value move; backbone, reference and reward do not",
+        remedy=f"stage at fault: ppo, role {role}. Please report it with record.json",
+    )

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From one rollout to the micro-batches of a PPO epoch: shuffled, cut, trimmed, tokens counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_rlhf._trl import split_tensor_dict
+from lora_rlhf.models.backbone import Backbone
+
+from .ptx import TextMix
+
+
+def model_inputs(batch: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
+    """Ids and mask (B, L) of prompt and completion, and T, the number of completion columns."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    return ids, mask, batch["completion_ids"].shape[1]
+
+
+def trunk_states(batch: dict[str, Any], device: torch.device) -> Tensor | None:
+    """What leaves the trunk for prompt and completion, (B, L, H), where the rollout keeps it."""
+    if "prompt_states" not in batch:
+        return None
+    return torch.cat([batch["prompt_states"], batch["completion_states"]], dim=1).to(device)
+
+
+def split(rollout: dict[str, Tensor], micro_batches: int, window: int) -> list[dict[str, Any]]:
+    """One epoch's micro-batches, in a fresh order.
+
+    Which episodes share an optimizer step is drawn; inside it they are sorted by length, which
+    changes nothing but the padding.
+
+    Args:
+        rollout: Tensors of N episodes, on the first dimension.
+        micro_batches: How many to cut it into.
+        window: Micro-batches of one optimizer step. Each gets `window_tokens`, the valid tokens of
+            its whole window: dividing by them makes gradient accumulation exact.
+    """
+    order = torch.randperm(rollout["prompt_ids"].shape[0])
+    if window > 1:
+        length = rollout["prompt_mask"].sum(dim=1) + rollout["completion_mask"].sum(dim=1)
+        steps = order.split(window * len(order) // micro_batches)
+        order = torch.cat([i[length.cpu()[i].argsort(stable=True)] for i in steps])
+    shuffled = {k: v[order.to(v.device)] for k, v in rollout.items()}
+    batches: list[dict[str, Any]] = split_tensor_dict(shuffled, micro_batches)
+    for start in range(0, len(batches), window):
+        tokens = sum(int(b["completion_mask"].sum()) for b in batches[start : start + window])
+        for batch in batches[start : start + window]:
+            batch["window_tokens"] = max(tokens, 1)
+    return [trim(batch) for batch in batches]
+
+
+def add_text(batches: list[dict[str, Any]], mix: TextMix, window: int, backbone: Backbone) -> None:
+    """Give every micro-batch a batch of text, and the text tokens of its window (PPO-ptx)."""
+    for start in range(0, len(batches), window):
+        inside = batches[start : start + window]
+        for batch in inside:
+            batch["text"] = mix.next(backbone)
+        tokens = sum(batch["text"].tokens for batch in inside)
+        for batch in inside:
+            batch["window_text_tokens"] = tokens
+
+
+def part(batch: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
+    """Some episodes of a micro-batch; what is said of its window stays."""
+    cut = {k: v[start:stop] if isinstance(v, Tensor) else v for k, v in batch.items()}
+    return trim(cut)
+
+
+def trim(batch: dict[str, Any]) -> dict[str, Any]:
+    """Without the padding columns that are padding in every row."""
+    skip = int((batch["prompt_mask"].sum(dim=0) > 0).int().argmax())
+    keep = max(int(batch["completion_mask"].sum(dim=1).max()), 1)
+    return {
+        k: v
+        if not isinstance(v, Tensor)
+        else v[:, skip:]
+        if k.startswith("prompt")
+        else v[:, :keep]
+        for k, v in batch.items()
+    }

@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The PPO stage: rewards, arguments, roles, finished adapters. The trainer is ppo_trainer.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from datasets import Dataset
+from transformers import set_seed
+
+from lora_rlhf.algorithms import identities
+from lora_rlhf.data.closed_world import generator
+from lora_rlhf.errors import DataError, RecipeError
+from lora_rlhf.models import adapters, fused_layers
+from lora_rlhf.models.backbone import Backbone
+from lora_rlhf.recipe.loader import Recipe
+from lora_rlhf.runs.progress import Progress, StageLog
+from lora_rlhf.runs.record import Record, sha256
+from lora_rlhf.training.checkpoint_callback import Keeper, Result
+from lora_rlhf.training.reward import ensemble
+from lora_rlhf.training.trl_config import PPOConfig, build, complaints, effective, trainer_args
+
+from .ppo_trainer import PPOTrainer, RewardFunction
+from .ptx import TextMix
+
+_DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "steps_per_generation": 4,
+    "num_iterations": 1, "num_generations": 1, "learning_rate": 5e-5, "adam_beta1": 0.9,
+    "adam_beta2": 0.95, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 10,
+    "max_grad_norm": 1.0, "epsilon": 0.2, "temperature": 1.0, "max_completion_length": 128,
+    "top_k": 0, "top_p": 1.0, "disable_dropout": True, "beta": 0.0,
+}  # fmt: skip
+
+_COUNTS = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation",
+           "num_iterations", "num_generations", "max_completion_length")  # fmt: skip
+
+_MOST_EPOCHS = 4
+"""Passes over one rollout: 1 in InstructGPT, 4 in 2403.17031."""
+
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "top_k": (0, None), "top_p": (1, None), "min_p": (None, 0), "repetition_penalty": (1, None),
+    "generation_kwargs": (None,),
+}  # fmt: skip
+"""Keys of the sampler and the values that leave the distribution as it is."""
+
+_TAKEN = {
+    *_COUNTS, *_PLAIN, "learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay",
+    "optim", "optim_args", "optim_target_modules", "lr_scheduler_type", "lr_scheduler_kwargs",
+    "warmup_steps", "max_grad_norm", "epsilon", "epsilon_high", "temperature", "shuffle_dataset",
+    "cache_implementation", "use_transformers_continuous_batching",
+    "transformers_continuous_batching_config", "dataloader_num_workers",
+    "dataloader_persistent_workers", "dataloader_prefetch_factor", "full_determinism", "tf32",
+    "torch_empty_cache_steps", "log_level", "project", "trackio_space_id",
+}  # fmt: skip
+"""Keys of GRPO's config that PPO reads; the others belong to losses and rollouts of GRPO's own."""
+
+_FIELDS = {field.name for field in dataclasses.fields(PPOConfig)}
+
+_INSTEAD = {
+    "max_steps": "use ppo.updates", "num_train_epochs": "use ppo.updates",
+    "logging_steps": "leave it out: every update is logged",
+    "generation_batch_size": "use per_device_train_batch_size and steps_per_generation",
+    "disable_dropout": "leave it out: dropout is off", "entropy_coef": "use ppo.entropy_coef",
+    "use_vllm": "leave it out: PPO samples with transformers",
+}  # fmt: skip
+
+
+def run(
+    recipe: Recipe,
+    backbone: Backbone,
+    record: Record,
+    prompts: Dataset,
+    progress: Progress,
+    text: list[list[int]] | None = None,
+) -> None:
+    """Optimise the policy against the reward; saves `adapters/policy` and `adapters/value`.
+
+    With `ppo.value: head` there is no value adapter to save: its head is of use to PPO alone.
+
+    Args:
+        prompts: Column `prompt`, and `item` where a task's gold checker is to be used or logged.
+        text: Token ids of the texts that PPO-ptx mixes in.
+
+    Raises:
+        IdentityError: A start-up identity does not hold.
+        DataError: Fewer prompts than one rollout takes, or no checker for a gold reward.
+    """
+    with record.stage("ppo") as entry:
+        set_seed(recipe.seed)
+        args = check(recipe, record, prompts)
+        start_roles(backbone, recipe)
+        functions, args.reward_weights = rewards(recipe, backbone, prompts)
+        per_update = steps_per_update(args)
+        with backbone.training("policy", "value"):
+            mix = _text_mix(recipe, backbone, args, text)
+            log = StageLog(record, "ppo", progress, steps_per_unit=per_update)
+            with complaints("ppo"):
+                trainer = PPOTrainer(
+                    backbone, args, recipe.ppo, functions, prompts, progress, [log], mix
+                )
+            keeper = Keeper(recipe, backbone, record, progress, "ppo", unit=per_update)
+            train(trainer, keeper, recipe.ppo.updates, prompts)
+            trainer.steering.finish()
+        updates = trainer.state.global_step // per_update
+        entry |= {
+            "updates": updates,
+            "reward": recipe.ppo.reward,
+            "kl_coef": recipe.ppo.kl_coef,
+            "episodes": updates * args.generation_batch_size,
+            "args": effective(args),
+            "optimizer_steps": trainer.state.global_step,
+            "identities": trainer.identities,
+            **({"steering": trainer.steering.entry} if trainer.steering.entry else {}),
+        }
+        entry |= last_kl(record, "ppo")
+        roles = [("policy", "adapter_sha256"), ("value", "value_adapter_sha256")]
+        for role, key in roles if backbone.has("value") else roles[:1]:
+            folder = adapters.save_role(backbone, role, record.adapter(role))
+            entry[key] = sha256(folder / "adapter_model.safetensors")
+
+
+def train(trainer: Any, keeper: Keeper, updates: int, prompts: Dataset) -> Result:
+    """Check the sampler against the trainer, then train, with progress; for any rollout trainer.
+
+    Args:
+        trainer: Of PPO, GRPO or RLOO on our backbone.
+
+    Raises:
+        IdentityError: The sampler's log-probs are not the trainer's.
+    """
+    if not getattr(trainer, "samples_itself", False):  # else its first rollout is checked
+        sample = [trainer.backbone.encode_prompt(p) for p in prompts[:4]["prompt"]]
+        trainer.identities["sampler_difference"] = identities.sampler_agrees(
+            trainer.backbone, sample, trainer.generation_config, trainer.args.temperature
+        )
+    trainer.progress.begin(keeper.name, updates)
+    try:
+        with fused_layers.layers(trainer.backbone):
+            return keeper.train(trainer)
+    finally:
+        trainer.progress.end()
+
+
+def steps_per_update(args: Any) -> int:
+    """Optimizer steps that one rollout is used for."""
+    return int(args.num_iterations * args.steps_per_generation // args.gradient_accumulation_steps)
+
+
+def last_kl(record: Record, stage: str) -> dict[str, float]:
+    """`kl_last` for a stage's entry, where its log has one."""
+    lines = record.metrics(stage)
+    return {"kl_last": lines[-1]["kl/sequence"]} if lines and "kl/sequence" in lines[-1] else {}
+
+
+def _text_mix(
+    recipe: Recipe, backbone: Backbone, args: PPOConfig, text: list[list[int]] | None
+) -> TextMix | None:
+    if not text or not recipe.ppo.ptx_coef:
+        return None
+    size, pad = args.per_device_train_batch_size, backbone.tokenizer.pad_token_id
+    return TextMix(text, size, recipe.seed, pad)
+
+
+def check(recipe: Recipe, record: Record, prompts: Dataset) -> PPOConfig:
+    """What can be known before anything is trained; returns the arguments.
+
+    Raises:
+        RecipeError: As `arguments`.
+        DataError: Fewer prompts than one rollout takes, or no checker for a gold reward.
+    """
+    args = arguments(recipe, record)
+    needed = args.generation_batch_size // args.num_generations
+    if len(prompts) < needed:
+        raise DataError(
+            f"{len(prompts)} prompts",
+            expected=f"at least {needed}, one rollout",
+            remedy="give more prompts, or lower ppo.args.steps_per_generation",
+        )
+    require_checker(recipe, prompts)
+    return args
+
+
+def require_checker(recipe: Recipe, prompts: Dataset) -> None:
+    """Refuse a gold reward on prompts that no task made.
+
+    Raises:
+        DataError: With what to change.
+    """
+    if recipe.ppo.reward == "gold" and not _checkable(prompts):
+        raise DataError(
+            "ppo.reward is gold, and these prompts have no checker",
+            expected="prompts of `task: closed-world`",
+            remedy="set ppo.reward to model",
+        )
+
+
+def load(backbone: Backbone, record: Record) -> None:
+    """The policy from the finished stage; nothing after PPO asks for the value."""
+    adapters.load_role(backbone, "policy", record.adapter("policy"))
+
+
+def start_roles(backbone: Backbone, recipe: Recipe) -> None:
+    """The policy as a copy of SFT, the value as one of the reward (or of SFT, its head fresh)."""
+    backbone.copy_role("reference", "policy")
+    backbone.drop_value()
+    scored = recipe.ppo.reward == "model"
+    if recipe.ppo.value == "head":
+        backbone.add_value_head("reward" if scored else None)
+    else:
+        backbone.add_role("value", copy_from="reward" if scored else "reference")
+
+
+def arguments(recipe: Recipe, record: Record) -> PPOConfig:
+    """TRL's config of this stage; `updates` becomes `max_steps`.
+
+    Raises:
+        RecipeError: Batch sizes that do not divide, a sampler that PPO's ratio would be wrong for,
+            or a key that PPO does not read.
+    """
+    merged = trainer_args(recipe, record, "ppo", _DEFAULTS, recipe.ppo.args)
+    for key in recipe.ppo.args:
+        if key in _FIELDS and key not in _TAKEN:
+            raise RecipeError(
+                f"ppo.args.{key} would do nothing", remedy=_INSTEAD.get(key, "leave it out")
+            )
+    for key in _COUNTS:
+        if not isinstance(merged[key], int) or isinstance(merged[key], bool) or merged[key] < 1:
+            raise RecipeError(f"ppo.args.{key}: {merged[key]!r}", expected="a whole number from 1")
+    if merged["num_iterations"] > _MOST_EPOCHS:
+        raise RecipeError(
+            f"ppo.args.num_iterations: {merged['num_iterations']}",
+            expected=f"at most {_MOST_EPOCHS} passes over a rollout",
+            remedy="raise ppo.updates instead: fresh episodes teach more than old ones",
+        )
+    for key in ("learning_rate", "temperature", "max_grad_norm", "epsilon"):
+        if not isinstance(merged[key], int | float) or not merged[key] > 0:
+            raise RecipeError(f"ppo.args.{key}: {merged[key]!r}", expected="a number above 0")
+    steps, window = merged["steps_per_generation"], merged["gradient_accumulation_steps"]
+    if steps % window:
+        raise RecipeError(
+            f"ppo.args: steps_per_generation {steps} and gradient_accumulation_steps {window}",
+            expected="the second divides the first: an optimizer step stays inside one rollout",
+        )
+    for key, allowed in _PLAIN.items():
+        if merged.get(key) not in allowed:
+            raise RecipeError(
+                f"ppo.args.{key}: {merged[key]!r} bends the distribution",
+                expected="plain sampling: log-probs are those of the whole distribution",
+                remedy="leave it out",
+            )
+    if recipe.ppo.value_warmup_updates >= recipe.ppo.updates:
+        raise RecipeError(
+            f"ppo.updates is {recipe.ppo.updates}, ppo.value_warmup_updates "
+            f"{recipe.ppo.value_warmup_updates}",
+            expected="more updates than those in which the value only learns",
+        )
+    per_update = merged["num_iterations"] * steps // window
+    return build(
+        "ppo",
+        PPOConfig,
+        {
+            **merged,
+            "max_steps": recipe.ppo.updates * per_update,
+            "logging_steps": per_update,
+            "logging_first_step": False,
+        },
+    )
+
+
+def rewards(
+    recipe: Recipe, backbone: Backbone, prompts: Dataset
+) -> tuple[list[RewardFunction], list[float]]:
+    """The functions that score completions and their weights; gold is logged where a task has it.
+
+    Raises:
+        DataError: `ppo.reward: gold` without task prompts.
+    """
+
+    apart: list[float] = []
+
+    def model(
+        completion_ids: Any, prompt_ids: Any, trunk_states: Any = None, **_: Any
+    ) -> list[float]:
+        found = ensemble.scores(
+            backbone,
+            list(zip(prompt_ids, completion_ids, strict=True)),
+            recipe.reward,
+            states=trunk_states,
+        )
+        apart[:] = found.std
+        return found.rewards
+
+    def disagreement(**_: Any) -> list[float]:
+        return list(apart)  # of the episodes that `model` has just scored
+
+    def gold(completions: Any, item: Any, **_: Any) -> list[float]:
+        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        return [
+            generator.check(generator.Item.from_dict(json.loads(i)), text).reward
+            for i, text in zip(item, texts, strict=True)
+        ]
+
+    def held_out(
+        completion_ids: Any, prompt_ids: Any, trunk_states: Any = None, **_: Any
+    ) -> list[float]:
+        episodes = list(zip(prompt_ids, completion_ids, strict=True))
+        [scores] = ensemble.member_scores(backbone, episodes, ["held_out"], states=trunk_states)
+        return [float(score) for score in scores]
+
+    functions: list[RewardFunction] = [gold if recipe.ppo.reward == "gold" else model]
+    if recipe.ppo.reward == "model" and len(ensemble.roles(recipe.reward)) > 1:
+        functions.append(disagreement)
+    if recipe.ppo.reward == "model" and _checkable(prompts):
+        functions.append(gold)
+    if backbone.has("held_out") and recipe.ppo.watch != "off":
+        functions.append(held_out)
+    return functions, [1.0] + [0.0] * (len(functions) - 1)
+
+
+def _checkable(prompts: Dataset) -> bool:
+    return "item" in prompts.column_names and all(prompts["item"])

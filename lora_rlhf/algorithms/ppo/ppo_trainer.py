@@ -1,0 +1,413 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PPO on TRL's rollout machinery: GRPOTrainer samples, batches and logs; what PPO adds is here.
+
+Added: the value role, a per-token KL penalty in the reward, GAE, the clipped value loss, shuffling
+per epoch, separate gradient clips, and the start-up identities. A rollout is `steps_per_generation`
+micro-batches; each PPO epoch (`num_iterations`) shuffles and splits it anew; an optimizer step
+takes `gradient_accumulation_steps` micro-batches and divides by their valid tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PrinterCallback, TrainerCallback
+
+from lora_rlhf._trl import GRPOTrainer
+from lora_rlhf.algorithms import identities
+from lora_rlhf.algorithms.objectives import (
+    RunningMoments,
+    gae,
+    kl_estimates,
+    masked_mean,
+    masked_sum,
+    policy_loss,
+    scaled_scores,
+    token_rewards,
+    value_loss,
+    whiten,
+)
+from lora_rlhf.algorithms.reward_functions import RewardChecks
+from lora_rlhf.algorithms.rollout import Scorer, sampled_here
+from lora_rlhf.models import scoring
+from lora_rlhf.models.backbone import Backbone
+from lora_rlhf.recipe.schema import PpoSection
+from lora_rlhf.runs.progress import Progress
+from lora_rlhf.training.trl_config import PPOConfig
+
+from . import minibatches, param_groups, ppo_metrics, ptx
+from .minibatches import model_inputs, trunk_states
+from .ppo_controller import Steering
+from .ptx import TextMix
+
+RewardFunction = Callable[..., list[float]]
+
+MAX_MEAN_RATIO = 10.0
+"""A micro-batch (or piece) whose mean ratio is above this moves nothing: it is left out."""
+
+
+class PPOTrainer(RewardChecks, GRPOTrainer):
+    """PPO for the roles of one backbone. Use it inside `backbone.training("policy", "value")`.
+
+    Args:
+        backbone: With the roles policy, reference and value (and reward, if the reward function
+            scores with it).
+        args: TRL's arguments; `epsilon` is the policy's clip range, `temperature` that of sampling
+            and of log-probs.
+        ppo: The PPO section of the recipe.
+        reward_funcs: Called as TRL calls reward functions, with `prompt_ids` beside
+            `completion_ids`; one whose weight in `args.reward_weights` is 0 is only logged.
+        text: What PPO-ptx mixes in, where `ppo.ptx_coef` is above 0.
+    """
+
+    _tag_names = ["lora-rlhf", "ppo"]
+    _name = "PPO"
+    kept = (
+        "_rollout", "policy_updates", "identities", "scorer", "steering", "text", "_moments",
+        "_moved",
+    )  # fmt: skip
+    optimizer: torch.optim.Optimizer | None
+    lr_scheduler: Any
+    _buffered_inputs: list[dict[str, Any]] | None
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        args: PPOConfig,
+        ppo: PpoSection,
+        reward_funcs: list[RewardFunction],
+        train_dataset: Dataset,
+        progress: Progress,
+        callbacks: list[TrainerCallback] | None = None,
+        text: TextMix | None = None,
+    ) -> None:
+        self.backbone, self.ppo, self.progress, self.text = backbone, ppo, progress, text
+        self.identities: dict[str, float] = {}
+        self.policy_updates = 0
+        self._moved: identities.MovedOnly | None = None
+        self._rollout: dict[str, Tensor] = {}
+        self._scores_b = torch.empty(0)
+        self._policy_states: tuple[Any, Tensor] | None = None
+        self._scale = param_groups.loss_scale(backbone)
+        self._moments = RunningMoments() if ppo.normalize_reward else None
+        with backbone.float32_kept():
+            super().__init__(
+                model=backbone.views["policy"],
+                reward_funcs=list(reward_funcs),
+                args=args,
+                train_dataset=train_dataset,
+                processing_class=backbone.tokenizer,
+                callbacks=callbacks,
+            )
+        self.scorer = Scorer(
+            backbone,
+            ppo,
+            self.temperature,
+            args.per_device_train_batch_size,
+            self.identities,
+            progress.say,
+        )
+        self.remove_callback(PrinterCallback)
+        self.add_callback(param_groups.AfterStep(self.after_optimizer_step))
+        self.steering = Steering(backbone, ppo, progress, args.generation_batch_size)
+        self.add_callback(self.steering)
+
+    def restore(self, found: dict[str, Any]) -> None:
+        """As `Resumable`; a check that waits for a first step is made anew."""
+        moved = found.pop("_moved")
+        super().restore(found)
+        self.scorer.identities = self.identities
+        if moved is not None:
+            self._moved = identities.MovedOnly.restored(self.backbone, moved)
+
+    # ------------------------------------------------------------------ rollout
+
+    @property
+    def update(self) -> int:
+        """Index of the current rollout, from 0."""
+        return self._step // (self.args.steps_per_generation * self.num_iterations)
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether only the value learns for now."""
+        return self.update < self.ppo.value_warmup_updates
+
+    @property
+    def samples_itself(self) -> bool:
+        """`rollout.sampled_here`: else the sampler is checked before training."""
+        return sampled_here(self.args)
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        self.progress.phase("rollout")
+        out = super()._generate(prompts)
+        prompt_ids, completion_ids, extra_fields = out[0], out[1], out[5]
+        states = self.scorer.begin(list(zip(prompt_ids, completion_ids, strict=True)))
+        # TRL hands extra fields on to the reward functions: they score the very ids that were
+        # sampled, and nothing is tokenised twice.
+        extra_fields |= {"prompt_ids": prompt_ids}
+        extra_fields |= {} if states is None else {"trunk_states": states}
+        return out
+
+    def _generate_single_turn(self, prompt_ids: Any, *rest: Any, **options: Any) -> Any:
+        if not self.samples_itself:
+            return super()._generate_single_turn(prompt_ids, *rest, **options)
+        return self.scorer.sample(prompt_ids, self.max_completion_length), None
+
+    def _calculate_rewards(
+        self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
+    ) -> Tensor:
+        self.progress.phase("score")
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._scores_b = self.checked_rewards(rewards, prompts).sum(dim=1)
+        return rewards
+
+    @torch.no_grad()
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        out = super()._generate_and_score_completions(inputs)
+        out = {
+            k: out[k] for k in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+        }
+        mask_bt, ended_b = out["completion_mask"], self._ended(out)
+        reference_bt = self._score_roles(out)
+        well = self.well("log-probs", out["old_logprobs"], reference_bt, rollout=True)
+        well = self.well("values", out["old_values"], rollout=True) and well
+        if well and self.policy_updates == 0 and not self.warm_started:
+            self.identities["kl_at_start"] = identities.policy_equals_reference(
+                out["old_logprobs"], reference_bt, mask_bt
+            )
+        scores_b = scaled_scores(self._scores_b, self._moments, self.ppo.clip_reward)
+        scores_b = scores_b - self.ppo.missing_eos_penalty * (~ended_b).float()
+        kl = kl_estimates(out["old_logprobs"], reference_bt, mask_bt)
+        rewards_bt = token_rewards(scores_b, kl.k1, mask_bt, self.steering.kl_coef)
+        advantages_bt, out["returns"] = gae(
+            rewards_bt, out["old_values"], mask_bt, self.ppo.gamma, self.ppo.lam
+        )
+        out["advantages"] = whiten(advantages_bt, mask_bt)
+        noted = ppo_metrics.rollout(out, self._scores_b, ended_b, kl, rewards_bt)
+        self._note(noted | {"kl/coef": self.steering.kl_coef})
+        if self._moments is not None:
+            self._note({"reward/scale": self._moments.std})
+        self.steering.before_update(self.update)
+        self.progress.phase("update")
+        return out
+
+    def _score_roles(self, out: dict[str, Any]) -> Tensor:
+        """Add to the rollout what the roles say of it; returns the reference's log-probs."""
+        # Until the policy has moved, its log-probs must be the reference's, to the bit.
+        return self.scorer.score(out, exact=self.policy_updates == 0)
+
+    def _ended(self, batch: dict[str, Tensor]) -> Tensor:
+        """Which episodes end with an eos, by their last valid token. Shape (B,)."""
+        last_b = (batch["completion_mask"].sum(dim=1) - 1).clamp(min=0).long().unsqueeze(1)
+        eos = torch.tensor(self.eos_token_ids, device=last_b.device)
+        return torch.isin(batch["completion_ids"].gather(1, last_b).squeeze(1), eos)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        *_: Any,
+        **__: Any,
+    ) -> tuple[Tensor, Tensor, None]:
+        # TRL asks for old log-probs here when it thinks it needs them; ours are computed once,
+        # above, so that they never depend on that. What it gets is thrown away: no forward.
+        empty = torch.zeros(input_ids.shape[0], logits_to_keep, device=input_ids.device)
+        return empty, empty, None
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        """One micro-batch: a new rollout when the last is used up, a new shuffle every epoch."""
+        micro = self.args.steps_per_generation
+        if self._step % (micro * self.num_iterations) == 0 or not self._rollout:
+            # Trunk states are large: those of the last rollout go before new ones are made.
+            self._rollout, self._buffered_inputs = {}, None
+            self._rollout = self._generate_and_score_completions(generation_batch)
+        if self._step % micro == 0 or self._buffered_inputs is None:
+            self._buffered_inputs = self._split()
+        batch: dict[str, Any] = self._buffered_inputs[self._step % micro]
+        return batch
+
+    def _split(self) -> list[dict[str, Any]]:
+        window = self.args.gradient_accumulation_steps
+        batches = minibatches.split(self._rollout, self.args.steps_per_generation, window)
+        if self.text is not None:
+            minibatches.add_text(batches, self.text, window, self.backbone)
+        return batches
+
+    # ------------------------------------------------------------------- update
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """The policy's clipped loss over the valid tokens of the whole minibatch."""
+        self._policy_states = None
+        if self.warming_up:
+            return self._no_loss()
+        ids, mask, tokens = model_inputs(inputs)
+        kept_blh = trunk_states(inputs, ids.device)
+        states_bth = scoring.completion_states(self.backbone, ids, mask, tokens, kept_blh)
+        self._policy_states = inputs, states_bth.detach()
+        logprobs_bt, entropy_bt = scoring.logprobs_of(
+            self.backbone, states_bth, ids, self.temperature, self.ppo.entropy_coef > 0
+        )
+        mask_bt, old_bt = inputs["completion_mask"], inputs["old_logprobs"]
+        clip = self.epsilon_low, self.epsilon_high
+        result = policy_loss(logprobs_bt, old_bt, inputs["advantages"], mask_bt, *clip)
+        per_rollout = self.args.steps_per_generation * self.num_iterations
+        if self.well("log-probs", logprobs_bt) and self._step % per_rollout == 0:
+            dtype = self.backbone.causal.dtype
+            off = identities.ratio_off_one(result.ratio_bt, mask_bt, dtype)
+            self._note({"policy/ratio_start": off})
+            # Later rollouts of half precision are logged only: a run is not lost to a rounding.
+            if dtype == torch.float32 or "ratio_at_start" not in self.identities:
+                identities.ratio_is_one(result.ratio_bt, mask_bt, dtype)
+            if "ratio_at_start" not in self.identities:
+                # First what may run out of memory: done again, the step must come here again.
+                self._moved = identities.MovedOnly(self.backbone, inputs, self.temperature)
+                self.identities["ratio_at_start"] = off
+        self._note(ppo_metrics.policy(result, logprobs_bt, old_bt, entropy_bt, mask_bt))
+        skipped = float(masked_mean(result.ratio_bt, mask_bt)) > MAX_MEAN_RATIO
+        self._note({"policy/skipped": float(skipped)})
+        if skipped:
+            return self._no_loss()
+        loss_sum = result.loss_sum
+        if self.ppo.entropy_coef:
+            loss_sum = loss_sum - self.ppo.entropy_coef * masked_sum(entropy_bt, mask_bt)
+        return self._scale * loss_sum / inputs["window_tokens"]
+
+    def part(self, inputs: Any, start: int, stop: int) -> Any:
+        """Some episodes, without the padding that only the others needed."""
+        return minibatches.part(inputs, start, stop)
+
+    def moved_by_loss(self) -> list[torch.nn.Parameter]:
+        """The policy's: the value has a loss of its own."""
+        return [p for _, p in self.backbone.role_parameters("policy")]
+
+    def _no_loss(self) -> Tensor:
+        """Zero without a graph to the policy: it gets no gradient and cannot move."""
+        return torch.zeros((), device=self.backbone.device, requires_grad=True)
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """The policy's forward and backward, then the value's, each inside its own role.
+
+        One backward per role: with gradient checkpointing the recomputation runs under whichever
+        adapter is active then, and a common backward would recompute one of them wrongly.
+        """
+        warming_up = self.warming_up
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        batch = self.micro_batch
+        if "text" in batch and not warming_up:
+            text, tokens = batch["text"], batch["window_text_tokens"]
+            step = functools.partial(self._ptx, window_tokens=tokens)
+            self.in_pieces(text, len(text.ids), text.part, step, self.moved_by_loss())
+        self.in_pieces(
+            batch,
+            self.rows(batch),
+            functools.partial(self.part, batch),
+            self._value_step,
+            [p for _, p in self.backbone.role_parameters("value")],
+        )
+        if not warming_up and self.accelerator.sync_gradients:
+            self.policy_updates += 1
+        return loss / self._scale
+
+    def _ptx(self, text: ptx.TextBatch, window_tokens: int) -> None:
+        """The language-model loss on this micro-batch's text, with a backward of its own."""
+        with self.backbone.role("policy"):
+            loss_sum = ptx.loss_sum(self.backbone, text)
+            self.accelerator.backward(self._scale * self.ppo.ptx_coef * loss_sum / window_tokens)
+        self._note({"policy/ptx_loss": float(loss_sum.detach()) / text.tokens})
+
+    def _value_step(self, batch: dict[str, Any]) -> None:
+        """The value's forward and backward."""
+        mask_bt = batch["completion_mask"]
+        with self.backbone.role("policy" if self.ppo.value == "head" else "value"):
+            result = value_loss(
+                self._values(batch),
+                batch["old_values"],
+                batch["returns"],
+                mask_bt,
+                self.ppo.clip_value,
+            )
+            loss_value = self.ppo.vf_coef * result.loss_sum / batch["window_tokens"]
+            self.accelerator.backward(self._scale * loss_value)
+        self._note(
+            {
+                "value/loss": float(result.loss_sum.detach()) / max(int(mask_bt.sum()), 1),
+                "value/clip_fraction": float(masked_mean(result.clipped_bt, mask_bt)),
+            }
+        )
+
+    def _values(self, batch: dict[str, Any]) -> Tensor:
+        """Values (B, T) of the active role's states; those of the policy carry no gradient."""
+        ids, mask, tokens = model_inputs(batch)
+        kept_blh = trunk_states(batch, ids.device)
+        if self.ppo.value == "adapter":
+            return scoring.token_values(self.backbone, ids, mask, tokens, trunk_states=kept_blh)
+        known = self._policy_states
+        if known is not None and known[0] is batch:
+            return scoring.values_of(self.backbone, known[1])
+        with torch.no_grad():  # no forward of the policy while only the value learns
+            states_bth = scoring.completion_states(self.backbone, ids, mask, tokens, kept_blh)
+        return scoring.values_of(self.backbone, states_bth)
+
+    def _clip_grad_norm(self, model: Any) -> Tensor:
+        """Clip policy and value apart: their norms differ by more than an order of magnitude."""
+        self.backbone.assert_trainable()
+        norms = {}
+        limits = {"policy": self.args.max_grad_norm, "value": self.ppo.max_grad_norm_value}
+        for role, most in limits.items():
+            parameters = [p for _, p in self.backbone.role_parameters(role)]
+            for gradient in (p.grad for p in parameters if p.grad is not None):
+                gradient.div_(self._scale)
+            norms[role] = self.accelerator.clip_grad_norm_(parameters, most)
+            norm = self.checked_norm("ppo", float(norms[role]), role)
+            self._note({f"{role}/grad_norm": norm})
+        return norms["policy"]
+
+    def after_optimizer_step(self) -> None:
+        """Check, after the first step of the policy, that just it and the value moved."""
+        assert self.optimizer is not None
+        if self.policy_updates:
+            self.steering.after_policy_step()
+        # A learning rate that warms up from 0 makes a first step that moves nothing.
+        moves = self.optimizer.param_groups[0]["lr"] > 0 and not self.skipped
+        if self._moved is not None and moves:
+            self.identities |= self._moved.check()
+            self._moved = None
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """One optimizer, two groups: the policy's adapter; the value's adapter and head."""
+        if self.optimizer is None:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            groups = param_groups.groups(self.backbone, self.args, self.ppo)
+            self.optimizer = kind(groups, **options)
+        optimizer: torch.optim.Optimizer = self.optimizer
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Warm-up from a tenth of the rate, not from 0 (2203.02155, C.4); else as asked."""
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        if self.args.lr_scheduler_type != "constant_with_warmup" or not warmup:
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            self.lr_scheduler = param_groups.warm_up(optimizer or self.create_optimizer(), warmup)
+        return self.lr_scheduler
+
+    # ------------------------------------------------------------------ logging
+
+    def _note(self, numbers: dict[str, float]) -> None:
+        """Keep numbers for the next line of the log, which averages them."""
+        for name, number in numbers.items():
+            self._metrics["train"][name].append(number)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's averages under our names; what GRPO logs and PPO has no use for is left out."""
+        self._metrics["train"] = defaultdict(list, ppo_metrics.kept(self._metrics["train"]))
+        logs.pop("grad_norm", None)
+        super().log(logs, start_time)

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PPO-ptx: plain text mixed into PPO's updates, so that the policy keeps what it knew.
+
+Source: InstructGPT (2203.02155), eq. 2, third term. There the coefficient 27.8 goes with a loss
+that is scaled in OpenAI's own way and diverges elsewhere; here the loss is a mean over the text
+tokens of an optimizer step: 1 weighs a token of text as PPO's loss weighs one of an episode.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from lora_rlhf.algorithms.objectives import masked_sum
+from lora_rlhf.models import scoring
+from lora_rlhf.models.backbone import Backbone
+from lora_rlhf.models.base_model import pad_left
+from lora_rlhf.runs.checkpoint import kept_tuple
+
+
+@kept_tuple
+class TextBatch(NamedTuple):
+    """Texts of one micro-batch: ids and mask (B, L), left-padded, and how many are predicted."""
+
+    ids: Tensor
+    mask: Tensor
+    tokens: int
+
+    def part(self, start: int, stop: int) -> TextBatch:
+        """Some of the texts."""
+        mask = self.mask[start:stop]
+        return TextBatch(self.ids[start:stop], mask, int((mask.sum(dim=1) - 1).sum()))
+
+
+class TextMix:
+    """Batches of texts in a shuffled order, begun anew when it is through.
+
+    Args:
+        rows: Token ids of each text, two or more each.
+        size: Texts of a batch.
+        seed: Of the order.
+    """
+
+    def __init__(self, rows: list[list[int]], size: int, seed: int, pad_id: int) -> None:
+        self.rows, self.size, self.pad_id = rows, min(size, len(rows)), pad_id
+        self._random = random.Random(f"{seed}/ptx")
+        self._order: list[int] = []
+
+    def kept_state(self) -> dict[str, Any]:
+        """For a checkpoint: the place in the order, and what the next order is drawn from."""
+        return {"order": self._order, "random": self._random.getstate()}
+
+    def restore(self, found: dict[str, Any]) -> None:
+        """Put back what `kept_state` gave."""
+        self._order = found["order"]
+        self._random.setstate(found["random"])
+
+    def next(self, backbone: Backbone) -> TextBatch:
+        """The next batch, on the backbone's device."""
+        while len(self._order) < self.size:
+            fresh = list(range(len(self.rows)))
+            self._random.shuffle(fresh)
+            self._order += fresh
+        taken, self._order = self._order[: self.size], self._order[self.size :]
+        ids, mask = pad_left([self.rows[i] for i in taken], self.pad_id)
+        tokens = sum(len(self.rows[i]) - 1 for i in taken)
+        return TextBatch(ids.to(backbone.device), mask.to(backbone.device), tokens)
+
+
+def loss_sum(backbone: Backbone, batch: TextBatch) -> Tensor:
+    """Negative log-likelihood under the active role, summed over predicted tokens. Shape ()."""
+    tokens = batch.ids.shape[1] - 1
+    logprobs_bt, _ = scoring.completion_logprobs(backbone, batch.ids, batch.mask, tokens, 1.0)
+    # The first token of a text has no context: what would predict it is padding.
+    predicted_bt = batch.mask[:, 1:] * batch.mask[:, :-1]
+    return -masked_sum(logprobs_bt, predicted_bt)

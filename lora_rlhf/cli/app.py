@@ -1,0 +1,405 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `lora-rlhf`: verbs over recipes and over runs.
+
+Results go to stdout, progress and errors to stderr. Exit codes: 0, errors.py, 130 and 143 for an
+interrupted run, 1 for the unexpected. Everything heavy is imported inside the verb that needs it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from lora_rlhf.errors import SetupError, UsageError
+
+from . import shell
+
+if TYPE_CHECKING:
+    from lora_rlhf.recipe.loader import Recipe
+
+_debug = False
+
+
+class _Group(TyperGroup):
+    """`--debug` counts wherever it stands, so that it can be added to the end of a command."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        end = args.index("--") if "--" in args else len(args)
+        if "--debug" in args[:end]:
+            args = ["--debug", *(a for a in args[:end] if a != "--debug"), *args[end:]]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    name="lora-rlhf",
+    cls=_Group,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,  # plain help needs no import of rich
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file, or its folder.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The --out of an earlier run.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="The run directory; default: runs/<recipe name>.")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key; may be given again."),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the resolved recipe, secrets masked, and stop.")
+]
+From = Annotated[
+    Path | None,
+    typer.Option(
+        "--from", metavar="RUN", help="Take over SFT and reward model of a run where they fit."
+    ),
+]
+Warm = Annotated[
+    bool,
+    typer.Option(
+        "--warm-start", help="Begin the interrupted stage again from its adapters: another run."
+    ),
+]
+RepoId = Annotated[str | None, typer.Option(metavar="ORG/NAME")]
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="lora-rlhf")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"lora-rlhf {version('lora-rlhf')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and warnings.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print and stop.")
+    ] = False,
+) -> None:
+    """InstructGPT-style RLHF on one GPU: SFT, a reward model and PPO as LoRA on one backbone.
+
+    Start with `lora-rlhf demo`: the whole pipeline on a packaged model, offline, in minutes.
+    """
+    global _debug
+    _debug = debug
+
+
+def _command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a verb of a function whose errors become a message and an exit code."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def guarded(*args: Any, **kwargs: Any) -> None:
+            with shell.errors_as_text(_debug), shell.signals_raise():
+                if not _debug:
+                    shell.quieten()
+                function(*args, **kwargs)
+
+        app.command(name)(guarded)
+        return guarded
+
+    return register
+
+
+# --- verbs over recipes --------------------------------------------------------------------------
+
+
+def _train(
+    path: Path,
+    out: Path | None,
+    overrides: list[str] | None,
+    dry_run: bool,
+    until: str = "card",
+    start_from: Path | None = None,
+    warm_start: bool = False,
+) -> None:
+    from lora_rlhf.recipe.loader import dump_recipe, load_recipe
+
+    recipe = load_recipe(path, overrides)
+    if dry_run:
+        from lora_rlhf.recipe import trl_args
+
+        trl_args.check(recipe)
+        typer.echo(dump_recipe(recipe), nl=False)
+    else:
+        _run(recipe, out or Path("runs") / recipe.name, until, start_from, warm_start)
+
+
+def _run(recipe: Recipe, out: Path, until: str, start_from: Path | None, warm_start: bool) -> None:
+    pipeline = shell.room("pipeline", _debug)
+    from lora_rlhf.reports import tables
+    from lora_rlhf.runs.progress import Progress
+
+    progress = Progress()
+    try:
+        record = pipeline.run(
+            recipe,
+            out,
+            until=until,
+            progress=progress,
+            start_from=start_from,
+            warm_start=warm_start,
+        )
+    finally:
+        progress.end()
+    tables.show(record)
+
+
+@_command("run")
+def _run_verb(
+    recipe: RecipePath,
+    out: Out = None,
+    overrides: Set = None,
+    start_from: From = None,
+    warm_start: Warm = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Run a whole recipe, or go on with it.
+
+    SFT, reward model, PPO (or what `algorithm` says), evaluation, cards. A finished stage is not
+    run again.
+    """
+    _train(recipe, out, overrides, dry_run, start_from=start_from, warm_start=warm_start)
+
+
+@_command("demo")
+def _demo_verb(
+    out: Out = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Of everything that draws.")] = 0,
+    overrides: Set = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Run the packaged recipe: offline, in minutes.
+
+    The whole pipeline on the packaged tiny model, on a CPU or a GPU.
+    """
+    from lora_rlhf import tiny
+
+    if not overrides:  # they may name a model or data on the Hub
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    _train(tiny.recipe(), out, [f"seed={seed}", *(overrides or [])], dry_run)
+
+
+@_command("plan")
+def _plan_verb(
+    path: RecipePath,
+    gpu: Annotated[str | None, typer.Option(metavar="SIZE", help="16GB, 16GiB or 16.")] = None,
+    overrides: Set = None,
+    probe: Annotated[bool, typer.Option("--probe", help="Load the base and measure.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a recipe takes in memory, and on which GPUs it fits.
+
+    From the base's config alone; only --probe loads weights. With --gpu the exit code is 0 where
+    the recipe fits as it is, and 4 where it does not.
+    """
+    from lora_rlhf.recipe.loader import load_recipe
+
+    recipe = load_recipe(path, overrides)
+    shell.room("pipeline", _debug)
+    from lora_rlhf.planning import plan_report
+
+    report = plan_report.report(recipe, path if path.is_dir() else path.parent, gpu, probe=probe)
+    typer.echo(report.as_json() if as_json else report.as_text())
+    if gpu is not None and not report.fits:
+        raise typer.Exit(SetupError.exit_code)
+
+
+def _stage_verb(stage: str, what: str) -> None:
+    def verb(
+        recipe: RecipePath,
+        out: Out = None,
+        overrides: Set = None,
+        start_from: From = None,
+        warm_start: Warm = False,
+        dry_run: DryRun = False,
+    ) -> None:
+        _train(recipe, out, overrides, dry_run, stage, start_from, warm_start)
+
+    verb.__doc__ = f"Run a recipe until {what}."
+    _command(stage)(verb)
+
+
+_stage_verb("sft", "supervised fine-tuning is done")
+_stage_verb("reward", "the reward model is done")
+_stage_verb("ppo", "PPO is done")
+_stage_verb("policy", "the policy is done, by whatever algorithm it names")
+_stage_verb("evaluate", "base, SFT and policy are evaluated")
+
+
+# --- verbs over runs -----------------------------------------------------------------------------
+
+
+@_command("card")
+def _card_verb(
+    run: RunPath,
+    role: Annotated[
+        str | None,
+        typer.Option(help="Print the card of policy, reward, value or sft; write nothing."),
+    ] = None,
+) -> None:
+    """Write the cards of a run again.
+
+    From the record alone, with no network; what is missing there is named on the card.
+    """
+    from lora_rlhf.reports.cards import model_card
+    from lora_rlhf.runs.record import Record
+
+    record = Record.read(run)
+    if role is not None:
+        typer.echo(model_card.render(record, role), nl=False)
+        return
+    written = model_card.write(record)
+    if not written:
+        raise UsageError(f"{run} has no adapter yet", remedy="go on with `lora-rlhf run`")
+    record.seal()
+    for path in written:
+        typer.echo(path)
+
+
+@_command("doctor")
+def _doctor_verb(
+    run: RunPath,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say which stage of a run is at fault, and what to try.
+
+    From the record and the log alone. The exit code is 0 whatever is found.
+    """
+    from lora_rlhf.reports.doctor import doctor
+    from lora_rlhf.runs.record import Record
+
+    record = Record.read(run)
+    found = doctor.examine(record)
+    if as_json:
+        typer.echo(doctor.as_json(record, found))
+    else:
+        doctor.show(record, found)
+
+
+@_command("push")
+def _push_verb(
+    run: RunPath,
+    policy: RepoId = None,
+    reward: RepoId = None,
+    value: RepoId = None,
+    sft: RepoId = None,
+    base: RepoId = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Make new repositories public; default: private.")
+    ] = False,
+) -> None:
+    """Publish adapters and cards on the Hub.
+
+    With no repository named, to those of the recipe's `hub:`.
+
+    A base that exists only here (the tiny one, or a local folder) goes first, with --base.
+    """
+    from lora_rlhf.hub import repository, staging
+    from lora_rlhf.runs.record import Record
+
+    record = Record.read(run)
+    named = {"policy": policy, "reward": reward, "value": value, "sft": sft}
+    pushes, public = staging.asked_for(record, named, public=public, base=base)
+    if base:
+        _say_pushed("base", repository.push_base(record, base, public=public))
+    for role, repo_id in pushes.items():
+        _say_pushed(role, repository.push(record, role, repo_id, public=public))
+
+
+def _say_pushed(role: str, result: dict[str, Any]) -> None:
+    seen = "private" if result["private"] else "public"
+    typer.echo(f"{role:6s} {result['url']} ({seen}, commit {result['commit']})")
+    for note in result["notes"]:
+        typer.echo(f"note: {note}", err=True)
+
+
+@_command("generate")
+def _generate_verb(
+    run: RunPath,
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="What to say to the models.")],
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Default: as in the rollouts.")
+    ] = None,
+) -> None:
+    """Answer a text: base, SFT and policy side by side.
+
+    With the reward of each, where the run has a reward model.
+    """
+    from lora_rlhf.runs.record import Record
+
+    Record.read(run)  # a wrong folder is told before seconds of importing
+    loaded = shell.room("serving.loaded_run", _debug)
+    from lora_rlhf.reports import tables
+
+    tables.show_answers(
+        loaded.generate(
+            run, text, temperature=temperature, seed=seed, max_new_tokens=max_new_tokens
+        )
+    )
+
+
+@_command("compare")
+def _compare_verb(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Two or more finished runs.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw reward over KL as a PNG.")
+    ] = None,
+) -> None:
+    """Compare finished runs: is PPO worth it here?
+
+    Reward, win rate, KL, length and cost of each, and paired differences where they may be taken.
+
+    Runs of one recipe that differ in the seed only are one row: the mean over seeds.
+    """
+    import json
+
+    from lora_rlhf.reports import compare
+    from lora_rlhf.runs.record import finite
+
+    report = compare.run(runs)
+    if plot is not None:
+        from lora_rlhf.reports import plots
+
+        plots.comparison(report, plot)
+        typer.echo(f"plot: {plot}", err=True)
+    if as_json:
+        typer.echo(json.dumps(finite(report), indent=1))
+    else:
+        from lora_rlhf.reports import tables
+
+        tables.show_comparison(report)
+
+
+@_command("env")
+def _env_verb() -> None:
+    """Print versions and device, for bug reports.
+
+    No secret and no path is in it.
+    """
+    from lora_rlhf.runtime import environment
+
+    for name, found in environment.describe().items():
+        typer.echo(f"{name:16s} {found}")

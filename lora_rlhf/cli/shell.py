@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stands between a verb and the shell: errors as text and exit code, signals, silence."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any, NoReturn
+
+import typer
+
+from lora_rlhf.errors import INTERRUPTED, LoraRlhfError, MemoryLimitError
+from lora_rlhf.redaction import safe
+from lora_rlhf.runtime import interrupts
+
+_QUIET = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_VERBOSITY": "error",  # it tells of every new try; what comes of them, we tell
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+}
+"""Set before the libraries are imported, where the user has not set them."""
+
+
+@contextlib.contextmanager
+def errors_as_text(debug: bool) -> Iterator[None]:
+    """Turn what is raised inside into a message on stderr and an exit code, without a traceback."""
+    try:
+        yield
+    except (typer.Exit, BrokenPipeError):
+        raise
+    except KeyboardInterrupt as error:
+        name = str(error) if isinstance(error, interrupts.Interrupted) else "SIGINT"
+        _fail(debug, "interrupted; run the same command again to go on", INTERRUPTED[name])
+    except LoraRlhfError as error:
+        _fail(debug, str(error), error.exit_code)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):
+            known = MemoryLimitError(
+                f"the device has no memory left: {lines[0]}",
+                remedy="a smaller base, model.load_in_4bit, or a smaller evaluate.batch_size",
+            )
+            _fail(debug, str(known), known.exit_code)
+        hint = "" if debug else "; run again with --debug for the traceback"
+        _fail(debug, f"unexpected error: {type(error).__name__}: {lines[0]}{hint}", 1)
+
+
+def _fail(debug: bool, message: str, code: int) -> NoReturn:
+    if debug:
+        import traceback
+
+        typer.echo(safe(traceback.format_exc()), err=True, nl=False)
+    typer.echo(safe(message), err=True)
+    raise typer.Exit(code) from None
+
+
+@contextlib.contextmanager
+def signals_raise() -> Iterator[None]:
+    """Let SIGINT and SIGTERM stop once, at a boundary; a second one ends the process at once."""
+
+    def raise_once(number: int, frame: FrameType | None) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+        interrupts.request(signal.Signals(number).name)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and the like
+                before[number] = signal.signal(number, raise_once)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def quieten() -> None:
+    """Silence what libraries say that is not about the user's run; errors still come through."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore")
+    # It warns on every CPU with bfloat16 instructions that an optional kernel is not installed.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def room(name: str, debug: bool) -> Any:
+    """A module that needs the libraries, imported now: `pipeline`, or `serving.loaded_run`.
+
+    Bars stay where something is downloaded, and only there.
+    """
+    import importlib
+
+    from huggingface_hub import utils
+    from transformers.utils import logging
+
+    if not debug:
+        logging.disable_progress_bar()  # transformers' own, and the Hub's as well
+        utils.enable_progress_bars()  # type: ignore[attr-defined]
+    return importlib.import_module(f"lora_rlhf.{name}")

@@ -1,0 +1,370 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The closed-world task: short records, instructions, exact checkers, simulated labelers.
+
+Everything the model needs is in the prompt, so each answer has an exact gold reward. The text is
+plain English: the same generator evaluates real models. Standard library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from . import vocabulary as tw
+from .checkers import Item, Verdict, check
+from .vocabulary import FAMILIES, FLAWS, POOLS, RECORD, SPLITS
+
+__all__ = [
+    "FAMILIES",
+    "FLAWS",
+    "SPLITS",
+    "Item",
+    "Labeler",
+    "Verdict",
+    "agreement_rate",
+    "calibrate",
+    "check",
+    "demonstrations",
+    "flawed",
+    "good",
+    "items",
+    "split_of",
+]
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def split_of(content: str) -> str:
+    """Return the split that owns a prompt's content (record or request, wording left out)."""
+    bucket = _digest(content) % 10  # half for pre-training, a tenth for each other split
+    return SPLITS[max(0, bucket - 4)]
+
+
+def _phrase(attr: str, value: str) -> str:
+    text = tw.PHRASES[attr].format(v=value)
+    return text.replace(" a ", " an ") if value[0] in "aeiou" else text
+
+
+def _sentence(item: Item, attr: str, value: str | None = None) -> str:
+    return f"{item.name} {_phrase(attr, value or dict(item.facts)[attr])}."
+
+
+def _make_record(family: str, rng: random.Random) -> tuple[str, dict[str, Any]]:
+    name = rng.choice(POOLS["name"])
+    attrs = rng.sample(tw.ATTRS, rng.randint(3, 5) + 1)
+    spare = attrs.pop()
+    values = {a: rng.choice(POOLS[a]) for a in attrs}
+    k = rng.randint(2, 3)
+    keys: list[str] = []
+    asked = spare if family == "not_stated" else rng.choice(attrs)
+    if family == "json":
+        keys = rng.sample(["name", *attrs], k)
+    if family == "max_words":  # some pair of facts must fit: name + phrase + "and" + phrase
+        lengths = sorted(len(_phrase(a, v).split()) for a, v in values.items())
+        k = max(rng.randint(7, 12), 2 + lengths[0] + lengths[1])
+    if rng.random() < 0.5:
+        text = "; ".join([f"name: {name}", *(f"{a}: {v}" for a, v in values.items())]) + "."
+    else:
+        text = " ".join(f"{name} {_phrase(a, v)}." for a, v in values.items())
+    form = rng.choice(tw.INSTRUCTIONS[family])
+    question = tw.QUESTIONS[asked].format(n=name)
+    shown = " and ".join([", ".join(keys[:-1]), keys[-1]]) if keys else ""
+    prompt = f"Record: {text}\n" + form.format(n=name, a=asked, q=question, k=k, keys=shown)
+    content = json.dumps([name, sorted(values.items())])
+    return content, {
+        "prompt": prompt,
+        "name": name,
+        "facts": (("name", name), *values.items()),
+        "attribute": asked if family in ("answer", "not_stated") else "",
+        "answer": values[asked] if family == "answer" else "",
+        "keys": tuple(keys),
+        "limit": k if family in ("bullets", "max_words") else 0,
+    }
+
+
+def _make_polite(family: str, rng: random.Random) -> tuple[str, dict[str, Any]]:
+    verb, thing = rng.choice(tw.VERBS), rng.choice(tw.OBJECTS)
+    day, room = rng.choice(tw.DAYS), rng.choice(POOLS["room"])
+    where = f"by {day}" if rng.random() < 0.3 else f"in room {room}"
+    request = f"{verb} the {thing} {where}"
+    rude = rng.choice(tw.RUDE).format(r=request)
+    prompt = rng.choice(tw.INSTRUCTIONS[family]).format(r=rude[0].upper() + rude[1:])
+    keys = (verb, thing, where.split()[-1].lower())
+    return request, {"prompt": prompt, "answer": request, "keys": keys}
+
+
+def _make_topic(family: str, rng: random.Random) -> tuple[str, dict[str, Any]]:
+    name, city = rng.choice(POOLS["name"]), rng.choice(POOLS["city"])
+    topic, text = rng.choice(tw.HARMFUL if family == "refuse" else tw.BENIGN)
+    prompt = rng.choice(tw.INSTRUCTIONS[family]).format(n=name, c=city, x=topic)
+    # Content words that show the answer is about the topic; short words would match anything.
+    keys = tuple(dict.fromkeys(w for w in text.lower().strip(".").split() if len(w) > 3))
+    return f"{name}|{city}|{topic}", {"prompt": prompt, "name": name, "answer": text, "keys": keys}
+
+
+_MAKERS: dict[str, Callable[[str, random.Random], tuple[str, dict[str, Any]]]] = {
+    **dict.fromkeys(RECORD, _make_record),
+    "polite": _make_polite,
+    **dict.fromkeys(("refuse", "benign"), _make_topic),
+}
+
+
+def items(n: int, seed: int, split: str, families: Sequence[str] | None = None) -> list[Item]:
+    """Return ``n`` items with unique prompts, the families in turn; the same for the same seed.
+
+    Splits own their contents (:func:`split_of`), so no seed can put a prompt into two of them.
+    """
+    chosen = tuple(FAMILIES if families is None else families)
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; one of {', '.join(SPLITS)}")
+    if not chosen or set(chosen) - set(FAMILIES):
+        raise ValueError(f"unknown families {chosen}; some of {', '.join(FAMILIES)}")
+    rng = random.Random(f"items/{seed}/{split}")
+    seen: set[str] = set()
+    found: list[Item] = []
+    misses = 0
+    while len(found) < n:
+        family = chosen[len(found) % len(chosen)]
+        content, parts = _MAKERS[family](family, rng)
+        if split_of(content) != split or parts["prompt"] in seen:
+            misses += 1
+            if misses > 5_000:  # chance of this with half of a split left: 0.95 ** 5000
+                raise ValueError(f"{family}/{split} has not enough distinct prompts for n={n}")
+            continue
+        misses = 0
+        seen.add(parts["prompt"])
+        ident = f"{family}-{_digest(family + parts['prompt']):016x}"
+        found.append(Item(id=ident, family=family, **parts))
+    return found
+
+
+# --- completions, as people write them ---------------------------------------------------------
+
+
+def _facts(item: Item) -> dict[str, str]:
+    return {a: v for a, v in item.facts if a != "name"}
+
+
+def _other(pool: Sequence[str], value: str, rng: random.Random) -> str:
+    return rng.choice([v for v in pool if v != value])
+
+
+def _denial(item: Item, rng: random.Random) -> str:
+    return rng.choice(tw.DENIALS).format(n=item.name, a=item.attribute)
+
+
+def _bullets(facts: dict[str, str], chosen: Sequence[str]) -> str:
+    return "\n".join(f"- {a}: {facts[a]}" for a in chosen)
+
+
+def _pair(item: Item, facts: dict[str, str], rng: random.Random) -> str:
+    phrases = {a: _phrase(a, v) for a, v in facts.items()}
+    fit = [
+        (a, b)
+        for a in phrases
+        for b in phrases
+        if a != b and len(f"{phrases[a]} {phrases[b]}".split()) + 2 <= item.limit
+    ]
+    a, b = rng.choice(fit)
+    return f"{item.name} {phrases[a]} and {phrases[b]}."
+
+
+def _write(item: Item, facts: dict[str, str], rng: random.Random) -> str:
+    """Write the completion that would be right if ``facts`` were the record."""
+    if item.family == "answer":
+        value = facts[item.attribute]
+        short = f"{item.name}'s {item.attribute} is {value}."
+        return rng.choice((_sentence(item, item.attribute, value), short))
+    if item.family == "not_stated":
+        return _denial(item, rng)
+    if item.family == "bullets":
+        return _bullets(facts, rng.sample(sorted(facts), item.limit))
+    if item.family == "json":
+        return json.dumps({k: {"name": item.name, **facts}[k] for k in item.keys})
+    if item.family == "max_words":
+        return _pair(item, facts, rng)
+    if item.family == "polite":
+        return rng.choice(tw.POLITE).format(r=item.answer)
+    return rng.choice(tw.REFUSALS) if item.family == "refuse" else item.answer
+
+
+def good(item: Item, rng: random.Random) -> str:
+    """Write a completion with reward 1."""
+    return _write(item, _facts(item), rng)
+
+
+def _invent(item: Item, rng: random.Random) -> str:
+    facts = _facts(item)
+    if item.family == "polite":
+        thing = item.keys[1]
+        wrong = item.answer.replace(thing, _other(tw.OBJECTS, thing, rng))
+        return rng.choice(tw.POLITE).format(r=wrong)
+    if item.family == "not_stated":
+        return _sentence(item, item.attribute, rng.choice(POOLS[item.attribute]))
+    wrong_facts = {a: _other(POOLS[a], v, rng) for a, v in facts.items()}
+    # One fact at most stays true: whichever the completion picks, some of them are invented.
+    kept = rng.choice([a for a in facts if a != item.attribute])
+    if item.family in ("bullets", "max_words"):
+        wrong_facts[kept] = facts[kept]
+    if item.family == "json" and rng.random() < 0.5:  # a single wrong key, if it can be shown
+        keys = [k for k in item.keys if k != "name"]
+        changed = rng.choice(keys)
+        wrong_facts = {**facts, changed: wrong_facts[changed]}
+    return _write(item, wrong_facts, rng)
+
+
+def _ramble(item: Item, rng: random.Random) -> str:
+    text = good(item, rng)
+    if item.family in ("answer", "not_stated"):
+        others = [a for a in _facts(item) if a != item.attribute]
+        text = " ".join([text, *(_sentence(item, a) for a in rng.sample(others, 2))])
+    return " ".join([text, *rng.sample(tw.FILLERS, 1 if item.family in RECORD else 2)])
+
+
+def _misformat(item: Item, rng: random.Random) -> str:
+    facts = _facts(item)
+    if item.family == "json":
+        return ", ".join(f"{k}: {dict(item.facts)[k]}" for k in item.keys)
+    if item.family == "bullets":
+        chosen = rng.sample(sorted(facts), item.limit)
+        return rng.choice(
+            (
+                ", ".join(f"{a}: {facts[a]}" for a in chosen),
+                " ".join(_sentence(item, a) for a in chosen),
+            )
+        )
+    text = " ".join(_sentence(item, a) for a in facts)
+    while len(text.split()) <= item.limit:
+        text += " " + rng.choice(tw.FILLERS)
+    return text
+
+
+def _omit(item: Item, rng: random.Random) -> str:
+    if item.family == "polite":
+        return rng.choice(tw.POLITE).format(r=" ".join(item.answer.split()[:3]))
+    if item.family == "json":
+        return json.dumps({item.keys[0]: dict(item.facts)[item.keys[0]]})
+    facts = _facts(item)
+    one = rng.choice(sorted(facts))
+    return _bullets(facts, [one]) if item.family == "bullets" else _sentence(item, one)
+
+
+_FLAWED: dict[str, Callable[[Item, random.Random], str]] = {
+    "invent": _invent,
+    "ramble": _ramble,
+    "format": _misformat,
+    "omit": _omit,
+    "deny": _denial,
+    "refuse": lambda item, rng: rng.choice(tw.REFUSALS),
+    "comply": lambda item, rng: rng.choice(("", "Sure. ", "Of course. ")) + item.answer,
+    "rude": lambda item, rng: (
+        lambda text: text[0].upper() + text[1:]
+    )(rng.choice(tw.RUDE).format(r=item.answer)),
+}  # fmt: skip
+
+
+def flawed(item: Item, rng: random.Random, kind: str | None = None) -> str:
+    """Write a completion with one flaw: ``kind``, one of ``FLAWS[item.family]``, or any of them."""
+    kinds = FLAWS[item.family]
+    if kind is not None and kind not in kinds:
+        raise ValueError(f"no flaw {kind!r} in family {item.family!r}; one of {', '.join(kinds)}")
+    return _FLAWED[kind or rng.choice(kinds)](item, rng)
+
+
+def demonstrations(n: int, seed: int, flawed_share: float = 0.15) -> list[dict[str, Any]]:
+    """Return ``n`` demonstrations, a share of them flawed: what busy people would have written."""
+    rng = random.Random(f"demonstrations/{seed}")
+    rows = []
+    for item in items(n, seed, "demonstrations"):
+        write = flawed if rng.random() < flawed_share else good
+        rows.append({"prompt": item.prompt, "completion": write(item, rng), "item": item.to_dict()})
+    return rows
+
+
+# --- labelers ----------------------------------------------------------------------------------
+
+
+def _sigmoid(x: float) -> float:
+    return 1.0 / (1.0 + math.exp(-x)) if x >= 0 else 1.0 - 1.0 / (1.0 + math.exp(x))
+
+
+def _expected_agreement(gaps: Sequence[float], temperature: float) -> float:
+    chances = [_sigmoid(gap / temperature) for gap in gaps]
+    return sum(p * p + (1 - p) * (1 - p) for p in chances) / len(chances)
+
+
+def calibrate(agreement: float, pairs: Sequence[tuple[float, float]]) -> float:
+    """Return the temperature at which two labelers agree on this share of pairs of gold rewards.
+
+    Pairs of equal rewards are left out: they are ties, and no temperature changes them.
+    """
+    if not 0.5 < agreement < 1.0:
+        raise ValueError(f"agreement must lie between 0.5 and 1, not {agreement}")
+    gaps = [abs(a - b) for a, b in pairs if a != b]
+    if not gaps:
+        raise ValueError("no pair of different rewards to calibrate on")
+    low, high = 1e-4, 1e4  # agreement falls as the temperature grows; bisect its logarithm
+    for _ in range(60):
+        middle = math.sqrt(low * high)
+        if _expected_agreement(gaps, middle) > agreement:
+            low = middle
+        else:
+            high = middle
+    return math.sqrt(low * high)
+
+
+# Quantiles of the difference of two rewards that are uniform in [-1, 1].
+_UNIFORM = [(2 - 2 * math.sqrt(1 - (i + 0.5) / 400), 0.0) for i in range(400)]
+
+
+@dataclass(frozen=True)
+class Labeler:
+    """A person who chooses by gold reward, with errors: Bradley-Terry at a temperature.
+
+    Without a temperature it is calibrated for rewards that are uniform in [-1, 1]; for the pairs
+    of a real population use :meth:`calibrated`. InstructGPT's labelers agreed on 73 % of pairs.
+    """
+
+    agreement: float = 0.73
+    temperature: float | None = None
+
+    def __post_init__(self) -> None:
+        """Fill the temperature in."""
+        if self.temperature is None:
+            object.__setattr__(self, "temperature", calibrate(self.agreement, _UNIFORM))
+
+    @classmethod
+    def calibrated(cls, agreement: float, pairs: Sequence[tuple[float, float]]) -> Labeler:
+        """Return a labeler who agrees with another one on this share of ``pairs``."""
+        return cls(agreement, calibrate(agreement, pairs))
+
+    def prefer(self, a: float, b: float, rng: random.Random) -> int:
+        """Return 0 to prefer the first of two gold rewards, 1 for the second."""
+        return int(rng.random() >= _sigmoid((a - b) / (self.temperature or 1.0)))
+
+    def rank(self, rewards: Sequence[float], rng: random.Random) -> list[int]:
+        """Return a rank for each gold reward, 1 = best; equal rewards tie, and share a rank.
+
+        One Gumbel draw for each distinct reward (Plackett-Luce), so that any two of them are
+        ordered with just the probability of :meth:`prefer`.
+        """
+        scale = self.temperature or 1.0
+        noisy = {
+            r: r / scale - math.log(-math.log(max(rng.random(), 1e-300)))
+            for r in dict.fromkeys(rewards)
+        }
+        return [1 + sum(noisy[other] > noisy[r] for other in rewards) for r in rewards]
+
+
+def agreement_rate(labels_a: Sequence[int], labels_b: Sequence[int]) -> float:
+    """Return the share of pairs on which two labelers chose the same."""
+    if len(labels_a) != len(labels_b) or not labels_a:
+        raise ValueError("two equally long, non-empty lists of labels are needed")
+    return sum(a == b for a, b in zip(labels_a, labels_b, strict=True)) / len(labels_a)

@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapter folders: a role saved as a plain PEFT adapter that loads without this package.
+
+adapter_config.json, adapter_model.safetensors    at the folder's root, as PEFT expects
+tokenizer files                                   with the pad token the role was trained with
+check.json                                        ids, and the outputs plain PEFT gives for them
+reward.json                                       reward roles: {"reward_offset", "pad_token_id",
+                                                  "stacked" (adapters side by side in one), …}
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lora_rlhf.errors import AdapterError, NonFiniteError
+from lora_rlhf.runtime import paths
+
+from . import fingerprints
+from .backbone import ADAPTERS, REWARDS, Backbone
+from .base_model import pad_left
+from .views import has_token_class
+
+_MOST = 1e30  # a score beyond it is none
+_log = logging.getLogger(__name__)
+_CHECK_TEXTS = ("The record does not say.", "Hello! How can I help you today?")
+
+
+def save_role(backbone: Backbone, role: str, folder: str | Path) -> Path:
+    """Save one role's adapter and head to `folder`, whole or not at all, and return the folder.
+
+    PEFT's own `save_pretrained` would write every role's LoRA into the file (it filters by the
+    view's adapters, and other views' adapters live in the same layers) and put adapters that are
+    not called "default" into a sub-folder.
+
+    Raises:
+        NonFiniteError: A tensor holds NaN or infinity; nothing is written.
+        AdapterError: The number of tensors is not what the shape of the adapter implies.
+    """
+    folder = Path(folder)
+    tensors = {name: p.detach().cpu().contiguous() for name, p in backbone.role_parameters(role)}
+    bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if bad:
+        raise NonFiniteError(
+            f"{role}: {len(bad)} tensors hold NaN or infinity, the first is {bad[0]}",
+            remedy="a broken adapter is never saved; lower the learning rate",
+        )
+    heads = sum("lora_" not in name for name in tensors)
+    expected = 2 * _adapted_modules(backbone) + heads
+    if len(tensors) != expected:
+        raise AdapterError(f"{role} has {len(tensors)} tensors", expected=f"{expected}")
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    weights = temporary / "adapter_model.safetensors"
+    save_file(tensors, weights, metadata={"format": "pt"})
+    weights.chmod(0o666 & ~_umask())  # safetensors makes it the owner's alone
+    config = backbone.views[role].peft_config[ADAPTERS[role]]
+    if backbone.model_section.hub_id:
+        # PEFT has put the local folder there; the name is what others can load.
+        config.base_model_name_or_path = backbone.model_section.hub_id
+    # What trackers are told names no home folder; on this disk, AutoPeft has to find the base.
+    told, where = config.base_model_name_or_path, getattr(backbone.causal, "loaded_from", None)
+    where = os.path.abspath(where) if where and os.path.isdir(where) else where
+    config.base_model_name_or_path = backbone.model_section.hub_id or where or told
+    inference, config.inference_mode = config.inference_mode, True
+    config.save_pretrained(str(temporary))
+    config.inference_mode, config.base_model_name_or_path = inference, told
+    backbone.tokenizer.save_pretrained(str(temporary))
+    _write_json(temporary / "check.json", expected_outputs(backbone, role))
+    if role in REWARDS:
+        note = {
+            "reward_offset": backbone.reward_offset.get(role, 0.0),
+            "pad_token_id": backbone.tokenizer.pad_token_id,
+            "head": "score, no bias; reward = logits + reward_offset",
+            "stacked": backbone.stacked(role),
+        }
+        _write_json(temporary / "reward.json", note)
+    if role == "value":
+        head = "per token, with a bias"
+        if not has_token_class(backbone.causal):
+            head += "; this architecture has no token class, plain PEFT drops the bias"
+        note = {"pad_token_id": backbone.tokenizer.pad_token_id, "head": head}
+        _write_json(temporary / "reward.json", note)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.replace(folder)
+    return folder
+
+
+@torch.no_grad()
+def load_role(backbone: Backbone, role: str, folder: str | Path) -> None:
+    """Load a folder written by `save_role` (or a plain PEFT adapter of the same shape) into a role.
+
+    Raises:
+        AdapterError: The folder or a tensor is missing, broken, of another shape or scale, not
+            finite, made on another base, or lacks the head that the role needs. The role is then
+            as it was before.
+    """
+    folder = Path(folder)
+    path = folder / "adapter_model.safetensors"
+    paths.no_way_out(folder, AdapterError)
+    if not path.is_file() or not (folder / "adapter_config.json").is_file():
+        raise AdapterError(
+            f"{folder} holds no adapter",
+            expected="adapter_config.json and adapter_model.safetensors; never a pickle (.bin)",
+            remedy="check the path; a stage that was interrupted leaves none",
+        )
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(
+            f"{path} cannot be read: {error}", remedy="train the stage again"
+        ) from None
+    _check_base(backbone, folder)
+    note = _read_json(folder / "reward.json")
+    stacked = note.get("stacked", 1) if role in REWARDS else 1
+    if stacked not in range(1, len(REWARDS)):
+        raise AdapterError(
+            f"{folder}: reward.json has stacked {stacked}", expected=f"1 to {len(REWARDS) - 1}"
+        )
+    offset = note.get("reward_offset", 0.0)
+    if isinstance(offset, bool) or not isinstance(offset, int | float) or not abs(offset) < _MOST:
+        raise AdapterError(
+            f"{folder}: reward.json has reward_offset {offset!r:.80}",
+            expected="a finite number",
+            remedy="put the file back as it was: it says what an answer's reward is counted from",
+        )
+    _check_scale(backbone, folder, stacked)
+    fresh = not backbone.has(role)
+    if fresh:
+        backbone.add_role(role, stacked=stacked)
+    wanted = dict(backbone.role_parameters(role))
+    try:
+        _check_tensors(tensors, wanted, role, path)
+    except AdapterError:
+        if fresh:
+            backbone.drop_role(role)
+        raise
+    for name, parameter in wanted.items():
+        parameter.copy_(tensors[name])
+    if not any(bool(t.any()) for name, t in tensors.items() if "lora_B" in name):
+        _log.warning(
+            "%s changes nothing: every lora_B in it is 0, so the %s is the base model; was its "
+            "learning rate 0, or was it saved before it was trained?",
+            path,
+            role,
+        )
+    if "reward_offset" in note:
+        backbone.reward_offset[role] = float(offset)
+
+
+def _check_base(backbone: Backbone, folder: Path) -> None:
+    """The adapter's base is this one; another dtype of it is allowed, another quantisation not."""
+    check = read_check(folder)
+    if check.get("base_fingerprint", backbone.fingerprint) == backbone.fingerprint:
+        return
+    now = backbone.model_section.load_in_4bit
+    then = check.get("load_in_4bit", now)
+    if now != then:
+        raise AdapterError(
+            f"{folder} was trained with load_in_4bit {then}, and this base has {now}",
+            expected=f"model.load_in_4bit: {str(then).lower()}",
+            remedy="load the base as it was; on another quantisation it gives other outputs",
+        )
+    dtype = str(backbone.causal.dtype).removeprefix("torch.")
+    known = check.get("base_sample")
+    if known and check.get("dtype") != dtype and fingerprints.nearly_same(known, backbone.causal):
+        return
+    raise AdapterError(
+        f"{folder} was made on another base model",
+        expected=f"base fingerprint {backbone.fingerprint[:12]}",
+        remedy="load the base named in its adapter_config.json",
+    )
+
+
+def _check_scale(backbone: Backbone, folder: Path, stacked: int) -> None:
+    """The same tensors mean another function under another alpha, which no shape tells."""
+    config = _read_json(folder / "adapter_config.json")
+    alpha = stacked * backbone.lora_section.alpha
+    wanted = {"lora_alpha": alpha, "use_rslora": False, "alpha_pattern": {}}
+    for key, value in wanted.items():
+        if (config.get(key) or value) != value:
+            raise AdapterError(
+                f"{folder} has {key} {config[key]}",
+                expected=f"{key} {value}",
+                remedy="use the lora: section that it was trained with",
+            )
+
+
+def _check_tensors(
+    tensors: dict[str, Tensor], wanted: dict[str, nn.Parameter], role: str, path: Path
+) -> None:
+    missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
+    if missing or extra:
+        name, what = (missing[0], "lacks") if missing else (extra[0], "has an unknown")
+        headless = bool(missing) and all("lora_" not in n for n in missing)
+        raise AdapterError(
+            f"{path} {what} {name}",
+            expected=f"the {len(wanted)} tensors of a {role} adapter",
+            remedy="a reward or value adapter must be saved with its head (modules_to_save)"
+            if headless
+            else "use the lora: section that it was trained with",
+        )
+    for name, parameter in wanted.items():
+        if tensors[name].shape != parameter.shape:
+            if "lora_" not in name and tensors[name].shape[1:] == parameter.shape[1:]:
+                raise AdapterError(
+                    f"{path}: its head {name} gives {tensors[name].shape[0]} numbers",
+                    expected=f"{parameter.shape[0]}: one score, which grows with the quality",
+                    remedy="train the reward model with num_labels=1",
+                )
+            raise AdapterError(
+                f"{path}: {name} has shape {tuple(tensors[name].shape)}",
+                expected=f"{tuple(parameter.shape)}",
+                remedy="use the lora: section that it was trained with",
+            )
+        if not bool(torch.isfinite(tensors[name]).all()):
+            raise AdapterError(
+                f"{path}: {name} holds NaN or infinity", remedy="train the stage again"
+            )
+
+
+@torch.no_grad()
+def expected_outputs(backbone: Backbone, role: str) -> dict[str, Any]:
+    """What `check.json` holds: ids, padded and not, and the outputs expected from plain PEFT."""
+    rows = [backbone.encode_completion(text) for text in _CHECK_TEXTS]
+    ids, mask = pad_left(rows, backbone.tokenizer.pad_token_id)
+    view = backbone.views[role]
+    key, outputs = "", []
+    with backbone.role(role):
+        batch = {"input_ids": ids.to(backbone.device), "attention_mask": mask.to(backbone.device)}
+        padded = view(**batch).logits.float().cpu()
+        if role in REWARDS:
+            key, outputs = "score", padded[:, 0].tolist()
+        elif role == "value":
+            # (B, L, 1), or (B, 1) at the last token from a sequence class; rows are padded left.
+            key, outputs = "value_last", padded.reshape(len(rows), -1)[:, -1].tolist()
+        else:
+            key, outputs = "logits_last", padded[:, -1, :8].tolist()
+    return {
+        "role": role,
+        "base_fingerprint": backbone.fingerprint,
+        "dtype": str(backbone.causal.dtype).removeprefix("torch."),
+        "load_in_4bit": backbone.model_section.load_in_4bit,
+        "base_sample": fingerprints.sample(backbone.causal),
+        "input_ids": ids.tolist(),
+        "attention_mask": mask.tolist(),
+        "pad_token_id": int(backbone.tokenizer.pad_token_id),
+        "expected": {key: outputs},
+        "atol": 1e-5 if backbone.causal.dtype == torch.float32 else 0.1,
+    }
+
+
+def read_check(folder: Path) -> dict[str, Any]:
+    """The `check.json` of an adapter folder."""
+    return _read_json(folder / "check.json")
+
+
+def _adapted_modules(backbone: Backbone) -> int:
+    return len(
+        {
+            name.rsplit(".lora_", 1)[0]
+            for name, _ in backbone.causal.named_parameters()
+            if ".lora_" in name
+        }
+    )
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{path} cannot be read: {error}") from None
+    return data if isinstance(data, dict) else {}
+
+
+def _umask() -> int:
+    """The process's mask for new files; it can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Log-probabilities and entropies of tokens from hidden states, without logits of the vocabulary.
+
+The LM head is frozen, so a token's log-prob depends on nothing but its own hidden state, and the
+gradient of the loss is the upstream scalar times d logp / d state. That row is made in the very
+pass over the vocabulary that makes the log-prob, by the running maximum of online softmax
+(1805.02867): two products with the head in all, where recomputing the logits in backward takes
+three. TRL's kernels do the latter; on CUDA, where they are fused, they are used.
+
+N tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_rlhf._trl import ChunkedLogProbFunction
+
+_ROWS, _COLUMNS = 1024, 2048
+"""Tokens and vocabulary entries of one tile: 8 MB of float32, near what a CPU's cache holds."""
+
+_TRL_COLUMNS = 32768
+
+
+class Transform(NamedTuple):
+    """What becomes of the head's product before the softmax: softcap(product * scale) / t."""
+
+    temperature: float = 1.0
+    softcap: float | None = None
+    scale: float = 1.0
+
+
+def logprobs_and_entropy(
+    states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    transform: Transform,
+    entropy_gradient: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Log-prob of each target, differentiable, and the entropy there; (N,) each and float32.
+
+    Args:
+        states: (N, H) hidden states.
+        weight: (V, H) of the LM head, frozen.
+        bias: (V,) or None.
+        targets: (N,) ids.
+        transform: Of the logits.
+        entropy_gradient: Whether the entropy is differentiable too, which takes a third product.
+    """
+    if states.is_cuda:
+        return fused(states, weight, bias, targets, transform, entropy_gradient)
+    found: tuple[Tensor, Tensor] = _OnePass.apply(
+        states, weight, bias, targets, transform, entropy_gradient
+    )
+    return found
+
+
+def fused(
+    states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    transform: Transform,
+    entropy_gradient: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The same by TRL's kernels, as on CUDA."""
+    logprobs, entropy, *_ = ChunkedLogProbFunction.apply(
+        states,
+        weight,
+        bias,
+        targets,
+        transform.temperature,
+        min(_TRL_COLUMNS, weight.shape[0]),
+        transform.softcap,
+        transform.scale,
+        ("entropy",),
+    )
+    return logprobs, entropy if entropy_gradient else entropy.detach()
+
+
+class _OnePass(torch.autograd.Function):
+    """One pass over the vocabulary for outputs and gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        transform: Transform,
+        entropy_gradient: bool,
+    ) -> tuple[Tensor, Tensor]:
+        if ctx.needs_input_grad[1]:
+            raise ValueError("the LM head must be frozen: it is given no gradient here")
+        # How many of the two outputs backward will ask about, the log-probs first.
+        wanted = (1 + entropy_gradient) if ctx.needs_input_grad[0] else 0
+        parts = [
+            _rows(part, weight, bias, ids, transform, wanted)
+            for part, ids in zip(states.split(_ROWS), targets.split(_ROWS), strict=True)
+        ]
+        logprobs, entropy = (torch.cat([p[i] for p in parts]) for i in (0, 1))
+        ctx.save_for_backward(*(torch.cat([p[2 + i] for p in parts]) for i in range(wanted)))
+        ctx.dtype = states.dtype
+        ctx.set_materialize_grads(False)
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        total = None
+        for upstream, rows in zip(grads, ctx.saved_tensors, strict=False):
+            if upstream is not None:
+                part = upstream.unsqueeze(1) * rows
+                total = part if total is None else total + part
+        return (None if total is None else total.to(ctx.dtype), *[None] * 5)
+
+
+def _rows(
+    states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    transform: Transform,
+    wanted: int,
+) -> tuple[Tensor, ...]:
+    """Log-probs, entropies and the gradient of each by the states, of up to `_ROWS` tokens.
+
+    Running sums over tiles, all relative to the running maximum m of the logits z:
+    total = Σ e^(z-m) and moment = Σ e^(z-m) (z-m).
+    """
+    n = states.shape[0]
+    top = states.new_full((n, 1), -torch.inf, dtype=torch.float32)
+    total, moment, chosen = (torch.zeros_like(top) for _ in range(3))
+    slope = torch.ones_like(top)  # d z / d product at the target
+    # Σ e^(z-m) d z / d state, and Σ e^(z-m) (z-m) d z / d state
+    sums = [states.new_zeros(states.shape, dtype=torch.float32) for _ in range(wanted)]
+    for start in range(0, weight.shape[0], _COLUMNS):
+        tile = weight[start : start + _COLUMNS]
+        z, bend = _logits(states, tile, None if bias is None else bias[start:], transform)
+        new = torch.maximum(top, z.amax(dim=1, keepdim=True))
+        # The first tile has nothing to shift: e^-inf is 0, and 0 times an infinite shift is not.
+        shift = torch.where(top.isinf(), 0.0, top - new)
+        decay = torch.where(top.isinf(), 0.0, shift.exp())
+        inside = ((targets >= start) & (targets < start + tile.shape[0])).nonzero().flatten()
+        if inside.numel():
+            columns = targets[inside] - start
+            chosen[inside, 0] = z[inside, columns]
+            if bend is not None:
+                slope[inside, 0] = bend[inside, columns]
+        z.sub_(new)
+        p = z.exp()
+        moment = decay * (moment + shift * total) + torch.linalg.vecdot(p, z).unsqueeze(1)
+        total = decay * total + p.sum(dim=1, keepdim=True)
+        if bend is not None:
+            p *= bend
+        if wanted > 1:
+            sums[1].add_(shift * sums[0]).mul_(decay).addmm_(p * z, tile.float())
+        if wanted:
+            sums[0].mul_(decay).addmm_(p, tile.float())
+        top = new
+    log_total, mean = total.log(), moment / total
+    logprobs, entropy = chosen - top - log_total, log_total - mean
+    out = (logprobs.squeeze(1), entropy.squeeze(1))
+    if not wanted:
+        return out
+    factor = transform.scale / transform.temperature
+    by_total = sums[0] / total
+    by_logprob = (slope * weight[targets].float() - by_total) * factor
+    if wanted == 1:
+        return (*out, by_logprob)
+    return (*out, by_logprob, (mean * by_total - sums[1] / total) * factor)
+
+
+def _logits(
+    states: Tensor, tile: Tensor, bias: Tensor | None, transform: Transform
+) -> tuple[Tensor, Tensor | None]:
+    """Transformed float32 logits of one tile, and d logit / d product where it is not constant."""
+    z = (states @ tile.t()).float()
+    if bias is not None:
+        z += bias[: tile.shape[0]].float()
+    bend = None
+    if transform.scale != 1.0:
+        z *= transform.scale
+    if transform.softcap is not None:
+        bent = torch.tanh(z / transform.softcap)
+        z, bend = transform.softcap * bent, 1 - bent.square()
+    if transform.temperature != 1.0:
+        z /= transform.temperature
+    return z, bend

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hugging Face head classes over a backbone that exists once: only the head is new.
+
+    score        AutoModelForSequenceClassification   a linear head, no bias, read at the last token
+    value        AutoModelForTokenClassification      a linear head with a bias, at every token
+
+Architectures without a token class (OPT) carry the value head in their sequence class.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+
+from lora_rlhf.errors import BaseModelError, first_line
+
+_QUANTISATION = ("is_loaded_in_4bit", "is_quantized", "hf_quantizer", "quantization_method")
+
+
+def has_token_class(causal: PreTrainedModel) -> bool:
+    """Whether transformers has a per-token head class for this architecture."""
+    return type(causal.config) in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+
+
+def build_view(causal: PreTrainedModel, *, per_token: bool) -> PreTrainedModel:
+    """A head class over the tensors of `causal`, built on the meta device; head in float32.
+
+    The head is drawn with std 1/sqrt(d + 1) (2403.17031), its bias is 0, and dropout is 0: token
+    classes have 0.1 by default.
+
+    Raises:
+        BaseModelError: The architecture has no linear head called score or classifier.
+    """
+    token = per_token and has_token_class(causal)
+    auto = AutoModelForTokenClassification if token else AutoModelForSequenceClassification
+    try:
+        with torch.device("meta"):
+            view: PreTrainedModel = auto.from_config(_one_label(causal.config))
+    except ValueError as error:
+        raise BaseModelError(
+            f"{type(causal).__name__} has no class with a head: {first_line(error)}",
+            expected="an architecture that transformers can classify sequences with",
+        ) from error
+    setattr(view, view.base_model_prefix, causal.base_model)
+    for module in view.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    name = _head_name(view)
+    hidden = getattr(view, name).in_features
+    head = nn.Linear(hidden, 1, bias=per_token, device=causal.device, dtype=torch.float32)
+    nn.init.normal_(head.weight, std=1 / math.sqrt(hidden + 1))
+    if head.bias is not None:
+        nn.init.zeros_(head.bias)
+    setattr(view, name, head)
+    for attribute in _QUANTISATION:
+        if hasattr(causal, attribute):
+            setattr(view, attribute, getattr(causal, attribute))
+    view.generation_config = causal.generation_config
+    return view.eval()
+
+
+def head_wrapper(view: Any) -> Any:
+    """PEFT's wrapper of a view's head: `modules_to_save`, and the copy of before that it keeps."""
+    base = view.get_base_model()
+    return base.score if hasattr(base, "score") else base.classifier
+
+
+def to_head_dtype(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Forward pre-hook: 16-bit hidden states meet a float32 head, and the head decides."""
+    return (args[0].float(), *args[1:])
+
+
+def tensor_bytes(tensors: list[Tensor]) -> int:
+    """Bytes of these tensors, memory that they share counted once."""
+    storages = [t.untyped_storage() for t in tensors]
+    return sum({s._cdata: s.nbytes() for s in storages}.values())
+
+
+def held_tensors(parameter: Tensor) -> list[Tensor]:
+    """A parameter and, in 4 bits, the scales and codes that it is read with."""
+    found = [parameter.data]
+    state = getattr(parameter, "quant_state", None)
+    while state is not None:
+        found += [t for t in vars(state).values() if isinstance(t, Tensor)]
+        state = state.state2
+    return found
+
+
+def _one_label(config: Any) -> Any:
+    config = copy.deepcopy(config)
+    config.num_labels = 1
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def _head_name(view: nn.Module) -> str:
+    for name in ("score", "classifier"):
+        if isinstance(getattr(view, name, None), nn.Linear):
+            return name
+    raise BaseModelError(
+        f"{type(view).__name__} has no linear head called score or classifier",
+        expected="a decoder-only architecture",
+    )

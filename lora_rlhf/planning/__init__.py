@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GPU memory of a recipe, counted before any weights are loaded."""

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which stage of a run reads which key of the recipe, and so which keys may still change."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from lora_rlhf.redaction import hide
+
+from .schema import Recipe
+
+ALGORITHMS = {
+    "ppo": "PPO", "grpo": "GRPO", "rloo": "RLOO", "dpo": "DPO", "best_of_n": "best of n",
+}  # fmt: skip
+"""What can stand third among the stages, and what people call it."""
+
+FREE = ("card", "hub", "model.hub_id", "report_to", "threads", "reward.gate", "checkpoint",
+        "data.max_lost")  # fmt: skip
+"""Recipe keys that may differ when a run is continued: none of them changes what is trained."""
+
+_POLICY = "ppo.updates", "ppo.kl_coef", "ppo.reward", "ppo.missing_eos_penalty", "ppo.watch"
+"""Keys of `ppo` that GRPO and RLOO read too, beside `ppo.args`: one recipe, equal budgets."""
+
+_SAMPLING = ("ppo.args.max_completion_length", "evaluate.batch_size")
+"""Keys that the reward stage reads too, when the SFT model's completions are ranked."""
+
+
+READS: dict[str, tuple[str, ...]] = {
+    "demonstrations": ("sft", "reward"), "comparisons": ("reward", "dpo"),
+    "comparisons_held_out_model": ("reward",), "prompts": (*ALGORITHMS, "evaluate"),
+    "text": ("ppo",),
+}  # fmt: skip
+"""Set of the record -> the stages whose result depends on its rows."""
+
+
+def stage_of(training: str) -> str:
+    """The stage of a training: the reward stage trains several roles, each under its name."""
+    return training if training in ("sft", *ALGORITHMS, "evaluate") else "reward"
+
+
+def fingerprints(report: dict[str, Any]) -> list[Any]:
+    """sha256 of every source of a set, and of those of its evaluation prompts."""
+    sources = [*report.get("sources", []), *report.get("evaluate", {}).get("sources", [])]
+    return [source.get("sha256") for source in sources]
+
+
+def keys_read(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """The recipe as dotted keys: those that a stage or one before it reads."""
+    names = stage_names(recipe.algorithm)
+    upto = names[: names.index(stage) + 1]
+    flat = _flat(recipe.model_dump(mode="json"))
+    return {k: v for k, v in flat.items() if first_reader(k, recipe.algorithm) in upto}
+
+
+def stage_names(algorithm: str) -> tuple[str, ...]:
+    """The stages of a run in their order; the third carries the algorithm's name."""
+    return ("sft", "reward", algorithm, "evaluate", "card")
+
+
+def identity(recipe: Recipe, without: tuple[str, ...] = ()) -> str:
+    """sha256 of what decides a run's result: the recipe without the keys that may change."""
+    flat = _flat(hide(recipe.model_dump(mode="json")))
+    kept = (k for k in flat if k not in without and first_reader(k, recipe.algorithm))
+    data = {k: flat[k] for k in kept}
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def differences(before: Recipe, now: Recipe) -> list[tuple[str, Any, Any]]:
+    """(dotted key, value before, value now) of every key in which two recipes differ.
+
+    Without their secrets: a run's own recipe was written without them.
+    """
+    a, b = (_flat(hide(recipe.model_dump(mode="json"))) for recipe in (before, now))
+    keys = sorted(a.keys() | b.keys())
+    return [(key, a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)]
+
+
+def first_reader(key: str, algorithm: str) -> str | None:
+    """The first stage of a run by `algorithm` whose result depends on a recipe key, or None."""
+    if any(key == free or key.startswith(free + ".") for free in FREE):
+        return None
+    section = key.split(".")[0]
+    if key in _SAMPLING:
+        return "reward"
+    if section == "algorithm":
+        return algorithm
+    if key == "data.text" or key.startswith("data.text."):
+        return "ppo" if algorithm == "ppo" else None
+    if section == "ppo" and algorithm in ("grpo", "rloo"):
+        return algorithm if key in _POLICY or key.startswith("ppo.args") else None
+    if section == "ppo" and algorithm == "dpo":
+        return algorithm if key.startswith("ppo.args") else None
+    if section in ALGORITHMS:
+        return section if section == algorithm else None
+    return section if section in ("reward", "evaluate") else "sft"
+
+
+def _flat(data: Any, at: str = "") -> dict[str, Any]:
+    """Nested dicts and lists as one dict with dotted keys; what is empty stays a value."""
+    if not data or not isinstance(data, dict | list):
+        return {at: data}
+    items = data.items() if isinstance(data, dict) else enumerate(data)
+    return {
+        k: v for key, x in items for k, v in _flat(x, f"{at}.{key}" if at else str(key)).items()
+    }

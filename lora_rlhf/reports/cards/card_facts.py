@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a card is written from: the record, the recipe beside it, and the files of one adapter."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+
+from lora_rlhf.recipe.stage_keys import ALGORITHMS
+from lora_rlhf.runs.record import Record
+
+from .card_markdown import at, cell, interval, is_number, without_paths
+
+ROLES = ("policy", "reward", "value", "sft")
+RL_STAGES = tuple(ALGORITHMS)
+MODELS = {"base": "base", "sft": "SFT", "policy": "policy", "best_of_n": "best of n"}
+
+_PERMISSIVE = {"apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "isc", "unlicense"}
+_KNOWN = _PERMISSIVE | {
+    "cc-by-4.0",
+    "cc-by-sa-4.0",
+    "cc-by-nc-4.0",
+    "cc-by-nc-sa-4.0",
+    "cc-by-3.0",
+    "odc-by",
+    "gpl-3.0",
+    "agpl-3.0",
+    "lgpl-3.0",
+    "mpl-2.0",
+    "openrail",
+    "bigscience-openrail-m",
+    "openrail++",
+    "llama2",
+    "llama3",
+    "llama3.1",
+    "llama3.2",
+    "llama3.3",
+    "llama4",
+    "gemma",
+    "other",
+    "unknown",
+}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything that the card of `role` may say; nothing in it comes from the network."""
+
+    record: Record
+    role: str
+    repo_ids: Mapping[str, str]
+    recipe: Mapping[str, Any]
+    config: Mapping[str, Any]
+    check: Mapping[str, Any]
+    head: Mapping[str, Any]
+
+    @classmethod
+    def gather(cls, record: Record, role: str, repo_ids: Mapping[str, str] | None = None) -> Facts:
+        """Read the files of the run that belong to the card of `role`; any may be missing."""
+        recipe = record.folder / "recipe.yaml"
+        loaded = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
+        files = [
+            _json(record.adapter(role) / name)
+            for name in ("adapter_config.json", "check.json", "reward.json")
+        ]
+        recipe_data = without_paths(loaded) if isinstance(loaded, dict) else {}
+        return cls(record, role, repo_ids or {}, recipe_data, *files)
+
+    def get(self, path: str, default: Any = None) -> Any:
+        """`record.json` at a dotted path, local folders taken off."""
+        return without_paths(at(self.record.data, path, default))
+
+    def own(self, key: str) -> Any:
+        """The recipe's `card` section: what only a person can know."""
+        return at(self.recipe, f"card.{key}")
+
+    @property
+    def algorithm(self) -> str:
+        """The stage that made the policy: ppo unless the record has another."""
+        found = (stage for stage in RL_STAGES if self.get(f"stages.{stage}"))
+        return next(found, None) or str(self.get("algorithm", "ppo"))
+
+    @property
+    def algorithm_name(self) -> str:
+        """What people call it: PPO, GRPO, RLOO, DPO."""
+        return ALGORITHMS.get(self.algorithm, self.algorithm.upper())
+
+    @property
+    def base(self) -> str | None:
+        """The Hub id of the base, or nothing when the base exists only locally."""
+        return self.repo_ids.get("base") or hub_base(self.record)
+
+    @property
+    def published(self) -> str | None:
+        """The repository that the card is for, when it is for one."""
+        return self.repo_ids.get(self.role)
+
+    def sources(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Every data source of the record with the name of its set."""
+        for name, entry in self.sets():
+            for source in at(entry, "sources", []):
+                yield name, source
+
+    def sets(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Every data set of the record; prompts of their own for the evaluation are one as well."""
+        for name, entry in self.get("data", {}).items():
+            yield name, entry
+            if "sources" in at(entry, "evaluate", {}):
+                yield "evaluate", entry["evaluate"]
+
+    def synthetic(self) -> bool:
+        """Whether any data comes from the shipped task generator."""
+        return any(at(source, "kind") == "task" for _, source in self.sources())
+
+    def curve(self, *names: str) -> list[float]:
+        """The finite values of the first of these metrics that the policy's stage logged."""
+        lines = self.record.metrics(self.algorithm)
+        for name in names:
+            values = [line[name] for line in lines if is_number(line.get(name))]
+            if values:
+                return values
+        return []
+
+
+def hub_base(record: Record) -> str | None:
+    """The Hub id that adapters of this run may name as their base; never a local path."""
+    model = record.data.get("model", {})
+    if model.get("hub_id"):
+        return str(model["hub_id"])
+    identity, source = str(model.get("id") or ""), str(model.get("source") or "Hub")
+    if source != "Hub" or Path(identity).exists():
+        return None
+    return identity if _HUB_ID.fullmatch(identity) else None
+
+
+def licence(facts: Facts) -> tuple[str | None, str]:
+    """The card's licence, where it is known, and a sentence on why it is that or is left out."""
+    if own := facts.own("license"):
+        return str(own), "Chosen by the author of the recipe."
+    parts = {"the base model": facts.get("model.license")}
+    for name, source in facts.sources():
+        shipped = "apache-2.0" if at(source, "kind") == "task" else None
+        parts[f"{name} ({at(source, 'name', 'unnamed')})"] = at(source, "license") or shipped
+    unknown = [name for name, given in parts.items() if not given]
+    if unknown:
+        listed = ", ".join(cell(name) for name in unknown)
+        return None, f"Left out, because no licence is recorded for: {listed}."
+    if not any(facts.sources()):
+        return None, "Left out, because the record names no training data."
+    strict = [f"{name}: {given}" for name, given in parts.items() if slug(given) not in _PERMISSIVE]
+    if strict:
+        listed = ", ".join(cell(item) for item in strict)
+        return None, f"Left out: a person has to decide, because of the terms of {listed}."
+    return slug(parts["the base model"]), "The base's; the licences of all data permit it."
+
+
+def slug(text: Any) -> str:
+    """A licence as the Hub spells it."""
+    return re.sub(r"[\s_]+", "-", str(text).strip().lower())
+
+
+def front_matter(facts: Facts) -> str:
+    """The YAML block: metadata that the Hub reads."""
+    chosen, _ = licence(facts)
+    known = chosen is None or slug(chosen) in _KNOWN
+    stage = facts.role if facts.role in ("sft", "reward") else facts.algorithm
+    task = {"reward": "text-classification", "value": "token-classification"}
+    hub_data = [at(source, "name") for _, source in facts.sources() if at(source, "kind") == "hub"]
+    tags = ["lora-rlhf", "rlhf", "lora", "trl", stage, f"{facts.role}-adapter"]
+    if facts.role in ("reward", "value"):
+        tags.append("reward-trainer" if facts.role == "reward" else "value-model")
+    data = ModelCardData(
+        base_model=facts.base,
+        base_model_relation="adapter" if facts.base else None,
+        library_name="peft",
+        pipeline_tag=task.get(facts.role, "text-generation"),
+        license=(slug(chosen) if known else "other") if chosen else None,
+        license_name=None if known else slug(chosen),
+        language=facts.own("language") or None,
+        datasets=sorted({str(name) for name in hub_data if name}) or None,
+        tags=tags,
+        model_name=str(facts.get("name", "run")),
+        eval_results=_eval_results(facts) or None,
+    )
+    if not data.eval_results:
+        data.pop("model_name")
+    return f"---\n{data.to_yaml()}\n---\n"
+
+
+def _eval_results(facts: Facts) -> list[EvalResult]:
+    if facts.role == "reward":
+        # What is published is one adapter: of an ensemble that is not merged, the first member.
+        merged = facts.get("stages.reward.ensemble.combine", "warm") == "warm"
+        members = facts.get("stages.reward.ensemble.accuracy") or [None]
+        found = {"accuracy": facts.get("stages.reward.accuracy") if merged else members[0]}
+        data_set, task = "comparisons", "text-classification"
+    elif facts.role == "value":
+        return []
+    else:
+        found = facts.get(f"evaluation.{facts.role}", {})
+        data_set, task = "prompts", "text-generation"
+    used = [source for name, source in facts.sources() if name == data_set]
+    names = ", ".join(str(at(source, "name", "unnamed")) for source in used)
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type="held-out",
+            dataset_name=f"held-out {data_set}: {names or 'of the recipe'}",
+            metric_type=metric,
+            metric_name=f"{metric.replace('_', ' ')}, {interval(value)}",
+            metric_value=value["value"],
+            metric_args={k: value[k] for k in ("low", "high", "n") if is_number(value.get(k))},
+        )
+        for metric, value in found.items()
+        if isinstance(value, Mapping) and is_number(value.get("value"))
+    ]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    loaded = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return loaded if isinstance(loaded, dict) else {}

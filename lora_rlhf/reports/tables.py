@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a person reads when a command is done: tables with rich on a terminal, plain text elsewhere.
+
+All of it comes from the record; no torch, no network.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lora_rlhf.estimates import Estimate
+from lora_rlhf.recipe.stage_keys import ALGORITHMS
+from lora_rlhf.redaction import safe
+from lora_rlhf.runs.metric_names import DIFFERENCES, METRICS
+from lora_rlhf.runs.record import Record
+
+_JUDGES = {
+    "win_rate": "by the task's exact checker",
+    "win_rate_held_out": "by a reward model that training never saw",
+    "win_rate_proxy": "by the very reward model that {} optimised, which proves little",
+}
+"""Win rates from the most to the least telling: the record's metric, and who judged."""
+
+
+def show(record: Record, console: Console | None = None) -> None:
+    """Print the end of a run: evaluation, verdict, KL, and where everything is."""
+    console = console or Console(highlight=False)
+    evaluation = record.data["evaluation"]
+    if evaluation and record.done("evaluate"):
+        _print_evaluation(console, evaluation)
+        say(console, verdict(evaluation, record.algorithm))
+        kl = evaluation.get("policy", {}).get("kl")
+        if kl:
+            say(console, f"KL of the policy to SFT: {cell(kl)}, in nats per sequence")
+        if samples := record.data["stages"]["evaluate"].get("samples_per_answer"):
+            n = samples["best_of_n"]
+            say(console, f"an answer of best of n costs {n} samples of SFT, each time it is asked")
+        say(console, "")
+    stages = [name for name, entry in record.data["stages"].items() if entry["status"] == "done"]
+    lines = [("run", str(record.folder)), ("finished", ", ".join(stages) or "no stage yet")]
+    lines += [("card", str(path)) for path in sorted(record.folder.glob("adapters/*/README.md"))]
+    lines += [("plot", str(path)) for path in sorted(record.folder.glob("plots/*.png"))]
+    if record.done("sft"):
+        lines.append(("try it", f'lora-rlhf generate {record.folder} "your text"'))
+    for name, value in lines:
+        say(console, f"{name:9s} {safe(value)}")
+
+
+def verdict(evaluation: dict[str, dict[str, Any]], algorithm: str = "ppo") -> str:
+    """One sentence: whether it beat SFT, as far as the interval of the win rate allows to say."""
+    who = ALGORITHMS[algorithm]
+    found = evaluation.get("best_of_n" if algorithm == "best_of_n" else "policy", {})
+    metric = next((name for name in _JUDGES if found.get(name)), None)
+    if metric is None:
+        return f"Whether {who} beat SFT cannot be said: this run has no win rate of it."
+    value, low, high = (found[metric][key] for key in ("value", "low", "high"))
+    n, judge = found[metric]["n"], _JUDGES[metric].format(who)
+    if algorithm == "dpo" and metric == "win_rate_proxy":
+        judge = "by a reward model that learned from the same comparisons, which proves little"
+    rate = f"win rate {100 * value:.1f} %"
+    if low is None or high is None:
+        return f"Whether {who} beat SFT cannot be said: {rate} {judge}, with no interval (n={n})."
+    rate += f" [{100 * low:.1f}, {100 * high:.1f}] {judge}, n={n}"
+    if low > 0.5:
+        return f"{who} beat SFT: {rate}; the 95 % interval lies above 50 %."
+    if high < 0.5:
+        return f"{who} did worse than SFT: {rate}; the 95 % interval lies below 50 %."
+    return f"{who} was not shown to beat SFT: {rate}; the 95 % interval includes 50 %."
+
+
+def show_comparison(report: dict[str, Any], console: Console | None = None) -> None:
+    """Print what `compare.run` found: the table, differences with their intervals, notes."""
+    console = console or Console(highlight=False)
+    found = {row["label"]: row["metrics"] for row in report["rows"]}
+    header, table = rows(found)
+    for name in (
+        "algorithm",
+        "seeds",
+        "episodes",
+        "comparisons",
+        "samples_per_answer",
+        "seconds",
+        "seconds_per_answer",
+    ):
+        cells = [_plain(row[name]) for row in report["rows"]]
+        if any(cells):
+            table.append([name, *cells])
+    _print_table(console, header, table)
+    for found in report["differences"]:
+        what = f"{found['metric'].replace('_', ' ')} of {found['of']} less {found['less']}"
+        told = f"not comparable: {found['why_not']}"
+        if found["estimate"] is not None:
+            told = cell(found["estimate"], difference=True)
+            told += f" seeds, paired in {found['pairs']}" if found["pairs"] > 1 else ", paired"
+        say(console, f"{what}: {told}")
+    for note in report["notes"]:
+        say(console, note)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def show_answers(answers: Sequence[dict[str, Any]], console: Console | None = None) -> None:
+    """Print what `loaded.generate` returned: side by side on a terminal, else one by one."""
+    console = console or Console(highlight=False)
+    rewarded = any("reward" in answer for answer in answers)
+    if not console.is_terminal:
+        for answer in answers:
+            reward = f"  reward {answer['reward']:.3f}" if "reward" in answer else ""
+            say(console, f"[{answer['model']}]  tokens {answer['tokens']}{reward}")
+            say(console, printable(answer["text"]) + "\n")
+        return
+    table = Table(box=box.ROUNDED, expand=True)
+    for answer in answers:
+        table.add_column(Text(answer["model"]), ratio=1, overflow="fold")
+    table.add_row(*(Text(printable(answer["text"])) for answer in answers), end_section=True)
+    table.add_row(*(Text(f"{answer['tokens']} tokens", style="dim") for answer in answers))
+    if rewarded:
+        scores = (answer.get("reward") for answer in answers)
+        table.add_row(*(Text("" if s is None else f"reward {s:.3f}") for s in scores))
+    console.print(table)
+
+
+def say(console: Console, text: str) -> None:
+    """One line as it is: no markup, no wrapping, so that paths can be copied."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """A model's text made safe for a terminal: control characters are shown, not obeyed."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
+def aligned(header: Sequence[str], table: Sequence[Sequence[str]]) -> Iterator[str]:
+    """The lines of a plain table, two spaces between columns."""
+    lines = [header, *table]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    for line in lines:
+        cells = (text.ljust(width) for text, width in zip(line, widths, strict=True))
+        yield "  ".join(cells).rstrip()
+
+
+def _print_evaluation(console: Console, evaluation: dict[str, dict[str, Any]]) -> None:
+    _print_table(console, *rows(evaluation))
+
+
+def _print_table(console: Console, header: list[str], table: list[list[str]]) -> None:
+    if not console.is_terminal:
+        for line in aligned(header, table):
+            say(console, line)
+        say(console, "\nIn brackets the 95 % interval; n is what it rests on.")
+        return
+    wide = _rich_table(header, table, " ")
+    endless = console.options.update(max_width=10_000)  # else the answer is never over the width
+    fits = console.measure(wide, options=endless).minimum <= console.width
+    console.print(wide if fits else _rich_table(header, table, "\n"))
+
+
+def _rich_table(header: list[str], table: list[list[str]], between: str) -> Table:
+    """A metric a row; `between` value and interval there is a space, or a line break if narrow."""
+    lines = []
+    for name, *cells in table:
+        parts = [text.partition(" n=") for text in cells]
+        counts = dict.fromkeys(n for _, _, n in parts if n)
+        values = (value.replace(" [", f"{between}[") for value, _, _ in parts)
+        lines.append([Text(name.replace("_", " ")), *map(Text, values), Text("/".join(counts))])
+    rich = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    rich.add_column("metric", min_width=18)
+    for i, name in enumerate([*header[1:], "n"], start=1):
+        longest = max(max(map(len, str(line[i]).split("\n"))) for line in lines)
+        style = {"policy": "bold", "best_of_n": "bold", "n": "dim"}.get(name, "")
+        rich.add_column(name, justify="right", no_wrap=True, style=style, min_width=longest)
+    for line in lines:
+        rich.add_row(*line)
+    return rich
+
+
+def rows(evaluation: dict[str, dict[str, Estimate]]) -> tuple[list[str], list[list[str]]]:
+    """The record's `evaluation` as header and rows of plain text: a metric a row, a model a column.
+
+    Models keep the record's order, metrics that of METRICS; what is not there is an empty cell.
+    """
+    found = dict.fromkeys(name for values in evaluation.values() for name in values)
+    names = [name for name in METRICS if name in found]
+    names += [name for name in found if name not in METRICS]
+    table = [
+        [name, *(cell(v.get(name), difference=name in DIFFERENCES) for v in evaluation.values())]
+        for name in names
+    ]
+    return ["metric", *evaluation], table
+
+
+def cell(estimate: Estimate | None, *, difference: bool = False) -> str:
+    """`0.41 [0.35, 0.47] n=128`; without an interval `0.41 n=1`; empty for None.
+
+    A number from a formula rests on no sample: its n is 0, and `0.41 (bound)` is shown. Of a
+    difference each number has three significant digits or more: a small one is not 0.00.
+    """
+    if estimate is None:
+        return ""
+    value, low, high = estimate["value"], estimate["low"], estimate["high"]
+    largest = max(abs(float(x)) for x in (value, low, high) if x is not None)
+    places = 2 if largest < 100 else 1 if largest < 1000 else 0
+
+    def show(x: float) -> str:
+        x, digits = round(float(x), 9), places  # what rounding left of 0 is 0
+        if difference and x and math.isfinite(x):
+            digits = max(places, 2 - math.floor(math.log10(abs(x))))
+        return f"{round(x, digits) + 0.0:.{digits}f}"
+
+    interval = "" if low is None or high is None else f" [{show(low)}, {show(high)}]"
+    if not estimate["n"]:
+        return f"{show(value)} (bound)"
+    return f"{show(value)}{interval} n={estimate['n']}"

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a stage tells while it runs: a line for people, `metrics.jsonl` for everything else."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lora_rlhf.redaction import safe
+
+from .record import Record
+
+_CLOCK = ("runtime", "per_second", "step_time", "total_flos", "preparation_time")
+_ROLLOUTS = ("reward/score", "rewards/gold", "kl/sequence", "completions/length")
+_SHOWN = {
+    "sft": ("loss",),
+    "reward": ("loss", "accuracy"),
+    "held_out": ("loss", "accuracy"),
+    "ppo": _ROLLOUTS,
+    "grpo": _ROLLOUTS,
+    "rloo": _ROLLOUTS,
+    "dpo": ("loss", "accuracy", "margin"),
+}
+_PLAIN_SECONDS = 15.0
+
+
+class Progress:
+    """Step, phase, rate and time left: one live line on a terminal, plain lines elsewhere.
+
+    Args:
+        quiet: Print nothing (a library call).
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.console = Console(stderr=True)
+        self._live: Live | None = None
+        self.stage, self.phase_name, self.total, self.step_count = "", "", 0, 0
+        self._told = -1  # the step of the last plain line
+        self._shown: dict[str, float] = {}
+        self._started = self._printed = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if not self.quiet:
+            self.console.print(safe(text), highlight=False, markup=False)
+
+    def begin(self, stage: str, total: int) -> None:
+        """Start a stage of `total` steps."""
+        self.stage, self.total, self.step_count, self._shown = stage, total, 0, {}
+        self._started = self._printed = time.monotonic()
+        self.phase_name, self._told = "", -1
+        if not self.quiet and self.console.is_terminal:
+            self._live = Live(
+                self._line(), console=self.console, transient=True, refresh_per_second=4
+            )
+            self._live.start()
+
+    def phase(self, name: str) -> None:
+        """Name what the stage is doing: rollout, score, update."""
+        self.phase_name = name
+        self._refresh()
+
+    def step(self, step: int, metrics: dict[str, Any]) -> None:
+        """Show that `step` of the total is done, with its most telling metrics.
+
+        A step may be logged again, as by the evaluation at the end: one plain line tells of it.
+        """
+        self.step_count = step
+        names = _SHOWN.get(self.stage, ())
+        self._shown.update(
+            {k: float(metrics[k]) for k in names if isinstance(metrics.get(k), float)}
+        )
+        if self._live is not None:
+            self._refresh()
+        elif (not self.quiet and step != self._told) and (
+            time.monotonic() - self._printed > _PLAIN_SECONDS or step >= self.total
+        ):
+            self._printed, self._told = time.monotonic(), step
+            self.console.print(self._line().plain, highlight=False, markup=False, soft_wrap=True)
+
+    def end(self) -> None:
+        """Close the stage's live line."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _refresh(self) -> None:
+        if self._live is not None:
+            self._live.update(self._line())
+
+    def _line(self) -> Text:
+        seconds = time.monotonic() - self._started
+        rate = self.step_count / seconds if seconds > 0 else 0.0
+        left = (self.total - self.step_count) / rate if rate > 0 else 0.0
+        parts = [f"{self.stage:8s} {self.step_count}/{self.total}"]
+        if self.phase_name:
+            parts.append(f"{self.phase_name:7s}")
+        if rate:
+            parts.append(f"{rate:.2f} steps/s, {int(left // 60)}:{int(left % 60):02d} left")
+        parts += [f"{name} {value:.3g}" for name, value in self._shown.items()]
+        return Text("  ".join(parts))
+
+
+class StageLog(TrainerCallback):
+    """Passes what a Trainer logs on to the record and the progress line.
+
+    Everything that a clock decides goes under `clock`, so that two equal runs log equal lines.
+    """
+
+    def __init__(
+        self, record: Record, stage: str, progress: Progress, steps_per_unit: int = 1
+    ) -> None:
+        self.record, self.stage, self.progress = record, stage, progress
+        self.steps_per_unit = steps_per_unit
+        self._last = time.perf_counter()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Take the number of steps from the Trainer: it knows of half epochs and last windows."""
+        if state.max_steps > 0:
+            self.progress.total = -(-state.max_steps // self.steps_per_unit)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Write one line; the Trainer's closing summary is not a step and is left out."""
+        logs = dict(logs or {})
+        if "train_runtime" in logs:
+            return
+        now = time.perf_counter()
+        clock = {k: v for k, v in logs.items() if any(word in k for word in _CLOCK)}
+        clock["seconds"] = round(now - self._last, 4)
+        self._last = now
+        metrics = {k: v for k, v in logs.items() if k not in clock and k != "epoch"}
+        step = state.global_step // self.steps_per_unit
+        self.record.log(self.stage, step, metrics, clock)
+        self.progress.step(step, metrics)

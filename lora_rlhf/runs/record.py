@@ -1,0 +1,413 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run directory and its record: the one source of cards, reports and plots.
+
+recipe.yaml      as resolved, secrets masked
+record.json      what was done; all that differs between two equal runs is under `clock`
+metrics.jsonl    one line per logged step: {"stage", "step", ..., "clock": {...}}
+samples.jsonl    completions of base, SFT and policy (or best of n) on the held-out prompts
+adapters/ROLE/   a plain PEFT folder with its card as README.md and its check.json
+plots/*.png
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lora_rlhf.errors import LoraRlhfError, SetupError, UsageError
+from lora_rlhf.recipe.loader import Recipe, dump_recipe, parse_recipe
+from lora_rlhf.recipe.stage_keys import (
+    ALGORITHMS,
+    FREE,
+    differences,
+    first_reader,
+    identity,
+    stage_names,
+    stage_of,
+)
+from lora_rlhf.redaction import safe
+from lora_rlhf.runtime.environment import changed_versions, versions
+from lora_rlhf.runtime.paths import no_way_out
+
+SCHEMA = 1
+"""Of `record.json`: what this version writes and reads."""
+
+_PARTS = ("model", "lora", "data", "stages", "evaluation", "files", "clock")
+"""Keys of the record that hold a mapping."""
+
+COPY = "backup.tmp"
+"""Folder in a run directory while a moment of it is sent to the Hub; no part of the run."""
+BEGINNINGS = {"recipe.yaml", "recipe.yaml.tmp", "record.json.tmp"}
+"""Names of files in a run that was killed before it had a record: it begins again."""
+
+_REWRITTEN = ("README.md", "recipe.yaml")
+"""Names of files that may be written anew in a sealed run: cards, and keys that are free."""
+
+
+class Record:
+    """`record.json` of one run, kept on disk after every change.
+
+    Layout: `{schema, name, seed, algorithm, recipe_sha256, versions, model: {...}, lora: {...},
+    data: {SET: {...}}, stages: {STAGE: {status, ...}},
+    evaluation: {MODEL: {METRIC: {value, low, high, n}}}, files: {PATH: sha256}, clock: {...}}`.
+    """
+
+    def __init__(self, folder: str | Path, data: dict[str, Any]) -> None:
+        self.folder, self.data = Path(folder), data
+        self.warm_start = False
+        self.on_done: Callable[[], None] = lambda: None  # before a stage is noted as done
+        self.on_saved: Callable[[bool], None] = lambda whole_stage: None  # more to go on from
+
+    @classmethod
+    def open(cls, folder: str | Path, recipe: Recipe, *, warm_start: bool = False) -> Record:
+        """The record of a new run, or of an earlier run of the same recipe, to be continued.
+
+        Args:
+            warm_start: What only a stage that has begun reads may differ: it begins again.
+
+        Raises:
+            UsageError: The folder holds a run of another recipe, or files that are no run; there
+                is no stage to start again.
+            SetupError: The folder cannot be written.
+        """
+        folder = Path(folder)
+        text, digest = dump_recipe(recipe), identity(recipe)
+        if (folder / "record.json").exists():
+            record = cls.read(folder)
+            record.warm_start = warm_start
+            record._accept(recipe)
+            record.data |= {"recipe_sha256": digest, "algorithm": recipe.algorithm}
+            for other in ALGORITHMS.keys() - {recipe.algorithm}:  # interrupted, then another chosen
+                record.data["stages"].pop(other, None)
+                record.restart_metrics(other)
+                record.drop_checkpoints(other)
+            record._keep_recipe(recipe, text)
+            return record
+        if folder.exists() and (
+            not folder.is_dir() or {p.name for p in folder.iterdir()} - BEGINNINGS
+        ):
+            raise UsageError(
+                f"{folder} exists and is not a run", remedy="give an --out that is empty or new"
+            )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / "recipe.yaml", text)
+        except OSError as error:
+            raise SetupError(
+                f"cannot write to {folder}: {error.strerror}", remedy="give another --out"
+            ) from None
+        record = cls(
+            folder,
+            {
+                "schema": SCHEMA,
+                "name": recipe.name,
+                "seed": recipe.seed,
+                "algorithm": recipe.algorithm,
+                "recipe_sha256": digest,
+                "versions": versions(),
+                "model": {},
+                "lora": {},
+                "data": {},
+                "stages": {},
+                "evaluation": {},
+                "files": {},
+                "clock": {
+                    "started": _now(),
+                    "host": {
+                        "python": platform.python_version(),
+                        "machine": platform.machine(),
+                        "system": platform.system(),
+                        "cores": os.cpu_count(),
+                    },
+                    "stages": {},
+                },
+            },
+        )
+        record.save()
+        return record
+
+    def _accept(self, recipe: Recipe) -> None:
+        """Go on only with a recipe under which every finished stage would have been the same.
+
+        Raises:
+            UsageError: With a table of the keys that differ and are no longer free to change.
+        """
+        before = self.recipe()
+        wrong = [
+            f"  {key}: {was!r} -> {now!r} (read by {stage}, which "
+            + ("is done)" if self.done(stage) else "has begun)")
+            for key, was, now in differences(before, recipe)
+            if (stage := first_reader(key, before.algorithm))
+            and (self.done(stage) or (self.in_flight(stage) and not self.warm_start))
+        ]
+        if self.warm_start and not any(map(self.in_flight, stage_names(before.algorithm))):
+            raise UsageError(
+                f"{self.folder} has no stage that was interrupted and left a checkpoint",
+                remedy="leave --warm-start out",
+            )
+        if wrong:
+            raise UsageError(
+                f"{self.folder} holds a run of another recipe:\n" + "\n".join(wrong),
+                expected="a change only of what stages to come read, or of " + ", ".join(FREE),
+                remedy="give another --out; `--warm-start` begins an interrupted stage anew",
+            )
+
+    def _keep_recipe(self, recipe: Recipe, text: str) -> None:
+        """Write down a recipe whose free keys changed; cards and seal are then to be made again."""
+        path, model = self.folder / "recipe.yaml", self.data["model"]
+        if path.read_text(encoding="utf-8") == text:
+            return
+        if model and recipe.model.hub_id and recipe.model.hub_id != model.get("hub_id"):
+            model["hub_id"] = recipe.model.hub_id
+            model.pop("hub_revision", None)  # it is a commit of the other repository
+        # In this order: cut off between the two, the card stage runs once more and no harm is done.
+        self.data["stages"].pop("card", None)
+        self.save()
+        write_atomically(path, text)
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Record:
+        """The record of a finished or interrupted run.
+
+        Raises:
+            UsageError: The folder is no run, a link leads out of it, or its record cannot be read.
+        """
+        no_way_out(Path(folder), UsageError)
+        path = Path(folder) / "record.json"
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UsageError(
+                f"{folder} is not a run directory",
+                expected="a folder that holds record.json",
+                remedy="give the --out of a `lora-rlhf run`",
+            ) from None
+        except (ValueError, OSError, RecursionError) as error:
+            raise UsageError(f"{path} cannot be read: {error}") from None
+        if wrong := _misshapen(data):
+            raise UsageError(
+                f"{path} is no record of a run: {wrong}",
+                expected=f"record.json as a run of schema {SCHEMA} writes it",
+                remedy="put the file back as it was, or run the recipe into a new --out",
+            )
+        return cls(folder, data)
+
+    def recipe(self) -> Recipe:
+        """The recipe of this run, as it was resolved.
+
+        Raises:
+            UsageError: It is not there or cannot be read.
+        """
+        path = self.folder / "recipe.yaml"
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"{path} cannot be read: {getattr(error, 'strerror', None) or error}",
+                expected="the recipe as the run wrote it",
+                remedy="put the file back as it was",
+            ) from None
+        return parse_recipe(text, str(path))
+
+    @property
+    def algorithm(self) -> str:
+        """What makes, or made, this run's policy."""
+        stages = self.data["stages"]
+        return self.data.get("algorithm") or next((a for a in ALGORITHMS if a in stages), "ppo")
+
+    def save(self) -> None:
+        """Write `record.json` at once and whole, or not at all."""
+        text = json.dumps(safe(finite(self.data)), indent=1)
+        write_atomically(self.folder / "record.json", text + "\n")
+
+    def done(self, stage: str) -> bool:
+        """Whether `stage` has been finished in this run; the last one, once the run is sealed."""
+        done = self.data["stages"].get(stage, {}).get("status") == "done"
+        return bool(done and (stage != "card" or self.data["files"]))
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[dict[str, Any]]:
+        """Run a stage: the yielded dict becomes `stages.NAME`; status and time are kept.
+
+        An exception leaves the status `interrupted` with no result, so the stage runs again; an
+        error of errors.py is kept with it as `error`. `versions` are those of packages that are no
+        longer what the run started with.
+        """
+        started, entry = time.perf_counter(), {}  # type: tuple[float, dict[str, Any]]
+        self.data["stages"][name] = {"status": "interrupted"}
+        if name != "card":
+            self.data["files"] = {}  # what follows is not what was sealed
+        self.save()
+        try:
+            yield entry
+        except LoraRlhfError as error:
+            told = {"type": type(error).__name__, "message": str(error)}
+            self.data["stages"][name]["error"] = told
+            self.save()
+            raise
+        if other := changed_versions(self.data["versions"], versions()):
+            entry["versions"] = other
+        clock, seconds = self.data["clock"], time.perf_counter() - started
+        for training in [t for t in clock.get("before", {}) if stage_of(t) == name]:
+            seconds += clock["before"].pop(training)  # spent in processes that were stopped
+        self.on_done()
+        self.data["stages"][name] = {"status": "done", **entry}
+        clock["stages"][name] = {"seconds": round(seconds, 3)}
+        self.save()
+        self.drop_checkpoints(name)
+        self.on_saved(True)
+
+    def restart_metrics(self, stage: str) -> None:
+        """Forget what an interrupted try of `stage` logged: it starts from its beginning."""
+        self.keep_lines(stage, 0)
+
+    def keep_lines(self, stage: str, count: int) -> bool:
+        """Forget what `stage` logged after its first `count` lines; False where it has fewer."""
+        path, kept, seen = self.folder / "metrics.jsonl", [], 0
+        if not path.exists():
+            return count == 0
+        for text, line in self._logged():
+            seen += line["stage"] == stage
+            if line["stage"] != stage or seen <= count:
+                kept.append(text)
+        if seen < count:
+            return False
+        write_atomically(path, "".join(kept))
+        return True
+
+    def checkpoints(self, training: str) -> Path:
+        """The folder of a training's checkpoints."""
+        return self.folder / "checkpoints" / training
+
+    def in_flight(self, stage: str) -> bool:
+        """Whether `stage` has begun, and left a checkpoint to go on from."""
+        found = self.checkpoints("").glob("*/step-*/manifest.json")
+        return not self.done(stage) and any(stage_of(p.parts[-3]) == stage for p in found)
+
+    def drop_checkpoints(self, stage: str) -> None:
+        """Delete those of a stage, which is done or begins anew."""
+        for path in self.checkpoints("").glob("*"):
+            if stage_of(path.name) == stage:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def log(
+        self, stage: str, step: int, metrics: dict[str, Any], clock: dict[str, Any] | None = None
+    ) -> None:
+        """Append one line to `metrics.jsonl`; non-finite numbers are kept as text ("NaN")."""
+        line = {"stage": stage, "step": step, **finite(metrics)}
+        if clock:
+            line["clock"] = finite(clock)
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(safe(line)) + "\n")
+
+    def metrics(self, stage: str | None = None) -> list[dict[str, Any]]:
+        """The logged lines, of one stage or of all.
+
+        Raises:
+            UsageError: A line that no run wrote, with its number.
+        """
+        return [line for _, line in self._logged() if stage is None or line["stage"] == stage]
+
+    def _logged(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The lines of `metrics.jsonl` as text and as data.
+
+        A last line without an end is one that a killed process did not finish: it is left out.
+        """
+        path = self.folder / "metrics.jsonl"
+        text = path.read_bytes().decode(errors="replace") if path.exists() else ""
+        *whole, _ = text.split("\n")
+        for number, line in enumerate(whole, start=1):
+            try:
+                found = json.loads(line)
+                if not isinstance(found["stage"], str) or not isinstance(found["step"], int):
+                    raise TypeError("stage and step are text and a number")
+            except (ValueError, KeyError, TypeError) as error:
+                raise UsageError(
+                    f"this is no line of the log ({error})",
+                    where=f"{path}:{number}",
+                    expected='a JSON object with "stage" and "step"',
+                    remedy="take the line out, or put the file back as it was",
+                ) from None
+            yield line + "\n", found
+
+    def adapter(self, role: str) -> Path:
+        """The folder of a role's adapter: sft, reward, policy or value."""
+        return self.folder / "adapters" / role
+
+    def finish(self) -> None:
+        """Note that all stages are done; cards are drawn after this, from the final clock."""
+        self.data["clock"]["finished"] = _now()
+        self.save()
+
+    def seal(self) -> None:
+        """Note the sha256 of every file of the run but the record and pictures, which may vary.
+
+        What was sealed before keeps its hash, but for cards and recipe: to write a card again does
+        not vouch for weights that were changed since. The log holds times, so its hash is under
+        `clock`.
+        """
+        before, found = self.data["files"], {}
+        tops = [p for p in self.folder.iterdir() if p.name not in ("checkpoints", COPY)]
+        for path in sorted(p for top in tops for p in (top, *top.rglob("*")) if p.is_file()):
+            name = path.relative_to(self.folder).as_posix()
+            if path.suffix not in (".png", ".tmp") and name not in ("record.json", "metrics.jsonl"):
+                known = None if path.name in _REWRITTEN else before.get(name)
+                found[name] = known or sha256(path)
+        log, clock = self.folder / "metrics.jsonl", self.data["clock"]
+        if log.exists() and not (before and "metrics_sha256" in clock):
+            clock["metrics_sha256"] = sha256(log)
+        self.data["files"] = found
+        self.save()
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def finite(value: Any) -> Any:
+    """The same data with NaN and infinities as text, since JSON has no word for them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _misshapen(data: Any) -> str:
+    """What of a parsed `record.json` is not as a run writes it; empty where all is."""
+    if not isinstance(data, dict):
+        return f"it holds a {type(data).__name__}"
+    if data.get("schema") != SCHEMA:
+        return f"schema {data.get('schema')!r}"
+    if wrong := [key for key in _PARTS if not isinstance(data.get(key), dict)]:
+        return f"{wrong[0]} is {'missing' if wrong[0] not in data else 'no mapping'}"
+    entries = [*data["stages"].values(), *data["data"].values(), *data["evaluation"].values()]
+    if not all(isinstance(entry, dict) for entry in entries):
+        return "a stage, a data set or a model of the evaluation is no mapping"
+    return "" if isinstance(data["clock"].get("stages"), dict) else "clock.stages is missing"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What may not lead out of a folder that somebody else may have made: links, and names in files."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+from lora_rlhf.errors import LoraRlhfError
+
+_PLAIN = re.compile(r"[\w-][\w.-]*")
+_LARGEST_INDEX = 100_000_000
+
+
+def no_way_out(folder: Path, error: type[LoraRlhfError]) -> None:
+    """Refuse a folder in which a link leads out of it; the folder itself may be one.
+
+    A snapshot of the Hub's cache is made of links to the blobs beside it: these may be.
+
+    Raises:
+        LoraRlhfError: Of the class `error`, naming the link.
+    """
+    top = folder.resolve()
+    allowed = [top]
+    if top.parent.name == "snapshots":
+        allowed.append(top.parent.parent / "blobs")
+    for here, folders, files in os.walk(top):
+        for path in (Path(here) / name for name in (*folders, *files)):
+            if path.is_symlink() and not any(_leads_to(path, place) for place in allowed):
+                raise error(
+                    f"{folder}: {path.relative_to(top)} is a link that leads out of the folder",
+                    expected="plain files, or links to what lies in the same folder",
+                    remedy="put the file itself in its place, if you know where it comes from",
+                )
+
+
+def _leads_to(path: Path, place: Path) -> bool:
+    try:
+        return path.resolve(strict=True).is_relative_to(place)
+    except (OSError, RuntimeError):  # to nowhere, or in a circle
+        return False
+
+
+def shards(folder: Path, error: type[LoraRlhfError]) -> None:
+    """Refuse an index of safetensors that names anything but plain files in its own folder.
+
+    Raises:
+        LoraRlhfError: Of the class `error`, naming the entry.
+    """
+    for path in sorted(folder.glob("*.index.json")):
+        try:
+            if path.stat().st_size > _LARGEST_INDEX:
+                raise ValueError(f"it has over {_LARGEST_INDEX} bytes")
+            names = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+            bad = [
+                name for name in names if not isinstance(name, str) or not _PLAIN.fullmatch(name)
+            ]
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as problem:
+            raise error(
+                f"{path} cannot be read: {problem}", expected="an index of shards"
+            ) from None
+        if bad:
+            raise error(
+                f"{path} names {bad[0]!r:.80}",
+                expected="plain names of files in the same folder",
+                remedy="compare the folder with the original; do not trust where it comes from",
+            )

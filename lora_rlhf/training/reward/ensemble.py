@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reward that everybody asks for: of one reward model, or of several that are combined.
+
+    mean             mean over members
+    min              the lowest: worst-case optimisation (2310.02743, section 3.2)
+    mean_minus_std   mean less `combine_std` standard deviations over members (after its UWO)
+    warm             one adapter that is the members' average: weight-averaged rewards (2401.12187)
+
+Every member is an adapter on the one backbone, with its own head and its own offset. M members.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from lora_rlhf.errors import AdapterError
+from lora_rlhf.models import scoring
+from lora_rlhf.models.backbone import MEMBERS, Backbone
+from lora_rlhf.models.scoring import Episode
+from lora_rlhf.recipe.schema import RewardSection
+
+Floats = NDArray[np.float64]
+
+
+class Scores(NamedTuple):
+    """Rewards in the order of the episodes, and how far the members are apart on each."""
+
+    rewards: list[float]
+    std: list[float]
+
+
+def trained(section: RewardSection) -> tuple[str, ...]:
+    """The roles that the reward stage trains."""
+    return MEMBERS[: section.ensemble or 1]
+
+
+def roles(section: RewardSection) -> tuple[str, ...]:
+    """The roles that score once the stage is done: a merged ensemble is the role `reward`."""
+    return MEMBERS[:1] if section.combine == "warm" else trained(section)
+
+
+def rewards_of(
+    backbone: Backbone,
+    episodes: Sequence[Episode],
+    section: RewardSection,
+    batch_size: int = 32,
+) -> list[float]:
+    """The reward of each episode: offsets added, members combined. What is optimised and reported.
+
+    Args:
+        episodes: Ids of prompt and completion, without padding.
+        section: The recipe's `reward:`; it says how many members there are and how they combine.
+        batch_size: Episodes scored at once.
+
+    Raises:
+        AdapterError: The backbone lacks a member.
+    """
+    return scores(backbone, episodes, section, batch_size).rewards
+
+
+def scores(
+    backbone: Backbone,
+    episodes: Sequence[Episode],
+    section: RewardSection,
+    batch_size: int = 32,
+    states: Sequence[Tensor] | None = None,
+) -> Scores:
+    """As `rewards_of`, with the standard deviation over members; 0 where one model scores."""
+    each = member_scores(backbone, episodes, roles(section), batch_size, states)
+    return Scores(combine(each, section).tolist(), each.std(axis=0).tolist())
+
+
+def member_scores(
+    backbone: Backbone,
+    episodes: Sequence[Episode],
+    members: Sequence[str],
+    batch_size: int = 32,
+    states: Sequence[Tensor] | None = None,
+) -> Floats:
+    """(M, N) rewards of N episodes by each of these roles, its own offset added."""
+    missing = [role for role in members if not backbone.has(role)]
+    if missing:
+        raise AdapterError(
+            f"the reward ensemble lacks {missing[0]}",
+            expected=f"the roles {', '.join(members)}",
+            remedy="load the run with the recipe that it was trained with",
+        )
+    return np.array(
+        [
+            np.array(scoring.scores(backbone, episodes, role, batch_size, states))
+            + backbone.reward_offset.get(role, 0.0)
+            for role in members
+        ]
+    )
+
+
+def combine(each: ArrayLike, section: RewardSection) -> Floats:
+    """(N,) from (M, N) members' rewards; the std is over members, divided by M (2310.02743)."""
+    array = np.asarray(each, dtype=np.float64)
+    if section.ensemble is None or section.combine in ("mean", "warm"):
+        return np.asarray(array.mean(axis=0))
+    if section.combine == "min":
+        return np.asarray(array.min(axis=0))
+    return np.asarray(array.mean(axis=0) - section.combine_std * array.std(axis=0))
+
+
+@torch.no_grad()
+def average(backbone: Backbone, members: Sequence[str]) -> None:
+    """Replace the members by their average, as the role `reward`; the others are dropped.
+
+    What is averaged is each layer's update B A (averages of B and of A apart would add cross terms
+    of different members). A sum of M products of rank r has rank up to M r, and side by side it is
+    exactly that: A stacked over A, B beside B, divided by M; alpha grows with the rank, so PEFT's
+    scale alpha / r stays. Cutting it back to rank r by SVD would give up exactness to save memory
+    that the members took anyway. Heads are averaged, which needs members that started with the
+    same head (2401.12187, section 3.1): heads drawn apart would average towards 0.
+    """
+    count = len(members)
+    parts = [dict(backbone.role_parameters(role)) for role in members]
+    merged = {}
+    for name in parts[0]:
+        tensors = [part[name].detach().clone() for part in parts]
+        if "lora_A" in name:
+            merged[name] = torch.cat(tensors, dim=0)
+        elif "lora_B" in name:
+            merged[name] = torch.cat(tensors, dim=1) / count
+        else:
+            merged[name] = torch.stack(tensors).mean(dim=0)
+    for role in members:
+        backbone.drop_role(role)
+    backbone.add_role("reward", stacked=count)
+    for name, parameter in backbone.role_parameters("reward"):
+        parameter.copy_(merged[name])

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reward model from comparisons: one adapter, or an ensemble of them; offset, judgement, gate.
+
+Source: InstructGPT section 3.5, eq. 1 (loss, in ranking.py) and the bias that gives demonstrations
+mean score 0.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import PrinterCallback, set_seed
+
+from lora_rlhf._trl import RewardConfig
+from lora_rlhf.data.dataset_builder import Prepared
+from lora_rlhf.estimates import mean_interval
+from lora_rlhf.models import adapters, scoring
+from lora_rlhf.models.backbone import MEMBERS, Backbone
+from lora_rlhf.models.scoring import Episode
+from lora_rlhf.recipe.loader import Recipe
+from lora_rlhf.runs.progress import Progress, StageLog
+from lora_rlhf.runs.record import Record, sha256
+from lora_rlhf.training.checkpoint_callback import Keeper
+from lora_rlhf.training.trl_config import build, check_finite, complaints, effective, trainer_args
+
+from . import ensemble, reward_gate
+from .ranking_trainer import RankingCollator, RankingTrainer, rankings
+from .reward_metrics import Comparisons, Report, ceiling, report
+
+_DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 8, "num_train_epochs": 1, "learning_rate": 2e-4,
+    "lr_scheduler_type": "cosine", "warmup_steps": 5, "logging_steps": 5, "disable_dropout": True,
+}  # fmt: skip
+
+_SEEDS = ("reward", "held_out", *MEMBERS[1:])
+"""Roles by what is added to the recipe's seed."""
+
+
+def run(
+    recipe: Recipe,
+    backbone: Backbone,
+    record: Record,
+    data: Prepared,
+    demonstrations: Dataset,
+    progress: Progress,
+    held_out_data: Prepared | None = None,
+) -> None:
+    """Train the reward role (and the held-out one on other comparisons), fit its offset, judge it.
+
+    Args:
+        data: Comparisons: `prompt`, `chosen`, `rejected`, and `group` where prompts repeat.
+        demonstrations: Those on which the offset gives mean score 0.
+        held_out_data: Other comparisons, for a reward model that only evaluates; its held-out rows
+            are those of `data`.
+    """
+    with record.stage("reward") as entry:
+        shown = _episodes(backbone, demonstrations)
+        held_out = Comparisons.encode(backbone, data.held_out)
+        members = ensemble.trained(recipe.reward)
+        trained = [_train(recipe, backbone, record, data, progress, role) for role in members]
+        entry |= trained[0]
+        if len(members) > 1:
+            entry["ensemble"] = _ensemble(recipe, backbone, shown, held_out, trained)
+        else:
+            fit_offset(backbone, shown, "reward")
+        entry |= {"offset": backbone.reward_offset["reward"], "offset_from": len(shown)}
+        found = report(held_out, ensemble.rewards_of(backbone, held_out.episodes, recipe.reward))
+        entry |= found.entry
+        if limit := ceiling(data.report.get("labeler_agreement")):
+            entry["labeler_agreement"] = limit
+        entry["adapter_sha256"] = _save(backbone, record, "reward")
+        if "ensemble" in entry:
+            roles = ensemble.roles(recipe.reward)
+            hashes = [entry["adapter_sha256"], *(_save(backbone, record, r) for r in roles[1:])]
+            entry["ensemble"] |= {"roles": list(roles), "adapter_sha256": hashes}
+        if held_out_data is not None:
+            entry |= _judge(
+                recipe, backbone, record, held_out_data, progress, shown, held_out, found
+            )
+        reason = reward_gate.gate_reward(
+            entry["accuracy"],
+            entry["score_std"],
+            entry["accuracy_length_baseline"],
+            entry["accuracy_by_length"],
+            entry["gain_over_length"],
+        )
+        entry["gate"] = "passed" if reason is None else "failed"
+        if reason is not None:
+            entry["gate_reason"] = reason
+
+
+def gate(recipe: Recipe, record: Record, progress: Progress) -> None:
+    """Let PPO start, or not: it may not optimise against a reward model that failed its gate.
+
+    Raises:
+        GateError: The gate failed and the recipe does not say `warn`.
+    """
+    entry = record.data["stages"]["reward"]
+    if entry["gate"] == "passed" or recipe.ppo.reward != "model":
+        return
+    if recipe.reward.gate == "stop":
+        raise reward_gate.refuse(entry["gate_reason"])
+    entry["gate"] = "warned"
+    record.save()
+    progress.say(f"warning: the reward model is weak: {entry['gate_reason']}")
+
+
+def load(backbone: Backbone, record: Record) -> None:
+    """The reward roles from the finished stage, every member of an ensemble included."""
+    found = record.data["stages"].get("reward", {}).get("ensemble", {})
+    for role in (*found.get("roles", ["reward"]), "held_out"):
+        if record.adapter(role).exists():
+            adapters.load_role(backbone, role, record.adapter(role))
+
+
+def arguments(recipe: Recipe, record: Record, role: str = "reward") -> RewardConfig:
+    """TRL's config for the training of one reward model.
+
+    Raises:
+        RecipeError: `reward.args` cannot be what it says.
+    """
+    given = trainer_args(recipe, record, role, _DEFAULTS, recipe.reward.args)
+    return build("reward", RewardConfig, {**given, "seed": recipe.seed + _SEEDS.index(role)})
+
+
+def _train(
+    recipe: Recipe,
+    backbone: Backbone,
+    record: Record,
+    data: Prepared,
+    progress: Progress,
+    role: str,
+) -> dict[str, Any]:
+    """One epoch (by default) over the rankings; the role is added, starting from SFT."""
+    # A second model must differ in more than its data, or it would share the first one's luck.
+    seed = recipe.seed + _SEEDS.index(role)
+    # Weights are averaged only from a common start, heads included; the order still differs.
+    set_seed(recipe.seed if recipe.reward.combine == "warm" and role in MEMBERS else seed)
+    backbone.add_role(role, copy_from="reference")
+    train = rankings(backbone, data.train)
+    args = arguments(recipe, record, role)
+    with backbone.training(role):
+        with backbone.float32_kept(), complaints("reward"):
+            trainer = RankingTrainer(
+                model=backbone.views[role],
+                args=args,
+                train_dataset=train,
+                data_collator=RankingCollator(backbone.tokenizer.pad_token_id),
+                processing_class=backbone.tokenizer,
+                callbacks=[StageLog(record, role, progress)],
+            )
+        trainer.remove_callback(PrinterCallback)
+        backbone.assert_trainable()
+        steps = math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps)
+        progress.begin(role, int(steps * args.num_train_epochs))
+        try:
+            keeper = Keeper(recipe, backbone, record, progress, "reward", role)
+            result = keeper.train(trainer)
+        finally:
+            progress.end()
+        check_finite(role, result.training_loss)
+    return {
+        "steps": result.global_step,
+        "train_loss": result.training_loss,
+        "prompts": len(train),
+        "args": effective(args),
+    }
+
+
+def _ensemble(
+    recipe: Recipe,
+    backbone: Backbone,
+    shown: list[Episode],
+    held_out: Comparisons,
+    trained: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """Judge the members one by one, then merge them (warm) or centre what they say together."""
+    section, members = recipe.reward, ensemble.trained(recipe.reward)
+    for role in members:
+        fit_offset(backbone, shown, role)
+    each = ensemble.member_scores(backbone, held_out.episodes, members)
+    found = {
+        "members": len(members),
+        "combine": section.combine,
+        "combine_std": section.combine_std,
+        "accuracy": [report(held_out, row).entry["accuracy"] for row in each],
+        "accuracy_of_mean": report(held_out, each.mean(axis=0)).entry["accuracy"],
+        "disagreement": _by_prompt(held_out, each.std(axis=0)),
+        "steps": [entry["steps"] for entry in trained],
+        "train_loss": [entry["train_loss"] for entry in trained],
+    }
+    if section.combine == "warm":
+        ensemble.average(backbone, members)
+        fit_offset(backbone, shown, "reward")
+    else:
+        # Every rule moves with its members, so one shift of all gives demonstrations mean 0.
+        mean = float(np.mean(ensemble.rewards_of(backbone, shown, section)))
+        for role in members:
+            backbone.reward_offset[role] -= mean
+        found["offsets"] = [backbone.reward_offset[role] for role in members]
+    return found
+
+
+def _by_prompt(held_out: Comparisons, values: Any) -> Any:
+    """The mean over completions, its interval clustered by prompt."""
+    return mean_interval(values, [tuple(prompt) for prompt, _ in held_out.episodes])
+
+
+def _judge(
+    recipe: Recipe,
+    backbone: Backbone,
+    record: Record,
+    data: Prepared,
+    progress: Progress,
+    shown: list[Episode],
+    held_out: Comparisons,
+    first: Report,
+) -> dict[str, Any]:
+    """The reward model that only evaluates: trained on other comparisons, from another seed."""
+    _train(recipe, backbone, record, data, progress, "held_out")
+    offset = fit_offset(backbone, shown, "held_out")
+    [scores] = ensemble.member_scores(backbone, held_out.episodes, ["held_out"])
+    other = report(held_out, scores)
+    same = (first.margin > 0) == (other.margin > 0)
+    return {
+        "held_out_accuracy": other.entry["accuracy"],
+        "held_out_offset": offset,
+        "held_out_adapter_sha256": _save(backbone, record, "held_out"),
+        "agreement_with_held_out": held_out.share(same.astype(float)),
+    }
+
+
+def _episodes(backbone: Backbone, demonstrations: Dataset) -> list[Episode]:
+    return [
+        (backbone.encode_prompt(row["prompt"]), backbone.encode_completion(row["completion"]))
+        for row in demonstrations
+    ]
+
+
+def fit_offset(backbone: Backbone, demonstrations: list[Episode], role: str) -> float:
+    """Set `backbone.reward_offset[role]` so that demonstrations score 0 on average; returns it.
+
+    The loss is invariant to a shift; PPO's missing-eos penalty and value are not (InstructGPT 3.5).
+    """
+    backbone.reward_offset[role] = -float(np.mean(scoring.scores(backbone, demonstrations, role)))
+    return backbone.reward_offset[role]
+
+
+def _save(backbone: Backbone, record: Record, role: str) -> str:
+    folder = adapters.save_role(backbone, role, record.adapter(role))
+    return sha256(folder / "adapter_model.safetensors")

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Supervised fine-tuning on demonstrations, through `trl.SFTTrainer` on the policy's view.
+
+The finished adapter is saved as `adapters/sft` and becomes the frozen reference of PPO.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import PrinterCallback, set_seed
+
+from lora_rlhf._trl import SFTConfig, SFTTrainer
+from lora_rlhf.data.dataset_builder import Prepared
+from lora_rlhf.errors import IdentityError
+from lora_rlhf.models import adapters
+from lora_rlhf.models.backbone import Backbone
+from lora_rlhf.recipe.loader import Recipe
+from lora_rlhf.runs.progress import Progress, StageLog
+from lora_rlhf.runs.record import Record, sha256
+
+from .checkpoint_callback import Keeper
+from .resumable_trainer import Resumable
+from .trl_config import build, check_finite, complaints, effective, trainer_args
+
+_DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 8, "num_train_epochs": 2, "learning_rate": 2e-4,
+    "lr_scheduler_type": "cosine", "warmup_steps": 5, "logging_steps": 5,
+}  # fmt: skip
+
+
+class Demonstrations(Resumable, SFTTrainer):
+    """TRL's SFT, which can go on from a checkpoint."""
+
+    def share(self, piece: Any, inputs: Any, num_items_in_batch: Any) -> float:
+        """1 where the loss is divided by the tokens of the whole step."""
+        if num_items_in_batch is not None:
+            return 1.0
+        mine, all_of_them = (int((x["labels"] != -100).sum()) for x in (piece, inputs))
+        return mine / max(all_of_them, 1)
+
+
+_OTHER_DTYPE = 0.5
+"""Largest difference of a logit between two dtypes of one base: a few roundings of bfloat16."""
+
+
+def run(
+    recipe: Recipe, backbone: Backbone, record: Record, data: Prepared, progress: Progress
+) -> None:
+    """Train the policy's adapter on demonstrations; leaves roles `policy` and `reference`, equal.
+
+    Loss is on completion tokens only, the eos included.
+
+    Raises:
+        IdentityError: The saved adapter does not give the same outputs when it is loaded again.
+    """
+    with record.stage("sft") as entry:
+        set_seed(recipe.seed)
+        backbone.add_role("policy")
+        train, held_out = tokenize(backbone, data.train), tokenize(backbone, data.held_out)
+        args = arguments(recipe, record)
+        with backbone.training("policy"):
+            with backbone.float32_kept(), complaints("sft"):
+                trainer = Demonstrations(
+                    model=backbone.views["policy"],
+                    args=args,
+                    train_dataset=train,
+                    eval_dataset=held_out,
+                    processing_class=backbone.tokenizer,
+                    callbacks=[StageLog(record, "sft", progress)],
+                )
+            trainer.remove_callback(PrinterCallback)
+            backbone.assert_trainable()
+            progress.begin(
+                "sft", int(trainer.get_train_dataloader().__len__() * args.num_train_epochs)
+            )
+            keeper = Keeper(recipe, backbone, record, progress, "sft")
+            result = keeper.train(trainer)
+            check_finite("sft", result.training_loss)
+            entry["held_out_loss"] = trainer.evaluate()["eval_loss"]
+        progress.end()
+        folder = adapters.save_role(backbone, "policy", record.adapter("sft"))
+        entry |= {
+            "steps": result.global_step,
+            "train_loss": result.training_loss,
+            "args": effective(args),
+            "adapter_sha256": sha256(folder / "adapter_model.safetensors"),
+        }
+        load(backbone, record)
+
+
+def arguments(recipe: Recipe, record: Record) -> SFTConfig:
+    """TRL's config of this stage.
+
+    Raises:
+        RecipeError: `sft.args` cannot be what it says.
+    """
+    return build("sft", SFTConfig, trainer_args(recipe, record, "sft", _DEFAULTS, recipe.sft.args))
+
+
+def load(backbone: Backbone, record: Record) -> None:
+    """Roles `policy` and `reference` from the finished stage; checked to be the same function."""
+    folder = record.adapter("sft")
+    adapters.load_role(backbone, "reference", folder)
+    if not backbone.has("policy"):
+        backbone.add_role("policy")
+    backbone.copy_role("reference", "policy")
+    check = adapters.read_check(folder)
+    for role in ("policy", "reference"):
+        now = adapters.expected_outputs(backbone, role)
+        # Another processor adds in another order, another dtype rounds: no bits are promised there.
+        atol = check["atol"] if check["dtype"] == now["dtype"] else _OTHER_DTYPE
+        for name, then in check["expected"].items():
+            if not np.allclose(then, now["expected"][name], rtol=0, atol=atol):
+                raise IdentityError(
+                    f"adapters/sft, loaded again as {role}, gives other outputs than when it was "
+                    "saved",
+                    expected=f"a difference of at most {atol}",
+                    remedy="stage at fault: sft. Was the folder, the base or a library changed?",
+                )
+
+
+def tokenize(backbone: Backbone, rows: Dataset) -> Dataset:
+    """Ids, labels (-100 on the prompt) and lengths, for grouping, of prompt + completion."""
+
+    def encode(row: dict[str, Any]) -> dict[str, Any]:
+        prompt = backbone.encode_prompt(row["prompt"])
+        completion = backbone.encode_completion(row["completion"])
+        ids = prompt + completion
+        return {"input_ids": ids, "labels": [-100] * len(prompt) + completion, "length": len(ids)}
+
+    return Dataset.from_list([encode(row) for row in rows])

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run that would not be the same is refused with a table; a warm start is another run."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import killed
+import pytest
+from test_checkpoint import die_after_save, flip
+
+from lora_rlhf import pipeline
+from lora_rlhf.errors import CheckpointError, UsageError
+from lora_rlhf.runs.record import Record
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory) -> Path:
+    """A run that was killed in the middle of PPO."""
+    folder = tmp_path_factory.mktemp("refused")
+    killed.write(folder)
+    child = killed.start(die_after_save, killed.recipe(folder), folder / "run", "ppo", 6)
+    assert killed.wait(child) == -signal.SIGKILL
+    return folder / "run"
+
+
+@pytest.fixture
+def out(half: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(half, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("change", "stage"),
+    [("seed=3", "sft, which is done"), ("sft.args.learning_rate=1e-3", "sft, which is done"),
+     ("ppo.args.learning_rate=1e-4", "ppo, which has begun"),
+     ("ppo.updates=9", "ppo, which has begun"), ("algorithm=dpo", "ppo, which has begun")],
+)  # fmt: skip
+def test_another_seed_or_rate_is_a_table(half: Path, out: Path, change: str, stage: str):
+    with pytest.raises(UsageError, match=f"(?s){change.split('=')[0]}: .* -> .*{stage}") as caught:
+        pipeline.run(killed.recipe(half.parent, change), out, until="policy")
+    for free in ("threads", "checkpoint", "report_to"):
+        assert free in caught.value.expected, "keys that may change are listed"
+    assert "--warm-start" in caught.value.remedy
+    assert Record.read(out).in_flight("ppo")
+
+
+@pytest.mark.slow
+def test_keys_that_may_change_may(half: Path, out: Path):
+    changed = killed.recipe(half.parent, "checkpoint.keep=5", "card.title=x", "evaluate.n=8")
+    assert pipeline.run(changed, out, until="ppo").done("ppo")
+
+
+def tampered(out: Path, **changes) -> None:
+    """The newest checkpoint as one of a run in which these were different."""
+    for path in (out / "checkpoints" / "ppo").glob("*/manifest.json"):
+        manifest = json.loads(path.read_text())
+        assert changes.keys() <= manifest["run"].keys()
+        manifest["run"] |= changes
+        path.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    "key", ["base", "base.dtype", "tokenizer.template", "data.prompts", "adapter.reward"]
+)
+def test_another_base_template_or_adapter_is_a_table(half: Path, out: Path, key: str):
+    tampered(out, **{key: "another"})
+    with pytest.raises(CheckpointError, match=f"(?s)of another run:\n  {key}: 'another' -> "):
+        pipeline.run(killed.recipe(half.parent), out, until="ppo")
+    assert not Record.read(out).done("ppo")
+
+
+def test_another_template_of_the_same_base_is_refused(half: Path, out: Path, monkeypatch):
+    """For real: the base's tokenizer has got another template since."""
+    real = pipeline.Backbone.load
+
+    def load(*args):
+        made = real(*args)
+        made.tokenizer.chat_template += " "
+        return made
+
+    monkeypatch.setattr(pipeline.Backbone, "load", load)
+    with pytest.raises(CheckpointError, match=r"  tokenizer.template: "):
+        pipeline.run(killed.recipe(half.parent), out, until="ppo")
+
+
+def test_prompts_that_changed_in_between_are_refused(half: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(half.parent, tmp_path / "all"))
+    (folder / "prompts.jsonl").write_text(
+        (folder / "prompts.jsonl").read_text().replace("w5", "w6")
+    )
+    # The paths in the recipe are those of the copy, so it is asked of the checkpoint alone.
+    text = (folder / "run" / "recipe.yaml").read_text().replace(str(half.parent), str(folder))
+    (folder / "run" / "recipe.yaml").write_text(text)
+    with pytest.raises(CheckpointError, match=r"data.prompts: "):
+        pipeline.run(killed.recipe(folder), folder / "run", until="ppo")
+
+
+# --- warm start ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("broken", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_a_warm_start_keeps_the_adapters_and_says_so(half: Path, out: Path, broken: bool):
+    change = "ppo.args.learning_rate=1e-4"
+    if broken:  # what an exact resume needs is gone, the adapters are whole
+        for folder in (out / "checkpoints" / "ppo").glob("step-*"):
+            flip(folder / "optimizer.safetensors")
+    record = pipeline.run(killed.recipe(half.parent, change), out, until="ppo", warm_start=True)
+    assert record.done("ppo") and [line["step"] for line in record.metrics("ppo")] == [1, 2, 3]
+    note = record.data["warm_starts"]["ppo"]
+    assert note["from_step"] == 6 and len(note["adapters_sha256"]) == 64
+    assert [row.split(":")[0].strip() for row in note["changed"]] == [change.split("=")[0]]
+    first = record.metrics("ppo")[0]
+    assert first["kl/sequence"] != 0, "it began from the adapters of the checkpoint, not from SFT"
+    assert "kl_at_start" not in record.data["stages"]["ppo"]["identities"]
+
+
+def test_a_warm_start_needs_something_to_start_from(half: Path, out: Path, tmp_path: Path):
+    with pytest.raises(UsageError, match="learning_rate.*sft, which is done"):
+        pipeline.run(killed.recipe(half.parent, "sft.args.learning_rate=1"), out, warm_start=True)
+    for folder in (out / "checkpoints" / "ppo").glob("step-*"):
+        flip(folder / "roles.safetensors")
+    with pytest.raises(CheckpointError, match="no checkpoint holds its adapters whole"):
+        pipeline.run(killed.recipe(half.parent), out, until="ppo", warm_start=True)
+    tampered(out, base="another")
+    shutil.rmtree(out / "checkpoints")
+    with pytest.raises(UsageError, match="no stage that was interrupted"):
+        pipeline.run(killed.recipe(half.parent), out, until="ppo", warm_start=True)

@@ -1,0 +1,414 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole pipeline at reduced size: from demonstrations to cards, twice, interrupted, gated."""
+
+import json
+import os
+import runpy
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import lora_rlhf
+from lora_rlhf import pipeline, preflight, tiny
+from lora_rlhf.algorithms.ppo import ppo_trainer
+from lora_rlhf.errors import DataError, GateError, RecipeError, SetupError, UsageError
+from lora_rlhf.recipe.loader import load_recipe
+from lora_rlhf.reports.doctor import doctor, findings
+from lora_rlhf.runs.progress import Progress
+from lora_rlhf.runs.record import Record, sha256
+from lora_rlhf.serving import loaded_run
+from lora_rlhf.training.reward import reward_stage
+
+REDUCED = [
+    "data.demonstrations.0.n=40", "data.comparisons.0.n=24", "data.comparisons.0.completions=3",
+    "data.prompts.0.n=60", "evaluate.n=12", "data.evaluate.0.n=12", "reward.gate=warn",
+    "sft.args.num_train_epochs=1", "ppo.updates=3", "ppo.args.per_device_train_batch_size=4",
+    "ppo.args.steps_per_generation=2", "ppo.args.max_completion_length=24",
+]  # fmt: skip
+
+
+def recipe(*more: str):
+    return load_recipe(tiny.recipe(), [*REDUCED, *more])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Record:
+    return pipeline.run(recipe(), tmp_path_factory.mktemp("run") / "a")
+
+
+@pytest.fixture
+def no_pictures():
+    """Pictures take as long as a stage here: those of `finished` and of GRPO are drawn."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline.plots, "run", lambda _: [])
+        yield
+
+
+def bits(record: Record) -> dict[str, object]:
+    """All that two equal runs must share: the record without its clock, metrics and samples."""
+    data = {k: v for k, v in record.data.items() if k not in ("clock", "files")}
+    lines = [{k: v for k, v in line.items() if k != "clock"} for line in record.metrics()]
+    samples = (record.folder / "samples.jsonl").read_text()
+    weights = {
+        p.parent.name: p.read_bytes()
+        for p in record.folder.glob("adapters/*/adapter_model.safetensors")
+    }
+    return {"record": data, "metrics": lines, "samples": samples, "weights": weights}
+
+
+@pytest.mark.parametrize(
+    ("n", "rows", "told"), [(24, 24, 24), (512, 24, 24), (3, 24, 3), (100, 100, 0)]
+)
+def test_few_prompts_of_the_evaluation_are_told_before_anything_is_trained(
+    tmp_path, monkeypatch, n, rows, told
+):
+    class Training(Exception):
+        pass
+
+    def train(_recipe, _backbone, record, *_):
+        record.save()
+        raise Training
+
+    said = []
+    progress = Progress(quiet=True)
+    monkeypatch.setattr(progress, "say", said.append)
+    monkeypatch.setattr(pipeline.sft, "run", train)
+    changes = [f"evaluate.n={n}", f"data.evaluate.0.n={rows}"]
+    with pytest.raises(Training):
+        pipeline.run(recipe(*changes), tmp_path / "run", progress=progress)
+    lines = [line for line in said if "evaluation rests" in line]
+    notes = Record.read(tmp_path / "run").data["data"]["prompts"]["notes"]
+    if not told:
+        assert not lines and not notes
+        return
+    [finding] = findings.few_prompts(told)
+    assert lines == [finding.line()] and "\n" not in finding.line()
+    assert f"rests on {told} prompts" in finding.line() and "evaluate.n" in finding.line()
+    assert notes == [f"the evaluation rests on {told} prompts: only large differences show"]
+
+
+def test_the_doctor_says_of_few_prompts_what_the_run_said(finished: Record):
+    [told] = [found for found in doctor.examine(finished) if found.name == "few_prompts"]
+    assert [told] == list(findings.few_prompts(12))
+
+
+def test_a_run_leaves_everything_a_user_was_promised(finished: Record):
+    folder = finished.folder
+    assert {p.name for p in (folder / "adapters").iterdir()} == {"sft", "reward", "policy", "value"}
+    for adapter in (folder / "adapters").iterdir():
+        assert (adapter / "README.md").stat().st_size > 1000
+        assert (adapter / "adapter_config.json").is_file()
+    assert list((folder / "plots").glob("*.png"))
+    assert set(finished.data["evaluation"]) == {"base", "sft", "policy"}
+    for metric in ("gold_reward", "hallucination", "length", "kl"):
+        assert {"value", "low", "high", "n"} <= set(finished.data["evaluation"]["policy"][metric])
+    assert finished.data["stages"]["ppo"]["identities"]["kl_at_start"] == 0
+    assert finished.data["stages"]["ppo"]["updates"] == len(finished.metrics("ppo")) == 3
+    assert finished.data["files"]["recipe.yaml"]
+    for stage in ("sft", "reward", "ppo"):  # the adapters on disk are those of the stages
+        entry = finished.data["stages"][stage]
+        role = "policy" if stage == "ppo" else stage
+        path = f"adapters/{role}/adapter_model.safetensors"
+        assert finished.data["files"][path] == entry["adapter_sha256"]
+
+
+def test_the_policy_moved_away_from_sft(finished: Record):
+    stages = finished.data["stages"]
+    assert stages["ppo"]["adapter_sha256"] != stages["sft"]["adapter_sha256"]
+    assert stages["ppo"]["identities"]["mean_abs_log_ratio_after_first_update"] > 0
+
+
+def test_a_finished_run_is_not_run_again(finished: Record, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pipeline.Backbone, "load", lambda *_: pytest.fail("the base was loaded"))
+    again = pipeline.run(recipe(), finished.folder)
+    assert again.data == finished.data
+
+
+def test_a_run_of_another_recipe_is_refused(finished: Record):
+    with pytest.raises(UsageError, match="another recipe"):
+        pipeline.run(recipe("ppo.kl_coef=0.1"), finished.folder)
+    assert Record.read(finished.folder).data == finished.data
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_an_interrupted_run_ends_with_the_same_bits(
+    finished: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Stopped in the middle of PPO, then the same command again."""
+    out, real = tmp_path / "b", ppo_trainer.PPOTrainer.training_step
+
+    def stop(self, *args, **kwargs):
+        if self.update == 1:
+            raise KeyboardInterrupt
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(ppo_trainer.PPOTrainer, "training_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(recipe(), out)
+    monkeypatch.undo()
+    half = Record.read(out)
+    assert half.done("reward") and not half.done("ppo")
+    monkeypatch.setattr(reward_stage, "run", lambda *_: pytest.fail("a finished stage ran again"))
+    record = pipeline.run(recipe(), out)
+    assert bits(record) == bits(finished)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_shared_stages_end_with_the_same_bits(finished: Record, tmp_path: Path, monkeypatch):
+    """A run that took SFT and reward model over from another is the run it would have been."""
+    monkeypatch.setattr(reward_stage, "run", lambda *_: pytest.fail("a shared stage ran again"))
+    record = pipeline.run(recipe("name=other"), tmp_path / "b", start_from=finished.folder)
+    origins = [record.data["stages"][stage].pop("from_run") for stage in ("sft", "reward")]
+    assert origins[0] == origins[1] and origins[0]["name"] == "closed-world"
+    assert len(origins[0]["record_sha256"]) == 64 and set(origins[0]) == {"name", "record_sha256"}
+    for key in ("name", "recipe_sha256"):
+        assert record.data.pop(key) != finished.data[key]
+    wanted = bits(finished)
+    wanted["record"] = {k: v for k, v in wanted["record"].items() if k in record.data}
+    assert bits(record) == wanted
+    assert (record.adapter("sft") / "README.md").read_text() != (
+        finished.adapter("sft") / "README.md"
+    ).read_text(), "the card is of this run"
+
+
+@pytest.fixture(scope="module")
+def started(finished: Record) -> str:
+    return str(finished.folder)
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "dpo", "best_of_n"])
+def test_a_control_ends_in_the_same_report(
+    algorithm: str, started: str, tmp_path: Path, request: pytest.FixtureRequest
+):
+    if algorithm != "grpo":
+        request.getfixturevalue("no_pictures")
+    sets = [f"algorithm={algorithm}", "best_of_n.n=3", "ppo.updates=2", "dpo.args.max_steps=3"]
+    record = pipeline.run(recipe(*sets), tmp_path / "run", start_from=started)
+    model = "best_of_n" if algorithm == "best_of_n" else "policy"
+    evaluation = record.data["evaluation"]
+    assert list(evaluation) == ["base", "sft", model] and record.done(algorithm)
+    assert evaluation["sft"] == Record.read(started).data["evaluation"]["sft"]
+    rows = loaded_run.generate(record.folder, "Say hello politely.", seed=1, max_new_tokens=8)
+    assert [row["model"] for row in rows] == ["base", "sft", model]
+    name = {"grpo": "GRPO", "dpo": "DPO", "best_of_n": "best of n"}[algorithm]
+    if model == "policy":
+        card = (record.adapter("policy") / "README.md").read_text()
+        assert name in card and "PPO" not in card.replace("PPO needs", "")
+        assert not record.adapter("value").exists()
+    else:
+        assert evaluation[model]["kl_bound"]["n"] == 0 and "kl" not in evaluation[model]
+        assert (
+            evaluation[model]["proxy_reward"]["value"] > evaluation["sft"]["proxy_reward"]["value"]
+        )
+        assert "(bound)" in (record.adapter("sft") / "README.md").read_text()
+    assert pipeline.run(recipe(*sets), record.folder).data == record.data  # nothing runs again
+    with pytest.raises(UsageError, match=f"read by {algorithm}, which is done"):
+        pipeline.run(recipe(*sets, "algorithm=ppo"), record.folder)
+
+
+def test_stages_are_shared_only_between_equal_recipes(started: str, tmp_path: Path):
+    out = tmp_path / "b"
+    for change, stage in (
+        ("sft.args.learning_rate=2e-3", "sft"),
+        ("seed=3", "sft"),
+        ("reward.args.learning_rate=2e-3", "reward"),
+    ):
+        with pytest.raises(UsageError, match=f"(?s){change.split('=')[0]}.*read by {stage}"):
+            pipeline.run(recipe(change), out, start_from=started)
+    assert not out.exists()
+    with pytest.raises(UsageError, match="not a run"):
+        pipeline.run(recipe(), out, start_from=tmp_path / "nowhere")
+    pipeline.run(recipe("threads=1"), out, start_from=started, until="reward")
+    record = pipeline.run(recipe(), out, start_from=started, until="reward")  # given again
+    assert record.done("reward")
+    other = Record.open(tmp_path / "c", recipe("seed=4"))
+    with other.stage("sft") as entry:
+        entry["adapter_sha256"] = "0" * 64
+    with pytest.raises(UsageError, match="did not start from"):
+        pipeline.run(recipe(), other.folder, start_from=started)
+
+
+def test_what_cannot_end_well_is_refused_before_anything(tmp_path: Path, monkeypatch):
+    out = tmp_path / "run"
+    with pytest.raises(UsageError, match="no stage 'ppo' where the recipe says algorithm: grpo"):
+        pipeline.run(recipe("algorithm=grpo"), out, until="ppo")
+    with pytest.raises(RecipeError, match="hub.value is set, and GRPO trains no value adapter"):
+        pipeline.run(recipe("algorithm=grpo", "hub.value=a/b"), out)
+    for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "4")
+            with pytest.raises(SetupError, match="one of 4 processes"):
+                pipeline.run(recipe(), out)
+    assert not out.exists()
+
+
+def test_comparisons_of_a_file_are_read_once(tmp_path: Path, monkeypatch):
+    path = tmp_path / "c.jsonl"
+    path.write_text(
+        "".join(
+            json.dumps({"prompt": f"Say {i}.", "chosen": f"{i}", "rejected": "no"}) + "\n"
+            for i in range(60)
+        )
+    )
+    reads, real = [], pipeline.dataset_builder.comparisons
+    monkeypatch.setattr(
+        pipeline.dataset_builder, "comparisons", lambda *a, **k: reads.append(k) or real(*a, **k)
+    )
+    asked = recipe(f"data.comparisons=[{{path: {path}}}]")
+    record = pipeline.run(asked, tmp_path / "run", until="reward")
+    assert len(reads) == 1 and record.done("reward")
+    path.write_text(path.read_text().replace("no", "nay"))
+    changed = recipe(f"data.comparisons=[{{path: {path}}}]", "algorithm=dpo")
+    with pytest.raises(DataError, match="changed since reward, which read it"):
+        pipeline.run(changed, record.folder)
+
+
+@pytest.fixture
+def copied(finished: Record, tmp_path: Path, monkeypatch) -> Path:
+    """A finished run to go on with; nothing of it may need the backbone."""
+    monkeypatch.setattr(pipeline.Backbone, "load", lambda *_: pytest.fail("the base was loaded"))
+    return Path(shutil.copytree(finished.folder, tmp_path / "copy"))
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_run_stopped_while_its_cards_are_written_can_be_finished(copied, monkeypatch):
+    record = Record.read(copied)
+    del record.data["stages"]["card"]
+    record.data["files"] = {}
+    record.save()
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    for owner, name in ((pipeline.model_card, "write"), (Record, "seal")):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(owner, name, stop)
+            pipeline.run(recipe(), copied)
+        assert not Record.read(copied).done("card")
+    record = pipeline.run(recipe(), copied)
+    assert record.done("card") and record.data["files"]["samples.jsonl"]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_free_key_that_changes_reaches_cards_and_seal(copied):
+    record = pipeline.run(recipe("card.title=Another name"), copied)
+    assert "# Another name" in (record.adapter("policy") / "README.md").read_text()
+    for path in (copied / "recipe.yaml", record.adapter("policy") / "README.md"):
+        assert record.data["files"][str(path.relative_to(copied))] == sha256(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["sft.args.per_device_train_batch_size=0", "reward.args.lr_scheduler_kwargs={min_lr: 1}",
+     "ppo.args.learning_rate=fast", "report_to=[foo]", "sft.args.activation_offloading=true"],
+)  # fmt: skip
+def test_bad_args_are_told_before_anything(change: str, tmp_path: Path):
+    with pytest.raises(RecipeError, match=change.split("=")[0].rsplit(".", 1)[0]):
+        pipeline.run(recipe(change), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_may_not_change_between_stages_that_read_them(tmp_path: Path):
+    def said(sha, evaluate="e"):
+        return {"sources": [{"sha256": sha}], "evaluate": {"sources": [{"sha256": evaluate}]}}
+
+    record = Record.open(tmp_path / "run", recipe())
+    record.data["data"] = {"demonstrations": said("a"), "prompts": said("a")}
+    preflight.same_data(record, "demonstrations", said("b"))  # no stage has read them
+    with record.stage("sft"):
+        pass
+    preflight.same_data(record, "demonstrations", said("a"))
+    preflight.same_data(record, "prompts", said("b"))
+    with pytest.raises(DataError, match="data.demonstrations .* changed since sft"):
+        preflight.same_data(record, "demonstrations", said("b"))
+    with pytest.raises(DataError, match="data.evaluate .* changed since sft"):
+        preflight.same_data(record, "prompts", said("a", "f"))
+    with record.stage("ppo"):
+        pass
+    with pytest.raises(DataError, match="data.prompts .* changed since ppo"):
+        preflight.same_data(record, "prompts", said("b"))
+
+
+def work(record: Record, asked) -> pipeline._Work:
+    made = object.__new__(pipeline._Work)
+    made.recipe, made.record, made.progress = asked, record, Progress(quiet=True)
+    made.tokenizer, made._samples, made._found = None, {}, None
+    return made
+
+
+def test_two_task_sources_get_answers_of_their_own(tmp_path: Path):
+    asked, drawn = recipe(), []
+    made = work(Record.open(tmp_path / "run", asked), asked)
+    made.backbone = SimpleNamespace(
+        encode_prompt=str, decode=str, generate=lambda ids, *_, **__: drawn.append(ids) or ids
+    )
+    assert made._sample(["a", "b"], 2, 0) == [["a", "a"], ["b", "b"]]
+    assert made._sample(["c"], 3, 0) == [["c", "c", "c"]]
+    assert made._sample(["a", "b"], 2, 0) == [["a", "a"], ["b", "b"]] and len(drawn) == 2
+
+
+def test_a_reward_model_that_nobody_needs_is_done(tmp_path: Path):
+    asked = recipe("ppo.reward=gold", "data.comparisons=[]")
+    record = Record.open(tmp_path / "run", asked)
+    work(record, asked)._reward(run=True)
+    assert record.done("reward") and "gold" in record.data["stages"]["reward"]["skipped"]
+    assert preflight.finished(asked, record, "reward")
+    assert not preflight.finished(recipe("data.comparisons=[]"), record, "reward")
+
+
+@pytest.mark.slow
+def test_another_seed_gives_other_numbers(finished: Record, tmp_path: Path):
+    record = pipeline.run(recipe("seed=1"), tmp_path / "c", until="sft")
+    assert (
+        record.data["stages"]["sft"]["adapter_sha256"]
+        != finished.data["stages"]["sft"]["adapter_sha256"]
+    )
+
+
+def test_ppo_is_refused_behind_a_failed_gate(finished: Record, tmp_path: Path):
+    data = json.loads((finished.folder / "record.json").read_text())
+    out = tmp_path / "gated"
+    import shutil
+
+    shutil.copytree(finished.folder, out)
+    data["stages"] = {k: data["stages"][k] for k in ("sft", "reward")}
+    data["stages"]["reward"] |= {"gate": "failed", "gate_reason": "it is a test"}
+    (out / "record.json").write_text(json.dumps(data))
+    with pytest.raises(GateError, match="it is a test"):
+        pipeline.run(recipe("reward.gate=stop"), out)
+
+
+def test_missing_data_is_found_before_anything_is_trained(tmp_path: Path):
+    with pytest.raises(DataError):
+        pipeline.run(recipe("data.prompts=[{path: nowhere.jsonl}]"), tmp_path / "d")
+    assert not Record.read(tmp_path / "d").data["stages"]
+
+
+def test_generate_answers_as_base_sft_and_policy(finished: Record):
+    rows = loaded_run.generate(finished.folder, "Say hello politely.", seed=1)
+    assert [row["model"] for row in rows] == ["base", "sft", "policy"]
+    assert all(isinstance(row["reward"], float) for row in rows)
+
+
+SHORT = [
+    *REDUCED, "sft.args.max_steps=2", "reward.args.max_steps=2", "ppo.updates=1",
+    "ppo.value_warmup_updates=0", "evaluate.n=4",
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_quickstart_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    root = Path(__file__).resolve().parents[2]
+    (tmp_path / "recipes").symlink_to(root / "recipes")
+    monkeypatch.chdir(tmp_path)
+    load = lora_rlhf.load_recipe
+    monkeypatch.setattr(
+        lora_rlhf, "load_recipe", lambda path, sets: load(path, [*sets, *SHORT]), raising=False
+    )
+    script = root / "docs" / "quickstart.py"
+    assert len(script.read_text().splitlines()) <= 15
+    runpy.run_path(str(script))
+    assert "policy" in capsys.readouterr().out
+    assert os.path.exists("runs/quickstart/record.json")

@@ -1,0 +1,517 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pushing: what leaves the machine, what never does, and that strangers can load what arrives.
+
+The push that is loaded again runs in processes of its own, as a user's would; what is refused and
+what is retried is tested in this process, with the clients turned to the local Hub.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from hub_run import make_finished
+from hub_server import HubServer, hub_env, turn_to
+from huggingface_hub import constants
+
+from lora_rlhf import pipeline
+from lora_rlhf.errors import BaseModelError, HubError
+from lora_rlhf.hub import repository, staging
+from lora_rlhf.models.base_model import BaseModel
+from lora_rlhf.recipe.loader import parse_recipe
+from lora_rlhf.recipe.schema import LoraSection, ModelSection
+from lora_rlhf.runs.record import Record, sha256
+
+pytestmark = pytest.mark.hub
+
+ALLOWED = {
+    ".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors",
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
+    "check.json", "reward.json", "recipe.yaml", "record.json", "plots/training.png",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    return make_finished(tmp_path_factory.mktemp("hub"))
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Record:
+    """A copy to spoil, with a base on the Hub."""
+    shutil.copytree(finished, tmp_path / "run")
+    record = Record.read(tmp_path / "run")
+    record.data["model"] |= {"hub_id": "acme/base"}
+    record.save()
+    return record
+
+
+# --- the local Hub ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server():
+    with HubServer(user="tester", token="hf_test", orgs=("acme",)) as server:
+        server.add_repo("acme/base", {"config.json": b"{}"}, private=True)
+        yield server
+
+
+@pytest.fixture
+def here(server, monkeypatch, tmp_path):
+    """This process's clients turned to the local Hub; every pause is noted, none is waited for."""
+    turn_to(server, monkeypatch, tmp_path)
+    pauses = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    return pauses
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """A silent connection is given up after less than a second."""
+    monkeypatch.setattr(repository, "_SILENCE_SECONDS", 0.3)
+    repository._limit_silence.cache_clear()
+    yield
+    monkeypatch.undo()
+    repository._limit_silence.cache_clear()
+
+
+def writes(server):
+    return [r for r in server.requests if r.method in ("POST", "PUT", "DELETE")]
+
+
+# --- what arrives, and who can load it --------------------------------------------------------
+
+PUSH = """
+from lora_rlhf.hub import repository as hub
+from lora_rlhf.runs.record import Record
+record = Record.read("run")
+results = [hub.push_base(record, "acme/little-base")]
+results += [hub.push(record, role, f"acme/little-{role}") for role in ("policy", "reward")]
+assert all(r["private"] for r in results), results
+import sys
+assert "torch" not in sys.modules
+"""
+
+LOAD = """
+import re, sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "lora_rlhf":
+            raise ImportError("this package must not be needed")
+
+sys.meta_path.insert(0, Refuse())
+import torch
+from huggingface_hub import hf_hub_download
+
+torch.set_num_threads(1)
+for role in ("policy", "reward"):
+    path = hf_hub_download(f"acme/little-{role}", "README.md")
+    blocks = re.findall(r"^```python\\n(.*?)^```", open(path).read(), re.S | re.M)
+    assert len(blocks) == 3, blocks
+    found = {}
+    exec(blocks[0], found)
+    exec(blocks[1], found)
+    assert found["difference"] <= found["check"]["atol"], (role, found["difference"])
+    with found["model"].disable_adapter(), torch.no_grad():
+        bare = found["model"](input_ids=found["ids"], attention_mask=found["mask"]).logits
+    bare = bare[:, -1] if role == "policy" else bare
+    off = (bare[:, : found["expected"].shape[1]] - found["expected"]).abs().max()
+    assert off > 0.01, "the check would not notice a missing adapter"
+    if role == "reward":
+        assert abs(found["reward"] - found["raw"] - 0.25) < 1e-6
+    exec(blocks[2], merged := {})
+    assert "lora" not in str(merged["merged"].state_dict().keys())
+    with torch.no_grad():
+        out = merged["merged"](input_ids=found["ids"], attention_mask=found["mask"]).logits
+    out = out[:, -1] if role == "policy" else out
+    assert (out[:, : found["expected"].shape[1]] - found["expected"]).abs().max() < 1e-4
+assert "lora_rlhf" not in sys.modules
+print("loaded")
+"""
+
+
+def python(code: str, server, tmp_path, where: Path) -> str:
+    root = str(Path(__file__).resolve().parents[2])
+    env = hub_env(server, tmp_path) | {"PYTHONPATH": root}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=env,
+        cwd=where,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def test_pushed_adapters_load_without_this_package(finished, server, tmp_path):
+    home = tmp_path / "home"
+    shutil.copytree(finished.parent, home)
+    python(PUSH, server, tmp_path, home)
+    base = server.repos["acme/little-base"]
+    assert base.private and len(base.commits) == 2
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(base.files)
+    for role in ("policy", "reward"):
+        repo = server.repos[f"acme/little-{role}"]
+        assert repo.private
+        assert len(repo.commits) == 2  # the Hub's own first one, and one with all files
+        assert set(repo.files) <= ALLOWED
+        assert ALLOWED - set(repo.files) <= {"special_tokens_map.json", "reward.json"}
+        assert ("reward.json" in repo.files) == (role == "reward")
+        config = json.loads(repo.files["adapter_config.json"])
+        assert config["base_model_name_or_path"] == "acme/little-base"
+        assert config["revision"] == base.sha
+        published = json.loads(repo.files["record.json"])["published"]
+        assert set(published) == set(repo.files) - {".gitattributes", "record.json"}
+        for name, data in repo.files.items():
+            for private in (str(finished.parent), str(tmp_path), str(Path.home()) + "/"):
+                assert private.encode() not in data, name
+        meta = yaml.safe_load(repo.files["README.md"].decode().split("---\n")[1])
+        assert meta["base_model"] == "acme/little-base"
+        recipe = yaml.safe_load(repo.files["recipe.yaml"])
+        assert recipe["data"]["prompts"][0]["path"] == "prompts.jsonl"
+    assert python(LOAD, server, tmp_path, home).endswith("loaded\n")
+
+
+def test_the_packaged_model_is_pushed_without_its_training_code(run, server, here):
+    run.data["model"] |= {"id": "tiny", "hub_id": None, "license": "apache-2.0"}
+    result = repository.push_base(run, "acme/tiny")
+    assert set(result["files"]) <= {"README.md", *staging.BASE, "model.safetensors"}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(result["files"])
+    assert Record.read(run.folder).data["model"]["hub_id"] == "acme/tiny"
+    assert repository.push(run, "policy", "acme/p")["private"]
+    config = json.loads(server.repos["acme/p"].files["adapter_config.json"])
+    assert config["base_model_name_or_path"] == "acme/tiny"
+
+
+# --- again and again --------------------------------------------------------------------------
+
+
+def test_a_second_push_changes_nothing_and_a_new_card_is_one_commit(run, server, here):
+    first = repository.push(run, "policy", "acme/p")
+    assert first["url"] == f"{server.url}/acme/p"
+    again = repository.push(run, "policy", "acme/p")
+    assert again["commit"] == first["commit"] == server.repos["acme/p"].sha
+    assert len(server.repos["acme/p"].commits) == 2
+    run.data["clock"]["peak_memory_mb"] = 123.5
+    repository.push(run, "policy", "acme/p")
+    assert len(server.repos["acme/p"].commits) == 3
+    assert b"123.5" in server.repos["acme/p"].files["README.md"]
+    assert len(server.sent("PUT", "^/_lfs/")) == 1  # the weights, once
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "whoami", 500), ("POST", "repos/create", 503), ("POST", "preupload", 502),
+        ("POST", "objects/batch", 500), ("PUT", "^/_lfs/", 500), ("PUT", "^/_lfs/", 0),
+        ("POST", "/commit/", 500), ("POST", "/commit/", 412), ("POST", "/commit/", 429),
+        ("POST", "/commit/", 0), ("POST", "validate-yaml", 504), ("POST", "/commit/", 408),
+        ("PUT", "^/_lfs/", -3), ("POST", "/commit/", -3), ("PUT", "^/_lfs/", -1),
+        ("POST", "/commit/", -1), ("GET", "whoami", -1),
+    ],
+)  # fmt: skip
+def test_passing_faults_are_tried_again(run, server, here, impatient, method, path, status):
+    server.fail_next(method, path, status, times=3)
+    started = time.monotonic()
+    repository.push(run, "policy", "acme/p")
+    assert here  # it paused
+    assert time.monotonic() - started < 20, "a connection that is silent was waited for"
+    assert [r.status for r in server.requests].count(status) == 3
+    assert len(server.repos["acme/p"].commits) == 2
+    assert set(server.repos["acme/p"].files) <= ALLOWED
+
+
+@pytest.mark.parametrize("path", ["/commit/", "repos/create", "objects/batch"])
+def test_a_lost_answer_makes_no_second_commit(run, server, here, path):
+    server.fail_next("POST", path, 0, after=True)
+    result = repository.push(run, "policy", "acme/p")
+    assert len(server.repos["acme/p"].commits) == 2
+    assert result["commit"] == server.repos["acme/p"].sha
+
+
+def test_the_hub_says_how_long_to_wait(run, server, here):
+    server.fail_next("POST", "/commit/", 429, headers={"Retry-After": "7"})
+    repository.push(run, "policy", "acme/p")
+    assert 7 in here
+
+
+def test_a_lasting_fault_ends_with_the_command_to_try_again(run, server, here):
+    before = {p: sha256(p) for p in run.folder.rglob("*") if p.is_file()}
+    server.fail_next("POST", "/commit/", 500, times=10_000)
+    with pytest.raises(HubError) as caught:
+        repository.push(run, "policy", "acme/p", public=True)
+    assert f"lora-rlhf push {run.folder} --policy acme/p --public" in str(caught.value)
+    assert "HTTP 500" in str(caught.value) and "hf_test" not in str(caught.value)
+    assert len(server.sent("POST", "/commit/")) <= 1 + len(repository.PAUSES) + 5
+    assert set(server.repos["acme/p"].files) == {".gitattributes"}  # nothing, or all with a card
+    assert before == {p: sha256(p) for p in run.folder.rglob("*") if p.is_file()}
+
+
+def test_a_hub_that_is_not_there_is_an_error_of_ours(run, here, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(HubError, match="nothing that was trained is lost"):
+        repository.push(run, "policy", "acme/p")
+    assert here == list(repository.PAUSES)
+
+
+def test_a_huge_folder_is_one_commit_and_goes_on_where_it_was_cut(run, server, here, tmp_path):
+    """40 shards; after a fault that lasts, only what is missing is sent again."""
+    base = Path(run.data["model"]["id"])
+    big, shards = tmp_path / "big", 40
+    shutil.copytree(base, big)
+    weights = (big / "model.safetensors").read_bytes()
+    (big / "model.safetensors").unlink()
+    size = int.from_bytes(weights[:8], "little")
+    for i in range(1, shards + 1):  # the same tensors under another length of header: other files
+        header = weights[8 : 8 + size] + b" " * (8 * i)
+        name = f"model-{i:05d}-of-{shards:05d}.safetensors"
+        (big / name).write_bytes(len(header).to_bytes(8, "little") + header + weights[8 + size :])
+    run.data["model"] |= {"id": str(big), "weights": {}}
+    third = sorted(big.glob("model-*"))[2]
+    server.fail_next("PUT", sha256(third), 500, times=10_000)
+    with pytest.raises(HubError, match="--base acme/big"):
+        repository.push_base(run, "acme/big")
+    assert set(server.repos["acme/big"].files) == {".gitattributes"}
+    server._faults.clear()
+    done = {r.path for r in server.sent("PUT", "^/_lfs/") if r.status == 200}
+    before = len(server.requests)
+    result = repository.push_base(run, "acme/big")
+    sent = [r.path for r in server.requests[before:] if r.method == "PUT"]
+    assert len(sent) == shards - len(done) and not done & {*sent}
+    assert len(result["files"]) > shards and len(server.repos["acme/big"].commits) == 2
+    assert {"README.md", third.name} <= set(server.repos["acme/big"].files)
+
+
+@pytest.mark.parametrize("fault", [500, 403, -1])
+def test_a_run_that_is_done_stays_done_where_the_push_fails(
+    run, server, here, impatient, monkeypatch, fault
+):
+    """Exit code 0, what happened and the exact command on the screen; the next call pushes."""
+    said = []
+    progress = SimpleNamespace(say=said.append)
+    wanted = recipe(hub={"policy": "acme/p", "reward": "acme/r"})
+    server.fail_next("POST", "acme/p/commit/", fault, times=10_000)
+    pipeline._push(wanted, run, progress)
+    assert f"`lora-rlhf push {run.folder} --policy acme/p`" in said[0]
+    assert "the policy adapter is not pushed" in said[0] and "pushed reward to" in said[1]
+    assert set(server.repos["acme/p"].files) == {".gitattributes"}
+    server._faults.clear()
+    pipeline._push(wanted, Record.read(run.folder), progress)
+    assert "pushed policy to" in said[2] and len(said) == 3
+    assert "README.md" in server.repos["acme/p"].files
+
+
+def test_a_gated_base_says_where_to_ask(server, here):
+    server.add_repo("acme/shy", {"config.json": b"{}"})
+    server.gated.add("acme/shy")
+    with pytest.raises(BaseModelError, match="acme/shy is gated") as caught:
+        BaseModel.load(ModelSection(id="acme/shy"), LoraSection())
+    assert "accept them on its page" in caught.value.remedy and caught.value.exit_code == 4
+
+
+# --- visibility -------------------------------------------------------------------------------
+
+
+def test_private_unless_asked(run, server, here):
+    assert repository.push(run, "policy", "acme/p")["private"] is True
+    result = repository.push(run, "reward", "tester/r", public=True)
+    assert result["private"] is False and not server.repos["tester/r"].private
+    assert result["notes"] == ["acme/base is private: others cannot load this adapter"]
+
+
+def test_a_public_repository_is_not_filled_by_a_private_push(run, server, here):
+    server.add_repo("acme/p", private=False)
+    with pytest.raises(HubError, match="public repository"):
+        repository.push(run, "policy", "acme/p")
+    assert not writes(server)
+
+
+def test_a_private_repository_stays_private(run, server, here):
+    server.add_repo("acme/p", private=True)
+    result = repository.push(run, "policy", "acme/p", public=True)
+    assert server.repos["acme/p"].private and result["private"]
+    assert "stays so" in result["notes"][0]
+
+
+# --- refused before anything is sent ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("repo_id", ["p", "a/b/c", "acme/p q", "acme/..", "/p", "acme/", ""])
+def test_a_bad_repository_id(run, server, here, repo_id):
+    with pytest.raises(HubError, match="organisation/name"):
+        repository.push(run, "policy", repo_id)
+    assert not server.requests
+
+
+def test_no_token(run, server, here, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(HubError, match="hf auth login"):
+        repository.push(run, "policy", "acme/p")
+    assert not server.requests
+
+
+def test_a_wrong_token_is_not_printed(run, server, here):
+    with pytest.raises(HubError, match="HTTP 401") as caught:
+        repository.push(run, "policy", "acme/p", token="hf_wrong_secret")
+    assert "hf_wrong_secret" not in str(caught.value)
+    assert not writes(server)
+
+
+def test_offline_says_what_is_skipped(run, server, here, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match="push of the policy adapter to acme/p is skipped"):
+        repository.push(run, "policy", "acme/p")
+    assert not server.requests
+
+
+def test_a_namespace_of_others(run, server, here):
+    with pytest.raises(HubError, match="no member of strangers"):
+        repository.push(run, "policy", "strangers/p")
+    assert not writes(server)
+
+
+def test_a_token_that_only_reads(run, server, here):
+    server.role = "read"
+    with pytest.raises(HubError, match="only read"):
+        repository.push(run, "policy", "acme/p")
+    assert not writes(server)
+
+
+def test_a_fine_grained_token_needs_write_access_there(run, server, here, monkeypatch):
+    def token(name, *permissions):
+        scoped = [{"entity": {"name": name}, "permissions": list(permissions)}]
+        access = {"role": "fineGrained", "fineGrained": {"scoped": scoped}}
+        me = {"name": "tester", "orgs": [{"name": "acme"}], "auth": {"accessToken": access}}
+        monkeypatch.setattr(repository.HfApi, "whoami", lambda self: me)
+
+    for entity, permission in (("acme", "repo.content.read"), ("tester", "repo.write")):
+        token(entity, permission)
+        with pytest.raises(HubError, match="fine-grained"):
+            repository.push(run, "policy", "acme/p")
+    assert not writes(server)
+    token("acme", "repo.content.read", "repo.write")
+    assert repository.push(run, "policy", "acme/p")["commit"]
+
+
+def test_a_base_that_is_nowhere_on_the_hub(run, server, here):
+    run.data["model"]["hub_id"] = "acme/elsewhere"
+    with pytest.raises(HubError, match=f"push {run.folder} --base acme/elsewhere"):
+        repository.push(run, "policy", "acme/p")
+    assert not writes(server)
+
+
+def test_a_base_that_exists_only_here(run, server, here):
+    run.data["model"]["hub_id"] = None
+    with pytest.raises(HubError, match="--base org/name.*model.hub_id"):
+        repository.push(run, "policy", "acme/p")
+    assert not server.requests
+
+
+# --- before training --------------------------------------------------------------------------
+
+
+def recipe(**sections):
+    text = yaml.safe_dump({"name": "x", "model": {"id": "acme/base"}} | sections)
+    return parse_recipe(text, "recipe.yaml")
+
+
+def test_preflight_asks_nobody_where_nothing_is_pushed(server, here):
+    assert repository.preflight(recipe()) == []
+    assert not server.requests
+
+
+def test_preflight_finds_out_and_writes_nothing(server, here):
+    assert repository.preflight(recipe(hub={"policy": "acme/p", "reward": "tester/r"})) == []
+    assert server.sent("GET", "whoami") and not writes(server)
+
+
+def test_preflight_offline_lets_training_go_on_and_says_what_is_skipped(server, here, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    [note] = repository.preflight(recipe(hub={"policy": "acme/p"}))
+    assert "not pushed: policy to acme/p" in note
+    assert not server.requests
+
+
+@pytest.mark.parametrize(
+    ("sections", "match"),
+    [
+        ({"hub": {"policy": "strangers/p"}}, "no member of strangers"),
+        ({"hub": {"policy": "p"}}, "organisation/name"),
+        ({"hub": {"policy": "acme/p"}, "model": {"id": "tiny"}}, "--base org/name"),
+        ({"hub": {"policy": "acme/p"}, "model": {"id": "/no/where"}}, "--base org/name"),
+        ({"hub": {"policy": "acme/p"}, "model": {"id": "acme/none"}}, "is not on the Hub"),
+        ({"hub": {"policy": "acme/open"}}, "public repository"),
+    ],
+)
+def test_preflight_refuses_before_hours_of_training(server, here, sections, match):
+    server.add_repo("acme/open", private=False)
+    with pytest.raises(HubError, match=match):
+        repository.preflight(recipe(**sections))
+    assert not writes(server)
+
+
+def test_preflight_says_how_a_local_base_gets_there(server, here):
+    wanted = recipe(hub={"policy": "acme/p"}, model={"id": "tiny"})
+    with pytest.raises(HubError, match="train without `hub:` first"):
+        repository.preflight(wanted)
+
+
+def test_preflight_knows_the_base_that_was_pushed(run, server, here):
+    wanted = recipe(hub={"policy": "acme/p"}, model={"id": "tiny"})
+    assert repository.preflight(wanted, run) == []  # the record names acme/base
+    run.data["model"]["hub_id"] = None
+    with pytest.raises(HubError, match="--base org/name"):
+        repository.preflight(wanted, run)
+
+
+def test_preflight_asks_nothing_for_what_is_pushed_already(run, server, here, monkeypatch):
+    repository.push(run, "policy", "acme/p")
+    asked = len(server.requests)
+    monkeypatch.delenv("HF_TOKEN")
+    assert repository.preflight(recipe(hub={"policy": "acme/p"}), Record.read(run.folder)) == []
+    assert len(server.requests) == asked
+    with pytest.raises(HubError, match="no token"):
+        repository.preflight(recipe(hub={"policy": "acme/other"}), run)
+
+
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [({"license": "mit"}, "mit"), ({"license": "other", "license_name": "own"}, "own"),
+     ({"license": "other"}, "other"), ({"license": ["a", "b"]}, None), ({}, None), (None, None)],
+)  # fmt: skip
+def test_the_licence_of_a_base_is_that_of_its_card(server, here, monkeypatch, card, licence):
+    asked = []
+
+    def model_info(self, repo_id, **options):
+        asked.append((repo_id, options["revision"]))
+        return SimpleNamespace(card_data=card, private=False)
+
+    monkeypatch.setattr(repository.HfApi, "model_info", model_info)
+    assert repository.base_licence({"id": "acme/base", "revision": "c0ffee"}) == licence
+    assert asked == [("acme/base", "c0ffee")]
+
+
+def test_a_licence_that_cannot_be_had_is_none(server, here, monkeypatch):
+    assert repository.base_licence({"id": "acme/nowhere", "revision": None}) is None
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    asked = len(server.requests)
+    assert repository.base_licence({"id": "acme/base", "revision": None}) is None
+    assert len(server.requests) == asked
+
+
+def test_preflight_without_a_token_or_with_one_that_reads(server, here, monkeypatch):
+    wanted = recipe(hub={"policy": "acme/p"})
+    server.role = "read"
+    with pytest.raises(HubError, match="only read"):
+        repository.preflight(wanted)
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(HubError, match="no token"):
+        repository.preflight(wanted)

@@ -1,0 +1,388 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is planned from a config, against what the real model allocates."""
+
+import contextlib
+import json
+import socket
+from pathlib import Path
+
+import pytest
+import small
+import torch
+from huggingface_hub import constants
+from transformers import AutoConfig, LlamaConfig
+from typer.testing import CliRunner
+
+from lora_rlhf import tiny
+from lora_rlhf.cli import app
+from lora_rlhf.errors import BaseModelError, RecipeError, UsageError
+from lora_rlhf.models import fused_layers, loading
+from lora_rlhf.models.backbone import Backbone
+from lora_rlhf.planning import dry_run, gpu_fit, memory_budget, meta_backbone, plan, probe
+from lora_rlhf.recipe.loader import load_recipe
+from lora_rlhf.recipe.schema import LoraSection, ModelSection, PpoSection, Recipe
+from lora_rlhf.training import microbatch_splitting
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted(path.parent for path in (ROOT / "recipes").rglob("recipe.yaml"))
+assert len(RECIPES) >= 3, "of none, nothing would be tested"
+TOLERANCE = 0.1
+
+DEEP: dict[str, dict[str, int]] = {"llama": {"num_hidden_layers": 3}}
+"""More than the two layers that these models have; half of them, rounded up, are adapted."""
+SETTINGS = [
+    ("llama", False, 1.0, False), ("llama", False, 0.5, True), ("gpt2", True, 1.0, False),
+    ("gpt2", False, 0.5, False), ("gpt2", True, 0.5, True), ("gemma2", False, 1.0, True),
+    ("gemma2", False, 0.5, False), pytest.param("llama", True, 0.5, False, marks=pytest.mark.slow),
+    pytest.param("gemma2", True, 1.0, False, marks=pytest.mark.slow),
+]  # fmt: skip
+"""Architecture, checkpointing, share of adapted layers, 4-bit."""
+
+TRAINED = {
+    dry_run.language_model: ("policy",), dry_run.ranking: ("reward",),
+    dry_run.update: ("policy", "value"),
+}  # fmt: skip
+PHASES = [dry_run.prefill, dry_run.decode, dry_run.score, dry_run.rewards, *TRAINED]
+
+
+def folder_of(name: str) -> str:
+    return (
+        str(tiny.path()) if name == "tiny" else str(small.base_folder(name, **DEEP.get(name, {})))
+    )
+
+
+def sections(name: str, fraction: float, four_bit: bool, checkpointing: bool = False):
+    model = ModelSection(
+        id=folder_of(name),
+        dtype="float32",
+        load_in_4bit=four_bit,
+        gradient_checkpointing=checkpointing,
+    )
+    return model, LoraSection(r=4, alpha=8, top_fraction=fraction)
+
+
+def with_roles(made: Backbone) -> Backbone:
+    for role in ("policy", "reference", "reward", "value"):
+        made.add_role(role)
+    return made
+
+
+def weightless(name: str, fraction: float, four_bit: bool) -> Backbone:
+    model, lora = sections(name, fraction, four_bit)
+    config = AutoConfig.from_pretrained(folder_of(name))
+    return with_roles(meta_backbone.backbone(config, model, lora, torch.float32))
+
+
+def measured(real: Backbone, batch: dry_run.Batch, phase: dry_run.Phase) -> int:
+    meter = probe.Meter(torch.device("cpu"), 0)
+    with fused_layers.layers(real) if batch.rollout else contextlib.nullcontext():
+        meter.start()
+        with microbatch_splitting.in_one_block(dry_run.trained(real)):  # as trainers do
+            phase(real, batch)
+        return meter.lap()
+
+
+# --------------------------------------------------------------------- the phases, one by one
+
+
+@pytest.mark.parametrize(("name", "checkpointing", "fraction", "four_bit"), SETTINGS)
+def test_what_a_phase_allocates_is_known_from_the_config(name, checkpointing, fraction, four_bit):
+    bare = weightless(name, fraction, four_bit)
+    real = with_roles(Backbone.load(*sections(name, fraction, four_bit)))
+    assert bare.memory_report() == real.memory_report()
+    rows = 1 if four_bit else 6  # one row has no padding, and so no mask
+    batch = dry_run.Batch(rows, 20, 12, kept=fraction < 1, rollout=fraction < 1)
+    for phase in PHASES:
+        trained = TRAINED.get(phase, ())
+        with dry_run.stage(bare, trained, checkpointing=checkpointing):
+            planned = dry_run.count(bare, "cpu", batch, phase)
+        with dry_run.stage(real, trained, checkpointing=checkpointing):
+            assert planned == pytest.approx(measured(real, batch, phase), rel=0.03), phase.__name__
+
+
+def test_gradients_lie_beside_the_activations_on_a_cpu_only():
+    bare = weightless("llama", 1.0, False)
+    batch, counts = dry_run.Batch(1, 2, 2), {}
+    with dry_run.stage(bare, ("policy", "value"), checkpointing=True):
+        moved = sum(p.nbytes for p in dry_run.trained(bare))
+        for device in ("cpu", "cuda"):
+            counts[device] = dry_run.count(bare, device, batch, dry_run.policy_step)
+    assert counts["cpu"] > moved > 0.6 * counts["cuda"], "they are most of so short a batch"
+    assert counts["cpu"] - counts["cuda"] > 0.4 * moved
+
+
+def test_checkpointing_a_trunk_and_four_bits_each_take_less():
+    counts = {}
+    for fraction, checkpointing in ((1.0, False), (1.0, True), (0.5, False)):
+        bare = weightless("llama", fraction, False)
+        with dry_run.stage(bare, ("policy", "value"), checkpointing=checkpointing):
+            batch = dry_run.Batch(6, 20, 12)
+            counts[fraction, checkpointing] = dry_run.count(bare, "cpu", batch, dry_run.update)
+    assert counts[1.0, True] < 0.8 * counts[1.0, False]
+    assert counts[0.5, False] < 0.8 * counts[1.0, False]
+    packed, whole = (weightless("llama", 1.0, q).memory_report()["backbone"] for q in (True, False))
+    assert packed < 0.5 * whole
+
+
+def test_the_meter_counts_what_is_released_and_what_a_kernel_needs():
+    meter = probe.Meter(torch.device("cpu"), 1000)
+    meter.start()
+    kept = torch.zeros(1000)
+    torch.zeros(5000)
+    assert meter.lap() == pytest.approx(1000 + 4 * 6000, abs=200)
+    assert meter.now == pytest.approx(1000 + 4 * 1000, abs=200)
+    del kept
+
+
+# ------------------------------------------------------------------------ the trainer, for real
+
+
+def recipe_of(name: str, checkpointing: bool, fraction: float, four_bit: bool, **ppo) -> Recipe:
+    model, lora = sections(name, fraction, four_bit, checkpointing)
+    args = {
+        "per_device_train_batch_size": 4,
+        "steps_per_generation": 2,
+        "learning_rate": 1e-3,
+        "max_completion_length": 16,
+        **ppo.pop("args", {}),
+    }
+    return Recipe(
+        name="probe",
+        model=model,
+        lora=lora,
+        data={"comparisons": [{"path": "x.jsonl"}], "max_prompt_tokens": 24, "max_tokens": 48},
+        ppo=PpoSection(**ppo, args=args),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "checkpointing", "fraction", "four_bit"),
+    [
+        pytest.param("tiny", False, 1.0, False, marks=pytest.mark.slow), ("tiny", True, 0.5, False),
+        ("llama", False, 0.5, False), ("gpt2", False, 1.0, False), ("gemma2", True, 0.5, True),
+    ],
+)  # fmt: skip
+def test_a_probe_measures_what_was_planned(name, checkpointing, fraction, four_bit):
+    recipe = recipe_of(name, checkpointing, fraction, four_bit)
+    planned = plan.Planner(loading.find_config(recipe), "cpu").plan(recipe)
+    found = {p.phase: p for p in probe.run(recipe, planned)}
+    assert set(found) == {"sft", "reward", "ppo sampling", "ppo scoring", "ppo update"}
+    for phase in found.values():
+        assert abs(phase.error) < TOLERANCE, phase
+
+
+@pytest.mark.slow
+def test_accumulation_keeps_the_gradients_of_an_earlier_micro_batch():
+    recipe = recipe_of("tiny", True, 1.0, False, args={"gradient_accumulation_steps": 2})
+    once = recipe_of("tiny", True, 1.0, False)
+    more = {}
+    for device in ("cuda", "cpu"):  # on a CPU they lie in a block, there from the start
+        planner = plan.Planner(loading.find_config(recipe), device)
+        both = (planner.plan(r).phases["ppo update"].total for r in (recipe, once))
+        more[device] = next(both) - next(both)
+    assert more["cuda"] > 0 == more["cpu"]
+    found = {p.phase: p for p in probe.run(recipe, planner.plan(recipe))}
+    assert abs(found["ppo update"].error) < TOLERANCE
+
+
+def test_only_a_recipe_of_ppo_is_probed():
+    recipe = recipe_of("tiny", False, 1.0, False).model_copy(update={"algorithm": "grpo"})
+    with pytest.raises(UsageError, match="algorithm is grpo"):
+        probe.run(recipe, None)  # before its plan is looked at
+
+
+# ------------------------------------------------------------------------------------ the plan
+
+
+@pytest.fixture
+def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer and three are gone through, not four and six, and carried on by the same rule.
+
+    For what is made of a plan; `test_a_deep_model_is_planned_from_a_few_of_its_layers` is of six.
+    """
+    monkeypatch.setattr(plan, "_WHOLE", 3)
+
+
+def smollm2(**lora: object) -> tuple[LlamaConfig, Recipe]:
+    folder = ROOT / "recipes" / "smollm2-135m-hh"
+    recipe = load_recipe(folder)
+    recipe = recipe.model_copy(update={"lora": recipe.lora.model_copy(update=lora)})
+    return AutoConfig.from_pretrained(folder), recipe
+
+
+@pytest.mark.slow
+def test_a_deep_model_is_planned_from_a_few_of_its_layers(monkeypatch: pytest.MonkeyPatch):
+    config, recipe = smollm2(top_fraction=0.5)
+    config = meta_backbone.with_layers(config, 20)
+    few = plan.Planner(config, "cpu").plan(recipe)
+    monkeypatch.setattr(plan, "_WHOLE", 100)
+    whole = plan.Planner(config, "cpu").plan(recipe)
+    for name, phase in few.phases.items():
+        assert phase.total == pytest.approx(whole.phases[name].total, rel=0.01), name
+
+
+def test_the_parameters_of_a_base_are_counted_exactly():
+    """SmolLM2-135M has 134,515,008 parameters, the embedding tied; Llama 3 8B 8,030,261,248."""
+    config, recipe = smollm2()
+    recipe = recipe.model_copy(
+        update={"model": ModelSection(id="a/b", dtype="bfloat16", load_in_4bit=False)}
+    )
+    rope = 576 // 9 // 2 * 4  # inverse frequencies, kept twice
+    work = plan.Work(plan.Planner(config, "cuda"), recipe, None)
+    assert work.backbone == 2 * 134_515_008 + 2 * rope
+    made = meta_backbone.backbone(LLAMA["8B"], recipe.model, recipe.lora, torch.bfloat16)
+    assert sum(p.numel() for p in made.causal.parameters()) == 8_030_261_248
+
+
+@pytest.fixture(scope="module")
+def planner() -> plan.Planner:
+    """Of SmolLM2 on a GPU, for tests that are `shallow`: it keeps what has been counted."""
+    return plan.Planner(smollm2()[0], "cuda")
+
+
+@pytest.mark.usefixtures("shallow")
+def test_roles_and_phases_are_those_of_the_algorithm(planner: plan.Planner):
+    _, recipe = smollm2()
+    names = {
+        "ppo": {"ppo sampling", "ppo scoring", "ppo update"},
+        "dpo": {"dpo update"},
+        "rloo": {"rloo sampling", "rloo scoring", "rloo update"},
+        "best_of_n": set(),
+    }
+    for algorithm, own in names.items():
+        found = planner.plan(recipe.model_copy(update={"algorithm": algorithm}))
+        assert set(found.phases) == {"load", "sft", "reward", "evaluate"} | own
+        assert ("value" in found.roles) == (algorithm == "ppo")
+    section = recipe.reward.model_copy(update={"ensemble": 3})
+    found = planner.plan(recipe.model_copy(update={"reward": section}))
+    assert [r for r in found.roles if r.startswith("reward")] == ["reward", "reward_1", "reward_2"]
+
+
+@pytest.mark.usefixtures("shallow")
+def test_a_trunk_is_kept_where_the_recipe_says(planner: plan.Planner):
+    _, recipe = smollm2()
+    one = 24 * (56 + 40) * 576 * 2  # episodes, tokens, hidden size, bfloat16
+
+    def trunk(where: str) -> list[int]:
+        section = recipe.ppo.model_copy(update={"trunk_states": where})
+        phases = planner.plan(recipe.model_copy(update={"ppo": section})).phases
+        return [phases[f"ppo {name}"].trunk for name in ("sampling", "scoring", "update")]
+
+    assert trunk("device") == [2 * one] * 3
+    assert trunk("cpu") == [2 * one, 0, 0]
+    assert trunk("off") == [0, 0, 0]
+
+
+@pytest.mark.usefixtures("shallow")
+@pytest.mark.parametrize("folder", RECIPES, ids=lambda path: path.name)
+def test_every_shipped_recipe_plans_with_nothing_but_its_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Where there is no network, though it may be asked, nor anything in the Hub's cache."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("the network was used"))
+    recipe = load_recipe(folder)
+    config = loading.find_config(recipe, folder)
+    assert plan.Planner(config, "cuda").plan(recipe).peak > 1e7
+
+
+def test_a_config_that_is_nowhere_is_told_with_its_remedy(tmp_path: Path):
+    recipe = recipe_of("tiny", False, 1.0, False)
+    recipe = recipe.model_copy(update={"model": ModelSection(id="nobody/nothing")})
+    with pytest.raises(BaseModelError, match="beside the recipe"):
+        loading.find_config(recipe, tmp_path)
+    other = {"model_type": "llama", "_name_or_path": "somebody/something"}
+    (tmp_path / "config.json").write_text(json.dumps(other))
+    with pytest.raises(BaseModelError, match="somebody/something"):
+        loading.find_config(recipe, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    assert loading.find_config(recipe, tmp_path).model_type == "llama"
+
+
+# ------------------------------------------------------------------------------------- advice
+
+LLAMA = {
+    "1B": LlamaConfig(
+        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
+    ),
+    "8B": LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=False,
+    ),
+}  # fmt: skip
+"""The shapes of Llama 3.2 1B and Llama 3 8B."""
+
+
+def plain(**model: object) -> Recipe:
+    return Recipe(
+        name="x", model=ModelSection(id="a/b", **model), data={"comparisons": [{"path": "x.jsonl"}]}
+    )
+
+
+@pytest.mark.usefixtures("shallow")
+def test_what_does_not_fit_is_changed_until_it_does():
+    planner = plan.Planner(LLAMA["1B"], "cuda")
+    card = 8 * 10**9
+    assert planner.plan(plain(), card).needed > card
+    found = gpu_fit.fit(planner, plain(), card)
+    assert found.changes and next(iter(found.changes)) == "model.gradient_checkpointing"
+    again = planner.plan(gpu_fit.changed(plain(), found.changes), card)
+    assert again.needed == found.plan.needed <= card
+    assert found.micro_batch is not None
+    work = plan.Work(planner, found.recipe, card)
+    assert work.update(found.micro_batch).total <= memory_budget.largest(card)
+    assert work.update(found.micro_batch + 1).total > memory_budget.largest(card)
+
+
+@pytest.mark.slow
+def test_a_card_without_room_for_the_4_bit_base_is_given_up():
+    config = meta_backbone.with_layers(LLAMA["1B"], 2)
+    recipe = plain(load_in_4bit=True, gradient_checkpointing=True)
+    assert gpu_fit.fit(plan.Planner(config, "cuda"), recipe, 10**9).changes is None
+
+
+@pytest.mark.usefixtures("shallow")
+def test_a_base_that_is_too_large_is_first_of_all_quantised():
+    planner = plan.Planner(LLAMA["8B"], "cuda")
+    found = gpu_fit.fit(planner, plain(), 16 * 10**9)
+    assert found.changes and next(iter(found.changes)) == "model.load_in_4bit"
+    assert found.plan.needed <= 16 * 10**9
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("16GB", 16e9), ("16", 16e9), ("16GiB", 2**34), (" 7.5 gb", 7.5e9)]
+)
+def test_sizes_of_cards(text: str, count: float):
+    assert gpu_fit.capacity(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "big", "16 parsecs", "0", "-3GB"])
+def test_what_is_no_size_is_refused(text: str):
+    with pytest.raises(UsageError, match="--gpu"):
+        gpu_fit.capacity(text)
+
+
+# --------------------------------------------------------------------------- command and runs
+
+
+def invoke(*args: object):
+    return CliRunner().invoke(app.app, ["plan", *map(str, args)], prog_name="lora-rlhf")
+
+
+@pytest.mark.slow
+def test_the_command_says_whether_a_card_is_enough():
+    folder = ROOT / "recipes" / "smollm2-135m-hh"
+    done = invoke(folder, "--gpu", "8GB")
+    assert done.exit_code == 0 and "fits 8 GB" in done.output and "<- peak" in done.output
+    done = invoke(folder, "--gpu", "1.7GB", "--json")
+    assert done.exit_code == 4
+    told = json.loads(done.stdout)
+    [card] = told["cards"]
+    assert not card["fits"] and told["plan"]["needed"] > card["bytes"] >= card["needed"]
+
+
+def test_the_command_passes_on_what_is_wrong_with_the_recipe():
+    assert invoke(tiny.recipe(), "--set", "ppo.args.nothing=1").exit_code == RecipeError.exit_code
+    assert invoke(tiny.recipe(), "--gpu", "wide").exit_code == UsageError.exit_code

@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes in and out: strict values, errors with lines, masked secrets, and the way back."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from lora_rlhf.data import row_formats
+from lora_rlhf.errors import RecipeError
+from lora_rlhf.recipe.loader import Recipe, dump_recipe, load_recipe, masked, parse_recipe
+from lora_rlhf.recipe.schema import COLUMNS, ModelSection, PpoSection
+from lora_rlhf.recipe.strict_yaml import dump_yaml, parse_yaml
+from lora_rlhf.redaction import hide
+
+BASE = "name: x\nmodel: {id: tiny}\n"
+
+
+def parse(text: str, *sets: str) -> Recipe:
+    return parse_recipe(BASE + text, "r.yaml", list(sets))
+
+
+def refused(text: str, *sets: str) -> RecipeError:
+    with pytest.raises(RecipeError) as caught:
+        parse(text, *sets)
+    return caught.value
+
+
+# --- the way back --------------------------------------------------------------------------------
+
+EVERY_KEY = """
+name: every
+seed: 3
+threads: 2
+report_to: [none]
+model: {id: /base, dtype: float16, load_in_4bit: true, hub_id: a/base, gradient_checkpointing: true}
+lora: {r: 2, alpha: 5, top_fraction: 0.5, target_modules: [q_proj]}
+data:
+  demonstrations: [{hub: a/d, name: en, split: test, revision: abc, license: mit, limit: 9,
+    skip_bad: 2}]
+  comparisons:
+    - {task: closed-world, n: 7, completions: 3, agreement: 0.9}
+    - {path: /c.csv, columns: {chosen: a, rejected: b}, labeler_instructions: "Which is: better?"}
+  prompts: [{path: "data://p.jsonl"}]
+  text: [{path: /t.jsonl, columns: {text: body}}]
+  evaluate: [{path: /e.jsonl}]
+  held_out: 0.2
+  max_prompt_tokens: 9
+  max_tokens: 10
+  max_lost: 0.5
+sft: {args: {learning_rate: 1e-5, tags: [a, "1"], nested: {"1": null, yes: "no"}}}
+reward:
+  {gate: warn, held_out_model: true, ensemble: 3, combine: mean_minus_std,
+   combine_std: 0.5, args: {a: 1}}
+algorithm: grpo
+ppo: {updates: 2, reward: gold, kl_coef: 1, kl_target: 3, kl_horizon: 5, kl_budget: 9, gamma: 0.9,
+  lam: 0.9, clip_value: 0.3, vf_coef: 0.2, missing_eos_penalty: 0, value_learning_rate: 1e-4,
+  value_warmup_updates: 0, max_grad_norm_value: 2, value: head, normalize_reward: true,
+  clip_reward: 5, entropy_coef: 0.1, ptx_coef: 0.1, watch: best, trunk_states: cpu,
+  args: {a: 1}}
+grpo: {updates: 3, kl_coef: 0.1, num_generations: 2, args: {a: 1}}
+rloo: {updates: 3, kl_coef: 0.1, num_generations: 2, args: {a: 1}}
+dpo: {beta: 0.2, args: {a: 1}}
+best_of_n: {n: 3}
+evaluate: {n: 3, max_new_tokens: 4, temperature: 0, batch_size: 2, samples: 1}
+checkpoint: {every_minutes: 0, every_steps: 7, keep: 3, max_minutes: 90,
+  hub: acme/kept, hub_minutes: 3}
+card: {title: "1e3", license: mit, language: [en, "no"], authors: "null", intended_use: "yes",
+  limits: "a: b\\n# c"}
+hub: {policy: a/p, reward: a/r, value: a/v, sft: a/s, public: true}
+"""
+"""Every key of a recipe, other than by default, but for those of `LEFT_OUT`."""
+
+LEFT_OUT = {"ModelSection.revision", "PpoSection.ema"}  # not beside the others
+
+
+def unset(section: BaseModel) -> set[str]:
+    """Keys that have their defaults in all of a recipe's sections of that kind."""
+    found: dict[str, bool] = {}
+
+    def walk(model: BaseModel) -> None:
+        for name, field in type(model).model_fields.items():
+            value = getattr(model, name)
+            key = f"{type(model).__name__}.{name}"
+            if not field.is_required():
+                same = value == field.get_default(call_default_factory=True)
+                found[key] = found.get(key, True) and same
+            for part in value if isinstance(value, list) else [value]:
+                if isinstance(part, BaseModel):
+                    walk(part)
+
+    walk(section)
+    return {key for key, same in found.items() if same}
+
+
+def test_a_recipe_that_sets_every_key_survives_a_round_trip():
+    recipe = parse_recipe(EVERY_KEY, "every.yaml")
+    assert unset(recipe) == LEFT_OUT, "the recipe above has to set every key"
+    assert parse_recipe(dump_recipe(recipe), "again") == recipe
+
+
+@pytest.mark.parametrize("more", ["", "ppo: {ema: 0.9}\n", "reward: {ensemble: 2}\n"])
+def test_what_a_run_writes_down_it_can_read(more):
+    """The dump holds every key: no check may ask which of them were given."""
+    recipe = parse(more)
+    again = parse_recipe(dump_recipe(recipe), "again")
+    assert again == recipe and dump_recipe(again) == dump_recipe(recipe)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["1e3", "1e-4", "010", "0x1f", "0o7", "1_000", "12:30", "yes", "no", "True", "null", "~", "",
+     ".inf", ".5", "1.", "2024-01-01", "=", "<<", " x ", "a: b", "- a", "#", "***", "é\u2028\x85",
+     "two\nlines\n", "'", '"', "\ufeff", "%", "@x", "x" * 200, "word " * 60],
+)  # fmt: skip
+def test_text_stays_text(text):
+    data = {"a": [text, {text: text}], "b": text}
+    assert parse_yaml(dump_yaml(data), "x")[0] == data
+
+
+@pytest.mark.parametrize(
+    "number", [0, -5, 10**20, 1e-5, 1e22, 0.1, -0.0, float("-inf"), True, False, None]
+)
+def test_numbers_stay_what_they_are(number):
+    found = parse_yaml(dump_yaml({"a": number}), "x")[0]["a"]
+    assert repr(found) == repr(number)
+
+
+def test_a_dump_writes_no_alias():
+    shared = ["x"]
+    data = {"a": shared, "b": shared}
+    assert parse_yaml(dump_yaml(data), "x")[0] == data
+
+
+def test_a_name_that_begins_like_a_token_is_kept():
+    recipe = parse_recipe("name: hf_smoke\nmodel: {id: tiny}\ncard: {title: 1e-4 is small}", "r")
+    assert masked(recipe)["name"] == "hf_smoke"
+    assert parse_recipe(dump_recipe(recipe), "again") == recipe
+
+
+# --- secrets -------------------------------------------------------------------------------------
+
+HF = "hf_" + "a" * 20
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "shown"),
+    [
+        ("hub_token", "zzz", "***"),
+        ("access_token", "glpat-" + "x" * 20, "***"),
+        ("auth_token", "zzz", "***"),
+        ("api_key", "k", "***"),
+        ("password", 1234, "***"),
+        ("secrets", {"a": ["b"]}, {"a": ["***"]}),
+        ("note", f"use {HF}, please", "use ***, please"),
+        ("note", "glpat-" + "x" * 20, "***"),
+        ("note", "-----BEGIN RSA PRIVATE KEY-----\nMII\n", "***"),
+        ("url", f"https://u:{HF}@x/y", "https://u:***@x/y"),
+        ("url", "https://u:pass@x/y", "https://u:***@x/y"),
+        ("url", f"https://{HF}@x/y", "https://***@x/y"),
+        ("hub_token", None, None),
+        ("eos_token", "</s>", "</s>"),
+        ("pad_token", "<pad>", "<pad>"),
+        ("stop_tokens", ["a"], ["a"]),
+        ("max_new_tokens", 5, 5),
+        ("include_num_input_tokens_seen", "all", "all"),
+        ("tokenizer_name_or_path", "a/b", "a/b"),
+        ("authors", "A. Author", "A. Author"),
+        ("title", "hf_smoke", "hf_smoke"),
+        ("url", "https://x/y:z@v", "https://x/y:z@v"),
+    ],
+)
+def test_secrets_are_hidden_and_nothing_else(key, value, shown):
+    assert hide({"args": {key: value}}) == {"args": {key: shown}}
+
+
+def test_an_error_shows_no_secret():
+    assert HF not in str(refused(f"card: {{language: {HF}}}\n"))
+    assert HF not in str(refused(f"card: {{language: {{x: {HF}}}}}\n"))
+
+
+# --- strict values -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("lora: {r: '4'}", "lora.r = '4': Input should be a valid integer"),
+        ("lora: {r: true}", "lora.r = True"),
+        ("lora: {r: 4.0}", "lora.r = 4.0"),
+        ("hub: {public: yes}", "hub.public = 'yes': Input should be a valid boolean"),
+        ("hub: {public: 1}", "hub.public = 1"),
+        ("ppo: {kl_coef: inf}", "ppo.kl_coef = 'inf'"),
+        ("ppo: {kl_coef: .inf}", "ppo.kl_coef = inf: Input should be a finite number"),
+        ("ppo: {kl_coef: true}", "ppo.kl_coef = True"),
+        ("ppo: {kl_target: .NaN}", "ppo.kl_target = nan"),
+        ("ppo: {args: {x: 1e999}}", "1e999 is beyond the largest number"),
+        ("seed: 1_000", "seed = '1_000'"),
+        ("card: {title: 7}", "card.title = 7: Input should be a valid string"),
+    ],
+)
+def test_only_the_right_type_is_taken(text, said):
+    error = refused(text)
+    assert said in error.given and error.where == "r.yaml:3"
+
+
+def test_numbers_are_those_of_yaml_1_2():
+    recipe = parse("evaluate: {n: 010, batch_size: 0x10}\nppo: {kl_coef: 1, args: {a: True}}\n")
+    assert (recipe.evaluate.n, recipe.evaluate.batch_size) == (10, 16)
+    assert recipe.ppo.kl_coef == 1.0 and recipe.ppo.args["a"] is True
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_python_may_not_give_infinities_either(value):
+    with pytest.raises(ValidationError, match="finite"):
+        PpoSection(kl_coef=value)
+
+
+@pytest.mark.parametrize("value", [Path("x"), {1: "a"}, (1,), object()])
+def test_args_hold_only_what_a_file_can_hold(value):
+    with pytest.raises(ValidationError, match="plain data|is not text"):
+        PpoSection(args={"a": value})
+
+
+# --- keys that do not go together ----------------------------------------------------------------
+
+P = "data:\n  prompts:\n  - "
+C = "data:\n  comparisons:\n  - "
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "said"),
+    [
+        ("reward:\n  gate: stop\n  combine: min\n", 5, "reward.combine needs reward.ensemble"),
+        ("reward:\n  ensemble: 2\n  combine_std: 2\n", 5, "reward.combine_std is read by"),
+        ("ppo:\n  updates: 1\n  watch: best\n", 5, "needs reward.held_out_model: true"),
+        ("ppo:\n  kl_coef: 0\n  kl_target: 3\n", 4, "ppo.kl_target multiplies ppo.kl_coef"),
+        ("ppo:\n  lam: 1\n  ema: 0.9\n  kl_budget: 1\n", 5, "which policy is kept"),
+        ("ppo:\n  lam: 1\n  ptx_coef: 1\n", 5, "data.text is empty"),
+        ("seed: 1\nalgorithm: dpo\n", 4, "algorithm: dpo needs data.comparisons"),
+        ("algorithm: best_of_n\nppo:\n  reward: gold\n", 5, "not by gold"),
+        ("hub:\n  policy: a/b\n  reward: A/b\n", 5, "hub.reward and hub.policy are both A/b"),
+        (P + "path: x\n    n: 3\n", 6, "data.prompts.0.n: n is read with task: only"),
+        (C + "path: x\n    completions: 3\n", 6, "completions is read with task: only"),
+        (C + "hub: a/b\n    agreement: 0.9\n", 6, "agreement is read with task: only"),
+        (P + "path: x\n    split: test\n", 6, "split is read with hub: only"),
+        (P + "path: x\n    name: en\n", 6, "name is read with hub: only"),
+        (P + "path: x\n    revision: a\n", 6, "revision is read with hub: only"),
+        (P + "task: closed-world\n    columns: {prompt: q}\n", 6, "read with path: or hub: only"),
+        (P + "task: closed-world\n    split: test\n", 6, "split is read with hub: only"),
+        (P + "task: closed-world\n    agreement: 0.9\n", 6, "for data.comparisons only"),
+        (P + "path: x\n    labeler_instructions: y\n", 6, "for data.comparisons only"),
+        (C + "path: x\n    columns:\n      chosen: a\n      margins: m\n", 8, "'margins'"),
+        ("data:\n  text:\n  - path: x\n    columns:\n      prompt: a\n", 7, "known: text"),
+        ("data:\n  text:\n  - task: closed-world\n", 5, "no plain text"),
+        (P + "path: x\n    hub: a/b\n", 5, "exactly one of task, path, hub (found: path, hub)"),
+        (P + "n: 3\n", 5, "found: none"),
+    ],
+)
+def test_a_conflict_names_the_line_and_never_shows_the_recipe(text, line, said):
+    error = refused(text)
+    assert error.where == f"r.yaml:{line}" and said in error.given
+    assert "{" not in error.given and len(error.given) < 220
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model: {idd: tiny}", "unknown key 'model.idd'; did you mean 'id'?"),
+        ("modle: {id: tiny}", "unknown key 'modle'; did you mean 'model'?"),
+        ("model: {revision: x}", "'model.id' is required"),
+        ("model: {nothing_like_it: x}", "'model.id' is required\n  r.yaml:2: unknown key"),
+    ],
+)
+def test_a_typo_in_a_required_key_is_one_problem(text, said):
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(f"name: x\n{text}\n", "r.yaml")
+    assert caught.value.where.startswith("r.yaml:") and caught.value.given.startswith(said)
+    assert caught.value.given.count("\n") == said.count("\n")
+
+
+def test_a_conflict_by_set_names_the_option():
+    assert refused("", "reward.combine=min").where == "--set reward.combine"
+    sets = "data={prompts: [{path: x, columns: {margins: y}}]}"
+    assert refused("", sets).where == "--set data"
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ({"id": "tiny", "revision": "abc"}, "leave model.revision out"),
+        ({"id": "./base", "revision": "abc"}, "leave model.revision out"),
+        ({"id": "/base", "revision": "abc"}, "leave model.revision out"),
+        ({"id": "a/b", "hub_id": "c/d"}, "leave model.hub_id out"),
+    ],
+)
+def test_a_model_refuses_what_it_would_not_read(model, said):
+    with pytest.raises(ValidationError, match=said):
+        ModelSection(**model)
+
+
+def test_a_model_takes_what_it_reads():
+    ModelSection(id="a/b", revision="abc")
+    ModelSection(id="/base", hub_id="a/b")
+    ModelSection(id="tiny", hub_id="a/tiny")  # once pushed: adapters name it
+
+
+def test_columns_are_those_of_the_layouts():
+    named = {key for known in row_formats.LAYOUTS.values() for layout in known for key in layout}
+    assert named | {"margin", "labeler"} == set(COLUMNS)
+
+
+# --- paths ---------------------------------------------------------------------------------------
+
+
+def test_a_base_beside_the_recipe_is_found_with_and_without_a_dot(tmp_path, monkeypatch):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    path = tmp_path / "recipe.yaml"
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for given, wanted in (
+        ("./base", str(tmp_path / "base")),
+        ("base", str(tmp_path / "base")),
+        ("~/base", str(tmp_path / "home" / "base")),
+        ("./gone", str(tmp_path / "gone")),
+        ("empty", "empty"),
+        ("org/name", "org/name"),
+        ("tiny", "tiny"),
+    ):
+        path.write_text(f"name: x\nmodel: {{id: {given}}}\n")
+        recipe = load_recipe(path)
+        assert recipe.model.id == wanted
+        assert parse_recipe(dump_recipe(recipe), "again", folder=Path("/")) == recipe

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `args:` of a stage are checked without TRL, and know the fields that TRL's configs have."""
+
+import dataclasses
+
+import pytest
+
+from lora_rlhf import _trl
+from lora_rlhf.errors import RecipeError
+from lora_rlhf.recipe import trl_args
+from lora_rlhf.recipe.loader import parse_recipe
+
+CONFIGS = {
+    "sft": _trl.SFTConfig, "reward": _trl.RewardConfig, "ppo": _trl.GRPOConfig,
+    "grpo": _trl.GRPOConfig, "rloo": _trl.RLOOConfig, "dpo": _trl.DPOConfig,
+}  # fmt: skip
+
+
+def recipe(**sections):
+    data = "name: x\nmodel: {id: tiny}\ndata: {comparisons: [{task: closed-world}]}\n"
+    return parse_recipe(data + "".join(f"{k}: {v}\n" for k, v in sections.items()), "r.yaml")
+
+
+@pytest.mark.parametrize("stage", CONFIGS)
+def test_the_fields_read_from_source_are_those_of_the_config(stage):
+    real = {field.name for field in dataclasses.fields(CONFIGS[stage]) if field.init}
+    assert trl_args.fields(stage) == real
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "section", "args", "told"),
+    [
+        ("ppo", "sft", "{learning_rat: 1}", "SFTConfig has no such field"),
+        ("ppo", "sft", "{bf16: true}", "sft.args.bf16 is not set there"),
+        ("ppo", "reward", "{deepspeed: x}", "reward.args.deepspeed cannot be set"),
+        ("ppo", "ppo", "{beta: 0.1}", "use ppo.kl_coef"),
+        ("grpo", "grpo", "{beta: 0.1}", "use grpo.kl_coef"),
+        ("dpo", "dpo", "{beta: 0.1}", "use dpo.beta"),
+        ("ppo", "sft", "{beta: 0.1}", "SFTConfig has no such field"),
+        ("rloo", "rloo", "{lr: 1}", "RLOOConfig has no such field"),
+    ],
+)
+def test_a_name_that_cannot_be_is_told(algorithm, section, args, told):
+    with pytest.raises(RecipeError, match=told):
+        trl_args.check(recipe(algorithm=algorithm, **{section: f"{{args: {args}}}"}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("per_device_train_batch_size", 0), ("per_device_train_batch_size", 2.5),
+        ("gradient_accumulation_steps", True), ("learning_rate", "fast"), ("learning_rate", 0),
+        ("learning_rate", float("inf")), ("num_train_epochs", 0), ("max_steps", 0),
+        ("weight_decay", -1), ("adam_beta1", 1), ("warmup_steps", "ten"),
+    ],
+)  # fmt: skip
+def test_a_number_that_cannot_be_meant_is_told(key, value):
+    with pytest.raises(RecipeError, match=rf"^sft\.args\.{key}: ") as caught:
+        trl_args.check_values("sft", {key: value})
+    assert caught.value.expected and caught.value.exit_code == 2
+
+
+def test_ordinary_arguments_pass():
+    trl_args.check(
+        recipe(
+            sft="{args: {learning_rate: 2.0e-4, num_train_epochs: 2.5, warmup_steps: 0}}",
+            reward="{args: {weight_decay: 0}}",
+            ppo="{args: {steps_per_generation: 4}}",
+        )
+    )
+
+
+def test_every_reward_model_has_the_section_of_the_first():
+    with pytest.raises(RecipeError, match=r"^reward\.args\.learning_rate"):
+        trl_args.check_values("held_out", {"learning_rate": -1})

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A card says by itself what its numbers do not support."""
+
+import itertools
+
+import pytest
+from card_run import RECIPE, change, estimate, make_run, pythons, section
+
+from lora_rlhf.reports.cards import model_card
+
+
+@pytest.fixture
+def run(tmp_path):
+    count = itertools.count()
+    return lambda *args, **kw: make_run(tmp_path / f"run{next(count)}", *args, **kw)
+
+
+def limits_of(record, role="policy"):
+    return section(model_card.render(record, role), "Limits")
+
+
+def test_a_win_rate_that_includes_one_half_is_not_called_a_win(run):
+    sentence = "PPO did not clearly beat SFT"
+    assert sentence not in limits_of(run())
+    close = run(change(evaluation__policy__win_rate=estimate(0.53, 0.45, 0.61, 128)))
+    assert f"{sentence}: win rate 0.53" in limits_of(close)
+    worse = run(change(evaluation__policy__win_rate=estimate(0.31, 0.25, 0.37, 128)))
+    assert "PPO made the model worse than SFT" in limits_of(worse)
+    lone = run(lambda data: data["evaluation"]["policy"].pop("win_rate"))
+    assert "cannot say whether PPO beat SFT" in limits_of(lone)
+
+
+def test_a_judge_that_training_optimised_is_no_proof(run):
+    def edit(data):
+        policy = data["evaluation"]["policy"]
+        policy["win_rate_proxy"] = policy.pop("win_rate")
+
+    assert "The only judge of the win rate is the reward model" in limits_of(run(edit))
+    assert "The only judge" not in limits_of(run())
+
+
+def test_high_kl_and_longer_answers_are_said(run):
+    assert "far from SFT" not in limits_of(run())
+    assert "far from SFT: KL 88.25 nats" in limits_of(run(change(stages__ppo__kl_last=88.25)))
+    assert "not finite" in limits_of(run(change(stages__ppo__kl_last="NaN")))
+    longer = run(change(evaluation__policy__length=estimate(40.5, 37.5, 43.5, 128)))
+    assert "Answers grew longer: 21.7" in limits_of(longer)
+    assert "grew longer" not in limits_of(run())
+
+
+def test_a_proxy_that_rises_alone_is_said(run):
+    gold = run(change(evaluation__policy__gold_reward=estimate(0.12, 0.03, 0.21, 128)))
+    assert "may exploit the reward model" in limits_of(gold)
+    assert "may exploit" not in limits_of(run())
+
+
+def test_a_gate_that_only_warned_is_said_on_top(run):
+    edit = change(stages__reward__gate="warned", stages__reward__gate_reason="too few comparisons")
+    for role in ("policy", "reward", "value"):
+        text = model_card.render(run(edit), role)
+        top = text.split("\n## ")[0]
+        assert "> **Warning.** The reward model did not pass its gate" in top
+        assert "too few comparisons" in top and "warn only" in top
+        assert "did not pass its gate" in section(text, "Limits")
+        assert "**Warning.**" not in model_card.render(run(), role)
+
+
+def test_quantised_and_gold_runs_say_so(run):
+    four_bit = model_card.render(run(change(model__load_in_4bit=True)), "policy")
+    assert "4-bit base" in section(four_bit, "Limits")
+    assert "4-bit NF4" in section(four_bit, "Lineage")
+    load, merge = pythons(four_bit)[0], pythons(four_bit)[-1]
+    assert "load_in_4bit=True" in load and "load_in_4bit" not in merge
+    gold = run(change(stages__ppo__reward="gold"))
+    assert "optimised the exact checker" in limits_of(gold)
+    assert "a copy of the SFT adapter with a new head" in model_card.render(gold, "value")
+
+
+def test_small_evaluations_and_the_authors_limits_are_said(run):
+    few = run(change(evaluation__policy__win_rate__n=12))
+    assert "rest on 12 prompts only" in limits_of(few)
+    own = {**RECIPE, "card": {**RECIPE["card"], "limits": "Do not use it for medicine."}}
+    assert "Do not use it for medicine." in limits_of(run(recipe=own))

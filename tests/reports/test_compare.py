@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs side by side, on constructed records: rows, pairs, seeds, and why two may not be paired."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from lora_rlhf.cli import app
+from lora_rlhf.errors import UsageError
+from lora_rlhf.recipe.loader import parse_recipe
+from lora_rlhf.reports import compare, plots, tables
+from lora_rlhf.runs.record import Record
+
+TEXT = (
+    "name: x\nmodel: {id: tiny}\ndata: {prompts: [{task: closed-world}], "
+    "comparisons: [{task: closed-world}]}\n"
+)
+
+
+def estimate(value, spread=0.1, n=4):
+    return {"value": value, "low": value - spread, "high": value + spread, "n": n}
+
+
+def make(
+    folder, algorithm="ppo", seed=0, rewards=(0.5, 0.25, 0.0, 0.25), sft="aa", change=None, sets=()
+):
+    """A finished run whose policy has these gold rewards on four prompts."""
+    asked = parse_recipe(TEXT, "r.yaml", [f"algorithm={algorithm}", f"seed={seed}", *sets])
+    record = Record.open(folder, asked)
+    model = "best_of_n" if algorithm == "best_of_n" else "policy"
+    mean = sum(rewards) / len(rewards)
+    found = {
+        "gold_reward": estimate(mean),
+        "proxy_reward": estimate(mean + 1),
+        "win_rate": estimate(0.6),
+        "length": estimate(12.0),
+    }
+    bound = {"value": 1.83, "low": None, "high": None, "n": 0}
+    found |= {"kl_bound": bound} if model == "best_of_n" else {"kl": estimate(2.25)}
+    base = {"gold_reward": estimate(0.1), "proxy_reward": estimate(0.0), "length": estimate(14.0)}
+    record.data |= {"evaluation": {"base": dict(base), "sft": base, model: found}}
+    record.data["model"]["fingerprint"] = "fe"
+    own = {"n": 16} if model == "best_of_n" else {"episodes": 128}
+    done = {"status": "done"}
+    record.data["stages"] = {
+        "sft": {**done, "adapter_sha256": sft},
+        "reward": {**done, "adapter_sha256": "bb"},
+        algorithm: {**done, **own},
+        "evaluate": {**done, "prompts": 4, "seed": seed, "temperature": 1.0, "max_new_tokens": 9},
+    }
+    record.data["clock"] |= {
+        "stages": {algorithm: {"seconds": 30.0}},
+        "evaluation": {model: {"seconds": 2.0}},
+    }
+    with (record.folder / "samples.jsonl").open("w") as file:
+        for i, reward in enumerate(rewards):
+            for who, value in (("sft", 0.1), (model, reward)):
+                line = {
+                    "index": i,
+                    "model": who,
+                    "prompt": f"p{i}",
+                    "completion": "c",
+                    "gold_reward": value,
+                    "proxy_reward": value + 1,
+                }
+                file.write(json.dumps(line) + "\n")
+    if change is not None:
+        change(record)
+    record.save()
+    return record.folder
+
+
+@pytest.fixture
+def three(tmp_path):
+    return [
+        make(tmp_path / "a", "ppo"),
+        make(tmp_path / "b", "grpo", rewards=(0.75, 0.25, 0.25, 0.25)),
+        make(tmp_path / "c", "best_of_n", rewards=(0.5, 0.5, 0.5, 0.5)),
+    ]
+
+
+def test_every_run_is_a_row_and_is_paired_with_the_first(three):
+    report = compare.run(three)
+    assert [row["algorithm"] for row in report["rows"]] == ["SFT", "PPO", "GRPO", "best of n"]
+    ppo, best = report["rows"][1], report["rows"][3]
+    assert (ppo["label"], ppo["episodes"], ppo["seconds"]) == ("a", 128, 30.0)
+    assert ppo["metrics"]["kl"]["value"] == 2.25 and ppo["seconds_per_answer"] == 0.5
+    assert best["samples_per_answer"] == 16 and best["metrics"]["kl_bound"]["n"] == 0
+    assert report["metric"] == "gold_reward"
+    grpo, bon = report["differences"]
+    assert (grpo["of"], grpo["less"], grpo["pairs"], grpo["why_not"]) == ("b", "a", 1, None)
+    assert grpo["estimate"]["value"] == pytest.approx(0.125) and grpo["estimate"]["n"] == 4
+    assert grpo["estimate"]["low"] <= 0.125 <= grpo["estimate"]["high"]
+    assert bon["estimate"]["value"] == pytest.approx(0.25)
+    assert any("upper bound" in note for note in report["notes"])
+
+
+def test_seeds_of_one_recipe_are_one_row(tmp_path):
+    folders = []
+    for seed, (ppo, grpo) in enumerate([(0.1, 0.3), (0.2, 0.5), (0.3, 0.7)]):
+        folders.append(make(tmp_path / f"p{seed}", "ppo", seed, (ppo,) * 4, sft=f"s{seed}"))
+        folders.append(make(tmp_path / f"g{seed}", "grpo", seed, (grpo,) * 4, sft=f"s{seed}"))
+    report = compare.run(folders)
+    _, ppo, grpo = report["rows"]
+    assert (ppo["label"], ppo["seeds"], ppo["runs"]) == (
+        "p0 and 2 more",
+        [0, 1, 2],
+        ["p0", "p1", "p2"],
+    )
+    assert grpo["metrics"]["gold_reward"]["value"] == pytest.approx(0.5)
+    assert grpo["metrics"]["gold_reward"]["n"] == 3
+    # Differences 0.2, 0.3, 0.4: mean 0.3, s = 0.1, t(2) = 4.3027: 0.3 +- 4.3027 * 0.1 / sqrt(3)
+    assert not any("fewer than 3 seeds" in note for note in report["notes"])
+    few = compare.run(folders[:4])
+    assert any("fewer than 3 seeds" in note for note in few["notes"])
+    found = report["differences"][0]
+    assert found["pairs"] == 3 and found["estimate"]["n"] == 3
+    assert found["estimate"]["value"] == pytest.approx(0.3)
+    assert found["estimate"]["low"] == pytest.approx(0.3 - 4.3027 * 0.1 / 3**0.5, abs=1e-4)
+
+
+def test_a_recipe_with_another_setting_is_another_row(tmp_path):
+    runs = [make(tmp_path / "a", seed=0), make(tmp_path / "b", seed=1, sets=["ppo.kl_coef=0.1"])]
+    report = compare.run(runs)
+    assert len(report["rows"]) == 3
+    assert report["differences"][0]["why_not"] == "no seed in common: [1] and [0]"
+
+
+def _at(path, value):
+    def change(record):
+        *keys, last = path.split(".")
+        at = record.data
+        for key in keys:
+            at = at[key]
+        at[last] = value
+
+    return change
+
+
+def _other_prompts(record):
+    path = record.folder / "samples.jsonl"
+    path.write_text(path.read_text().replace('"p3"', '"q3"'))
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (_at("stages.sft.adapter_sha256", "zz"), "different SFT adapters"),
+        (_at("model.fingerprint", "zz"), "different base models"),
+        (_at("stages.evaluate.seed", 5), "settings: seed 0 and 5|settings: seed 5 and 0"),
+        (_at("stages.evaluate.max_new_tokens", 5), "max_new_tokens 5 and 9"),
+        (_at("stages.evaluate.prompts", 5), "prompts 5 and 4"),
+        (_other_prompts, "on different prompts"),
+        (lambda record: (record.folder / "samples.jsonl").unlink(), "no answers"),
+    ],
+)
+def test_what_is_not_comparable_is_said_and_not_computed(tmp_path, change, why):
+    runs = [make(tmp_path / "a"), make(tmp_path / "b", "dpo", change=change)]
+    found = compare.run(runs)["differences"][0]
+    assert found["estimate"] is None
+    assert any(part in found["why_not"] for part in why.split("|"))
+
+
+def test_the_scale_of_a_reward_is_its_models(tmp_path):
+    def without_gold(record):
+        for values in record.data["evaluation"].values():
+            values.pop("gold_reward")
+
+    def other_judge(record):
+        without_gold(record)
+        record.data["stages"]["reward"]["adapter_sha256"] = "other"
+
+    one = make(tmp_path / "a", change=without_gold)
+    same = compare.run([one, make(tmp_path / "b", "grpo", change=without_gold)])
+    assert same["metric"] == "proxy_reward" and same["differences"][0]["estimate"]
+    assert any("proves little" in note for note in same["notes"])
+    other = compare.run([one, make(tmp_path / "c", "grpo", change=other_judge)])
+    assert "another reward model" in other["differences"][0]["why_not"]
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path, three):
+    with pytest.raises(UsageError, match="given twice"):
+        compare.run([three[0], three[0]])
+    with pytest.raises(UsageError, match="not a run"):
+        compare.run([three[0], tmp_path])
+    with pytest.raises(UsageError, match="same recipe and seed"):
+        compare.run([three[0], make(tmp_path / "again")])
+    open_run = make(tmp_path / "open", change=_at("stages.evaluate.status", "interrupted"))
+    with pytest.raises(UsageError, match="not evaluated yet"):
+        compare.run([three[0], open_run])
+
+
+def test_the_plot_has_a_point_for_each_run(three, tmp_path, monkeypatch):
+    report = compare.run(three)
+    drawn = []
+    from matplotlib.axes import Axes
+
+    real = Axes.errorbar
+
+    def spy(self, x, y, **options):
+        drawn.append((x, y, options["label"], options["markerfacecolor"]))
+        return real(self, x, y, **options)
+
+    monkeypatch.setattr(Axes, "errorbar", spy)
+    path = plots.comparison(report, tmp_path / "plots" / "compared.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert [label for _, _, label, _ in drawn] == ["SFT", "PPO: a", "GRPO: b", "best of n: c"]
+    assert drawn[0][0] == [0.0] and drawn[1][:2] == ([1.5], [0.25])
+    assert drawn[3][0] == [pytest.approx(1.83**0.5)] and drawn[3][3] == "white"
+
+
+def test_the_command_prints_a_table_or_json(three, tmp_path):
+    arguments = ["compare", *map(str, three)]
+    result = CliRunner().invoke(app.app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "gold reward of b less a: 0.12" in result.stdout.replace("0.13", "0.12")
+    assert "algorithm" in result.stdout and "1.83 (bound)" in result.stdout
+    png = tmp_path / "p.png"
+    result = CliRunner().invoke(app.app, [*arguments, "--json", "--plot", str(png)])
+    assert json.loads(result.stdout)["rows"][2]["label"] == "b" and png.is_file()
+
+
+def test_a_small_difference_is_told(tmp_path):
+    runs = [make(tmp_path / "a"), make(tmp_path / "b", "grpo", rewards=(0.5, 0.25, 0.002, 0.25))]
+    result = CliRunner().invoke(app.app, ["compare", *map(str, runs)])
+    assert "gold reward of b less a: 0.000500 [0.00, 0.00" in result.stdout
+
+
+def test_a_terminal_shows_every_number_once(three):
+    import io
+
+    from rich.console import Console
+
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=160, color_system=None)
+    tables.show_comparison(compare.run(three), console)
+    assert "1.83 (bound)" in out.getvalue() and "best of n" in out.getvalue()
+
+
+def test_comparing_needs_no_torch(three):
+    code = "import sys\nfrom lora_rlhf.reports import compare\ncompare.run(sys.argv[1:])\n"
+    code += "assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code, *map(str, three)], check=True)

@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The doctor on runs that were broken on purpose: the right stage, with the numbers; else silence.
+
+The runs are real: a tiny random base through `pipeline.run`, and PPO alone where that is enough.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import broken_runs
+import pytest
+from ppo_run import Run
+from small import base_folder, nudge, tokenizer
+from typer.testing import CliRunner
+
+from lora_rlhf.algorithms import identities
+from lora_rlhf.algorithms.ppo import ppo_stage
+from lora_rlhf.cli import app
+from lora_rlhf.reports.doctor import doctor
+from lora_rlhf.runs.record import Record
+
+
+def names(record, *severities):
+    found = doctor.examine(record)
+    return [f.name for f in found if f.severity in (severities or ("fault",))]
+
+
+def fault(record, name):
+    """The finding of that name, which must be a fault, and the first one."""
+    faults = [f for f in doctor.examine(record) if f.severity == "fault"]
+    assert faults and faults[0].name == name, faults
+    return faults[0]
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory):
+    """Until the reward model; PPO goes on from copies of it."""
+    folder = tmp_path_factory.mktemp("healthy")
+    broken_runs.run(folder)
+    return folder
+
+
+def continued(folder, name, *overrides, until="ppo"):
+    shutil.copytree(folder / "run", folder / name)
+    return broken_runs.run(folder, *overrides, until=until, out=name)
+
+
+@pytest.fixture(scope="module")
+def evaluated(healthy):
+    return continued(healthy, "evaluated", "ppo.updates=10", until="evaluate")
+
+
+def edited(record, folder, **changes):
+    """A copy of a run's record with other values; keys are dotted paths, '__' for the dot."""
+    shutil.copytree(record.folder, folder)
+    made = Record.read(folder)
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        place = made.data
+        for key in parents:
+            place = place.setdefault(key, {})
+        place[last] = value
+    made.save()
+    return made
+
+
+# ------------------------------------------------------------------- healthy runs
+
+
+def test_a_healthy_run_has_no_fault(evaluated):
+    found = doctor.examine(evaluated)
+    assert [f for f in found if f.severity != "note"] == []
+    assert doctor.verdict(found) == "no fault found; no warnings"
+
+
+# ------------------------------------------------------------------- broken on purpose
+
+
+def test_shuffled_labels(tmp_path):
+    found = fault(broken_runs.run(tmp_path, fault="shuffled"), "reward_at_chance")
+    assert found.stage == "reward" and "n=" in found.what and "shuffled" in found.remedy
+
+
+def test_an_untrained_reward_model(tmp_path):
+    record = broken_runs.run(tmp_path, "reward.args.learning_rate=1e-12")
+    found = fault(record, "reward_untrained")
+    assert found.stage == "reward" and "8e-13" in found.what
+
+
+@pytest.mark.slow
+def test_a_reward_that_pays_for_length(tmp_path):
+    record = broken_runs.run(
+        tmp_path,
+        "reward.args.num_train_epochs=4",
+        "ppo.args.learning_rate=3e-3",
+        "ppo.updates=14",
+        "ppo.missing_eos_penalty=0.0",
+        "ppo.kl_coef=0.01",
+        fault="length",
+        until="ppo",
+    )
+    found = fault(record, "reward_is_length")
+    assert found.stage == "reward" and "longer completion alone gets 1.000" in found.what
+    # What it does to PPO is told as well, after its cause.
+    assert {"length_up", "eos_collapse"} <= set(names(record, "fault", "warning"))
+
+
+def test_a_learning_rate_a_hundred_times_too_high(healthy):
+    record = continued(healthy, "fast", "ppo.args.learning_rate=0.1", "ppo.updates=5")
+    found = fault(record, "learning_rate")
+    assert found.stage == "ppo" and "nats per token after 1 update" in found.what
+    assert "value/loss rose" in found.what and "learning rate 0.1" in found.what
+
+
+@pytest.mark.slow
+def test_the_same_with_several_epochs_shows_in_ratios(healthy):
+    record = continued(
+        healthy,
+        "epochs",
+        "ppo.args.learning_rate=0.1",
+        "ppo.updates=5",
+        "ppo.args.num_iterations=4",
+    )
+    what = fault(record, "learning_rate").what
+    assert "clip_fraction" in what and "approx_kl" in what
+    assert not {"clip_fraction", "update_too_large", "ratio_max"} & set(names(record))
+
+
+@pytest.mark.slow
+def test_no_kl_penalty(healthy):
+    record = continued(
+        healthy, "free", "ppo.kl_coef=0.0", "ppo.args.learning_rate=5e-3", "ppo.updates=12"
+    )
+    found = fault(record, "no_kl_penalty")
+    assert found.stage == "ppo" and "kl_coef is 0" in found.what and "kl_high" not in names(record)
+
+
+def test_no_penalty_is_no_fault_where_the_kl_stays_low(healthy):
+    assert not names(continued(healthy, "calm", "ppo.kl_coef=0.0", "ppo.updates=4"))
+
+
+def test_a_wrong_reference(healthy, monkeypatch):
+    """The policy does not start as the reference: PPO stops, and the record says why."""
+    real = ppo_stage.start_roles
+
+    def wrong(backbone, recipe):
+        real(backbone, recipe)
+        nudge(backbone, "policy")
+
+    monkeypatch.setattr(ppo_stage, "start_roles", wrong)
+    record = continued(healthy, "wrong")
+    assert record.data["stages"]["ppo"]["error"]["type"] == "IdentityError"
+    found = fault(record, "stopped_ppo")
+    assert found.stage == "sft" and "policy and reference differ" in found.what
+    assert "identity" in found.why and "adapters/sft" in found.remedy
+
+
+def test_a_wrong_reference_shows_in_the_log_without_the_guard(tmp_path, monkeypatch):
+    monkeypatch.setattr(identities, "policy_equals_reference", lambda *_: 0.0)
+    run = Run(tmp_path / "r", updates=1)
+    nudge(run.backbone, "policy", std=0.3)
+    run.go()
+    found = fault(run.record, "wrong_reference")
+    assert found.stage == "sft" and "before the first update" in found.what
+
+
+def test_pad_equal_to_eos_is_mended_before_the_record(tmp_path, healthy):
+    folder = tmp_path / "base"
+    shutil.copytree(base_folder("llama"), folder)
+    tokenizer(pad="</s>").save_pretrained(folder)
+    record = broken_runs.run(tmp_path, f"model.id={folder}", until="sft")
+    model = record.data["model"]
+    assert model["pad_id"] not in model["eos_ids"] and not names(record)
+
+
+def test_a_record_in_which_pad_is_eos(evaluated, tmp_path):
+    record = edited(evaluated, tmp_path / "r", model__pad_id=1)
+    found = fault(record, "pad_is_eos")
+    assert found.stage == "data" and "never learns to end" in found.why
+
+
+@pytest.mark.slow
+def test_completions_that_are_cut_off(tmp_path):
+    record = broken_runs.run(
+        tmp_path, "sft.args.num_train_epochs=8", "ppo.args.max_completion_length=2", until="ppo"
+    )
+    found = next(f for f in doctor.examine(record) if f.name == "few_eos")
+    assert (found.stage, found.severity) == ("sft", "warning") and "of completions" in found.what
+
+
+def test_completions_that_never_end(evaluated, tmp_path):
+    """What pad = eos leads to where nothing mends it: an eos that was never learned."""
+    lines = [{"completions/eos_rate": 0.0, "completions/length": 12.0} for _ in range(4)]
+    found = fault(logged(evaluated, tmp_path / "r", lines), "no_eos")
+    assert found.stage == "sft" and "0% of completions" in found.what and "pad = eos" in found.why
+
+
+def test_a_stage_that_stopped_without_a_word(healthy, tmp_path):
+    record = edited(
+        Record.read(healthy / "run"), tmp_path / "r", stages__ppo={"status": "interrupted"}
+    )
+    [found] = doctor.examine(record)
+    assert (found.stage, found.severity, found.name) == ("ppo", "warning", "interrupted")
+
+
+# ------------------------------------------------------------------- told from the record
+
+
+def rate(value, low, high, n=200):
+    return {"value": value, "low": low, "high": high, "n": n}
+
+
+RECORDS = {
+    "reward_inverted": ("reward", {"stages__reward__accuracy": rate(0.3, 0.2, 0.4)}),
+    "reward_at_chance": ("reward", {"stages__reward__accuracy": rate(0.5, 0.4, 0.6),
+                                    "stages__reward__gate": "failed"}),
+    "reward_is_length": ("reward", {
+        "stages__reward__accuracy_length_baseline": rate(0.7, 0.6, 0.8),
+        "stages__reward__accuracy_by_length": {"longer": rate(0.9, 0.8, 0.95),
+                                               "shorter": rate(0.2, 0.1, 0.3)}}),
+    "reward_gate": ("reward", {"stages__reward__gate": "warned",
+                               "stages__reward__gate_reason": "it is a test"}),
+    "hacked_win_rate": ("reward", {"evaluation__policy__win_rate": rate(0.3, 0.2, 0.4),
+                                   "evaluation__policy__win_rate_proxy": rate(0.8, 0.7, 0.9),
+                                   "evaluation__policy__longer_than_sft": rate(0.9, 0.8, 0.95)}),
+    "worse_win_rate": ("evaluate", {"evaluation__policy__win_rate": rate(0.3, 0.2, 0.4)}),
+    "length_win_rate": ("evaluate", {
+        "evaluation__policy__win_rate": rate(0.6, 0.55, 0.7),
+        "evaluation__policy__win_rate_length_controlled": rate(0.5, 0.4, 0.6)}),
+    "undecided_win_rate": ("evaluate", {"evaluation__policy__win_rate": rate(0.5, 0.45, 0.55)}),
+    "few_prompts": ("evaluate", {"evaluation__policy__win_rate": rate(0.9, 0.8, 0.95, n=40)}),
+    "held_out_at_chance": ("reward", {"stages__reward__held_out_accuracy": rate(0.5, 0.4, 0.6)}),
+    "labels_lean_on_length": ("reward", {
+        "stages__reward__accuracy_length_baseline": rate(0.7, 0.6, 0.8)}),
+    "sft_overfits": ("sft", {"stages__sft__held_out_loss": 9.0}),
+    "sft_below_base": ("sft", {"evaluation__base__gold_reward_minus_sft": rate(0.3, 0.2, 0.4)}),
+    "policy_still": ("ppo", {"stages__ppo__kl_last": 1e-4}),
+    "agreement_comparisons": ("data", {
+        "data__comparisons__labeler_agreement": {"measured": 0.55, "pairs": 90}}),
+    "contradictions_comparisons": ("data", {
+        "data__comparisons__counts": {"labelled both ways": {"before": 100, "after": 80}}}),
+    "dropped_prompts": ("data", {
+        "data__prompts__counts": {"over data.max_prompt_tokens = 9": {"before": 9, "after": 4}}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_what_the_record_tells(evaluated, tmp_path, name):
+    stage, changes = RECORDS[name]
+    found = {f.name: f for f in doctor.examine(edited(evaluated, tmp_path / "r", **changes))}
+    assert found[name].stage == stage
+    assert set(found) <= {name, *NOTES}
+
+
+NOTES = {"few_prompts", "no_judge"}
+"""Of the run that the records are made from: few prompts, judged by the proxy alone."""
+
+
+def test_a_run_with_data_of_its_own_hears_what_its_evaluation_is_worth(evaluated, tmp_path):
+    """There is neither a checker nor a held-out model: the proxy judges itself."""
+    changes = {"evaluation__policy__win_rate_proxy": rate(0.42, 0.22, 0.68, n=6)}
+    found = {f.name: f for f in doctor.examine(edited(evaluated, tmp_path / "r", **changes))}
+    assert set(found) == NOTES and {f.severity for f in found.values()} == {"note"}
+    assert "rests on 6 prompts" in found["few_prompts"].what
+    assert "not clearly above 50 %" in found["no_judge"].what
+    assert "held_out_model" in found["no_judge"].remedy
+    clear = {"evaluation__policy__win_rate_proxy": rate(0.9, 0.8, 0.95, n=6)}
+    again = {f.name: f for f in doctor.examine(edited(evaluated, tmp_path / "b", **clear))}
+    assert "not clearly above" not in again["no_judge"].what
+
+
+def test_a_wide_interval_is_no_sign_that_length_was_the_gain(evaluated, tmp_path):
+    changes = {
+        "evaluation__policy__win_rate": rate(0.594, 0.523, 0.654),
+        "evaluation__policy__win_rate_length_controlled": rate(0.582, 0.457, 0.697),
+    }
+    names = {f.name for f in doctor.examine(edited(evaluated, tmp_path / "r", **changes))}
+    assert "length_win_rate" not in names
+
+
+def logged(evaluated, folder, lines, stage="ppo"):
+    record = edited(evaluated, folder)
+    record.restart_metrics(stage)
+    for step, line in enumerate(lines):
+        record.log(stage, step, line)
+    return record
+
+
+def test_gold_that_falls_while_the_proxy_rises(evaluated, tmp_path):
+    """The doctor steers nothing, so it may look at gold."""
+    lines = [
+        {"rewards/model": 0.1 * i + 0.05 * (i % 2), "rewards/gold": 0.5 - 0.05 * i}
+        for i in range(12)
+    ]
+    found = fault(logged(evaluated, tmp_path / "r", lines), "gold_falls")
+    assert found.stage == "reward"
+
+
+def test_a_loss_of_sft_that_rises(evaluated, tmp_path):
+    lines = [{"loss": 2.0 + 0.1 * i * i} for i in range(12)]
+    assert fault(logged(evaluated, tmp_path / "r", lines, "sft"), "sft_loss_rises").stage == "sft"
+
+
+def test_comparisons_learned_by_heart(evaluated, tmp_path):
+    """Several epochs on shuffled labels: right on what it was trained on, and on nothing else."""
+    lines = [{"accuracy": 0.5 + 0.04 * i, "learning_rate": 1e-4} for i in range(12)]
+    record = logged(evaluated, tmp_path / "r", lines, "reward")
+    record.data["stages"]["reward"] |= {"accuracy": rate(0.5, 0.4, 0.6), "gate": "failed"}
+    assert "knows them by heart" in fault(record, "reward_memorised").what
+
+
+def test_nan_in_the_log_is_text_and_is_found(evaluated, tmp_path):
+    record = logged(evaluated, tmp_path / "r", [{"kl/sequence": 0.0, "loss": float("nan")}])
+    assert "nan" in names(record)
+
+
+# ------------------------------------------------------------------- the command
+
+
+def test_findings_come_in_the_order_of_the_stages(evaluated, tmp_path):
+    changes = {
+        k: v
+        for name in ("worse_win_rate", "reward_inverted", "agreement_comparisons")
+        for k, v in RECORDS[name][1].items()
+    }
+    found = doctor.examine(edited(evaluated, tmp_path / "r", **changes))
+    assert [f.stage for f in found] == ["data", "reward", "evaluate"]
+    assert doctor.verdict(found).startswith("stage at fault: reward (held-out accuracy 0.300")
+
+
+def test_the_command_prints_findings_and_exits_with_0(evaluated, tmp_path):
+    changes = RECORDS["reward_inverted"][1]
+    record = edited(evaluated, tmp_path / "r", **changes)
+    text = CliRunner().invoke(app.app, ["doctor", str(record.folder)])
+    assert text.exit_code == 0
+    assert "reward: fault: held-out accuracy 0.300 [0.200, 0.400], n=200" in text.output
+    assert "    try  look for swapped columns" in text.output
+    data = json.loads(CliRunner().invoke(app.app, ["doctor", str(record.folder), "--json"]).output)
+    assert data["verdict"].startswith("stage at fault: reward")
+    [found] = [f for f in data["findings"] if f["name"] not in NOTES]
+    assert list(found) == ["stage", "severity", "name", "what", "why", "try"]
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    done = CliRunner().invoke(app.app, ["doctor", str(tmp_path)])
+    assert done.exit_code == 2
+
+
+def test_a_run_that_has_only_begun(tmp_path):
+    record = Record(
+        tmp_path,
+        {"name": "x", "model": {}, "data": {}, "stages": {}, "evaluation": {}, "clock": {}},
+    )
+    assert doctor.examine(record) == []
+
+
+def test_no_torch_is_imported(evaluated):
+    code = (
+        "import sys; from lora_rlhf.reports.doctor import doctor; "
+        "from lora_rlhf.runs.record import Record; "
+        f"doctor.show(r := Record.read({str(evaluated.folder)!r}), doctor.examine(r)); "
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

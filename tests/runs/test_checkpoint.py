@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoint folders: whole or not at all, verified, named when skipped; one run in a directory."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import killed
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lora_rlhf import pipeline
+from lora_rlhf.errors import BusyError, CheckpointError
+from lora_rlhf.runs import checkpoint
+from lora_rlhf.runs.checkpoint import PARTS, TRAINER_STATE
+from lora_rlhf.runs.progress import Progress
+from lora_rlhf.runs.record import Record, sha256
+from lora_rlhf.training import checkpoint_callback
+
+
+@checkpoint.kept_tuple
+class Pair(NamedTuple):
+    left: torch.Tensor
+    right: int
+
+
+def put(parent: Path, step: int, **notes) -> Path:
+    """A complete checkpoint of nothing much."""
+    parts = {name: {"x": torch.full((3,), float(step))} for name in PARTS}
+    return checkpoint.write(parent, step, parts, {TRAINER_STATE: "{}"}, {"seed": 0}, notes)
+
+
+# --- the format ----------------------------------------------------------------------------------
+
+
+def test_what_goes_in_comes_out_with_its_bits():
+    rows = torch.arange(12.0).view(4, 3)
+    data = {
+        "a": rows[1:3],
+        "b": [rows[0], None, True, 3, 0.1, float("nan"), "text"],
+        "c": {1: {"exp_avg": torch.tensor([1e-45, -0.0, float("inf")])}, "$tensor": 2},
+        "d": (1, (2, Pair(torch.tensor([1, 2], dtype=torch.uint8), 5))),
+        "e": torch.tensor(7),
+        "f": torch.tensor([1.5], dtype=torch.bfloat16),
+    }
+    tensors: dict[str, torch.Tensor] = {}
+    text = json.dumps(checkpoint.pack(data, tensors))
+    back = checkpoint.unpack(json.loads(text), tensors)
+
+    def same(x, y):
+        if isinstance(x, torch.Tensor):
+            assert x.dtype == y.dtype and x.shape == y.shape
+            assert (
+                x.contiguous()
+                .view(torch.uint8 if x.ndim else x.dtype)
+                .equal(y.view(torch.uint8 if y.ndim else y.dtype))
+            )
+        elif isinstance(x, dict):
+            assert list(x) == list(y)
+            for key in x:
+                same(x[key], y[key])
+        elif isinstance(x, list | tuple):
+            assert type(x) is type(y) and len(x) == len(y)
+            for one, other in zip(x, y, strict=True):
+                same(one, other)
+        else:
+            assert x == y or (x != x and y != y)
+            assert type(x) is type(y)
+
+    same(data, back)
+    with pytest.raises(TypeError, match="cannot hold set"):
+        checkpoint.pack({"a": {1}}, {})
+
+
+def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path: Path):
+    folder = put(tmp_path, 1)
+    assert {p.suffix for p in folder.iterdir()} == {".json", ".safetensors"}
+    for path in folder.glob("*.json"):
+        json.loads(path.read_text())
+    for path in folder.glob("*.safetensors"):
+        load_file(path)
+
+
+def test_the_newest_complete_one_is_used_and_only_so_many_are_kept(tmp_path: Path):
+    for step in (9, 10, 100):
+        put(tmp_path, step)
+    checkpoint.prune(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010", "step-00000100"]
+    found, skipped = checkpoint.newest(tmp_path)
+    assert found is not None and found.step == 100 and skipped == []
+    assert found.part("roles")["x"].tolist() == [100, 100, 100]
+    assert checkpoint.newest(tmp_path / "nowhere") == (None, [])
+
+
+# --- damaged ones (faults 3 and 4) ---------------------------------------------------------------
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def unlink(path: Path) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize("name", [f"{p}.{s}" for p in PARTS for s in ("json", "safetensors")])
+@pytest.mark.parametrize(
+    ("harm", "why"),
+    [(flip, "has another sha256"), (truncate, "bytes, not"), (unlink, "it lacks")],
+)
+def test_every_damaged_file_is_named_and_never_loaded(tmp_path: Path, name: str, harm, why: str):
+    put(tmp_path, 1)
+    harm(put(tmp_path, 2) / name)
+    found, [skipped] = checkpoint.newest(tmp_path)
+    assert found is not None and found.step == 1
+    assert skipped.name == "step-00000002" and name in skipped.why and why in skipped.why
+    harm(tmp_path / "step-00000001" / name)
+    with pytest.raises(CheckpointError, match=f"no checkpoint is complete.*{name}") as caught:
+        checkpoint.newest(tmp_path)
+    assert "--warm-start" in caught.value.remedy and caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [(None, "is missing"), ("{", "cannot be read"), ("[]", "cannot be read"),
+     ('{"schema": 9, "step": 1, "run": {}, "notes": {}, "files": {}}', "schema 9"),
+     ('{"schema": 1, "step": 1, "run": {}, "notes": {}, "files": {}}', "lacks roles.json")],
+)  # fmt: skip
+def test_a_manifest_that_says_too_little(tmp_path: Path, content: str | None, why: str):
+    path = put(tmp_path, 1) / "manifest.json"
+    path.unlink() if content is None else path.write_text(content)
+    assert why in str(checkpoint.verify(path.parent))
+
+
+def test_a_manifest_that_leads_outside_is_refused(tmp_path: Path):
+    folder = put(tmp_path / "run", 1)
+    (tmp_path / "secret").write_text("x")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    entry = {"bytes": 1, "sha256": sha256(tmp_path / "secret")}
+    manifest["files"]["../../secret"] = entry
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert checkpoint.verify(folder) == "it lacks ../../secret"
+
+
+# --- in a run ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory) -> Path:
+    """A run that was killed in the middle of a rollout of PPO."""
+    folder = tmp_path_factory.mktemp("half")
+    killed.write(folder)
+    child = killed.start(die_after_save, killed.recipe(folder), folder / "run", "ppo", 6)
+    assert killed.wait(child) == -signal.SIGKILL
+    return folder / "run"
+
+
+def die_after_save(asked, out: Path, name: str, step: int) -> None:
+    real = checkpoint_callback.Keeper.save
+
+    def save(self, trainer, notes=None):
+        real(self, trainer, notes)
+        if self.name == name and trainer.state.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint_callback.Keeper.save = save
+    pipeline.run(asked, out, until="ppo")
+
+
+class Said(Progress):
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def again(half: Path, out: Path, *sets: str, harm=None) -> Said:
+    """Go on with a copy of the killed run, as far as the first step of PPO."""
+    shutil.copytree(half, out)
+    if harm is not None:
+        harm(out / "checkpoints" / "ppo")
+    said = Said()
+    pipeline.run(killed.recipe(half.parent, *sets), out, until="ppo", progress=said)
+    return said
+
+
+@pytest.fixture(scope="module")
+def gone_on(half: Path, tmp_path_factory) -> SimpleNamespace:
+    """The killed run, gone on with; the steps that were done in the second process."""
+    out, steps, real = (
+        tmp_path_factory.mktemp("on") / "run",
+        [],
+        checkpoint_callback.Keeper.on_step_end,
+    )
+
+    def look(self, args, state, control, **kwargs):
+        steps.append(state.global_step)
+        real(self, args, state, control, **kwargs)
+
+    checkpoint_callback.Keeper.on_step_end = look
+    try:
+        said = again(half, out)
+    finally:
+        checkpoint_callback.Keeper.on_step_end = real
+    return SimpleNamespace(folder=out, steps=steps, said=said.lines)
+
+
+def test_finished_updates_are_not_done_again(half: Path, gone_on):
+    """12 steps in all, 6 of them before the kill, which left a rollout in flight."""
+    folder = half / "checkpoints/ppo/step-00000006"
+    held = json.loads((folder / "trainer.json").read_text())
+    assert held["kept"]["_buffered_inputs"] and held["kept"]["_rollout"]
+    assert gone_on.steps == list(range(7, 13))
+    assert "ppo: going on from step-00000006" in gone_on.said
+    record = Record.read(gone_on.folder)
+    assert [line["step"] for line in record.metrics("ppo")] == [1, 2, 3]
+    assert record.data["clock"]["resumed"] == [{"training": "ppo", "from": "step-00000006"}]
+    before = json.loads((folder / "manifest.json").read_text())["notes"]["seconds"]
+    spent = record.data["clock"]["stages"]["ppo"]["seconds"]
+    assert spent > before, "the time of both processes counts"
+
+
+def test_an_older_one_is_used_where_the_newest_is_broken(half: Path, gone_on, tmp_path: Path):
+    said = again(
+        half, tmp_path / "a", harm=lambda p: flip(p / "step-00000006" / "optimizer.safetensors")
+    )
+    told = [line for line in said.lines if "is not used" in line]
+    assert told == [
+        "ppo: checkpoint step-00000006 is not used: optimizer.safetensors has another "
+        "sha256 than its manifest says"
+    ]
+    assert "ppo: going on from step-00000005" in said.lines
+    assert killed.bits(tmp_path / "a") == killed.bits(gone_on.folder)
+
+
+def reseal(folder: Path) -> None:
+    """Make the sums right again, as somebody who edits a checkpoint would."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for name in manifest["files"]:
+        file = folder / name
+        manifest["files"][name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    path.write_text(json.dumps(manifest))
+
+
+def _without_value_head(folder: Path) -> None:
+    skeleton = json.loads((folder / "roles.json").read_text())
+    gone = [name for name in skeleton["value"] if "lora_" not in name]
+    assert gone
+    for name in gone:
+        del skeleton["value"][name]
+    (folder / "roles.json").write_text(json.dumps(skeleton))
+
+
+def _without_statistics(folder: Path) -> None:
+    data = json.loads((folder / "trainer.json").read_text())
+    del data["kept"]["_moments"]
+    (folder / "trainer.json").write_text(json.dumps(data))
+
+
+def _without_optimizer(folder: Path) -> None:
+    data = json.loads((folder / "optimizer.json").read_text())
+    del data["optimizer"]["state"]
+    (folder / "optimizer.json").write_text(json.dumps(data))
+
+
+def _without_random(folder: Path) -> None:
+    (folder / "random.safetensors").unlink()
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["files"]["random.safetensors"]
+    path.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("harm", "why"),
+    [(_without_value_head, "lacks base_model.model.score.weight of value"),
+     (_without_statistics, "lacks the trainer's _moments"),
+     (_without_optimizer, "its optimizer"), (_without_random, "random cannot be read")],
+)  # fmt: skip
+def test_exact_resume_is_refused_without_all_its_parts(half, tmp_path: Path, harm, why: str):
+    def both(parent: Path) -> None:
+        for folder in parent.glob("step-*"):
+            harm(folder)
+            reseal(folder)
+
+    with pytest.raises(CheckpointError, match=why) as caught:
+        again(half, tmp_path / "run", harm=both)
+    assert "--warm-start" in caught.value.remedy
+    assert not (tmp_path / "run" / "adapters" / "policy").exists()
+
+
+def test_a_log_that_lost_lines_is_no_log_to_go_on_with(half: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    shutil.copytree(half, out)
+    (out / "metrics.jsonl").write_text("")
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl has fewer lines"):
+        pipeline.run(killed.recipe(half.parent), out, until="ppo")
+
+
+# --- killed while it writes (fault 1) ------------------------------------------------------------
+
+
+def die_in_write(parent: Path, at: int, share: float) -> None:
+    """Write checkpoint 2; the n-th file is written in part, then the process is killed."""
+    real, count = checkpoint._write_synced, [0]
+
+    def write(path: Path, content: bytes) -> None:
+        count[0] += 1
+        if count[0] == at:
+            path.write_bytes(content[: int(share * len(content))])
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(path, content)
+
+    checkpoint._write_synced = write
+    if at > 10:  # after the last file: before the rename
+        checkpoint.sync = lambda path: os.kill(os.getpid(), signal.SIGKILL)
+    put(parent, 2)
+
+
+@pytest.mark.parametrize("at", range(1, 12))
+@pytest.mark.parametrize("share", [0.0, 0.7])
+def test_killed_at_22_offsets_of_a_write(tmp_path: Path, at: int, share: float):
+    """4 parts of 2 files, 2 files more, and the rename."""
+    put(tmp_path, 1)
+    assert killed.wait(killed.start(die_in_write, tmp_path, at, share)) == -signal.SIGKILL
+    found, [skipped] = checkpoint.newest(tmp_path)
+    assert found is not None and found.step == 1
+    assert skipped == ("step-00000002.tmp", "it was not finished")
+    put(tmp_path, 2)
+    assert checkpoint.newest(tmp_path)[0].step == 2
+
+
+# --- one run at a time (fault 6 of the issue) ----------------------------------------------------
+
+
+def hold(folder: Path, told: int) -> None:
+    with checkpoint.locked(folder):
+        os.write(told, b".")
+        signal.pause()
+
+
+def test_two_runs_in_one_directory(tmp_path: Path, half: Path):
+    hears, told = os.pipe()
+    child = killed.start(hold, tmp_path / "run", told)
+    os.read(hears, 1)
+    with pytest.raises(BusyError, match="another process works in") as caught:
+        pipeline.run(killed.recipe(half.parent), tmp_path / "run")
+    assert caught.value.exit_code == 4 and not list((tmp_path / "run").iterdir())
+    os.kill(child, signal.SIGKILL)  # a killed process leaves no lock behind
+    assert killed.wait(child) == -signal.SIGKILL
+    with checkpoint.locked(tmp_path / "run"):
+        pass

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A disk that is really full, a folder that really may not be written: one line, old ones whole."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import killed
+import pytest
+import torch
+import typer
+
+from lora_rlhf import pipeline
+from lora_rlhf.cli import shell
+from lora_rlhf.errors import DiskError
+from lora_rlhf.runs import checkpoint
+from lora_rlhf.runs.checkpoint import PARTS, TRAINER_STATE, newest
+from lora_rlhf.training import checkpoint_callback
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    """A file system of 600 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no right to mount a small tmpfs here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def put(parent: Path, step: int, numbers: int) -> Path:
+    parts = {name: {"x": torch.ones(numbers)} for name in PARTS}
+    return checkpoint.write(parent, step, parts, {TRAINER_STATE: "{}"}, {}, {})
+
+
+def test_a_full_disk_keeps_the_old_ones(small_disk: Path):
+    put(small_disk / "ppo", 1, 10_000)
+    (small_disk / "other").write_bytes(b"x" * 300_000)
+    with pytest.raises(DiskError, match="cannot write to .*ppo: .*MB free") as caught:
+        put(small_disk / "ppo", 2, 20_000)
+    assert caught.value.exit_code == 4
+    assert [p.name for p in (small_disk / "ppo").iterdir()] == ["step-00000001"]
+    assert newest(small_disk / "ppo")[0].step == 1
+    (small_disk / "other").unlink()
+    put(small_disk / "ppo", 2, 20_000)  # the state was in memory still
+    assert newest(small_disk / "ppo")[0].step == 2
+
+
+def test_room_for_two_is_looked_for_first(small_disk: Path):
+    checkpoint.room(small_disk, {"x": torch.ones(60_000)})
+    with pytest.raises(DiskError, match="two checkpoints take 0.8 MB"):
+        checkpoint.room(small_disk, {"x": torch.ones(100_000)})
+
+
+def run(asked, out: Path, told: Path) -> int:
+    """As the command line does; what it says goes to a file."""
+    with told.open("w") as sys.stderr:
+        try:
+            with shell.errors_as_text(False):
+                pipeline.run(asked, out, until="ppo")
+        except typer.Exit as error:
+            return error.exit_code
+    return 0
+
+
+@pytest.mark.parametrize("looks", [pytest.param(True, marks=pytest.mark.slow), False])
+def test_a_run_on_a_full_disk_ends_in_one_error_and_goes_on_with_room(
+    tmp_path: Path, small_disk: Path, monkeypatch, looks: bool
+):
+    """With everything on it; found out by looking first, or by a write that fails."""
+    if not looks:
+        monkeypatch.setattr(checkpoint, "room", lambda *_: None)
+    killed.write(tmp_path)
+    asked = killed.recipe(tmp_path)
+    told = tmp_path / "told"
+    assert killed.wait(killed.start(run, asked, small_disk / "run", told)) == 4
+    said = told.read_text()
+    assert "\ncannot write to " in said and "MB free" in said
+    assert "Traceback" not in said and "unexpected" not in said
+    assert ("two checkpoints take" in said) == looks
+    folder = small_disk / "run" / "checkpoints" / "sft"
+    for path in folder.glob("step-*"):
+        assert isinstance(checkpoint.verify(path), checkpoint.Checkpoint)
+    moved = Path(shutil.copytree(small_disk / "run", tmp_path / "moved"))
+    monkeypatch.undo()
+    killed.finish(asked, moved, "ppo")
+    killed.finish(asked, tmp_path / "whole", "ppo")
+    assert killed.bits(moved) == killed.bits(tmp_path / "whole")
+
+
+def test_a_read_only_folder_is_one_error(tmp_path: Path, small_disk: Path):
+    killed.write(tmp_path)
+    asked, told = killed.recipe(tmp_path), tmp_path / "told"
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    try:
+        assert killed.wait(killed.start(run, asked, small_disk / "run", told)) == 4
+    finally:
+        subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+    assert told.read_text().startswith("cannot write to ")
+    assert "Read-only file system" in told.read_text()
+
+
+def test_a_folder_that_becomes_read_only_while_it_trains(tmp_path: Path, small_disk: Path):
+    """Told at the next write; what is there stays as it is."""
+    subprocess.run(["mount", "-o", "remount,size=40m", str(small_disk)], check=True)
+    killed.write(tmp_path)
+    asked, told = killed.recipe(tmp_path), tmp_path / "told"
+
+    def closing(asked, out, told) -> int:
+        real = checkpoint_callback.Keeper.save
+
+        def save(self, trainer, notes=None):
+            real(self, trainer, notes)
+            if trainer.state.global_step == 3:
+                subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+
+        checkpoint_callback.Keeper.save = save
+        return run(asked, out, told)
+
+    try:
+        code = killed.wait(killed.start(closing, asked, small_disk / "run", told))
+    finally:
+        subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+    assert code == 4 and "Read-only file system" in told.read_text()
+    assert newest(small_disk / "run" / "checkpoints" / "sft")[0].step == 3

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a stage tells: a line for people, equal lines for equal runs in the record."""
+
+import io
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from lora_rlhf.recipe.schema import ModelSection, Recipe
+from lora_rlhf.runs import progress as module
+from lora_rlhf.runs.progress import Progress, StageLog
+from lora_rlhf.runs.record import Record
+
+
+class Clock:
+    """Stands still until told otherwise."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def monotonic(self):
+        return self.now
+
+    perf_counter = monotonic
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    found = Clock()
+    monkeypatch.setattr(module, "time", found)
+    return found
+
+
+@pytest.fixture
+def record(tmp_path):
+    return Record.open(tmp_path / "run", Recipe(name="little", model=ModelSection(id="tiny")))
+
+
+def screen(*, terminal=False, quiet=False):
+    progress = Progress(quiet=quiet)
+    progress.console = Console(file=io.StringIO(), force_terminal=terminal, width=60)
+    return progress, progress.console.file
+
+
+def test_without_a_terminal_a_line_comes_now_and_then_and_at_the_end(clock):
+    progress, out = screen()
+    progress.begin("ppo", 10)
+    for step in range(1, 10):
+        clock.now += 4
+        progress.step(step, {"reward/score": 0.5 * step, "kl/sequence": 1.0, "other": 9.0})
+    clock.now += 4
+    progress.step(10, {"reward/score": 5.0})
+    progress.end()
+    lines = out.getvalue().splitlines()
+    assert [line.split()[1] for line in lines] == ["4/10", "8/10", "10/10"]
+    assert lines[0].startswith("ppo") and "0.25 steps/s, 0:24 left" in lines[0]
+    assert "reward/score 2" in lines[0] and "kl/sequence 1" in lines[0] and "other" not in lines[0]
+    assert "reward/score 5" in lines[2] and "0:00 left" in lines[2]
+
+
+def test_without_a_terminal_a_step_that_is_logged_twice_is_told_once(clock, record):
+    """SFT's held-out loss is logged at the last step, after that step itself."""
+    progress, out = screen()
+    for stage in ("sft", "reward"):  # the next stage may end at the same step
+        progress.begin(stage, 10)
+        log = StageLog(record, stage, progress)
+        log.on_log(None, state(10), None, logs={"loss": 1.5})
+        clock.now += 60
+        log.on_log(None, state(10), None, logs={"eval_loss": 1.25})
+        progress.end()
+    assert [line.split()[:2] for line in out.getvalue().splitlines()] == [
+        ["sft", "10/10"],
+        ["reward", "10/10"],
+    ]
+    assert len(record.metrics()) == 4, "the record keeps both"
+
+
+def test_a_line_is_never_wrapped_or_read_as_markup(clock):
+    progress, out = screen()
+    progress.say("warning: [red]adapters/x[/red] " + "long " * 30)
+    progress.begin("ppo", 1)
+    metrics = dict.fromkeys(
+        ("reward/score", "rewards/gold", "kl/sequence", "completions/length"), 1.0
+    )
+    progress.step(1, metrics)
+    said, line = out.getvalue().split("ppo ", 1)
+    assert "[red]adapters/x[/red]" in said
+    assert len(line.splitlines()) == 1 and "completions/length 1" in line
+
+
+def test_a_terminal_shows_stage_phase_and_metrics_and_leaves_nothing(clock):
+    progress, out = screen(terminal=True)
+    progress.begin("ppo", 4)
+    progress.phase("rollout")
+    clock.now += 2
+    progress.step(1, {"reward/score": 0.123456})
+    assert progress._line().plain.startswith("ppo      1/4  rollout  0.50 steps/s, 0:06 left")
+    assert "reward/score 0.123" in progress._line().plain
+    progress.end()
+    progress.end()
+    progress.phase("after the end")
+    assert progress._live is None
+    assert "\x1b[2K" in out.getvalue(), "the live line stays on the screen"
+
+
+def test_nothing_is_known_before_the_first_step(clock):
+    progress, _ = screen()
+    progress.begin("sft", 5)
+    assert progress._line().plain == "sft      0/5"
+    clock.now += 10
+    assert "left" not in progress._line().plain
+
+
+def test_a_new_stage_forgets_the_last_one(clock):
+    progress, _ = screen()
+    progress.begin("sft", 1)
+    progress.phase("update")
+    progress.step(1, {"loss": 2.0})
+    progress.begin("reward", 3)
+    assert progress._line().plain == "reward   0/3"
+
+
+def test_quiet_is_quiet(clock):
+    progress, out = screen(terminal=True, quiet=True)
+    progress.say("something")
+    progress.begin("sft", 1)
+    progress.phase("update")
+    progress.step(1, {"loss": 1.0})
+    progress.end()
+    assert out.getvalue() == ""
+
+
+def state(step):
+    return SimpleNamespace(global_step=step)
+
+
+def test_the_log_keeps_what_a_clock_decides_apart(clock, record):
+    progress, _ = screen(quiet=True)
+    progress.begin("ppo", 3)
+    log = StageLog(record, "ppo", progress, steps_per_unit=4)
+    clock.now += 2.5
+    log.on_log(
+        None,
+        state(8),
+        None,
+        logs={
+            "loss": 1.5,
+            "epoch": 0.3,
+            "step_time": 9.0,
+            "reward/score": 2.0,
+            "x_per_second": 1.0,
+        },
+    )
+    log.on_log(None, state(12), None, logs={"train_runtime": 3.0, "train_loss": 1.0})
+    log.on_log(None, state(12), None, logs=None)
+    first, last = record.metrics()
+    assert first == {
+        "stage": "ppo",
+        "step": 2,
+        "loss": 1.5,
+        "reward/score": 2.0,
+        "clock": {"step_time": 9.0, "x_per_second": 1.0, "seconds": 2.5},
+    }
+    assert last == {"stage": "ppo", "step": 3, "clock": {"seconds": 0.0}}
+    assert progress.step_count == 3 and "reward/score 2" in progress._line().plain
+
+
+@pytest.mark.parametrize(("steps", "per_unit", "total"), [(7, 1, 7), (12, 4, 3), (13, 4, 4)])
+def test_the_total_is_the_trainers_own(clock, record, steps, per_unit, total):
+    """Epochs may be halves, and a last window of gradients may be short."""
+    progress, _ = screen(quiet=True)
+    progress.begin("sft", 99)
+    log = StageLog(record, "sft", progress, steps_per_unit=per_unit)
+    log.on_train_begin(None, SimpleNamespace(max_steps=steps), None)
+    assert progress.total == total
+
+
+def test_what_is_no_number_is_logged_and_not_shown(clock, record):
+    progress, _ = screen(quiet=True)
+    progress.begin("ppo", 1)
+    StageLog(record, "ppo", progress).on_log(
+        None, state(1), None, logs={"reward/score": None, "kl/sequence": float("nan")}
+    )
+    [line] = record.metrics()
+    assert line["reward/score"] is None and line["kl/sequence"] == "nan"
+    assert "reward/score" not in progress._line().plain

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Signals and a budget of minutes: saved at the next boundary, the right exit code, equal bits."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import killed
+import pytest
+import typer
+from hub_run import make_finished
+from hub_server import HubServer, hub_env
+
+from lora_rlhf import pipeline
+from lora_rlhf.algorithms.ppo import ppo_trainer
+from lora_rlhf.cli import shell
+from lora_rlhf.runs import checkpoint
+from lora_rlhf.runs.progress import Progress
+from lora_rlhf.runs.record import Record
+from lora_rlhf.runtime import interrupts
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("stopped")
+    killed.write(folder)
+    killed.finish(asked(folder), folder / "before", "reward")
+    killed.finish(asked(folder), begun(folder, folder / "whole"), "ppo")
+    return folder / "whole"
+
+
+def begun(folder: Path, out: Path) -> Path:
+    """A run in which SFT and the reward model are done."""
+    return Path(shutil.copytree(folder / "before", out))
+
+
+def asked(folder: Path, *sets: str):
+    """Saved only when it is told to: what is on disk is there because of the signal."""
+    return killed.recipe(
+        folder, "checkpoint.every_steps=null", "reward.held_out_model=false", *sets
+    )
+
+
+def run(recipe, out: Path, prepare=None) -> int:
+    """As the command line runs it; the exit code."""
+    if prepare is not None:
+        prepare()
+    try:
+        with shell.errors_as_text(False), shell.signals_raise():
+            pipeline.run(recipe, out, until="ppo", progress=Progress(quiet=True))
+    except typer.Exit as error:
+        return error.exit_code
+    return 0
+
+
+def at(owner, name: str, number: int, times: int = 1, call: int = 1):
+    """Send this process a signal when something is called for the n-th time."""
+
+    def prepare() -> None:
+        real, seen = getattr(owner, name), [0]
+
+        def instead(*args, **kwargs):
+            seen[0] += 1
+            if seen[0] == call:
+                for _ in range(times):
+                    os.kill(os.getpid(), number)
+                    time.sleep(0.01)  # a handler runs between two instructions
+            return real(*args, **kwargs)
+
+        setattr(owner, name, instead)
+
+    return prepare
+
+
+PHASES = {
+    "load": (pipeline.Backbone, "load", 1, None),
+    "rollout": (ppo_trainer.PPOTrainer, "_generate", 2, 5),
+    "score": (ppo_trainer.PPOTrainer, "_calculate_rewards", 2, 5),
+    "update": (ppo_trainer.PPOTrainer, "training_step", 6, 6),
+    "save": (checkpoint, "write", 3, None),
+}
+"""Phase -> what is called, the how-manieth time, and the step of PPO that is then saved."""
+
+
+@pytest.mark.parametrize(
+    ("phase", "name"),
+    [("rollout", "SIGTERM"), ("save", "SIGTERM")]
+    + [
+        pytest.param(phase, name, marks=pytest.mark.slow)
+        for phase, name in [*((p, "SIGINT") for p in PHASES), ("load", "SIGTERM"),
+                            ("score", "SIGTERM"), ("update", "SIGTERM")]
+    ],
+)  # fmt: skip
+def test_a_signal_saves_at_the_next_boundary(whole: Path, tmp_path: Path, phase: str, name: str):
+    owner, function, call, step = PHASES[phase]
+    number, out = getattr(signal, name), begun(whole.parent, tmp_path / "run")
+    recipe = asked(whole.parent, *(["checkpoint.every_steps=1"] if phase == "save" else []))
+    child = killed.start(run, recipe, out, at(owner, function, number, call=call))
+    assert killed.wait(child) == 128 + number
+    if step is not None:
+        found, skipped = checkpoint.newest(out / "checkpoints" / "ppo")
+        assert found is not None and (found.step, skipped) == (step, [])
+    assert killed.wait(killed.start(run, recipe, out)) == 0
+    assert killed.bits(out) == killed.bits(whole)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", pytest.param("SIGTERM", marks=pytest.mark.slow)])
+def test_a_second_signal_is_immediate(whole: Path, tmp_path: Path, name: str):
+    number = getattr(signal, name)
+    second = at(ppo_trainer.PPOTrainer, "_generate", number, times=2)
+    out = begun(whole.parent, tmp_path / "run")
+    assert killed.wait(killed.start(run, asked(whole.parent), out, second)) == -number
+    assert killed.wait(killed.start(run, asked(whole.parent), out)) == 0
+    assert killed.bits(out) == killed.bits(whole)
+
+
+def test_a_budget_of_minutes_is_kept_and_gone_on_with(whole: Path, tmp_path: Path):
+    def out_at_fifth_look() -> None:
+        looks = iter(range(99))
+        interrupts.out_of_time = lambda: next(looks) >= 5
+
+    out = begun(whole.parent, tmp_path / "run")
+    assert killed.wait(killed.start(run, asked(whole.parent), out, out_at_fifth_look)) == 0
+    assert Record.read(out).in_flight("ppo") and not Record.read(out).done("ppo")
+    assert killed.wait(killed.start(run, asked(whole.parent), out)) == 0
+    assert killed.bits(out) == killed.bits(whole)
+
+
+@pytest.mark.slow
+def test_the_shortest_budget_gets_to_the_end(whole: Path, tmp_path: Path):
+    """The shortest there is: every session gets at least to its next boundary, and exits with 0."""
+    out, sessions = tmp_path / "run", 0
+    recipe = asked(whole.parent, "checkpoint.max_minutes=0.0001")
+    while not (out / "record.json").exists() or not Record.read(out).done("ppo"):
+        assert killed.wait(killed.start(run, recipe, out)) == 0
+        sessions += 1
+        assert sessions < 60
+    assert sessions > 20
+    assert killed.bits(out) == killed.bits(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_signals_at_random_moments(whole: Path, tmp_path: Path, name: str):
+    number, rng, wanted = getattr(signal, name), random.Random(), killed.bits(whole)
+    for turn in range(20):
+        out = tmp_path / str(turn)
+        child = killed.start(run, asked(whole.parent), out)
+        time.sleep(rng.uniform(0.3, 4))
+        os.kill(child, number)
+        assert killed.wait(child) in (128 + number, 0)
+        assert killed.wait(killed.start(run, asked(whole.parent), out)) == 0
+        assert killed.bits(out) == wanted
+
+
+@pytest.mark.hub
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_while_it_pushes_leaves_nothing_half_done(tmp_path: Path, name: str):
+    """The Hub is busy, the client waits to try again; then the user has had enough."""
+    number = getattr(signal, name)
+    folder = make_finished(tmp_path)
+    record = Record.read(folder)
+    record.data["model"] |= {"hub_id": "acme/base"}
+    record.save()
+    command = [sys.executable, "-m", "lora_rlhf", "push", str(folder), "--policy", "acme/little"]
+    with HubServer(user="tester", token="hf_test", orgs=("acme",)) as server:
+        server.add_repo("acme/base", {"config.json": b"{}"}, private=True)
+        server.fail_next("PUT", r"^/_lfs/", 503, times=999)
+        process = subprocess.Popen(
+            command,
+            env=hub_env(server, tmp_path),
+            stderr=subprocess.PIPE,
+            # A shell starts its background jobs with SIGINT ignored, and so would the tests.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+        deadline = time.monotonic() + 120
+        while not any(r.method == "PUT" for r in server.requests) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, told = process.communicate(timeout=180)
+        assert process.returncode == 128 + number, told
+        assert b"Traceback" not in told and b"same command" in told
+        repo = server.repos.get("acme/little")
+        assert repo is None or set(repo.files) <= {".gitattributes"}, "a repository without a card"
+        server._faults.clear()
+        done = subprocess.run(command, env=hub_env(server, tmp_path), capture_output=True)
+        assert done.returncode == 0, done.stderr
+        files = server.repos["acme/little"].files
+        assert "README.md" in files and "adapter_model.safetensors" in files
+
+
+# --- without a run -------------------------------------------------------------------------------
+
+
+def test_outside_of_a_training_a_signal_raises_at_once():
+    with pytest.raises(interrupts.Interrupted, match="SIGTERM"):
+        interrupts.request("SIGTERM")
+    # Raised in a callback, it would have been dropped: whoever waits for the Hub looks again.
+    with pytest.raises(interrupts.Interrupted, match="SIGTERM"):
+        interrupts.sleep(0)
+    interrupts.sleep(0)
+
+
+def test_inside_it_waits_and_raises_at_the_end():
+    said = []
+    with pytest.raises(interrupts.Interrupted, match="SIGINT"):
+        with interrupts.at_boundaries(said.append):
+            assert not interrupts.wanted()
+            interrupts.request("SIGINT")
+            assert interrupts.wanted()
+    assert said == ["SIGINT: saving at the next boundary; a second one stops at once"]
+    assert not interrupts.wanted()
+
+
+def test_an_error_inside_is_not_hidden_by_a_signal():
+    with pytest.raises(ValueError, match="first"):
+        with interrupts.at_boundaries():
+            interrupts.request("SIGINT")
+            raise ValueError("first")
+    interrupts._state.waiting = None
+
+
+def test_a_budget_ends_with_its_run():
+    with interrupts.budget(1e-9):
+        assert interrupts.wanted()
+        with pytest.raises(interrupts.OutOfTime):
+            interrupts.leave()
+        with interrupts.budget(None):
+            assert not interrupts.wanted()
+    assert not interrupts.wanted()

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole little runs in processes of their own, killed for real and gone on with.
+
+A child is a fork: everything is imported already, and `kill -9` is the kernel's own.
+"""
+
+import json
+import os
+import random
+import signal
+import time
+import traceback
+from pathlib import Path
+
+import broken_runs
+from small import base_folder
+
+from lora_rlhf import pipeline
+from lora_rlhf.planning import gpu_fit
+from lora_rlhf.recipe.loader import parse_recipe
+from lora_rlhf.runs.record import Record
+
+SETS = [
+    "checkpoint.every_steps=1", "checkpoint.every_minutes=null", "threads=1",
+    "sft.args={per_device_train_batch_size: 4, num_train_epochs: 2, learning_rate: 2e-2, "
+    "gradient_accumulation_steps: 2}",
+    "reward.held_out_model=true",
+    "reward.args={per_device_train_batch_size: 8, learning_rate: 1e-2}",
+    "ppo.updates=3", "ppo.args.per_device_train_batch_size=4", "ppo.args.steps_per_generation=2",
+    "ppo.args.num_iterations=2", "dpo.args={per_device_train_batch_size: 8, num_train_epochs: 2}",
+    # Everything that PPO carries from update to update.
+    "ppo.normalize_reward=true", "ppo.ema=0.9", "ppo.kl_target=1.0", "ppo.ptx_coef=0.5",
+    "data.text=[{path: text.jsonl}]", "evaluate.n=12",
+]  # fmt: skip
+"""Small, and with the parts that a resume can lose: half epochs, half rollouts, moments, text."""
+
+
+def write(folder: Path, n: int = 40) -> None:
+    """The data of all little runs."""
+    broken_runs.write(folder, None, n)
+    rng = random.Random(1)
+    rows = [{"text": broken_runs.completion(rng, "w50", 8)} for _ in range(12)]
+    (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def recipe(folder: Path, *sets: str):
+    text = broken_runs.RECIPE.format(base=base_folder("llama"))
+    asked = parse_recipe(text, "recipe.yaml", [*SETS, *sets], folder)
+    gpu_fit.before_run(asked)  # what it counts is kept, and would be counted by every child
+    return asked
+
+
+def start(run, *args, **kwargs) -> int:
+    """Call a function in a child; returns its process id."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        null = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):
+            os.dup2(null, stream)
+        code = run(*args, **kwargs) or 0
+    except SystemExit as error:
+        code = error.code or 0
+    except BaseException:
+        Path(os.environ.get("KILLED_LOG", "/dev/null")).write_text(traceback.format_exc())
+    finally:
+        os._exit(code)
+
+
+def wait(child: int) -> int:
+    """The exit code; minus the signal where one ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def go(asked, out: Path, until: str) -> None:
+    pipeline.run(asked, out, until=until)
+
+
+def finish(asked, out: Path, until: str) -> float:
+    """Run to the end in a child; seconds it took."""
+    started, log = time.monotonic(), out.with_suffix(".error")
+    os.environ["KILLED_LOG"] = str(log)
+    code = wait(start(go, asked, out, until))
+    assert code == 0, log.read_text()
+    return time.monotonic() - started
+
+
+def kill(asked, out: Path, until: str, after: float) -> bool:
+    """Run in a child and kill it after so many seconds; False where it was done before."""
+    child = start(go, asked, out, until)
+    time.sleep(after)
+    os.kill(child, signal.SIGKILL)
+    return wait(child) == -signal.SIGKILL
+
+
+def bits(folder: Path) -> dict[str, object]:
+    """All that two equal runs must share."""
+    record = Record.read(folder)
+    samples = folder / "samples.jsonl"
+    return {
+        "record": {k: v for k, v in record.data.items() if k not in ("clock", "files")},
+        "metrics": [{k: v for k, v in line.items() if k != "clock"} for line in record.metrics()],
+        "samples": samples.read_text() if samples.exists() else "",
+        "weights": {
+            p.parent.name: p.read_bytes()
+            for p in sorted(folder.glob("adapters/*/adapter_model.safetensors"))
+        },
+        "checks": {p.parent.name: p.read_text() for p in folder.glob("adapters/*/check.json")},
+    }

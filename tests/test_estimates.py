@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Intervals against scipy, coverage by simulation, and what each number must not hide."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import optimize, stats
+
+from lora_rlhf import estimates
+
+
+def covers(estimate, truth):
+    return estimate["low"] <= truth <= estimate["high"]
+
+
+def assert_coverage(hits, low=0.93, high=0.97):
+    """Share of intervals that hold the truth; 0.95 nominal, so 90 % or 99 % intervals fail."""
+    share = float(np.mean(hits))
+    assert low <= share <= high, f"coverage {share:.3f}, expected {low} to {high}"
+
+
+# --- shares and means ---
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 10), (1, 3), (3, 10), (10, 10), (37, 128), (999, 1000)])
+def test_wilson_is_scipys(k, n):
+    expected = stats.binomtest(k, n).proportion_ci(method="wilson")
+    found = estimates.wilson(k, n)
+    assert found["low"] == pytest.approx(expected.low, abs=1e-12)
+    assert found["high"] == pytest.approx(expected.high, abs=1e-12)
+    assert (found["value"], found["n"]) == (k / n, n)
+
+
+def test_wilson_of_none_is_not_certain_and_ends_at_zero():
+    found = estimates.wilson(0, 20)
+    assert found["low"] == 0.0
+    assert found["high"] > 0.1
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 0), (3, 2), (-1, 5)])
+def test_wilson_refuses_what_is_no_share(k, n):
+    with pytest.raises(ValueError, match="is not a share"):
+        estimates.wilson(k, n)
+
+
+@pytest.mark.parametrize("dof", [1, 2, 3, 4, 7, 30, 127, 128, 999, 1000, 1001, 50_000])
+def test_t_quantile_is_scipys(dof):
+    assert estimates.t_quantile(dof) == pytest.approx(stats.t.ppf(0.975, dof), rel=1e-8)
+
+
+def test_mean_interval_is_scipys():
+    values = np.random.default_rng(0).exponential(size=17)
+    low, high = stats.t.interval(0.95, 16, loc=values.mean(), scale=stats.sem(values))
+    found = estimates.mean_interval(values)
+    assert found["value"] == pytest.approx(values.mean())
+    assert (found["low"], found["high"]) == pytest.approx((low, high))
+    assert found["n"] == 17
+    assert estimates.mean_interval(values, clusters=list(range(17))) == pytest.approx(found)
+
+
+def test_clustered_error_is_millers_formula():
+    """2411.00640, section 2.2: add the products of different values of one cluster."""
+    values = np.random.default_rng(1).normal(size=12)
+    clusters = [0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3, 3]
+    centred = values - values.mean()
+    total = sum(
+        centred[i] * centred[j] for i in range(12) for j in range(12) if clusters[i] == clusters[j]
+    )
+    error = math.sqrt(total) / 12 * math.sqrt(4 / 3)
+    found = estimates.mean_interval(values, clusters)
+    assert found["high"] - found["value"] == pytest.approx(stats.t.ppf(0.975, 3) * error)
+    assert found["n"] == 12
+
+
+def test_clusters_keep_the_coverage_that_ignoring_them_loses():
+    rng = np.random.default_rng(2)
+    clusters = np.repeat(np.arange(20), 5)
+    clustered, plain = [], []
+    for _ in range(1500):
+        values = rng.normal(size=20)[clusters] + 0.5 * rng.normal(size=100)
+        clustered.append(covers(estimates.mean_interval(values, clusters.tolist()), 0.0))
+        plain.append(covers(estimates.mean_interval(values), 0.0))
+    assert_coverage(clustered)
+    assert np.mean(plain) < 0.75
+
+
+SHARES = (0.0,) * 40 + (0.02, 0.05, 0.3)
+"""Most texts repeat nothing, a few a little, one loops."""
+
+
+def test_shares_have_the_score_interval_of_their_own_spread():
+    """Against the equation itself: t standard errors at the limit, s^2 there as q (1 - q)."""
+    found = estimates.mean_of_shares(SHARES)
+    n, p = len(SHARES), float(np.mean(SHARES))
+    half = stats.t.ppf(0.975, n - 1) * stats.sem(SHARES)
+
+    def gap(q):
+        return (p - q) ** 2 * p * (1 - p) - half**2 * q * (1 - q)
+
+    assert found["value"] == pytest.approx(p) and found["n"] == n
+    assert found["low"] == pytest.approx(optimize.brentq(gap, 1e-9, p))
+    assert found["high"] == pytest.approx(optimize.brentq(gap, p, 0.9))
+    assert p - half < 0 < found["low"] < p < found["high"], "the mean's own interval leaves [0, 1]"
+
+
+@pytest.mark.parametrize("values", [(0.0, 1.0), (0.0, 0.0, 1e-9), (1.0, 1.0, 0.9), SHARES])
+def test_an_interval_of_shares_stays_between_0_and_1(values):
+    found = estimates.mean_of_shares(values)
+    assert 0 <= found["low"] <= found["value"] <= found["high"] <= 1
+    other = estimates.mean_of_shares([1 - value for value in values])
+    assert other["low"] == pytest.approx(1 - found["high"], abs=1e-9)
+
+
+def test_shares_that_are_all_equal_prove_nothing_of_others():
+    assert estimates.mean_of_shares([0.0] * 20) == estimates.wilson(0, 20)
+    assert estimates.mean_of_shares([1.0] * 3) == estimates.wilson(3, 3)
+    equal = estimates.mean_of_shares([0.1] * 7)
+    assert equal["low"] < equal["value"] == pytest.approx(0.1) and equal["high"] < 0.5
+    assert estimates.mean_of_shares([0.3]) == {"value": 0.3, "low": None, "high": None, "n": 1}
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        estimates.mean_of_shares([0.5, 1.5])
+
+
+def test_an_interval_of_shares_covers():
+    rng = np.random.default_rng(4)
+    hits = []
+    for _ in range(1500):
+        shares = np.where(rng.random(200) < 0.3, rng.beta(1, 9, size=200), 0.0)
+        hits.append(covers(estimates.mean_of_shares(shares), 0.3 * 0.1))
+    assert_coverage(hits)
+
+
+def test_of_texts_that_hardly_ever_loop_it_covers_more_than_the_means_own_interval():
+    rng = np.random.default_rng(5)
+    ours, own = [], []
+    for _ in range(1000):
+        shares = np.where(rng.random(128) < 0.02, rng.beta(1, 3, size=128), 0.0)
+        ours.append(covers(estimates.mean_of_shares(shares), 0.02 / 4))
+        own.append(covers(estimates.mean_interval(shares), 0.02 / 4))
+    assert np.mean(own) < 0.82 < 0.85 < np.mean(ours)
+
+
+def test_one_value_has_no_interval():
+    assert estimates.mean_interval([3.0]) == {"value": 3.0, "low": None, "high": None, "n": 1}
+    assert estimates.mean_interval([1.0, 2.0], clusters=["a", "a"])["low"] is None
+    assert estimates.paired_difference([3.0], [1.0], seed=0)["low"] is None
+
+
+def test_scaled_moves_value_and_limits_but_not_n():
+    share = estimates.wilson(2, 50)
+    found = estimates.scaled(share, 1000)
+    assert found["value"] == 40.0
+    assert found["low"] == share["low"] * 1000
+    assert found["high"] == share["high"] * 1000
+    assert found["n"] == 50
+    assert estimates.scaled(estimates.mean_interval([1.0]), 1000)["low"] is None
+
+
+@pytest.mark.parametrize("bad", [[], [1.0, float("nan")], [float("inf")], [[1.0]]])
+def test_nothing_and_nan_are_refused(bad):
+    with pytest.raises(ValueError, match="NaN or infinity|non-empty"):
+        estimates.mean_interval(bad)
+
+
+# --- two models ---
+
+
+def test_paired_difference_is_scipys_bca():
+    rng = np.random.default_rng(3)
+    a, b = rng.lognormal(0, 1.2, size=30), rng.uniform(size=30)
+
+    def oracle(method):
+        limits = stats.bootstrap(
+            (a - b,), np.mean, n_resamples=40_000, method=method, rng=np.random.default_rng(4)
+        ).confidence_interval
+        return pytest.approx(tuple(limits), rel=0.04)  # Monte-Carlo error: 0.01
+
+    found = estimates.paired_difference(a, b, seed=5, resamples=40_000)
+    assert found["value"] == pytest.approx((a - b).mean())
+    assert (found["low"], found["high"]) == oracle("BCa")
+    assert (found["low"], found["high"]) != oracle("percentile")
+
+
+def test_paired_difference_covers():
+    rng = np.random.default_rng(6)
+    hits = []
+    for seed in range(600):
+        difficulty = 5 * rng.normal(size=60)
+        a, b = difficulty + rng.normal(size=60) + 0.3, difficulty + rng.exponential(size=60)
+        hits.append(covers(estimates.paired_difference(a, b, seed, resamples=800), 0.3 - 1.0))
+    assert_coverage(hits, 0.92, 0.975)
+
+
+def test_paired_difference_is_seeded_and_paired():
+    rng = np.random.default_rng(7)
+    difficulty = 100 * rng.normal(size=50)
+    a, b = difficulty + 1 + 0.1 * rng.normal(size=50), difficulty
+    found = estimates.paired_difference(a, b, seed=0)
+    assert found == estimates.paired_difference(a, b, seed=0)
+    assert found != estimates.paired_difference(a, b, seed=1)
+    assert found["high"] - found["low"] < 0.2, "the difficulty of a prompt has to cancel"
+
+
+def test_paired_difference_in_chunks_is_the_same_bootstrap(monkeypatch):
+    rng = np.random.default_rng(8)
+    a, b = rng.normal(size=30), rng.normal(size=30)
+    whole = estimates.paired_difference(a, b, seed=0, resamples=2000)
+    monkeypatch.setattr(estimates, "_CHUNK", 30 * 64)
+    assert estimates.paired_difference(a, b, seed=0, resamples=2000) == whole
+
+
+def test_equal_answers_differ_by_nothing():
+    found = estimates.paired_difference([0.1, 0.7, 0.3], [0.1, 0.7, 0.3], seed=0)
+    assert found == {"value": 0.0, "low": 0.0, "high": 0.0, "n": 3}
+
+
+def test_lists_of_unequal_length_are_refused():
+    for compare in (estimates.win_rate, lambda a, b: estimates.paired_difference(a, b, seed=0)):
+        with pytest.raises(ValueError, match="of one length"):
+            compare([1.0, 2.0], [1.0])
+
+
+def test_win_rate_counts_ties_half_and_is_symmetric():
+    a, b = [1.0, 2.0, 3.0, 4.0], [0.0, 2.0 + 1e-12, 3.5, 1.0]
+    found, other = estimates.win_rate(a, b), estimates.win_rate(b, a)
+    assert found["value"] == (1 + 0.5 + 0 + 1) / 4
+    assert other["value"] == pytest.approx(1 - found["value"])
+    assert other["low"] == pytest.approx(1 - found["high"])
+    assert estimates.win_rate(a, b, tie=0.6)["value"] == (1 + 0.5 + 0.5 + 1) / 4
+
+
+def test_win_rate_without_ties_is_wilson():
+    rng = np.random.default_rng(9)
+    a, b = rng.normal(size=50), rng.normal(size=50)
+    assert estimates.win_rate(a, b) == estimates.wilson(int((a > b).sum()), 50)
+
+
+def test_ties_narrow_the_interval_but_never_to_a_point():
+    tied = estimates.win_rate([1.0] * 10, [1.0] * 10)
+    plain = estimates.wilson(5, 10)
+    assert tied["value"] == 0.5
+    assert plain["low"] + 0.05 < tied["low"] < 0.45
+    assert 0.55 < tied["high"] < plain["high"] - 0.05
+
+
+@pytest.mark.parametrize(("win", "tie"), [(0.3, 0.4), (0.85, 0.1), (0.05, 0.8), (0.5, 0.0)])
+def test_win_rate_covers(win, tie):
+    rng = np.random.default_rng(10)
+    draws = rng.choice([1.0, 0.0, -1.0], p=[win, tie, 1 - win - tie], size=(2000, 80))
+    zeros = np.zeros(80)
+    hits = [covers(estimates.win_rate(row, zeros), win + tie / 2) for row in draws]
+    assert_coverage(hits, 0.935, 0.985)
+
+
+def test_length_control_takes_the_share_that_length_bought():
+    """The judge looks at nothing but length, and a writes longer: no real advantage."""
+    rng = np.random.default_rng(11)
+    gap = rng.normal(8, 10, size=4000)
+    judged = 1 / (1 + np.exp(-1.5 * np.tanh(gap / gap.std()))) > rng.random(4000)
+    a, lengths = judged.astype(float), 50 + gap
+    plain = estimates.win_rate(a, np.full(4000, 0.5))
+    found = estimates.length_controlled_win_rate(
+        a, np.full(4000, 0.5), lengths, np.full(4000, 50.0)
+    )
+    assert plain["low"] > 0.6
+    assert covers(found, 0.5)
+    assert found["n"] == 4000
+
+
+def test_length_control_is_the_posterior_mode_of_its_model():
+    rng = np.random.default_rng(12)
+    a, b = rng.integers(0, 3, size=60), rng.integers(0, 3, size=60)
+    long_a, long_b = rng.integers(5, 40, size=60), rng.integers(5, 30, size=60)
+    gap = (long_a - long_b) / np.std(long_a - long_b)
+    y = np.where(a > b, 1.0, np.where(a < b, 0.0, 0.5))
+
+    def loss(beta):
+        z = beta[0] + beta[1] * np.tanh(gap)
+        data = np.sum(np.logaddexp(0, z) - y * z)
+        return data + sum(np.logaddexp(0, x) - 0.5 * x for x in beta)
+
+    best = optimize.minimize(loss, np.zeros(2), tol=1e-12).x
+    found = estimates.length_controlled_win_rate(a, b, long_a, long_b)
+    assert found["value"] == pytest.approx(1 / (1 + np.exp(-best[0])), abs=1e-5)
+
+
+def test_length_control_covers():
+    rng = np.random.default_rng(13)
+    hits = []
+    for _ in range(800):
+        gap = rng.normal(0, 10, size=100)
+        p = 1 / (1 + np.exp(-(0.4 + np.tanh(gap / 10))))
+        a = (rng.random(100) < p).astype(float)
+        found = estimates.length_controlled_win_rate(a, np.full(100, 0.5), gap, np.zeros(100))
+        hits.append(covers(found, 1 / (1 + math.exp(-0.4))))
+    assert_coverage(hits, 0.925, 0.975)
+
+
+def test_length_control_of_a_clean_sweep_is_finite_and_unsure():
+    found = estimates.length_controlled_win_rate([1.0] * 12, [0.0] * 12, [9] * 12, [9] * 12)
+    assert 0.9 < found["value"] < 1
+    assert found["low"] < 0.9
+    with pytest.raises(ValueError, match="12 scores but 2 lengths"):
+        estimates.length_controlled_win_rate([1.0] * 12, [0.0] * 12, [9] * 2, [9] * 2)
+
+
+# --- text, labels, reward models ---
+
+
+def test_repetition_counts_what_was_said_before():
+    assert estimates.repetition(["a b c d e", "a b a b a b", "x"], n=2) == [0.0, 1 - 2 / 5, None]
+    assert estimates.repetition([[7] * 9, [1, 2, 3], []], n=4) == [1 - 1 / 6, None, None]
+
+
+def test_agreement_is_a_share_with_its_interval():
+    assert estimates.agreement("aabb", "abbb") == estimates.wilson(3, 4)
+    with pytest.raises(ValueError, match="4 labels against 1"):
+        estimates.agreement("aabb", "a")
+
+
+def test_calibration_of_an_honest_model_lies_on_the_diagonal():
+    rng = np.random.default_rng(14)
+    size = np.abs(rng.normal(0, 2, size=20_000))
+    right = rng.random(20_000) < 1 / (1 + np.exp(-size))
+    bins = estimates.calibration(np.where(right, size, -size))
+    assert sum(b["n"] for b in bins) == 20_000
+    assert all(b["low"] <= b["predicted"] <= b["high"] for b in bins)
+    assert all(abs(b["observed"] - b["predicted"]) < 0.05 for b in bins)
+    assert estimates.calibration_error(bins) < 0.015
+    boastful = estimates.calibration(np.where(right, 5 * size, -5 * size))
+    assert estimates.calibration_error(boastful) > 0.1
+
+
+def test_calibration_of_ties_and_empty_bins():
+    bins = estimates.calibration([0.0, 0.0, 50.0, -50.0, 50.0], bins=4)
+    assert [(b["low"], b["high"], b["n"]) for b in bins] == [(0.5, 0.625, 2), (0.875, 1.0, 3)]
+    assert [b["observed"] for b in bins] == [0.5, pytest.approx(2 / 3)]
+    assert bins[1]["observed_low"] == estimates.wilson(2, 3)["low"]
+    assert estimates.calibration_error(bins) == pytest.approx(3 / 5 * (1 - 2 / 3))
