@@ -38,7 +38,7 @@ from lora_rlhf.runs import checkpoint, reuse
 from lora_rlhf.runs.progress import Progress
 from lora_rlhf.runs.record import Record
 from lora_rlhf.runtime import interrupts, paths
-from lora_rlhf.runtime.devices import makes_do
+from lora_rlhf.runtime.devices import hardware_limitations
 from lora_rlhf.training import checkpoint_callback, sft
 from lora_rlhf.training.reward import reward_stage
 
@@ -81,7 +81,9 @@ def run(
     progress = progress or Progress(quiet=True)
     preflight.setup(recipe)
     preflight.every_argument(recipe, out)
-    paths.no_way_out(Path(out), UsageError)  # or what is written here would be written there
+    paths.reject_escaping_links(
+        Path(out), UsageError
+    )  # or what is written here would be written there
     if Path(out).is_dir() or not Path(out).exists():
         with checkpoint.locked(Path(out)), interrupts.budget(recipe.checkpoint.max_minutes):
             try:
@@ -173,7 +175,9 @@ class _Work:
         if planned is None:  # said only now: a base that is not there is one error, not two
             progress.say(line)
         self.backbone.halving.say = progress.say
-        record.data["clock"]["host"]["makes_do"] = notes = makes_do(self.backbone.causal.dtype)
+        record.data["clock"]["host"]["makes_do"] = notes = hardware_limitations(
+            self.backbone.causal.dtype
+        )
         for note in notes:
             progress.say(note)
         self.tokenizer = self.backbone.tokenizer

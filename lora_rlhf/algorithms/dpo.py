@@ -24,7 +24,7 @@ from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.recipe.loader import Recipe
 from lora_rlhf.runs.progress import Progress, StageLog
 from lora_rlhf.runs.record import Record
-from lora_rlhf.training.checkpoint_callback import Keeper
+from lora_rlhf.training.checkpoint_callback import CheckpointCallback
 from lora_rlhf.training.resumable_trainer import Resumable
 from lora_rlhf.training.trl_config import build, check_finite, complaints, effective, trainer_args
 
@@ -77,7 +77,7 @@ def run(
             steps = math.ceil(math.ceil(windows) * args.num_train_epochs)
             progress.begin("dpo", args.max_steps if args.max_steps > 0 else max(1, steps))
             try:
-                keeper = Keeper(recipe, backbone, record, progress, "dpo")
+                keeper = CheckpointCallback(recipe, backbone, record, progress, "dpo")
                 result = keeper.train(trainer)
             finally:
                 progress.end()

@@ -27,7 +27,7 @@ from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.recipe.loader import Recipe
 from lora_rlhf.runs.progress import Progress, StageLog
 from lora_rlhf.runs.record import Record
-from lora_rlhf.training.checkpoint_callback import Keeper
+from lora_rlhf.training.checkpoint_callback import CheckpointCallback
 from lora_rlhf.training.trl_config import build, check_finite, complaints, effective, trainer_args
 
 from . import identities, policy_stage
@@ -72,7 +72,7 @@ def run(
                 trainer = _KINDS[name][1](
                     backbone, args, functions, prompts, progress, callbacks=[log]
                 )
-            keeper = Keeper(recipe, backbone, record, progress, name, unit=per_update)
+            keeper = CheckpointCallback(recipe, backbone, record, progress, name, unit=per_update)
             result = ppo_stage.train(trainer, keeper, args.max_steps // per_update, prompts)
         check_finite(name, result.training_loss)
         updates = trainer.state.global_step // per_update
@@ -289,7 +289,9 @@ class _OnBackbone(RewardChecks):
                 )[0]
 
             with self.backbone.role(role):
-                self.backbone.halving.over("scoring", range(len(out["prompt_ids"])), size, visit)
+                self.backbone.halving.for_each_batch(
+                    "scoring", range(len(out["prompt_ids"])), size, visit
+                )
         mask_bt = out["completion_mask"]
         if self.state.global_step == 0 and not self.warm_started:
             self.identities["kl_at_start"] = identities.policy_equals_reference(

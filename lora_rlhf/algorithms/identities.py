@@ -142,13 +142,13 @@ class MovedOnly:
         self.moving = {r: backbone.state_hash(r) for r in ("policy", "value")}
         self.reference_bt = self._logprobs("reference")
 
-    def kept_state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """For a checkpoint between the taking and the check."""
         return {k: v for k, v in vars(self).items() if k != "backbone"}
 
     @classmethod
     def restored(cls, backbone: Backbone, found: dict[str, Any]) -> MovedOnly:
-        """As it was when `kept_state` was called."""
+        """As it was when `state_dict` was called."""
         made = object.__new__(cls)
         vars(made).update(found, backbone=backbone)
         return made

@@ -194,12 +194,12 @@ class RunningMoments:
         self.mean += gap * n / total
         self.count = total
 
-    def kept_state(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, float]:
         """For a checkpoint: the three numbers."""
         return dict(vars(self))
 
-    def restore(self, found: dict[str, float]) -> None:
-        """Put back what `kept_state` gave."""
+    def load_state_dict(self, found: dict[str, float]) -> None:
+        """Put back what `state_dict` gave."""
         vars(self).update(found)
 
     @property

@@ -173,12 +173,12 @@ class Untouched(TrainerCallback):
             self.trainer.identities["only_policy_moved"] = 1
             self.done = True
 
-    def kept_state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: whether it held already."""
         return {"done": self.done}
 
-    def restore(self, found: dict[str, Any]) -> None:
-        """Put back what `kept_state` gave."""
+    def load_state_dict(self, found: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave."""
         self.done = bool(found["done"])
 
     def check(self) -> None:

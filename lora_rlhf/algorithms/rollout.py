@@ -70,12 +70,12 @@ class Scorer:
         if trunk.depth(self.backbone) == 0 or self.ppo.trunk_states == "off":
             self.trunk = False
 
-    def kept_state(self) -> dict[str, bool | None]:
+    def state_dict(self) -> dict[str, bool | None]:
         """What was settled on the first rollout, for a checkpoint."""
         return {"trunk": self.trunk, "trusted": self.trusted}
 
-    def restore(self, found: dict[str, bool | None]) -> None:
-        """Put back what `kept_state` gave."""
+    def load_state_dict(self, found: dict[str, bool | None]) -> None:
+        """Put back what `state_dict` gave."""
         self.trunk, self.trusted = found["trunk"], found["trusted"]
 
     def sample(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
@@ -156,7 +156,7 @@ class Scorer:
             batch.scatter(scoring.values_of(self.backbone, states), self.episodes, values)
 
         with self.backbone.role("policy"):
-            scoring.over(self.backbone, self.episodes, size, self.states, visit)
+            scoring.for_each_batch(self.backbone, self.episodes, size, self.states, visit)
         return logprobs, values
 
     def _trunk_pass(self) -> list[Tensor]:
@@ -167,7 +167,7 @@ class Scorer:
             for row, i in zip(self._trunk(batch), batch.index, strict=True):
                 out[i] = row[len(row) - sum(map(len, self.episodes[i])) :].clone()
 
-        scoring.over(self.backbone, self.episodes, MORE * self.size, None, visit)
+        scoring.for_each_batch(self.backbone, self.episodes, MORE * self.size, None, visit)
         return out
 
     def _trunk(self, batch: scoring.Batch) -> Tensor:
@@ -192,7 +192,7 @@ class Scorer:
     def _settle_trunk(self) -> None:
         """Keep states only if passes that start from them give the very bits of whole ones."""
         first = scoring.by_length(self.episodes)[: self.size]
-        self.backbone.halving.over("scoring", first, len(first), self._settle_trunk_on)
+        self.backbone.halving.for_each_batch("scoring", first, len(first), self._settle_trunk_on)
 
     def _settle_trunk_on(self, index: Sequence[int]) -> None:
         if self.trunk is False:

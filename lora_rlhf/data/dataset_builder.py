@@ -21,7 +21,7 @@ from lora_rlhf.recipe.schema import DataSource, Recipe
 
 from .closed_world import generator
 from .filters import Kept, bucket, clean, expand, first_turn, fit, neutralise, prompt_key
-from .row_formats import Example, Turns, examples, plain_texts, said
+from .row_formats import Example, Turns, examples, plain_texts, text_of
 from .sources import Row, Skips, described, read
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def comparisons(
         for row in held_out:
             item = generator.Item.from_dict(json.loads(row["item"]))
             chosen, rejected = (
-                generator.check(item, said(row[k])).reward for k in ("chosen", "rejected")
+                generator.check(item, text_of(row[k])).reward for k in ("chosen", "rejected")
             )
             row["gold_margin"] = chosen - rejected
     return _prepared(recipe, kept, train, held_out)

@@ -24,7 +24,7 @@ from lora_rlhf.errors import DataError, first_line
 from lora_rlhf.recipe.loader import Recipe
 
 from . import chat_template, tokenization
-from .row_formats import Example, Turns, said, transcript
+from .row_formats import Example, Turns, text_of, transcript
 from .sources import Skips
 
 _JOINT = "\u200b"  # zero-width space: breaks a control token's spelling, and nobody sees it
@@ -110,7 +110,7 @@ def first_turn(prompt: Turns) -> str:
     turns = transcript(prompt) if isinstance(prompt, str) else prompt
     if turns is None:
         return str(prompt)
-    return next((turn["content"] for turn in turns if turn["role"] == "user"), said(turns))
+    return next((turn["content"] for turn in turns if turn["role"] == "user"), text_of(turns))
 
 
 def prompt_key(prompt: Turns) -> str:
@@ -148,10 +148,10 @@ def neutralise(kept: Kept, found: list[Example], tokenizer: Any) -> None:
         return [{**turn, "content": str(mend(turn["content"], answer))} for turn in turns]
 
     for example in found:
-        before = _JOINT.join(said(turns) for turns in (example.prompt, *example.answers))
+        before = _JOINT.join(text_of(turns) for turns in (example.prompt, *example.answers))
         example.prompt = mend(example.prompt, False)
         example.answers = [mend(answer, True) for answer in example.answers]
-        after = _JOINT.join(said(turns) for turns in (example.prompt, *example.answers))
+        after = _JOINT.join(text_of(turns) for turns in (example.prompt, *example.answers))
         kept.special += after.count(_JOINT) > before.count(_JOINT)
         for kind in redaction.found(before):
             kept.notes[f"{SECRET} {kind}; take it out, or a model learns it by heart"] += 1
@@ -203,17 +203,19 @@ def clean(kept: Kept) -> None:
     def asks(row: dict[str, Any]) -> bool:
         prompt = row["prompt"]
         last = isinstance(prompt, str) or (prompt and prompt[-1]["role"] in ("user", "tool"))
-        return bool(last and first_turn(prompt).strip() and said(prompt).strip())
+        return bool(last and first_turn(prompt).strip() and text_of(prompt).strip())
 
     rows = kept.filter("no prompt, or none that ends with a question", rows, asks)
     if kept.name == "demonstrations":
-        rows = kept.filter("empty completion", rows, lambda r: bool(said(r["completion"]).strip()))
+        rows = kept.filter(
+            "empty completion", rows, lambda r: bool(text_of(r["completion"]).strip())
+        )
     if kept.name == "comparisons":
 
         def answered(row: dict[str, Any]) -> bool:
             # A sampled empty answer is a thing that the policy does; in a file it is a gap.
-            rejected = row["item"] or said(row["rejected"]).strip()
-            return bool(said(row["chosen"]).strip() and rejected)
+            rejected = row["item"] or text_of(row["rejected"]).strip()
+            return bool(text_of(row["chosen"]).strip() and rejected)
 
         rows = kept.filter("empty chosen or rejected", rows, answered)
     texts = [

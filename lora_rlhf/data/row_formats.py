@@ -145,7 +145,7 @@ def transcript(text: str) -> list[Message] | None:
     ]
 
 
-def said(turns: Turns) -> str:
+def text_of(turns: Turns) -> str:
     """All that is said in a text or in messages, one turn a line."""
     return turns if isinstance(turns, str) else "\n".join(turn["content"] for turn in turns)
 

@@ -41,7 +41,7 @@ _KEPT = ("ids", "texts", "finished", "seconds", "scores", "kl")
 """All but the verdicts, which a text is given again at once."""
 
 
-class Shelf:
+class AnswerCache:
     """Where the answers of one evaluation are kept.
 
     Args:

@@ -25,7 +25,7 @@ from lora_rlhf.runs.metric_names import METRICS
 from lora_rlhf.runs.record import Record
 from lora_rlhf.runs.samples import prompt_text
 
-from .answers import Answers, Shelf
+from .answers import AnswerCache, Answers
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -66,7 +66,7 @@ def run(
         longest = _max_new_tokens(recipe, record)
         encoded = [backbone.encode_prompt(row["prompt"]) for row in asked]
         answers: dict[str, Answers] = {}
-        shelf = Shelf(record, identity, say)
+        shelf = AnswerCache(record, identity, say)
         kept = {model: shelf.take(model) for model in models}
         for model in models:
             found = kept[model] or _answer(recipe, backbone, model, encoded, longest)

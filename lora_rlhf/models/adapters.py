@@ -107,7 +107,7 @@ def load_role(backbone: Backbone, role: str, folder: str | Path) -> None:
     """
     folder = Path(folder)
     path = folder / "adapter_model.safetensors"
-    paths.no_way_out(folder, AdapterError)
+    paths.reject_escaping_links(folder, AdapterError)
     if not path.is_file() or not (folder / "adapter_config.json").is_file():
         raise AdapterError(
             f"{folder} holds no adapter",

@@ -30,7 +30,7 @@ from lora_rlhf.recipe.schema import LoraSection, ModelSection
 from lora_rlhf.redaction import safe
 from lora_rlhf.runtime import optional_packages, paths
 from lora_rlhf.runtime.devices import pick_device, pick_dtype
-from lora_rlhf.runtime.oom import Halving
+from lora_rlhf.runtime.oom import BatchSizeBackoff
 
 from .fingerprints import fingerprint
 
@@ -60,7 +60,7 @@ class BaseModel:
     source: dict[str, Any]
 
     def __post_init__(self) -> None:
-        self.halving = Halving()
+        self.halving = BatchSizeBackoff()
         self.layers = decoder_layers(self.causal)
         count = math.ceil(len(self.layers) * self.lora_section.top_fraction)
         self.adapted_layers = list(range(len(self.layers) - count, len(self.layers)))
@@ -214,7 +214,7 @@ def _locate(model: ModelSection) -> str:
                 remedy="check model.id",
             )
     if path.is_dir():  # where transformers finds it, too
-        paths.no_way_out(path, BaseModelError)
+        paths.reject_escaping_links(path, BaseModelError)
         paths.shards(path, BaseModelError)
     return str(path) if path.is_absolute() or model.id.startswith(".") else model.id
 

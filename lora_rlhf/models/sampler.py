@@ -90,20 +90,20 @@ def sample(
         with _seeded(seed, base.device):
             for start in range(0, len(order), size):
                 index = order[start : start + size]
-                # All of a row's luck at once: who else is in the batch, or leaves it, changes
+                # All of a row's uniforms at once: who else is in the batch, or leaves it, changes
                 # nothing for a row; nor does it, where memory runs out, in smaller batches.
                 uniform = torch.rand(len(index), max_new_tokens)
 
                 def run(part: Sequence[tuple[int, Tensor]]) -> None:
                     rows = [list(prompts[i]) for i, _ in part]
-                    luck = torch.stack([u for _, u in part])
-                    growing = _Batch(base, rows, luck, temperature, keep_states)
+                    uniforms = torch.stack([u for _, u in part])
+                    growing = _Batch(base, rows, uniforms, temperature, keep_states)
                     for (i, _), row in zip(part, growing.run(), strict=True):
                         states = torch.cat(row.states) if row.states else None
                         out[i] = Sampled(row.ids, torch.tensor(row.logprobs), states)
 
                 drawn = list(zip(index, uniform, strict=True))
-                base.halving.over("generation", drawn, len(drawn), run)
+                base.halving.for_each_batch("generation", drawn, len(drawn), run)
     finally:
         base.causal.train(was_training)
     return [found for found in out if found is not None]
@@ -142,8 +142,8 @@ class _Batch:
     ) -> None:
         self.base, self.longest, self.temperature = base, uniform.shape[1], temperature
         self.keep_states = keep_states
-        luck = uniform.to(base.device)
-        self.rows = [_Row(len(p), u) for p, u in zip(prompts, luck, strict=True)]
+        uniforms = uniform.to(base.device)
+        self.rows = [_Row(len(p), u) for p, u in zip(prompts, uniforms, strict=True)]
         self.eos = set(base.eos_ids)
         self.ids, self.mask = (
             x.to(base.device) for x in pad_left(prompts, base.tokenizer.pad_token_id)

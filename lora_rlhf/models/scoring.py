@@ -197,7 +197,7 @@ def batch(
     return Batch(list(index), ids.to(backbone.device), mask.to(backbone.device), tokens, given)
 
 
-def over(
+def for_each_batch(
     backbone: Backbone,
     episodes: Sequence[Episode],
     size: int,
@@ -208,7 +208,7 @@ def over(
 
     Where memory runs out the rest, and what was being visited, comes in smaller batches.
     """
-    backbone.halving.over(
+    backbone.halving.for_each_batch(
         "scoring",
         by_length(episodes),
         size,
@@ -241,7 +241,7 @@ def scores(
             out[i] = score
 
     with backbone.role(role):
-        over(backbone, episodes, batch_size, states, visit)
+        for_each_batch(backbone, episodes, batch_size, states, visit)
     return out
 
 
@@ -262,7 +262,7 @@ def episode_logprobs(
         batch.scatter(found, episodes, out)
 
     with backbone.role(role):
-        over(backbone, episodes, batch_size, states, visit)
+        for_each_batch(backbone, episodes, batch_size, states, visit)
     return out
 
 
@@ -281,7 +281,7 @@ def episode_values(
         batch.scatter(found, episodes, out)
 
     with backbone.role("value"):
-        over(backbone, episodes, batch_size, states, visit)
+        for_each_batch(backbone, episodes, batch_size, states, visit)
     return out
 
 

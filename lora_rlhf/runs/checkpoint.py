@@ -345,7 +345,7 @@ def folders(parent: Path) -> list[Path]:
 _NAMED: dict[str, Callable[..., Any]] = {}
 
 
-def kept_tuple(kind: type) -> type:
+def checkpointable_tuple(kind: type) -> type:
     """Class decorator: a NamedTuple that checkpoints may hold comes back as itself."""
     _NAMED[kind.__name__] = kind
     return kind

@@ -37,7 +37,7 @@ from lora_rlhf.recipe.stage_keys import (
 )
 from lora_rlhf.redaction import safe
 from lora_rlhf.runtime.environment import changed_versions, versions
-from lora_rlhf.runtime.paths import no_way_out
+from lora_rlhf.runtime.paths import reject_escaping_links
 
 SCHEMA = 1
 """Of `record.json`: what this version writes and reads."""
@@ -182,7 +182,7 @@ class Record:
         Raises:
             UsageError: The folder is no run, a link leads out of it, or its record cannot be read.
         """
-        no_way_out(Path(folder), UsageError)
+        reject_escaping_links(Path(folder), UsageError)
         path = Path(folder) / "record.json"
         try:
             data = json.loads(path.read_text(encoding="utf-8"))

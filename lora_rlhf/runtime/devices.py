@@ -24,7 +24,7 @@ def pick_dtype(name: str) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability(0) >= (8, 0) else torch.float16
 
 
-def makes_do(dtype: torch.dtype) -> list[str]:
+def hardware_limitations(dtype: torch.dtype) -> list[str]:
     """What this machine does without, or only in part; empty where nothing is missing.
 
     Args:

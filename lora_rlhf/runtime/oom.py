@@ -48,7 +48,7 @@ def tried(run: Callable[[], T]) -> tuple[T | None, str | None]:
         return None, first_line(error)
 
 
-class Halving:
+class BatchSizeBackoff:
     """The most rows at once of each kind of pass on one backbone.
 
     Attributes:
@@ -60,12 +60,12 @@ class Halving:
         self.most: dict[str, int] = {}
         self.say: Callable[[str], None] = lambda _: None
 
-    def kept_state(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, int]:
         """For a checkpoint: sums of other batches round otherwise."""
         return dict(self.most)
 
-    def restore(self, found: dict[str, int]) -> None:
-        """Put back what `kept_state` gave."""
+    def load_state_dict(self, found: dict[str, int]) -> None:
+        """Put back what `state_dict` gave."""
         self.most = dict(found)
 
     def rows(self, kind: str, wanted: int) -> int:
@@ -106,7 +106,7 @@ class Halving:
                 return found  # type: ignore[return-value]
             self.ran_out(kind, rows, why)
 
-    def over(
+    def for_each_batch(
         self, kind: str, items: Sequence[T], size: int, run: Callable[[Sequence[T]], Any]
     ) -> None:
         """`run` on all items, `size` or fewer at once; it may be given the same items again.

@@ -14,7 +14,7 @@ _PLAIN = re.compile(r"[\w-][\w.-]*")
 _LARGEST_INDEX = 100_000_000
 
 
-def no_way_out(folder: Path, error: type[LoraRlhfError]) -> None:
+def reject_escaping_links(folder: Path, error: type[LoraRlhfError]) -> None:
     """Refuse a folder in which a link leads out of it; the folder itself may be one.
 
     A snapshot of the Hub's cache is made of links to the blobs beside it: these may be.

@@ -30,7 +30,7 @@ from lora_rlhf.runs.progress import Progress
 from lora_rlhf.runs.record import Record
 from lora_rlhf.runtime import interrupts
 
-from .nonfinite_guard import Health
+from .nonfinite_guard import NonFiniteGuard
 
 _OF_TRAINER = (
     "_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step",
@@ -45,7 +45,7 @@ class Result(NamedTuple):
     training_loss: float
 
 
-class Keeper(TrainerCallback):
+class CheckpointCallback(TrainerCallback):
     """Saves and restores one training: when, what, and whether it is still the same run.
 
     Args:
@@ -89,7 +89,7 @@ class Keeper(TrainerCallback):
             Interrupted, OutOfTime: What was done is saved.
         """
         trainer.keeper, trainer.halving = self, self.backbone.halving
-        trainer.health = Health(
+        trainer.health = NonFiniteGuard(
             trainer, self.backbone, self.record, self.progress, self.name, self.unit
         )
         if self.record.warm_start and self.record.in_flight(self.stage):
@@ -213,7 +213,7 @@ class Keeper(TrainerCallback):
             # At the end of an epoch the next one's order is drawn from here.
             "random": {"now": random_now, "epoch": random_now if whole else self._epoch},
             "trainer": {
-                "kept": trainer.kept_state(),
+                "kept": trainer.state_dict(),
                 "loop": {name: getattr(trainer, name) for name in _OF_TRAINER},
             },
         }
@@ -262,10 +262,10 @@ class Keeper(TrainerCallback):
         assert self.found is not None
         self._load_roles(self.found)
         found = self.found.part("trainer")["kept"]
-        for name in trainer.kept_state():
+        for name in trainer.state_dict():
             if name not in found:
                 raise checkpoint.lacking(self.found.folder, f"it lacks the trainer's {name}")
-        trainer.restore(found)
+        trainer.load_state_dict(found)
 
     def load_optimizer(self, trainer: Any) -> None:
         """Put back the optimizer's moments and the place in the schedule."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lora_rlhf.errors import MemoryLimitError
-from lora_rlhf.runtime.oom import Halving, tried
+from lora_rlhf.runtime.oom import BatchSizeBackoff, tried
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ class InPieces(_Base):
         micro_batch: The inputs of the loss at hand, whole.
     """
 
-    halving: Halving | None = None
+    halving: BatchSizeBackoff | None = None
     micro_batch: Any = None
 
     def compute_loss(

@@ -29,7 +29,7 @@ _PROMPTS = 8
 """Prompts of a bad update that are written down."""
 
 
-class Health(TrainerCallback):
+class NonFiniteGuard(TrainerCallback):
     """Watches one training; stands last among its callbacks.
 
     Args:
@@ -64,13 +64,13 @@ class Health(TrainerCallback):
         self._frozen: dict[str, Tensor] = {}
         self._sum, self._logged = 0.0, 0
 
-    def kept_state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: what was bad, so that a resume counts on."""
         names = ("_rollout", "_last", "_row", "_sum", "_logged")
         return {name: getattr(self, name) for name in names}
 
-    def restore(self, found: dict[str, Any]) -> None:
-        """Put back what `kept_state` gave."""
+    def load_state_dict(self, found: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave."""
         for name, value in found.items():
             setattr(self, name, value)
 

@@ -22,7 +22,7 @@ from lora_rlhf.runs import checkpoint
 from lora_rlhf.runtime import interrupts
 
 from .microbatch_splitting import InPieces
-from .nonfinite_guard import Health
+from .nonfinite_guard import NonFiniteGuard
 
 _OF_TRL = ("_step", "_buffered_inputs", "_metrics", "_total_train_tokens", "health", "halving")
 
@@ -32,16 +32,16 @@ class Resumable(InPieces):
 
     Attributes:
         kept: Names of attributes, beside TRL's, that decide what follows; an object with
-            `kept_state` and `restore` gives and takes its own.
+            `state_dict` and `load_state_dict` gives and takes its own.
         health: What skips bad updates; without it they raise.
         seen: The inputs of the last step.
         warm_started: It began from other adapters than the stage's own: it need not equal SFT.
     """
 
     kept: tuple[str, ...] = ()
-    keeper: Any = None  # resume.Keeper, which also makes `health`
+    keeper: Any = None  # resume.CheckpointCallback, which also makes `health`
     warm_started = False
-    health: Health | None = None
+    health: NonFiniteGuard | None = None
     seen: Any = None
 
     def _send_telemetry(self) -> None:
@@ -49,26 +49,26 @@ class Resumable(InPieces):
         if telemetry_asked():
             super()._send_telemetry()
 
-    def kept_state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """What decides the steps to come, beside roles, optimizer and random states."""
         found: dict[str, Any] = {}
         for name in (*_OF_TRL, *self.kept):
             if hasattr(self, name):
                 value = getattr(self, name)
-                found[name] = value.kept_state() if hasattr(value, "kept_state") else value
+                found[name] = value.state_dict() if hasattr(value, "state_dict") else value
         if "_step" in found and found["_step"] % _rollout_steps(self) == 0:
             found["_buffered_inputs"] = None  # used up: the next step begins with a rollout
             if "_rollout" in found:
                 found["_rollout"] = {}
         return found
 
-    def restore(self, found: dict[str, Any]) -> None:
-        """Put back what `kept_state` gave."""
+    def load_state_dict(self, found: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave."""
         found = checkpoint.to_device(found, self.args.device)
         for name, value in found.items():
             now: Any = getattr(self, name, None)
-            if hasattr(now, "restore"):
-                now.restore(value)
+            if hasattr(now, "load_state_dict"):
+                now.load_state_dict(value)
             elif name == "_metrics":
                 self._metrics = {mode: defaultdict(list, lists) for mode, lists in value.items()}
             else:

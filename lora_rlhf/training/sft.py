@@ -21,7 +21,7 @@ from lora_rlhf.recipe.loader import Recipe
 from lora_rlhf.runs.progress import Progress, StageLog
 from lora_rlhf.runs.record import Record, sha256
 
-from .checkpoint_callback import Keeper
+from .checkpoint_callback import CheckpointCallback
 from .resumable_trainer import Resumable
 from .trl_config import build, check_finite, complaints, effective, trainer_args
 
@@ -76,7 +76,7 @@ def run(
             progress.begin(
                 "sft", int(trainer.get_train_dataloader().__len__() * args.num_train_epochs)
             )
-            keeper = Keeper(recipe, backbone, record, progress, "sft")
+            keeper = CheckpointCallback(recipe, backbone, record, progress, "sft")
             result = keeper.train(trainer)
             check_finite("sft", result.training_loss)
             entry["held_out_loss"] = trainer.evaluate()["eval_loss"]

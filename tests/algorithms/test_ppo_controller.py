@@ -7,7 +7,7 @@ from ppo_run import Run, roles
 from small import backbone
 from transformers import TrainerControl, TrainerState
 
-from lora_rlhf.algorithms.ppo.ppo_controller import Steering
+from lora_rlhf.algorithms.ppo.ppo_controller import PPOController
 from lora_rlhf.recipe.schema import PpoSection
 from lora_rlhf.reports import alarms
 from lora_rlhf.runs.progress import Progress
@@ -19,7 +19,7 @@ def policy(made):
 
 def steering(made=None, **section):
     made = made or backbone("llama", "policy", "reference")
-    return Steering(made, PpoSection(**section), Progress(quiet=True), episodes=100)
+    return PPOController(made, PpoSection(**section), Progress(quiet=True), episodes=100)
 
 
 def tell(steered, **line):

@@ -11,7 +11,7 @@ import killed
 import pytest
 
 from lora_rlhf import pipeline
-from lora_rlhf.evaluation.answers import Shelf
+from lora_rlhf.evaluation.answers import AnswerCache
 from lora_rlhf.runs.record import Record
 
 _BOTH = ("sft", "reward")
@@ -121,14 +121,14 @@ def test_killed_between_two_models_of_the_evaluation(runs: Runs, tmp_path: Path,
     out, asked = runs.copy("evaluate", tmp_path / "run"), runs.recipe("evaluate")
 
     def die(asked, out: Path) -> None:
-        real = Shelf.put
+        real = AnswerCache.put
 
         def put(self, name, found):
             real(self, name, found)
             if name == model:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        Shelf.put = put
+        AnswerCache.put = put
         pipeline.run(asked, out, until="evaluate")
 
     assert killed.wait(killed.start(die, asked, out)) == -signal.SIGKILL

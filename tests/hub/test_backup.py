@@ -59,7 +59,7 @@ def heads(server) -> dict[str, bytes]:
 
 def wait_at(asked, out: Path, stage: str, step: int) -> None:
     """Run as far as a step of a stage, and stay there until what it saved is on the Hub."""
-    real = checkpoint_callback.Keeper.save
+    real = checkpoint_callback.CheckpointCallback.save
 
     def save(self, trainer, notes=None):
         real(self, trainer, notes)
@@ -67,7 +67,7 @@ def wait_at(asked, out: Path, stage: str, step: int) -> None:
             self.record.on_saved(False)
             time.sleep(0.05)
 
-    checkpoint_callback.Keeper.save = save
+    checkpoint_callback.CheckpointCallback.save = save
     pipeline.run(asked, out, until=stage)
 
 

@@ -23,7 +23,7 @@ from lora_rlhf.runs.record import Record, sha256
 from lora_rlhf.training import checkpoint_callback
 
 
-@checkpoint.kept_tuple
+@checkpoint.checkpointable_tuple
 class Pair(NamedTuple):
     left: torch.Tensor
     right: int
@@ -167,14 +167,14 @@ def half(tmp_path_factory) -> Path:
 
 
 def die_after_save(asked, out: Path, name: str, step: int) -> None:
-    real = checkpoint_callback.Keeper.save
+    real = checkpoint_callback.CheckpointCallback.save
 
     def save(self, trainer, notes=None):
         real(self, trainer, notes)
         if self.name == name and trainer.state.global_step == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    checkpoint_callback.Keeper.save = save
+    checkpoint_callback.CheckpointCallback.save = save
     pipeline.run(asked, out, until="ppo")
 
 
@@ -203,18 +203,18 @@ def gone_on(half: Path, tmp_path_factory) -> SimpleNamespace:
     out, steps, real = (
         tmp_path_factory.mktemp("on") / "run",
         [],
-        checkpoint_callback.Keeper.on_step_end,
+        checkpoint_callback.CheckpointCallback.on_step_end,
     )
 
     def look(self, args, state, control, **kwargs):
         steps.append(state.global_step)
         real(self, args, state, control, **kwargs)
 
-    checkpoint_callback.Keeper.on_step_end = look
+    checkpoint_callback.CheckpointCallback.on_step_end = look
     try:
         said = again(half, out)
     finally:
-        checkpoint_callback.Keeper.on_step_end = real
+        checkpoint_callback.CheckpointCallback.on_step_end = real
     return SimpleNamespace(folder=out, steps=steps, said=said.lines)
 
 

@@ -111,14 +111,14 @@ def test_a_folder_that_becomes_read_only_while_it_trains(tmp_path: Path, small_d
     asked, told = killed.recipe(tmp_path), tmp_path / "told"
 
     def closing(asked, out, told) -> int:
-        real = checkpoint_callback.Keeper.save
+        real = checkpoint_callback.CheckpointCallback.save
 
         def save(self, trainer, notes=None):
             real(self, trainer, notes)
             if trainer.state.global_step == 3:
                 subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
 
-        checkpoint_callback.Keeper.save = save
+        checkpoint_callback.CheckpointCallback.save = save
         return run(asked, out, told)
 
     try:

@@ -74,7 +74,7 @@ def gpus(monkeypatch):
 )  # fmt: skip
 def test_what_is_missing_is_named(gpus, count, capability, mps, dtype, told):
     gpus(count, capability, mps)
-    assert devices.makes_do(dtype) == told
+    assert devices.hardware_limitations(dtype) == told
 
 
 def test_a_t4_trains_in_float16_with_float32_adapters(gpus, tmp_path):

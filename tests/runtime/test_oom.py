@@ -85,7 +85,7 @@ def watched(room: Room | None, stage: str):
     """The gradients of the first optimizer step of a training, which is then stopped."""
     with pytest.MonkeyPatch.context() as patch:
         seen = Gradients()
-        real_load, real_train = Backbone.load, checkpoint_callback.Keeper.train
+        real_load, real_train = Backbone.load, checkpoint_callback.CheckpointCallback.train
 
         def load(*args):
             made = real_load(*args)
@@ -108,7 +108,7 @@ def watched(room: Room | None, stage: str):
             return real_train(self, trainer)
 
         patch.setattr(Backbone, "load", load)
-        patch.setattr(checkpoint_callback.Keeper, "train", train)
+        patch.setattr(checkpoint_callback.CheckpointCallback, "train", train)
         yield seen
 
 
@@ -243,7 +243,7 @@ def test_what_a_step_that_was_done_again_has_logged_is_logged_once(start):
 
 
 def test_samples_and_scores_are_the_same(start):
-    """Whoever is in the batch: each row has its own luck."""
+    """Whoever is in the batch: each row has its own uniforms."""
     made = backbone("llama", "policy", "reference", "reward", top_fraction=0.5)
     prompts = [prompt for prompt, _ in EPISODES] * 4
     asked = {"max_new_tokens": 8, "temperature": 1.0, "seed": 3, "keep_states": True}
@@ -282,24 +282,24 @@ def test_a_resume_goes_on_with_the_halved_rows(start):
     pipeline.run(asked, start / "kept", start_from=start / "start", until="reward")
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        real = checkpoint_callback.Keeper.save
+        real = checkpoint_callback.CheckpointCallback.save
 
         def save(self, trainer, notes=None):
             real(self, trainer, notes)
             if trainer.state.global_step == 2:
                 raise SystemExit
 
-        patch.setattr(checkpoint_callback.Keeper, "save", save)
+        patch.setattr(checkpoint_callback.CheckpointCallback, "save", save)
         with watched(Room(training=2), "none"), pytest.raises(SystemExit):
             pipeline.run(asked, start / "kept", until="ppo")
     with pytest.MonkeyPatch.context() as patch:
-        real_load = checkpoint_callback.Keeper.load
+        real_load = checkpoint_callback.CheckpointCallback.load
 
         def load(self, trainer):
             real_load(self, trainer)
             seen.append(dict(self.backbone.halving.most))
 
-        patch.setattr(checkpoint_callback.Keeper, "load", load)
+        patch.setattr(checkpoint_callback.CheckpointCallback, "load", load)
         pipeline.run(asked, start / "kept", until="ppo")
     assert seen == [{"training": 2}]
 

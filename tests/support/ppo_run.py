@@ -12,7 +12,7 @@ from lora_rlhf.algorithms.ppo.ppo_trainer import PPOTrainer
 from lora_rlhf.recipe.schema import ModelSection, PpoSection, Recipe
 from lora_rlhf.runs.progress import Progress, StageLog
 from lora_rlhf.runs.record import Record
-from lora_rlhf.training.checkpoint_callback import Keeper
+from lora_rlhf.training.checkpoint_callback import CheckpointCallback
 
 ARGS = {
     "per_device_train_batch_size": 4, "steps_per_generation": 1, "max_completion_length": 6,
@@ -103,7 +103,9 @@ class Run:
         """The same as a stage does it: with checkpoints, and bad updates skipped."""
         unit = ppo_stage.steps_per_update(self.trainer.args)
         progress = self.trainer.progress
-        keeper = Keeper(self.recipe, self.backbone, self.record, progress, "ppo", unit=unit)
+        keeper = CheckpointCallback(
+            self.recipe, self.backbone, self.record, progress, "ppo", unit=unit
+        )
         with self.stage:
             keeper.train(self.trainer)
         return self

@@ -168,7 +168,7 @@ def test_two_in_a_row_and_two_later_do_not_stop(tmp_path: Path):
 def test_every_stage_skips_a_bad_gradient_and_keeps_its_loss(tmp_path, monkeypatch, stage: str):
     """And the mean loss of the record is one of the steps that counted."""
     killed.write(tmp_path)
-    real = checkpoint_callback.Keeper.train
+    real = checkpoint_callback.CheckpointCallback.train
 
     def train(self, trainer):
         if self.stage == stage and self.name == stage:
@@ -178,7 +178,7 @@ def test_every_stage_skips_a_bad_gradient_and_keeps_its_loss(tmp_path, monkeypat
             )
         return real(self, trainer)
 
-    monkeypatch.setattr(checkpoint_callback.Keeper, "train", train)
+    monkeypatch.setattr(checkpoint_callback.CheckpointCallback, "train", train)
     algorithm = stage if stage in ("dpo", "grpo", "rloo") else "ppo"
     asked = killed.recipe(
         tmp_path,

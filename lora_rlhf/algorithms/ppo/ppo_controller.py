@@ -27,7 +27,7 @@ _SMOOTHED = 3
 """Rollouts over which the held-out reward is averaged before policies are compared by it."""
 
 
-class Steering(TrainerCallback):
+class PPOController(TrainerCallback):
     """Sets the KL coefficient, watches the log, stops, and settles on a policy.
 
     Args:
@@ -88,12 +88,12 @@ class Steering(TrainerCallback):
         if stop:
             control.should_training_stop = True
 
-    def kept_state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: coefficient, log, and the policies that may become the result."""
         return {name: getattr(self, name) for name in _KEPT} | {"_warned": sorted(self._warned)}
 
-    def restore(self, found: dict[str, Any]) -> None:
-        """Put back what `kept_state` gave."""
+    def load_state_dict(self, found: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave."""
         for name in _KEPT:
             setattr(self, name, found[name])
         self._warned = set(found["_warned"])

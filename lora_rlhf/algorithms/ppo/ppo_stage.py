@@ -18,7 +18,7 @@ from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.recipe.loader import Recipe
 from lora_rlhf.runs.progress import Progress, StageLog
 from lora_rlhf.runs.record import Record, sha256
-from lora_rlhf.training.checkpoint_callback import Keeper, Result
+from lora_rlhf.training.checkpoint_callback import CheckpointCallback, Result
 from lora_rlhf.training.reward import ensemble
 from lora_rlhf.training.trl_config import PPOConfig, build, complaints, effective, trainer_args
 
@@ -100,7 +100,7 @@ def run(
                 trainer = PPOTrainer(
                     backbone, args, recipe.ppo, functions, prompts, progress, [log], mix
                 )
-            keeper = Keeper(recipe, backbone, record, progress, "ppo", unit=per_update)
+            keeper = CheckpointCallback(recipe, backbone, record, progress, "ppo", unit=per_update)
             train(trainer, keeper, recipe.ppo.updates, prompts)
             trainer.steering.finish()
         updates = trainer.state.global_step // per_update
@@ -121,7 +121,7 @@ def run(
             entry[key] = sha256(folder / "adapter_model.safetensors")
 
 
-def train(trainer: Any, keeper: Keeper, updates: int, prompts: Dataset) -> Result:
+def train(trainer: Any, keeper: CheckpointCallback, updates: int, prompts: Dataset) -> Result:
     """Check the sampler against the trainer, then train, with progress; for any rollout trainer.
 
     Args:

@@ -43,7 +43,7 @@ from lora_rlhf.training.trl_config import PPOConfig
 
 from . import minibatches, param_groups, ppo_metrics, ptx
 from .minibatches import model_inputs, trunk_states
-from .ppo_controller import Steering
+from .ppo_controller import PPOController
 from .ptx import TextMix
 
 RewardFunction = Callable[..., list[float]]
@@ -115,13 +115,13 @@ class PPOTrainer(RewardChecks, GRPOTrainer):
         )
         self.remove_callback(PrinterCallback)
         self.add_callback(param_groups.AfterStep(self.after_optimizer_step))
-        self.steering = Steering(backbone, ppo, progress, args.generation_batch_size)
+        self.steering = PPOController(backbone, ppo, progress, args.generation_batch_size)
         self.add_callback(self.steering)
 
-    def restore(self, found: dict[str, Any]) -> None:
+    def load_state_dict(self, found: dict[str, Any]) -> None:
         """As `Resumable`; a check that waits for a first step is made anew."""
         moved = found.pop("_moved")
-        super().restore(found)
+        super().load_state_dict(found)
         self.scorer.identities = self.identities
         if moved is not None:
             self._moved = identities.MovedOnly.restored(self.backbone, moved)

@@ -17,10 +17,10 @@ from lora_rlhf.algorithms.objectives import masked_sum
 from lora_rlhf.models import scoring
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.models.base_model import pad_left
-from lora_rlhf.runs.checkpoint import kept_tuple
+from lora_rlhf.runs.checkpoint import checkpointable_tuple
 
 
-@kept_tuple
+@checkpointable_tuple
 class TextBatch(NamedTuple):
     """Texts of one micro-batch: ids and mask (B, L), left-padded, and how many are predicted."""
 
@@ -48,12 +48,12 @@ class TextMix:
         self._random = random.Random(f"{seed}/ptx")
         self._order: list[int] = []
 
-    def kept_state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: the place in the order, and what the next order is drawn from."""
         return {"order": self._order, "random": self._random.getstate()}
 
-    def restore(self, found: dict[str, Any]) -> None:
-        """Put back what `kept_state` gave."""
+    def load_state_dict(self, found: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave."""
         self._order = found["order"]
         self._random.setstate(found["random"])
 

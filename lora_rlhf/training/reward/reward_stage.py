@@ -23,7 +23,7 @@ from lora_rlhf.models.scoring import Episode
 from lora_rlhf.recipe.loader import Recipe
 from lora_rlhf.runs.progress import Progress, StageLog
 from lora_rlhf.runs.record import Record, sha256
-from lora_rlhf.training.checkpoint_callback import Keeper
+from lora_rlhf.training.checkpoint_callback import CheckpointCallback
 from lora_rlhf.training.trl_config import build, check_finite, complaints, effective, trainer_args
 
 from . import ensemble, reward_gate
@@ -135,7 +135,7 @@ def _train(
     role: str,
 ) -> dict[str, Any]:
     """One epoch (by default) over the rankings; the role is added, starting from SFT."""
-    # A second model must differ in more than its data, or it would share the first one's luck.
+    # A second model must differ in more than its data, or it would share the first one's uniforms.
     seed = recipe.seed + _SEEDS.index(role)
     # Weights are averaged only from a common start, heads included; the order still differs.
     set_seed(recipe.seed if recipe.reward.combine == "warm" and role in MEMBERS else seed)
@@ -157,7 +157,7 @@ def _train(
         steps = math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps)
         progress.begin(role, int(steps * args.num_train_epochs))
         try:
-            keeper = Keeper(recipe, backbone, record, progress, "reward", role)
+            keeper = CheckpointCallback(recipe, backbone, record, progress, "reward", role)
             result = keeper.train(trainer)
         finally:
             progress.end()
