@@ -168,7 +168,7 @@ def preflight(recipe: Recipe, record: Record | None = None, token: str | None = 
     source = "the packaged tiny model" if recipe.model.id == "tiny" else "Hub"
     known = record.data["model"].get("hub_id") if record is not None else None
     model = {"id": recipe.model.id, "hub_id": recipe.model.hub_id or known, "source": source}
-    base, notes = hub_base(Record(".", {"model": model})), []
+    base, notes = hub_base(model), []
     if base is None:
         raise local_base(recipe.model.id)
     for role, repo_id in wanted.items():

@@ -153,7 +153,7 @@ def check_adapter(record: Record, role: str) -> str:
     for name in sorted({*_NEEDED, *(n for n in ADAPTER if (folder / n).exists())}):
         _vouched(record, folder / name)
     _vouched_sources(record)
-    base = hub_base(record)
+    base = hub_base(record.data.get("model", {}))
     if base is None:
         raise local_base(str(record.data.get("model", {}).get("id", "the base")), record)
     return base

@@ -84,7 +84,7 @@ def test_a_base_without_hub_id_is_never_named_as_one(run):
     ],
 )
 def test_hub_base(run, edit, expected):
-    assert hub_base(run(lambda data: data["model"].update(edit))) == expected
+    assert hub_base(run(lambda data: data["model"].update(edit)).data["model"]) == expected
 
 
 # --- licence --------------------------------------------------------------------------------

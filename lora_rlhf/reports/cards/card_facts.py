@@ -96,7 +96,7 @@ class Facts:
     @property
     def base(self) -> str | None:
         """The Hub id of the base, or nothing when the base exists only locally."""
-        return self.repo_ids.get("base") or hub_base(self.record)
+        return self.repo_ids.get("base") or hub_base(self.record.data.get("model", {}))
 
     @property
     def published(self) -> str | None:
@@ -130,9 +130,12 @@ class Facts:
         return []
 
 
-def hub_base(record: Record) -> str | None:
-    """The Hub id that adapters of this run may name as their base; never a local path."""
-    model = record.data.get("model", {})
+def hub_base(model: Mapping[str, Any]) -> str | None:
+    """Return the Hub id that adapters may name as their base, never a local path.
+
+    Args:
+        model: `id`, `hub_id` and `source`, as under `model` in the record.
+    """
     if model.get("hub_id"):
         return str(model["hub_id"])
     identity, source = str(model.get("id") or ""), str(model.get("source") or "Hub")
