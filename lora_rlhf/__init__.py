@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from lora_rlhf.hub.repository import push
     from lora_rlhf.models.backbone import Backbone
     from lora_rlhf.pipeline import run
-    from lora_rlhf.recipe.loader import Recipe, load_recipe
+    from lora_rlhf.recipe.loader import load_recipe
+    from lora_rlhf.recipe.schema import Recipe
     from lora_rlhf.runs.progress import Progress
     from lora_rlhf.runs.record import Record
     from lora_rlhf.serving.loaded_run import generate, load
@@ -43,7 +44,7 @@ __all__ = [
 _HOMES = {
     "Backbone": "models.backbone",
     "LoraRlhfError": "errors",
-    "Recipe": "recipe.loader",
+    "Recipe": "recipe.schema",
     "Record": "runs.record",
     "generate": "serving.loaded_run",
     "load": "serving.loaded_run",

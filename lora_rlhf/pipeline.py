@@ -29,7 +29,7 @@ from lora_rlhf.evaluation import evaluate
 from lora_rlhf.hub import backup, repository, staging
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.planning import gpu_fit
-from lora_rlhf.recipe.loader import Recipe
+from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.recipe.stage_keys import stage_names
 from lora_rlhf.reports import plots
 from lora_rlhf.reports.cards import model_card

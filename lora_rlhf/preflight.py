@@ -11,7 +11,7 @@ from lora_rlhf.algorithms import best_of_n, dpo, grpo_rloo, policy_stage
 from lora_rlhf.algorithms.ppo import ppo_stage
 from lora_rlhf.errors import DataError, RecipeError, SetupError
 from lora_rlhf.recipe import trl_args
-from lora_rlhf.recipe.loader import Recipe
+from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.recipe.stage_keys import ALGORITHMS, READS
 from lora_rlhf.runs.record import Record
 from lora_rlhf.training import sft, trl_config

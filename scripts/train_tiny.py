@@ -27,7 +27,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lora_rlhf.data.closed_world import generator, vocabulary
+from lora_rlhf.data.closed_world import checkers, generator, vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class Settings:
     evaluated: int = 240  # prompts that are answered before each export
 
 
-def restated(item: generator.Item, rng: random.Random) -> str:
+def restated(item: checkers.Item, rng: random.Random) -> str:
     """Return the record, then the record again in another form and order: text made of copying."""
     facts = [(a, v) for a, v in item.facts if a != "name"]
     shuffled = rng.sample(facts, len(facts))
@@ -229,9 +229,9 @@ def evaluate(
     model.eval()
     texts = sample(model, tokenizer, [item.prompt for item in found], temperature)
     model.train(was_training)
-    rewards = [generator.check(i, text).reward for i, text in zip(found, texts, strict=True)]
+    rewards = [checkers.check(i, text).reward for i, text in zip(found, texts, strict=True)]
     result = {"all": sum(rewards) / n}
-    for family in generator.FAMILIES:
+    for family in vocabulary.FAMILIES:
         own = [r for i, r in zip(found, rewards, strict=True) if i.family == family]
         result[family] = sum(own) / len(own)
     # Any of these completions that names the right value has copied, whatever else it did.

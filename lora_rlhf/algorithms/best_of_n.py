@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from lora_rlhf.errors import RecipeError
 from lora_rlhf.estimates import Estimate
 from lora_rlhf.models.backbone import Backbone
-from lora_rlhf.recipe.loader import Recipe
+from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.runs.record import Record
 from lora_rlhf.training.reward import ensemble
 

@@ -21,7 +21,7 @@ from lora_rlhf._trl import DPOConfig, DPOTrainer
 from lora_rlhf.errors import IdentityError
 from lora_rlhf.models import scoring
 from lora_rlhf.models.backbone import Backbone
-from lora_rlhf.recipe.loader import Recipe
+from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.runs.progress import Progress, StageLog
 from lora_rlhf.runs.record import Record
 from lora_rlhf.training.checkpoint_callback import CheckpointCallback

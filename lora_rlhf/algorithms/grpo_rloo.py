@@ -24,7 +24,7 @@ from lora_rlhf.errors import RecipeError
 from lora_rlhf.estimates import repetition
 from lora_rlhf.models import sampler, scoring
 from lora_rlhf.models.backbone import Backbone
-from lora_rlhf.recipe.loader import Recipe
+from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.runs.progress import Progress, StageLog
 from lora_rlhf.runs.record import Record
 from lora_rlhf.training.checkpoint_callback import CheckpointCallback

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lora_rlhf.errors import DataError, IdentityError, RecipeError
 from lora_rlhf.models import adapters
 from lora_rlhf.models.backbone import ADAPTERS, REWARDS, Backbone
-from lora_rlhf.recipe.loader import Recipe
+from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.recipe.stage_keys import ALGORITHMS
 from lora_rlhf.runs.record import Record, sha256
 from lora_rlhf.training.trl_config import PPOConfig

@@ -21,7 +21,7 @@ from lora_rlhf.errors import SetupError, UsageError
 from . import shell
 
 if TYPE_CHECKING:
-    from lora_rlhf.recipe.loader import Recipe
+    from lora_rlhf.recipe.schema import Recipe
 
 _debug = False
 

@@ -19,7 +19,7 @@ from lora_rlhf.errors import DataError
 from lora_rlhf.estimates import Estimate, share_interval
 from lora_rlhf.recipe.schema import DataSource, Recipe
 
-from .closed_world import generator
+from .closed_world import checkers, generator
 from .filters import Kept, bucket, clean, expand, first_turn, fit, neutralise, prompt_key
 from .row_formats import Example, Turns, examples, plain_texts, text_of
 from .sources import Row, Skips, described, read
@@ -104,9 +104,9 @@ def comparisons(
         )
     if all(row["item"] for row in held_out):
         for row in held_out:
-            item = generator.Item.from_dict(json.loads(row["item"]))
+            item = checkers.Item.from_dict(json.loads(row["item"]))
             chosen, rejected = (
-                generator.check(item, text_of(row[k])).reward for k in ("chosen", "rejected")
+                checkers.check(item, text_of(row[k])).reward for k in ("chosen", "rejected")
             )
             row["gold_margin"] = chosen - rejected
     return _prepared(recipe, kept, train, held_out)
@@ -269,7 +269,7 @@ def _task_rows(
 
 def _rank(
     rows: list[dict[str, Any]],
-    items: list[generator.Item],
+    items: list[checkers.Item],
     sampler: Sampler,
     seed: int,
     source: DataSource,
@@ -284,7 +284,7 @@ def _rank(
     if len(sampled) != len(rows) or any(len(texts) != source.completions for texts in sampled):
         raise ValueError(f"the sampler must give {source.completions} completions for each prompt")
     gold = [
-        [generator.check(item, text).reward for text in texts]
+        [checkers.check(item, text).reward for text in texts]
         for item, texts in zip(items, sampled, strict=True)
     ]
     gaps = [pair for rewards in gold for pair in itertools.combinations(rewards, 2)]

@@ -21,7 +21,7 @@ from typing import Any
 
 from lora_rlhf import redaction
 from lora_rlhf.errors import DataError, first_line
-from lora_rlhf.recipe.loader import Recipe
+from lora_rlhf.recipe.schema import Recipe
 
 from . import chat_template, tokenization
 from .row_formats import Example, Turns, text_of, transcript

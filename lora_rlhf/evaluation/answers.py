@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_rlhf.data.closed_world.generator import Verdict
+from lora_rlhf.data.closed_world.checkers import Verdict
 from lora_rlhf.runs.record import Record, write_atomically
 
 

@@ -16,10 +16,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from lora_rlhf import estimates
-from lora_rlhf.data.closed_world.generator import Item, Verdict, check
+from lora_rlhf.data.closed_world.checkers import Item, Verdict, check
 from lora_rlhf.errors import DataError, NonFiniteError
 from lora_rlhf.estimates import Estimate
-from lora_rlhf.recipe.loader import Recipe
+from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.redaction import safe
 from lora_rlhf.runs.metric_names import METRICS
 from lora_rlhf.runs.record import Record

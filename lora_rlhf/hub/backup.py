@@ -23,7 +23,7 @@ from typing import Any
 from huggingface_hub import utils
 
 from lora_rlhf.errors import CheckpointError, HubError, UsageError
-from lora_rlhf.recipe.loader import Recipe
+from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.runs import checkpoint
 from lora_rlhf.runs.progress import Progress
 from lora_rlhf.runs.record import BEGINNINGS, COPY, Record, sha256

@@ -34,7 +34,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import _http, validate_repo_id  # type: ignore[attr-defined]
 
 from lora_rlhf.errors import HubError
-from lora_rlhf.recipe.loader import Recipe
+from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.reports.cards.card_facts import hub_base
 from lora_rlhf.runs.record import Record
 from lora_rlhf.runtime import interrupts

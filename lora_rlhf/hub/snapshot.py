@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from lora_rlhf.errors import CheckpointError, HubError
-from lora_rlhf.recipe.loader import Recipe
+from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.recipe.stage_keys import keys_read, stage_names, stage_of
 from lora_rlhf.reports.cards.card_markdown import code
 from lora_rlhf.runs import checkpoint

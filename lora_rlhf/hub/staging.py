@@ -22,7 +22,7 @@ import yaml
 
 from lora_rlhf import tiny
 from lora_rlhf.errors import HubError, UsageError
-from lora_rlhf.recipe.loader import Recipe
+from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.redaction import TOKENS, variables
 from lora_rlhf.reports.cards import model_card
 from lora_rlhf.reports.cards.card_facts import RL_STAGES, ROLES, hub_base, slug

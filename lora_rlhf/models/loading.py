@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from lora_rlhf import tiny
 from lora_rlhf.errors import BaseModelError, first_line
-from lora_rlhf.recipe.loader import Recipe
+from lora_rlhf.recipe.schema import Recipe
 
 
 def find_config(recipe: Recipe, folder: Path | None = None) -> Any:

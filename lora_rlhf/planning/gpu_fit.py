@@ -17,7 +17,7 @@ from transformers import AutoConfig
 
 from lora_rlhf.errors import MemoryLimitError, UsageError, first_line
 from lora_rlhf.models.loading import find_config
-from lora_rlhf.recipe.loader import Recipe
+from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.runtime.oom import is_out_of_memory
 
 from .memory_budget import Plan, largest

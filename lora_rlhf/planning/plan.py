@@ -22,8 +22,7 @@ from lora_rlhf.algorithms import dpo, grpo_rloo, policy_stage, rollout
 from lora_rlhf.algorithms.ppo import ppo_stage
 from lora_rlhf.models.backbone import MEMBERS
 from lora_rlhf.models.views import held_tensors, tensor_bytes
-from lora_rlhf.recipe.loader import Recipe
-from lora_rlhf.recipe.schema import LoraSection
+from lora_rlhf.recipe.schema import LoraSection, Recipe
 from lora_rlhf.runs.record import Record
 from lora_rlhf.runtime.devices import pick_dtype
 from lora_rlhf.training import sft

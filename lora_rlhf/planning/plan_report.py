@@ -12,7 +12,7 @@ import torch
 
 from lora_rlhf.runtime import optional_packages  # noqa: F401  # isort: skip
 from lora_rlhf.models.loading import find_config
-from lora_rlhf.recipe.loader import Recipe
+from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.reports.tables import aligned
 
 from . import probe as probing

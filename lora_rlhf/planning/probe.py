@@ -29,7 +29,7 @@ from lora_rlhf.algorithms.ppo.ppo_trainer import PPOTrainer
 from lora_rlhf.errors import UsageError
 from lora_rlhf.models import fused_layers
 from lora_rlhf.models.backbone import MEMBERS, Backbone
-from lora_rlhf.recipe.loader import Recipe
+from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.runs.progress import Progress
 from lora_rlhf.runs.record import Record
 from lora_rlhf.training import microbatch_splitting

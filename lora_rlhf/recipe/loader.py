@@ -21,8 +21,6 @@ from lora_rlhf.redaction import hide
 from .schema import Recipe
 from .strict_yaml import Lines, dump_yaml, parse_yaml
 
-__all__ = ["Recipe", "dump_recipe", "load_recipe", "masked", "parse_recipe"]
-
 _MAX_BYTES = 250_000
 _SHOWN = 20  # problems in one error
 _INDEX = re.compile("[0-9]{1,6}")

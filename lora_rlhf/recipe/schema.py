@@ -10,30 +10,46 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
-from .data_section import COLUMNS, DataSection, DataSource
-from .section import Section, conflict, plain_data
 
-__all__ = [
-    "COLUMNS",
-    "BestOfNSection",
-    "CardSection",
-    "CheckpointSection",
-    "DataSection",
-    "DataSource",
-    "DpoSection",
-    "EvaluateSection",
-    "GroupSection",
-    "HubSection",
-    "LoraSection",
-    "ModelSection",
-    "PpoSection",
-    "Recipe",
-    "RewardSection",
-    "SftSection",
-    "StageSection",
-]
+def conflict(said: str, *keys: str) -> PydanticCustomError:
+    """An error about keys that do not go together, dotted and relative to the section.
+
+    config.py tells the line of the first of them that the recipe has. What a recipe sets is told by
+    its value and never by pydantic's `model_fields_set`: a run writes down every key, and reads it.
+    """
+    return PydanticCustomError("conflict", "{said}", {"said": said, "keys": list(keys)})
+
+
+class Section(BaseModel):
+    """Keys that belong together; unknown ones and wrong types are errors."""
+
+    # Strict, so that `r: "4"`, `load_in_4bit: 1` and infinities are errors; 1 is still a float.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+    def changed(self, *keys: str) -> list[str]:
+        """Those of the keys that differ from their defaults."""
+        fields = type(self).model_fields
+        return [
+            k for k in keys if getattr(self, k) != fields[k].get_default(call_default_factory=True)
+        ]
+
+
+def plain_data(value: Any) -> Any:
+    """The value, if YAML can hold it; else an error that shows what it cannot."""
+    if isinstance(value, dict):
+        if wrong := [key for key in value if not isinstance(key, str)]:
+            raise ValueError(f"the key {wrong[0]!r} is not text")
+        return {key: plain_data(found) for key, found in value.items()}
+    if isinstance(value, list):
+        return [plain_data(found) for found in value]
+    if value is not None and not isinstance(value, bool | int | float | str):
+        raise ValueError(f"{value!r:.80} is no plain data, such as a number, text or a list")
+    return value
 
 
 class ModelSection(Section):
@@ -83,6 +99,127 @@ class LoraSection(Section):
     target_modules: list[str] | None = Field(
         None, description="Linear layers to adapt, by last name; default: all inside the layers."
     )
+
+
+COLUMNS = (
+    *("prompt", "completion", "messages", "chosen", "rejected", "margin"),
+    *("completions", "ranks", "labeler"),
+)
+"""What `columns:` of a set may map to; those of layouts.py. Of `data.text` only `text`."""
+
+
+class DataSource(Section):
+    """One dataset: a task generator, a file, or a Hub dataset. Exactly one of the three."""
+
+    task: Literal["closed-world"] | None = Field(None, description="The shipped generator.")
+    path: str | None = Field(
+        None,
+        description="A .jsonl, .ndjson, .json, .csv, .tsv or .parquet file, .gz allowed; relative "
+        "to the recipe; `data://x` is the folder named by LORA_RLHF_DATA.",
+    )
+    hub: str | None = Field(None, description="A dataset on the Hub, as org/name.")
+    name: str | None = Field(None, description="Hub dataset configuration.")
+    split: str = Field("train", description="Split of a Hub dataset.")
+    revision: str | None = Field(None, description="Commit, tag or branch of a Hub dataset.")
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description=f"Our column name -> the file's column name. Ours: {', '.join(COLUMNS)}; of "
+        "`data.text` only text.",
+    )
+    limit: int | None = Field(
+        None, ge=1, description="At most this many rows, taken after shuffling."
+    )
+    skip_bad: int = Field(
+        0,
+        ge=0,
+        description="Leave out at most this many broken lines or rows, counted (path, hub).",
+    )
+    n: int = Field(256, ge=1, description="Rows to generate (task only).")
+    completions: int = Field(
+        4, ge=2, description="Completions ranked per prompt (task comparisons only)."
+    )
+    agreement: float = Field(
+        0.73, gt=0.5, le=1, description="Share of pairs on which two simulated labelers agree."
+    )
+    license: str | None = Field(None, description="Licence of the data, for the card.")
+    labeler_instructions: str | None = Field(
+        None, description="Instructions that labelers were given, for the card (comparisons only)."
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSource:
+        given = self.changed("task", "path", "hub")
+        if len(given) != 1:
+            found = f"give exactly one of task, path, hub (found: {', '.join(given) or 'none'})"
+            raise conflict(found, *given)
+        readers = {
+            "task": ("n", "completions", "agreement"),
+            "path": ("columns", "skip_bad"),
+            "hub": ("columns", "skip_bad", "name", "split", "revision"),
+        }
+        every = {key for keys in readers.values() for key in keys}
+        unread = self.changed(*sorted(every.difference(readers[given[0]])))
+        if unread:
+            kinds = " or ".join(f"{kind}:" for kind, keys in readers.items() if unread[0] in keys)
+            raise conflict(
+                f"{unread[0]} is read with {kinds} only, and this source is a {given[0]}: "
+                f"leave {unread[0]} out",
+                *unread,
+            )
+        return self
+
+
+class DataSection(Section):
+    """`data`: where demonstrations, comparisons and prompts come from."""
+
+    demonstrations: list[DataSource] = Field(default_factory=list, description="For SFT.")
+    comparisons: list[DataSource] = Field(default_factory=list, description="For the reward model.")
+    prompts: list[DataSource] = Field(default_factory=list, description="For PPO rollouts.")
+    text: list[DataSource] = Field(
+        default_factory=list, description="Plain text (column `text`) for `ppo.ptx_coef`."
+    )
+    evaluate: list[DataSource] = Field(
+        default_factory=list,
+        description="Held-out prompts; without it they are held out of `prompts`.",
+    )
+    held_out: float = Field(
+        0.1,
+        gt=0,
+        lt=1,
+        description="Share of prompts held out where a set has no split of its own.",
+    )
+    max_prompt_tokens: int = Field(512, ge=1, description="Longer prompts are dropped and counted.")
+    max_tokens: int = Field(
+        1024, ge=2, description="Longer demonstrations and comparisons are dropped."
+    )
+    max_lost: float = Field(
+        0.2, ge=0, le=1, description="Share of the rows that a token limit may take; more stops."
+    )
+
+    @model_validator(mode="after")
+    def _every_key_is_read(self) -> DataSection:
+        for name in ("demonstrations", "comparisons", "prompts", "text", "evaluate"):
+            for index, source in enumerate(getattr(self, name)):
+                at = f"{name}.{index}"
+                if name == "text" and source.task:
+                    raise conflict(
+                        "data.text takes path or hub: a task generates no plain text", f"{at}.task"
+                    )
+                known = ("text",) if name == "text" else COLUMNS
+                for ours in source.columns.keys() - set(known):
+                    raise conflict(
+                        f"data.{at}.columns maps to {ours!r}, which data.{name} has not; known: "
+                        f"{', '.join(known)}",
+                        f"{at}.columns.{ours}",
+                        f"{at}.columns",
+                    )
+                labels = source.changed("completions", "agreement", "labeler_instructions")
+                if labels and name != "comparisons":
+                    raise conflict(
+                        f"data.{at}.{labels[0]} is read for data.comparisons only: leave it out",
+                        f"{at}.{labels[0]}",
+                    )
+        return self
 
 
 class StageSection(Section):

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_rlhf.errors import LoraRlhfError, SetupError, UsageError
-from lora_rlhf.recipe.loader import Recipe, dump_recipe, parse_recipe
+from lora_rlhf.recipe.loader import dump_recipe, parse_recipe
+from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.recipe.stage_keys import (
     ALGORITHMS,
     FREE,

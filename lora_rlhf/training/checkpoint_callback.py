@@ -21,8 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lora_rlhf.errors import CheckpointError
 from lora_rlhf.models.backbone import Backbone
-from lora_rlhf.recipe.loader import Recipe
-from lora_rlhf.recipe.schema import CheckpointSection
+from lora_rlhf.recipe.schema import CheckpointSection, Recipe
 from lora_rlhf.recipe.stage_keys import READS, fingerprints, keys_read
 from lora_rlhf.runs import checkpoint
 from lora_rlhf.runs.checkpoint import Checkpoint

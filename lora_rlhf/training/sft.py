@@ -17,7 +17,7 @@ from lora_rlhf.data.dataset_builder import Prepared
 from lora_rlhf.errors import IdentityError
 from lora_rlhf.models import adapters
 from lora_rlhf.models.backbone import Backbone
-from lora_rlhf.recipe.loader import Recipe
+from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.runs.progress import Progress, StageLog
 from lora_rlhf.runs.record import Record, sha256
 

@@ -17,7 +17,7 @@ from transformers.integrations import integration_utils
 from lora_rlhf._trl import GRPOConfig
 from lora_rlhf.errors import NonFiniteError, RecipeError, SetupError, first_line
 from lora_rlhf.recipe import trl_args
-from lora_rlhf.recipe.loader import Recipe
+from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.redaction import hide, safe
 from lora_rlhf.runs.record import Record
 

@@ -28,7 +28,7 @@ import lora_rlhf
 from lora_rlhf import tiny
 from lora_rlhf.algorithms.best_of_n import best_of_n_kl
 from lora_rlhf.cli import shell
-from lora_rlhf.data.closed_world import generator
+from lora_rlhf.data.closed_world import checkers
 from lora_rlhf.data.dataset_builder import prompts as read_prompts
 from lora_rlhf.evaluation import overoptimization
 from lora_rlhf.serving import loaded_run
@@ -127,7 +127,7 @@ def best_of_n(run: Path, samples: int = 64, prompts: int = 128) -> list[dict[str
     backbone, record = loaded_run.load(run)
     recipe = lora_rlhf.load_recipe(run / "recipe.yaml")
     rows = read_prompts(recipe, backbone.tokenizer).held_out.select(range(prompts))
-    items = [generator.Item.from_dict(json.loads(item)) for item in rows["item"]]
+    items = [checkers.Item.from_dict(json.loads(item)) for item in rows["item"]]
     ids = [backbone.encode_prompt(p) for p in rows["prompt"] for _ in range(samples)]
     answers = backbone.generate(
         ids,
@@ -138,7 +138,7 @@ def best_of_n(run: Path, samples: int = 64, prompts: int = 128) -> list[dict[str
     )
     proxy = ensemble.rewards_of(backbone, list(zip(ids, answers, strict=True)), recipe.reward)
     truth = [
-        generator.check(items[i // samples], backbone.decode(answer)).reward
+        checkers.check(items[i // samples], backbone.decode(answer)).reward
         for i, answer in enumerate(answers)
     ]
     cut = range(0, len(answers), samples)

@@ -12,7 +12,7 @@ from ppo_run import prompts, recipe, roles
 
 from lora_rlhf.algorithms import identities
 from lora_rlhf.algorithms.ppo import ppo_stage
-from lora_rlhf.data.closed_world import generator
+from lora_rlhf.data.closed_world import checkers, generator
 from lora_rlhf.errors import DataError, IdentityError, RecipeError
 from lora_rlhf.models import scoring
 from lora_rlhf.runs.progress import Progress
@@ -167,7 +167,7 @@ def test_gold_is_logged_beside_the_model_and_used_where_it_is_asked_for():
         generator.good(i, random.Random(0)) if k % 2 else "Nonsense." for k, i in enumerate(items)
     ]
     chats = [[{"role": "assistant", "content": text}] for text in texts]
-    expected = [generator.check(i, text).reward for i, text in zip(items, texts, strict=True)]
+    expected = [checkers.check(i, text).reward for i, text in zip(items, texts, strict=True)]
     assert len(set(expected)) > 1
     assert gold(completions=texts, item=rows["item"]) == expected
     assert gold(completions=chats, item=rows["item"]) == expected

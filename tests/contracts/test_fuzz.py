@@ -32,8 +32,7 @@ from lora_rlhf.data import dataset_builder
 from lora_rlhf.errors import LoraRlhfError, RecipeError
 from lora_rlhf.models import adapters
 from lora_rlhf.recipe import loader, trl_args
-from lora_rlhf.recipe.loader import Recipe
-from lora_rlhf.recipe.schema import COLUMNS
+from lora_rlhf.recipe.schema import COLUMNS, Recipe
 from lora_rlhf.recipe.strict_yaml import dump_yaml
 
 QUICK = {"recipe": 80, "data": 150, "adapter": 70}

@@ -8,7 +8,7 @@ import train_tiny as pretraining
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_rlhf.data.closed_world import generator, vocabulary
+from lora_rlhf.data.closed_world import checkers, generator, vocabulary
 from lora_rlhf.tiny import path
 
 DIALOGUE = [
@@ -119,10 +119,10 @@ def test_pretraining_text_is_mixed_and_from_its_own_split():
     settings = pretraining.Settings()
     rows = pretraining.documents(settings, 0, 400)
     assert rows == pretraining.documents(settings, 0, 400)
-    others = {i.prompt for s in generator.SPLITS[1:] for i in generator.items(100, 0, s)}
+    others = {i.prompt for s in vocabulary.SPLITS[1:] for i in generator.items(100, 0, s)}
     assert not others & {prompt for prompt, _ in rows}
     items = {i.prompt: i for i in generator.items(400, settings.seed * 100_003, "pretrain")}
-    wins = [generator.check(items[p], text).success for p, text in rows if p]
+    wins = [checkers.check(items[p], text).success for p, text in rows if p]
     assert 0.3 < sum(wins) / len(wins) < 0.5
 
 

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from lora_rlhf.data.closed_world import generator
 from lora_rlhf.data.closed_world import vocabulary as tw
-from lora_rlhf.data.closed_world.generator import FAMILIES, FLAWS, SPLITS, Item, Labeler, check
+from lora_rlhf.data.closed_world.checkers import Item, check
+from lora_rlhf.data.closed_world.generator import Labeler
+from lora_rlhf.data.closed_world.vocabulary import FAMILIES, FLAWS, SPLITS
 
 HARMLESS = [f for f in FAMILIES if f != "refuse"]
 

@@ -13,9 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from lora_rlhf.data import dataset_builder
-from lora_rlhf.data.closed_world import generator
+from lora_rlhf.data.closed_world import checkers, generator
 from lora_rlhf.errors import DataError, TokenizerError
-from lora_rlhf.recipe.loader import Recipe
+from lora_rlhf.recipe.schema import Recipe
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
@@ -791,7 +791,7 @@ def test_another_process_prepares_the_same(tmp_path, plain):
     code = (
         "import json, sys; from types import SimpleNamespace as N\n"
         "from lora_rlhf.data import dataset_builder as data\n"
-        "from lora_rlhf.recipe.loader import Recipe\n"
+        "from lora_rlhf.recipe.schema import Recipe\n"
         "assert 'torch' not in sys.modules and 'datasets' not in sys.modules\n"
         f"r = Recipe.model_validate({recipe(demonstrations=path).model_dump()!r})\n"
         "class T:\n"
@@ -837,7 +837,7 @@ def test_task_sets_share_no_prompt_and_carry_their_items(chat):
     found = dataset_builder.prompts(given, chat)
     assert len(found.held_out) == 30 and len(found.train) > 40
     for row in all_rows(found):
-        item = generator.Item.from_dict(json.loads(row["item"]))
+        item = checkers.Item.from_dict(json.loads(row["item"]))
         assert row["prompt"] == user(item.prompt)
     sets = (
         dataset_builder.demonstrations(given, chat),
@@ -874,7 +874,7 @@ def test_task_comparisons_are_ranked_by_a_labeler_who_is_mostly_right(chat):
     right = wrong = 0
     for row in all_rows(found):
         item = gold[row["prompt"][0]["content"]]
-        a, b = (generator.check(item, row[k][0]["content"]).reward for k in ("chosen", "rejected"))
+        a, b = (checkers.check(item, row[k][0]["content"]).reward for k in ("chosen", "rejected"))
         right, wrong = right + (a > b), wrong + (a < b)
     assert 0.75 < right / (right + wrong) < 0.95  # p^2 + (1-p)^2 = 0.73 at p = 0.84
     agreement = found.report["labeler_agreement"]

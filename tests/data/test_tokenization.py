@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lora_rlhf import pipeline, preflight
 from lora_rlhf.data import dataset_builder, tokenization
-from lora_rlhf.recipe.loader import Recipe
+from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.runs.progress import Progress
 from lora_rlhf.runs.record import Record
 from lora_rlhf.training import sft

@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset
 
 from lora_rlhf import estimates
-from lora_rlhf.data.closed_world import generator
+from lora_rlhf.data.closed_world import checkers, generator, vocabulary
 from lora_rlhf.errors import DataError, NonFiniteError
 from lora_rlhf.evaluation import evaluate
 from lora_rlhf.evaluation.answers import Answers
@@ -252,7 +252,7 @@ def task_run(record, n=32):
 
 def test_task_metrics_have_the_denominators_they_name(record, heads):
     items, answers, found = task_run(record)
-    judged = [generator.check(i, text) for i, text in zip(items, answers[None], strict=True)]
+    judged = [checkers.check(i, text) for i, text in zip(items, answers[None], strict=True)]
     base = found["base"]
     assert base["gold_reward"] == estimates.mean_interval([v.reward for v in judged])
     assert base["words"] == estimates.mean_interval([v.words for v in judged])
@@ -287,7 +287,7 @@ def test_no_harmful_prompt_no_incident_rate(record, heads):
 def test_gold_comparisons_are_paired_with_sft(record, heads):
     items, answers, found = task_run(record)
     gold = {
-        role: [generator.check(i, text).reward for i, text in zip(items, texts, strict=True)]
+        role: [checkers.check(i, text).reward for i, text in zip(items, texts, strict=True)]
         for role, texts in answers.items()
     }
     policy = found["policy"]
@@ -332,7 +332,7 @@ def test_record_says_what_was_done(record, heads):
     stage = Record.read(record.folder).data["stages"]["evaluate"]
     assert stage["status"] == "done"
     assert (stage["prompts"], stage["seed"], stage["temperature"]) == (32, 11, 0.7)
-    assert stage["families"] == dict.fromkeys(generator.FAMILIES, 4)
+    assert stage["families"] == dict.fromkeys(vocabulary.FAMILIES, 4)
     assert stage["models"] == ["base", "sft", "policy"]
 
 

@@ -8,8 +8,8 @@ from pydantic import BaseModel, ValidationError
 
 from lora_rlhf.data import row_formats
 from lora_rlhf.errors import RecipeError
-from lora_rlhf.recipe.loader import Recipe, dump_recipe, load_recipe, masked, parse_recipe
-from lora_rlhf.recipe.schema import COLUMNS, ModelSection, PpoSection
+from lora_rlhf.recipe.loader import dump_recipe, load_recipe, masked, parse_recipe
+from lora_rlhf.recipe.schema import COLUMNS, ModelSection, PpoSection, Recipe
 from lora_rlhf.recipe.strict_yaml import dump_yaml, parse_yaml
 from lora_rlhf.redaction import hide
 

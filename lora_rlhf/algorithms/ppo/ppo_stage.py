@@ -11,11 +11,11 @@ from datasets import Dataset
 from transformers import set_seed
 
 from lora_rlhf.algorithms import identities
-from lora_rlhf.data.closed_world import generator
+from lora_rlhf.data.closed_world import checkers
 from lora_rlhf.errors import DataError, RecipeError
 from lora_rlhf.models import adapters, fused_layers
 from lora_rlhf.models.backbone import Backbone
-from lora_rlhf.recipe.loader import Recipe
+from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.runs.progress import Progress, StageLog
 from lora_rlhf.runs.record import Record, sha256
 from lora_rlhf.training.checkpoint_callback import CheckpointCallback, Result
@@ -298,7 +298,7 @@ def rewards(
     def gold(completions: Any, item: Any, **_: Any) -> list[float]:
         texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
         return [
-            generator.check(generator.Item.from_dict(json.loads(i)), text).reward
+            checkers.check(checkers.Item.from_dict(json.loads(i)), text).reward
             for i, text in zip(item, texts, strict=True)
         ]
 

@@ -16,25 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import vocabulary as tw
-from .checkers import Item, Verdict, check
+from .checkers import Item
 from .vocabulary import FAMILIES, FLAWS, POOLS, RECORD, SPLITS
-
-__all__ = [
-    "FAMILIES",
-    "FLAWS",
-    "SPLITS",
-    "Item",
-    "Labeler",
-    "Verdict",
-    "agreement_rate",
-    "calibrate",
-    "check",
-    "demonstrations",
-    "flawed",
-    "good",
-    "items",
-    "split_of",
-]
 
 
 def _digest(text: str) -> int:
