@@ -34,7 +34,7 @@ from lora_rlhf.recipe.stage_keys import stage_names
 from lora_rlhf.reports import plots
 from lora_rlhf.reports.cards import model_card
 from lora_rlhf.reports.doctor import findings
-from lora_rlhf.runs import checkpoint, reuse
+from lora_rlhf.runs import disk, reuse, run_lock
 from lora_rlhf.runs.progress import Progress
 from lora_rlhf.runs.record import Record
 from lora_rlhf.runtime import interrupts, paths
@@ -85,12 +85,12 @@ def run(
         Path(out), UsageError
     )  # or what is written here would be written there
     if Path(out).is_dir() or not Path(out).exists():
-        with checkpoint.locked(Path(out)), interrupts.budget(recipe.checkpoint.max_minutes):
+        with run_lock.locked(Path(out)), interrupts.budget(recipe.checkpoint.max_minutes):
             try:
                 return _run(recipe, out, names, until, progress, start_from, warm_start)
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-                    raise checkpoint.no_room(Path(error.filename or out), error) from error
+                    raise disk.no_room(Path(error.filename or out), error) from error
                 raise
             except (RuntimeError, MemoryError, MemoryLimitError) as error:
                 if (limit := gpu_fit.memory_limit(recipe, error)) is None:

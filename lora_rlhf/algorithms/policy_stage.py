@@ -18,7 +18,8 @@ from lora_rlhf.models import adapters
 from lora_rlhf.models.backbone import ADAPTERS, REWARDS, Backbone
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.recipe.stage_keys import ALGORITHMS
-from lora_rlhf.runs.record import Record, sha256
+from lora_rlhf.runs.disk import sha256
+from lora_rlhf.runs.record import Record
 from lora_rlhf.training.trl_config import PPOConfig
 
 from .ppo import ppo_stage

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_rlhf.data.closed_world.checkers import Verdict
-from lora_rlhf.runs.record import Record, write_atomically
+from lora_rlhf.runs.disk import write_atomically
+from lora_rlhf.runs.record import Record
 
 
 @dataclass

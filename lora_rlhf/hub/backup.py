@@ -25,8 +25,9 @@ from huggingface_hub import utils
 from lora_rlhf.errors import CheckpointError, HubError, UsageError
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.runs import checkpoint
+from lora_rlhf.runs.disk import sha256
 from lora_rlhf.runs.progress import Progress
-from lora_rlhf.runs.record import BEGINNINGS, COPY, Record, sha256
+from lora_rlhf.runs.record import BEGINNINGS, COPY, Record
 
 from . import repository, snapshot
 

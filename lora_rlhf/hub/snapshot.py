@@ -23,7 +23,8 @@ from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.recipe.stage_keys import keys_read, stage_names, stage_of
 from lora_rlhf.reports.cards.card_markdown import code
 from lora_rlhf.runs import checkpoint
-from lora_rlhf.runs.record import Record, sha256
+from lora_rlhf.runs.disk import sha256
+from lora_rlhf.runs.record import Record
 
 from .staging import ADAPTER, scan
 

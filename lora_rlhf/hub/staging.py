@@ -27,7 +27,8 @@ from lora_rlhf.redaction import TOKENS, variables
 from lora_rlhf.reports.cards import model_card
 from lora_rlhf.reports.cards.card_facts import RL_STAGES, ROLES, hub_base, slug
 from lora_rlhf.reports.cards.card_markdown import cell, code, without_paths
-from lora_rlhf.runs.record import Record, sha256
+from lora_rlhf.runs.disk import sha256
+from lora_rlhf.runs.record import Record
 
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import hashlib
 import json
 import math
 import os
@@ -39,6 +38,8 @@ from lora_rlhf.recipe.stage_keys import (
 from lora_rlhf.redaction import safe
 from lora_rlhf.runtime.environment import changed_versions, versions
 from lora_rlhf.runtime.paths import reject_escaping_links
+
+from .disk import sha256, write_atomically
 
 SCHEMA = 1
 """Of `record.json`: what this version writes and reads."""
@@ -107,33 +108,7 @@ class Record:
             raise SetupError(
                 f"cannot write to {folder}: {error.strerror}", remedy="give another --out"
             ) from None
-        record = cls(
-            folder,
-            {
-                "schema": SCHEMA,
-                "name": recipe.name,
-                "seed": recipe.seed,
-                "algorithm": recipe.algorithm,
-                "recipe_sha256": digest,
-                "versions": versions(),
-                "model": {},
-                "lora": {},
-                "data": {},
-                "stages": {},
-                "evaluation": {},
-                "files": {},
-                "clock": {
-                    "started": _now(),
-                    "host": {
-                        "python": platform.python_version(),
-                        "machine": platform.machine(),
-                        "system": platform.system(),
-                        "cores": os.cpu_count(),
-                    },
-                    "stages": {},
-                },
-            },
-        )
+        record = cls(folder, _new(recipe, digest))
         record.save()
         return record
 
@@ -371,12 +346,6 @@ class Record:
         self.save()
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def finite(value: Any) -> Any:
     """The same data with NaN and infinities as text, since JSON has no word for them."""
     if isinstance(value, float) and not math.isfinite(value):
@@ -384,6 +353,34 @@ def finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     return [finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _new(recipe: Recipe, digest: str) -> dict[str, Any]:
+    """The data of a run that has not done anything yet."""
+    return {
+        "schema": SCHEMA,
+        "name": recipe.name,
+        "seed": recipe.seed,
+        "algorithm": recipe.algorithm,
+        "recipe_sha256": digest,
+        "versions": versions(),
+        "model": {},
+        "lora": {},
+        "data": {},
+        "stages": {},
+        "evaluation": {},
+        "files": {},
+        "clock": {
+            "started": _now(),
+            "host": {
+                "python": platform.python_version(),
+                "machine": platform.machine(),
+                "system": platform.system(),
+                "cores": os.cpu_count(),
+            },
+            "stages": {},
+        },
+    }
 
 
 def _misshapen(data: Any) -> str:
@@ -398,16 +395,6 @@ def _misshapen(data: Any) -> str:
     if not all(isinstance(entry, dict) for entry in entries):
         return "a stage, a data set or a model of the evaluation is no mapping"
     return "" if isinstance(data["clock"].get("stages"), dict) else "clock.stages is missing"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _now() -> str:

@@ -17,7 +17,8 @@ from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.recipe.stage_keys import ALGORITHMS, differences, first_reader
 from lora_rlhf.runtime.environment import changed_versions
 
-from .record import Record, sha256
+from .disk import sha256
+from .record import Record
 
 _SHARED = ("sft", "reward")
 _DATA = {"sft": ("demonstrations",), "reward": ("comparisons", "comparisons_held_out_model")}

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_rlhf.errors import CheckpointError
@@ -25,6 +26,7 @@ from lora_rlhf.recipe.schema import CheckpointSection, Recipe
 from lora_rlhf.recipe.stage_keys import READS, fingerprints, keys_read
 from lora_rlhf.runs import checkpoint
 from lora_rlhf.runs.checkpoint import Checkpoint
+from lora_rlhf.runs.disk import sync
 from lora_rlhf.runs.progress import Progress
 from lora_rlhf.runs.record import Record
 from lora_rlhf.runtime import interrupts
@@ -217,11 +219,11 @@ class CheckpointCallback(TrainerCallback):
             },
         }
         if not self._looked:
-            checkpoint.room(self.record.folder, parts)
+            checkpoint.check_room(self.record.folder, parts)
             self._looked = True
         state = dataclasses.asdict(dataclasses.replace(trainer.state, log_history=[]))
         state["stateful_callbacks"] = {}
-        checkpoint.sync(self.record.folder / "metrics.jsonl")  # its lines are counted below
+        sync(self.record.folder / "metrics.jsonl")  # its lines are counted below
         checkpoint.write(
             self.folder,
             trainer.state.global_step,
@@ -280,7 +282,7 @@ class CheckpointCallback(TrainerCallback):
         """Put back random states and what the loop counts; the last thing before it goes on."""
         assert self.found is not None
         _set_random(self.found.part("random")["now"], None)
-        loop = checkpoint.to_device(self.found.part("trainer")["loop"], trainer.args.device)
+        loop = send_to_device(self.found.part("trainer")["loop"], trainer.args.device)
         for name in _OF_TRAINER:
             setattr(trainer, name, loop[name])
 

@@ -13,12 +13,12 @@ from collections import defaultdict
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from lora_rlhf._trl import telemetry_asked
 from lora_rlhf.errors import NonFiniteError
 from lora_rlhf.estimates import UNDEFINED
-from lora_rlhf.runs import checkpoint
 from lora_rlhf.runtime import interrupts
 
 from .microbatch_splitting import InPieces
@@ -64,7 +64,7 @@ class Resumable(InPieces):
 
     def load_state_dict(self, found: dict[str, Any]) -> None:
         """Put back what `state_dict` gave."""
-        found = checkpoint.to_device(found, self.args.device)
+        found = send_to_device(found, self.args.device)
         for name, value in found.items():
             now: Any = getattr(self, name, None)
             if hasattr(now, "load_state_dict"):

@@ -18,8 +18,9 @@ from lora_rlhf.errors import IdentityError
 from lora_rlhf.models import adapters
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.recipe.schema import Recipe
+from lora_rlhf.runs.disk import sha256
 from lora_rlhf.runs.progress import Progress, StageLog
-from lora_rlhf.runs.record import Record, sha256
+from lora_rlhf.runs.record import Record
 
 from .checkpoint_callback import CheckpointCallback
 from .resumable_trainer import Resumable

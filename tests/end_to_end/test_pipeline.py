@@ -16,8 +16,9 @@ from lora_rlhf.algorithms.ppo import ppo_trainer
 from lora_rlhf.errors import DataError, GateError, RecipeError, SetupError, UsageError
 from lora_rlhf.recipe.loader import load_recipe
 from lora_rlhf.reports.doctor import doctor, findings
+from lora_rlhf.runs.disk import sha256
 from lora_rlhf.runs.progress import Progress
-from lora_rlhf.runs.record import Record, sha256
+from lora_rlhf.runs.record import Record
 from lora_rlhf.serving import loaded_run
 from lora_rlhf.training.reward import reward_stage
 

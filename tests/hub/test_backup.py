@@ -22,7 +22,8 @@ from lora_rlhf.hub import backup, repository, snapshot
 from lora_rlhf.recipe.loader import parse_recipe
 from lora_rlhf.runs import checkpoint
 from lora_rlhf.runs.checkpoint import PARTS, TRAINER_STATE
-from lora_rlhf.runs.record import Record, sha256
+from lora_rlhf.runs.disk import sha256
+from lora_rlhf.runs.record import Record
 from lora_rlhf.training import checkpoint_callback
 
 pytestmark = pytest.mark.hub

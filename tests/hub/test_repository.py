@@ -26,7 +26,8 @@ from lora_rlhf.hub import repository, staging
 from lora_rlhf.models.base_model import BaseModel
 from lora_rlhf.recipe.loader import parse_recipe
 from lora_rlhf.recipe.schema import LoraSection, ModelSection
-from lora_rlhf.runs.record import Record, sha256
+from lora_rlhf.runs.disk import sha256
+from lora_rlhf.runs.record import Record
 
 pytestmark = pytest.mark.hub
 

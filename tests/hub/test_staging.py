@@ -12,7 +12,8 @@ from hub_run import make_finished
 
 from lora_rlhf.errors import HubError, UsageError
 from lora_rlhf.hub import staging
-from lora_rlhf.runs.record import Record, sha256
+from lora_rlhf.runs.disk import sha256
+from lora_rlhf.runs.record import Record
 
 
 @pytest.fixture(scope="module")

@@ -16,14 +16,15 @@ from safetensors.torch import load_file
 
 from lora_rlhf import pipeline
 from lora_rlhf.errors import BusyError, CheckpointError
-from lora_rlhf.runs import checkpoint
+from lora_rlhf.runs import checkpoint, run_lock, tensor_tree
 from lora_rlhf.runs.checkpoint import PARTS, TRAINER_STATE
+from lora_rlhf.runs.disk import sha256
 from lora_rlhf.runs.progress import Progress
-from lora_rlhf.runs.record import Record, sha256
+from lora_rlhf.runs.record import Record
 from lora_rlhf.training import checkpoint_callback
 
 
-@checkpoint.checkpointable_tuple
+@tensor_tree.checkpointable_tuple
 class Pair(NamedTuple):
     left: torch.Tensor
     right: int
@@ -49,8 +50,8 @@ def test_what_goes_in_comes_out_with_its_bits():
         "f": torch.tensor([1.5], dtype=torch.bfloat16),
     }
     tensors: dict[str, torch.Tensor] = {}
-    text = json.dumps(checkpoint.pack(data, tensors))
-    back = checkpoint.unpack(json.loads(text), tensors)
+    text = json.dumps(tensor_tree.pack(data, tensors))
+    back = tensor_tree.unpack(json.loads(text), tensors)
 
     def same(x, y):
         if isinstance(x, torch.Tensor):
@@ -74,7 +75,7 @@ def test_what_goes_in_comes_out_with_its_bits():
 
     same(data, back)
     with pytest.raises(TypeError, match="cannot hold set"):
-        checkpoint.pack({"a": {1}}, {})
+        tensor_tree.pack({"a": {1}}, {})
 
 
 def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path: Path):
@@ -316,7 +317,7 @@ def test_a_log_that_lost_lines_is_no_log_to_go_on_with(half: Path, tmp_path: Pat
 
 def die_in_write(parent: Path, at: int, share: float) -> None:
     """Write checkpoint 2; the n-th file is written in part, then the process is killed."""
-    real, count = checkpoint._write_synced, [0]
+    real, count = checkpoint.write_synced, [0]
 
     def write(path: Path, content: bytes) -> None:
         count[0] += 1
@@ -325,7 +326,7 @@ def die_in_write(parent: Path, at: int, share: float) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         real(path, content)
 
-    checkpoint._write_synced = write
+    checkpoint.write_synced = write
     if at > 10:  # after the last file: before the rename
         checkpoint.sync = lambda path: os.kill(os.getpid(), signal.SIGKILL)
     put(parent, 2)
@@ -348,7 +349,7 @@ def test_killed_at_22_offsets_of_a_write(tmp_path: Path, at: int, share: float):
 
 
 def hold(folder: Path, told: int) -> None:
-    with checkpoint.locked(folder):
+    with run_lock.locked(folder):
         os.write(told, b".")
         signal.pause()
 
@@ -362,5 +363,5 @@ def test_two_runs_in_one_directory(tmp_path: Path, half: Path):
     assert caught.value.exit_code == 4 and not list((tmp_path / "run").iterdir())
     os.kill(child, signal.SIGKILL)  # a killed process leaves no lock behind
     assert killed.wait(child) == -signal.SIGKILL
-    with checkpoint.locked(tmp_path / "run"):
+    with run_lock.locked(tmp_path / "run"):
         pass

@@ -51,9 +51,9 @@ def test_a_full_disk_keeps_the_old_ones(small_disk: Path):
 
 
 def test_room_for_two_is_looked_for_first(small_disk: Path):
-    checkpoint.room(small_disk, {"x": torch.ones(60_000)})
+    checkpoint.check_room(small_disk, {"x": torch.ones(60_000)})
     with pytest.raises(DiskError, match="two checkpoints take 0.8 MB"):
-        checkpoint.room(small_disk, {"x": torch.ones(100_000)})
+        checkpoint.check_room(small_disk, {"x": torch.ones(100_000)})
 
 
 def run(asked, out: Path, told: Path) -> int:
@@ -73,7 +73,7 @@ def test_a_run_on_a_full_disk_ends_in_one_error_and_goes_on_with_room(
 ):
     """With everything on it; found out by looking first, or by a write that fails."""
     if not looks:
-        monkeypatch.setattr(checkpoint, "room", lambda *_: None)
+        monkeypatch.setattr(checkpoint, "check_room", lambda *_: None)
     killed.write(tmp_path)
     asked = killed.recipe(tmp_path)
     told = tmp_path / "told"

@@ -16,8 +16,9 @@ from lora_rlhf.errors import DataError, RecipeError
 from lora_rlhf.models import adapters, fused_layers
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.recipe.schema import Recipe
+from lora_rlhf.runs.disk import sha256
 from lora_rlhf.runs.progress import Progress, StageLog
-from lora_rlhf.runs.record import Record, sha256
+from lora_rlhf.runs.record import Record
 from lora_rlhf.training.checkpoint_callback import CheckpointCallback, Result
 from lora_rlhf.training.reward import ensemble
 from lora_rlhf.training.trl_config import PPOConfig, build, complaints, effective, trainer_args

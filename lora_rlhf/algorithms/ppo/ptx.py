@@ -17,7 +17,7 @@ from lora_rlhf.algorithms.objectives import masked_sum
 from lora_rlhf.models import scoring
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.models.base_model import pad_left
-from lora_rlhf.runs.checkpoint import checkpointable_tuple
+from lora_rlhf.runs.tensor_tree import checkpointable_tuple
 
 
 @checkpointable_tuple

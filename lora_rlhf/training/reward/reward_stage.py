@@ -21,8 +21,9 @@ from lora_rlhf.models import adapters, scoring
 from lora_rlhf.models.backbone import MEMBERS, Backbone
 from lora_rlhf.models.scoring import Episode
 from lora_rlhf.recipe.schema import Recipe
+from lora_rlhf.runs.disk import sha256
 from lora_rlhf.runs.progress import Progress, StageLog
-from lora_rlhf.runs.record import Record, sha256
+from lora_rlhf.runs.record import Record
 from lora_rlhf.training.checkpoint_callback import CheckpointCallback
 from lora_rlhf.training.trl_config import build, check_finite, complaints, effective, trainer_args
 

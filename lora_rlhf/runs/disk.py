@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files on disk: synced and atomic writes, hashes, and the error for a disk that takes no more."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+from lora_rlhf.errors import DiskError
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    write_synced(temporary, text.encode())
+    temporary.replace(path)
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file and flush it to the disk."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk; Windows cannot flush folders."""
+    if os.name == "posix" and path.exists():
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def no_room(folder: Path, error: Exception) -> DiskError:
+    """The one-line error for a disk that is full or may not be written."""
+    free = shutil.disk_usage(folder).free if folder.exists() else 0
+    return DiskError(
+        f"cannot write to {folder}: {getattr(error, 'strerror', None) or error} "
+        f"({free / 1e6:.1f} MB free)",
+        expected="room for two checkpoints",
+        remedy="make room, then run the same command to continue from the last checkpoint",
+    )
