@@ -22,11 +22,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import small
+from data_sources import TEMPLATE, make_tokenizer
+from full_recipe import EVERY_KEY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save
-from test_dataset_builder import TEMPLATE, make_tokenizer
-from test_loader import EVERY_KEY
 
 from lora_rlhf.data import dataset_builder
 from lora_rlhf.errors import LoraRlhfError, RecipeError

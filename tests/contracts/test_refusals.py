@@ -8,7 +8,7 @@ from pathlib import Path
 
 import killed
 import pytest
-from test_checkpoint import die_after_save, flip
+from damage import flip_bit
 
 from lora_rlhf import pipeline
 from lora_rlhf.errors import CheckpointError, UsageError
@@ -20,7 +20,7 @@ def half(tmp_path_factory) -> Path:
     """A run that was killed in the middle of PPO."""
     folder = tmp_path_factory.mktemp("refused")
     killed.write(folder)
-    child = killed.start(die_after_save, killed.recipe(folder), folder / "run", "ppo", 6)
+    child = killed.start(killed.die_after_save, killed.recipe(folder), folder / "run", "ppo", 6)
     assert killed.wait(child) == -signal.SIGKILL
     return folder / "run"
 
@@ -104,7 +104,7 @@ def test_a_warm_start_keeps_the_adapters_and_says_so(half: Path, out: Path, brok
     change = "ppo.args.learning_rate=1e-4"
     if broken:  # what an exact resume needs is gone, the adapters are whole
         for folder in (out / "checkpoints" / "ppo").glob("step-*"):
-            flip(folder / "optimizer.safetensors")
+            flip_bit(folder / "optimizer.safetensors")
     record = pipeline.run(killed.recipe(half.parent, change), out, until="ppo", warm_start=True)
     assert record.done("ppo") and [line["step"] for line in record.metrics("ppo")] == [1, 2, 3]
     note = record.data["warm_starts"]["ppo"]
@@ -119,7 +119,7 @@ def test_a_warm_start_needs_something_to_start_from(half: Path, out: Path, tmp_p
     with pytest.raises(UsageError, match="learning_rate.*sft, which is done"):
         pipeline.run(killed.recipe(half.parent, "sft.args.learning_rate=1"), out, warm_start=True)
     for folder in (out / "checkpoints" / "ppo").glob("step-*"):
-        flip(folder / "roles.safetensors")
+        flip_bit(folder / "roles.safetensors")
     with pytest.raises(CheckpointError, match="no checkpoint holds its adapters whole"):
         pipeline.run(killed.recipe(half.parent), out, until="ppo", warm_start=True)
     tampered(out, base="another")

@@ -12,7 +12,7 @@ import json
 import broken_runs
 import pytest
 import small
-from test_dataset_builder import (
+from data_sources import (
     PAIRS,
     PREFS,
     TEMPLATE,

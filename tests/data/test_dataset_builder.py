@@ -9,40 +9,23 @@ import subprocess
 import sys
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from data_sources import (
+    PAIRS,
+    PREFS,
+    SPECIAL,
+    TEMPLATE,
+    all_rows,
+    answer,
+    jsonl,
+    make_tokenizer,
+    recipe,
+    removed,
+    user,
+)
 
 from lora_rlhf.data import dataset_builder
 from lora_rlhf.data.closed_world import checkers, generator
 from lora_rlhf.errors import DataError, TokenizerError
-from lora_rlhf.recipe.schema import Recipe
-
-TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-
-
-def make_tokenizer(template=TEMPLATE):
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    core.train_from_iterator(
-        ["user assistant what is a plan for the day? human"] * 4,
-        trainers.BpeTrainer(
-            vocab_size=320,
-            special_tokens=SPECIAL,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token=SPECIAL[0], eos_token=SPECIAL[2]
-    )
-    tokenizer.add_special_tokens({"additional_special_tokens": [SPECIAL[1]]})
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 class Words:
@@ -65,45 +48,6 @@ def chat():
 @pytest.fixture(scope="module")
 def plain():
     return make_tokenizer(None)
-
-
-def recipe(seed=0, **sets):
-    sets.setdefault("max_lost", 1.0)
-    limits = ("held_out", "max_tokens", "max_prompt_tokens", "max_lost")
-    limits = {k: sets.pop(k) for k in limits if k in sets}
-    sources = {
-        name: [s if isinstance(s, dict) else {"path": str(s)} for s in given]
-        for name, given in ((n, g if isinstance(g, list) else [g]) for n, g in sets.items())
-    }
-    return Recipe.model_validate(
-        {"name": "t", "seed": seed, "model": {"id": "tiny"}, "data": {**sources, **limits}}
-    )
-
-
-def jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def user(text):
-    return [{"role": "user", "content": text}]
-
-
-def answer(text):
-    return [{"role": "assistant", "content": text}]
-
-
-def all_rows(prepared):
-    return [*prepared.train, *prepared.held_out]
-
-
-def removed(prepared, reason):
-    counts = prepared.report["counts"][reason]
-    return counts["before"] - counts["after"]
-
-
-PAIRS = [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(60)]
-PREFS = [{"prompt": f"q{i}", "chosen": f"good{i}", "rejected": f"bad{i}"} for i in range(60)]
 
 
 # --- files -------------------------------------------------------------------------------------

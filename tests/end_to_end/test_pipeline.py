@@ -9,29 +9,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from reduced_run import REDUCED, recipe
 
 import lora_rlhf
-from lora_rlhf import pipeline, preflight, tiny
+from lora_rlhf import pipeline, preflight
 from lora_rlhf.algorithms.ppo import ppo_trainer
 from lora_rlhf.errors import DataError, GateError, RecipeError, SetupError, UsageError
-from lora_rlhf.recipe.loader import load_recipe
 from lora_rlhf.reports.doctor import doctor, findings
 from lora_rlhf.runs.disk import sha256
 from lora_rlhf.runs.progress import Progress
 from lora_rlhf.runs.record import Record
 from lora_rlhf.serving import loaded_run
 from lora_rlhf.training.reward import reward_stage
-
-REDUCED = [
-    "data.demonstrations.0.n=40", "data.comparisons.0.n=24", "data.comparisons.0.completions=3",
-    "data.prompts.0.n=60", "evaluate.n=12", "data.evaluate.0.n=12", "reward.gate=warn",
-    "sft.args.num_train_epochs=1", "ppo.updates=3", "ppo.args.per_device_train_batch_size=4",
-    "ppo.args.steps_per_generation=2", "ppo.args.max_completion_length=24",
-]  # fmt: skip
-
-
-def recipe(*more: str):
-    return load_recipe(tiny.recipe(), [*REDUCED, *more])
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,11 @@ from pathlib import Path
 import killed
 import pytest
 import torch
+from damage import flip_bit
 from hub_server import HubServer, turn_to
 from huggingface_hub import constants
+from recording import RecordingProgress
 from small import base_folder
-from test_checkpoint import Said, flip
 
 from lora_rlhf import pipeline
 from lora_rlhf.errors import HubError
@@ -93,7 +94,7 @@ def test_a_machine_that_is_lost_is_replaced_by_another(server, tmp_path, capfd, 
     for name, content in sent.items():
         assert str(tmp_path).encode() not in content, name
     shutil.rmtree(first / "run")
-    said = Said()
+    said = RecordingProgress()
     capfd.readouterr()
     pipeline.run(killed.recipe(second, SHORT, *SETS), second / "run", until=stage, progress=said)
     assert "LFS" not in capfd.readouterr().err, "a bar across the line of the stage"
@@ -112,7 +113,7 @@ def test_a_hub_that_fails_changes_nothing_and_is_told_once(server, tmp_path, no_
     killed.write(tmp_path)
     pipeline.run(killed.recipe(tmp_path, SHORT), tmp_path / "whole", until="sft")
     server.fail_next("POST", "/commit/", 500, times=10_000)
-    said, asked = Said(), killed.recipe(tmp_path, SHORT, *SETS)
+    said, asked = RecordingProgress(), killed.recipe(tmp_path, SHORT, *SETS)
     pipeline.run(asked, tmp_path / "run", until="sft", progress=said)
     assert killed.bits(tmp_path / "run") == killed.bits(tmp_path / "whole")
     counts = Record.read(tmp_path / "run").data["clock"]["backup"]
@@ -160,8 +161,8 @@ def step(record: Record, number: int) -> None:
     )
 
 
-def send(recipe, record: Record, said: Said | None = None) -> Said:
-    said = said or Said()
+def send(recipe, record: Record, said: RecordingProgress | None = None) -> RecordingProgress:
+    said = said or RecordingProgress()
     remote = backup.prepare(recipe, record.folder, said)
     with backup.kept(remote, recipe, record, said):
         record.on_saved(False)
@@ -170,7 +171,7 @@ def send(recipe, record: Record, said: Said | None = None) -> Said:
 
 def fetch(recipe, out: Path) -> Record:
     out.mkdir(exist_ok=True)
-    assert backup.prepare(recipe, out, Said()) is not None
+    assert backup.prepare(recipe, out, RecordingProgress()) is not None
     return Record.open(out, recipe)
 
 
@@ -231,7 +232,7 @@ def test_passing_faults_of_an_upload(
     server, tmp_path, no_pauses, impatient, method, path, status, times
 ):
     recipe = asked(tmp_path / "data")
-    record, said = little(tmp_path / "run", recipe), Said()
+    record, said = little(tmp_path / "run", recipe), RecordingProgress()
     remote = backup.prepare(recipe, record.folder, said)
     server.fail_next(method, path, status, times=times)
     started = time.monotonic()
@@ -279,7 +280,7 @@ def test_the_weights_of_a_finished_stage_go_once(server, tmp_path):
 
 def test_a_run_is_not_kept_waiting_and_sends_at_most_so_often(server, tmp_path, no_pauses):
     recipe = asked(tmp_path / "data", "checkpoint.hub_minutes=60")
-    record, said = little(tmp_path / "run", recipe), Said()
+    record, said = little(tmp_path / "run", recipe), RecordingProgress()
     with backup.kept(backup.prepare(recipe, record.folder, said), recipe, record, said):
         for number in (4, 5, 6):
             step(record, number)
@@ -300,7 +301,7 @@ def test_another_run_is_never_written_over(server, tmp_path):
     other.data["clock"]["started"] = "2020-01-01T00:00:00+00:00"
     other.save()
     with pytest.raises(HubError, match="checkpoints of another run: little, seed 0, started") as e:
-        backup.prepare(recipe, other.folder, Said())
+        backup.prepare(recipe, other.folder, RecordingProgress())
     assert "another checkpoint.hub" in e.value.remedy
     assert len(server.repos["acme/kept"].commits) == 2
 
@@ -311,7 +312,7 @@ def test_a_run_of_another_recipe_is_not_gone_on_with(server, tmp_path):
     out = tmp_path / "other"
     out.mkdir()
     with pytest.raises(HubError, match="acme/kept holds a run of another recipe:\n.*seed: 0 -> 1"):
-        backup.prepare(asked(tmp_path / "data", "seed=1"), out, Said())
+        backup.prepare(asked(tmp_path / "data", "seed=1"), out, RecordingProgress())
     assert not any(out.iterdir())
 
 
@@ -326,21 +327,21 @@ def test_what_was_changed_there_is_named_and_not_used(server, tmp_path, name, go
     send(recipe, little(tmp_path / "run", recipe))
     commit = server.repos["acme/kept"].commits[-1]
     (tmp_path / "file").write_bytes(commit.tree[name].data)
-    flip(tmp_path / "file")
+    flip_bit(tmp_path / "file")
     blob = commit.tree.pop(name)
     if not gone:
         commit.tree[name] = blob._replace(data=(tmp_path / "file").read_bytes())
     out = tmp_path / "other"
     out.mkdir()
     with pytest.raises(HubError, match=f"{name} is not as it was sent"):
-        backup.prepare(recipe, out, Said())
+        backup.prepare(recipe, out, RecordingProgress())
     assert not any(out.iterdir())
 
 
 def test_a_broken_checkpoint_is_not_sent(server, tmp_path):
     recipe = asked(tmp_path / "data")
     record = little(tmp_path / "run", recipe)
-    flip(record.checkpoints("reward") / "step-00000003" / "roles.safetensors")
+    flip_bit(record.checkpoints("reward") / "step-00000003" / "roles.safetensors")
     assert "roles.safetensors has another sha256" in send(recipe, record).lines[0]
     assert "acme/kept" not in server.repos
 
@@ -354,7 +355,7 @@ def test_an_index_that_leads_outside(server, tmp_path):
     tree["backup.json"] = tree["backup.json"]._replace(data=json.dumps(index).encode())
     (tmp_path / "other").mkdir()
     with pytest.raises(HubError, match=r"it names \.\./outside"):
-        backup.prepare(recipe, tmp_path / "other", Said())
+        backup.prepare(recipe, tmp_path / "other", RecordingProgress())
 
 
 @pytest.mark.parametrize(
@@ -377,7 +378,7 @@ def test_what_cannot_be_kept_is_told_before_training(
 
 def test_offline_trains_and_says_so(server, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    said = Said()
+    said = RecordingProgress()
     assert backup.prepare(asked(tmp_path / "data"), tmp_path / "run", said) is None
     assert "neither come from nor go to acme/kept" in said.lines[0] and not server.requests
 
@@ -428,7 +429,7 @@ def test_killed_in_a_fetch_it_is_fetched_again(server, tmp_path, at):
             return real(self, target)
 
         Path.replace = replace
-        backup.prepare(recipe, out, Said())
+        backup.prepare(recipe, out, RecordingProgress())
 
     out = tmp_path / "other"
     out.mkdir()
@@ -456,7 +457,7 @@ def test_an_older_copy_of_the_run_does_not_replace_what_is_there(server, tmp_pat
         "acme/kept is ahead of .*there sft done, reward at step 7; here sft done, reward at step 3"
     )
     with pytest.raises(HubError, match=match) as caught:
-        backup.prepare(recipe, laptop.folder, Said())
+        backup.prepare(recipe, laptop.folder, RecordingProgress())
     assert caught.value.exit_code == 4 and server.repos["acme/kept"].sha == before
     assert "another --out" in caught.value.remedy and "delete the repo" in caught.value.remedy
     step(laptop, 8)  # as far, or further: it goes on
@@ -478,7 +479,7 @@ def test_a_finished_stage_is_further_than_any_step_before_it(tmp_path):
 
 def test_a_session_thought_dead_stops_sending_and_says_so_once(server, tmp_path, no_pauses):
     recipe = asked(tmp_path / "data")
-    record, said = little(tmp_path / "run", recipe), Said()
+    record, said = little(tmp_path / "run", recipe), RecordingProgress()
     remote = backup.prepare(recipe, record.folder, said)
     with backup.kept(remote, recipe, record, said):
         record.on_saved(True)
@@ -509,7 +510,7 @@ def test_a_commit_between_the_look_and_the_upload_is_seen(
     other = fetch(recipe, tmp_path / "other")
     step(other, 7)
     step(record, 5)
-    said, real, seen = Said(), backup._Sender._ours, []
+    said, real, seen = RecordingProgress(), backup._Sender._ours, []
 
     def ours(self, newest):
         real(self, newest)
@@ -573,7 +574,7 @@ def test_the_copy_lies_on_the_disk_of_the_run_and_is_no_part_of_it(server, tmp_p
     assert not [name for name in record.data["files"] if "backup" in name]
     assert "adapters/sft/adapter_model.safetensors" in record.data["files"]
     (record.folder / "backup.tmp" / "adapters").mkdir(parents=True)  # a second signal
-    backup.prepare(recipe, record.folder, Said())
+    backup.prepare(recipe, record.folder, RecordingProgress())
     assert not (record.folder / "backup.tmp").exists()
 
 

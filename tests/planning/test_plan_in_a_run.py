@@ -4,8 +4,8 @@
 from pathlib import Path
 
 import pytest
-from test_checkpoint import Said
-from test_pipeline import recipe
+from recording import RecordingProgress
+from reduced_run import recipe
 
 from lora_rlhf import pipeline, tiny
 from lora_rlhf.errors import BaseModelError
@@ -15,7 +15,7 @@ from lora_rlhf.runs.record import Record
 
 
 def test_a_run_tells_its_plan_at_the_start_and_its_peak_at_the_end(tmp_path: Path):
-    said = Said()
+    said = RecordingProgress()
     record = pipeline.run(
         recipe("sft.args.max_steps=1"), tmp_path / "run", until="sft", progress=said
     )
@@ -36,7 +36,7 @@ def test_a_plan_that_cannot_be_made_keeps_no_run_from_starting(monkeypatch: pyte
 
 def test_a_plan_that_cannot_be_made_is_told_once_the_base_is_there(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_fit, "find_config", lambda *_: 1 / 0)
-    said = Said()
+    said = RecordingProgress()
     pipeline.run(recipe(), tmp_path / "run", until="sft", progress=said)
     assert [line for line in said.lines if line.startswith("plan: ")] == [
         "plan: none (ZeroDivisionError: division by zero)"
@@ -46,7 +46,7 @@ def test_a_plan_that_cannot_be_made_is_told_once_the_base_is_there(tmp_path, mon
 @pytest.mark.parametrize("there_is_none", ["./nothing", "nobody/nothing"])
 def test_a_base_that_is_not_there_is_told_once(tmp_path, there_is_none):
     """By the error of loading it, which says what to do; not by the plan before that as well."""
-    said = Said()
+    said = RecordingProgress()
     with pytest.raises(BaseModelError, match=r"nothing(.*\n)+.*check model.id"):
         pipeline.run(recipe(f"model.id={there_is_none}"), tmp_path / "run", progress=said)
     assert said.lines == []

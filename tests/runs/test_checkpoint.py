@@ -12,6 +12,8 @@ from typing import NamedTuple
 import killed
 import pytest
 import torch
+from damage import flip_bit
+from recording import RecordingProgress
 from safetensors.torch import load_file
 
 from lora_rlhf import pipeline
@@ -19,7 +21,6 @@ from lora_rlhf.errors import BusyError, CheckpointError
 from lora_rlhf.runs import checkpoint, run_lock, tensor_tree
 from lora_rlhf.runs.checkpoint import PARTS, TRAINER_STATE
 from lora_rlhf.runs.disk import sha256
-from lora_rlhf.runs.progress import Progress
 from lora_rlhf.runs.record import Record
 from lora_rlhf.training import checkpoint_callback
 
@@ -101,12 +102,6 @@ def test_the_newest_complete_one_is_used_and_only_so_many_are_kept(tmp_path: Pat
 # --- damaged ones (faults 3 and 4) ---------------------------------------------------------------
 
 
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
@@ -118,7 +113,7 @@ def unlink(path: Path) -> None:
 @pytest.mark.parametrize("name", [f"{p}.{s}" for p in PARTS for s in ("json", "safetensors")])
 @pytest.mark.parametrize(
     ("harm", "why"),
-    [(flip, "has another sha256"), (truncate, "bytes, not"), (unlink, "it lacks")],
+    [(flip_bit, "has another sha256"), (truncate, "bytes, not"), (unlink, "it lacks")],
 )
 def test_every_damaged_file_is_named_and_never_loaded(tmp_path: Path, name: str, harm, why: str):
     put(tmp_path, 1)
@@ -162,38 +157,17 @@ def half(tmp_path_factory) -> Path:
     """A run that was killed in the middle of a rollout of PPO."""
     folder = tmp_path_factory.mktemp("half")
     killed.write(folder)
-    child = killed.start(die_after_save, killed.recipe(folder), folder / "run", "ppo", 6)
+    child = killed.start(killed.die_after_save, killed.recipe(folder), folder / "run", "ppo", 6)
     assert killed.wait(child) == -signal.SIGKILL
     return folder / "run"
 
 
-def die_after_save(asked, out: Path, name: str, step: int) -> None:
-    real = checkpoint_callback.CheckpointCallback.save
-
-    def save(self, trainer, notes=None):
-        real(self, trainer, notes)
-        if self.name == name and trainer.state.global_step == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    checkpoint_callback.CheckpointCallback.save = save
-    pipeline.run(asked, out, until="ppo")
-
-
-class Said(Progress):
-    def __init__(self) -> None:
-        super().__init__(quiet=True)
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
-
-
-def again(half: Path, out: Path, *sets: str, harm=None) -> Said:
+def again(half: Path, out: Path, *sets: str, harm=None) -> RecordingProgress:
     """Go on with a copy of the killed run, as far as the first step of PPO."""
     shutil.copytree(half, out)
     if harm is not None:
         harm(out / "checkpoints" / "ppo")
-    said = Said()
+    said = RecordingProgress()
     pipeline.run(killed.recipe(half.parent, *sets), out, until="ppo", progress=said)
     return said
 
@@ -236,7 +210,7 @@ def test_finished_updates_are_not_done_again(half: Path, gone_on):
 
 def test_an_older_one_is_used_where_the_newest_is_broken(half: Path, gone_on, tmp_path: Path):
     said = again(
-        half, tmp_path / "a", harm=lambda p: flip(p / "step-00000006" / "optimizer.safetensors")
+        half, tmp_path / "a", harm=lambda p: flip_bit(p / "step-00000006" / "optimizer.safetensors")
     )
     told = [line for line in said.lines if "is not used" in line]
     assert told == [

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import killed
 import pytest
 import torch
+from recording import RecordingProgress
 from safetensors.torch import load_file
-from test_checkpoint import Said
 
 from lora_rlhf import pipeline
 from lora_rlhf.models import base_model
@@ -81,7 +81,7 @@ def test_a_t4_trains_in_float16_with_float32_adapters(gpus, tmp_path):
     """All stages that train; the numbers are those of a CPU that is told it has a T4."""
     gpus(1, (7, 5))
     killed.write(tmp_path)
-    said = Said()
+    said = RecordingProgress()
     recipe = killed.recipe(tmp_path, *LITTLE)
     record = pipeline.run(recipe, tmp_path / "run", until="ppo", progress=said)
     note = "the GPU (compute capability 7.5) has no bfloat16"
@@ -102,7 +102,7 @@ def test_an_apple_gpu_is_left_alone(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.mps, "empty_cache", lambda: None)  # accelerate's, and harmless there
     killed.write(tmp_path)
-    said, recipe = Said(), killed.recipe(tmp_path, *LITTLE)
+    said, recipe = RecordingProgress(), killed.recipe(tmp_path, *LITTLE)
     config = sft.arguments(recipe, Record(tmp_path, {"stages": {}}))
     assert config.device.type == "cpu"
     record = pipeline.run(recipe, tmp_path / "run", until="sft", progress=said)

@@ -19,6 +19,7 @@ from lora_rlhf import pipeline
 from lora_rlhf.planning import gpu_fit
 from lora_rlhf.recipe.loader import parse_recipe
 from lora_rlhf.runs.record import Record
+from lora_rlhf.training import checkpoint_callback
 
 SETS = [
     "checkpoint.every_steps=1", "checkpoint.every_minutes=null", "threads=1",
@@ -94,6 +95,19 @@ def kill(asked, out: Path, until: str, after: float) -> bool:
     time.sleep(after)
     os.kill(child, signal.SIGKILL)
     return wait(child) == -signal.SIGKILL
+
+
+def die_after_save(asked, out: Path, name: str, step: int) -> None:
+    """Run PPO, and kill this process when the stage `name` has saved its checkpoint of `step`."""
+    real = checkpoint_callback.CheckpointCallback.save
+
+    def save(self, trainer, notes=None):
+        real(self, trainer, notes)
+        if self.name == name and trainer.state.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint_callback.CheckpointCallback.save = save
+    pipeline.run(asked, out, until="ppo")
 
 
 def bits(folder: Path) -> dict[str, object]:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from card_run import estimate, make_run
 from peft import PeftModel
+from reward_run import DEMONSTRATIONS, last_word, prepared, recipe, run
 from small import EPISODES, backbone, batch, nudge
-from test_reward_stage import DEMONSTRATIONS, last_word, prepared, recipe, run
 from transformers import AutoModelForSequenceClassification
 
 from lora_rlhf.errors import AdapterError
