@@ -112,8 +112,8 @@ def _run(
     source = reuse.check(start_from, recipe, out) if start_from is not None else None
     remote = backup.prepare(recipe, Path(out), progress, warm_start=warm_start)
     record = Record.open(out, recipe, warm_start=warm_start)
-    if source is not None and (taken := reuse.take_over(source, record)):
-        progress.say(f"taken over from {source.folder}: {', '.join(taken)}")
+    if source is not None and (taken := reuse.copy_stages(source, record)):
+        progress.say(f"copied from {source.folder}: {', '.join(taken)}")
     if until == "card":
         for note in repository.preflight(
             recipe, record

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The metrics of an evaluation: names as the record has them, unit and denominator."""
+"""Names of evaluation metrics in the record, with unit and denominator."""
 
 from __future__ import annotations
 
@@ -29,6 +29,5 @@ METRICS = {
 }
 """Every metric with its unit and denominator, in the order of tables."""
 
-
 DIFFERENCES = ("gold_reward_minus_sft",)
-"""Metrics of which a small one matters as much as a large one."""
+"""Metrics whose small values matter as much as large ones."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The run directory and its record: the one source of cards, reports and plots.
+"""The run directory and its record, the only source of cards, reports and plots.
 
 recipe.yaml      as resolved, secrets masked
-record.json      what was done; all that differs between two equal runs is under `clock`
+record.json      results and versions; all that differs between two equal runs is under `clock`
 metrics.jsonl    one line per logged step: {"stage", "step", ..., "clock": {...}}
 samples.jsonl    completions of base, SFT and policy (or best of n) on the held-out prompts
 adapters/ROLE/   a plain PEFT folder with its card as README.md and its check.json
@@ -42,18 +42,19 @@ from lora_rlhf.runtime.paths import reject_escaping_links
 from .disk import sha256, write_atomically
 
 SCHEMA = 1
-"""Of `record.json`: what this version writes and reads."""
+"""Of `record.json`."""
 
 _PARTS = ("model", "lora", "data", "stages", "evaluation", "files", "clock")
 """Keys of the record that hold a mapping."""
 
 COPY = "backup.tmp"
-"""Folder in a run directory while a moment of it is sent to the Hub; no part of the run."""
+"""Folder in a run directory while a snapshot is sent to the Hub; not part of the run."""
+
 BEGINNINGS = {"recipe.yaml", "recipe.yaml.tmp", "record.json.tmp"}
-"""Names of files in a run that was killed before it had a record: it begins again."""
+"""Files of a run that was killed before it had a record; it starts again."""
 
 _REWRITTEN = ("README.md", "recipe.yaml")
-"""Names of files that may be written anew in a sealed run: cards, and keys that are free."""
+"""Files that may be rewritten in a sealed run: cards, and the recipe's free keys."""
 
 
 class Record:
@@ -67,19 +68,21 @@ class Record:
     def __init__(self, folder: str | Path, data: dict[str, Any]) -> None:
         self.folder, self.data = Path(folder), data
         self.warm_start = False
-        self.on_done: Callable[[], None] = lambda: None  # before a stage is noted as done
-        self.on_saved: Callable[[bool], None] = lambda whole_stage: None  # more to go on from
+        self.on_done: Callable[[], None] = lambda: None  # before a stage is marked as done
+        self.on_saved: Callable[[bool], None] = lambda whole_stage: (
+            None
+        )  # after one, or a checkpoint
 
     @classmethod
     def open(cls, folder: str | Path, recipe: Recipe, *, warm_start: bool = False) -> Record:
-        """The record of a new run, or of an earlier run of the same recipe, to be continued.
+        """Start a new run, or continue an earlier run of the same recipe.
 
         Args:
-            warm_start: What only a stage that has begun reads may differ: it begins again.
+            warm_start: Let keys differ that only an interrupted stage reads: it is restarted.
 
         Raises:
             UsageError: The folder holds a run of another recipe, or files that are no run; there
-                is no stage to start again.
+                is no stage to restart.
             SetupError: The folder cannot be written.
         """
         folder = Path(folder)
@@ -87,19 +90,19 @@ class Record:
         if (folder / "record.json").exists():
             record = cls.read(folder)
             record.warm_start = warm_start
-            record._accept(recipe)
+            record._check_recipe(recipe)
             record.data |= {"recipe_sha256": digest, "algorithm": recipe.algorithm}
             for other in ALGORITHMS.keys() - {recipe.algorithm}:  # interrupted, then another chosen
                 record.data["stages"].pop(other, None)
-                record.restart_metrics(other)
-                record.drop_checkpoints(other)
-            record._keep_recipe(recipe, text)
+                record.truncate_log(other)
+                record._drop_checkpoints(other)
+            record._update_recipe(recipe, text)
             return record
         if folder.exists() and (
             not folder.is_dir() or {p.name for p in folder.iterdir()} - BEGINNINGS
         ):
             raise UsageError(
-                f"{folder} exists and is not a run", remedy="give an --out that is empty or new"
+                f"{folder} exists and is not a run", remedy="give an empty or new --out"
             )
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -112,11 +115,11 @@ class Record:
         record.save()
         return record
 
-    def _accept(self, recipe: Recipe) -> None:
-        """Go on only with a recipe under which every finished stage would have been the same.
+    def _check_recipe(self, recipe: Recipe) -> None:
+        """Refuse a recipe under which a finished stage would have been different.
 
         Raises:
-            UsageError: With a table of the keys that differ and are no longer free to change.
+            UsageError: With a table of the keys that may no longer change.
         """
         before = self.recipe()
         wrong = [
@@ -128,35 +131,35 @@ class Record:
         ]
         if self.warm_start and not any(map(self.in_flight, stage_names(before.algorithm))):
             raise UsageError(
-                f"{self.folder} has no stage that was interrupted and left a checkpoint",
+                f"{self.folder} has no interrupted stage with a checkpoint",
                 remedy="leave --warm-start out",
             )
         if wrong:
             raise UsageError(
                 f"{self.folder} holds a run of another recipe:\n" + "\n".join(wrong),
-                expected="a change only of what stages to come read, or of " + ", ".join(FREE),
-                remedy="give another --out; `--warm-start` begins an interrupted stage anew",
+                expected="changes only to what later stages read, or to " + ", ".join(FREE),
+                remedy="give another --out; `--warm-start` restarts an interrupted stage",
             )
 
-    def _keep_recipe(self, recipe: Recipe, text: str) -> None:
-        """Write down a recipe whose free keys changed; cards and seal are then to be made again."""
+    def _update_recipe(self, recipe: Recipe, text: str) -> None:
+        """Store a recipe whose free keys changed; its cards and seal have to be made again."""
         path, model = self.folder / "recipe.yaml", self.data["model"]
         if path.read_text(encoding="utf-8") == text:
             return
         if model and recipe.model.hub_id and recipe.model.hub_id != model.get("hub_id"):
             model["hub_id"] = recipe.model.hub_id
-            model.pop("hub_revision", None)  # it is a commit of the other repository
-        # In this order: cut off between the two, the card stage runs once more and no harm is done.
+            model.pop("hub_revision", None)  # a commit of the other repository
+        # In this order: if killed between the two, the card stage only runs once more.
         self.data["stages"].pop("card", None)
         self.save()
         write_atomically(path, text)
 
     @classmethod
     def read(cls, folder: str | Path) -> Record:
-        """The record of a finished or interrupted run.
+        """Read the record of a finished or interrupted run.
 
         Raises:
-            UsageError: The folder is no run, a link leads out of it, or its record cannot be read.
+            UsageError: The folder is no run, a link leads out of it, or its record is damaged.
         """
         reject_escaping_links(Path(folder), UsageError)
         path = Path(folder) / "record.json"
@@ -173,16 +176,16 @@ class Record:
         if wrong := _misshapen(data):
             raise UsageError(
                 f"{path} is no record of a run: {wrong}",
-                expected=f"record.json as a run of schema {SCHEMA} writes it",
-                remedy="put the file back as it was, or run the recipe into a new --out",
+                expected=f"record.json of schema {SCHEMA}",
+                remedy="restore the file, or run the recipe into a new --out",
             )
         return cls(folder, data)
 
     def recipe(self) -> Recipe:
-        """The recipe of this run, as it was resolved.
+        """Read the resolved recipe of this run.
 
         Raises:
-            UsageError: It is not there or cannot be read.
+            UsageError: It is missing or cannot be read.
         """
         path = self.folder / "recipe.yaml"
         try:
@@ -191,64 +194,62 @@ class Record:
             raise UsageError(
                 f"{path} cannot be read: {getattr(error, 'strerror', None) or error}",
                 expected="the recipe as the run wrote it",
-                remedy="put the file back as it was",
+                remedy="restore the file",
             ) from None
         return parse_recipe(text, str(path))
 
     @property
     def algorithm(self) -> str:
-        """What makes, or made, this run's policy."""
+        """The algorithm of this run's policy stage."""
         stages = self.data["stages"]
         return self.data.get("algorithm") or next((a for a in ALGORITHMS if a in stages), "ppo")
 
     def save(self) -> None:
-        """Write `record.json` at once and whole, or not at all."""
+        """Write `record.json`, whole or not at all."""
         text = json.dumps(safe(finite(self.data)), indent=1)
         write_atomically(self.folder / "record.json", text + "\n")
 
     def done(self, stage: str) -> bool:
-        """Whether `stage` has been finished in this run; the last one, once the run is sealed."""
+        """Whether `stage` is finished; `card` is, once the run is sealed."""
         done = self.data["stages"].get(stage, {}).get("status") == "done"
         return bool(done and (stage != "card" or self.data["files"]))
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[dict[str, Any]]:
-        """Run a stage: the yielded dict becomes `stages.NAME`; status and time are kept.
+        """Run a stage: the yielded dict becomes `stages.NAME`, with status and time.
 
-        An exception leaves the status `interrupted` with no result, so the stage runs again; an
-        error of errors.py is kept with it as `error`. `versions` are those of packages that are no
-        longer what the run started with.
+        An exception leaves the status `interrupted` and no result, so that the stage runs again; an
+        error of errors.py is kept as `error`. `versions` holds packages that have changed since the
+        run started.
         """
         started, entry = time.perf_counter(), {}  # type: tuple[float, dict[str, Any]]
         self.data["stages"][name] = {"status": "interrupted"}
         if name != "card":
-            self.data["files"] = {}  # what follows is not what was sealed
+            self.data["files"] = {}  # no longer sealed
         self.save()
         try:
             yield entry
         except LoraRlhfError as error:
-            told = {"type": type(error).__name__, "message": str(error)}
-            self.data["stages"][name]["error"] = told
+            self.data["stages"][name]["error"] = {
+                "type": type(error).__name__,
+                "message": str(error),
+            }
             self.save()
             raise
         if other := changed_versions(self.data["versions"], versions()):
             entry["versions"] = other
         clock, seconds = self.data["clock"], time.perf_counter() - started
         for training in [t for t in clock.get("before", {}) if stage_of(t) == name]:
-            seconds += clock["before"].pop(training)  # spent in processes that were stopped
+            seconds += clock["before"].pop(training)  # of interrupted processes
         self.on_done()
         self.data["stages"][name] = {"status": "done", **entry}
         clock["stages"][name] = {"seconds": round(seconds, 3)}
         self.save()
-        self.drop_checkpoints(name)
+        self._drop_checkpoints(name)
         self.on_saved(True)
 
-    def restart_metrics(self, stage: str) -> None:
-        """Forget what an interrupted try of `stage` logged: it starts from its beginning."""
-        self.keep_lines(stage, 0)
-
-    def keep_lines(self, stage: str, count: int) -> bool:
-        """Forget what `stage` logged after its first `count` lines; False where it has fewer."""
+    def truncate_log(self, stage: str, count: int = 0) -> bool:
+        """Drop what `stage` logged after its first `count` lines; False if it has fewer."""
         path, kept, seen = self.folder / "metrics.jsonl", [], 0
         if not path.exists():
             return count == 0
@@ -266,12 +267,11 @@ class Record:
         return self.folder / "checkpoints" / training
 
     def in_flight(self, stage: str) -> bool:
-        """Whether `stage` has begun, and left a checkpoint to go on from."""
-        found = self.checkpoints("").glob("*/step-*/manifest.json")
-        return not self.done(stage) and any(stage_of(p.parts[-3]) == stage for p in found)
+        """Whether `stage` was interrupted and left a checkpoint."""
+        manifests = self.checkpoints("").glob("*/step-*/manifest.json")
+        return not self.done(stage) and any(stage_of(p.parts[-3]) == stage for p in manifests)
 
-    def drop_checkpoints(self, stage: str) -> None:
-        """Delete those of a stage, which is done or begins anew."""
+    def _drop_checkpoints(self, stage: str) -> None:
         for path in self.checkpoints("").glob("*"):
             if stage_of(path.name) == stage:
                 shutil.rmtree(path, ignore_errors=True)
@@ -297,57 +297,57 @@ class Record:
     def _logged(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """The lines of `metrics.jsonl` as text and as data.
 
-        A last line without an end is one that a killed process did not finish: it is left out.
+        A last line without an end was not finished by a killed process, and is left out.
         """
         path = self.folder / "metrics.jsonl"
         text = path.read_bytes().decode(errors="replace") if path.exists() else ""
         *whole, _ = text.split("\n")
         for number, line in enumerate(whole, start=1):
             try:
-                found = json.loads(line)
-                if not isinstance(found["stage"], str) or not isinstance(found["step"], int):
+                data = json.loads(line)
+                if not isinstance(data["stage"], str) or not isinstance(data["step"], int):
                     raise TypeError("stage and step are text and a number")
             except (ValueError, KeyError, TypeError) as error:
                 raise UsageError(
-                    f"this is no line of the log ({error})",
+                    f"not a line of the log ({error})",
                     where=f"{path}:{number}",
                     expected='a JSON object with "stage" and "step"',
-                    remedy="take the line out, or put the file back as it was",
+                    remedy="remove the line, or restore the file",
                 ) from None
-            yield line + "\n", found
+            yield line + "\n", data
 
     def adapter(self, role: str) -> Path:
         """The folder of a role's adapter: sft, reward, policy or value."""
         return self.folder / "adapters" / role
 
     def finish(self) -> None:
-        """Note that all stages are done; cards are drawn after this, from the final clock."""
+        """Mark the run as finished; cards are made after this, from the final clock."""
         self.data["clock"]["finished"] = _now()
         self.save()
 
     def seal(self) -> None:
-        """Note the sha256 of every file of the run but the record and pictures, which may vary.
+        """Record the sha256 of every file of the run, except the record and pictures.
 
-        What was sealed before keeps its hash, but for cards and recipe: to write a card again does
-        not vouch for weights that were changed since. The log holds times, so its hash is under
-        `clock`.
+        A file that was sealed before keeps its hash, except cards and recipe: writing a card again
+        does not vouch for weights that have changed since. The log holds times, so its hash is
+        under `clock`.
         """
-        before, found = self.data["files"], {}
+        before, files = self.data["files"], {}
         tops = [p for p in self.folder.iterdir() if p.name not in ("checkpoints", COPY)]
         for path in sorted(p for top in tops for p in (top, *top.rglob("*")) if p.is_file()):
             name = path.relative_to(self.folder).as_posix()
             if path.suffix not in (".png", ".tmp") and name not in ("record.json", "metrics.jsonl"):
                 known = None if path.name in _REWRITTEN else before.get(name)
-                found[name] = known or sha256(path)
+                files[name] = known or sha256(path)
         log, clock = self.folder / "metrics.jsonl", self.data["clock"]
         if log.exists() and not (before and "metrics_sha256" in clock):
             clock["metrics_sha256"] = sha256(log)
-        self.data["files"] = found
+        self.data["files"] = files
         self.save()
 
 
 def finite(value: Any) -> Any:
-    """The same data with NaN and infinities as text, since JSON has no word for them."""
+    """Plain data with NaN and infinities as text, which JSON cannot hold as numbers."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
@@ -384,7 +384,7 @@ def _new(recipe: Recipe, digest: str) -> dict[str, Any]:
 
 
 def _misshapen(data: Any) -> str:
-    """What of a parsed `record.json` is not as a run writes it; empty where all is."""
+    """The first fault in the shape of a parsed `record.json`; empty if there is none."""
     if not isinstance(data, dict):
         return f"it holds a {type(data).__name__}"
     if data.get("schema") != SCHEMA:

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finished stages of one run, taken over by another: `lora-rlhf run RECIPE --out B --from A`.
+"""Finished stages copied from another run: `lora-rlhf run RECIPE --out B --from A`.
 
-SFT and the reward model are the dear part that runs of several algorithms (or settings) have in
-common. They are taken over only where every recipe key that they read is equal, so that run B ends
-with the same bits as it would without run A.
+SFT and the reward model are the expensive part that runs with other algorithms (or settings) share.
+They are copied only if every recipe key that they read is equal, so that run B ends with the same
+bits as it would without run A.
 """
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 from lora_rlhf.errors import AdapterError, UsageError
 from lora_rlhf.recipe.schema import Recipe
@@ -26,80 +25,88 @@ _DATA = {"sft": ("demonstrations",), "reward": ("comparisons", "comparisons_held
 
 
 def check(source: str | Path, recipe: Recipe, out: str | Path) -> Record:
-    """The record of run A, where a new run of `recipe` in `out` may take over its stages.
+    """Read the record of run A, from which a new run of `recipe` in `out` may copy stages.
 
     Raises:
         UsageError: A is no run or has no finished stage, a key that its stages read differs, or
             `out` holds a run that did not start from A.
     """
-    found = Record.read(source)
-    if not found.done("sft"):
+    other = Record.read(source)
+    if not other.done("sft"):
         raise UsageError(f"{source} has no finished stage to start from", remedy="leave --from out")
     if (Path(out) / "record.json").exists():
-        there = Record.read(out).data["stages"].get("sft", {})
-        if there.get("adapter_sha256") != found.data["stages"]["sft"]["adapter_sha256"]:
+        sft = Record.read(out).data["stages"].get("sft", {})
+        if sft.get("adapter_sha256") != other.data["stages"]["sft"]["adapter_sha256"]:
             raise UsageError(
                 f"{out} holds a run that did not start from {source}",
-                remedy="give another --out, or leave --from out to go on with it",
+                remedy="give another --out, or leave --from out to continue it",
             )
     wrong = [
         f"  {key}: {was!r} -> {now!r} (read by {stage})"
-        for key, was, now in differences(found.recipe(), recipe)
+        for key, was, now in differences(other.recipe(), recipe)
         if key != "name"
         and (stage := first_reader(key, recipe.algorithm)) in _SHARED
-        and found.done(str(stage))
+        and other.done(str(stage))
     ]
     if wrong:
         raise UsageError(
-            f"{source} cannot be started from, its stages read other values:\n" + "\n".join(wrong),
+            f"cannot start from {source}: its stages read other values:\n" + "\n".join(wrong),
             expected="a recipe that differs only in what later stages read",
             remedy="leave --from out, or give those keys the values of that run",
         )
-    return found
+    return other
 
 
-def take_over(found: Record, record: Record) -> list[str]:
-    """Copy the finished SFT and reward stages of `found` into the new run; returns their names.
+def copy_stages(other: Record, record: Record) -> list[str]:
+    """Copy the finished SFT and reward stages of another run into a new one.
 
     Adapters, entries, data reports, log lines and times come along; `stages.STAGE.from_run` names
     the run and the sha256 of its record, and no folder of this machine.
 
+    Returns:
+        The names of the copied stages.
+
     Raises:
-        AdapterError: An adapter of run A is not the one that its record speaks of.
+        AdapterError: An adapter of the other run does not match its record.
     """
-    taken = [s for s in _SHARED if found.done(s) and not record.done(s) and _has_adapter(found, s)]
-    for stage in taken:
-        _check_weights(found, stage)
-    origin = {"name": found.data["name"], "record_sha256": sha256(found.folder / "record.json")}
-    lines = found.metrics()
-    for stage in taken:
-        for folder in _adapters(found, stage):
+    stages = {  # a reward stage with nothing to do (gold, no comparisons) left no adapter
+        s: other.data["stages"][s]
+        for s in _SHARED
+        if other.done(s) and not record.done(s) and "adapter_sha256" in other.data["stages"][s]
+    }
+    for stage, entry in stages.items():
+        path = other.adapter(stage) / "adapter_model.safetensors"
+        if not path.is_file() or sha256(path) != entry["adapter_sha256"]:
+            raise AdapterError(
+                f"{path} does not match the record of that run",
+                expected=f"sha256 {entry['adapter_sha256']}",
+                remedy="was the folder changed? Leave --from out to train the stage again",
+            )
+    origin = {"name": other.data["name"], "record_sha256": sha256(other.folder / "record.json")}
+    lines = other.metrics()
+    for stage, entry in stages.items():
+        for folder in _adapters(other, stage):
             target = record.adapter(folder.name)
             shutil.rmtree(target, ignore_errors=True)
-            # The card of run A is not the card of run B, which is written at its end.
+            # Without the card: that of the new run is written at its end.
             shutil.copytree(folder, target, ignore=shutil.ignore_patterns("README.md"))
         for name in _DATA[stage]:
-            if name in found.data["data"]:
-                record.data["data"][name] = found.data["data"][name]
+            if name in other.data["data"]:
+                record.data["data"][name] = other.data["data"][name]
         for line in lines:
             if _logged_by(stage, line["stage"]):
                 metrics = {k: v for k, v in line.items() if k not in ("stage", "step", "clock")}
                 record.log(line["stage"], line["step"], metrics, line.get("clock"))
-        entry = {k: v for k, v in found.data["stages"][stage].items() if k != "from_run"}
-        made_with = {**found.data["versions"], **entry.pop("versions", {})}
-        if other := changed_versions(record.data["versions"], made_with):
-            entry["versions"] = other
+        made_with = {**other.data["versions"], **entry.get("versions", {})}
+        entry = {k: v for k, v in entry.items() if k not in ("from_run", "versions")}
+        if changed := changed_versions(record.data["versions"], made_with):
+            entry["versions"] = changed
         record.data["stages"][stage] = {**entry, "from_run": origin}
-        if stage in found.data["clock"]["stages"]:
-            record.data["clock"]["stages"][stage] = found.data["clock"]["stages"][stage]
-    record.data["lora"] = record.data["lora"] or found.data["lora"]
+        if stage in other.data["clock"]["stages"]:
+            record.data["clock"]["stages"][stage] = other.data["clock"]["stages"][stage]
+    record.data["lora"] = record.data["lora"] or other.data["lora"]
     record.save()
-    return taken
-
-
-def _has_adapter(found: Record, stage: str) -> bool:
-    """A reward stage that had nothing to do (gold, no comparisons) left nothing to take over."""
-    return "adapter_sha256" in found.data["stages"][stage]
+    return list(stages)
 
 
 def _logged_by(stage: str, name: str) -> bool:
@@ -109,19 +116,9 @@ def _logged_by(stage: str, name: str) -> bool:
     return name != "sft" and name not in ALGORITHMS
 
 
-def _adapters(found: Record, stage: str) -> list[Path]:
+def _adapters(other: Record, stage: str) -> list[Path]:
     """The folders that the stage left: adapters/sft, or those of all reward models."""
-    later = {"sft", "policy", "value"}
-    folders = [p for p in sorted((found.folder / "adapters").iterdir()) if p.is_dir()]
-    return [p for p in folders if (p.name == "sft" if stage == "sft" else p.name not in later)]
-
-
-def _check_weights(found: Record, stage: str) -> None:
-    path = found.adapter(stage) / "adapter_model.safetensors"
-    entry: dict[str, Any] = found.data["stages"][stage]
-    if not path.is_file() or sha256(path) != entry["adapter_sha256"]:
-        raise AdapterError(
-            f"{path} is not the adapter that the record of that run speaks of",
-            expected=f"sha256 {entry['adapter_sha256']}",
-            remedy="was the folder changed? Leave --from out to train the stage again",
-        )
+    folders = [p for p in sorted((other.folder / "adapters").iterdir()) if p.is_dir()]
+    if stage == "sft":
+        return [p for p in folders if p.name == "sft"]
+    return [p for p in folders if p.name not in ("sft", "policy", "value")]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`samples.jsonl`: what each model answered to each held-out prompt, read back for tables."""
+"""Read `samples.jsonl`: the answer of each model to each held-out prompt."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .record import Record
 
 
 def prompt_text(prompt: str | list[dict[str, Any]]) -> str:
-    """A prompt to be read by people: the text itself, or one line per message with its role."""
+    """Format a prompt for people: the text itself, or one line per message with its role."""
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1:
@@ -19,7 +19,7 @@ def prompt_text(prompt: str | list[dict[str, Any]]) -> str:
 
 
 def read(record: Record) -> dict[int, dict[str, dict[str, Any]]]:
-    """Index of the prompt -> model -> its line of `samples.jsonl`; empty where there is none."""
+    """Index of the prompt -> model -> its line; empty if there are no samples."""
     path = record.folder / "samples.jsonl"
     by_prompt: dict[int, dict[str, dict[str, Any]]] = {}
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
@@ -29,13 +29,13 @@ def read(record: Record) -> dict[int, dict[str, dict[str, Any]]]:
 
 
 def sample_table(record: Record, count: int, model: str | None = None) -> list[dict[str, Any]]:
-    """Rows for a table of samples: half the worst answers of `model`, then the first prompts.
+    """Choose rows for a table of samples: half the worst answers of `model`, then the first prompts.
 
-    Neither half can be picked for its looks. `model` is by default the last one evaluated.
+    Neither half can be cherry-picked. `model` is by default the last one evaluated.
 
     Returns:
         Dicts with `why` ("worst" or "first"), `index`, `prompt` and `answers` (model -> its line
-        of `samples.jsonl`); empty where the run has no samples of `model`.
+        of `samples.jsonl`); empty if the run has no samples of `model`.
     """
     by_prompt = read(record)
     models = list(dict.fromkeys(name for answers in by_prompt.values() for name in answers))

@@ -99,12 +99,12 @@ class CheckpointCallback(TrainerCallback):
         self.found, skipped = checkpoint.newest(self.folder)
         for name, why in skipped:
             self.progress.say(f"{self.name}: checkpoint {name} is not used: {why}")
-        if self.found is not None and not self.record.keep_lines(
+        if self.found is not None and not self.record.truncate_log(
             self.name, self.found.notes["lines"]
         ):
             raise checkpoint.lacking(self.found.folder, "metrics.jsonl has fewer lines than then")
         if self.found is None:
-            self.record.restart_metrics(self.name)
+            self.record.truncate_log(self.name)
         else:
             self._check_same(self.found)
             self._spent = float(self.found.notes["seconds"])
@@ -134,7 +134,7 @@ class CheckpointCallback(TrainerCallback):
         Raises:
             CheckpointError: No checkpoint has them.
         """
-        self.record.restart_metrics(self.name)
+        self.record.truncate_log(self.name)
         self._old = checkpoint.folders(self.folder)
         if not self._old:
             return  # another role of the stage: it has not begun

@@ -124,5 +124,5 @@ def test_a_warm_start_needs_something_to_start_from(half: Path, out: Path, tmp_p
         pipeline.run(killed.recipe(half.parent), out, until="ppo", warm_start=True)
     tampered(out, base="another")
     shutil.rmtree(out / "checkpoints")
-    with pytest.raises(UsageError, match="no stage that was interrupted"):
+    with pytest.raises(UsageError, match="no interrupted stage with a checkpoint"):
         pipeline.run(killed.recipe(half.parent), out, until="ppo", warm_start=True)

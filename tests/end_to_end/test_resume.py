@@ -99,13 +99,13 @@ def test_killed_at_twenty_moments(runs: Runs, stage: str, tmp_path: Path):
 
 def test_killed_between_a_stage_and_what_is_said_of_it(runs: Runs, tmp_path: Path, monkeypatch):
     """The record's `lora` counts the value, which nothing loads again once PPO is done."""
-    out, real = runs.copy("ppo", tmp_path / "run"), Record.drop_checkpoints
+    out, real = runs.copy("ppo", tmp_path / "run"), Record._drop_checkpoints
 
     def die(self, stage):
         real(self, stage)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(Record, "drop_checkpoints", die)
+    monkeypatch.setattr(Record, "_drop_checkpoints", die)
     asked = runs.recipe("ppo")
     assert killed.wait(killed.start(killed.go, asked, out, "ppo")) == -signal.SIGKILL
     monkeypatch.undo()

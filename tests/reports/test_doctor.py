@@ -282,7 +282,7 @@ def test_a_wide_interval_is_no_sign_that_length_was_the_gain(evaluated, tmp_path
 
 def logged(evaluated, folder, lines, stage="ppo"):
     record = edited(evaluated, folder)
-    record.restart_metrics(stage)
+    record.truncate_log(stage)
     for step, line in enumerate(lines):
         record.log(stage, step, line)
     return record

@@ -72,7 +72,7 @@ def test_metrics_of_an_interrupted_try_are_forgotten(tmp_path):
     record = Record.open(tmp_path / "run", recipe())
     record.log("sft", 1, {"loss": 1.0})
     record.log("ppo", 1, {"loss": 2.0})
-    record.restart_metrics("ppo")
+    record.truncate_log("ppo")
     assert [line["stage"] for line in record.metrics()] == ["sft"]
 
 
@@ -129,7 +129,7 @@ def test_a_last_line_that_was_cut_off_is_left_out(tmp_path):
     log = tmp_path / "run" / "metrics.jsonl"
     log.write_text(log.read_text() + '{"stage": "ppo", "st')
     assert [line["stage"] for line in record.metrics()] == ["sft"]
-    record.restart_metrics("ppo")
+    record.truncate_log("ppo")
     record.log("ppo", 1, {"loss": 2.0})
     assert [line["stage"] for line in record.metrics()] == ["sft", "ppo"]
 
@@ -140,7 +140,7 @@ def test_any_other_bad_line_is_told_with_its_number(tmp_path, bad):
     record.log("sft", 1, {})
     log = tmp_path / "run" / "metrics.jsonl"
     log.write_text(log.read_text() + bad + "\n" + log.read_text())
-    with pytest.raises(UsageError, match=r"metrics\.jsonl:2: this is no line of the log"):
+    with pytest.raises(UsageError, match=r"metrics\.jsonl:2: not a line of the log"):
         record.metrics()
 
 
