@@ -29,7 +29,7 @@ def read(record: Record) -> dict[int, dict[str, dict[str, Any]]]:
 
 
 def sample_table(record: Record, count: int, model: str | None = None) -> list[dict[str, Any]]:
-    """Choose rows for a table of samples: half the worst answers of `model`, then the first prompts.
+    """Choose samples for a table: half the worst answers of `model`, then the first prompts.
 
     Neither half can be cherry-picked. `model` is by default the last one evaluated.
 
