@@ -3,11 +3,22 @@
 
 import ast
 import re
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
+from source_tree import (
+    SourceTree,
+    climbing_imports,
+    code_in_inits,
+    repeated_stems,
+    rings,
+    room,
+    unusual_imports,
+)
 
 from lora_rlhf.recipe import schema as recipe_sections
 
@@ -38,91 +49,9 @@ opens on all of them, and none of them imports it.
 WITHOUT_TORCH = ("reports", "hub", "recipe", "cli", "errors", "estimates", "redaction")
 """Rooms that import no torch, transformers or TRL when they are loaded."""
 
-FILES = {
-    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
-    for path in sorted(PACKAGE.rglob("*.py"))
-}
-ENTRANCE = "__init__"
-MODULES = [name for name in FILES if name != ENTRANCE]
-TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
-NODES = {name: list(ast.walk(tree)) for name, tree in TREES.items()}
-FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-
-
-def room(name: str) -> str:
-    return name.split(".")[0]
-
-
-def module_of(dotted_name: str) -> str:
-    """The module that `lora_rlhf.a.b.name` is or lives in."""
-    rest = dotted_name.split(".")[1:]
-    while rest and ".".join(rest) not in FILES:
-        rest = rest[:-1]
-    return ".".join(rest) or ENTRANCE
-
-
-def string_imports(node: ast.AST) -> Iterator[str]:
-    """Our modules that a string names, as in `importlib.import_module("lora_rlhf.pipeline")`.
-
-    Formatted strings count by what their call sites give: `shell.room("pipeline")`.
-    """
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        if re.fullmatch(r"lora_rlhf(\.[a-z_0-9]+)+", node.value):
-            yield node.value
-    elif isinstance(node, ast.Call) and dotted(node.func).endswith("shell.room"):
-        yield f"lora_rlhf.{ast.literal_eval(node.args[0])}"
-
-
-def own_imports(name: str, *, at_load: bool = False) -> Iterator[str]:
-    """The modules of this package that `name` imports.
-
-    Args:
-        at_load: Only those imported when the module is loaded, not inside functions.
-    """
-    package = name.split(".") if FILES[name].name == "__init__.py" else name.split(".")[:-1]
-    for node in loaded_nodes(name) if at_load else NODES[name]:
-        if isinstance(node, ast.Import):
-            targets = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            start = ["lora_rlhf", *package[: len(package) + 1 - node.level]] if node.level else []
-            stem = ".".join([*start, *([node.module] if node.module else [])])
-            targets = [f"{stem}.{alias.name}" for alias in node.names]
-        else:
-            targets = list(string_imports(node))
-        for target in targets:
-            if target.split(".")[0] == "lora_rlhf":
-                yield module_of(target)
-
-
-def loaded_nodes(name: str) -> Iterator[ast.AST]:
-    """Nodes that run when the module is loaded: outside functions and `if TYPE_CHECKING`."""
-    waiting: list[ast.AST] = [TREES[name]]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            continue
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            continue
-        yield node
-        waiting += ast.iter_child_nodes(node)
-
-
-def outside_imports(name: str, *, at_load: bool = False) -> Iterator[tuple[str, str]]:
-    """(library module, imported name) of everything that `name` imports from elsewhere."""
-    for node in loaded_nodes(name) if at_load else NODES[name]:
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, "") for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            yield from ((node.module or "", alias.name) for alias in node.names)
-
-
-def importers(library: str) -> set[str]:
-    return {
-        name
-        for name in FILES
-        for module, _ in outside_imports(name)
-        if module.split(".")[0] == library
-    }
+TREE = SourceTree.read(PACKAGE)
+FILES = {name: PACKAGE / path for name, path in TREE.paths.items()}
+FLOOR = {name: number for number, rooms in enumerate(FLOORS) for name in rooms}
 
 
 def dotted(node: ast.expr) -> str:
@@ -133,81 +62,35 @@ def dotted(node: ast.expr) -> str:
     return f"{stem}.{node.attr}" if stem else ""
 
 
+# ------------------------------------------------------------------------- the imports
+
+
 def test_every_module_is_in_a_room():
-    assert {room(name) for name in MODULES} == set(FLOOR)
+    assert {room(name) for name in TREE.modules} == set(FLOOR)
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_imports_go_to_lower_floors_only(name):
-    for other in set(own_imports(name)):
-        assert other != ENTRANCE, f"{name} imports the package's public entrance"
-        if room(other) != room(name):
-            assert FLOOR[room(other)] < FLOOR[room(name)], f"{name} imports {other}"
+def test_imports_go_to_lower_floors_only():
+    assert climbing_imports(TREE, FLOORS) == []
 
 
 def test_no_ring_of_modules():
-    edges = {name: sorted(set(own_imports(name)) - {name}) for name in MODULES}
-    done: set[str] = set()
-
-    def visit(name: str, path: tuple[str, ...]) -> None:
-        assert name not in path, f"a ring of imports: {' > '.join([*path, name])}"
-        if name not in done:
-            for other in edges[name]:
-                visit(other, (*path, name))
-            done.add(name)
-
-    for name in edges:
-        visit(name, ())
+    assert rings(TREE) == []
 
 
 def test_imports_are_relative_inside_a_folder_and_absolute_elsewhere():
-    for name in MODULES:
-        for node in NODES[name]:
-            if not isinstance(node, ast.ImportFrom):
-                continue
-            if not node.level and (node.module or "").split(".")[0] == "lora_rlhf":
-                ours = [module_of(f"{node.module}.{alias.name}") for alias in node.names]
-                here = FILES[name].parent
-                inside = [o for o in ours if FILES[o].parent == here != PACKAGE]
-                assert not inside, f"{name} imports {inside} of its own folder absolutely"
-            elif node.level:
-                assert node.level == 1, f"{name}: a relative import leaves the folder"
+    assert unusual_imports(TREE) == []
 
 
 def test_file_stems_are_unique():
-    stems = [path.stem for path in FILES.values() if path.name != "__init__.py"]
-    assert sorted(stems) == sorted(set(stems))
+    assert repeated_stems(TREE) == []
 
 
 def test_the_init_of_a_room_holds_one_docstring():
-    for name, path in FILES.items():
-        if path.name == "__init__.py" and name not in (ENTRANCE, "tiny"):
-            assert len(TREES[name].body) == 1 and ast.get_docstring(TREES[name]), name
+    assert code_in_inits(TREE) == ["tiny"]
 
 
-def test_no_torch_where_none_is_needed():
-    heavy = {"torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes"}
-    loads: dict[str, set[str]] = {}
-
-    def loaded(name: str) -> set[str]:
-        if name not in loads:
-            loads[name] = set()
-            found = {
-                module.split(".")[0] for module, _ in outside_imports(name, at_load=True)
-            } & heavy
-            for other in own_imports(name, at_load=True):
-                found |= loaded(other)
-            loads[name] = found
-        return loads[name]
-
-    assert loaded("models.backbone") >= {"torch", "transformers"}
-    for name in MODULES:
-        if room(name) in WITHOUT_TORCH:
-            assert not loaded(name), f"{name} loads {loaded(name)}"
-
-
-def test_the_check_of_imports_sees_something():
-    edges = {(name, other) for name in MODULES for other in own_imports(name)}
+def test_the_real_imports_are_seen():
+    edges = {(name, other) for name in TREE.modules for other in TREE.imports(name)}
     assert {
         ("cli.app", "errors"),
         ("cli.app", "pipeline"),  # by a string
@@ -215,6 +98,120 @@ def test_the_check_of_imports_sees_something():
         ("models.base_model", "tiny"),
     } <= edges
     assert len(edges) > 300
+
+
+def house(changes: Mapping[str, str] | None = None) -> SourceTree:
+    """A little package that breaks no rule, with these files changed or added."""
+    files = {
+        "__init__.py": "",
+        "errors.py": "",
+        "models/__init__.py": '"""Models."""',
+        "models/views.py": "from lora_rlhf import errors",
+        "models/backbone.py": "from . import views",
+        "runs/__init__.py": '"""Runs."""',
+        "runs/record.py": "from lora_rlhf.errors import RecipeError",
+        "runs/cards/__init__.py": '"""Cards."""',
+        "runs/cards/text.py": "from lora_rlhf.runs.record import Record",
+        "cli.py": "def open(name): importlib.import_module(f'lora_rlhf.{name}')",
+        "shell.py": "import torch; from lora_rlhf import models; open('models.views')",
+    }
+    return SourceTree(files | (changes or {}))
+
+
+LITTLE_FLOORS = [("errors",), ("models", "runs"), ("cli",), ("shell",)]
+
+
+def test_the_little_package_breaks_no_rule():
+    tree = house()
+    assert climbing_imports(tree, LITTLE_FLOORS) == rings(tree) == unusual_imports(tree) == []
+    assert repeated_stems(tree) == code_in_inits(tree) == []
+    assert tree.imports("shell") == {"models", "models.views"}
+
+
+@pytest.mark.parametrize(
+    ("where", "line"),
+    [
+        ("models/views.py", "from lora_rlhf.runs import record"),
+        ("models/views.py", "from lora_rlhf.runs.record import Record"),
+        ("models/views.py", "import lora_rlhf.runs.record"),
+        ("models/views.py", "def f():\n    from lora_rlhf.runs import record"),
+        ("models/views.py", "if TYPE_CHECKING:\n    from lora_rlhf.runs.record import Record"),
+        ("models/views.py", "from ..runs import record"),
+        ("models/views.py", "from .. import cli"),
+        ("models/views.py", "importlib.import_module('lora_rlhf.runs.record')"),
+        ("models/views.py", "importlib.import_module('..runs.record', __package__)"),
+        ("models/views.py", "patch('lora_rlhf.runs.record.Record.read')"),
+        ("models/views.py", "HOME = 'lora_rlhf.runs.record:Record'"),
+        ("models/views.py", "cli.open('runs.record')"),
+        ("models/views.py", "import lora_rlhf"),
+        ("models/views.py", "from lora_rlhf import Record"),
+        ("errors.py", "from .models import views"),
+        ("errors.py", "def f(): return import_module('lora_rlhf.cli')"),
+    ],
+)
+def test_an_import_that_climbs_is_seen(where, line):
+    assert climbing_imports(house({where: line}), LITTLE_FLOORS)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["from . import backbone", "from .backbone import Backbone", "import lora_rlhf.models.backbone",
+     "def f():\n    from .backbone import Backbone",
+     "importlib.import_module('lora_rlhf.models.backbone')", "import_module('.backbone', 'x')",
+     "NAME = 'lora_rlhf.models.backbone.Backbone'", "cli.open('models.backbone')"],
+)  # fmt: skip
+def test_a_ring_is_seen(line):
+    assert rings(house({"models/views.py": line})) == [
+        "models.views > models.backbone > models.views"
+    ]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["from lora_rlhf.models import backbone", "from lora_rlhf.models.backbone import Backbone",
+     "import lora_rlhf.models.backbone", "from .. import errors", "from ..errors import Problem"],
+)  # fmt: skip
+def test_an_import_in_the_other_style_is_seen(line):
+    assert len(unusual_imports(house({"models/views.py": line}))) == 1
+
+
+def test_a_repeated_stem_is_seen():
+    assert repeated_stems(house({"runs/views.py": ""})) == ["views"]
+    assert repeated_stems(house({"runs/cards/models.py": ""})) == ["models"]
+
+
+@pytest.mark.parametrize("text", ['"""Runs."""\nX = 1', '"""Runs."""\nfrom . import record', ""])
+@pytest.mark.parametrize("folder", ["runs", "runs/cards"])
+def test_an_init_without_just_a_docstring_is_seen(folder, text):
+    tree = house({f"{folder}/__init__.py": text})
+    assert code_in_inits(tree) == [folder.replace("/", ".")]
+
+
+LOADER = """
+import importlib, sys
+heavy = {"torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes"}
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+    if loaded := sorted(heavy & {*sys.modules}):
+        sys.exit(f"{name} loads {', '.join(loaded)}")
+"""
+
+
+def what_loads_torch(*modules: str, path: Path = ROOT) -> str:
+    """The first of these modules that loads a heavy library, in a fresh interpreter."""
+    done = subprocess.run(
+        [sys.executable, "-c", LOADER, *modules], capture_output=True, text=True, cwd=path
+    )
+    return done.stderr.strip()
+
+
+def test_no_torch_where_none_is_needed(tmp_path):
+    light = [f"lora_rlhf.{name}" for name in TREE.modules if room(name) in WITHOUT_TORCH]
+    assert what_loads_torch(*light) == ""
+    (tmp_path / "torch.py").touch()
+    (tmp_path / "indirect.py").write_text("import direct")
+    (tmp_path / "direct.py").write_text("import torch")
+    assert what_loads_torch("json", "indirect", path=tmp_path) == "indirect loads torch"
 
 
 def test_every_room_is_in_the_map_and_has_a_readme():
@@ -232,7 +229,7 @@ def test_every_room_is_in_the_map_and_has_a_readme():
 
 @pytest.mark.parametrize("name", FILES)
 def test_functions_stay_short(name):
-    for function in NODES[name]:
+    for function in TREE.nodes[name]:
         if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         length = (function.end_lineno or 0) - function.lineno + 1
@@ -245,7 +242,7 @@ def test_only_tables_of_data_are_formatted_by_hand(name):
     skipped = {number for number, line in enumerate(lines, 1) if "# fmt:" in line}
     tables = {
         node.end_lineno
-        for node in NODES[name]
+        for node in TREE.nodes[name]
         if isinstance(node, ast.Assign | ast.AnnAssign)
         and isinstance(node.value, ast.Dict | ast.Tuple | ast.List | ast.Set)
     }
@@ -256,19 +253,19 @@ def test_only_tables_of_data_are_formatted_by_hand(name):
 def test_every_file_names_its_licence_and_purpose(name):
     first = FILES[name].read_text(encoding="utf-8").split("\n", 1)[0]
     assert first == "# SPDX-License-Identifier: Apache-2.0"
-    assert ast.get_docstring(TREES[name])
+    assert ast.get_docstring(TREE.trees[name])
 
 
 def test_one_door_per_library():
-    assert importers("trl") == {"_trl"}
-    assert importers("peft") <= {
+    assert TREE.importers("trl") == {"_trl"}
+    assert TREE.importers("peft") <= {
         "models.base_model",
         "models.views",
         "models.backbone",
         "models.fused_layers",
     }
-    assert importers("typer") <= {"cli.shell", "cli.app"}
-    assert importers("matplotlib") == {"reports.plots"}
+    assert TREE.importers("typer") <= {"cli.shell", "cli.app"}
+    assert TREE.importers("matplotlib") == {"reports.plots"}
 
 
 def test_only_the_hub_module_talks_to_the_hub():
@@ -279,12 +276,14 @@ def test_only_the_hub_module_talks_to_the_hub():
         "hub.backup": {"utils"},  # none of them across a stage's line
     }
     for name in set(FILES) - {"hub.repository"}:
-        found = {n for module, n in outside_imports(name) if module.startswith("huggingface_hub")}
+        found = {
+            n for module, n in TREE.outside_imports(name) if module.startswith("huggingface_hub")
+        }
         assert found <= allowed.get(name, set()), name
-        calls = {node.attr for node in NODES[name] if isinstance(node, ast.Attribute)}
+        calls = {node.attr for node in TREE.nodes[name] if isinstance(node, ast.Attribute)}
         assert not calls & {"push_to_hub", "upload_folder", "create_repo", "create_commit"}, name
     for library in ("requests", "httpx", "urllib", "aiohttp", "socket", "http"):
-        assert not importers(library), library
+        assert not TREE.importers(library), library
 
 
 PICKLES = ("pickle", "cPickle", "_pickle", "cloudpickle", "joblib", "dill", "marshal", "shelve")
@@ -341,7 +340,7 @@ def dangers(tree: ast.AST) -> list[str]:
 
 @pytest.mark.parametrize("name", FILES)
 def test_nothing_is_unpickled_or_executed(name):
-    assert dangers(TREES[name]) == []
+    assert dangers(TREE.trees[name]) == []
 
 
 @pytest.mark.parametrize(
@@ -365,7 +364,7 @@ def test_the_audit_lets_pass_what_is_safe():
     assert dangers(ast.parse(fine + "; re.compile(x); subprocess.run([a])")) == []
     assert {"use_safetensors", "trust_remote_code"} <= {
         key.value
-        for node in NODES["models.base_model"]
+        for node in TREE.nodes["models.base_model"]
         if isinstance(node, ast.Dict)
         for key in node.keys
         if isinstance(key, ast.Constant)
@@ -374,7 +373,7 @@ def test_the_audit_lets_pass_what_is_safe():
 
 def test_the_package_does_not_print():
     for name in FILES:
-        calls = [n for n in NODES[name] if isinstance(n, ast.Call)]
+        calls = [n for n in TREE.nodes[name] if isinstance(n, ast.Call)]
         assert not [c for c in calls if dotted(c.func) == "print"], name
 
 
@@ -388,8 +387,8 @@ def sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
 
 def test_every_recipe_key_is_read_somewhere():
     read: set[str] = set()
-    for name in set(FILES) - {"recipe.loader", "recipe.schema"}:
-        for node in NODES[name]:
+    for name in (n for n in FILES if room(n) != "recipe"):
+        for node in TREE.nodes[name]:
             if isinstance(node, ast.Attribute):
                 read.add(node.attr)
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -420,7 +419,7 @@ def _class(annotation: object) -> type:
 def test_what_is_public_is_documented(name):
     public = [
         node
-        for node in TREES[name].body
+        for node in TREE.trees[name].body
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
         and not node.name.startswith("_")
     ]

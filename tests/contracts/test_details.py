@@ -33,7 +33,9 @@ PAGE = (ROOT / "docs" / "details.md").read_text(encoding="utf-8")
 MODULES = {
     path.stem: ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for path in (ROOT / "lora_rlhf").rglob("*.py")
+    if path.stem != "__init__"
 }
+"""Stem -> dotted name; stems are unique, see test_architecture.py."""
 STAGES = {"sft": sft, "reward": reward_stage, "ppo": ppo_stage}
 
 
@@ -110,6 +112,7 @@ def functions_of(path):
 def test_every_test_exists():
     for number, text in items().items():
         assert named(text, TEST) or re.match(r"\*\*(Not done|Partly)", text), f"{number}: no test"
+    assert len(named(PAGE, TEST)) == PAGE.count("::") > 90, "one is written in another way"
     for path, name in named(PAGE, TEST):
         assert name.startswith("test_") and name in functions_of(path), f"{path}::{name}"
 

@@ -19,6 +19,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from small import EPISODES
+from source_tree import SourceTree
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
@@ -79,18 +80,23 @@ def moved(backbone, role, before):
 
 @functools.cache
 def sources():
-    folder = Path(lora_rlhf.__file__).parent
-    return {p.stem: ast.parse(p.read_text(encoding="utf-8")) for p in folder.rglob("*.py")}
+    """The package's modules, read."""
+    return SourceTree.read(Path(lora_rlhf.__file__).parent)
 
 
 def called(name):
-    """Modules of the package that call something of this name."""
+    """Modules of the package that use an attribute of this name."""
     return {
-        file
-        for file, tree in sources().items()
-        for node in ast.walk(tree)
+        module
+        for module, nodes in sources().nodes.items()
+        for node in nodes
         if isinstance(node, ast.Attribute) and node.attr == name
     }
+
+
+def test_every_module_is_searched_for_calls():
+    assert len(sources().nodes) == len(list(Path(lora_rlhf.__file__).parent.rglob("*.py"))) > 100
+    assert "models.backbone" in called("requires_grad_")
 
 
 # ------------------------------------------------------------ what is adapted
