@@ -82,10 +82,10 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 _LIMIT = (
-    "Towards the limit, score and train together: operations that the update needs by the formula "
-    "in `tests/benchmarks/flops.py`, those that it did by torch's counter (attention is not in "
-    "it), needed operations over time, and that as a share of the fastest plain float32 product "
-    "of the same process and round."
+    "How close scoring and training together come to the limit: operations that the update needs by "
+    "the formula in `tests/benchmarks/flops.py`, operations done by torch's counter (which omits "
+    "attention), needed operations per second, and these as a share of the fastest plain float32 "
+    "product of the same process and round."
 )
 
 
@@ -249,8 +249,8 @@ def _rest_table(entries: list[dict[str, Any]]) -> str:
             ]
         )
     return (
-        "Where it goes: time inside operators by kind (torch's profiler over scoring and the "
-        "first four optimizer steps of one more update), and between them.\n\n"
+        "Where the time goes: inside operators by kind (torch's profiler over scoring and the "
+        "first four optimizer steps of one more update), and between operators.\n\n"
         + table(["top fraction", *kinds, "interpreter and profiler"], rows)
     )
 
