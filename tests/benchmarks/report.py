@@ -82,10 +82,10 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 _LIMIT = (
-    "How close scoring and training together come to the limit: operations that the update needs by "
-    "the formula in `tests/benchmarks/flops.py`, operations done by torch's counter (which omits "
-    "attention), needed operations per second, and these as a share of the fastest plain float32 "
-    "product of the same process and round."
+    "How close scoring and training together come to the limit: operations that the update needs "
+    "by the formula in `tests/benchmarks/flops.py`, operations done by torch's counter (which "
+    "omits attention), needed operations per second, and these as a share of the fastest plain "
+    "float32 product of the same process and round."
 )
 
 
