@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write docs/recipes.md from lora_rlhf/sections.py: `python docs/make_recipes.py`."""
+"""Write docs/recipes.md from lora_rlhf/recipe/schema.py: `python docs/make_recipes.py`."""
 
 import sys
 import types
@@ -12,33 +12,33 @@ from lora_rlhf.recipe import schema
 
 INTRO = """# Recipes
 
-A recipe is one YAML file that states a whole run. This page is written by `make docs` from
-`lora_rlhf/sections.py`, where every key has its one home.
+A recipe is one YAML file that describes a whole run. `make docs` writes this page from
+`lora_rlhf/recipe/schema.py`, where every key is defined once.
 
-- Unknown or misspelt keys, duplicates, wrong types, impossible values are refused with file, line
-  and a suggestion, before anything is loaded.
-- So are keys that nothing would read, such as `split` of a file or `reward.combine` without an
+- Unknown or misspelt keys, duplicates, wrong types and impossible values are refused with file,
+  line and a suggestion, before anything is loaded.
+- So are keys that would have no effect, such as `split` of a file or `reward.combine` without an
   ensemble, unless they have their default values.
-- YAML is data: no tags, no aliases, no environment variables. Scalars are those of YAML 1.2: `1e-4`
+- YAML is plain data: no tags, no aliases, no environment variables. Scalars follow YAML 1.2: `1e-4`
   is a number, 010 is ten, only `true` and `false` are booleans. Types are exact: `"4"` is text.
 - `--set key.sub=value` overrides one key; `--dry-run` prints the resolved recipe, secrets masked.
-- Paths are relative to the recipe's folder; `data://x` is the folder named by `LORA_RLHF_DATA`.
-  `model.id` is a path where it begins with `.`, `~` or `/`, or where a folder of that name, with a
-  config.json, is beside the recipe; else it is a Hub id.
-- Files of data: `.jsonl`, `.ndjson`, `.json`, `.csv`, `.tsv`, `.parquet`, also with `.gz`. Columns:
-  `prompt` and `completion`, or `messages`; `prompt`, `chosen`, `rejected` and perhaps `margin`;
-  `prompt`, `completions` and `ranks` (1 is best); `labeler` says who compared. A conversation may
-  stand in ShareGPT's `conversations`, with `from` and `value`.
-- `args:` of a stage goes through to TRL's config of that stage (`SFTConfig`, `RewardConfig`,
+- Paths are relative to the recipe's folder; `data://x` is in the folder named by `LORA_RLHF_DATA`.
+  `model.id` is a path if it begins with `.`, `~` or `/`, or if a folder of that name, with a
+  config.json, is beside the recipe; otherwise it is a Hub id.
+- Data files: `.jsonl`, `.ndjson`, `.json`, `.csv`, `.tsv`, `.parquet`, also with `.gz`. Columns:
+  `prompt` and `completion`, or `messages`; `prompt`, `chosen`, `rejected` and optionally `margin`;
+  `prompt`, `completions` and `ranks` (1 is best); `labeler` names who compared. A conversation may
+  be in ShareGPT's `conversations`, with `from` and `value`.
+- `args:` of a stage are passed to TRL's config of that stage (`SFTConfig`, `RewardConfig`,
   `GRPOConfig` for `ppo` and `grpo`, `RLOOConfig`, `DPOConfig`), so those names are TRL's. Keys that
-  have their home elsewhere in the recipe (`seed`, `bf16`, `beta`, `output_dir`, ...) are refused
-  there, with the place to set them.
-- A run that is continued may change `card`, `hub`, `report_to`, `threads`, `reward.gate`,
-  `checkpoint`, and whatever only stages to come read: `ppo` until PPO has begun, say. Other changes
-  are refused, with a table ([what a run survives](reliability.md)).
-- `algorithm` chooses what makes the policy; of `ppo`, `grpo`, `rloo`, `dpo` and `best_of_n` only
-  the section of that name is read, but that the controls take from `ppo` what they leave unsaid
-  ([is PPO worth it here?](compare.md)).
+  are set elsewhere in the recipe (`seed`, `bf16`, `beta`, `output_dir`, ...) are refused there,
+  with the place to set them.
+- When a run is continued, `card`, `hub`, `report_to`, `threads`, `reward.gate`, `checkpoint` and
+  everything that only later stages read may change: `ppo` until PPO has begun, for example. Other
+  changes are refused, with a table ([what a run survives](reliability.md)).
+- `algorithm` chooses what makes the policy. Of `ppo`, `grpo`, `rloo`, `dpo` and `best_of_n` only
+  the section of that name is read, except that the other algorithms take settings that they do not
+  set themselves from `ppo` ([is PPO worth it here?](compare.md)).
 """
 
 
