@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_rlhf.errors import LoraRlhfError
-    from lora_rlhf.hub.repository import push
+    from lora_rlhf.hub.publishing import push
     from lora_rlhf.models.backbone import Backbone
     from lora_rlhf.pipeline import run
     from lora_rlhf.recipe.loader import load_recipe
@@ -49,7 +49,7 @@ _HOMES = {
     "generate": "serving.loaded_run",
     "load": "serving.loaded_run",
     "load_recipe": "recipe.loader",
-    "push": "hub.repository",
+    "push": "hub.publishing",
     "run": "pipeline",
 }
 """Public name -> the module that defines it."""

@@ -26,7 +26,7 @@ from lora_rlhf.data.dataset_builder import Prepared
 from lora_rlhf.data.filters import SECRET
 from lora_rlhf.errors import HubError, MemoryLimitError, UsageError
 from lora_rlhf.evaluation import evaluate
-from lora_rlhf.hub import backup, repository, staging
+from lora_rlhf.hub import backup, publishing, repository
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.planning import gpu_fit
 from lora_rlhf.recipe.schema import Recipe
@@ -115,11 +115,9 @@ def _run(
     if source is not None and (taken := reuse.copy_stages(source, record)):
         progress.say(f"copied from {source.folder}: {', '.join(taken)}")
     if until == "card":
-        for note in repository.preflight(
-            recipe, record
-        ):  # before hours of training, not after them
+        for note in publishing.check_pushes(recipe, record):  # before hours of training, not after
             progress.say(note)
-    with backup.kept(remote, recipe, record, progress):
+    with backup.uploading(remote, recipe, record, progress):
         return _work(recipe, record, names[: names.index(until) + 1], progress)
 
 
@@ -147,9 +145,10 @@ def _work(recipe: Recipe, record: Record, names: tuple[str, ...], progress: Prog
 
 def _push(recipe: Recipe, record: Record, progress: Progress) -> None:
     """Push what `hub:` names and is not pushed yet; a failure does not undo a run that is done."""
-    for role, repo_id in {} if repository.offline() else staging.to_push(recipe, record).items():
+    targets = {} if repository.offline() else publishing.pending_pushes(recipe, record)
+    for role, repo_id in targets.items():
         try:
-            pushed = repository.push(record, role, repo_id, public=recipe.hub.public)
+            pushed = publishing.push(record, role, repo_id, public=recipe.hub.public)
         except HubError as error:
             progress.say(f"the run is done and saved, the {role} adapter is not pushed: {error}")
             continue

@@ -312,16 +312,16 @@ def _push_verb(
 
     A base that exists only here (the tiny one, or a local folder) goes first, with --base.
     """
-    from lora_rlhf.hub import repository, staging
+    from lora_rlhf.hub import publishing
     from lora_rlhf.runs.record import Record
 
     record = Record.read(run)
     named = {"policy": policy, "reward": reward, "value": value, "sft": sft}
-    pushes, public = staging.asked_for(record, named, public=public, base=base)
+    pushes, public = publishing.push_targets(record, named, public=public, base=base)
     if base:
-        _say_pushed("base", repository.push_base(record, base, public=public))
+        _say_pushed("base", publishing.push_base(record, base, public=public))
     for role, repo_id in pushes.items():
-        _say_pushed(role, repository.push(record, role, repo_id, public=public))
+        _say_pushed(role, publishing.push(record, role, repo_id, public=public))
 
 
 def _say_pushed(role: str, result: dict[str, Any]) -> None:

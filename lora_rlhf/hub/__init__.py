@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What leaves the machine: staged, checked, pushed; and runs backed up on the Hub."""
+"""The Hub: adapters and bases published, and runs backed up while they train."""

@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run kept on the Hub while it trains (`checkpoint.hub`), for a machine that may not come back.
+"""Back a run up on the Hub while it trains (`checkpoint.hub`), and fetch it on another machine.
 
 The private repository holds the run directory with the newest checkpoint of each training, and
-backup.json (`moment.py`). Each upload is one commit, so what is there is always one moment of the
-run, and each builds on the one before: who finds another's commit there sends no more. It is sent
-by a thread from a copy; nothing that happens to it can stop or change the run.
+`backup.json`: which run it is, how far, which process wrote it, and the sha256 of every file. Local
+paths are replaced by placeholders (`@@home@@`), for which another machine fills in its own.
+
+Each upload is one commit, built on the one before, so the repository is always one consistent
+snapshot; a process that finds another's commit there stops uploading. A thread uploads from a copy:
+nothing that happens to it can stop or change the run.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
+import os
+import re
 import shlex
 import shutil
 import tempfile
@@ -18,118 +24,135 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import yaml
 from huggingface_hub import utils
 
 from lora_rlhf.errors import CheckpointError, HubError, UsageError
 from lora_rlhf.recipe.schema import Recipe
+from lora_rlhf.recipe.stage_keys import keys_read, stage_names, stage_of
+from lora_rlhf.reports.cards.card_markdown import code
 from lora_rlhf.runs import checkpoint
 from lora_rlhf.runs.disk import sha256
-from lora_rlhf.runs.progress import Progress
 from lora_rlhf.runs.record import BEGINNINGS, COPY, Record
 
-from . import repository, snapshot
+from .repository import Repository, offline
+from .staging import ADAPTER, file_names, scan
+
+if TYPE_CHECKING:
+    from lora_rlhf.runs.progress import Progress
 
 FETCHED = "fetched.tmp"
-"""Folder in the run directory while a fetch is at work: what lies beside it may not be whole."""
+"""Folder in the run directory during a fetch; while it exists, files beside it may be partial."""
 
-_PAUSES = (1.0, 4.0)  # the next checkpoint is the next try: no need for patience here
-_NOTICED = 2.0  # seconds of waiting from which one wants to know what for
+INDEX = "backup.json"
+SCHEMA = 1
+"""Of `backup.json`."""
+
+_PAUSES = (1.0, 4.0)  # few retries: the next checkpoint is uploaded anyway
+_QUIET_SECONDS = 2.0  # a longer wait for an upload is announced
+
+_TEXTS = ("recipe.yaml", "record.json", "metrics.jsonl", "samples.jsonl", "skipped.jsonl")
+_OF_DATA = ("samples.jsonl", "skipped.jsonl", "checkpoints/")
+"""Files with rows of the data, which may contain any path."""
+_BEFORE, _AFTER = r"(?:(?<![\w.~-])|(?<=\\[nrt]))", r"(?![\w-]|\.\w)"
+"""Around a whole path: /home/ann is not in /home/anna, and is after an escaped newline."""
 
 
 def prepare(
     recipe: Recipe, out: Path, progress: Progress, *, warm_start: bool = False
-) -> repository.Repository | None:
-    """Look at `checkpoint.hub` before training; fetch the run that is there into an empty `out`.
+) -> Repository | None:
+    """Check `checkpoint.hub` before training, and fetch the run it holds into an empty `out`.
 
     Returns:
-        The repository to send to; None where none is named, or the network is off by choice.
+        The repository to upload to; None if the recipe names none, or the network is off by choice.
 
     Raises:
-        HubError: It cannot be written to, is public, or holds another run, or a broken one.
+        HubError: It cannot be written to, is public, or holds another run, or a damaged one.
     """
-    there, repo_id = (out / "record.json").exists(), recipe.checkpoint.hub
+    exists, repo_id = (out / "record.json").exists(), recipe.checkpoint.hub
     if (out / FETCHED).exists():
-        _clear(out, everything=not there)
-    shutil.rmtree(out / COPY, ignore_errors=True)  # of a process that was killed while it sent
+        _clear(out, everything=not exists)
+    shutil.rmtree(out / COPY, ignore_errors=True)  # of a process that was killed while uploading
     if repo_id is None:
         return None
-    if repository.offline():
-        progress.say(f"offline (HF_HUB_OFFLINE): checkpoints neither come from nor go to {repo_id}")
+    if offline():
+        progress.say(
+            f"offline (HF_HUB_OFFLINE): checkpoints are neither fetched from nor sent to {repo_id}"
+        )
         return None
     again = "lora-rlhf run {0}/recipe.yaml --out {0}".format(shlex.quote(str(out)))
-    remote = repository.Repository(
-        repo_id, None, False, again if there else "lora-rlhf run", "keeping checkpoints", _PAUSES
+    remote = Repository(
+        repo_id, None, False, again if exists else "lora-rlhf run", "the checkpoint backup", _PAUSES
     )
     remote.check_access()
-    known = remote.info(repo_id)  # before what is read: a later commit is then another's
-    if known is not None and not known.private:
+    info = remote.info(repo_id)  # before the index is read: a later commit is then another's
+    if info is not None and not info.private:
         raise HubError(
-            f"{repo_id} is a public repository, and checkpoints are nobody else's business",
-            expected="a private one, or none yet: it is made",
+            f"{repo_id} is a public repository, and checkpoints must stay private",
+            expected="a private repository, or none yet: it is created",
             remedy="give another checkpoint.hub, or make that one private in its settings",
         )
-    remote.head, remote.again = known.sha if known else None, again
-    found = _there(remote)
-    if there and found is not None:
-        _compare(repo_id, found, Record.read(out))
-    if found is not None and not there and {p.name for p in out.iterdir()} <= BEGINNINGS:
+    remote.head, remote.again = info.sha if info else None, again
+    index = _remote_index(remote)
+    if exists and index is not None:
+        _check_not_behind(repo_id, index, Record.read(out))
+    if index is not None and not exists and {p.name for p in out.iterdir()} <= BEGINNINGS:
         _fetch(recipe, out, remote, warm_start)
-        progress.say(
-            f"fetched from {repo_id}: {snapshot.told(Record.read(out))}; going on from there"
-        )
+        record = Record.read(out)
+        progress.say(f"fetched from {repo_id}: {_summary(record, _steps(out))}; continuing there")
     return remote
 
 
 @contextlib.contextmanager
-def kept(
-    remote: repository.Repository | None, recipe: Recipe, record: Record, progress: Progress
+def uploading(
+    remote: Repository | None, recipe: Recipe, record: Record, progress: Progress
 ) -> Iterator[None]:
-    """Send what the run saves inside; however it is left, the last of it is sent before that."""
+    """Upload what the run saves inside; on leaving, in whatever way, upload the rest."""
     if remote is None:
         yield
         return
-    sender = _Sender(remote, recipe, record, progress)
-    record.on_saved = sender.saved
+    uploader = _Uploader(remote, recipe, record, progress)
+    record.on_saved = uploader.saved
     try:
         yield
     finally:
-        sender.finish()
+        uploader.finish()
 
 
-class _Sender:
-    """Sends moments of a run, one at a time."""
+class _Uploader:
+    """Uploads snapshots of a run, one at a time, at most every `checkpoint.hub_minutes`."""
 
     def __init__(
-        self, remote: repository.Repository, recipe: Recipe, record: Record, progress: Progress
+        self, remote: Repository, recipe: Recipe, record: Record, progress: Progress
     ) -> None:
         self.remote, self.recipe, self.record, self.progress = remote, recipe, record, progress
         self.seconds = 60 * recipe.checkpoint.hub_minutes
         self.counts: dict[str, Any] = {"repo_id": remote.repo_id, "sent": 0, "failed": 0}
         self._thread: threading.Thread | None = None
-        self._begun = float("-inf")
+        self._started = float("-inf")
         self._unsent = bool(record.data["stages"])  # an earlier process may have sent less
         self._due, self._error = False, ""
         self.writer, self.taken = uuid.uuid4().hex, False
 
     def saved(self, whole_stage: bool) -> None:
-        """There is more to go on from: send it now, if that is due and nothing is under way."""
+        """Start an upload of what was saved, if one is due and none is under way."""
         self._unsent = not self.taken
-        self._due |= whole_stage or time.monotonic() - self._begun >= self.seconds
+        self._due |= whole_stage or time.monotonic() - self._started >= self.seconds
         if self._due and self._unsent and (self._thread is None or not self._thread.is_alive()):
-            self._begin()
+            self._start()
 
     def finish(self) -> None:
-        """Send what is not there yet, and wait for it."""
+        """Upload what is not there yet, and wait for it."""
         self._wait()
         if self._unsent and not self.taken:
-            self._begin()
+            self._start()
             self._wait()
         if self._error and not self.taken:
             self.progress.say(
-                f"{self.remote.repo_id} does not hold the last of this run, {self.record.folder} "
-                f"does; to send it: `{self.remote.again}`"
+                f"{self.remote.repo_id} does not hold the end of this run; {self.record.folder} "
+                f"does. To upload it: `{self.remote.again}`"
             )
         self.record.data["clock"]["backup"] = self.counts
         with contextlib.suppress(OSError):  # a full disk has its own message
@@ -138,76 +161,78 @@ class _Sender:
     def _wait(self) -> None:
         if self._thread is None:
             return
-        self._thread.join(_NOTICED)
+        self._thread.join(_QUIET_SECONDS)
         if self._thread.is_alive():
-            self.progress.say(f"sending to {self.remote.repo_id}; a second signal does not wait")
+            self.progress.say(
+                f"waiting for the upload to {self.remote.repo_id}; Ctrl-C again quits without it"
+            )
             self._thread.join()
 
-    def _begin(self) -> None:
+    def _start(self) -> None:
         self._unsent = self._due = False
-        self._begun, self._thread = time.monotonic(), None
-        folder = self.record.folder / COPY  # on the same disk a copy of weights is a second name
+        self._started, self._thread = time.monotonic(), None
+        folder = self.record.folder / COPY  # on the same disk weights are hard-linked, not copied
         try:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            snapshot.copy(self.record.folder, folder)
+            _copy(self.record.folder, folder)
         except OSError as error:
             self._failed(folder, error)
             return
-        self._thread = threading.Thread(target=self._send, args=(folder,), daemon=True)
+        self._thread = threading.Thread(target=self._upload, args=(folder,), daemon=True)
         self._thread.start()
 
-    def _send(self, folder: Path) -> None:
+    def _upload(self, folder: Path) -> None:
         try:
-            files = snapshot.make_ready(
+            files = _make_ready(
                 folder, self.recipe, self.record.folder, self.remote.repo_id, self.writer
             )
             title = f"Checkpoints of {self.recipe.name}"
-            with _no_bars():
-                self.remote.head = self.remote.mirror(folder, files, title, self._ours)
-        except Exception as error:  # whatever it is, the run has nothing to do with it
+            with _no_progress_bars():
+                self.remote.head = self.remote.mirror(folder, files, title, self._check_parent)
+        except Exception as error:  # no failure of an upload may reach the run
             self._failed(folder, error)
             return
         shutil.rmtree(folder, ignore_errors=True)
         if self._error:
-            self.progress.say(f"checkpoints are on {self.remote.repo_id} again")
+            self.progress.say(f"checkpoints are uploaded to {self.remote.repo_id} again")
         self._error = ""
         self.counts["sent"] += 1
 
-    def _ours(self, newest: str) -> None:
-        """Whether the commit to build on is our last one, its answer heard or not.
+    def _check_parent(self, newest: str) -> None:
+        """Check that the commit to build on is our last one, whether or not we got its answer.
 
         Raises:
-            HubError: It is somebody else's.
+            HubError: It is another process's.
         """
         if newest == self.remote.head:
             return
-        found = _there(self.remote, newest)
-        if found is not None and found.get("writer") != self.writer:
+        index = _remote_index(self.remote, newest)
+        if index is not None and index.get("writer") != self.writer:
             self.taken = True
             raise HubError(
-                f"{self.remote.repo_id} was written to by another process: {found.get('told')}",
-                remedy="end one of the two; to keep this one too, another checkpoint.hub",
+                f"{self.remote.repo_id} was written to by another process: {index.get('told')}",
+                remedy="stop one of the two; to keep both, give one another checkpoint.hub",
             )
 
     def _failed(self, folder: Path, error: Exception) -> None:
-        """Said once: a Hub that is away for hours must not fill the screen."""
+        """Report the first of several failures: a Hub outage of hours must not fill the screen."""
         shutil.rmtree(folder, ignore_errors=True)
         self._unsent = not self.taken
         self.counts["failed"] += 1
         if self.taken:
-            self.progress.say(f"the run goes on, but nothing more of it is sent: {error}")
+            self.progress.say(f"the run goes on, but its checkpoints are no longer sent: {error}")
         elif not self._error:
             self.progress.say(
-                f"the run goes on, but its checkpoints are only here: {error}\n"
+                f"the run goes on, but its checkpoints are only local: {error}\n"
                 "  the next checkpoint tries again"
             )
         self._error = str(error) or type(error).__name__
 
 
 @contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
-    """The client's bars would be drawn across the line of the stage that trains meanwhile."""
+def _no_progress_bars() -> Iterator[None]:
+    """Hide huggingface_hub's bars, which would overwrite the progress line of the stage."""
     shown = not utils.are_progress_bars_disabled()  # type: ignore[attr-defined]
     utils.disable_progress_bars()  # type: ignore[attr-defined]
     try:
@@ -217,18 +242,230 @@ def _no_bars() -> Iterator[None]:
             utils.enable_progress_bars()  # type: ignore[attr-defined]
 
 
-def _there(remote: repository.Repository, commit: str | None = None) -> dict[str, Any] | None:
-    """The index of a commit, by default the newest; None where there is none."""
+# --- the snapshot that is uploaded ---------------------------------------------------------------
+
+
+def _copy(run: Path, folder: Path) -> None:
+    """Copy the files of a run that another machine needs to continue it.
+
+    Weights are hard-linked, since they never change in place.
+    """
+    sources = [*(run / name for name in _TEXTS), *run.glob("plots/*.png")]
+    for adapter in run.glob("adapters/*"):
+        if adapter.suffix != ".tmp":
+            sources += [adapter / name for name in (*ADAPTER, "README.md")]
+    for training in run.glob("checkpoints/*"):
+        sources += training.glob("*.json")
+        for step in checkpoint.folders(training)[:1]:
+            sources += step.iterdir()
+    for source in sources:
+        if source.is_symlink() or not source.is_file():
+            continue
+        target = folder / source.relative_to(run)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.suffix == ".safetensors":
+            with contextlib.suppress(OSError):  # another disk
+                os.link(source, target)
+                continue
+        shutil.copyfile(source, target)
+
+
+def _make_ready(folder: Path, recipe: Recipe, run: Path, repo_id: str, writer: str) -> list[str]:
+    """Hide local paths, refuse secrets, write card and index; return all names.
+
+    Args:
+        writer: Id of the process that uploads it.
+
+    Raises:
+        HubError: A file holds what looks like a secret.
+        CheckpointError: None of a training's checkpoints is complete.
+    """
+    names = file_names(folder)
+    sealed = Record.read(folder).data["files"]
+    whole = {name for name in names if name in sealed and sealed[name] == sha256(folder / name)}
+    placeholders = _placeholders(recipe, run)
+    hidden = [name for name in names if _swap(folder / name, name, placeholders)]
+    own = [name for name in names if not name.startswith(_OF_DATA)]
+    scan(folder, own)
+    scan(folder, sorted({*names} - {*own}), paths=False)
+    record, steps = Record.read(folder), _steps(folder)
+    summary = _summary(record, steps)
+    index = {
+        "schema": SCHEMA,
+        "run": _identity(record),
+        "progress": _progress(record, steps),
+        "told": summary,
+        "writer": writer,
+        "hidden": hidden,
+        "sealed": sorted(whole & {*hidden}),
+        "files": {name: sha256(folder / name) for name in names},
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    meta = yaml.safe_dump({"tags": ["lora-rlhf"]})
+    card = (
+        f"---\n{meta}---\n\n# Checkpoints of {code(record.data['name'])}\n\n"
+        "Unfinished work of `lora-rlhf`, backed up in case its machine is lost; not a model to "
+        f"use.\n\nIt holds: {summary}.\n\nTo continue from here, on any machine: the same "
+        f"recipe, with `checkpoint.hub: {repo_id}`, into an empty folder,\n"
+        "`lora-rlhf run RECIPE --out FOLDER`.\n"
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8", newline="\n")
+    return sorted([*names, INDEX, "README.md"])
+
+
+def _placeholders(recipe: Recipe, run: Path) -> dict[str, str]:
+    """Map this machine's paths to placeholders, the longest path first."""
+    pairs = {str(Path.home()).rstrip("/"): "@@home@@", str(run.resolve()): "@@run@@"}
+    for key, value in keys_read(recipe, "card").items():
+        names_path = key == "model.id" or key.endswith(".path")
+        if names_path and isinstance(value, str) and Path(value).is_absolute():
+            pairs[value] = f"@@{key}@@"
+    return dict(sorted(pairs.items(), key=lambda pair: -len(pair[0])))
+
+
+def _swap(path: Path, name: str, words: dict[str, str]) -> bool:
+    """Replace paths by placeholders, or the reverse, in a small text file; True if any was there.
+
+    Args:
+        name: Of the file in the run: rows of the data and tokenizers are left as they are.
+    """
+    if not name.endswith((".json", ".yaml", ".md")) or name.endswith("tokenizer.json"):
+        return False
+    if name.startswith(_OF_DATA) and not name.endswith("manifest.json"):
+        return False
+    text = before = path.read_bytes().decode()
+    for word, other in words.items():
+        if path.suffix == ".json":
+            word, other = (json.dumps(w)[1:-1] for w in (word, other))
+        if word.startswith("@@"):
+            text = text.replace(word, other)
+        elif word in text and word:  # HOME may be /, which is in every path
+            whole = rf"{_BEFORE}{re.escape(word)}{_AFTER}"
+            text = re.sub(whole, lambda _, other=other: other, text)  # type: ignore[misc]
+    if text != before:
+        path.write_bytes(text.encode())
+    return text != before
+
+
+# --- how far a run is ----------------------------------------------------------------------------
+
+
+def _identity(record: Record) -> dict[str, Any]:
+    """Tell one run from another of the same recipe."""
+    data = record.data
+    return {"name": data["name"], "seed": data["seed"], "started": data["clock"]["started"]}
+
+
+def _steps(run: Path, *, strict: bool = True) -> dict[str, int]:
+    """Map each training to the step of its newest complete checkpoint.
+
+    Args:
+        strict: Whether a training without a complete checkpoint is an error, or left out.
+
+    Raises:
+        CheckpointError: None of a training's checkpoints is complete.
+    """
+    steps: dict[str, int] = {}
+    for training in sorted(run.glob("checkpoints/*")):
+        try:
+            newest, _ = checkpoint.newest(training)
+        except CheckpointError:
+            if strict:
+                raise
+        else:
+            steps |= {training.name: newest.step} if newest else {}
+    return steps
+
+
+def _progress(record: Record, steps: dict[str, int]) -> list[int]:
+    """Count finished stages, then steps (and parts) of the one in flight; to be compared.
+
+    Without the card stage, which is run again where only a card changes.
+    """
+    stages = stage_names(record.algorithm)[:-1]
+    done = next((n for n, name in enumerate(stages) if not record.done(name)), len(stages))
+    in_flight = [
+        training
+        for training in record.checkpoints("").glob("*")
+        if stage_of(training.name) in stages[done:]
+    ]
+    return [done, sum(len([*t.glob("*.json")]) + steps.get(t.name, 0) for t in in_flight)]
+
+
+def _summary(record: Record, steps: dict[str, int]) -> str:
+    """Describe how far a run is: "sft done, reward at step 3"."""
+    done = [name for name, entry in record.data["stages"].items() if entry["status"] == "done"]
+    at = [f"{training} at step {step}" for training, step in steps.items() if step]
+    return ", ".join([*(f"{name} done" for name in done), *at]) or "nothing finished"
+
+
+# --- what is on the Hub --------------------------------------------------------------------------
+
+
+def _remote_index(remote: Repository, commit: str | None = None) -> dict[str, Any] | None:
+    """Download the index of a commit, by default the newest; None if there is none."""
     with tempfile.TemporaryDirectory(prefix="lora-rlhf-backup-") as name:
-        found = remote.download(Path(name), snapshot.INDEX, commit)
-        return snapshot.read_index(Path(name), remote.repo_id) if found else None
+        remote.download(Path(name), INDEX, commit)
+        return _read_index(Path(name), remote.repo_id)
 
 
-# --- what is fetched -----------------------------------------------------------------------------
+def _read_index(folder: Path, repo_id: str) -> dict[str, Any] | None:
+    """Read `backup.json`; None if the repository has none yet.
+
+    Raises:
+        HubError: It is not one of this version.
+    """
+    path = folder / INDEX
+    if not path.exists():
+        return None
+    try:
+        index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if index["schema"] != SCHEMA:
+            raise ValueError(f"schema {index['schema']!r}, this version reads {SCHEMA}")
+        names = [*index["files"], *index["hidden"], *index.setdefault("sealed", [])]
+        if wrong := [n for n in names if ".." in n.split("/") or Path(n).is_absolute()]:
+            raise ValueError(f"it names {wrong[0]}")
+        index["run"]["started"]
+        index["progress"] = [int(n) for n in index.get("progress", ())]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(repo_id, f"{INDEX} cannot be read: {error}") from None
+    return index
 
 
-def _fetch(recipe: Recipe, out: Path, remote: repository.Repository, warm_start: bool) -> None:
-    """The run of the repository into the empty `out`, every sum checked first; whole or not.
+def _damaged(repo_id: str, what: str) -> HubError:
+    return HubError(
+        f"the checkpoints on {repo_id} cannot be used: {what}",
+        expected="a repository that only `checkpoint.hub` writes to",
+        remedy="give another checkpoint.hub, or restore an earlier commit of the repository",
+    )
+
+
+def _check_not_behind(repo_id: str, index: dict[str, Any], record: Record) -> None:
+    """Check that the local run may replace the one on the Hub.
+
+    Raises:
+        HubError: That is another run, or the same one further ahead.
+    """
+    run, steps = index["run"], _steps(record.folder, strict=False)
+    if run != _identity(record):
+        raise HubError(
+            f"{repo_id} holds the checkpoints of another run: {run.get('name')}, seed "
+            f"{run.get('seed')}, started {run.get('started')}",
+            expected="one repository per run",
+            remedy="give another checkpoint.hub; to continue that run, an empty --out",
+        )
+    if index["progress"] > _progress(record, steps):
+        raise HubError(
+            f"{repo_id} is ahead of {record.folder}: there {index.get('told')}; here "
+            f"{_summary(record, steps)}",
+            expected="the folder in which the run was last continued",
+            remedy="give another --out, new or empty, which fetches what is there; to continue "
+            "from here, and lose that, delete the repository first",
+        )
+
+
+def _fetch(recipe: Recipe, out: Path, remote: Repository, warm_start: bool) -> None:
+    """Fetch the run into the empty `out`, whole or not at all, every hash checked first.
 
     Raises:
         HubError: A file is missing or changed, or it is a run of another recipe.
@@ -236,25 +473,24 @@ def _fetch(recipe: Recipe, out: Path, remote: repository.Repository, warm_start:
     folder = out / FETCHED
     try:
         remote.download(folder)
-        index = snapshot.read_index(folder, remote.repo_id)
+        index = _read_index(folder, remote.repo_id)
         if index is None:
-            raise snapshot.broken(remote.repo_id, f"it lacks {snapshot.INDEX}")
+            raise _damaged(remote.repo_id, f"it lacks {INDEX}")
         for name, known in index["files"].items():
             if not (folder / name).is_file() or sha256(folder / name) != known:
-                raise snapshot.broken(remote.repo_id, f"{name} is not as it was sent")
-        words = {word: path for path, word in snapshot.paths(recipe, out).items()}
+                raise _damaged(remote.repo_id, f"{name} is not as it was sent")
+        local_paths = {word: path for path, word in _placeholders(recipe, out).items()}
         for name in index["hidden"]:
-            snapshot.swap(folder / name, name, words)
-        for training in (folder / "checkpoints").glob("*"):
-            checkpoint.newest(training)
-        if index["sealed"]:  # they were as sealed, and are so but for this machine's paths
+            _swap(folder / name, name, local_paths)
+        _steps(folder)
+        if index["sealed"]:  # these were as sealed; only this machine's paths differ now
             record = Record.read(folder)
             record.data["files"] |= {name: sha256(folder / name) for name in index["sealed"]}
             record.save()
         Record.open(folder, recipe, warm_start=warm_start)
         # The record last: without it the folder is no run, and is fetched again.
         for name in sorted(index["files"], key=lambda name: name == "record.json"):
-            if (folder / name).exists():  # another algorithm's was dropped when it was opened
+            if (folder / name).exists():  # Record.open drops another algorithm's checkpoints
                 (out / name).parent.mkdir(parents=True, exist_ok=True)
                 (folder / name).replace(out / name)
     except (UsageError, CheckpointError) as error:
@@ -268,31 +504,7 @@ def _fetch(recipe: Recipe, out: Path, remote: repository.Repository, warm_start:
 
 
 def _clear(out: Path, *, everything: bool) -> None:
-    """Remove what a fetch left; where it was not done, what it had put in place as well."""
+    """Remove the folder of a fetch, and if it was cut off, what it had put in place as well."""
     for path in sorted(out.iterdir(), key=lambda path: path.name == FETCHED):
         if path.name == FETCHED or everything:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _compare(repo_id: str, found: dict[str, Any], record: Record) -> None:
-    """Whether the run in the folder may take the place of what is there.
-
-    Raises:
-        HubError: That is another run, or the same one further on.
-    """
-    run = found["run"]
-    if run != snapshot.identity(record):
-        raise HubError(
-            f"{repo_id} holds the checkpoints of another run: {run.get('name')}, seed "
-            f"{run.get('seed')}, started {run.get('started')}",
-            expected="a repository for each run",
-            remedy="give another checkpoint.hub; to go on with that run, an empty --out",
-        )
-    if found["progress"] > snapshot.progress(record):
-        raise HubError(
-            f"{repo_id} is ahead of {record.folder}: there {found.get('told')}; here "
-            f"{snapshot.told(record, strict=False)}",
-            expected="the folder in which the run was last gone on with",
-            remedy="give another --out, new or empty, which fetches what is there; to go on from "
-            "here, and lose that, delete the repository first",
-        )

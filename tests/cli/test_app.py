@@ -460,7 +460,7 @@ def test_card_without_adapters(tmp_path):
 
 @pytest.fixture
 def pushed(monkeypatch):
-    from lora_rlhf.hub import repository
+    from lora_rlhf.hub import publishing
 
     calls = []
 
@@ -469,9 +469,9 @@ def pushed(monkeypatch):
         url = f"hub:{repo_id}"
         return {"url": url, "commit": "abc", "private": not public, "notes": ["look"], "files": []}
 
-    monkeypatch.setattr(repository, "push", push)
+    monkeypatch.setattr(publishing, "push", push)
     monkeypatch.setattr(
-        repository, "push_base", lambda record, repo, **k: push(record, "base", repo, **k)
+        publishing, "push_base", lambda record, repo, **k: push(record, "base", repo, **k)
     )
     return calls
 

@@ -303,7 +303,7 @@ def test_the_card_is_made_again_from_a_finished_run_without_torch(run):
 import socket, sys
 def refuse(*_): raise AssertionError("the network was used")
 socket.socket.connect = refuse
-from lora_rlhf.hub import repository as hub
+from lora_rlhf.hub import publishing as hub
 from lora_rlhf.reports.cards import model_card as card
 from lora_rlhf.runs.record import Record
 paths = card.write(Record.read({str(record.folder)!r}))

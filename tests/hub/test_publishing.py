@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pushing: what leaves the machine, what never does, and that strangers can load what arrives.
+"""Pushing: what leaves the machine, what never does, and whether others can load what arrives.
 
 The push that is loaded again runs in processes of its own, as a user's would; what is refused and
 what is retried is tested in this process, with the clients turned to the local Hub.
@@ -16,13 +16,12 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from hub_run import make_finished
-from hub_server import HubServer, hub_env, turn_to
+from hub_server import hub_env, turn_to
 from huggingface_hub import constants
 
 from lora_rlhf import pipeline
 from lora_rlhf.errors import BaseModelError, HubError
-from lora_rlhf.hub import repository, staging
+from lora_rlhf.hub import publishing, repository, staging
 from lora_rlhf.models.base_model import BaseModel
 from lora_rlhf.recipe.loader import parse_recipe
 from lora_rlhf.recipe.schema import LoraSection, ModelSection
@@ -38,48 +37,22 @@ ALLOWED = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    return make_finished(tmp_path_factory.mktemp("hub"))
-
-
-@pytest.fixture
-def run(finished, tmp_path) -> Record:
-    """A copy to spoil, with a base on the Hub."""
-    shutil.copytree(finished, tmp_path / "run")
-    record = Record.read(tmp_path / "run")
-    record.data["model"] |= {"hub_id": "acme/base"}
-    record.save()
-    return record
-
-
 # --- the local Hub ----------------------------------------------------------------------------
 
 
 @pytest.fixture
-def server():
-    with HubServer(user="tester", token="hf_test", orgs=("acme",)) as server:
-        server.add_repo("acme/base", {"config.json": b"{}"}, private=True)
-        yield server
+def server(server):
+    server.add_repo("acme/base", {"config.json": b"{}"}, private=True)
+    return server
 
 
 @pytest.fixture
 def here(server, monkeypatch, tmp_path):
-    """This process's clients turned to the local Hub; every pause is noted, none is waited for."""
+    """Clients of this process turned to the local Hub; pauses are recorded, not waited for."""
     turn_to(server, monkeypatch, tmp_path)
     pauses = []
     monkeypatch.setattr(time, "sleep", pauses.append)
     return pauses
-
-
-@pytest.fixture
-def impatient(monkeypatch):
-    """A silent connection is given up after less than a second."""
-    monkeypatch.setattr(repository, "_SILENCE_SECONDS", 0.3)
-    repository._limit_silence.cache_clear()
-    yield
-    monkeypatch.undo()
-    repository._limit_silence.cache_clear()
 
 
 def writes(server):
@@ -89,7 +62,7 @@ def writes(server):
 # --- what arrives, and who can load it --------------------------------------------------------
 
 PUSH = """
-from lora_rlhf.hub import repository as hub
+from lora_rlhf.hub import publishing as hub
 from lora_rlhf.runs.record import Record
 record = Record.read("run")
 results = [hub.push_base(record, "acme/little-base")]
@@ -116,23 +89,23 @@ for role in ("policy", "reward"):
     path = hf_hub_download(f"acme/little-{role}", "README.md")
     blocks = re.findall(r"^```python\\n(.*?)^```", open(path).read(), re.S | re.M)
     assert len(blocks) == 3, blocks
-    found = {}
-    exec(blocks[0], found)
-    exec(blocks[1], found)
-    assert found["difference"] <= found["check"]["atol"], (role, found["difference"])
-    with found["model"].disable_adapter(), torch.no_grad():
-        bare = found["model"](input_ids=found["ids"], attention_mask=found["mask"]).logits
+    names = {}
+    exec(blocks[0], names)
+    exec(blocks[1], names)
+    assert names["difference"] <= names["check"]["atol"], (role, names["difference"])
+    with names["model"].disable_adapter(), torch.no_grad():
+        bare = names["model"](input_ids=names["ids"], attention_mask=names["mask"]).logits
     bare = bare[:, -1] if role == "policy" else bare
-    off = (bare[:, : found["expected"].shape[1]] - found["expected"]).abs().max()
+    off = (bare[:, : names["expected"].shape[1]] - names["expected"]).abs().max()
     assert off > 0.01, "the check would not notice a missing adapter"
     if role == "reward":
-        assert abs(found["reward"] - found["raw"] - 0.25) < 1e-6
+        assert abs(names["reward"] - names["raw"] - 0.25) < 1e-6
     exec(blocks[2], merged := {})
     assert "lora" not in str(merged["merged"].state_dict().keys())
     with torch.no_grad():
-        out = merged["merged"](input_ids=found["ids"], attention_mask=found["mask"]).logits
+        out = merged["merged"](input_ids=names["ids"], attention_mask=names["mask"]).logits
     out = out[:, -1] if role == "policy" else out
-    assert (out[:, : found["expected"].shape[1]] - found["expected"]).abs().max() < 1e-4
+    assert (out[:, : names["expected"].shape[1]] - names["expected"]).abs().max() < 1e-4
 assert "lora_rlhf" not in sys.modules
 print("loaded")
 """
@@ -183,11 +156,11 @@ def test_pushed_adapters_load_without_this_package(finished, server, tmp_path):
 
 def test_the_packaged_model_is_pushed_without_its_training_code(run, server, here):
     run.data["model"] |= {"id": "tiny", "hub_id": None, "license": "apache-2.0"}
-    result = repository.push_base(run, "acme/tiny")
+    result = publishing.push_base(run, "acme/tiny")
     assert set(result["files"]) <= {"README.md", *staging.BASE, "model.safetensors"}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(result["files"])
     assert Record.read(run.folder).data["model"]["hub_id"] == "acme/tiny"
-    assert repository.push(run, "policy", "acme/p")["private"]
+    assert publishing.push(run, "policy", "acme/p")["private"]
     config = json.loads(server.repos["acme/p"].files["adapter_config.json"])
     assert config["base_model_name_or_path"] == "acme/tiny"
 
@@ -196,13 +169,13 @@ def test_the_packaged_model_is_pushed_without_its_training_code(run, server, her
 
 
 def test_a_second_push_changes_nothing_and_a_new_card_is_one_commit(run, server, here):
-    first = repository.push(run, "policy", "acme/p")
+    first = publishing.push(run, "policy", "acme/p")
     assert first["url"] == f"{server.url}/acme/p"
-    again = repository.push(run, "policy", "acme/p")
+    again = publishing.push(run, "policy", "acme/p")
     assert again["commit"] == first["commit"] == server.repos["acme/p"].sha
     assert len(server.repos["acme/p"].commits) == 2
     run.data["clock"]["peak_memory_mb"] = 123.5
-    repository.push(run, "policy", "acme/p")
+    publishing.push(run, "policy", "acme/p")
     assert len(server.repos["acme/p"].commits) == 3
     assert b"123.5" in server.repos["acme/p"].files["README.md"]
     assert len(server.sent("PUT", "^/_lfs/")) == 1  # the weights, once
@@ -219,10 +192,10 @@ def test_a_second_push_changes_nothing_and_a_new_card_is_one_commit(run, server,
         ("POST", "/commit/", -1), ("GET", "whoami", -1),
     ],
 )  # fmt: skip
-def test_passing_faults_are_tried_again(run, server, here, impatient, method, path, status):
+def test_transient_faults_are_retried(run, server, here, impatient, method, path, status):
     server.fail_next(method, path, status, times=3)
     started = time.monotonic()
-    repository.push(run, "policy", "acme/p")
+    publishing.push(run, "policy", "acme/p")
     assert here  # it paused
     assert time.monotonic() - started < 20, "a connection that is silent was waited for"
     assert [r.status for r in server.requests].count(status) == 3
@@ -233,22 +206,22 @@ def test_passing_faults_are_tried_again(run, server, here, impatient, method, pa
 @pytest.mark.parametrize("path", ["/commit/", "repos/create", "objects/batch"])
 def test_a_lost_answer_makes_no_second_commit(run, server, here, path):
     server.fail_next("POST", path, 0, after=True)
-    result = repository.push(run, "policy", "acme/p")
+    result = publishing.push(run, "policy", "acme/p")
     assert len(server.repos["acme/p"].commits) == 2
     assert result["commit"] == server.repos["acme/p"].sha
 
 
-def test_the_hub_says_how_long_to_wait(run, server, here):
+def test_retry_after_is_honoured(run, server, here):
     server.fail_next("POST", "/commit/", 429, headers={"Retry-After": "7"})
-    repository.push(run, "policy", "acme/p")
+    publishing.push(run, "policy", "acme/p")
     assert 7 in here
 
 
-def test_a_lasting_fault_ends_with_the_command_to_try_again(run, server, here):
+def test_a_permanent_fault_names_the_command_to_try_again(run, server, here):
     before = {p: sha256(p) for p in run.folder.rglob("*") if p.is_file()}
     server.fail_next("POST", "/commit/", 500, times=10_000)
     with pytest.raises(HubError) as caught:
-        repository.push(run, "policy", "acme/p", public=True)
+        publishing.push(run, "policy", "acme/p", public=True)
     assert f"lora-rlhf push {run.folder} --policy acme/p --public" in str(caught.value)
     assert "HTTP 500" in str(caught.value) and "hf_test" not in str(caught.value)
     assert len(server.sent("POST", "/commit/")) <= 1 + len(repository.PAUSES) + 5
@@ -256,15 +229,15 @@ def test_a_lasting_fault_ends_with_the_command_to_try_again(run, server, here):
     assert before == {p: sha256(p) for p in run.folder.rglob("*") if p.is_file()}
 
 
-def test_a_hub_that_is_not_there_is_an_error_of_ours(run, here, monkeypatch):
+def test_an_unreachable_hub_is_a_hub_error(run, here, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(HubError, match="nothing that was trained is lost"):
-        repository.push(run, "policy", "acme/p")
+        publishing.push(run, "policy", "acme/p")
     assert here == list(repository.PAUSES)
 
 
-def test_a_huge_folder_is_one_commit_and_goes_on_where_it_was_cut(run, server, here, tmp_path):
-    """40 shards; after a fault that lasts, only what is missing is sent again."""
+def test_a_large_base_is_one_commit_and_resumes_after_a_fault(run, server, here, tmp_path):
+    """40 shards; after a permanent fault, only what is missing is sent again."""
     base = Path(run.data["model"]["id"])
     big, shards = tmp_path / "big", 40
     shutil.copytree(base, big)
@@ -279,12 +252,12 @@ def test_a_huge_folder_is_one_commit_and_goes_on_where_it_was_cut(run, server, h
     third = sorted(big.glob("model-*"))[2]
     server.fail_next("PUT", sha256(third), 500, times=10_000)
     with pytest.raises(HubError, match="--base acme/big"):
-        repository.push_base(run, "acme/big")
+        publishing.push_base(run, "acme/big")
     assert set(server.repos["acme/big"].files) == {".gitattributes"}
     server._faults.clear()
     done = {r.path for r in server.sent("PUT", "^/_lfs/") if r.status == 200}
     before = len(server.requests)
-    result = repository.push_base(run, "acme/big")
+    result = publishing.push_base(run, "acme/big")
     sent = [r.path for r in server.requests[before:] if r.method == "PUT"]
     assert len(sent) == shards - len(done) and not done & {*sent}
     assert len(result["files"]) > shards and len(server.repos["acme/big"].commits) == 2
@@ -292,25 +265,23 @@ def test_a_huge_folder_is_one_commit_and_goes_on_where_it_was_cut(run, server, h
 
 
 @pytest.mark.parametrize("fault", [500, 403, -1])
-def test_a_run_that_is_done_stays_done_where_the_push_fails(
-    run, server, here, impatient, monkeypatch, fault
-):
+def test_a_failed_push_leaves_the_run_done(run, server, here, impatient, monkeypatch, fault):
     """Exit code 0, what happened and the exact command on the screen; the next call pushes."""
-    said = []
-    progress = SimpleNamespace(say=said.append)
+    lines = []
+    progress = SimpleNamespace(say=lines.append)
     wanted = recipe(hub={"policy": "acme/p", "reward": "acme/r"})
     server.fail_next("POST", "acme/p/commit/", fault, times=10_000)
     pipeline._push(wanted, run, progress)
-    assert f"`lora-rlhf push {run.folder} --policy acme/p`" in said[0]
-    assert "the policy adapter is not pushed" in said[0] and "pushed reward to" in said[1]
+    assert f"`lora-rlhf push {run.folder} --policy acme/p`" in lines[0]
+    assert "the policy adapter is not pushed" in lines[0] and "pushed reward to" in lines[1]
     assert set(server.repos["acme/p"].files) == {".gitattributes"}
     server._faults.clear()
     pipeline._push(wanted, Record.read(run.folder), progress)
-    assert "pushed policy to" in said[2] and len(said) == 3
+    assert "pushed policy to" in lines[2] and len(lines) == 3
     assert "README.md" in server.repos["acme/p"].files
 
 
-def test_a_gated_base_says_where_to_ask(server, here):
+def test_a_gated_base_says_where_to_request_access(server, here):
     server.add_repo("acme/shy", {"config.json": b"{}"})
     server.gated.add("acme/shy")
     with pytest.raises(BaseModelError, match="acme/shy is gated") as caught:
@@ -321,23 +292,23 @@ def test_a_gated_base_says_where_to_ask(server, here):
 # --- visibility -------------------------------------------------------------------------------
 
 
-def test_private_unless_asked(run, server, here):
-    assert repository.push(run, "policy", "acme/p")["private"] is True
-    result = repository.push(run, "reward", "tester/r", public=True)
+def test_repositories_are_private_unless_asked_otherwise(run, server, here):
+    assert publishing.push(run, "policy", "acme/p")["private"] is True
+    result = publishing.push(run, "reward", "tester/r", public=True)
     assert result["private"] is False and not server.repos["tester/r"].private
     assert result["notes"] == ["acme/base is private: others cannot load this adapter"]
 
 
-def test_a_public_repository_is_not_filled_by_a_private_push(run, server, here):
+def test_a_private_push_to_a_public_repository_is_refused(run, server, here):
     server.add_repo("acme/p", private=False)
     with pytest.raises(HubError, match="public repository"):
-        repository.push(run, "policy", "acme/p")
+        publishing.push(run, "policy", "acme/p")
     assert not writes(server)
 
 
 def test_a_private_repository_stays_private(run, server, here):
     server.add_repo("acme/p", private=True)
-    result = repository.push(run, "policy", "acme/p", public=True)
+    result = publishing.push(run, "policy", "acme/p", public=True)
     assert server.repos["acme/p"].private and result["private"]
     assert "stays so" in result["notes"][0]
 
@@ -348,41 +319,41 @@ def test_a_private_repository_stays_private(run, server, here):
 @pytest.mark.parametrize("repo_id", ["p", "a/b/c", "acme/p q", "acme/..", "/p", "acme/", ""])
 def test_a_bad_repository_id(run, server, here, repo_id):
     with pytest.raises(HubError, match="organisation/name"):
-        repository.push(run, "policy", repo_id)
+        publishing.push(run, "policy", repo_id)
     assert not server.requests
 
 
 def test_no_token(run, server, here, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(HubError, match="hf auth login"):
-        repository.push(run, "policy", "acme/p")
+        publishing.push(run, "policy", "acme/p")
     assert not server.requests
 
 
 def test_a_wrong_token_is_not_printed(run, server, here):
     with pytest.raises(HubError, match="HTTP 401") as caught:
-        repository.push(run, "policy", "acme/p", token="hf_wrong_secret")
+        publishing.push(run, "policy", "acme/p", token="hf_wrong_secret")
     assert "hf_wrong_secret" not in str(caught.value)
     assert not writes(server)
 
 
-def test_offline_says_what_is_skipped(run, server, here, monkeypatch):
+def test_offline_names_what_is_skipped(run, server, here, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(HubError, match="push of the policy adapter to acme/p is skipped"):
-        repository.push(run, "policy", "acme/p")
+        publishing.push(run, "policy", "acme/p")
     assert not server.requests
 
 
-def test_a_namespace_of_others(run, server, here):
-    with pytest.raises(HubError, match="no member of strangers"):
-        repository.push(run, "policy", "strangers/p")
+def test_another_namespace_is_refused(run, server, here):
+    with pytest.raises(HubError, match="not a member of strangers"):
+        publishing.push(run, "policy", "strangers/p")
     assert not writes(server)
 
 
-def test_a_token_that_only_reads(run, server, here):
+def test_a_read_only_token_is_refused(run, server, here):
     server.role = "read"
     with pytest.raises(HubError, match="only read"):
-        repository.push(run, "policy", "acme/p")
+        publishing.push(run, "policy", "acme/p")
     assert not writes(server)
 
 
@@ -396,23 +367,23 @@ def test_a_fine_grained_token_needs_write_access_there(run, server, here, monkey
     for entity, permission in (("acme", "repo.content.read"), ("tester", "repo.write")):
         token(entity, permission)
         with pytest.raises(HubError, match="fine-grained"):
-            repository.push(run, "policy", "acme/p")
+            publishing.push(run, "policy", "acme/p")
     assert not writes(server)
     token("acme", "repo.content.read", "repo.write")
-    assert repository.push(run, "policy", "acme/p")["commit"]
+    assert publishing.push(run, "policy", "acme/p")["commit"]
 
 
-def test_a_base_that_is_nowhere_on_the_hub(run, server, here):
+def test_a_base_that_is_not_on_the_hub_is_refused(run, server, here):
     run.data["model"]["hub_id"] = "acme/elsewhere"
     with pytest.raises(HubError, match=f"push {run.folder} --base acme/elsewhere"):
-        repository.push(run, "policy", "acme/p")
+        publishing.push(run, "policy", "acme/p")
     assert not writes(server)
 
 
-def test_a_base_that_exists_only_here(run, server, here):
+def test_a_local_base_is_refused(run, server, here):
     run.data["model"]["hub_id"] = None
     with pytest.raises(HubError, match="--base org/name.*model.hub_id"):
-        repository.push(run, "policy", "acme/p")
+        publishing.push(run, "policy", "acme/p")
     assert not server.requests
 
 
@@ -424,19 +395,19 @@ def recipe(**sections):
     return parse_recipe(text, "recipe.yaml")
 
 
-def test_preflight_asks_nobody_where_nothing_is_pushed(server, here):
-    assert repository.preflight(recipe()) == []
+def test_check_pushes_sends_no_request_if_nothing_is_to_be_pushed(server, here):
+    assert publishing.check_pushes(recipe()) == []
     assert not server.requests
 
 
-def test_preflight_finds_out_and_writes_nothing(server, here):
-    assert repository.preflight(recipe(hub={"policy": "acme/p", "reward": "tester/r"})) == []
+def test_check_pushes_writes_nothing(server, here):
+    assert publishing.check_pushes(recipe(hub={"policy": "acme/p", "reward": "tester/r"})) == []
     assert server.sent("GET", "whoami") and not writes(server)
 
 
-def test_preflight_offline_lets_training_go_on_and_says_what_is_skipped(server, here, monkeypatch):
+def test_check_pushes_offline_names_what_is_skipped(server, here, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    [note] = repository.preflight(recipe(hub={"policy": "acme/p"}))
+    [note] = publishing.check_pushes(recipe(hub={"policy": "acme/p"}))
     assert "not pushed: policy to acme/p" in note
     assert not server.requests
 
@@ -444,7 +415,7 @@ def test_preflight_offline_lets_training_go_on_and_says_what_is_skipped(server, 
 @pytest.mark.parametrize(
     ("sections", "match"),
     [
-        ({"hub": {"policy": "strangers/p"}}, "no member of strangers"),
+        ({"hub": {"policy": "strangers/p"}}, "not a member of strangers"),
         ({"hub": {"policy": "p"}}, "organisation/name"),
         ({"hub": {"policy": "acme/p"}, "model": {"id": "tiny"}}, "--base org/name"),
         ({"hub": {"policy": "acme/p"}, "model": {"id": "/no/where"}}, "--base org/name"),
@@ -452,35 +423,35 @@ def test_preflight_offline_lets_training_go_on_and_says_what_is_skipped(server, 
         ({"hub": {"policy": "acme/open"}}, "public repository"),
     ],
 )
-def test_preflight_refuses_before_hours_of_training(server, here, sections, match):
+def test_check_pushes_refuses_before_training(server, here, sections, match):
     server.add_repo("acme/open", private=False)
     with pytest.raises(HubError, match=match):
-        repository.preflight(recipe(**sections))
+        publishing.check_pushes(recipe(**sections))
     assert not writes(server)
 
 
-def test_preflight_says_how_a_local_base_gets_there(server, here):
+def test_check_pushes_says_how_to_publish_a_local_base(server, here):
     wanted = recipe(hub={"policy": "acme/p"}, model={"id": "tiny"})
     with pytest.raises(HubError, match="train without `hub:` first"):
-        repository.preflight(wanted)
+        publishing.check_pushes(wanted)
 
 
-def test_preflight_knows_the_base_that_was_pushed(run, server, here):
+def test_check_pushes_finds_the_published_base_in_the_record(run, server, here):
     wanted = recipe(hub={"policy": "acme/p"}, model={"id": "tiny"})
-    assert repository.preflight(wanted, run) == []  # the record names acme/base
+    assert publishing.check_pushes(wanted, run) == []  # the record names acme/base
     run.data["model"]["hub_id"] = None
     with pytest.raises(HubError, match="--base org/name"):
-        repository.preflight(wanted, run)
+        publishing.check_pushes(wanted, run)
 
 
-def test_preflight_asks_nothing_for_what_is_pushed_already(run, server, here, monkeypatch):
-    repository.push(run, "policy", "acme/p")
-    asked = len(server.requests)
+def test_check_pushes_sends_no_request_for_what_is_pushed_already(run, server, here, monkeypatch):
+    publishing.push(run, "policy", "acme/p")
+    before = len(server.requests)
     monkeypatch.delenv("HF_TOKEN")
-    assert repository.preflight(recipe(hub={"policy": "acme/p"}), Record.read(run.folder)) == []
-    assert len(server.requests) == asked
+    assert publishing.check_pushes(recipe(hub={"policy": "acme/p"}), Record.read(run.folder)) == []
+    assert len(server.requests) == before
     with pytest.raises(HubError, match="no token"):
-        repository.preflight(recipe(hub={"policy": "acme/other"}), run)
+        publishing.check_pushes(recipe(hub={"policy": "acme/other"}), run)
 
 
 @pytest.mark.parametrize(
@@ -488,31 +459,31 @@ def test_preflight_asks_nothing_for_what_is_pushed_already(run, server, here, mo
     [({"license": "mit"}, "mit"), ({"license": "other", "license_name": "own"}, "own"),
      ({"license": "other"}, "other"), ({"license": ["a", "b"]}, None), ({}, None), (None, None)],
 )  # fmt: skip
-def test_the_licence_of_a_base_is_that_of_its_card(server, here, monkeypatch, card, licence):
-    asked = []
+def test_the_licence_of_a_base_is_read_from_its_card(server, here, monkeypatch, card, licence):
+    requests = []
 
     def model_info(self, repo_id, **options):
-        asked.append((repo_id, options["revision"]))
+        requests.append((repo_id, options["revision"]))
         return SimpleNamespace(card_data=card, private=False)
 
     monkeypatch.setattr(repository.HfApi, "model_info", model_info)
     assert repository.base_licence({"id": "acme/base", "revision": "c0ffee"}) == licence
-    assert asked == [("acme/base", "c0ffee")]
+    assert requests == [("acme/base", "c0ffee")]
 
 
-def test_a_licence_that_cannot_be_had_is_none(server, here, monkeypatch):
+def test_a_licence_out_of_reach_is_none(server, here, monkeypatch):
     assert repository.base_licence({"id": "acme/nowhere", "revision": None}) is None
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    asked = len(server.requests)
+    before = len(server.requests)
     assert repository.base_licence({"id": "acme/base", "revision": None}) is None
-    assert len(server.requests) == asked
+    assert len(server.requests) == before
 
 
-def test_preflight_without_a_token_or_with_one_that_reads(server, here, monkeypatch):
+def test_check_pushes_needs_a_token_with_write_access(server, here, monkeypatch):
     wanted = recipe(hub={"policy": "acme/p"})
     server.role = "read"
     with pytest.raises(HubError, match="only read"):
-        repository.preflight(wanted)
+        publishing.check_pushes(wanted)
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(HubError, match="no token"):
-        repository.preflight(wanted)
+        publishing.check_pushes(wanted)

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Publish adapters and bases: one repository and one commit each, private unless asked otherwise.
+
+Whatever can be refused is refused before the first byte is sent. The run itself is not touched
+when a push fails, and a push can be repeated: files that are there already are not sent again.
+"""
+
+from __future__ import annotations
+
+import shlex
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lora_rlhf.errors import HubError, UsageError
+from lora_rlhf.recipe.schema import Recipe
+from lora_rlhf.reports.cards.card_facts import ROLES, hub_base
+from lora_rlhf.runs.record import Record
+
+from .repository import Repository, base_licence, offline
+from .staging import check_adapter, local_base, stage_adapter, stage_base
+
+
+def push(
+    record: Record, role: str, repo_id: str, *, public: bool = False, token: str | None = None
+) -> dict[str, Any]:
+    """Publish the adapter of `role` with its card, in one commit.
+
+    Args:
+        record: The run, its last stage finished.
+        role: policy, reward, value or sft.
+        repo_id: organisation/name; the repository is created if there is none.
+        public: Whether a new repository is public; an existing one keeps its visibility.
+        token: Default: that of `hf auth login` or HF_TOKEN.
+
+    Returns:
+        `url`, `commit`, `files`, `private`, and `notes` for the user.
+
+    Raises:
+        UsageError: No such role.
+        HubError: Refused before anything was sent, or the Hub could not be reached; the message
+            holds the command that tries again.
+    """
+    again = f"lora-rlhf push {shlex.quote(str(record.folder))} --{role} {repo_id}"
+    hub = Repository(repo_id, token, public, again, f"the push of the {role} adapter")
+    base, model = check_adapter(record, role), record.data["model"]
+    if model.get("source") == "Hub" and not model.get("license"):  # trained without a network
+        model["license"] = base_licence(model, token)
+        record.save()
+    with tempfile.TemporaryDirectory(prefix="lora-rlhf-push-") as name:
+        files = stage_adapter(record, role, repo_id, Path(name))
+        hub.check_access()
+        base_info = hub.info(base)
+        if base_info is None:
+            raise _no_base(base, f"push it first: `lora-rlhf push {record.folder} --base {base}`")
+        result = hub.upload(Path(name), files, f"{role} adapter of {record.data.get('name')}")
+    entry = {role: {"repo_id": repo_id, "commit": result["commit"]}}
+    record.data["clock"]["pushed"] = record.data["clock"].get("pushed", {}) | entry
+    record.save()
+    if base_info.private and not result["private"]:
+        result["notes"].append(f"{base} is private: others cannot load this adapter")
+    return result
+
+
+def push_base(
+    record: Record, repo_id: str, *, public: bool = False, token: str | None = None
+) -> dict[str, Any]:
+    """Publish the run's base, packaged or a local folder, as a repository of its own.
+
+    The record then names it (`model.hub_id`), so that adapters pushed later refer to it.
+
+    Returns:
+        The same as `push`.
+
+    Raises:
+        HubError: As `push`.
+    """
+    again = f"lora-rlhf push {shlex.quote(str(record.folder))} --base {repo_id}"
+    hub = Repository(repo_id, token, public, again, "the push of the base model")
+    with tempfile.TemporaryDirectory(prefix="lora-rlhf-push-") as name:
+        files = stage_base(record, Path(name))
+        hub.check_access()
+        result = hub.upload(Path(name), files, f"base model of {record.data.get('name')}")
+    published = {"hub_id": repo_id, "hub_revision": result["commit"]}
+    record.data.setdefault("model", {}).update(published)
+    record.save()
+    return result
+
+
+def push_targets(
+    record: Record, named: dict[str, str | None], *, public: bool, base: str | None
+) -> tuple[dict[str, str], bool]:
+    """Map role to repository for a `push`: those named, else those of the recipe; and `public`.
+
+    Raises:
+        UsageError: There are none.
+    """
+    targets = {role: repo_id for role, repo_id in named.items() if repo_id}
+    if targets or base:
+        return targets, public
+    section = record.recipe().hub
+    targets = {role: getattr(section, role) for role in named if getattr(section, role)}
+    if not targets:
+        raise UsageError(
+            "no repository to push to",
+            expected="--policy, --reward, --value, --sft or --base, each with org/name",
+            remedy=f"lora-rlhf push {record.folder} --policy org/name",
+        )
+    return targets, public or section.public
+
+
+def pending_pushes(recipe: Recipe, record: Record | None) -> dict[str, str]:
+    """Map role to repository for what `hub:` names and the run has not pushed there yet."""
+    done = record.data["clock"].get("pushed", {}) if record is not None else {}
+    targets = {role: getattr(recipe.hub, role) for role in ROLES}
+    return {
+        role: repo_id
+        for role, repo_id in targets.items()
+        if repo_id and done.get(role, {}).get("repo_id") != repo_id
+    }
+
+
+def check_pushes(
+    recipe: Recipe, record: Record | None = None, token: str | None = None
+) -> list[str]:
+    """Check before training that the recipe's `hub:` section can be carried out after it.
+
+    Args:
+        record: The run to continue: what it has pushed is done, and it names the repository of a
+            base that `push --base` published.
+
+    Returns:
+        Notes for the user; empty if there is nothing to push. Offline by choice (HF_HUB_OFFLINE=1)
+        training may start, and the note says what is skipped.
+
+    Raises:
+        HubError: No token, no write access, a bad repository id, or a base that others cannot load.
+    """
+    targets = pending_pushes(recipe, record)
+    if not targets:
+        return []
+    if offline():
+        listed = ", ".join(f"{role} to {repo_id}" for role, repo_id in targets.items())
+        return [f"offline (HF_HUB_OFFLINE): not pushed: {listed}; push after the run instead"]
+    known = record.data["model"].get("hub_id") if record is not None else None
+    source = "the packaged tiny model" if recipe.model.id == "tiny" else "Hub"
+    base = hub_base(
+        {"id": recipe.model.id, "hub_id": recipe.model.hub_id or known, "source": source}
+    )
+    if base is None:
+        raise local_base(recipe.model.id)
+    notes = []
+    for role, repo_id in targets.items():
+        what = f"the push of the {role} adapter"
+        hub = Repository(repo_id, token, recipe.hub.public, "lora-rlhf run", what)
+        hub.check_access()
+        if hub.info(base) is None:
+            raise _no_base(base, "push the base first, or correct model.hub_id")
+        notes += hub.check_visibility()
+    return notes
+
+
+def _no_base(base: str, remedy: str) -> HubError:
+    return HubError(
+        f"the base {base} is not on the Hub, or the token may not see it",
+        expected="a base that others can load the adapter with",
+        remedy=remedy,
+    )
