@@ -21,6 +21,7 @@ from lora_rlhf.runtime import optional_packages  # noqa: F401  # isort: skip
 from lora_rlhf import preflight
 from lora_rlhf.algorithms import best_of_n, dpo, grpo_rloo, policy_stage
 from lora_rlhf.algorithms.ppo import ppo_stage
+from lora_rlhf.algorithms.trainer_configs import TrainerConfigs
 from lora_rlhf.data import dataset_builder
 from lora_rlhf.data.dataset_builder import Prepared
 from lora_rlhf.data.filters import SECRET
@@ -30,7 +31,7 @@ from lora_rlhf.hub import backup, publishing, repository
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.planning import gpu_fit
 from lora_rlhf.recipe.schema import Recipe
-from lora_rlhf.recipe.stage_keys import stage_names
+from lora_rlhf.recipe.stage_keys import has_reward_model, stage_names
 from lora_rlhf.reports import plots
 from lora_rlhf.reports.cards import model_card
 from lora_rlhf.reports.doctor import findings
@@ -80,14 +81,14 @@ def run(
         )
     progress = progress or Progress(quiet=True)
     preflight.setup(recipe)
-    preflight.every_argument(recipe, out)
+    configs = preflight.every_argument(recipe, out)
     paths.reject_escaping_links(
         Path(out), UsageError
     )  # or what is written here would be written there
     if Path(out).is_dir() or not Path(out).exists():
         with run_lock.locked(Path(out)), interrupts.budget(recipe.checkpoint.max_minutes):
             try:
-                return _run(recipe, out, names, until, progress, start_from, warm_start)
+                return _run(recipe, configs, out, names, until, progress, start_from, warm_start)
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
                     raise disk.no_room(Path(error.filename or out), error) from error
@@ -101,6 +102,7 @@ def run(
 
 def _run(
     recipe: Recipe,
+    configs: TrainerConfigs,
     out: str | Path,
     names: tuple[str, ...],
     until: str,
@@ -118,17 +120,23 @@ def _run(
         for note in publishing.check_pushes(recipe, record):  # before hours of training, not after
             progress.say(note)
     with backup.uploading(remote, recipe, record, progress):
-        return _work(recipe, record, names[: names.index(until) + 1], progress)
+        return _work(recipe, configs, record, names[: names.index(until) + 1], progress)
 
 
-def _work(recipe: Recipe, record: Record, names: tuple[str, ...], progress: Progress) -> Record:
+def _work(
+    recipe: Recipe,
+    configs: TrainerConfigs,
+    record: Record,
+    names: tuple[str, ...],
+    progress: Progress,
+) -> Record:
     """Those of these stages that are not finished."""
     wanted = [stage for stage in names if not preflight.finished(recipe, record, stage)]
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     if set(wanted) - {"card"}:
         try:
-            _Work(recipe, record, progress).run(wanted)
+            _Work(recipe, configs, record, progress).run(wanted)
         except interrupts.OutOfTime:
             progress.say("the minutes are used up and all is saved; the same command goes on")
             return record
@@ -162,7 +170,10 @@ _OFFSET_ROWS = 256
 class _Work:
     """The stages of one run that need the backbone, in order."""
 
-    def __init__(self, recipe: Recipe, record: Record, progress: Progress) -> None:
+    def __init__(
+        self, recipe: Recipe, configs: TrainerConfigs, record: Record, progress: Progress
+    ) -> None:
+        self.configs = configs
         self.recipe, self.record, self.progress = recipe, record, progress
         planned, line = gpu_fit.before_run(recipe)
         if planned is not None:
@@ -253,20 +264,14 @@ class _Work:
             self._comparisons()
 
     def _check_policy(self) -> None:
-        """The arguments, the prompts and the texts of the stage that makes the policy."""
+        """The prompts and the texts of the stage that makes the policy."""
         recipe, record = self.recipe, self.record
-        if recipe.algorithm == "ppo":
-            ppo_stage.check(recipe, record, self.prompts.train)
-            if recipe.ppo.ptx_coef:
-                self._texts, report = dataset_builder.texts(recipe, self.tokenizer)
-                preflight.same_data(record, "text", report)
-                record.data["data"]["text"] = report
-        elif recipe.algorithm == "dpo":
-            dpo.arguments(recipe, record)
-        elif recipe.algorithm == "best_of_n":
-            best_of_n.check(recipe)
-        else:
-            grpo_rloo.check(recipe, record, self.prompts.train)
+        if recipe.algorithm not in ("dpo", "best_of_n"):
+            policy_stage.check(recipe, self.configs.policy, self.prompts.train)
+        if recipe.algorithm == "ppo" and recipe.ppo.ptx_coef:
+            self._texts, report = dataset_builder.texts(recipe, self.tokenizer)
+            preflight.same_data(record, "text", report)
+            record.data["data"]["text"] = report
 
     def _comparisons(self) -> tuple[Prepared, Prepared | None] | None:
         """Those of the reward model and of the held-out one; None where none is needed.
@@ -275,7 +280,7 @@ class _Work:
             DataError: They are no longer those that the finished reward stage learned from.
         """
         recipe, tokenizer = self.recipe, self.tokenizer
-        if not preflight.has_reward_model(recipe):
+        if not has_reward_model(recipe):
             return None
         if self._found is None:  # read once, though checked first and used later
             parts: tuple[Literal["all", "proxy", "held_out_model"], ...] = ("all",)
@@ -293,7 +298,14 @@ class _Work:
 
     def _sft(self, *, run: bool) -> None:
         if run:
-            sft.run(self.recipe, self.backbone, self.record, self.demonstrations, self.progress)
+            sft.run(
+                self.recipe,
+                self.configs.sft,
+                self.backbone,
+                self.record,
+                self.demonstrations,
+                self.progress,
+            )
         else:
             sft.load(self.backbone, self.record)
 
@@ -309,10 +321,20 @@ class _Work:
         main, other = found
         rows = self.demonstrations.train
         rows = rows.select(range(min(_OFFSET_ROWS, len(rows))))
-        reward_stage.run(self.recipe, self.backbone, self.record, main, rows, self.progress, other)
+        reward_stage.run(
+            self.recipe,
+            self.configs.reward,
+            self.backbone,
+            self.record,
+            main,
+            rows,
+            self.progress,
+            other,
+        )
 
     def _policy(self, *, run: bool) -> None:
         recipe, backbone, record = self.recipe, self.backbone, self.record
+        args = self.configs.policy
         if not run:
             if recipe.algorithm != "best_of_n":  # it trains nothing
                 ppo_stage.load(backbone, record)
@@ -320,15 +342,17 @@ class _Work:
         if recipe.ppo.reward == "model" and recipe.algorithm != "dpo":  # DPO asks no reward model
             reward_stage.gate(recipe, record, self.progress)
         if recipe.algorithm == "ppo":
-            ppo_stage.run(recipe, backbone, record, self.prompts.train, self.progress, self._texts)
+            ppo_stage.run(
+                recipe, args, backbone, record, self.prompts.train, self.progress, self._texts
+            )
         elif recipe.algorithm == "dpo":
             found = self._comparisons()
             assert found is not None  # the recipe was refused without comparisons
-            dpo.run(recipe, backbone, record, found[0].train, self.progress)
+            dpo.run(recipe, args, backbone, record, found[0].train, self.progress)
         elif recipe.algorithm == "best_of_n":
             best_of_n.run(recipe, record)
         else:
-            grpo_rloo.run(recipe, backbone, record, self.prompts.train, self.progress)
+            grpo_rloo.run(recipe, args, backbone, record, self.prompts.train, self.progress)
 
     def _evaluate(self, *, run: bool) -> None:
         if run:
@@ -353,7 +377,7 @@ class _Work:
             "reference",
             seed=seed,
             batch_size=self.recipe.evaluate.batch_size,
-            max_new_tokens=policy_stage.sampled_tokens(self.recipe, self.record),
+            max_new_tokens=ppo_stage.sampled_tokens(self.recipe),
         )
         texts = [self.backbone.decode(a) for a in answers]
         self._samples[asked] = [texts[i : i + k] for i in range(0, len(texts), k)]

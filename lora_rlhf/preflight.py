@@ -7,15 +7,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lora_rlhf.algorithms import best_of_n, dpo, grpo_rloo, policy_stage
-from lora_rlhf.algorithms.ppo import ppo_stage
+from lora_rlhf.algorithms import best_of_n, trainer_configs
+from lora_rlhf.algorithms.trainer_configs import TrainerConfigs
 from lora_rlhf.errors import DataError, RecipeError, SetupError
 from lora_rlhf.recipe import trl_args
 from lora_rlhf.recipe.schema import Recipe
-from lora_rlhf.recipe.stage_keys import ALGORITHMS, READS
+from lora_rlhf.recipe.stage_keys import ALGORITHMS, READS, has_reward_model
 from lora_rlhf.runs.record import Record
-from lora_rlhf.training import sft, trl_config
-from lora_rlhf.training.reward import reward_stage
+from lora_rlhf.training import trl_config
 
 _PROCESSES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 """Where launchers say how many processes there are; accelerate would join them."""
@@ -45,8 +44,8 @@ def setup(recipe: Recipe) -> None:
             )
 
 
-def every_argument(recipe: Recipe, out: str | Path) -> None:
-    """Make every stage's TRL config before a folder or the backbone: `args:` must not cost hours.
+def every_argument(recipe: Recipe, out: str | Path) -> TrainerConfigs:
+    """Build every stage's TRL config before a folder is made or the backbone loaded.
 
     Raises:
         RecipeError: `args:` of a stage, or `report_to`, cannot be what they say.
@@ -54,26 +53,15 @@ def every_argument(recipe: Recipe, out: str | Path) -> None:
     """
     trl_args.check(recipe)
     trl_config.check_trackers(recipe.report_to)
-    record = Record(out, {"stages": {}})  # only its folder is asked for
-    sft.arguments(recipe, record)
-    if has_reward_model(recipe):
-        reward_stage.arguments(recipe, record)
     if recipe.algorithm == "best_of_n":
         best_of_n.check(recipe)
-        policy_stage.sampled_tokens(recipe, record)
-    else:
-        {"ppo": ppo_stage, "dpo": dpo}.get(recipe.algorithm, grpo_rloo).arguments(recipe, record)
+    return trainer_configs.build(recipe, Path(out))
 
 
 def finished(recipe: Recipe, record: Record, stage: str) -> bool:
     """Whether a stage need not run; a reward model that was not needed may be needed now."""
     needed = stage == "reward" and has_reward_model(recipe)
     return record.done(stage) and not (needed and "skipped" in record.data["stages"][stage])
-
-
-def has_reward_model(recipe: Recipe) -> bool:
-    """Whether the reward stage trains anything: not for gold without comparisons."""
-    return bool(recipe.data.comparisons) or recipe.ppo.reward == "model"
 
 
 def same_data(record: Record, name: str, report: dict[str, Any]) -> None:

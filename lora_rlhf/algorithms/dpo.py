@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from lora_rlhf.training.trl_config import build, check_finite, complaints, effec
 
 from . import policy_stage
 from .identities import RATIO_TOLERANCE
+from .ppo import ppo_stage
 
 _DEFAULTS: dict[str, Any] = {
     # Not PPO's rate: whitened advantages and log-ratios of whole answers are of different sizes.
@@ -52,7 +54,12 @@ _ROWS = 8
 
 
 def run(
-    recipe: Recipe, backbone: Backbone, record: Record, comparisons: Dataset, progress: Progress
+    recipe: Recipe,
+    args: DPOConfig,
+    backbone: Backbone,
+    record: Record,
+    comparisons: Dataset,
+    progress: Progress,
 ) -> None:
     """Train the policy on comparisons; saves `adapters/policy`.
 
@@ -64,7 +71,6 @@ def run(
     """
     with record.stage("dpo") as entry:
         set_seed(recipe.seed)
-        args = arguments(recipe, record)
         policy_stage.start_policy(backbone)
         rows = tokenize(backbone, comparisons)
         with backbone.training("policy"):
@@ -95,7 +101,7 @@ def run(
         entry |= policy_stage.save_policy(backbone, record)
 
 
-def arguments(recipe: Recipe, record: Record) -> Any:
+def arguments(recipe: Recipe, out: Path) -> DPOConfig:
     """TRL's config of this stage; batch size, learning rate and the like are PPO's by default.
 
     Raises:
@@ -111,9 +117,10 @@ def arguments(recipe: Recipe, record: Record) -> Any:
             "max_prompt_length": "use data.max_prompt_tokens",
         },
     )
-    defaults = {**policy_stage.from_ppo(recipe, record, rollouts=False), **_DEFAULTS}
-    merged = trainer_args(recipe, record, "dpo", defaults, recipe.dpo.args)
-    return build("dpo", DPOConfig, {**merged, "beta": recipe.dpo.beta})
+    defaults = {**ppo_stage.budget(recipe, out, rollouts=False), **_DEFAULTS}
+    merged = trainer_args(recipe, out, "dpo", defaults, recipe.dpo.args)
+    config: DPOConfig = build("dpo", DPOConfig, {**merged, "beta": recipe.dpo.beta})
+    return config
 
 
 def tokenize(backbone: Backbone, rows: Dataset) -> Dataset:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,7 +47,12 @@ _SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty", "generation_kwargs
 
 
 def run(
-    recipe: Recipe, backbone: Backbone, record: Record, prompts: Dataset, progress: Progress
+    recipe: Recipe,
+    args: GRPOConfig | RLOOConfig,
+    backbone: Backbone,
+    record: Record,
+    prompts: Dataset,
+    progress: Progress,
 ) -> None:
     """Optimise the policy with the recipe's algorithm; saves `adapters/policy`.
 
@@ -55,12 +61,10 @@ def run(
 
     Raises:
         IdentityError: A start-up identity does not hold.
-        DataError: Fewer prompts than one rollout takes, or no checker for a gold reward.
     """
     name = recipe.algorithm
     with record.stage(name) as entry:
         set_seed(recipe.seed)
-        args = check(recipe, record, prompts)
         policy_stage.start_policy(backbone)
         functions, weights = ppo_stage.rewards(recipe, backbone, prompts)
         functions.append(_missing_eos(backbone, recipe.ppo.missing_eos_penalty))
@@ -90,22 +94,7 @@ def run(
         entry |= ppo_stage.last_kl(record, name) | policy_stage.save_policy(backbone, record)
 
 
-def check(recipe: Recipe, record: Record, prompts: Dataset) -> Any:
-    """What can be known before anything is trained; returns the arguments.
-
-    Raises:
-        RecipeError: As `arguments`.
-        DataError: Fewer prompts than one rollout takes, or no checker for a gold reward.
-    """
-    args = arguments(recipe, record)
-    policy_stage.enough(
-        recipe.algorithm, prompts, args.generation_batch_size // args.num_generations
-    )
-    ppo_stage.require_checker(recipe, prompts)
-    return args
-
-
-def arguments(recipe: Recipe, record: Record) -> Any:
+def arguments(recipe: Recipe, out: Path) -> Any:
     """TRL's config of this stage: PPO's budget and sampling, then the algorithm's own `args:`.
 
     Raises:
@@ -129,8 +118,8 @@ def arguments(recipe: Recipe, record: Record) -> Any:
             **dict.fromkeys(_SAMPLING, bent),
         },
     )
-    shared = policy_stage.from_ppo(recipe, record, rollouts=True)
-    merged = trainer_args(recipe, record, name, shared, section.args)
+    shared = ppo_stage.budget(recipe, out, rollouts=True)
+    merged = trainer_args(recipe, out, name, shared, section.args)
     merged.pop("max_length", None)  # of SFT's and the reward model's rows; rollouts have their own
     for key in ("gradient_accumulation_steps", "steps_per_generation", "num_iterations"):
         if not isinstance(merged[key], int) or isinstance(merged[key], bool) or merged[key] < 1:

@@ -20,68 +20,9 @@ from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.recipe.stage_keys import ALGORITHMS
 from lora_rlhf.runs.disk import sha256
 from lora_rlhf.runs.record import Record
-from lora_rlhf.training.trl_config import PPOConfig
-
-from .ppo import ppo_stage
 
 _CLONE = "ref"
 """Name of the adapter into which TRL clones the policy's, as the reference of its KL."""
-
-_FROM_PPO = (
-    "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "adam_beta1",
-    "adam_beta2", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "weight_decay",
-    "disable_dropout",
-)  # fmt: skip
-"""TRL arguments that every control takes from `ppo.args` where its own `args:` do not say."""
-
-_ROLLOUTS_FROM_PPO = (
-    "steps_per_generation", "num_iterations", "epsilon", "temperature", "max_completion_length",
-    "top_k", "top_p",
-)  # fmt: skip
-
-
-def from_ppo(recipe: Recipe, record: Record, *, rollouts: bool) -> dict[str, Any]:
-    """Arguments that make a control's budget that of PPO by the same recipe.
-
-    Args:
-        rollouts: With those of sampling and of PPO's epochs; DPO has neither.
-
-    Raises:
-        RecipeError: `ppo.args` are not what PPO could run with.
-    """
-    config = _ppo_arguments(recipe, record)
-    names = _FROM_PPO + (_ROLLOUTS_FROM_PPO if rollouts else ())
-    return {name: getattr(config, name) for name in names}
-
-
-def _ppo_arguments(recipe: Recipe, record: Record) -> PPOConfig:
-    # A control has no value that could warm up, so it may have fewer updates than that takes.
-    section = recipe.ppo
-    if recipe.algorithm != "ppo":
-        section = section.model_copy(update={"value_warmup_updates": 0})
-    return ppo_stage.arguments(recipe.model_copy(update={"ppo": section}), record)
-
-
-def sampled_tokens(recipe: Recipe, record: Record) -> int:
-    """Most tokens of a completion that the reward model's comparisons are sampled with.
-
-    `ppo.args.max_completion_length`, whatever the algorithm: they are the same for all controls.
-    """
-    return int(_ppo_arguments(recipe, record).max_completion_length)
-
-
-def longest(recipe: Recipe, record: Record) -> int:
-    """Most tokens of a completion in the rollouts of the recipe's algorithm."""
-    section = getattr(recipe, recipe.algorithm)
-    own = getattr(section, "args", {}).get("max_completion_length")
-    if recipe.algorithm == "ppo" or own is None:
-        return sampled_tokens(recipe, record)
-    if not isinstance(own, int) or isinstance(own, bool) or own < 1:
-        raise RecipeError(
-            f"{recipe.algorithm}.args.max_completion_length: {own!r}",
-            expected="a whole number from 1",
-        )
-    return own
 
 
 def refuse(algorithm: str, given: dict[str, Any], owned: dict[str, str]) -> None:
@@ -207,15 +148,31 @@ def save_policy(backbone: Backbone, record: Record) -> dict[str, str]:
     return {"adapter_sha256": sha256(folder / "adapter_model.safetensors")}
 
 
-def enough(algorithm: str, prompts: Dataset, needed: int) -> None:
-    """Refuse fewer prompts than one rollout takes.
+def check(recipe: Recipe, args: Any, prompts: Dataset) -> None:
+    """Check the prompts of an algorithm with rollouts before anything is trained.
 
     Raises:
-        DataError: With what to change.
+        DataError: Fewer prompts than one rollout takes, or no checker for a gold reward.
     """
+    needed = args.generation_batch_size // args.num_generations
     if len(prompts) < needed:
+        name = recipe.algorithm
+        key = "lower ppo.args.steps_per_generation"
+        if name != "ppo":
+            key = f"raise {name}.num_generations"
         raise DataError(
             f"{len(prompts)} prompts",
-            expected=f"at least {needed}, one rollout of {ALGORITHMS[algorithm]}",
-            remedy=f"give more prompts, or raise {algorithm}.num_generations",
+            expected=f"at least {needed}, one rollout of {ALGORITHMS[name]}",
+            remedy=f"give more prompts, or {key}",
         )
+    if recipe.ppo.reward == "gold" and not has_checker(prompts):
+        raise DataError(
+            "ppo.reward is gold, and these prompts have no checker",
+            expected="prompts of `task: closed-world`",
+            remedy="set ppo.reward to model",
+        )
+
+
+def has_checker(prompts: Dataset) -> bool:
+    """Whether every prompt is of a task, whose checker gives the gold reward."""
+    return "item" in prompts.column_names and all(prompts["item"])

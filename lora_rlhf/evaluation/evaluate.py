@@ -63,7 +63,7 @@ def run(
     asked, items = _read(prompts, recipe.evaluate.n)
     models = _models(recipe, backbone)
     with record.stage("evaluate") as entry:
-        longest = _max_new_tokens(recipe, record)
+        longest = _max_new_tokens(recipe)
         encoded = [backbone.encode_prompt(row["prompt"]) for row in asked]
         answers: dict[str, Answers] = {}
         shelf = AnswerCache(record, identity, say)
@@ -102,13 +102,13 @@ def run(
         )
 
 
-def _max_new_tokens(recipe: Recipe, record: Record) -> int:
+def _max_new_tokens(recipe: Recipe) -> int:
     """How long an answer may be: as evaluation says, else as in the rollouts."""
     if recipe.evaluate.max_new_tokens is not None:
         return recipe.evaluate.max_new_tokens
-    from lora_rlhf.algorithms.policy_stage import longest
+    from lora_rlhf.algorithms.ppo import ppo_stage
 
-    return longest(recipe, record)
+    return ppo_stage.longest(recipe)
 
 
 def _models(recipe: Recipe, backbone: Backbone) -> list[str]:

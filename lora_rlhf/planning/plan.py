@@ -13,20 +13,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 
-from lora_rlhf.algorithms import dpo, grpo_rloo, policy_stage, rollout
+from lora_rlhf.algorithms import rollout, trainer_configs
 from lora_rlhf.algorithms.ppo import ppo_stage
 from lora_rlhf.models.backbone import MEMBERS
 from lora_rlhf.models.views import held_tensors, tensor_bytes
 from lora_rlhf.recipe.schema import LoraSection, Recipe
-from lora_rlhf.runs.record import Record
+from lora_rlhf.recipe.stage_keys import has_reward_model
 from lora_rlhf.runtime.devices import pick_dtype
-from lora_rlhf.training import sft
-from lora_rlhf.training.reward import reward_stage
 
 from . import dry_run, meta_backbone
 from .dry_run import Batch
@@ -140,23 +139,9 @@ class Work:
     def __init__(self, planner: Planner, recipe: Recipe, capacity: int | None) -> None:
         self.planner, self.recipe, self.capacity = planner, recipe, capacity
         self.dtype = planner.dtype(recipe)
-        record = Record("plan", {"stages": {}})  # only its folder is asked for
-        self.sft = sft.arguments(recipe, record)
-        self.reward = reward_stage.arguments(recipe, record)
-        rollouts = (
-            recipe
-            if recipe.algorithm == "ppo"
-            else recipe.model_copy(
-                update={"ppo": recipe.ppo.model_copy(update={"value_warmup_updates": 0})}
-            )
-        )
-        self.policy: Any = ppo_stage.arguments(rollouts, record)
-        if recipe.algorithm == "dpo":
-            self.policy = dpo.arguments(recipe, record)
-        elif recipe.algorithm in ("grpo", "rloo"):
-            self.policy = grpo_rloo.arguments(recipe, record)
+        self.sft, self.reward, self.policy = trainer_configs.build(recipe, Path("plan"))
         self.prompt = recipe.data.max_prompt_tokens
-        self.completion = policy_stage.longest(recipe, record)
+        self.completion = ppo_stage.longest(recipe)
         text = planner.config.get_text_config()
         self.layers, self.hidden = int(text.num_hidden_layers), int(text.hidden_size)
         self.adapted = math.ceil(self.layers * recipe.lora.top_fraction)
@@ -190,7 +175,7 @@ class Work:
         """All phases."""
         recipe, algorithm, roles = self.recipe, self.recipe.algorithm, self.roles
         phases = {"load": Phase(self.backbone, activations=self.loading), "sft": self._sft()}
-        if recipe.data.comparisons or recipe.ppo.reward == "model":
+        if has_reward_model(recipe):
             phases["reward"] = self._reward()
         sampled = 0
         if algorithm in ("ppo", "grpo", "rloo"):
@@ -218,7 +203,7 @@ class Work:
         recipe = self.recipe
         scored = self.adapter + self.head
         roles = dict.fromkeys(("policy", "reference"), self.adapter)
-        if recipe.data.comparisons or recipe.ppo.reward == "model":
+        if has_reward_model(recipe):
             roles |= dict.fromkeys(MEMBERS[: recipe.reward.ensemble or 1], scored)
             if recipe.reward.held_out_model:
                 roles["held_out"] = scored
@@ -231,7 +216,7 @@ class Work:
         """Activations and gradients of a training step; of the second, where gradients add up."""
         args: Any = self.policy
         if phase is dry_run.ranking:
-            args = self.reward
+            args = self.reward["reward"]
         elif phase is dry_run.language_model and self.recipe.algorithm != "dpo":
             args = self.sft
         windows = args.gradient_accumulation_steps
@@ -249,7 +234,7 @@ class Work:
         """The longest micro-batch of the reward model, in completions: two of a prompt or more."""
         sources = self.recipe.data.comparisons
         each = max([s.completions if s.task else 2 for s in sources], default=2)
-        rows = self.reward.per_device_train_batch_size * each
+        rows = self.reward["reward"].per_device_train_batch_size * each
         return Batch(rows, 1, self.recipe.data.max_tokens - 1)
 
     def _sft(self) -> Phase:

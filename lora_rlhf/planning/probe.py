@@ -18,6 +18,7 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -31,7 +32,6 @@ from lora_rlhf.models import fused_layers
 from lora_rlhf.models.backbone import MEMBERS, Backbone
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.runs.progress import Progress
-from lora_rlhf.runs.record import Record
 from lora_rlhf.training import microbatch_splitting
 
 from . import dry_run
@@ -204,7 +204,7 @@ def _updates(recipe: Recipe, backbone: Backbone, meter: Meter) -> dict[str, int]
     section.args["num_iterations"] = 1
     recipe = recipe.model_copy(update={"ppo": section})
     with tempfile.TemporaryDirectory(prefix="lora-rlhf-probe-") as folder:
-        args = ppo_stage.arguments(recipe, Record(folder, {"stages": {}}))
+        args = ppo_stage.arguments(recipe, Path(folder))
         prompts = Dataset.from_list([{"prompt": f"{i}"} for i in range(args.generation_batch_size)])
         functions, args.reward_weights = ppo_stage.rewards(recipe, backbone, prompts)
         laps = _Laps(meter)

@@ -54,6 +54,11 @@ def keys_read(recipe: Recipe, stage: str) -> dict[str, Any]:
     return {k: v for k, v in flat.items() if first_reader(k, recipe.algorithm) in upto}
 
 
+def has_reward_model(recipe: Recipe) -> bool:
+    """Whether the reward stage trains anything: not for gold without comparisons."""
+    return bool(recipe.data.comparisons) or recipe.ppo.reward == "model"
+
+
 def stage_names(algorithm: str) -> tuple[str, ...]:
     """The stages of a run in their order; the third carries the algorithm's name."""
     return ("sft", "reward", algorithm, "evaluate", "card")

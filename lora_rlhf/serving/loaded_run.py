@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_rlhf.runtime import optional_packages  # noqa: F401  # isort: skip
-from lora_rlhf.algorithms import best_of_n, policy_stage
+from lora_rlhf.algorithms import best_of_n
 from lora_rlhf.algorithms.ppo import ppo_stage
 from lora_rlhf.data.filters import breaker
 from lora_rlhf.errors import UsageError
@@ -56,7 +56,7 @@ def generate(
     text = breaker(backbone.tokenizer)(text)  # what a user writes is text
     prompt: Any = [{"role": "user", "content": text}] if backbone.tokenizer.chat_template else text
     ids = backbone.encode_prompt(prompt)
-    limit = max_new_tokens or policy_stage.longest(recipe, record)
+    limit = max_new_tokens or ppo_stage.longest(recipe)
     models: list[tuple[str, str | None]] = [("base", None), ("sft", "reference")]
     if record.done(recipe.algorithm):
         models.append(("policy", "policy"))

@@ -6,6 +6,7 @@ The finished adapter is saved as `adapters/sft` and becomes the frozen reference
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,12 @@ _OTHER_DTYPE = 0.5
 
 
 def run(
-    recipe: Recipe, backbone: Backbone, record: Record, data: Prepared, progress: Progress
+    recipe: Recipe,
+    args: SFTConfig,
+    backbone: Backbone,
+    record: Record,
+    data: Prepared,
+    progress: Progress,
 ) -> None:
     """Train the policy's adapter on demonstrations; leaves roles `policy` and `reference`, equal.
 
@@ -61,7 +67,6 @@ def run(
         set_seed(recipe.seed)
         backbone.add_role("policy")
         train, held_out = tokenize(backbone, data.train), tokenize(backbone, data.held_out)
-        args = arguments(recipe, record)
         with backbone.training("policy"):
             with backbone.float32_kept(), complaints("sft"):
                 trainer = Demonstrations(
@@ -92,13 +97,13 @@ def run(
         load(backbone, record)
 
 
-def arguments(recipe: Recipe, record: Record) -> SFTConfig:
+def arguments(recipe: Recipe, out: Path) -> SFTConfig:
     """TRL's config of this stage.
 
     Raises:
         RecipeError: `sft.args` cannot be what it says.
     """
-    return build("sft", SFTConfig, trainer_args(recipe, record, "sft", _DEFAULTS, recipe.sft.args))
+    return build("sft", SFTConfig, trainer_args(recipe, out, "sft", _DEFAULTS, recipe.sft.args))
 
 
 def load(backbone: Backbone, record: Record) -> None:

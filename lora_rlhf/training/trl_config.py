@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from lora_rlhf.errors import NonFiniteError, RecipeError, SetupError, first_line
 from lora_rlhf.recipe import trl_args
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.redaction import hide, safe
-from lora_rlhf.runs.record import Record
 
 _EFFECTIVE = (
     "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size",
@@ -52,11 +52,14 @@ class PPOConfig(GRPOConfig):
 
 
 def trainer_args(
-    recipe: Recipe, record: Record, stage: str, defaults: dict[str, Any], given: dict[str, Any]
+    recipe: Recipe, out: Path, stage: str, defaults: dict[str, Any], given: dict[str, Any]
 ) -> dict[str, Any]:
     """Keyword arguments for a stage's TRL config: ours, over-ridden by the recipe's `args:`.
 
     The backbone's dtype is settled at loading and adapters are float32: no autocast is asked for.
+
+    Args:
+        out: The run directory.
 
     Raises:
         RecipeError: `args:` names a key that has its home elsewhere, or a number out of range.
@@ -64,7 +67,7 @@ def trainer_args(
     trl_args.refuse(stage, given)
     trl_args.check_values(stage, given)
     return {
-        "output_dir": str(record.folder / "checkpoints" / stage),
+        "output_dir": str(out / "checkpoints" / stage),
         "seed": recipe.seed,
         "report_to": list(recipe.report_to) or "none",
         "run_name": f"{recipe.name}-{stage}",

@@ -11,6 +11,7 @@ from ppo_run import ARGS, prompts, roles
 
 from lora_rlhf._trl import GRPOTrainer, RLOOTrainer
 from lora_rlhf.algorithms import best_of_n, dpo, grpo_rloo, policy_stage
+from lora_rlhf.algorithms.ppo import ppo_stage
 from lora_rlhf.errors import DataError, IdentityError, NonFiniteError, RecipeError
 from lora_rlhf.recipe.schema import DataSection, DataSource, ModelSection, PpoSection, Recipe
 from lora_rlhf.runs.progress import Progress
@@ -43,9 +44,9 @@ def run(folder, asked, made=None):
     made, record = made or roles(), Record.open(folder, asked)
     progress = Progress(quiet=True)
     if asked.algorithm == "dpo":
-        dpo.run(asked, made, record, COMPARISONS, progress)
+        dpo.run(asked, dpo.arguments(asked, folder), made, record, COMPARISONS, progress)
     else:
-        grpo_rloo.run(asked, made, record, prompts(), progress)
+        grpo_rloo.run(asked, grpo_rloo.arguments(asked, folder), made, record, prompts(), progress)
     return made, record
 
 
@@ -214,7 +215,7 @@ def test_the_penalty_is_ppos():
 def test_the_budget_is_ppos(tmp_path, name):
     args = {"steps_per_generation": 4, "gradient_accumulation_steps": 2, "num_iterations": 3}
     asked = recipe(name, ppo={"updates": 5, "kl_coef": 0.07, "args": {**ARGS, **args}})
-    found = grpo_rloo.arguments(asked, Record.open(tmp_path / "run", asked))
+    found = grpo_rloo.arguments(asked, tmp_path / "run")
     assert found.max_steps == 5 * 3 * 4 // 2 and found.logging_steps == 6
     assert found.generation_batch_size == 4 * 4 and found.num_generations == 4
     assert found.beta == 0.07 and found.learning_rate == ARGS["learning_rate"]
@@ -225,18 +226,15 @@ def test_the_budget_is_ppos(tmp_path, name):
 def test_its_own_section_wins(tmp_path):
     args = {"learning_rate": 3e-4, "max_completion_length": 5, "per_device_train_batch_size": 6}
     asked = recipe("grpo", args, updates=7, kl_coef=0.0, num_generations=3)
-    record = Record.open(tmp_path / "run", asked)
-    found = grpo_rloo.arguments(asked, record)
+    found = grpo_rloo.arguments(asked, tmp_path)
     assert (found.learning_rate, found.max_completion_length) == (3e-4, 5)
     assert (found.beta, found.num_generations, found.max_steps) == (0.0, 3, 14)
-    assert (
-        policy_stage.longest(asked, record) == 5 and policy_stage.sampled_tokens(asked, record) == 6
-    )
+    assert ppo_stage.longest(asked) == 5 and ppo_stage.sampled_tokens(asked) == 6
 
 
 def test_dpo_has_ppos_batches_its_own_beta_and_rate(tmp_path):
     asked = recipe("dpo", {"num_train_epochs": 3}, beta=0.3)
-    found = dpo.arguments(asked, Record.open(tmp_path / "run", asked))
+    found = dpo.arguments(asked, tmp_path / "run")
     assert (found.beta, found.num_train_epochs) == (0.3, 3)
     assert found.learning_rate == 5e-5 and found.disable_dropout  # its own: not PPO's
     assert found.per_device_train_batch_size == 4 and found.max_length == asked.data.max_tokens
@@ -262,24 +260,24 @@ def test_what_has_its_home_elsewhere_is_refused(tmp_path, name, args, message):
     asked = recipe(name, args)
     arguments = dpo.arguments if name == "dpo" else grpo_rloo.arguments
     with pytest.raises(RecipeError, match=message):
-        arguments(asked, Record.open(tmp_path / "run", asked))
+        arguments(asked, tmp_path / "run")
 
 
 def test_a_group_must_fit_into_a_rollout(tmp_path):
     asked = recipe("grpo", num_generations=3)
     with pytest.raises(RecipeError, match="num_generations"):
-        grpo_rloo.arguments(asked, Record.open(tmp_path / "run", asked))
+        grpo_rloo.arguments(asked, tmp_path / "run")
 
 
 def test_a_rollout_needs_its_prompts_and_gold_its_checker(tmp_path):
     asked = recipe("grpo")
-    record = Record.open(tmp_path / "run", asked)
-    grpo_rloo.check(asked, record, prompts(2))
+    args = grpo_rloo.arguments(asked, tmp_path)
+    policy_stage.check(asked, args, prompts(2))
     with pytest.raises(DataError, match="1 prompts"):
-        grpo_rloo.check(asked, record, prompts(1))
+        policy_stage.check(asked, args, prompts(1))
     gold = recipe("rloo", ppo={"reward": "gold"})
     with pytest.raises(DataError, match="no checker"):
-        grpo_rloo.check(gold, record, prompts(8))
+        policy_stage.check(gold, args, prompts(8))
 
 
 # ------------------------------------------------------------------------------ DPO

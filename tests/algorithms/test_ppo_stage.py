@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from ppo_run import prompts, recipe, roles
 
-from lora_rlhf.algorithms import identities
+from lora_rlhf.algorithms import identities, policy_stage
 from lora_rlhf.algorithms.ppo import ppo_stage
 from lora_rlhf.data.closed_world import checkers, generator
 from lora_rlhf.errors import DataError, IdentityError, RecipeError
@@ -23,7 +23,7 @@ EPISODES = [([5, 6], [7, 8, 1]), ([9], [10, 11])]
 
 def arguments(tmp_path, args=None, **section):
     asked = recipe(args, **section)
-    return ppo_stage.arguments(asked, Record.open(tmp_path / "run", asked))
+    return ppo_stage.arguments(asked, tmp_path / "run")
 
 
 # ----------------------------------------------------------------------- arguments
@@ -38,7 +38,7 @@ def test_updates_become_optimizer_steps(tmp_path):
 
 def test_defaults_are_the_checklists(tmp_path):
     asked = recipe().model_copy(update={"ppo": recipe().ppo.model_copy(update={"args": {}})})
-    found = ppo_stage.arguments(asked, Record.open(tmp_path / "run", asked))
+    found = ppo_stage.arguments(asked, tmp_path / "run")
     assert (found.top_k, found.top_p, found.min_p, found.temperature) == (0, 1.0, None, 1.0)
     assert found.repetition_penalty == 1.0 and found.generation_kwargs is None
     assert found.beta == 0 and found.epsilon == 0.2 and found.disable_dropout
@@ -94,10 +94,11 @@ def test_a_run_in_which_the_policy_never_moves_is_refused(tmp_path):
 @pytest.mark.parametrize(("generations", "needed"), [(1, 8), (2, 4)])
 def test_a_rollout_needs_its_prompts(tmp_path, generations, needed):
     asked = recipe({"steps_per_generation": 2, "num_generations": generations})
-    record = Record.open(tmp_path / "run", asked)
-    assert ppo_stage.check(asked, record, prompts(needed)).generation_batch_size == 8
+    args = ppo_stage.arguments(asked, tmp_path)
+    assert args.generation_batch_size == 8
+    policy_stage.check(asked, args, prompts(needed))
     with pytest.raises(DataError, match=f"{needed - 1} prompts") as error:
-        ppo_stage.check(asked, record, prompts(needed - 1))
+        policy_stage.check(asked, args, prompts(needed - 1))
     assert f"at least {needed}" in error.value.expected
 
 
@@ -176,7 +177,7 @@ def test_gold_is_logged_beside_the_model_and_used_where_it_is_asked_for():
 def test_gold_without_a_checker_is_refused(tmp_path):
     asked = recipe(reward="gold")
     with pytest.raises(DataError, match="no checker"):
-        ppo_stage.check(asked, Record.open(tmp_path / "run", asked), prompts())
+        policy_stage.check(asked, ppo_stage.arguments(asked, tmp_path), prompts())
 
 
 # ----------------------------------------------------------------------- the stage
@@ -188,7 +189,14 @@ def finished(tmp_path_factory):
     asked = recipe({"steps_per_generation": 2}, updates=3, value_warmup_updates=1)
     made = roles()
     record = Record.open(tmp_path_factory.mktemp("ppo") / "run", asked)
-    ppo_stage.run(asked, made, record, prompts(), Progress(quiet=True))
+    ppo_stage.run(
+        asked,
+        ppo_stage.arguments(asked, record.folder),
+        made,
+        record,
+        prompts(),
+        Progress(quiet=True),
+    )
     return made, asked, record
 
 
@@ -231,7 +239,9 @@ def test_nothing_of_the_stage_stays_switched_on(finished):
 def test_a_second_run_with_the_same_seed_gives_the_same_bits(finished, tmp_path):
     made, asked, record = finished
     again = Record.open(tmp_path / "run", asked)
-    ppo_stage.run(asked, made, again, prompts(), Progress(quiet=True))
+    ppo_stage.run(
+        asked, ppo_stage.arguments(asked, tmp_path), made, again, prompts(), Progress(quiet=True)
+    )
     first, second = (r.data["stages"]["ppo"] for r in (record, again))
     assert first["adapter_sha256"] == second["adapter_sha256"]
     assert first["value_adapter_sha256"] == second["value_adapter_sha256"]
@@ -239,12 +249,13 @@ def test_a_second_run_with_the_same_seed_gives_the_same_bits(finished, tmp_path)
 
 def test_a_failure_leaves_an_interrupted_stage_and_a_closed_line(tmp_path, monkeypatch):
     asked, ended = recipe(), []
+    args = ppo_stage.arguments(asked, tmp_path)
     record = Record.open(tmp_path / "run", asked)
     record.log("ppo", 1, {"reward/score": 1.0})  # of an earlier, interrupted try
     progress = Progress(quiet=True)
     monkeypatch.setattr(progress, "end", lambda: ended.append(True))
     monkeypatch.setattr(identities, "RATIO_TOLERANCE", {torch.float32: -1.0})
     with pytest.raises(IdentityError):
-        ppo_stage.run(asked, roles(), record, prompts(), progress)
+        ppo_stage.run(asked, args, roles(), record, prompts(), progress)
     assert not Record.read(record.folder).done("ppo") and ended
     assert record.metrics("ppo") == [] and not record.adapter("policy").exists()

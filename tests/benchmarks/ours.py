@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipe = recipe_of(found, backbone)
     with tempfile.TemporaryDirectory() as folder:
         record = Record.open(Path(folder) / "run", recipe)
-        args = ppo_stage.arguments(recipe, record)
+        args = ppo_stage.arguments(recipe, record.folder)
         ppo_stage.start_roles(backbone, recipe)
         prompts = dataset(found)
         functions, args.reward_weights = ppo_stage.rewards(recipe, backbone, prompts)

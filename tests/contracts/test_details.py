@@ -139,10 +139,8 @@ def default(path):
     section, key, *rest = path
     if key == "args":
         made = Recipe(name="x", model={"id": "tiny"})
-        record = Record.__new__(Record)
-        record.folder = Path("run")
         stage = STAGES[section]
-        return trainer_args(made, record, section, stage._DEFAULTS, {})[rest[0]]
+        return trainer_args(made, Path("run"), section, stage._DEFAULTS, {})[rest[0]]
     return getattr(getattr(Recipe(name="x", model={"id": "tiny"}), section), key)
 
 
@@ -224,10 +222,10 @@ def test_sampler_and_log_probs_share_the_temperature(tmp_path, temperature):
 def test_more_than_four_passes_over_a_rollout_are_refused(tmp_path):
     asked = recipe({"num_iterations": 5})
     with pytest.raises(RecipeError, match="num_iterations: 5") as caught:
-        ppo_stage.arguments(asked, Record.open(tmp_path / "five", asked))
+        ppo_stage.arguments(asked, tmp_path)
     assert "at most 4" in caught.value.expected and "ppo.updates" in caught.value.remedy
     asked = recipe({"num_iterations": 4})
-    assert ppo_stage.arguments(asked, Record.open(tmp_path / "four", asked)).num_iterations == 4
+    assert ppo_stage.arguments(asked, tmp_path).num_iterations == 4
 
 
 def test_no_penalty_is_allowed_and_less_than_none_is_not():
@@ -267,7 +265,14 @@ def test_rloos_baseline_leaves_the_sample_out(tmp_path, monkeypatch, name):
         kind, "_observe", lambda self, out: (found.append(out["advantages"]), real(self, out))[1]
     )
     record = Record.open(tmp_path / "run", asked)
-    grpo_rloo.run(asked, roles(), record, prompts(), Progress(quiet=True))
+    grpo_rloo.run(
+        asked,
+        grpo_rloo.arguments(asked, tmp_path),
+        roles(),
+        record,
+        prompts(),
+        Progress(quiet=True),
+    )
     groups = torch.tensor(given).reshape(-1, 4)
     others = (groups.sum(1, keepdim=True) - groups) / 3
     mean, std = groups.mean(1, keepdim=True), groups.std(1, keepdim=True)

@@ -407,7 +407,7 @@ def test_no_recipe_turns_remote_code_on(text):
         if "model_init" in text and text.startswith("ppo"):
             from lora_rlhf.algorithms.ppo import ppo_stage
 
-            ppo_stage.arguments(recipe, Record(".", {"stages": {}}))
+            ppo_stage.arguments(recipe, Path("."))
 
 
 LAUGHS = "a: &a [x,x]\n" + "".join(

@@ -315,4 +315,4 @@ def broken_runs_args(folder: Path):
     from lora_rlhf.recipe.loader import parse_recipe
 
     recipe = parse_recipe(text, "r", [f"sft.args.run_name={CANARIES['args']}"], folder)
-    return sft.arguments(recipe, Record(folder / "run", {"stages": {}}))
+    return sft.arguments(recipe, folder / "run")

@@ -32,7 +32,6 @@ from lora_rlhf.models.backbone import ADAPTERS
 from lora_rlhf.models.base_model import BaseModel
 from lora_rlhf.recipe.loader import parse_recipe
 from lora_rlhf.recipe.schema import LoraSection, ModelSection
-from lora_rlhf.runs.record import Record
 from lora_rlhf.runtime.devices import pick_dtype
 from lora_rlhf.training.trl_config import trainer_args
 
@@ -471,10 +470,8 @@ def test_checkpointing_is_what_the_recipe_says_in_every_stage(tmp_path, wanted):
     """TRL's own default is on; a stage that does not say it would get it."""
     text = f"name: x\nmodel:\n  id: tiny\n  gradient_checkpointing: {str(wanted).lower()}\n"
     recipe = parse_recipe(text, "recipe.yaml")
-    record = Record.__new__(Record)
-    record.folder = tmp_path
     for stage, config in (("sft", SFTConfig), ("reward", RewardConfig)):
-        args = config(**trainer_args(recipe, record, stage, {}, {}))
+        args = config(**trainer_args(recipe, tmp_path, stage, {}, {}))
         assert args.activation_checkpointing is wanted
 
 

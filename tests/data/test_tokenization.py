@@ -9,9 +9,11 @@ import pytest
 import small
 from transformers import PreTrainedTokenizerFast
 
-from lora_rlhf import pipeline, preflight
+from lora_rlhf import pipeline
+from lora_rlhf.algorithms import trainer_configs
 from lora_rlhf.data import dataset_builder, tokenization
 from lora_rlhf.recipe.schema import Recipe
+from lora_rlhf.recipe.stage_keys import has_reward_model
 from lora_rlhf.runs.progress import Progress
 from lora_rlhf.runs.record import Record
 from lora_rlhf.training import sft
@@ -112,9 +114,11 @@ def test_a_run_reads_every_set_once(recipe, tmp_path, monkeypatch):
         return read(source, *more)
 
     monkeypatch.setattr(dataset_builder, "read", counting)
-    work = pipeline._Work(recipe, Record.open(tmp_path / "run", recipe), Progress(quiet=True))
+    out = tmp_path / "run"
+    configs, record = trainer_configs.build(recipe, out), Record.open(out, recipe)
+    work = pipeline._Work(recipe, configs, record, Progress(quiet=True))
     work._check_data(["sft", "reward", "ppo", "evaluate"])
-    assert preflight.has_reward_model(recipe)
+    assert has_reward_model(recipe)
     # Demonstrations, comparisons and prompts are three sets of one file.
     assert sorted(reads.values()) == [1, 3]
 

@@ -103,7 +103,7 @@ def test_an_apple_gpu_is_left_alone(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.mps, "empty_cache", lambda: None)  # accelerate's, and harmless there
     killed.write(tmp_path)
     said, recipe = RecordingProgress(), killed.recipe(tmp_path, *LITTLE)
-    config = sft.arguments(recipe, Record(tmp_path, {"stages": {}}))
+    config = sft.arguments(recipe, tmp_path)
     assert config.device.type == "cpu"
     record = pipeline.run(recipe, tmp_path / "run", until="sft", progress=said)
     assert record.done("sft")

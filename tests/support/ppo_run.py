@@ -72,7 +72,7 @@ class Run:
         self.record = Record.open(folder, self.recipe)
         self.backbone = made or roles()
         ppo_stage.start_roles(self.backbone, self.recipe)
-        config = ppo_stage.arguments(self.recipe, self.record)
+        config = ppo_stage.arguments(self.recipe, self.record.folder)
         config.reward_weights = weights
         per_update = (
             config.num_iterations

@@ -59,5 +59,6 @@ def run(folder, data, other=None, **section):
     torch.manual_seed(0)
     made, chosen = backbone("llama", "reference"), recipe(**section)
     record = Record.open(folder, chosen)
-    reward_stage.run(chosen, made, record, data, DEMONSTRATIONS, Progress(quiet=True), other)
+    args = reward_stage.arguments(chosen, folder)
+    reward_stage.run(chosen, args, made, record, data, DEMONSTRATIONS, Progress(quiet=True), other)
     return made, record

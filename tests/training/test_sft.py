@@ -38,7 +38,9 @@ def test_training_makes_demonstrations_likelier_and_leaves_two_equal_roles(tmp_p
     recipe, kept = record(tmp_path / "r", **{"sft.args.learning_rate": 1e-2})
     made = backbone("llama")
     rows = Dataset.from_list(ROWS)
-    sft.run(recipe, made, kept, Prepared(rows, rows.select(range(4)), {}), Progress(quiet=True))
+    args = sft.arguments(recipe, kept.folder)
+    data = Prepared(rows, rows.select(range(4)), {})
+    sft.run(recipe, args, made, kept, data, Progress(quiet=True))
     losses = [line["loss"] for line in kept.metrics("sft") if "loss" in line]
     assert losses[-1] < losses[0] - 0.1
     policy, reference = dict(made.role_parameters("policy")), made.role_parameters("reference")
@@ -70,6 +72,5 @@ def test_a_reloaded_adapter_may_differ_by_rounding_and_by_no_more(tmp_path):
 )
 def test_arguments_that_would_do_nothing_or_harm_are_refused(tmp_path, key):
     recipe, kept = record(tmp_path / "r", **{f"sft.args.{key}": "true"})
-    rows = Dataset.from_list(ROWS)
     with pytest.raises(RecipeError, match=f"sft.args.{key}"):
-        sft.run(recipe, backbone("llama"), kept, Prepared(rows, rows, {}), Progress(quiet=True))
+        sft.arguments(recipe, kept.folder)

@@ -11,7 +11,6 @@ from lora_rlhf.algorithms.ppo.ppo_trainer import PPOConfig
 from lora_rlhf.errors import NonFiniteError, RecipeError, SetupError
 from lora_rlhf.recipe import trl_args
 from lora_rlhf.recipe.schema import DataSection, ModelSection, Recipe
-from lora_rlhf.runs.record import Record
 from lora_rlhf.training import trl_config
 
 CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "held_out": RewardConfig, "ppo": PPOConfig}
@@ -24,16 +23,11 @@ def recipe():
     )
 
 
-@pytest.fixture
-def record(tmp_path, recipe):
-    return Record.open(tmp_path / "run", recipe)
-
-
 @pytest.mark.parametrize("stage", CONFIGS)
-def test_every_stage_gets_what_the_recipe_says_and_no_surprises(stage, recipe, record):
-    merged = trl_config.trainer_args(recipe, record, stage, {"learning_rate": 1.0}, {})
+def test_every_stage_gets_what_the_recipe_says_and_no_surprises(stage, recipe, tmp_path):
+    merged = trl_config.trainer_args(recipe, tmp_path, stage, {"learning_rate": 1.0}, {})
     config = trl_config.build(stage, CONFIGS[stage], merged)
-    assert config.output_dir == str(record.folder / "checkpoints" / stage)
+    assert config.output_dir == str(tmp_path / "checkpoints" / stage)
     assert config.seed == 7 and config.run_name == f"little-{stage}"
     assert config.report_to == [] and not config.push_to_hub
     assert not config.bf16 and not config.fp16 and not config.activation_checkpointing
@@ -43,26 +37,26 @@ def test_every_stage_gets_what_the_recipe_says_and_no_surprises(stage, recipe, r
         assert config.max_length == 77
 
 
-def test_the_recipe_comes_before_the_defaults(recipe, record):
+def test_the_recipe_comes_before_the_defaults(recipe, tmp_path):
     merged = trl_config.trainer_args(
-        recipe, record, "sft", {"learning_rate": 1.0, "warmup_steps": 3}, {"learning_rate": 2.0}
+        recipe, tmp_path, "sft", {"learning_rate": 1.0, "warmup_steps": 3}, {"learning_rate": 2.0}
     )
     assert merged["learning_rate"] == 2.0 and merged["warmup_steps"] == 3
 
 
-def test_checkpointing_comes_from_the_model_section(record):
+def test_checkpointing_comes_from_the_model_section(tmp_path):
     recipe = Recipe(name="little", model=ModelSection(id="tiny", gradient_checkpointing=True))
     config = trl_config.build(
-        "sft", SFTConfig, trl_config.trainer_args(recipe, record, "sft", {}, {})
+        "sft", SFTConfig, trl_config.trainer_args(recipe, tmp_path, "sft", {}, {})
     )
     assert config.activation_checkpointing
     assert config.activation_checkpointing_kwargs == {"use_reentrant": False}
 
 
 @pytest.mark.parametrize("key", sorted(trl_args.OWNED))
-def test_a_key_with_another_home_is_refused_and_sent_there(key, recipe, record):
+def test_a_key_with_another_home_is_refused_and_sent_there(key, recipe, tmp_path):
     with pytest.raises(RecipeError, match=f"ppo.args.{key} is not set there") as error:
-        trl_config.trainer_args(recipe, record, "ppo", {}, {key: 1})
+        trl_config.trainer_args(recipe, tmp_path, "ppo", {}, {key: 1})
     assert error.value.remedy == f"use {trl_args.OWNED[key]}"
 
 
@@ -85,26 +79,26 @@ def test_every_home_exists(recipe):
         ("ppo", "qqqqq", "GRPOConfig", "leave it out"),
     ],
 )
-def test_an_unknown_key_is_one_clear_error(stage, key, trl, hint, recipe, record):
-    merged = trl_config.trainer_args(recipe, record, stage, {}, {key: 1})
+def test_an_unknown_key_is_one_clear_error(stage, key, trl, hint, recipe, tmp_path):
+    merged = trl_config.trainer_args(recipe, tmp_path, stage, {}, {key: 1})
     with pytest.raises(RecipeError, match=rf"{stage}\.args\.{key}: TRL's {trl} has no") as error:
         trl_config.build(stage, CONFIGS[stage], merged)
     assert hint in error.value.remedy
 
 
-def test_what_trl_refuses_is_a_recipe_error(recipe, record):
-    merged = trl_config.trainer_args(recipe, record, "ppo", {}, {"auto_find_batch_size": True})
+def test_what_trl_refuses_is_a_recipe_error(recipe, tmp_path):
+    merged = trl_config.trainer_args(recipe, tmp_path, "ppo", {}, {"auto_find_batch_size": True})
     for generations in (1, 2):
         with pytest.raises(RecipeError, match=r"ppo\.args: auto_find_batch_size"):
             trl_config.build("ppo", PPOConfig, {**merged, "num_generations": generations})
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 7])
-def test_one_completion_a_prompt_fits_every_batch(batch, recipe, record):
+def test_one_completion_a_prompt_fits_every_batch(batch, recipe, tmp_path):
     """GRPO itself refuses it; the rest of its checks stay."""
     merged = trl_config.trainer_args(
         recipe,
-        record,
+        tmp_path,
         "ppo",
         {},
         {
@@ -126,8 +120,8 @@ def test_one_completion_a_prompt_fits_every_batch(batch, recipe, record):
     [("lr_scheduler_kwargs", {"min_lr": 1}), ("lr_scheduler_type", "bent"), ("optim", "magic"),
      ("logging_strategy", 7)],
 )  # fmt: skip
-def test_what_would_fail_only_when_training_begins_fails_at_once(key, value, recipe, record):
-    merged = trl_config.trainer_args(recipe, record, "sft", {}, {key: value})
+def test_what_would_fail_only_when_training_begins_fails_at_once(key, value, recipe, tmp_path):
+    merged = trl_config.trainer_args(recipe, tmp_path, "sft", {}, {key: value})
     with pytest.raises(RecipeError, match=r"^sft\.args: "):
         trl_config.build("sft", SFTConfig, merged)
 
@@ -153,11 +147,11 @@ def test_trackers_are_known_and_installed(monkeypatch):
 
 
 @pytest.mark.parametrize("stage", CONFIGS)
-def test_what_took_effect_is_told_with_its_defaults(stage, recipe, record):
+def test_what_took_effect_is_told_with_its_defaults(stage, recipe, tmp_path):
     given = {"learning_rate": 0.5, "num_train_epochs": 2.5}
     if stage == "ppo":
         given |= {"max_steps": 8, "num_generations": 1, "beta": 0.0}
-    merged = trl_config.trainer_args(recipe, record, stage, given, {})
+    merged = trl_config.trainer_args(recipe, tmp_path, stage, given, {})
     told = trl_config.effective(trl_config.build(stage, CONFIGS[stage], merged))
     assert told["learning_rate"] == 0.5 and told["adam_epsilon"] == 1e-5
     assert told["lr_scheduler_type"] == "linear" and told["per_device_train_batch_size"] == 8

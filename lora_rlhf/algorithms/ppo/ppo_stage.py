@@ -5,18 +5,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from transformers import set_seed
 
-from lora_rlhf.algorithms import identities
-from lora_rlhf.data.closed_world import checkers
-from lora_rlhf.errors import DataError, RecipeError
+from lora_rlhf.algorithms import identities, policy_stage
+from lora_rlhf.errors import RecipeError
 from lora_rlhf.models import adapters, fused_layers
 from lora_rlhf.models.backbone import Backbone
+from lora_rlhf.recipe import trl_args
 from lora_rlhf.recipe.schema import Recipe
-from lora_rlhf.runs.disk import sha256
 from lora_rlhf.runs.progress import Progress, StageLog
 from lora_rlhf.runs.record import Record
 from lora_rlhf.training.checkpoint_callback import CheckpointCallback, Result
@@ -70,6 +70,7 @@ _INSTEAD = {
 
 def run(
     recipe: Recipe,
+    args: PPOConfig,
     backbone: Backbone,
     record: Record,
     prompts: Dataset,
@@ -86,11 +87,9 @@ def run(
 
     Raises:
         IdentityError: A start-up identity does not hold.
-        DataError: Fewer prompts than one rollout takes, or no checker for a gold reward.
     """
     with record.stage("ppo") as entry:
         set_seed(recipe.seed)
-        args = check(recipe, record, prompts)
         start_roles(backbone, recipe)
         functions, args.reward_weights = rewards(recipe, backbone, prompts)
         per_update = steps_per_update(args)
@@ -164,39 +163,6 @@ def _text_mix(
     return TextMix(text, size, recipe.seed, pad)
 
 
-def check(recipe: Recipe, record: Record, prompts: Dataset) -> PPOConfig:
-    """What can be known before anything is trained; returns the arguments.
-
-    Raises:
-        RecipeError: As `arguments`.
-        DataError: Fewer prompts than one rollout takes, or no checker for a gold reward.
-    """
-    args = arguments(recipe, record)
-    needed = args.generation_batch_size // args.num_generations
-    if len(prompts) < needed:
-        raise DataError(
-            f"{len(prompts)} prompts",
-            expected=f"at least {needed}, one rollout",
-            remedy="give more prompts, or lower ppo.args.steps_per_generation",
-        )
-    require_checker(recipe, prompts)
-    return args
-
-
-def require_checker(recipe: Recipe, prompts: Dataset) -> None:
-    """Refuse a gold reward on prompts that no task made.
-
-    Raises:
-        DataError: With what to change.
-    """
-    if recipe.ppo.reward == "gold" and not _checkable(prompts):
-        raise DataError(
-            "ppo.reward is gold, and these prompts have no checker",
-            expected="prompts of `task: closed-world`",
-            remedy="set ppo.reward to model",
-        )
-
-
 def load(backbone: Backbone, record: Record) -> None:
     """The policy from the finished stage; nothing after PPO asks for the value."""
     adapters.load_role(backbone, "policy", record.adapter("policy"))
@@ -213,14 +179,14 @@ def start_roles(backbone: Backbone, recipe: Recipe) -> None:
         backbone.add_role("value", copy_from="reward" if scored else "reference")
 
 
-def arguments(recipe: Recipe, record: Record) -> PPOConfig:
+def arguments(recipe: Recipe, out: Path) -> PPOConfig:
     """TRL's config of this stage; `updates` becomes `max_steps`.
 
     Raises:
         RecipeError: Batch sizes that do not divide, a sampler that PPO's ratio would be wrong for,
             or a key that PPO does not read.
     """
-    merged = trainer_args(recipe, record, "ppo", _DEFAULTS, recipe.ppo.args)
+    merged = trainer_args(recipe, out, "ppo", _DEFAULTS, recipe.ppo.args)
     for key in recipe.ppo.args:
         if key in _FIELDS and key not in _TAKEN:
             raise RecipeError(
@@ -251,7 +217,8 @@ def arguments(recipe: Recipe, record: Record) -> PPOConfig:
                 expected="plain sampling: log-probs are those of the whole distribution",
                 remedy="leave it out",
             )
-    if recipe.ppo.value_warmup_updates >= recipe.ppo.updates:
+    # Other algorithms have no value to warm up.
+    if recipe.algorithm == "ppo" and recipe.ppo.value_warmup_updates >= recipe.ppo.updates:
         raise RecipeError(
             f"ppo.updates is {recipe.ppo.updates}, ppo.value_warmup_updates "
             f"{recipe.ppo.value_warmup_updates}",
@@ -268,6 +235,54 @@ def arguments(recipe: Recipe, record: Record) -> PPOConfig:
             "logging_first_step": False,
         },
     )
+
+
+_BUDGET = (
+    "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "adam_beta1",
+    "adam_beta2", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "weight_decay",
+    "disable_dropout",
+)  # fmt: skip
+"""TRL arguments that the other algorithms take from `ppo.args` where their own do not say."""
+
+_ROLLOUT_BUDGET = (
+    "steps_per_generation", "num_iterations", "epsilon", "temperature", "max_completion_length",
+    "top_k", "top_p",
+)  # fmt: skip
+
+
+def budget(recipe: Recipe, out: Path, *, rollouts: bool) -> dict[str, Any]:
+    """Arguments with which another algorithm gets the same budget as PPO by the same recipe.
+
+    Args:
+        rollouts: With those of sampling and of PPO's epochs; DPO has neither.
+
+    Raises:
+        RecipeError: PPO could not run with `ppo.args`.
+    """
+    config = arguments(recipe, out)
+    names = _BUDGET + (_ROLLOUT_BUDGET if rollouts else ())
+    return {name: getattr(config, name) for name in names}
+
+
+def sampled_tokens(recipe: Recipe) -> int:
+    """Most tokens of a completion that the reward model's comparisons are sampled with.
+
+    `ppo.args.max_completion_length`, whatever the algorithm: they are the same for all.
+    """
+    return _checked_length("ppo", {**_DEFAULTS, **recipe.ppo.args})
+
+
+def longest(recipe: Recipe) -> int:
+    """Most tokens of a completion in the rollouts of the recipe's algorithm."""
+    own = getattr(getattr(recipe, recipe.algorithm), "args", {})
+    if recipe.algorithm == "ppo" or own.get("max_completion_length") is None:
+        return sampled_tokens(recipe)
+    return _checked_length(recipe.algorithm, own)
+
+
+def _checked_length(stage: str, args: dict[str, Any]) -> int:
+    trl_args.check_values(stage, {"max_completion_length": args["max_completion_length"]})
+    return int(args["max_completion_length"])
 
 
 def rewards(
@@ -313,12 +328,8 @@ def rewards(
     functions: list[RewardFunction] = [gold if recipe.ppo.reward == "gold" else model]
     if recipe.ppo.reward == "model" and len(ensemble.roles(recipe.reward)) > 1:
         functions.append(disagreement)
-    if recipe.ppo.reward == "model" and _checkable(prompts):
+    if recipe.ppo.reward == "model" and policy_stage.has_checker(prompts):
         functions.append(gold)
     if backbone.has("held_out") and recipe.ppo.watch != "off":
         functions.append(held_out)
     return functions, [1.0] + [0.0] * (len(functions) - 1)
-
-
-def _checkable(prompts: Dataset) -> bool:
-    return "item" in prompts.column_names and all(prompts["item"])

@@ -8,6 +8,8 @@ mean score 0.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,6 +44,7 @@ _SEEDS = ("reward", "held_out", *MEMBERS[1:])
 
 def run(
     recipe: Recipe,
+    args: Mapping[str, RewardConfig],
     backbone: Backbone,
     record: Record,
     data: Prepared,
@@ -52,6 +55,7 @@ def run(
     """Train the reward role (and the held-out one on other comparisons), fit its offset, judge it.
 
     Args:
+        args: As `arguments` gives them.
         data: Comparisons: `prompt`, `chosen`, `rejected`, and `group` where prompts repeat.
         demonstrations: Those on which the offset gives mean score 0.
         held_out_data: Other comparisons, for a reward model that only evaluates; its held-out rows
@@ -61,7 +65,9 @@ def run(
         shown = _episodes(backbone, demonstrations)
         held_out = Comparisons.encode(backbone, data.held_out)
         members = ensemble.trained(recipe.reward)
-        trained = [_train(recipe, backbone, record, data, progress, role) for role in members]
+        trained = [
+            _train(recipe, args[role], backbone, record, data, progress, role) for role in members
+        ]
         entry |= trained[0]
         if len(members) > 1:
             entry["ensemble"] = _ensemble(recipe, backbone, shown, held_out, trained)
@@ -79,7 +85,7 @@ def run(
             entry["ensemble"] |= {"roles": list(roles), "adapter_sha256": hashes}
         if held_out_data is not None:
             entry |= _judge(
-                recipe, backbone, record, held_out_data, progress, shown, held_out, found
+                recipe, args, backbone, record, held_out_data, progress, shown, held_out, found
             )
         reason = reward_gate.gate_reward(
             entry["accuracy"],
@@ -117,18 +123,24 @@ def load(backbone: Backbone, record: Record) -> None:
             adapters.load_role(backbone, role, record.adapter(role))
 
 
-def arguments(recipe: Recipe, record: Record, role: str = "reward") -> RewardConfig:
-    """TRL's config for the training of one reward model.
+def arguments(recipe: Recipe, out: Path) -> dict[str, RewardConfig]:
+    """TRL's config for each reward model that is trained, by role.
 
     Raises:
         RecipeError: `reward.args` cannot be what it says.
     """
-    given = trainer_args(recipe, record, role, _DEFAULTS, recipe.reward.args)
-    return build("reward", RewardConfig, {**given, "seed": recipe.seed + _SEEDS.index(role)})
+    configs = {}
+    held_out = ("held_out",) if recipe.reward.held_out_model else ()
+    for role in (*ensemble.trained(recipe.reward), *held_out):
+        given = trainer_args(recipe, out, role, _DEFAULTS, recipe.reward.args)
+        given["seed"] = recipe.seed + _SEEDS.index(role)
+        configs[role] = build("reward", RewardConfig, given)
+    return configs
 
 
 def _train(
     recipe: Recipe,
+    args: RewardConfig,
     backbone: Backbone,
     record: Record,
     data: Prepared,
@@ -142,7 +154,6 @@ def _train(
     set_seed(recipe.seed if recipe.reward.combine == "warm" and role in MEMBERS else seed)
     backbone.add_role(role, copy_from="reference")
     train = rankings(backbone, data.train)
-    args = arguments(recipe, record, role)
     with backbone.training(role):
         with backbone.float32_kept(), complaints("reward"):
             trainer = RankingTrainer(
@@ -212,6 +223,7 @@ def _by_prompt(held_out: Comparisons, values: Any) -> Any:
 
 def _judge(
     recipe: Recipe,
+    args: Mapping[str, RewardConfig],
     backbone: Backbone,
     record: Record,
     data: Prepared,
@@ -221,7 +233,7 @@ def _judge(
     first: Report,
 ) -> dict[str, Any]:
     """The reward model that only evaluates: trained on other comparisons, from another seed."""
-    _train(recipe, backbone, record, data, progress, "held_out")
+    _train(recipe, args["held_out"], backbone, record, data, progress, "held_out")
     offset = fit_offset(backbone, shown, "held_out")
     [scores] = ensemble.member_scores(backbone, held_out.episodes, ["held_out"])
     other = report(held_out, scores)
