@@ -12,7 +12,7 @@ import inspect
 import os
 
 # TRL's trainers report their use to the Hub; a library built on them must not do so unasked.
-# Other libraries may have read the variable before it is set here: `Resumable` asks again.
+# Other libraries may have read the variable before it is set here: `ResumableTrainer` asks again.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 

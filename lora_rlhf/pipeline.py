@@ -337,7 +337,7 @@ class _Work:
         args = self.configs.policy
         if not run:
             if recipe.algorithm != "best_of_n":  # it trains nothing
-                ppo_stage.load(backbone, record)
+                policy_stage.load(backbone, record)
             return
         if recipe.ppo.reward == "model" and recipe.algorithm != "dpo":  # DPO asks no reward model
             reward_stage.gate(recipe, record, self.progress)

@@ -8,29 +8,29 @@ that ends a completion is trained on, and prompt and completion never merge into
 
 from __future__ import annotations
 
+import functools
 import math
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import set_seed
 
 from lora_rlhf._trl import DPOConfig, DPOTrainer
 from lora_rlhf.errors import IdentityError
 from lora_rlhf.models import scoring
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.recipe.schema import Recipe
-from lora_rlhf.runs.progress import Progress, StageLog
+from lora_rlhf.runs.progress import Progress
 from lora_rlhf.runs.record import Record
-from lora_rlhf.training.checkpoint_callback import CheckpointCallback
-from lora_rlhf.training.resumable_trainer import Resumable
-from lora_rlhf.training.trl_config import build, check_finite, complaints, effective, trainer_args
+from lora_rlhf.training.fit import fit
+from lora_rlhf.training.trl_config import build, effective, trainer_args
 
-from . import policy_stage
+from . import identities, policy_stage
 from .identities import RATIO_TOLERANCE
+from .policy_trainer import TiedReferenceTrainer
 from .ppo import ppo_stage
 
 _DEFAULTS: dict[str, Any] = {
@@ -71,23 +71,13 @@ def run(
     """
     with record.stage("dpo") as entry:
         set_seed(recipe.seed)
-        policy_stage.start_policy(backbone)
+        backbone.copy_role("reference", "policy")
         rows = tokenize(backbone, comparisons)
+        build_trainer = functools.partial(
+            ResumableDPOTrainer, backbone, args=args, train_dataset=rows
+        )
         with backbone.training("policy"):
-            with complaints("dpo"):
-                trainer = ComparisonTrainer(
-                    backbone, args, rows, callbacks=[StageLog(record, "dpo", progress)]
-                )
-            trainer.identities["kl_at_start"] = _difference(backbone, rows)
-            windows = len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps
-            steps = math.ceil(math.ceil(windows) * args.num_train_epochs)
-            progress.begin("dpo", args.max_steps if args.max_steps > 0 else max(1, steps))
-            try:
-                keeper = CheckpointCallback(recipe, backbone, record, progress, "dpo")
-                result = keeper.train(trainer)
-            finally:
-                progress.end()
-        check_finite("dpo", result.training_loss)
+            trainer, result = fit(build_trainer, recipe, backbone, record, progress, "dpo")
         entry |= {
             "reward": "comparisons",
             "beta": args.beta,
@@ -139,60 +129,24 @@ def tokenize(backbone: Backbone, rows: Dataset) -> Dataset:
     )
 
 
-def _difference(backbone: Backbone, rows: Dataset) -> float:
-    """Largest |log-probability under policy less that under SFT| of a completion; must be 0.
-
-    Raises:
-        IdentityError: The policy did not start as SFT.
-    """
-    some = rows.select(range(min(_ROWS, len(rows))))
-    episodes = [
-        (row["prompt_ids"], row[f"{s}_ids"]) for row in some for s in ("chosen", "rejected")
-    ]
-    ours, sft = (scoring.sequence_logprobs(backbone, episodes, r) for r in ("policy", "reference"))
-    worst = max(abs(a - b) for a, b in zip(ours, sft, strict=True))
-    if not worst <= 1e-6:
-        raise IdentityError(
-            f"before the first update, policy and reference differ by {worst:.3g} nats",
-            expected="0: the policy starts as a copy of the frozen SFT adapter",
-            remedy="stage at fault: sft. Was adapters/sft changed, or another adapter loaded?",
-        )
-    return worst
-
-
-class ComparisonTrainer(Resumable, DPOTrainer):
-    """TRL's DPO on our backbone and ids. Use it inside `backbone.training("policy")`.
-
-    Args:
-        backbone: With the roles policy and reference.
-        args: TRL's arguments.
-        rows: As `tokenize` makes them.
-    """
+class ResumableDPOTrainer(TiedReferenceTrainer, DPOTrainer):
+    """TRL's DPO on our backbone, on rows of `tokenize`."""
 
     _tag_names = ["lora-rlhf", "dpo"]
-    kept = ("identities", "untouched")
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        args: Any,
-        rows: Dataset,
-        callbacks: list[TrainerCallback] | None = None,
-    ) -> None:
-        self.backbone = backbone
-        self.identities: dict[str, float] = {}
-        with backbone.float32_kept():
-            super().__init__(
-                model=backbone.views["policy"],
-                args=args,
-                train_dataset=rows,
-                processing_class=backbone.tokenizer,
-                callbacks=callbacks,
-            )
-        self.remove_callback(PrinterCallback)
-        self.identities["reference_tensors_tied"] = policy_stage.tie_reference(backbone)
-        self.untouched = policy_stage.Untouched(backbone, "dpo", self)
-        self.add_callback(self.untouched)
+    def before_training(self) -> None:
+        """Check that the policy starts as SFT."""
+        rows = self.train_dataset.select(range(min(_ROWS, len(self.train_dataset))))
+        episodes = [
+            (row["prompt_ids"], row[f"{s}_ids"]) for row in rows for s in ("chosen", "rejected")
+        ]
+        policy, reference = (
+            torch.tensor(scoring.sequence_logprobs(self.backbone, episodes, role)).double()
+            for role in ("policy", "reference")
+        )
+        self.identities["kl_at_start"] = identities.policy_equals_reference(
+            policy, reference, torch.ones_like(policy)
+        )
 
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
         # TRL would tokenise prompt + completion as one text, which can merge tokens at the seam.
@@ -235,16 +189,6 @@ class ComparisonTrainer(Resumable, DPOTrainer):
                 remedy="stage at fault: dpo. Dropout, or another adapter active as reference",
             )
 
-    def _clip_grad_norm(self, model: Any) -> Tensor:
-        self.backbone.assert_trainable()
-        norm: Tensor = super()._clip_grad_norm(model)
-        found = self.checked_norm("dpo", float(norm))
-        self._metrics["train"]["policy/grad_norm"].append(found)
-        return norm
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's averages, under our names where they mean the same."""
-        found = {_RENAMED.get(name, name): v for name, v in self._metrics["train"].items()}
-        self._metrics["train"] = defaultdict(list, found)
-        logs.pop("grad_norm", None)
-        super().log(logs, start_time)
+    def renamed(self, metrics: dict[str, list[float]]) -> dict[str, list[float]]:
+        """TRL's lists under PPO's names where they mean the same."""
+        return {_RENAMED.get(name, name): values for name, values in metrics.items()}

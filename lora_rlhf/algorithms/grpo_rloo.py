@@ -9,33 +9,31 @@ it to the loss (k3), so equal coefficients are not equal strengths.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import set_seed
 
 from lora_rlhf._trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from lora_rlhf.algorithms.ppo.minibatches import model_inputs
-from lora_rlhf.errors import RecipeError
 from lora_rlhf.estimates import repetition
-from lora_rlhf.models import sampler, scoring
+from lora_rlhf.models import fused_layers, sampler, scoring
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.recipe.schema import Recipe
-from lora_rlhf.runs.progress import Progress, StageLog
+from lora_rlhf.runs.progress import Progress
 from lora_rlhf.runs.record import Record
-from lora_rlhf.training.checkpoint_callback import CheckpointCallback
-from lora_rlhf.training.trl_config import build, check_finite, complaints, effective, trainer_args
+from lora_rlhf.training.fit import fit
+from lora_rlhf.training.trl_config import build, effective, trainer_args
 
-from . import identities, policy_stage
+from . import identities, policy_stage, reward_functions
 from .objectives import kl_estimates, masked_mean
+from .policy_trainer import RolloutTrainer, TiedReferenceTrainer
 from .ppo import ppo_metrics, ppo_stage
-from .reward_functions import RewardChecks
-from .rollout import sampled_here
 
 _RENAMED = {"entropy": "policy/entropy", "clip_ratio/region_mean": "policy/clip_fraction"}
 """TRL's name -> ours, where both mean the same."""
@@ -65,21 +63,31 @@ def run(
     name = recipe.algorithm
     with record.stage(name) as entry:
         set_seed(recipe.seed)
-        policy_stage.start_policy(backbone)
-        functions, weights = ppo_stage.rewards(recipe, backbone, prompts)
-        functions.append(_missing_eos(backbone, recipe.ppo.missing_eos_penalty))
+        backbone.copy_role("reference", "policy")
+        functions, weights = reward_functions.of_recipe(recipe, backbone, prompts)
+        functions.append(reward_functions.eos_penalty(backbone, recipe.ppo.missing_eos_penalty))
         args.reward_weights = [*weights, 1.0]
-        per_update = ppo_stage.steps_per_update(args)
+        per_update = policy_stage.steps_per_update(args)
+        build_trainer = functools.partial(
+            _KINDS[name][1],
+            backbone,
+            args=args,
+            reward_funcs=functions,
+            train_dataset=prompts,
+            progress=progress,
+        )
         with backbone.training("policy"):
-            log = StageLog(record, name, progress, steps_per_unit=per_update)
-            with complaints(name):
-                trainer = _KINDS[name][1](
-                    backbone, args, functions, prompts, progress, callbacks=[log]
-                )
-            keeper = CheckpointCallback(recipe, backbone, record, progress, name, unit=per_update)
-            result = ppo_stage.train(trainer, keeper, args.max_steps // per_update, prompts)
-        check_finite(name, result.training_loss)
-        updates = trainer.state.global_step // per_update
+            trainer, result = fit(
+                build_trainer,
+                recipe,
+                backbone,
+                record,
+                progress,
+                name,
+                unit=per_update,
+                around=fused_layers.layers(backbone),
+            )
+        updates = result.global_step // per_update
         entry |= {
             "updates": updates,
             "reward": recipe.ppo.reward,
@@ -87,11 +95,11 @@ def run(
             "num_generations": args.num_generations,
             "episodes": updates * args.generation_batch_size,
             "missing_eos_penalty": recipe.ppo.missing_eos_penalty,
-            "optimizer_steps": trainer.state.global_step,
+            "optimizer_steps": result.global_step,
             "identities": trainer.identities,
             "args": effective(args),
         }
-        entry |= ppo_stage.last_kl(record, name) | policy_stage.save_policy(backbone, record)
+        entry |= policy_stage.last_kl(record, name) | policy_stage.save_policy(backbone, record)
 
 
 def arguments(recipe: Recipe, out: Path) -> Any:
@@ -120,92 +128,32 @@ def arguments(recipe: Recipe, out: Path) -> Any:
     )
     shared = ppo_stage.budget(recipe, out, rollouts=True)
     merged = trainer_args(recipe, out, name, shared, section.args)
-    merged.pop("max_length", None)  # of SFT's and the reward model's rows; rollouts have their own
-    for key in ("gradient_accumulation_steps", "steps_per_generation", "num_iterations"):
-        if not isinstance(merged[key], int) or isinstance(merged[key], bool) or merged[key] < 1:
-            raise RecipeError(f"{name}.args.{key}: {merged[key]!r}", expected="a whole number")
-    steps, window = merged["steps_per_generation"], merged["gradient_accumulation_steps"]
-    if steps % window:
-        raise RecipeError(
-            f"{name}.args: steps_per_generation {steps} and gradient_accumulation_steps {window}",
-            expected="the second divides the first: an optimizer step stays inside one rollout",
-        )
     updates = recipe.ppo.updates if section.updates is None else section.updates
-    per_update = merged["num_iterations"] * steps // window
     beta = recipe.ppo.kl_coef if section.kl_coef is None else section.kl_coef
-    return build(
-        name,
-        _KINDS[name][0],
-        {
-            **merged,
-            "beta": beta,
-            "num_generations": section.num_generations,
-            "max_steps": updates * per_update,
-            "logging_steps": per_update,
-            "logging_first_step": False,
-        },
-    )
+    own = {"beta": beta, "num_generations": section.num_generations}
+    steps = policy_stage.rollout_steps(name, merged, updates)
+    return build(name, _KINDS[name][0], {**merged, **own, **steps})
 
 
-def _missing_eos(backbone: Backbone, penalty: float) -> Callable[..., list[float]]:
-    """PPO's penalty as a reward function, so that all algorithms optimise the same score."""
-    ends = set(backbone.eos_ids)
-
-    def missing_eos(completion_ids: Any, **_: Any) -> list[float]:
-        return [0.0 if ids and ids[-1] in ends else -penalty for ids in completion_ids]
-
-    return missing_eos
-
-
-class _OnBackbone(RewardChecks):
-    """What GRPO and RLOO need on our backbone; use it inside `backbone.training("policy")`.
+class _GroupTrainer(RolloutTrainer, TiedReferenceTrainer):
+    """GRPO and RLOO on our backbone; use it inside `backbone.training("policy")`.
 
     Args:
-        backbone: With the roles policy and reference (and reward, if a function scores with it).
-        args: TRL's arguments.
-        reward_funcs: Called as TRL calls reward functions, with `prompt_ids` beside
-            `completion_ids`; the last one is the penalty for a missing eos.
+        progress: Shows the phases of an update.
+        options: Of TRL's trainer. The last of `reward_funcs` is the penalty for a missing eos.
     """
 
-    kept = ("identities", "untouched")
-
-    def __init__(
-        self,
-        backbone: Backbone,
-        args: Any,
-        reward_funcs: list[Callable[..., list[float]]],
-        train_dataset: Dataset,
-        progress: Progress,
-        callbacks: list[TrainerCallback] | None = None,
-    ) -> None:
-        self.backbone, self.progress = backbone, progress
-        self.identities: dict[str, float] = {}
+    def __init__(self, backbone: Backbone, *, progress: Progress, **options: Any) -> None:
+        self.progress = progress
         self._prompt_ids: list[list[int]] = []
         self._sampled: list[sampler.Sampled] = []
-        with backbone.float32_kept():
-            super().__init__(
-                model=backbone.views["policy"],
-                reward_funcs=list(reward_funcs),
-                args=args,
-                train_dataset=train_dataset,
-                processing_class=backbone.tokenizer,
-                callbacks=callbacks,
-            )
-        self.remove_callback(PrinterCallback)
-        self.identities["reference_tensors_tied"] = policy_stage.tie_reference(backbone)
-        self.untouched = policy_stage.Untouched(backbone, self._name.lower(), self)
-        self.add_callback(self.untouched)
+        super().__init__(backbone, **options)
 
     def _generate(self, prompts: list[Any]) -> Any:
         self.progress.phase("rollout")
         out = super()._generate(prompts)
         self._prompt_ids = out[0]
         return out
-
-    @property
-    def samples_itself(self) -> bool:
-        """`rollout.sampled_here`: else the sampler is checked before training."""
-        return sampled_here(self.args)
 
     def _sample(self, prompt_ids: list[list[int]]) -> list[list[int]]:
         """Completions of the policy by sampler.py, whose log-probs `_observe` will check."""
@@ -245,7 +193,7 @@ class _OnBackbone(RewardChecks):
         scores_b = self.checked_rewards(rewards, prompts)[:, :-1].sum(dim=1)
         shares = [share for share in repetition(completion_ids_list) if share is not None]
         ended = [bool(ids) and ids[-1] in self.eos_token_ids for ids in completion_ids_list]
-        self._note(
+        self.note(
             {
                 "reward/score": float(scores_b.mean()),
                 "reward/score_std": float(scores_b.std(correction=0)),
@@ -288,7 +236,7 @@ class _OnBackbone(RewardChecks):
             )
         self._check_sampler(found["policy"], mask_bt)
         kl = kl_estimates(found["policy"], found["reference"], mask_bt)
-        self._note(
+        self.note(
             {
                 "kl/sequence": float(kl.k1.sum(dim=1).mean()),
                 "kl/coef": self.args.beta,
@@ -333,29 +281,15 @@ class _OnBackbone(RewardChecks):
             return mine / whole
         return self.rows(piece) / self.rows(inputs)
 
-    def _clip_grad_norm(self, model: Any) -> Tensor:
-        self.backbone.assert_trainable()
-        norm: Tensor = super()._clip_grad_norm(model)
-        found = self.checked_norm(self._name.lower(), float(norm))
-        self._note({"policy/grad_norm": found})
-        return norm
-
-    def _note(self, numbers: dict[str, float]) -> None:
-        for name, number in numbers.items():
-            self._metrics["train"][name].append(number)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """PPO's names where they mean the same; the rest of TRL's is left out."""
-        lists: dict[str, list[float]] = self._metrics["train"]
-        found = {_RENAMED.get(name, name): values for name, values in lists.items()}
-        kept = ppo_metrics.kept(found)
-        kept["reward/groups_without_spread"] = found.get("frac_reward_zero_std", [])
-        self._metrics["train"] = defaultdict(list, {k: v for k, v in kept.items() if v})
-        logs.pop("grad_norm", None)
-        super().log(logs, start_time)
+    def renamed(self, metrics: dict[str, list[float]]) -> dict[str, list[float]]:
+        """TRL's lists under PPO's names where they mean the same; the rest is left out."""
+        ours = {_RENAMED.get(name, name): values for name, values in metrics.items()}
+        kept = ppo_metrics.kept(ours)
+        kept["reward/groups_without_spread"] = ours.get("frac_reward_zero_std", [])
+        return {name: values for name, values in kept.items() if values}
 
 
-class GroupGRPO(_OnBackbone, GRPOTrainer):
+class GroupGRPO(_GroupTrainer, GRPOTrainer):
     """TRL's GRPO on our backbone."""
 
     _tag_names = ["lora-rlhf", "grpo"]
@@ -366,7 +300,7 @@ class GroupGRPO(_OnBackbone, GRPOTrainer):
         return self._sample(prompt_ids), None
 
 
-class GroupRLOO(_OnBackbone, RLOOTrainer):
+class GroupRLOO(_GroupTrainer, RLOOTrainer):
     """TRL's RLOO on our backbone."""
 
     _tag_names = ["lora-rlhf", "rloo"]

@@ -8,6 +8,8 @@ does not rise. Every check returns what it measured, for the record.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,17 +40,23 @@ def _typical(difference_bt: Tensor, mask_bt: Tensor, dtype: torch.dtype) -> floa
     return float(masked_mean(difference_bt, mask_bt))
 
 
-def policy_equals_reference(policy_bt: Tensor, reference_bt: Tensor, mask_bt: Tensor) -> float:
-    """KL(policy || reference) = 0 before the first update: largest |difference| of log-probs.
+def policy_equals_reference(policy: Tensor, reference: Tensor, mask: Tensor) -> float:
+    """Check that KL(policy || reference) is 0 before the first update.
+
+    Args:
+        policy: Log-probs of tokens, or of whole completions.
+
+    Returns:
+        The largest difference of log-probs, in nats.
 
     Raises:
         IdentityError: The policy did not start as a copy of the SFT adapter, or the reference is
             not that adapter (2203.02155, eq. 2).
     """
-    worst = float(torch.where(mask_bt.bool(), (policy_bt - reference_bt).abs(), 0.0).max())
+    worst = float(torch.where(mask.bool(), (policy - reference).abs(), 0.0).max())
     if not worst <= 1e-6:
         raise IdentityError(
-            f"before the first update, policy and reference differ by {worst:.3g} nats at a token",
+            f"before the first update, policy and reference differ by {worst:.3g} nats",
             expected="0: the policy starts as a copy of the frozen SFT adapter",
             remedy="stage at fault: sft. Was adapters/sft changed, another adapter loaded as "
             "policy, or dropout switched on?",
@@ -128,71 +136,92 @@ def sampler_is_the_policy(difference: Tensor, dtype: torch.dtype) -> float:
     return worst
 
 
-class MovedOnly:
-    """After one update, just the policy and the value have moved, and KL is above 0.
+@dataclass
+class FrozenRolesCheck:
+    """After the first update the trained roles have moved, and nothing else has.
 
-    Take it before the first policy update, call `check` after it. The reference's log-probs on a
-    fixed batch must be the same bit for bit: a stale adapter passes the other half of the test.
+    Take it before that update, call `check` after it. With a batch, the reference's log-probs on it
+    must be the same bit for bit, which a stale adapter fails though no weight moved.
+
+    Attributes:
+        frozen: Hash of each frozen role; None is the backbone.
+        moving: Hash of each trained role.
+        reference_bt: Log-probs of the reference on the batch.
     """
 
-    def __init__(self, backbone: Backbone, batch: dict[str, Tensor], temperature: float) -> None:
-        self.backbone, self.batch, self.temperature = backbone, batch, temperature
-        frozen = [None, *(r for r in ("reference", *REWARDS) if backbone.has(r))]
-        self.frozen = {role: backbone.state_hash(role) for role in frozen}
-        self.moving = {r: backbone.state_hash(r) for r in ("policy", "value")}
-        self.reference_bt = self._logprobs("reference")
-
-    def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint between the taking and the check."""
-        return {k: v for k, v in vars(self).items() if k != "backbone"}
+    backbone: Backbone
+    stage: str
+    frozen: dict[str | None, str]
+    moving: dict[str, str]
+    batch: dict[str, Tensor] | None = None
+    temperature: float = 1.0
+    reference_bt: Tensor | None = None
 
     @classmethod
-    def restored(cls, backbone: Backbone, found: dict[str, Any]) -> MovedOnly:
-        """As it was when `state_dict` was called."""
-        made = object.__new__(cls)
-        vars(made).update(found, backbone=backbone)
+    def take(
+        cls,
+        backbone: Backbone,
+        stage: str,
+        trained: Sequence[str],
+        batch: dict[str, Tensor] | None = None,
+        temperature: float = 1.0,
+    ) -> FrozenRolesCheck:
+        """Take the state before the first update."""
+        roles = [None, *(r for r in ("reference", *REWARDS) if backbone.has(r))]
+        frozen = {role: backbone.state_hash(role) for role in roles}
+        moving = {role: backbone.state_hash(role) for role in trained}
+        made = cls(backbone, stage, frozen, moving, batch, temperature)
+        if batch is not None:
+            made.reference_bt = made._logprobs(batch, "reference")
         return made
 
-    @torch.no_grad()
-    def _logprobs(self, role: str) -> Tensor:
-        ids = torch.cat([self.batch["prompt_ids"], self.batch["completion_ids"]], dim=1)
-        mask = torch.cat([self.batch["prompt_mask"], self.batch["completion_mask"]], dim=1)
-        tokens = self.batch["completion_ids"].shape[1]
-        with self.backbone.role(role):
-            return scoring.completion_logprobs(self.backbone, ids, mask, tokens, self.temperature)[
-                0
-            ]
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint between `take` and `check`."""
+        names = ("frozen", "moving", "batch", "temperature", "reference_bt")
+        return {name: getattr(self, name) for name in names}
 
-    def check(self) -> dict[str, Any]:
-        """Compare with what was taken.
+    @torch.no_grad()
+    def _logprobs(self, batch: dict[str, Tensor], role: str) -> Tensor:
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        tokens = batch["completion_ids"].shape[1]
+        with self.backbone.role(role):
+            logprobs_bt, _ = scoring.completion_logprobs(
+                self.backbone, ids, mask, tokens, self.temperature
+            )
+        return logprobs_bt
+
+    def check(self) -> dict[str, float]:
+        """Compare with the state that was taken; returns what was measured, for the record.
 
         Raises:
             IdentityError: Naming the role that moved or did not.
         """
         for role, digest in self.frozen.items():
             if self.backbone.state_hash(role) != digest:
-                raise _moved(role or "backbone", "moved, but is frozen")
+                raise self._error(role or "backbone", "moved, but is frozen")
         for role, digest in self.moving.items():
             if self.backbone.state_hash(role) == digest:
-                raise _moved(role, "did not move: it receives no gradient")
+                raise self._error(role, "did not move: it receives no gradient")
+        if self.batch is None or self.reference_bt is None:
+            return {"only_policy_moved": 1}
         mask_bt = self.batch["completion_mask"].bool()
-        now_bt = self._logprobs("reference")
+        now_bt = self._logprobs(self.batch, "reference")
         if not torch.equal(
             torch.where(mask_bt, now_bt, 0), torch.where(mask_bt, self.reference_bt, 0)
         ):
-            raise _moved(
+            raise self._error(
                 "reference", "gives other log-probs than before: a stale adapter is active"
             )
-        difference = (self._logprobs("policy") - now_bt).abs()
+        difference = (self._logprobs(self.batch, "policy") - now_bt).abs()
         moved = float(masked_mean(difference, mask_bt))
         if not moved > 0:
-            raise _moved("policy", "still equals the reference: KL would be 0 for ever")
+            raise self._error("policy", "still equals the reference: KL would always be 0")
         return {"mean_abs_log_ratio_after_first_update": moved}
 
-
-def _moved(role: str, what: str) -> IdentityError:
-    return IdentityError(
-        f"after the first update, the {role} {what}",
-        expected="policy and value move; backbone, reference and reward do not",
-        remedy=f"stage at fault: ppo, role {role}. Please report it with record.json",
-    )
+    def _error(self, role: str, what: str) -> IdentityError:
+        return IdentityError(
+            f"after the first update, the {role} {what}",
+            expected=f"{' and '.join(self.moving)} moved; backbone, reference and reward did not",
+            remedy=f"stage at fault: {self.stage}, role {role}. Please report it with record.json",
+        )

@@ -1,48 +1,76 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rewards of several functions, weighted and checked; for every trainer that has rollouts."""
+"""Reward functions, called as TRL calls them: reward model, gold checker, penalty for no eos."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
+from datasets import Dataset
 
-from lora_rlhf.errors import NonFiniteError
-from lora_rlhf.training.resumable_trainer import Resumable
+from lora_rlhf.data.closed_world import checkers
+from lora_rlhf.models.backbone import Backbone
+from lora_rlhf.recipe.schema import Recipe
+from lora_rlhf.training.reward import ensemble
 
-
-def weighted(rewards_bf: Tensor, weights_f: Tensor) -> Tensor:
-    """Rewards (B, F) times their weights; a weight of 0 makes 0 of whatever it is."""
-    weights_f = weights_f.to(rewards_bf.device)
-    return torch.where(weights_f != 0, rewards_bf * weights_f, 0.0)
+RewardFunction = Callable[..., list[float]]
 
 
-def weighted_rewards(rewards_bf: Tensor, weights_f: Tensor, prompts: list[Any]) -> Tensor:
-    """What each of F reward functions adds to an episode's score, (B, F); a weight of 0 only logs.
+def of_recipe(
+    recipe: Recipe, backbone: Backbone, prompts: Dataset
+) -> tuple[list[RewardFunction], list[float]]:
+    """Reward functions and their weights; one of weight 0 is only logged.
 
-    Raises:
-        NonFiniteError: A score is no number, naming the prompt; TRL would take a NaN for 0.
+    The gold checker is logged where the prompts have one.
     """
-    used_bf = weighted(rewards_bf, weights_f)
-    bad = (~torch.isfinite(used_bf.sum(dim=1))).nonzero().flatten().tolist()
-    if bad:
-        raise NonFiniteError(
-            f"the reward of {len(bad)} episodes is not a number; the first prompt is "
-            f"{str(prompts[bad[0]])[:200]!r}",
-            expected="a finite number per completion",
-            remedy="mend the reward function or the reward model",
-        )
-    return used_bf
+    spread: list[float] = []
+
+    def model(
+        completion_ids: Any, prompt_ids: Any, trunk_states: Any = None, **_: Any
+    ) -> list[float]:
+        episodes = list(zip(prompt_ids, completion_ids, strict=True))
+        scores = ensemble.scores(backbone, episodes, recipe.reward, states=trunk_states)
+        spread[:] = scores.std
+        return scores.rewards
+
+    def disagreement(**_: Any) -> list[float]:
+        return list(spread)  # of the episodes that `model` has just scored
+
+    def gold(completions: Any, item: Any, **_: Any) -> list[float]:
+        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        return [
+            checkers.check(checkers.Item.from_dict(json.loads(i)), text).reward
+            for i, text in zip(item, texts, strict=True)
+        ]
+
+    def held_out(
+        completion_ids: Any, prompt_ids: Any, trunk_states: Any = None, **_: Any
+    ) -> list[float]:
+        episodes = list(zip(prompt_ids, completion_ids, strict=True))
+        [scores] = ensemble.member_scores(backbone, episodes, ["held_out"], states=trunk_states)
+        return [float(score) for score in scores]
+
+    functions: list[RewardFunction] = [gold if recipe.ppo.reward == "gold" else model]
+    if recipe.ppo.reward == "model" and len(ensemble.roles(recipe.reward)) > 1:
+        functions.append(disagreement)
+    if recipe.ppo.reward == "model" and has_checker(prompts):
+        functions.append(gold)
+    if backbone.has("held_out") and recipe.ppo.watch != "off":
+        functions.append(held_out)
+    return functions, [1.0] + [0.0] * (len(functions) - 1)
 
 
-class RewardChecks(Resumable):
-    """A resumable trainer whose rollouts are scored by reward functions."""
+def eos_penalty(backbone: Backbone, penalty: float) -> RewardFunction:
+    """Build PPO's penalty as a reward function, so that all algorithms optimise the same score."""
+    ends = set(backbone.eos_ids)
 
-    def checked_rewards(self, rewards_bf: Tensor, prompts: list[Any]) -> Tensor:
-        """`weighted_rewards`; a rollout with one that is no number teaches nothing."""
-        try:
-            return weighted_rewards(rewards_bf, self.reward_weights, prompts)
-        except NonFiniteError as error:
-            self.unwell(error, rollout=True)
-            return weighted(rewards_bf, self.reward_weights)
+    def missing_eos(completion_ids: Any, **_: Any) -> list[float]:
+        return [0.0 if ids and ids[-1] in ends else -penalty for ids in completion_ids]
+
+    return missing_eos
+
+
+def has_checker(prompts: Dataset) -> bool:
+    """Whether every prompt is of a task, whose checker gives the gold reward."""
+    return "item" in prompts.column_names and all(prompts["item"])

@@ -37,11 +37,6 @@ MORE = 2
 """Scoring keeps no activations, so this many training micro-batches go at once."""
 
 
-def sampled_here(args: Any) -> bool:
-    """Whether sampler.py samples; a recipe may ask for one of transformers' own ways."""
-    return not (args.use_transformers_continuous_batching or args.cache_implementation)
-
-
 @dataclass
 class Scorer:
     """Samples and scores rollouts for one PPO run.

@@ -343,7 +343,7 @@ def update(made: Backbone, batch: Batch) -> None:
     ids, mask = _ids(made, batch.rows, batch.tokens)
 
     def watch() -> None:
-        # On the very first, guards.MovedOnly takes the reference's log-probs in between.
+        # On the very first, FrozenRolesCheck takes the reference's log-probs in between.
         with torch.no_grad():
             scoring.completion_logprobs(made, ids, mask, batch.completion, 1.0)
 

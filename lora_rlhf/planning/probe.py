@@ -25,6 +25,7 @@ import torch
 from datasets import Dataset
 from torch.profiler import ProfilerActivity, profile
 
+from lora_rlhf.algorithms import reward_functions
 from lora_rlhf.algorithms.ppo import ppo_stage
 from lora_rlhf.algorithms.ppo.ppo_trainer import PPOTrainer
 from lora_rlhf.errors import UsageError
@@ -206,7 +207,7 @@ def _updates(recipe: Recipe, backbone: Backbone, meter: Meter) -> dict[str, int]
     with tempfile.TemporaryDirectory(prefix="lora-rlhf-probe-") as folder:
         args = ppo_stage.arguments(recipe, Path(folder))
         prompts = Dataset.from_list([{"prompt": f"{i}"} for i in range(args.generation_batch_size)])
-        functions, args.reward_weights = ppo_stage.rewards(recipe, backbone, prompts)
+        functions, args.reward_weights = reward_functions.of_recipe(recipe, backbone, prompts)
         laps = _Laps(meter)
         with backbone.training("policy", "value"):
             trainer = _Trainer(backbone, args, section, functions, prompts, cast(Progress, laps))

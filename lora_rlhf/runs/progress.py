@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a stage tells while it runs: a line for people, `metrics.jsonl` for everything else."""
+"""The progress line of a run, for people."""
 
 from __future__ import annotations
 
@@ -9,13 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_rlhf.redaction import safe
 
-from .record import Record
-
-_CLOCK = ("runtime", "per_second", "step_time", "total_flos", "preparation_time")
 _ROLLOUTS = ("reward/score", "rewards/gold", "kl/sequence", "completions/length")
 _SHOWN = {
     "sft": ("loss",),
@@ -105,45 +101,3 @@ class Progress:
             parts.append(f"{rate:.2f} steps/s, {int(left // 60)}:{int(left % 60):02d} left")
         parts += [f"{name} {value:.3g}" for name, value in self._shown.items()]
         return Text("  ".join(parts))
-
-
-class StageLog(TrainerCallback):
-    """Passes what a Trainer logs on to the record and the progress line.
-
-    Everything that a clock decides goes under `clock`, so that two equal runs log equal lines.
-    """
-
-    def __init__(
-        self, record: Record, stage: str, progress: Progress, steps_per_unit: int = 1
-    ) -> None:
-        self.record, self.stage, self.progress = record, stage, progress
-        self.steps_per_unit = steps_per_unit
-        self._last = time.perf_counter()
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Take the number of steps from the Trainer: it knows of half epochs and last windows."""
-        if state.max_steps > 0:
-            self.progress.total = -(-state.max_steps // self.steps_per_unit)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        """Write one line; the Trainer's closing summary is not a step and is left out."""
-        logs = dict(logs or {})
-        if "train_runtime" in logs:
-            return
-        now = time.perf_counter()
-        clock = {k: v for k, v in logs.items() if any(word in k for word in _CLOCK)}
-        clock["seconds"] = round(now - self._last, 4)
-        self._last = now
-        metrics = {k: v for k, v in logs.items() if k not in clock and k != "epoch"}
-        step = state.global_step // self.steps_per_unit
-        self.record.log(self.stage, step, metrics, clock)
-        self.progress.step(step, metrics)

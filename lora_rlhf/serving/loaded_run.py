@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_rlhf.runtime import optional_packages  # noqa: F401  # isort: skip
-from lora_rlhf.algorithms import best_of_n
+from lora_rlhf.algorithms import best_of_n, policy_stage
 from lora_rlhf.algorithms.ppo import ppo_stage
 from lora_rlhf.data.filters import breaker
 from lora_rlhf.errors import UsageError
@@ -33,7 +33,7 @@ def load(folder: str | Path) -> tuple[Backbone, Record]:
     if record.done("reward"):
         reward_stage.load(backbone, record)
     if record.done(record.algorithm) and record.algorithm != "best_of_n":
-        ppo_stage.load(backbone, record)
+        policy_stage.load(backbone, record)
     return backbone, record
 
 

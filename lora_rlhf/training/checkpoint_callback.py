@@ -89,8 +89,8 @@ class CheckpointCallback(TrainerCallback):
             CheckpointError: There are checkpoints, and none is complete, or of this run.
             Interrupted, OutOfTime: What was done is saved.
         """
-        trainer.keeper, trainer.halving = self, self.backbone.halving
-        trainer.health = NonFiniteGuard(
+        trainer.checkpoints, trainer.backoff = self, self.backbone.halving
+        trainer.guard = NonFiniteGuard(
             trainer, self.backbone, self.record, self.progress, self.name, self.unit
         )
         if self.record.warm_start and self.record.in_flight(self.stage):
@@ -119,10 +119,10 @@ class CheckpointCallback(TrainerCallback):
 
     def _train(self, trainer: Any) -> Result:
         trainer.add_callback(self)
-        trainer.add_callback(trainer.health)
+        trainer.add_callback(trainer.guard)
         with interrupts.at_boundaries(self.progress.say):
             out = trainer.train(resume_from_checkpoint=self.found and str(self.found.folder))
-            loss = trainer.health.mean_loss(out.training_loss)
+            loss = trainer.guard.mean_loss(out.training_loss)
             result = Result(out.global_step, loss)
             if not self.paused:
                 self.save(trainer, {"finished": list(result)})

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A micro-batch in pieces: forward and backward of one after the other, with the same gradient.
+"""Micro-batches split where memory runs out, with the same gradient.
 
-Left of TRL's trainers. Where memory runs out, in the forward or in the backward, the gradients are
-put back to what they were before the micro-batch, and it is done again in pieces half as large. For
-that the gradient is taken where the loss is computed, not after it.
+A micro-batch is tried whole. Where memory runs out in its forward or backward, gradients are put
+back to what they were before it, and it is done again in pieces half as large, one after the other.
+For that, the gradient is taken where the loss is computed and not after it.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from lora_rlhf.runtime.oom import BatchSizeBackoff, tried
 T = TypeVar("T")
 
 _Base: Any = object
-"""The trainers of TRL that `InPieces` stands before have no common class that mypy knows."""
+"""The TRL trainers after this mixin have no common class that mypy knows."""
 
 
-class InPieces(_Base):
-    """A trainer whose micro-batches can be cut; stands left of TRL's class.
+class MicrobatchSplitting(_Base):
+    """Mixin placed before a TRL trainer whose micro-batches can be split.
 
     Attributes:
-        halving: Says into how many rows; without it a lack of memory raises.
-        micro_batch: The inputs of the loss at hand, whole.
+        backoff: Gives the rows of a piece; without it, running out of memory raises.
+        micro_batch: The whole inputs of the current loss.
     """
 
-    halving: BatchSizeBackoff | None = None
+    backoff: BatchSizeBackoff | None = None
     micro_batch: Any = None
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """TRL's loss, its gradient added to the parameters here, in pieces where memory ran out.
+        """Compute TRL's loss and add its gradient, in pieces where memory ran out.
 
-        What is returned has no graph: Trainer's backward of it adds nothing. Evaluation is TRL's.
+        The loss returned has no graph: Trainer's backward of it adds nothing. Evaluation is TRL's.
         """
         if return_outputs or not torch.is_grad_enabled():
             return self.whole_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -67,15 +67,15 @@ class InPieces(_Base):
     def whole_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss as TRL computes it, with its graph."""
+        """Compute the loss as TRL does, with its graph."""
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def rows(self, inputs: Any) -> int:
-        """What a micro-batch can be cut into."""
+        """Count the rows that a micro-batch can be split into."""
         return len(inputs["prompt_ids"] if "prompt_ids" in inputs else inputs["input_ids"])
 
     def part(self, inputs: Any, start: int, stop: int) -> Any:
-        """Some rows of a micro-batch; what is said of it as a whole stays."""
+        """Take some rows of a micro-batch; entries that belong to all of it stay."""
         rows = self.rows(inputs)
         return {
             k: v[start:stop] if isinstance(v, Tensor) and v.ndim and len(v) == rows else v
@@ -83,15 +83,15 @@ class InPieces(_Base):
         }
 
     def share(self, piece: Any, inputs: Any, num_items_in_batch: Any) -> float:
-        """What a piece's loss counts for in that of its micro-batch: 1 where both are sums."""
+        """Weight of a piece's loss in that of its micro-batch: 1 where both are sums."""
         return 1.0
 
     def can_be_cut(self) -> bool:
-        """Whether the loss of a micro-batch is the sum of its pieces' shares, and nothing else."""
+        """Whether the loss of a micro-batch is the weighted sum of its pieces' losses."""
         return not getattr(self, "aux_loss_enabled", False)  # of a mixture of experts: a mean
 
     def moved_by_loss(self) -> Iterable[torch.nn.Parameter]:
-        """The parameters that the loss has gradients for."""
+        """Parameters that get a gradient from the loss."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def in_pieces(
@@ -102,25 +102,24 @@ class InPieces(_Base):
         step: Callable[[Any], T],
         parameters: Iterable[torch.nn.Parameter],
     ) -> list[T]:
-        """`step`, a forward and backward, on a micro-batch or on its pieces one after the other.
+        """Run a forward and backward on a micro-batch, or on its pieces one after the other.
 
         Where memory runs out, gradients and metrics are put back and the pieces halved.
 
         Args:
-            whole: The micro-batch.
-            rows: Of it.
-            cut: A piece of it: rows from and to.
-            step: Adds the gradient of a piece's share of the loss.
-            parameters: All that `step` may add to.
+            rows: Of the whole micro-batch.
+            cut: Takes the rows from one index to another.
+            step: Adds the gradient of a piece's part of the loss.
+            parameters: All whose gradient `step` may change.
 
         Raises:
             MemoryLimitError: There is no room for one row.
         """
-        limit = self.halving
+        limit = self.backoff
         parameters = list(parameters)
         before = [None if p.grad is None else p.grad.clone() for p in parameters] if limit else []
         lists = self._metrics["train"]
-        noted = {name: len(found) for name, found in lists.items()}
+        noted = {name: len(values) for name, values in lists.items()}
         tokens = getattr(self, "_total_train_tokens", None)
 
         def run(size: int) -> list[T]:
@@ -133,9 +132,9 @@ class InPieces(_Base):
             return run(rows)
         while True:
             size = limit.rows("training", rows)
-            found, why = tried(lambda size=size: run(size))  # type: ignore[misc]
-            if found is not None:
-                return found
+            results, why = tried(lambda size=size: run(size))  # type: ignore[misc]
+            if results is not None:
+                return results
             for parameter, gradient in zip(parameters, before, strict=True):
                 parameter.grad = None if gradient is None else gradient.clone()
             for name in list(lists):
@@ -153,22 +152,21 @@ class InPieces(_Base):
 
 @contextlib.contextmanager
 def in_one_block(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
-    """Let the gradients that a backward makes lie side by side; one that it does not make is None.
+    """Let a backward put its gradients into one block of memory; those it does not make stay None.
 
-    By itself it would leave hundreds of small ones strewn over the room of the activations, none
-    of which then fits the next layer's: the heap of a CPU grew by half (docs/decisions/0032).
-    CUDA's allocator keeps small and large apart, and there they come as the activations go. On
-    the meta device it is told as on a CPU.
+    Hundreds of small gradients between the activations would leave gaps that the next layer's do
+    not fit: the heap of a CPU grew by half (docs/decisions/0032). CUDA's allocator keeps small and
+    large apart. The meta device is treated as a CPU.
     """
-    wanted = defaultdict(list)
+    missing = defaultdict(list)
     for parameter in parameters:
         if parameter.grad is None and parameter.requires_grad:
             if parameter.device.type in ("cpu", "meta"):
-                wanted[parameter.dtype, parameter.device].append(parameter)
+                missing[parameter.dtype, parameter.device].append(parameter)
     lent: list[tuple[torch.nn.Parameter, Tensor, int]] = []
     try:
-        for (dtype, device), those in wanted.items():
-            _lend(those, dtype, device, lent)
+        for (dtype, device), group in missing.items():
+            lent += _lend(group, dtype, device)
         yield
     finally:
         for parameter, gradient, version in lent:
@@ -177,14 +175,15 @@ def in_one_block(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
 
 
 def _lend(
-    those: list[torch.nn.Parameter], dtype: torch.dtype, device: torch.device, lent: list[Any]
-) -> None:
-    """A gradient of zeros each, side by side; `lent` is told of it, and of its version."""
-    block = torch.zeros(sum(p.numel() for p in those), dtype=dtype, device=device)
-    start = 0
-    for parameter in those:
-        stop = start + parameter.numel()
+    parameters: list[torch.nn.Parameter], dtype: torch.dtype, device: torch.device
+) -> list[tuple[torch.nn.Parameter, Tensor, int]]:
+    """Give each parameter a part of one block of zeros as gradient; with its version."""
+    sizes = [p.numel() for p in parameters]
+    block = torch.zeros(sum(sizes), dtype=dtype, device=device)
+    lent = []
+    for parameter, part in zip(parameters, block.split(sizes), strict=True):
         # `data` has a version of its own, which tells whether anything was added to it.
-        gradient = block[start:stop].view(parameter.shape).data
-        parameter.grad, start = gradient, stop
+        gradient = part.view(parameter.shape).data
+        parameter.grad = gradient
         lent.append((parameter, gradient, gradient._version))
+    return lent

@@ -1,106 +1,133 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every trainer of ours has, left of TRL's class: it can be resumed, and can be unwell.
+"""Mixin placed before a TRL trainer: exact resume, and skipping of non-finite updates.
 
-Trainer counts, skips what its loader gave before, and calls the hooks that are overridden here; its
-own files (pickles, adapters loaded through `set_adapter`, which breaks the optimizer's groups) are
-never written or read.
+Trainer counts steps, skips batches that were seen, and calls the hooks overridden here. Its own
+checkpoint files are never written or read: they are pickles, and loading an adapter through
+`set_adapter` breaks the optimizer's groups.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
+from transformers import PrinterCallback
 
 from lora_rlhf._trl import telemetry_asked
 from lora_rlhf.errors import NonFiniteError
 from lora_rlhf.estimates import UNDEFINED
+from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.runtime import interrupts
 
-from .microbatch_splitting import InPieces
+from .microbatch_splitting import MicrobatchSplitting
 from .nonfinite_guard import NonFiniteGuard
 
-_OF_TRL = ("_step", "_buffered_inputs", "_metrics", "_total_train_tokens", "health", "halving")
+_ENTRIES = {
+    **{name: name for name in ("_step", "_buffered_inputs", "_metrics", "_total_train_tokens")},
+    "health": "guard",
+    "halving": "backoff",
+}
 
 
-class Resumable(InPieces):
-    """A trainer that can go on from a checkpoint; stands left of TRL's class.
+class ResumableTrainer(MicrobatchSplitting):
+    """A trainer on one role of a backbone, which can go on from a checkpoint.
+
+    Args:
+        role: Whose view is trained.
+        options: Of TRL's trainer.
 
     Attributes:
-        kept: Names of attributes, beside TRL's, that decide what follows; an object with
-            `state_dict` and `load_state_dict` gives and takes its own.
-        health: What skips bad updates; without it they raise.
-        seen: The inputs of the last step.
-        warm_started: It began from other adapters than the stage's own: it need not equal SFT.
+        entries: Entry of a checkpoint -> attribute that it holds, beside those of all trainers.
+            The names of entries are a file format: they stay when an attribute is renamed. An
+            object with `state_dict` and `load_state_dict` writes and reads its own.
+        checkpoints: The callback that saves and loads.
+        guard: Skips non-finite updates; without it they raise.
+        seen: Inputs of the last step.
+        warm_started: Whether training began from other adapters than the stage's own.
     """
 
-    kept: tuple[str, ...] = ()
-    keeper: Any = None  # resume.CheckpointCallback, which also makes `health`
+    entries: ClassVar[Mapping[str, str]] = {}
+    checkpoints: Any = None  # a CheckpointCallback
     warm_started = False
-    health: NonFiniteGuard | None = None
+    guard: NonFiniteGuard | None = None
     seen: Any = None
 
+    def __init__(self, backbone: Backbone, role: str, **options: Any) -> None:
+        self.backbone = backbone
+        with backbone.float32_kept():
+            super().__init__(
+                model=backbone.views[role], processing_class=backbone.tokenizer, **options
+            )
+        self.remove_callback(PrinterCallback)
+
+    def before_training(self) -> None:
+        """Check what must hold before the first step."""
+
+    def after_training(self) -> None:
+        """Finish a training that reached its end."""
+
     def _send_telemetry(self) -> None:
-        """TRL's, which tells the Hub of every trainer that is made, only where it was asked for."""
+        """Send TRL's report of each new trainer to the Hub only where the user asked for it."""
         if telemetry_asked():
             super()._send_telemetry()
 
     def state_dict(self) -> dict[str, Any]:
-        """What decides the steps to come, beside roles, optimizer and random states."""
-        found: dict[str, Any] = {}
-        for name in (*_OF_TRL, *self.kept):
+        """What decides later steps, beside roles, optimizer and random states."""
+        state: dict[str, Any] = {}
+        for entry, name in (_ENTRIES | dict(self.entries)).items():
             if hasattr(self, name):
                 value = getattr(self, name)
-                found[name] = value.state_dict() if hasattr(value, "state_dict") else value
-        if "_step" in found and found["_step"] % _rollout_steps(self) == 0:
-            found["_buffered_inputs"] = None  # used up: the next step begins with a rollout
-            if "_rollout" in found:
-                found["_rollout"] = {}
-        return found
+                state[entry] = value.state_dict() if hasattr(value, "state_dict") else value
+        if "_step" in state and state["_step"] % _rollout_steps(self) == 0:
+            state["_buffered_inputs"] = None  # used up: the next step begins with a rollout
+            if "_rollout" in state:
+                state["_rollout"] = {}
+        return state
 
-    def load_state_dict(self, found: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave."""
-        found = send_to_device(found, self.args.device)
-        for name, value in found.items():
-            now: Any = getattr(self, name, None)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        names = _ENTRIES | dict(self.entries)
+        for entry, value in send_to_device(state, self.args.device).items():
+            now: Any = getattr(self, names[entry], None)
             if hasattr(now, "load_state_dict"):
                 now.load_state_dict(value)
-            elif name == "_metrics":
+            elif entry == "_metrics":
                 self._metrics = {mode: defaultdict(list, lists) for mode, lists in value.items()}
             else:
-                setattr(self, name, value)
+                setattr(self, names[entry], value)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """As TRL's; the inputs can be told if something is wrong with them."""
+        """TRL's step; its inputs are kept for a report on a non-finite update."""
         self.seen = inputs
         return super().training_step(model, inputs, num_items_in_batch)
 
     @property
     def skipped(self) -> bool:
-        """Whether the optimizer step at hand moves nothing."""
-        return self.health is not None and self.health.skipped
+        """Whether the current optimizer step moves nothing."""
+        return self.guard is not None and self.guard.skipped
 
-    def unwell(self, error: NonFiniteError, *, rollout: bool = False) -> None:
-        """Skip this step, or all of this rollout; raise where nobody keeps count."""
-        if self.health is None:
+    def skip_update(self, error: NonFiniteError, *, rollout: bool = False) -> None:
+        """Skip this step, or all steps of this rollout; raise where there is no guard."""
+        if self.guard is None:
             raise error
-        self.health.note(error, rollout=rollout)
+        self.guard.note(error, rollout=rollout)
 
-    def well(self, what: str, *tensors: Tensor, rollout: bool = False) -> bool:
-        """Whether all are numbers; if not, `unwell`."""
-        fine = all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
-        if not fine:
-            self.unwell(NonFiniteError(f"{what} are no numbers"), rollout=rollout)
-        return fine
+    def check_finite(self, what: str, *tensors: Tensor, rollout: bool = False) -> bool:
+        """Whether all numbers are finite; skips the update if not."""
+        finite = all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+        if not finite:
+            self.skip_update(NonFiniteError(f"{what} are no numbers"), rollout=rollout)
+        return finite
 
     def checked_norm(self, stage: str, norm: float, role: str = "policy") -> float:
-        """The norm of a gradient; `unwell` where it is no number."""
+        """Return a gradient's norm; skip the update where it is not finite."""
         if not math.isfinite(norm):
-            self.unwell(
+            self.skip_update(
                 NonFiniteError(
                     f"{stage}, optimizer step {self.state.global_step}: the gradient of the {role} "
                     f"is {norm}",
@@ -111,32 +138,32 @@ class Resumable(InPieces):
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's, but for its averages over what is left without the NaN: one NaN is a NaN."""
+        """Log as TRL does, but the mean of a list with a NaN is NaN, not the mean of the rest."""
         lists = self._metrics["train" if self.model.training else "eval"]
-        for name in [n for n, found in lists.items() if any(x != x for x in found)]:
+        for name in [n for n, values in lists.items() if any(x != x for x in values)]:
             if name not in UNDEFINED and not name.startswith("rewards/"):
                 del lists[name]
                 logs[name] = math.nan
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # Asked once: a signal that comes while this is written waits for the next boundary.
+        # Read once: a signal that comes while this is written waits for the next boundary.
         stop = interrupts.wanted() and not self.control.should_training_stop
-        self.keeper.save(self)
+        self.checkpoints.save(self)
         self.control.should_save = False  # Trainer asks again at the end of an epoch
         if stop:
-            self.keeper.paused = self.control.should_training_stop = True
+            self.checkpoints.paused = self.control.should_training_stop = True
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.keeper.load(self)
+        self.checkpoints.load(self)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            self.keeper.load_optimizer(self)
+            self.checkpoints.load_optimizer(self)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            self.keeper.load_random(self)
+            self.checkpoints.load_random(self)
 
 
 def _rollout_steps(trainer: Any) -> int:

@@ -6,12 +6,13 @@ The finished adapter is saved as `adapters/sft` and becomes the frozen reference
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import PrinterCallback, set_seed
+from transformers import set_seed
 
 from lora_rlhf._trl import SFTConfig, SFTTrainer
 from lora_rlhf.data.dataset_builder import Prepared
@@ -20,32 +21,37 @@ from lora_rlhf.models import adapters
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.runs.disk import sha256
-from lora_rlhf.runs.progress import Progress, StageLog
+from lora_rlhf.runs.progress import Progress
 from lora_rlhf.runs.record import Record
 
-from .checkpoint_callback import CheckpointCallback
-from .resumable_trainer import Resumable
-from .trl_config import build, check_finite, complaints, effective, trainer_args
+from .fit import fit
+from .resumable_trainer import ResumableTrainer
+from .trl_config import build, effective, trainer_args
 
 _DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 8, "num_train_epochs": 2, "learning_rate": 2e-4,
     "lr_scheduler_type": "cosine", "warmup_steps": 5, "logging_steps": 5,
 }  # fmt: skip
 
+_OTHER_DTYPE = 0.5
+"""Largest difference of a logit between two dtypes of one base: a few roundings of bfloat16."""
 
-class Demonstrations(Resumable, SFTTrainer):
-    """TRL's SFT, which can go on from a checkpoint."""
+
+class ResumableSFTTrainer(ResumableTrainer, SFTTrainer):
+    """TRL's SFT on a backbone's view, with the loss on held-out rows after training."""
+
+    held_out_loss: float
 
     def share(self, piece: Any, inputs: Any, num_items_in_batch: Any) -> float:
         """1 where the loss is divided by the tokens of the whole step."""
         if num_items_in_batch is not None:
             return 1.0
-        mine, all_of_them = (int((x["labels"] != -100).sum()) for x in (piece, inputs))
-        return mine / max(all_of_them, 1)
+        tokens, total = (int((x["labels"] != -100).sum()) for x in (piece, inputs))
+        return tokens / max(total, 1)
 
-
-_OTHER_DTYPE = 0.5
-"""Largest difference of a logit between two dtypes of one base: a few roundings of bfloat16."""
+    def after_training(self) -> None:
+        """Evaluate on the held-out rows."""
+        self.held_out_loss = self.evaluate()["eval_loss"]
 
 
 def run(
@@ -58,7 +64,7 @@ def run(
 ) -> None:
     """Train the policy's adapter on demonstrations; leaves roles `policy` and `reference`, equal.
 
-    Loss is on completion tokens only, the eos included.
+    The loss is on completion tokens only, the eos included.
 
     Raises:
         IdentityError: The saved adapter does not give the same outputs when it is loaded again.
@@ -66,29 +72,19 @@ def run(
     with record.stage("sft") as entry:
         set_seed(recipe.seed)
         backbone.add_role("policy")
-        train, held_out = tokenize(backbone, data.train), tokenize(backbone, data.held_out)
+        build_trainer = functools.partial(
+            ResumableSFTTrainer,
+            backbone,
+            "policy",
+            args=args,
+            train_dataset=tokenize(backbone, data.train),
+            eval_dataset=tokenize(backbone, data.held_out),
+        )
         with backbone.training("policy"):
-            with backbone.float32_kept(), complaints("sft"):
-                trainer = Demonstrations(
-                    model=backbone.views["policy"],
-                    args=args,
-                    train_dataset=train,
-                    eval_dataset=held_out,
-                    processing_class=backbone.tokenizer,
-                    callbacks=[StageLog(record, "sft", progress)],
-                )
-            trainer.remove_callback(PrinterCallback)
-            backbone.assert_trainable()
-            progress.begin(
-                "sft", int(trainer.get_train_dataloader().__len__() * args.num_train_epochs)
-            )
-            keeper = CheckpointCallback(recipe, backbone, record, progress, "sft")
-            result = keeper.train(trainer)
-            check_finite("sft", result.training_loss)
-            entry["held_out_loss"] = trainer.evaluate()["eval_loss"]
-        progress.end()
+            trainer, result = fit(build_trainer, recipe, backbone, record, progress, "sft")
         folder = adapters.save_role(backbone, "policy", record.adapter("sft"))
         entry |= {
+            "held_out_loss": trainer.held_out_loss,
             "steps": result.global_step,
             "train_loss": result.training_loss,
             "args": effective(args),
@@ -98,28 +94,32 @@ def run(
 
 
 def arguments(recipe: Recipe, out: Path) -> SFTConfig:
-    """TRL's config of this stage.
+    """Build TRL's config of this stage.
 
     Raises:
-        RecipeError: `sft.args` cannot be what it says.
+        RecipeError: TRL refuses `sft.args`.
     """
     return build("sft", SFTConfig, trainer_args(recipe, out, "sft", _DEFAULTS, recipe.sft.args))
 
 
 def load(backbone: Backbone, record: Record) -> None:
-    """Roles `policy` and `reference` from the finished stage; checked to be the same function."""
+    """Load roles `policy` and `reference` from the finished stage.
+
+    Raises:
+        IdentityError: The adapter's outputs are not those it was saved with.
+    """
     folder = record.adapter("sft")
     adapters.load_role(backbone, "reference", folder)
     if not backbone.has("policy"):
         backbone.add_role("policy")
     backbone.copy_role("reference", "policy")
-    check = adapters.read_check(folder)
+    saved = adapters.read_check(folder)
     for role in ("policy", "reference"):
         now = adapters.expected_outputs(backbone, role)
-        # Another processor adds in another order, another dtype rounds: no bits are promised there.
-        atol = check["atol"] if check["dtype"] == now["dtype"] else _OTHER_DTYPE
-        for name, then in check["expected"].items():
-            if not np.allclose(then, now["expected"][name], rtol=0, atol=atol):
+        # Sums differ between CPUs, and roundings between dtypes: equal bits are not promised.
+        atol = saved["atol"] if saved["dtype"] == now["dtype"] else _OTHER_DTYPE
+        for name, values in saved["expected"].items():
+            if not np.allclose(values, now["expected"][name], rtol=0, atol=atol):
                 raise IdentityError(
                     f"adapters/sft, loaded again as {role}, gives other outputs than when it was "
                     "saved",
@@ -129,7 +129,7 @@ def load(backbone: Backbone, record: Record) -> None:
 
 
 def tokenize(backbone: Backbone, rows: Dataset) -> Dataset:
-    """Ids, labels (-100 on the prompt) and lengths, for grouping, of prompt + completion."""
+    """Encode prompt + completion: ids, labels (-100 on the prompt), and lengths for grouping."""
 
     def encode(row: dict[str, Any]) -> dict[str, Any]:
         prompt = backbone.encode_prompt(row["prompt"])

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from transformers import Trainer, get_scheduler
 from transformers.integrations import integration_utils
 
 from lora_rlhf._trl import GRPOConfig
-from lora_rlhf.errors import NonFiniteError, RecipeError, SetupError, first_line
+from lora_rlhf.errors import RecipeError, SetupError, first_line
 from lora_rlhf.recipe import trl_args
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.redaction import hide, safe
@@ -84,7 +83,7 @@ def trainer_args(
         "adam_epsilon": 1e-5,
         "logging_first_step": True,
         "log_level": "error",
-        **({} if stage == "ppo" else {"max_length": recipe.data.max_tokens}),
+        **({} if stage in ("ppo", "grpo", "rloo") else {"max_length": recipe.data.max_tokens}),
         **defaults,
         **given,
     }
@@ -178,17 +177,3 @@ def effective(args: Any) -> dict[str, Any]:
     found.pop("num_train_epochs" if found["max_steps"] > 0 else "max_steps")
     plain = {name: getattr(value, "value", value) for name, value in found.items()}
     return {name: value for name, value in plain.items() if value not in (None, {}, [])}
-
-
-def check_finite(stage: str, loss: float) -> None:
-    """Stop a stage whose loss is not a number.
-
-    Raises:
-        NonFiniteError: With what to try.
-    """
-    if not math.isfinite(loss):
-        raise NonFiniteError(
-            f"{stage}: the loss is {loss}",
-            expected="a finite number",
-            remedy=f"lower {stage}.args.learning_rate; nothing was saved",
-        )

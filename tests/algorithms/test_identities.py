@@ -72,7 +72,7 @@ def moved(made):
         "completion_ids": torch.tensor([[8, 9, 1], [10, 1, 0]]),
         "completion_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
     }
-    yield identities.MovedOnly(made, batch, 1.0)
+    yield identities.FrozenRolesCheck.take(made, "ppo", ("policy", "value"), batch)
     for role, values in kept.items():
         for (_, parameter), value in zip(made.role_parameters(role), values, strict=True):
             parameter.data.copy_(value)
@@ -83,7 +83,7 @@ def move(made, role, by=0.01):
         parameter.data.add_(by)
 
 
-def test_moved_only_passes_when_policy_and_value_move(made, moved):
+def test_the_check_passes_when_policy_and_value_move(made, moved):
     move(made, "policy")
     move(made, "value")
     found = moved.check()
@@ -100,14 +100,14 @@ def test_moved_only_passes_when_policy_and_value_move(made, moved):
         (["policy", "value", "reward"], "the reward moved, but is frozen"),
     ],
 )
-def test_moved_only_names_the_role(made, moved, moves, message):
+def test_the_check_names_the_role(made, moved, moves, message):
     for role in moves:
         move(made, role)
     with pytest.raises(IdentityError, match=message):
         moved.check()
 
 
-def test_moved_only_sees_a_backbone_that_moves(made, moved):
+def test_the_check_sees_a_backbone_that_moves(made, moved):
     move(made, "policy")
     move(made, "value")
     weight = made.layers[0].mlp.up_proj.base_layer.weight
@@ -119,7 +119,7 @@ def test_moved_only_sees_a_backbone_that_moves(made, moved):
         weight.data.sub_(0.01)
 
 
-def test_moved_only_sees_an_update_that_says_nothing(made, moved, monkeypatch):
+def test_the_check_sees_an_update_without_effect(made, moved, monkeypatch):
     """Its tensors changed and its outputs did not: the adapter is not the one that answers."""
     move(made, "policy")
     move(made, "value")

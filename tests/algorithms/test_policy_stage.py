@@ -2,7 +2,6 @@
 """The controls of PPO: each moves only the policy, against a reference that is SFT and frozen."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +9,8 @@ from datasets import Dataset
 from ppo_run import ARGS, prompts, roles
 
 from lora_rlhf._trl import GRPOTrainer, RLOOTrainer
-from lora_rlhf.algorithms import best_of_n, dpo, grpo_rloo, policy_stage
+from lora_rlhf.algorithms import best_of_n, dpo, grpo_rloo, policy_stage, reward_functions
+from lora_rlhf.algorithms.identities import FrozenRolesCheck
 from lora_rlhf.algorithms.ppo import ppo_stage
 from lora_rlhf.errors import DataError, IdentityError, NonFiniteError, RecipeError
 from lora_rlhf.recipe.schema import DataSection, DataSource, ModelSection, PpoSection, Recipe
@@ -159,28 +159,32 @@ def test_trls_reference_is_sft_while_it_trains(tmp_path, monkeypatch, load_in_4b
 
 
 def test_a_clone_that_is_not_sft_stops_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(policy_stage, "start_policy", lambda backbone: None)
+    made = roles()
+    monkeypatch.setattr(made, "copy_role", lambda source, target: None)
     with pytest.raises(IdentityError, match="not the SFT adapter"):
-        run(tmp_path / "run", recipe("dpo"))
+        run(tmp_path / "run", recipe("dpo"), made)
 
 
-def test_what_moves_beside_the_policy_stops_the_run(tmp_path):
+def test_what_moves_beside_the_policy_stops_the_run():
     made = roles()
     made.copy_role("reference", "policy")
-    identities = {}
-    watch = policy_stage.Untouched(
-        made, "grpo", SimpleNamespace(identities=identities, skipped=False)
-    )
-    with pytest.raises(IdentityError, match="policy, which did not"):
-        watch.check()
+    check = FrozenRolesCheck.take(made, "grpo", ("policy",))
+    with pytest.raises(IdentityError, match="the policy did not move"):
+        check.check()
     with torch.no_grad():
-        for role in ("policy", "reward"):
-            made.role_parameters(role)[0][1].add_(1)
-    with pytest.raises(IdentityError, match="reward"):
-        watch.check()
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.0)
-    watch.on_optimizer_step(None, None, None, optimizer=optimizer)  # nothing can have moved yet
-    assert not identities
+        made.role_parameters("policy")[0][1].add_(1)
+    assert check.check() == {"only_policy_moved": 1}
+    with torch.no_grad():
+        made.role_parameters("reward")[0][1].add_(1)
+    with pytest.raises(IdentityError, match="the reward moved"):
+        check.check()
+
+
+def test_a_step_that_can_move_nothing_is_not_checked(tmp_path):
+    """A learning rate that warms up from 0 makes such a first step."""
+    asked = recipe("dpo", {"warmup_steps": 2, "lr_scheduler_type": "constant_with_warmup"})
+    _, record = run(tmp_path / "run", asked)
+    assert record.data["stages"]["dpo"]["identities"]["only_policy_moved"] == 1
 
 
 # --------------------------------------------------------------------------- reward
@@ -190,8 +194,8 @@ def test_what_moves_beside_the_policy_stops_the_run(tmp_path):
 def test_nan_rewards_teach_nothing_and_stop_the_run(tmp_path, monkeypatch, algorithm):
     """TRL would take a NaN for 0."""
     monkeypatch.setattr(
-        grpo_rloo.ppo_stage,
-        "rewards",
+        reward_functions,
+        "of_recipe",
         lambda *_: ([lambda completion_ids, **_: [math.nan] * len(completion_ids)], [1.0]),
     )
     made = roles()
@@ -204,7 +208,7 @@ def test_nan_rewards_teach_nothing_and_stop_the_run(tmp_path, monkeypatch, algor
 
 def test_the_penalty_is_ppos():
     made = roles()
-    found = grpo_rloo._missing_eos(made, 0.5)([[5, 1], [5, 6], []])
+    found = reward_functions.eos_penalty(made, 0.5)([[5, 1], [5, 6], []])
     assert found == [0.0, -0.5, -0.5]
 
 
@@ -359,9 +363,9 @@ def test_overridden_methods_of_trl_are_seams():
     from lora_rlhf._trl import SEAMS, DPOTrainer
 
     for ours, theirs in (
-        (grpo_rloo._OnBackbone, GRPOTrainer),
-        (grpo_rloo._OnBackbone, RLOOTrainer),
-        (dpo.ComparisonTrainer, DPOTrainer),
+        (grpo_rloo._GroupTrainer, GRPOTrainer),
+        (grpo_rloo._GroupTrainer, RLOOTrainer),
+        (dpo.ResumableDPOTrainer, DPOTrainer),
     ):
         names = {n for n, v in vars(ours).items() if callable(v) and hasattr(theirs, n)}
         assert names - {"__init__", "__doc__"} <= SEAMS[theirs].keys()

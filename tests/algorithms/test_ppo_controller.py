@@ -156,7 +156,7 @@ def test_the_average_lags_behind_the_last_policy(tmp_path):
     mean = Run(tmp_path / "b", made=roles(), updates=3, ema=0.5).go()
     last, before = policy(plain.backbone), policy(mean.backbone)
     assert torch.equal(last, before)  # training itself is not changed by it
-    mean.trainer.steering.finish()
+    mean.trainer.controller.finish()
     start = torch.cat([p.flatten() for _, p in mean.backbone.role_parameters("reference")])
     after = policy(mean.backbone)
     assert 0 < (after - start).norm() < (last - start).norm()

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from ppo_run import prompts, recipe, roles
 
-from lora_rlhf.algorithms import identities, policy_stage
+from lora_rlhf.algorithms import identities, policy_stage, reward_functions
 from lora_rlhf.algorithms.ppo import ppo_stage
 from lora_rlhf.data.closed_world import checkers, generator
 from lora_rlhf.errors import DataError, IdentityError, RecipeError
@@ -150,7 +150,7 @@ def task_prompts(n=8):
 
 def test_the_models_reward_is_its_score_and_its_offset():
     made = roles()
-    [function], weights = ppo_stage.rewards(recipe(), made, prompts())
+    [function], weights = reward_functions.of_recipe(recipe(), made, prompts())
     found = function(
         completion_ids=[c for _, c in EPISODES], prompt_ids=[p for p, _ in EPISODES], other=1
     )
@@ -160,9 +160,9 @@ def test_the_models_reward_is_its_score_and_its_offset():
 
 def test_gold_is_logged_beside_the_model_and_used_where_it_is_asked_for():
     made, (items, rows) = roles(), task_prompts()
-    functions, weights = ppo_stage.rewards(recipe(), made, rows)
+    functions, weights = reward_functions.of_recipe(recipe(), made, rows)
     assert [f.__name__ for f in functions] == ["model", "gold"] and weights == [1.0, 0.0]
-    [gold], weights = ppo_stage.rewards(recipe(reward="gold"), made, rows)
+    [gold], weights = reward_functions.of_recipe(recipe(reward="gold"), made, rows)
     assert weights == [1.0]
     texts = [
         generator.good(i, random.Random(0)) if k % 2 else "Nonsense." for k, i in enumerate(items)
@@ -223,7 +223,7 @@ def test_the_saved_policy_is_the_trained_one(finished):
     trained = scoring.sequence_logprobs(made, EPISODES, "policy")
     assert trained != scoring.sequence_logprobs(made, EPISODES, "reference")
     made.copy_role("reference", "policy")
-    ppo_stage.load(made, record)
+    policy_stage.load(made, record)
     assert scoring.sequence_logprobs(made, EPISODES, "policy") == trained
     assert (record.adapter("value") / "adapter_model.safetensors").is_file()
 

@@ -86,7 +86,7 @@ def test_accumulation_divides_by_the_tokens_of_the_whole_step(tmp_path):
             return clip(model)
 
         run.trainer._clip_grad_norm = keep
-        run.trainer._note = lambda numbers: None
+        run.trainer.note = lambda numbers: None
         # PPO's own part is left out: sampling differs between batch sizes.
         run.trainer._compute_loss = lambda model, inputs, t=run.trainer: only_text(t, inputs)
         run.go()

@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     import trl
 
     from lora_rlhf._trl import check_seams
+    from lora_rlhf.algorithms import policy_stage, reward_functions
     from lora_rlhf.algorithms.ppo import ppo_stage
     from lora_rlhf.models import fused_layers
     from lora_rlhf.runs.record import Record
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args = ppo_stage.arguments(recipe, record.folder)
         ppo_stage.start_roles(backbone, recipe)
         prompts = dataset(found)
-        functions, args.reward_weights = ppo_stage.rewards(recipe, backbone, prompts)
+        functions, args.reward_weights = reward_functions.of_recipe(recipe, backbone, prompts)
         memory = backbone.memory_report()
         updates.models_are_made(
             "lora-rlhf",
@@ -99,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 functions,
                 prompts,
                 _progress(updates),
-                [_callback(updates, backbone, ppo_stage.steps_per_update(args))],
+                [_callback(updates, backbone, policy_stage.steps_per_update(args))],
             )
             with fused_layers.layers(backbone):  # as ppo.train does
                 trainer.train()

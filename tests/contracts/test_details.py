@@ -15,7 +15,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from ppo_run import ARGS, Run, prompts, recipe, roles
 
-from lora_rlhf.algorithms import grpo_rloo, identities
+from lora_rlhf.algorithms import grpo_rloo, identities, reward_functions
 from lora_rlhf.algorithms import objectives as o
 from lora_rlhf.algorithms.ppo import ppo_stage
 from lora_rlhf.errors import AdapterError, RecipeError
@@ -258,7 +258,7 @@ def test_rloos_baseline_leaves_the_sample_out(tmp_path, monkeypatch, name):
         given.extend(float(sum(ids) % 11) for ids in completion_ids)
         return list(given)
 
-    monkeypatch.setattr(grpo_rloo.ppo_stage, "rewards", lambda *_: ([score], [1.0]))
+    monkeypatch.setattr(reward_functions, "of_recipe", lambda *_: ([score], [1.0]))
     kind = grpo_rloo._KINDS[name][1]
     real = kind._observe
     monkeypatch.setattr(

@@ -10,7 +10,7 @@ import pytest
 from ppo_run import Run
 from transformers import TrainerCallback
 
-from lora_rlhf.algorithms.ppo import ppo_stage
+from lora_rlhf.algorithms import policy_stage
 
 UPDATES, WARM = 500, 100
 
@@ -46,7 +46,7 @@ def test_500_updates_leave_the_machine_as_it_was(tmp_path):
             "checkpoint": run.recipe.checkpoint.model_copy(update={"every_steps": 5, "keep": 2})
         }
     )
-    assert ppo_stage.steps_per_update(run.trainer.args) == 1
+    assert policy_stage.steps_per_update(run.trainer.args) == 1
     run.kept()
     memory, handles, folders, size = np.array(watch.rows, dtype=float).T
     assert len(memory) == UPDATES

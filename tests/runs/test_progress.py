@@ -9,8 +9,10 @@ from rich.console import Console
 
 from lora_rlhf.recipe.schema import ModelSection, Recipe
 from lora_rlhf.runs import progress as module
-from lora_rlhf.runs.progress import Progress, StageLog
+from lora_rlhf.runs.progress import Progress
 from lora_rlhf.runs.record import Record
+from lora_rlhf.training import stage_log
+from lora_rlhf.training.stage_log import StageLog
 
 
 class Clock:
@@ -29,6 +31,7 @@ class Clock:
 def clock(monkeypatch):
     found = Clock()
     monkeypatch.setattr(module, "time", found)
+    monkeypatch.setattr(stage_log, "time", found)
     return found
 
 
@@ -170,7 +173,6 @@ def test_the_log_keeps_what_a_clock_decides_apart(clock, record):
 def test_the_total_is_the_trainers_own(clock, record, steps, per_unit, total):
     """Epochs may be halves, and a last window of gradients may be short."""
     progress, _ = screen(quiet=True)
-    progress.begin("sft", 99)
     log = StageLog(record, "sft", progress, steps_per_unit=per_unit)
     log.on_train_begin(None, SimpleNamespace(max_steps=steps), None)
     assert progress.total == total

@@ -7,12 +7,14 @@ import torch
 from datasets import Dataset
 from small import backbone
 
+from lora_rlhf.algorithms import policy_stage
 from lora_rlhf.algorithms.ppo import ppo_stage
 from lora_rlhf.algorithms.ppo.ppo_trainer import PPOTrainer
 from lora_rlhf.recipe.schema import ModelSection, PpoSection, Recipe
-from lora_rlhf.runs.progress import Progress, StageLog
+from lora_rlhf.runs.progress import Progress
 from lora_rlhf.runs.record import Record
 from lora_rlhf.training.checkpoint_callback import CheckpointCallback
+from lora_rlhf.training.stage_log import StageLog
 
 ARGS = {
     "per_device_train_batch_size": 4, "steps_per_generation": 1, "max_completion_length": 6,
@@ -74,11 +76,7 @@ class Run:
         ppo_stage.start_roles(self.backbone, self.recipe)
         config = ppo_stage.arguments(self.recipe, self.record.folder)
         config.reward_weights = weights
-        per_update = (
-            config.num_iterations
-            * config.steps_per_generation
-            // config.gradient_accumulation_steps
-        )
+        per_update = policy_stage.steps_per_update(config)
         progress = Progress(quiet=True)
         log = StageLog(self.record, "ppo", progress, steps_per_unit=per_update)
         self.stage = contextlib.ExitStack()
@@ -101,7 +99,7 @@ class Run:
 
     def kept(self):
         """The same as a stage does it: with checkpoints, and bad updates skipped."""
-        unit = ppo_stage.steps_per_update(self.trainer.args)
+        unit = policy_stage.steps_per_update(self.trainer.args)
         progress = self.trainer.progress
         keeper = CheckpointCallback(
             self.recipe, self.backbone, self.record, progress, "ppo", unit=unit

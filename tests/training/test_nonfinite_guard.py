@@ -12,6 +12,7 @@ from ppo_run import Run, w9
 from transformers import TrainerCallback
 
 from lora_rlhf import pipeline
+from lora_rlhf.algorithms import reward_functions
 from lora_rlhf.cli import shell
 from lora_rlhf.errors import IdentityError, LoraRlhfError, NonFiniteError
 from lora_rlhf.hub import staging
@@ -133,7 +134,7 @@ def test_one_bad_update_is_skipped_and_told(tmp_path: Path, kind: str, bad_logit
     assert set(made.record.data["skipped"]["ppo"]) == {"2"}
     numbers = [line["reward/score"] for line in made.lines]
     assert [isinstance(n, str) for n in numbers] == [i == 2 and kind == "reward" for i in range(5)]
-    assert math.isfinite(made.trainer.steering.kl_coef)
+    assert math.isfinite(made.trainer.controller.kl_coef)
     assert math.isfinite(made.trainer._moments.std)
 
 
@@ -203,14 +204,14 @@ def test_a_run_that_stops_leaves_no_bad_adapter_anywhere(tmp_path: Path, monkeyp
     asked, out = killed.recipe(tmp_path), tmp_path / "run"
 
     def broken():
-        real = pipeline.ppo_stage.rewards
+        real = reward_functions.of_recipe
 
         def rewards(*args):
             functions, weights = real(*args)
             functions[0] = lambda completion_ids, **_: [NAN] * len(completion_ids)
             return functions, weights
 
-        pipeline.ppo_stage.rewards = rewards
+        reward_functions.of_recipe = rewards
         try:
             with shell.errors_as_text(False):
                 pipeline.run(asked, out, until="ppo")

@@ -77,13 +77,12 @@ def trainer(made, rows, folder, kind=RankingTrainer, **args):
         "save_strategy": "no",
         **args,
     }
-    return kind(
-        model=made.views["reward"],
-        args=RewardConfig(output_dir=str(folder), **args),
-        train_dataset=rankings(made, rows) if kind is RankingTrainer else rows,
-        data_collator=RankingCollator(0) if kind is RankingTrainer else None,
-        processing_class=made.tokenizer,
-    )
+    config = RewardConfig(output_dir=str(folder), **args)
+    if kind is not RankingTrainer:
+        view, tokenizer = made.views["reward"], made.tokenizer
+        return kind(model=view, args=config, train_dataset=rows, processing_class=tokenizer)
+    dataset, collator = rankings(made, rows), RankingCollator(0)
+    return kind(made, "reward", args=config, train_dataset=dataset, data_collator=collator)
 
 
 def gradients(made):

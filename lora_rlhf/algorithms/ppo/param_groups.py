@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
 
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.recipe.schema import PpoSection
@@ -43,14 +41,3 @@ def warm_up(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_sche
     return torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, 0.1 + 0.9 * step / steps)
     )
-
-
-class AfterStep(TrainerCallback):
-    """Calls something once the optimizer has made a step, before the scheduler makes its own."""
-
-    def __init__(self, act: Callable[[], None]) -> None:
-        self.act = act
-
-    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """Called by the Trainer."""
-        self.act()

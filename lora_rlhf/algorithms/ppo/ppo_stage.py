@@ -4,26 +4,26 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from transformers import set_seed
 
-from lora_rlhf.algorithms import identities, policy_stage
+from lora_rlhf.algorithms import policy_stage, reward_functions
 from lora_rlhf.errors import RecipeError
 from lora_rlhf.models import adapters, fused_layers
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.recipe import trl_args
 from lora_rlhf.recipe.schema import Recipe
-from lora_rlhf.runs.progress import Progress, StageLog
+from lora_rlhf.runs.disk import sha256
+from lora_rlhf.runs.progress import Progress
 from lora_rlhf.runs.record import Record
-from lora_rlhf.training.checkpoint_callback import CheckpointCallback, Result
-from lora_rlhf.training.reward import ensemble
-from lora_rlhf.training.trl_config import PPOConfig, build, complaints, effective, trainer_args
+from lora_rlhf.training.fit import fit
+from lora_rlhf.training.trl_config import PPOConfig, build, effective, trainer_args
 
-from .ppo_trainer import PPOTrainer, RewardFunction
+from .ppo_trainer import PPOTrainer
 from .ptx import TextMix
 
 _DEFAULTS: dict[str, Any] = {
@@ -91,81 +91,42 @@ def run(
     with record.stage("ppo") as entry:
         set_seed(recipe.seed)
         start_roles(backbone, recipe)
-        functions, args.reward_weights = rewards(recipe, backbone, prompts)
-        per_update = steps_per_update(args)
+        functions, args.reward_weights = reward_functions.of_recipe(recipe, backbone, prompts)
+        per_update = policy_stage.steps_per_update(args)
+        mix = None
+        if text and recipe.ppo.ptx_coef:
+            pad = backbone.tokenizer.pad_token_id
+            mix = TextMix(text, args.per_device_train_batch_size, recipe.seed, pad)
+        build_trainer = functools.partial(
+            PPOTrainer, backbone, args, recipe.ppo, functions, prompts, progress, text=mix
+        )
         with backbone.training("policy", "value"):
-            mix = _text_mix(recipe, backbone, args, text)
-            log = StageLog(record, "ppo", progress, steps_per_unit=per_update)
-            with complaints("ppo"):
-                trainer = PPOTrainer(
-                    backbone, args, recipe.ppo, functions, prompts, progress, [log], mix
-                )
-            keeper = CheckpointCallback(recipe, backbone, record, progress, "ppo", unit=per_update)
-            train(trainer, keeper, recipe.ppo.updates, prompts)
-            trainer.steering.finish()
-        updates = trainer.state.global_step // per_update
+            trainer, result = fit(
+                build_trainer,
+                recipe,
+                backbone,
+                record,
+                progress,
+                "ppo",
+                unit=per_update,
+                around=fused_layers.layers(backbone),
+            )
+        updates = result.global_step // per_update
         entry |= {
             "updates": updates,
             "reward": recipe.ppo.reward,
             "kl_coef": recipe.ppo.kl_coef,
             "episodes": updates * args.generation_batch_size,
             "args": effective(args),
-            "optimizer_steps": trainer.state.global_step,
+            "optimizer_steps": result.global_step,
             "identities": trainer.identities,
-            **({"steering": trainer.steering.entry} if trainer.steering.entry else {}),
+            **({"steering": trainer.controller.entry} if trainer.controller.entry else {}),
         }
-        entry |= last_kl(record, "ppo")
+        entry |= policy_stage.last_kl(record, "ppo")
         roles = [("policy", "adapter_sha256"), ("value", "value_adapter_sha256")]
         for role, key in roles if backbone.has("value") else roles[:1]:
             folder = adapters.save_role(backbone, role, record.adapter(role))
             entry[key] = sha256(folder / "adapter_model.safetensors")
-
-
-def train(trainer: Any, keeper: CheckpointCallback, updates: int, prompts: Dataset) -> Result:
-    """Check the sampler against the trainer, then train, with progress; for any rollout trainer.
-
-    Args:
-        trainer: Of PPO, GRPO or RLOO on our backbone.
-
-    Raises:
-        IdentityError: The sampler's log-probs are not the trainer's.
-    """
-    if not getattr(trainer, "samples_itself", False):  # else its first rollout is checked
-        sample = [trainer.backbone.encode_prompt(p) for p in prompts[:4]["prompt"]]
-        trainer.identities["sampler_difference"] = identities.sampler_agrees(
-            trainer.backbone, sample, trainer.generation_config, trainer.args.temperature
-        )
-    trainer.progress.begin(keeper.name, updates)
-    try:
-        with fused_layers.layers(trainer.backbone):
-            return keeper.train(trainer)
-    finally:
-        trainer.progress.end()
-
-
-def steps_per_update(args: Any) -> int:
-    """Optimizer steps that one rollout is used for."""
-    return int(args.num_iterations * args.steps_per_generation // args.gradient_accumulation_steps)
-
-
-def last_kl(record: Record, stage: str) -> dict[str, float]:
-    """`kl_last` for a stage's entry, where its log has one."""
-    lines = record.metrics(stage)
-    return {"kl_last": lines[-1]["kl/sequence"]} if lines and "kl/sequence" in lines[-1] else {}
-
-
-def _text_mix(
-    recipe: Recipe, backbone: Backbone, args: PPOConfig, text: list[list[int]] | None
-) -> TextMix | None:
-    if not text or not recipe.ppo.ptx_coef:
-        return None
-    size, pad = args.per_device_train_batch_size, backbone.tokenizer.pad_token_id
-    return TextMix(text, size, recipe.seed, pad)
-
-
-def load(backbone: Backbone, record: Record) -> None:
-    """The policy from the finished stage; nothing after PPO asks for the value."""
-    adapters.load_role(backbone, "policy", record.adapter("policy"))
 
 
 def start_roles(backbone: Backbone, recipe: Recipe) -> None:
@@ -192,24 +153,17 @@ def arguments(recipe: Recipe, out: Path) -> PPOConfig:
             raise RecipeError(
                 f"ppo.args.{key} would do nothing", remedy=_INSTEAD.get(key, "leave it out")
             )
-    for key in _COUNTS:
-        if not isinstance(merged[key], int) or isinstance(merged[key], bool) or merged[key] < 1:
-            raise RecipeError(f"ppo.args.{key}: {merged[key]!r}", expected="a whole number from 1")
     if merged["num_iterations"] > _MOST_EPOCHS:
         raise RecipeError(
             f"ppo.args.num_iterations: {merged['num_iterations']}",
             expected=f"at most {_MOST_EPOCHS} passes over a rollout",
             remedy="raise ppo.updates instead: fresh episodes teach more than old ones",
         )
-    for key in ("learning_rate", "temperature", "max_grad_norm", "epsilon"):
-        if not isinstance(merged[key], int | float) or not merged[key] > 0:
-            raise RecipeError(f"ppo.args.{key}: {merged[key]!r}", expected="a number above 0")
-    steps, window = merged["steps_per_generation"], merged["gradient_accumulation_steps"]
-    if steps % window:
+    if not merged["max_grad_norm"] > 0:
         raise RecipeError(
-            f"ppo.args: steps_per_generation {steps} and gradient_accumulation_steps {window}",
-            expected="the second divides the first: an optimizer step stays inside one rollout",
+            f"ppo.args.max_grad_norm: {merged['max_grad_norm']!r}", expected="a number above 0"
         )
+    steps = policy_stage.rollout_steps("ppo", merged, recipe.ppo.updates)
     for key, allowed in _PLAIN.items():
         if merged.get(key) not in allowed:
             raise RecipeError(
@@ -224,17 +178,7 @@ def arguments(recipe: Recipe, out: Path) -> PPOConfig:
             f"{recipe.ppo.value_warmup_updates}",
             expected="more updates than those in which the value only learns",
         )
-    per_update = merged["num_iterations"] * steps // window
-    return build(
-        "ppo",
-        PPOConfig,
-        {
-            **merged,
-            "max_steps": recipe.ppo.updates * per_update,
-            "logging_steps": per_update,
-            "logging_first_step": False,
-        },
-    )
+    return build("ppo", PPOConfig, {**merged, **steps})
 
 
 _BUDGET = (
@@ -283,53 +227,3 @@ def longest(recipe: Recipe) -> int:
 def _checked_length(stage: str, args: dict[str, Any]) -> int:
     trl_args.check_values(stage, {"max_completion_length": args["max_completion_length"]})
     return int(args["max_completion_length"])
-
-
-def rewards(
-    recipe: Recipe, backbone: Backbone, prompts: Dataset
-) -> tuple[list[RewardFunction], list[float]]:
-    """The functions that score completions and their weights; gold is logged where a task has it.
-
-    Raises:
-        DataError: `ppo.reward: gold` without task prompts.
-    """
-
-    apart: list[float] = []
-
-    def model(
-        completion_ids: Any, prompt_ids: Any, trunk_states: Any = None, **_: Any
-    ) -> list[float]:
-        found = ensemble.scores(
-            backbone,
-            list(zip(prompt_ids, completion_ids, strict=True)),
-            recipe.reward,
-            states=trunk_states,
-        )
-        apart[:] = found.std
-        return found.rewards
-
-    def disagreement(**_: Any) -> list[float]:
-        return list(apart)  # of the episodes that `model` has just scored
-
-    def gold(completions: Any, item: Any, **_: Any) -> list[float]:
-        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-        return [
-            checkers.check(checkers.Item.from_dict(json.loads(i)), text).reward
-            for i, text in zip(item, texts, strict=True)
-        ]
-
-    def held_out(
-        completion_ids: Any, prompt_ids: Any, trunk_states: Any = None, **_: Any
-    ) -> list[float]:
-        episodes = list(zip(prompt_ids, completion_ids, strict=True))
-        [scores] = ensemble.member_scores(backbone, episodes, ["held_out"], states=trunk_states)
-        return [float(score) for score in scores]
-
-    functions: list[RewardFunction] = [gold if recipe.ppo.reward == "gold" else model]
-    if recipe.ppo.reward == "model" and len(ensemble.roles(recipe.reward)) > 1:
-        functions.append(disagreement)
-    if recipe.ppo.reward == "model" and policy_stage.has_checker(prompts):
-        functions.append(gold)
-    if backbone.has("held_out") and recipe.ppo.watch != "off":
-        functions.append(held_out)
-    return functions, [1.0] + [0.0] * (len(functions) - 1)

@@ -10,17 +10,17 @@ takes `gradient_accumulation_steps` micro-batches and divides by their valid tok
 from __future__ import annotations
 
 import functools
-from collections import defaultdict
-from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from torch import Tensor
-from transformers import PrinterCallback, TrainerCallback
+from transformers import TrainerCallback
 
 from lora_rlhf._trl import GRPOTrainer
 from lora_rlhf.algorithms import identities
+from lora_rlhf.algorithms.identities import FrozenRolesCheck
 from lora_rlhf.algorithms.objectives import (
     RunningMoments,
     gae,
@@ -33,8 +33,9 @@ from lora_rlhf.algorithms.objectives import (
     value_loss,
     whiten,
 )
-from lora_rlhf.algorithms.reward_functions import RewardChecks
-from lora_rlhf.algorithms.rollout import Scorer, sampled_here
+from lora_rlhf.algorithms.policy_trainer import RolloutTrainer
+from lora_rlhf.algorithms.reward_functions import RewardFunction
+from lora_rlhf.algorithms.rollout import Scorer
 from lora_rlhf.models import scoring
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.recipe.schema import PpoSection
@@ -46,13 +47,11 @@ from .minibatches import model_inputs, trunk_states
 from .ppo_controller import PPOController
 from .ptx import TextMix
 
-RewardFunction = Callable[..., list[float]]
-
 MAX_MEAN_RATIO = 10.0
 """A micro-batch (or piece) whose mean ratio is above this moves nothing: it is left out."""
 
 
-class PPOTrainer(RewardChecks, GRPOTrainer):
+class PPOTrainer(RolloutTrainer, GRPOTrainer):
     """PPO for the roles of one backbone. Use it inside `backbone.training("policy", "value")`.
 
     Args:
@@ -68,11 +67,11 @@ class PPOTrainer(RewardChecks, GRPOTrainer):
 
     _tag_names = ["lora-rlhf", "ppo"]
     _name = "PPO"
-    kept = (
-        "_rollout", "policy_updates", "identities", "scorer", "steering", "text", "_moments",
-        "_moved",
-    )  # fmt: skip
-    optimizer: torch.optim.Optimizer | None
+    entries = {
+        **RolloutTrainer.entries, "_rollout": "_rollout", "policy_updates": "policy_updates",
+        "scorer": "scorer", "steering": "controller", "text": "text", "_moments": "_moments",
+        "_moved": "frozen_check",
+    }  # fmt: skip
     lr_scheduler: Any
     _buffered_inputs: list[dict[str, Any]] | None
 
@@ -87,24 +86,20 @@ class PPOTrainer(RewardChecks, GRPOTrainer):
         callbacks: list[TrainerCallback] | None = None,
         text: TextMix | None = None,
     ) -> None:
-        self.backbone, self.ppo, self.progress, self.text = backbone, ppo, progress, text
-        self.identities: dict[str, float] = {}
+        self.ppo, self.progress, self.text = ppo, progress, text
         self.policy_updates = 0
-        self._moved: identities.MovedOnly | None = None
         self._rollout: dict[str, Tensor] = {}
         self._scores_b = torch.empty(0)
         self._policy_states: tuple[Any, Tensor] | None = None
         self._scale = param_groups.loss_scale(backbone)
         self._moments = RunningMoments() if ppo.normalize_reward else None
-        with backbone.float32_kept():
-            super().__init__(
-                model=backbone.views["policy"],
-                reward_funcs=list(reward_funcs),
-                args=args,
-                train_dataset=train_dataset,
-                processing_class=backbone.tokenizer,
-                callbacks=callbacks,
-            )
+        super().__init__(
+            backbone,
+            args=args,
+            reward_funcs=list(reward_funcs),
+            train_dataset=train_dataset,
+            callbacks=callbacks,
+        )
         self.scorer = Scorer(
             backbone,
             ppo,
@@ -113,18 +108,20 @@ class PPOTrainer(RewardChecks, GRPOTrainer):
             self.identities,
             progress.say,
         )
-        self.remove_callback(PrinterCallback)
-        self.add_callback(param_groups.AfterStep(self.after_optimizer_step))
-        self.steering = PPOController(backbone, ppo, progress, args.generation_batch_size)
-        self.add_callback(self.steering)
+        self.controller = PPOController(backbone, ppo, progress, args.generation_batch_size)
+        self.add_callback(self.controller)
 
-    def load_state_dict(self, found: dict[str, Any]) -> None:
-        """As `Resumable`; a check that waits for a first step is made anew."""
-        moved = found.pop("_moved")
-        super().load_state_dict(found)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned, a check that waits for a first step included."""
+        check = send_to_device(state.pop("_moved"), self.args.device)
+        super().load_state_dict(state)
         self.scorer.identities = self.identities
-        if moved is not None:
-            self._moved = identities.MovedOnly.restored(self.backbone, moved)
+        if check is not None:
+            self.frozen_check = FrozenRolesCheck(self.backbone, "ppo", **check)
+
+    def after_training(self) -> None:
+        """Settle on a policy."""
+        self.controller.finish()
 
     # ------------------------------------------------------------------ rollout
 
@@ -137,11 +134,6 @@ class PPOTrainer(RewardChecks, GRPOTrainer):
     def warming_up(self) -> bool:
         """Whether only the value learns for now."""
         return self.update < self.ppo.value_warmup_updates
-
-    @property
-    def samples_itself(self) -> bool:
-        """`rollout.sampled_here`: else the sampler is checked before training."""
-        return sampled_here(self.args)
 
     def _generate(self, prompts: list[Any]) -> Any:
         self.progress.phase("rollout")
@@ -175,25 +167,25 @@ class PPOTrainer(RewardChecks, GRPOTrainer):
         }
         mask_bt, ended_b = out["completion_mask"], self._ended(out)
         reference_bt = self._score_roles(out)
-        well = self.well("log-probs", out["old_logprobs"], reference_bt, rollout=True)
-        well = self.well("values", out["old_values"], rollout=True) and well
-        if well and self.policy_updates == 0 and not self.warm_started:
+        finite = self.check_finite("log-probs", out["old_logprobs"], reference_bt, rollout=True)
+        finite = self.check_finite("values", out["old_values"], rollout=True) and finite
+        if finite and self.policy_updates == 0 and not self.warm_started:
             self.identities["kl_at_start"] = identities.policy_equals_reference(
                 out["old_logprobs"], reference_bt, mask_bt
             )
         scores_b = scaled_scores(self._scores_b, self._moments, self.ppo.clip_reward)
         scores_b = scores_b - self.ppo.missing_eos_penalty * (~ended_b).float()
         kl = kl_estimates(out["old_logprobs"], reference_bt, mask_bt)
-        rewards_bt = token_rewards(scores_b, kl.k1, mask_bt, self.steering.kl_coef)
+        rewards_bt = token_rewards(scores_b, kl.k1, mask_bt, self.controller.kl_coef)
         advantages_bt, out["returns"] = gae(
             rewards_bt, out["old_values"], mask_bt, self.ppo.gamma, self.ppo.lam
         )
         out["advantages"] = whiten(advantages_bt, mask_bt)
         noted = ppo_metrics.rollout(out, self._scores_b, ended_b, kl, rewards_bt)
-        self._note(noted | {"kl/coef": self.steering.kl_coef})
+        self.note(noted | {"kl/coef": self.controller.kl_coef})
         if self._moments is not None:
-            self._note({"reward/scale": self._moments.std})
-        self.steering.before_update(self.update)
+            self.note({"reward/scale": self._moments.std})
+        self.controller.before_update(self.update)
         self.progress.phase("update")
         return out
 
@@ -259,20 +251,22 @@ class PPOTrainer(RewardChecks, GRPOTrainer):
         clip = self.epsilon_low, self.epsilon_high
         result = policy_loss(logprobs_bt, old_bt, inputs["advantages"], mask_bt, *clip)
         per_rollout = self.args.steps_per_generation * self.num_iterations
-        if self.well("log-probs", logprobs_bt) and self._step % per_rollout == 0:
+        if self.check_finite("log-probs", logprobs_bt) and self._step % per_rollout == 0:
             dtype = self.backbone.causal.dtype
             off = identities.ratio_off_one(result.ratio_bt, mask_bt, dtype)
-            self._note({"policy/ratio_start": off})
+            self.note({"policy/ratio_start": off})
             # Later rollouts of half precision are logged only: a run is not lost to a rounding.
             if dtype == torch.float32 or "ratio_at_start" not in self.identities:
                 identities.ratio_is_one(result.ratio_bt, mask_bt, dtype)
             if "ratio_at_start" not in self.identities:
                 # First what may run out of memory: done again, the step must come here again.
-                self._moved = identities.MovedOnly(self.backbone, inputs, self.temperature)
+                self.frozen_check = FrozenRolesCheck.take(
+                    self.backbone, "ppo", ("policy", "value"), inputs, self.temperature
+                )
                 self.identities["ratio_at_start"] = off
-        self._note(ppo_metrics.policy(result, logprobs_bt, old_bt, entropy_bt, mask_bt))
+        self.note(ppo_metrics.policy(result, logprobs_bt, old_bt, entropy_bt, mask_bt))
         skipped = float(masked_mean(result.ratio_bt, mask_bt)) > MAX_MEAN_RATIO
-        self._note({"policy/skipped": float(skipped)})
+        self.note({"policy/skipped": float(skipped)})
         if skipped:
             return self._no_loss()
         loss_sum = result.loss_sum
@@ -321,7 +315,7 @@ class PPOTrainer(RewardChecks, GRPOTrainer):
         with self.backbone.role("policy"):
             loss_sum = ptx.loss_sum(self.backbone, text)
             self.accelerator.backward(self._scale * self.ppo.ptx_coef * loss_sum / window_tokens)
-        self._note({"policy/ptx_loss": float(loss_sum.detach()) / text.tokens})
+        self.note({"policy/ptx_loss": float(loss_sum.detach()) / text.tokens})
 
     def _value_step(self, batch: dict[str, Any]) -> None:
         """The value's forward and backward."""
@@ -336,7 +330,7 @@ class PPOTrainer(RewardChecks, GRPOTrainer):
             )
             loss_value = self.ppo.vf_coef * result.loss_sum / batch["window_tokens"]
             self.accelerator.backward(self._scale * loss_value)
-        self._note(
+        self.note(
             {
                 "value/loss": float(result.loss_sum.detach()) / max(int(mask_bt.sum()), 1),
                 "value/clip_fraction": float(masked_mean(result.clipped_bt, mask_bt)),
@@ -367,19 +361,14 @@ class PPOTrainer(RewardChecks, GRPOTrainer):
                 gradient.div_(self._scale)
             norms[role] = self.accelerator.clip_grad_norm_(parameters, most)
             norm = self.checked_norm("ppo", float(norms[role]), role)
-            self._note({f"{role}/grad_norm": norm})
+            self.note({f"{role}/grad_norm": norm})
         return norms["policy"]
 
     def after_optimizer_step(self) -> None:
-        """Check, after the first step of the policy, that just it and the value moved."""
-        assert self.optimizer is not None
+        """Average the policy, and check after its first step that it and the value moved."""
         if self.policy_updates:
-            self.steering.after_policy_step()
-        # A learning rate that warms up from 0 makes a first step that moves nothing.
-        moves = self.optimizer.param_groups[0]["lr"] > 0 and not self.skipped
-        if self._moved is not None and moves:
-            self.identities |= self._moved.check()
-            self._moved = None
+            self.controller.after_policy_step()
+        super().after_optimizer_step()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """One optimizer, two groups: the policy's adapter; the value's adapter and head."""
@@ -399,15 +388,6 @@ class PPOTrainer(RewardChecks, GRPOTrainer):
             self.lr_scheduler = param_groups.warm_up(optimizer or self.create_optimizer(), warmup)
         return self.lr_scheduler
 
-    # ------------------------------------------------------------------ logging
-
-    def _note(self, numbers: dict[str, float]) -> None:
-        """Keep numbers for the next line of the log, which averages them."""
-        for name, number in numbers.items():
-            self._metrics["train"][name].append(number)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's averages under our names; what GRPO logs and PPO has no use for is left out."""
-        self._metrics["train"] = defaultdict(list, ppo_metrics.kept(self._metrics["train"]))
-        logs.pop("grad_norm", None)
-        super().log(logs, start_time)
+    def renamed(self, metrics: dict[str, list[float]]) -> dict[str, list[float]]:
+        """PPO's own of TRL's lists; what GRPO logs and PPO has no use for is left out."""
+        return ppo_metrics.kept(metrics)

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lora_rlhf._trl import RewardTrainer
 from lora_rlhf.models.backbone import Backbone
-from lora_rlhf.training.resumable_trainer import Resumable
+from lora_rlhf.training.resumable_trainer import ResumableTrainer
 
 MOST_COMPLETIONS = 16
 """Completions in one element at most: a prompt with more becomes several, to bound memory."""
@@ -124,7 +124,7 @@ def ranking_loss(rewards: Tensor, pairs: Tensor, margins: Tensor, weights: Tenso
     return -(weights * nn.functional.logsigmoid(winners - losers - margins)).sum()
 
 
-class RankingTrainer(Resumable, RewardTrainer):
+class RankingTrainer(ResumableTrainer, RewardTrainer):
     """TRL's RewardTrainer on rows of `rankings`: a batch counts prompts, not pairs.
 
     Every prompt of an optimizer step has the same weight, however the step is cut into batches of

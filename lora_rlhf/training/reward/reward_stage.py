@@ -7,14 +7,14 @@ mean score 0.
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import PrinterCallback, set_seed
+from transformers import set_seed
 
 from lora_rlhf._trl import RewardConfig
 from lora_rlhf.data.dataset_builder import Prepared
@@ -24,10 +24,10 @@ from lora_rlhf.models.backbone import MEMBERS, Backbone
 from lora_rlhf.models.scoring import Episode
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.runs.disk import sha256
-from lora_rlhf.runs.progress import Progress, StageLog
+from lora_rlhf.runs.progress import Progress
 from lora_rlhf.runs.record import Record
-from lora_rlhf.training.checkpoint_callback import CheckpointCallback
-from lora_rlhf.training.trl_config import build, check_finite, complaints, effective, trainer_args
+from lora_rlhf.training.fit import fit
+from lora_rlhf.training.trl_config import build, effective, trainer_args
 
 from . import ensemble, reward_gate
 from .ranking_trainer import RankingCollator, RankingTrainer, rankings
@@ -154,26 +154,16 @@ def _train(
     set_seed(recipe.seed if recipe.reward.combine == "warm" and role in MEMBERS else seed)
     backbone.add_role(role, copy_from="reference")
     train = rankings(backbone, data.train)
+    build_trainer = functools.partial(
+        RankingTrainer,
+        backbone,
+        role,
+        args=args,
+        train_dataset=train,
+        data_collator=RankingCollator(backbone.tokenizer.pad_token_id),
+    )
     with backbone.training(role):
-        with backbone.float32_kept(), complaints("reward"):
-            trainer = RankingTrainer(
-                model=backbone.views[role],
-                args=args,
-                train_dataset=train,
-                data_collator=RankingCollator(backbone.tokenizer.pad_token_id),
-                processing_class=backbone.tokenizer,
-                callbacks=[StageLog(record, role, progress)],
-            )
-        trainer.remove_callback(PrinterCallback)
-        backbone.assert_trainable()
-        steps = math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps)
-        progress.begin(role, int(steps * args.num_train_epochs))
-        try:
-            keeper = CheckpointCallback(recipe, backbone, record, progress, "reward", role)
-            result = keeper.train(trainer)
-        finally:
-            progress.end()
-        check_finite(role, result.training_loss)
+        _, result = fit(build_trainer, recipe, backbone, record, progress, "reward", name=role)
     return {
         "steps": result.global_step,
         "train_loss": result.training_loss,

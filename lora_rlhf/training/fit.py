@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop that all stages share: build, check, resume, train, check again."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+from lora_rlhf.errors import NonFiniteError
+from lora_rlhf.models.backbone import Backbone
+from lora_rlhf.recipe.schema import Recipe
+from lora_rlhf.runs.progress import Progress
+from lora_rlhf.runs.record import Record
+
+from .checkpoint_callback import CheckpointCallback, Result
+from .resumable_trainer import ResumableTrainer
+from .stage_log import StageLog
+from .trl_config import complaints
+
+T = TypeVar("T", bound=ResumableTrainer)
+
+
+def fit(
+    build: Callable[..., T],
+    recipe: Recipe,
+    backbone: Backbone,
+    record: Record,
+    progress: Progress,
+    stage: str,
+    *,
+    name: str | None = None,
+    unit: int = 1,
+    around: contextlib.AbstractContextManager[None] | None = None,
+) -> tuple[T, Result]:
+    """Build a trainer and train it, from its newest checkpoint where there is one.
+
+    Call it inside `backbone.training(...)`.
+
+    Args:
+        build: Makes the trainer, with the `callbacks` that it is given.
+        stage: Of the record.
+        name: Of the training, where the stage has several.
+        unit: Optimizer steps of what the log calls a step.
+        around: Entered for the training itself.
+
+    Raises:
+        RecipeError: TRL refuses the arguments.
+        IdentityError: A start-up identity does not hold.
+        NonFiniteError: The loss is not a number.
+    """
+    name = name or stage
+    with complaints(stage):
+        trainer = build(callbacks=[StageLog(record, name, progress, unit)])
+    backbone.assert_trainable()
+    checkpoints = CheckpointCallback(recipe, backbone, record, progress, stage, name, unit)
+    try:
+        trainer.before_training()
+        with around or contextlib.nullcontext():
+            result = checkpoints.train(trainer)
+        check_loss(name, result.training_loss)
+        trainer.after_training()
+    finally:
+        progress.end()
+    return trainer, result
+
+
+def check_loss(name: str, loss: float) -> None:
+    """Stop a training whose loss is not a number.
+
+    Raises:
+        NonFiniteError: With what to try.
+    """
+    if not math.isfinite(loss):
+        raise NonFiniteError(
+            f"{name}: the loss is {loss}",
+            expected="a finite number",
+            remedy=f"lower {name}.args.learning_rate; nothing was saved",
+        )

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Callback that passes what a trainer logs on to `metrics.jsonl` and to the progress line."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lora_rlhf.runs.progress import Progress
+from lora_rlhf.runs.record import Record
+
+_CLOCK = ("runtime", "per_second", "step_time", "total_flos", "preparation_time")
+
+
+class StageLog(TrainerCallback):
+    """Logs one training.
+
+    Everything that depends on the clock goes under `clock`, so that equal runs log equal lines.
+
+    Args:
+        steps_per_unit: Optimizer steps of what the log calls a step.
+    """
+
+    def __init__(
+        self, record: Record, stage: str, progress: Progress, steps_per_unit: int = 1
+    ) -> None:
+        self.record, self.stage, self.progress = record, stage, progress
+        self.steps_per_unit = steps_per_unit
+        self._last = time.perf_counter()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Open the progress line; only the trainer knows the number of steps before that."""
+        self.progress.begin(self.stage, -(-state.max_steps // self.steps_per_unit))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Write one line; the trainer's closing summary is not a step and is left out."""
+        logs = dict(logs or {})
+        if "train_runtime" in logs:
+            return
+        now = time.perf_counter()
+        clock = {k: v for k, v in logs.items() if any(word in k for word in _CLOCK)}
+        clock["seconds"] = round(now - self._last, 4)
+        self._last = now
+        metrics = {k: v for k, v in logs.items() if k not in clock and k != "epoch"}
+        step = state.global_step // self.steps_per_unit
+        self.record.log(self.stage, step, metrics, clock)
+        self.progress.step(step, metrics)
