@@ -359,7 +359,7 @@ class _Work:
             last = "best of n" if self.recipe.algorithm == "best_of_n" else "policy"
             self.progress.say(f"evaluate: base, sft and {last} on the held-out prompts")
             parts = self.recipe, self.backbone, self.record
-            same = checkpoint_callback.identity(*parts, "evaluate")
+            same = checkpoint_callback.identity(self.backbone, self.record, "evaluate")
             evaluate.run(*parts, self.prompts.held_out, same, self.progress.say)
 
     def _sample(self, prompts: list[Any], k: int, seed: int) -> list[list[str]]:

@@ -139,7 +139,9 @@ class Work:
     def __init__(self, planner: Planner, recipe: Recipe, capacity: int | None) -> None:
         self.planner, self.recipe, self.capacity = planner, recipe, capacity
         self.dtype = planner.dtype(recipe)
-        self.sft, self.reward, self.policy = trainer_configs.build(recipe, Path("plan"))
+        configs = trainer_configs.build(recipe, Path("plan"))
+        self.sft, self.policy = configs.sft, configs.policy
+        self.reward: Any = configs.reward.get("reward")
         self.prompt = recipe.data.max_prompt_tokens
         self.completion = ppo_stage.longest(recipe)
         text = planner.config.get_text_config()
@@ -216,7 +218,7 @@ class Work:
         """Activations and gradients of a training step; of the second, where gradients add up."""
         args: Any = self.policy
         if phase is dry_run.ranking:
-            args = self.reward["reward"]
+            args = self.reward
         elif phase is dry_run.language_model and self.recipe.algorithm != "dpo":
             args = self.sft
         windows = args.gradient_accumulation_steps
@@ -234,7 +236,7 @@ class Work:
         """The longest micro-batch of the reward model, in completions: two of a prompt or more."""
         sources = self.recipe.data.comparisons
         each = max([s.completions if s.task else 2 for s in sources], default=2)
-        rows = self.reward["reward"].per_device_train_batch_size * each
+        rows = self.reward.per_device_train_batch_size * each
         return Batch(rows, 1, self.recipe.data.max_tokens - 1)
 
     def _sft(self) -> Phase:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exact resume: when a checkpoint is due, what is in it, and whether it is of this run.
+"""Callback that saves and resumes one training: when, what, and whether it is the same run.
 
-The hooks by which a trainer comes here are in resumable.py.
+The hooks that a trainer calls it by are in `resumable_trainer`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import json
 import random
 import shutil
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lora_rlhf.errors import CheckpointError
 from lora_rlhf.models.backbone import Backbone
-from lora_rlhf.recipe.schema import CheckpointSection, Recipe
+from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.recipe.stage_keys import READS, fingerprints, keys_read
 from lora_rlhf.runs import checkpoint
 from lora_rlhf.runs.checkpoint import Checkpoint
@@ -33,29 +32,31 @@ from lora_rlhf.runtime import interrupts
 
 from .nonfinite_guard import NonFiniteGuard
 
-_OF_TRAINER = (
+_LOOP_STATE = (
     "_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step",
 )  # fmt: skip
-"""Set to 0 when the training loop begins, so put back after that."""
+"""Attributes that Trainer sets to 0 when its loop begins, so they are restored after that."""
 
 
 class Result(NamedTuple):
-    """Of a training that is over, in this process or in an earlier one."""
+    """Result of a training that is over, in this process or in an earlier one."""
 
     global_step: int
     training_loss: float
 
 
 class CheckpointCallback(TrainerCallback):
-    """Saves and restores one training: when, what, and whether it is still the same run.
+    """Saves and resumes one training.
 
     Args:
+        stage: Stage that the training belongs to.
         name: Of the training: the stage's, or the role's in the reward stage.
-        stage: That it belongs to.
         unit: Optimizer steps of what the log calls a step.
 
     Attributes:
-        paused: It stopped for a signal or its minutes, and is not done.
+        resumed: The checkpoint that training continues from.
+        run: Identity of the run up to the end of this stage.
+        paused: Whether it stopped for a signal or its time budget, and is not done.
     """
 
     def __init__(
@@ -68,19 +69,17 @@ class CheckpointCallback(TrainerCallback):
         name: str | None = None,
         unit: int = 1,
     ) -> None:
-        self.section: CheckpointSection = recipe.checkpoint
+        self.section = recipe.checkpoint
         self.backbone, self.record, self.progress = backbone, record, progress
         self.stage, self.name, self.unit = stage, name or stage, unit
-        self.folder: Path = record.checkpoints(self.name)
-        self.found: Checkpoint | None = None
-        self.run = identity(recipe, backbone, record, stage)
-        self.paused = self._looked = False
-        self._old: list[Path] = []  # checkpoints from before a warm start
-        self._epoch: dict[str, Any] = {}
+        self.folder = record.checkpoints(self.name)
+        self.resumed: Checkpoint | None = None
+        self.run = identity(backbone, record, stage)
+        self.paused = self._room_checked = False
+        self._replaced = list[Any]()  # checkpoints from before a warm start
+        self._epoch: dict[str, Any] = {}  # random states at the beginning of this epoch
         self._saved = self._started = time.monotonic()
-        self._spent = 0.0
-
-    # ---------------------------------------------------------------- the training
+        self._seconds = 0.0  # of earlier processes
 
     def train(self, trainer: Any) -> Result:
         """Train to the end, from the newest checkpoint where there is one.
@@ -96,131 +95,115 @@ class CheckpointCallback(TrainerCallback):
         if self.record.warm_start and self.record.in_flight(self.stage):
             self._start_warm(trainer)
             return self._train(trainer)
-        self.found, skipped = checkpoint.newest(self.folder)
+        self.resumed, skipped = checkpoint.newest(self.folder)
         for name, why in skipped:
             self.progress.say(f"{self.name}: checkpoint {name} is not used: {why}")
-        if self.found is not None and not self.record.truncate_log(
-            self.name, self.found.notes["lines"]
-        ):
-            raise checkpoint.lacking(self.found.folder, "metrics.jsonl has fewer lines than then")
-        if self.found is None:
+        if self.resumed is None:
             self.record.truncate_log(self.name)
-        else:
-            self._check_same(self.found)
-            self._spent = float(self.found.notes["seconds"])
-            self._note_resumed(self.found)
-            if "finished" in self.found.notes:
-                self.load(trainer)
-                trainer.state = TrainerState.load_from_json(
-                    str(self.found.folder / checkpoint.TRAINER_STATE)
-                )
-                return Result(*self.found.notes["finished"])
+            return self._train(trainer)
+        notes = self.resumed.notes
+        if not self.record.truncate_log(self.name, notes["lines"]):
+            raise checkpoint.lacking(self.resumed.folder, "metrics.jsonl has fewer lines than then")
+        if rows := _differences(self.resumed.run, self.run):
+            raise checkpoint.changed(self.resumed.folder, rows)
+        self._seconds = float(notes["seconds"])
+        self._note_resumed(self.resumed)
+        if "finished" in notes:
+            self.load(trainer)
+            state = self.resumed.folder / checkpoint.TRAINER_STATE
+            trainer.state = TrainerState.load_from_json(str(state))
+            return Result(*notes["finished"])
         return self._train(trainer)
 
     def _train(self, trainer: Any) -> Result:
         trainer.add_callback(self)
         trainer.add_callback(trainer.guard)
         with interrupts.at_boundaries(self.progress.say):
-            out = trainer.train(resume_from_checkpoint=self.found and str(self.found.folder))
-            loss = trainer.guard.mean_loss(out.training_loss)
-            result = Result(out.global_step, loss)
+            out = trainer.train(resume_from_checkpoint=self.resumed and str(self.resumed.folder))
+            result = Result(out.global_step, trainer.guard.mean_loss(out.training_loss))
             if not self.paused:
                 self.save(trainer, {"finished": list(result)})
         return result
 
     def _start_warm(self, trainer: Any) -> None:
-        """Only the adapters of the newest checkpoint that has them; all else begins anew.
+        """Load only the adapters of the newest checkpoint that has them.
 
         Raises:
             CheckpointError: No checkpoint has them.
         """
         self.record.truncate_log(self.name)
-        self._old = checkpoint.folders(self.folder)
-        if not self._old:
+        self._replaced = checkpoint.folders(self.folder)
+        if not self._replaced:
             return  # another role of the stage: it has not begun
-        found = checkpoint.newest_adapters(self.folder)
-        if found is None:
+        start = checkpoint.newest_adapters(self.folder)
+        if start is None:
             raise CheckpointError(
                 f"{self.folder}: no checkpoint holds its adapters whole",
-                remedy=f"deleting {self.folder} begins the stage from its start",
+                remedy=f"delete {self.folder} to restart the stage from the beginning",
             )
-        if found.run.get("base") != self.run["base"]:
-            raise checkpoint.changed(found.folder, _differences(found.run, self.run, ["base"]))
-        self._load_roles(found)
+        if start.run.get("base") != self.run["base"]:
+            raise checkpoint.changed(start.folder, _differences(start.run, self.run, ["base"]))
+        self._load_roles(start)
         trainer.warm_started = True
-        note = {
-            "from_step": found.step,
-            "adapters_sha256": found.notes["roles.safetensors"],
-            "changed": _differences(found.run, self.run),
+        self.record.data.setdefault("warm_starts", {})[self.name] = {
+            "from_step": start.step,
+            "adapters_sha256": start.notes["roles.safetensors"],
+            "changed": _differences(start.run, self.run),
         }
-        self.record.data.setdefault("warm_starts", {})[self.name] = note
         self.record.save()
-        self.progress.say(f"{self.name}: begins again from the adapters of {found.folder.name}")
+        self.progress.say(f"{self.name}: restarting from the adapters of {start.folder.name}")
 
-    def _note_resumed(self, found: Checkpoint) -> None:
-        self.progress.say(f"{self.name}: going on from {found.folder.name}")
+    def _note_resumed(self, start: Checkpoint) -> None:
+        self.progress.say(f"{self.name}: continuing from {start.folder.name}")
         clock = self.record.data["clock"]
-        line = {"training": self.name, "from": found.folder.name}
+        line = {"training": self.name, "from": start.folder.name}
         clock["resumed"] = [*clock.get("resumed", []), line]
-        clock.setdefault("before", {})[self.name] = self._spent
+        clock.setdefault("before", {})[self.name] = self._seconds
         self.record.save()
-
-    def _check_same(self, found: Checkpoint) -> None:
-        """Refuse to go on as if nothing had changed where something has.
-
-        Raises:
-            CheckpointError: With a table of the differences.
-        """
-        if rows := _differences(found.run, self.run):
-            raise checkpoint.changed(found.folder, rows)
-
-    # -------------------------------------------------------------------- when
 
     def on_epoch_begin(self, *_: Any, train_dataloader: Any = None, **__: Any) -> None:
-        """Note from where this epoch's order is drawn; on the way back, draw it from there."""
-        if self.found is not None and not self._epoch:
-            saved = self.found.part("random")
-            _set_random(saved["epoch"], train_dataloader)
-        self._epoch = _random(train_dataloader)
+        """Note the random states that this epoch's order is drawn from; restore them on resume."""
+        if self.resumed is not None and not self._epoch:
+            _set_random_states(self.resumed.part("random")["epoch"], train_dataloader)
+        self._epoch = _random_states(train_dataloader)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Ask for a checkpoint where one is due; the end of the training saves one of its own."""
+        """Request a checkpoint where one is due; the end of the training saves one of its own."""
         if state.global_step >= state.max_steps:
             return
         every, minutes = self.section.every_steps, self.section.every_minutes
         due = every is not None and state.global_step % every == 0
-        # In the middle of a rollout its buffer has to be saved too: time can wait for its end.
+        # Inside a rollout its buffer would be saved too: a checkpoint by time waits for its end.
         if minutes is not None and state.global_step % self.unit == 0:
             due = due or time.monotonic() - self._saved >= 60 * minutes
         if due or interrupts.wanted():
             control.should_save = True
 
-    # -------------------------------------------------------------------- what
-
     def save(self, trainer: Any, notes: dict[str, Any] | None = None) -> None:
         """Write a checkpoint of this moment."""
-        loader = trainer.callback_handler.train_dataloader
-        roles = sorted(self.backbone.trained_roles)
-        random_now = _random(loader)
-        whole = float(trainer.state.epoch).is_integer()
+        random_now = _random_states(trainer.callback_handler.train_dataloader)
+        epoch_ends = float(trainer.state.epoch).is_integer()
         parts = {
-            "roles": {role: dict(self.backbone.role_parameters(role)) for role in roles},
+            "roles": {
+                role: dict(self.backbone.role_parameters(role))
+                for role in sorted(self.backbone.trained_roles)
+            },
             "optimizer": {
                 "optimizer": trainer.optimizer.state_dict(),
                 "scheduler": trainer.lr_scheduler.state_dict(),
             },
             # At the end of an epoch the next one's order is drawn from here.
-            "random": {"now": random_now, "epoch": random_now if whole else self._epoch},
+            "random": {"now": random_now, "epoch": random_now if epoch_ends else self._epoch},
             "trainer": {
                 "kept": trainer.state_dict(),
-                "loop": {name: getattr(trainer, name) for name in _OF_TRAINER},
+                "loop": {name: getattr(trainer, name) for name in _LOOP_STATE},
             },
         }
-        if not self._looked:
+        if not self._room_checked:
             checkpoint.check_room(self.record.folder, parts)
-            self._looked = True
+            self._room_checked = True
         state = dataclasses.asdict(dataclasses.replace(trainer.state, log_history=[]))
         state["stateful_callbacks"] = {}
         sync(self.record.folder / "metrics.jsonl")  # its lines are counted below
@@ -232,99 +215,103 @@ class CheckpointCallback(TrainerCallback):
             self.run,
             {
                 "lines": len(self.record.metrics(self.name)),
-                "seconds": round(self._spent + time.monotonic() - self._started, 3),
+                "seconds": round(self._seconds + time.monotonic() - self._started, 3),
                 **(notes or {}),
             },
         )
-        for path in self._old:
+        for path in self._replaced:
             shutil.rmtree(path, ignore_errors=True)
-        self._old = []
+        self._replaced = []
         checkpoint.prune(self.folder, self.section.keep)
         self._saved = time.monotonic()
         self.record.on_saved(False)
 
     @torch.no_grad()
-    def _load_roles(self, found: Checkpoint) -> None:
-        roles = found.part("roles")
+    def _load_roles(self, start: Checkpoint) -> None:
+        roles = start.part("roles")
         for role in sorted(self.backbone.trained_roles):
-            wanted, there = dict(self.backbone.role_parameters(role)), roles.get(role, {})
-            for name, parameter in wanted.items():
-                tensor = there.get(name)
+            for name, parameter in self.backbone.role_parameters(role):
+                tensor = roles.get(role, {}).get(name)
                 if tensor is None or tensor.shape != parameter.shape:
-                    raise checkpoint.lacking(found.folder, f"it lacks {name} of {role}")
+                    raise checkpoint.lacking(start.folder, f"it lacks {name} of {role}")
                 parameter.copy_(tensor)
 
     def load(self, trainer: Any) -> None:
-        """Put back adapters, heads and what the trainer keeps.
+        """Restore adapters, heads and the trainer's own state.
 
         Raises:
             CheckpointError: Something is missing, or a tensor is of another shape.
         """
-        assert self.found is not None
-        self._load_roles(self.found)
-        found = self.found.part("trainer")["kept"]
+        assert self.resumed is not None
+        self._load_roles(self.resumed)
+        state = self.resumed.part("trainer")["kept"]
         for name in trainer.state_dict():
-            if name not in found:
-                raise checkpoint.lacking(self.found.folder, f"it lacks the trainer's {name}")
-        trainer.load_state_dict(found)
+            if name not in state:
+                raise checkpoint.lacking(self.resumed.folder, f"it lacks the trainer's {name}")
+        trainer.load_state_dict(state)
 
     def load_optimizer(self, trainer: Any) -> None:
-        """Put back the optimizer's moments and the place in the schedule."""
-        assert self.found is not None
-        saved = self.found.part("optimizer")
+        """Restore the optimizer's moments and the position in the schedule."""
+        assert self.resumed is not None
+        state = self.resumed.part("optimizer")
         try:
-            trainer.optimizer.load_state_dict(saved["optimizer"])
-            trainer.lr_scheduler.load_state_dict(saved["scheduler"])
+            trainer.optimizer.load_state_dict(state["optimizer"])
+            trainer.lr_scheduler.load_state_dict(state["scheduler"])
         except (KeyError, ValueError) as error:
-            raise checkpoint.lacking(self.found.folder, f"its optimizer: {error}") from None
+            raise checkpoint.lacking(self.resumed.folder, f"its optimizer: {error}") from None
 
     def load_random(self, trainer: Any) -> None:
-        """Put back random states and what the loop counts; the last thing before it goes on."""
-        assert self.found is not None
-        _set_random(self.found.part("random")["now"], None)
-        loop = send_to_device(self.found.part("trainer")["loop"], trainer.args.device)
-        for name in _OF_TRAINER:
+        """Restore random states and the loop's counters, the last thing before training."""
+        assert self.resumed is not None
+        _set_random_states(self.resumed.part("random")["now"])
+        loop = send_to_device(self.resumed.part("trainer")["loop"], trainer.args.device)
+        for name in _LOOP_STATE:
             setattr(trainer, name, loop[name])
 
 
-def identity(recipe: Recipe, backbone: Backbone, record: Record, stage: str) -> dict[str, Any]:
-    """What must be equal for two runs to be the same up to the end of a stage, as flat keys."""
-    found = {k: v for k, v in keys_read(record.recipe(), stage).items() if v is not None}
+def identity(backbone: Backbone, record: Record, stage: str) -> dict[str, Any]:
+    """Return what must be equal for two runs to be the same up to a stage's end, as flat keys."""
+    flat = {k: v for k, v in keys_read(record.recipe(), stage).items() if v is not None}
     tokenizer = backbone.tokenizer
-    template = hashlib.sha256(str(tokenizer.chat_template or "").encode()).hexdigest()
-    found |= {
+    flat |= {
         "base": backbone.fingerprint,
         "base.dtype": str(backbone.causal.dtype),
-        "tokenizer.template": template,
+        "tokenizer.template": hashlib.sha256(
+            str(tokenizer.chat_template or "").encode()
+        ).hexdigest(),
         "tokenizer.pad": tokenizer.pad_token_id,
         "tokenizer.eos": list(backbone.eos_ids),
     }
     for name, stages in READS.items():
         if stage in stages and name in record.data["data"]:
-            found[f"data.{name}"] = fingerprints(record.data["data"][name])
-    frozen = sorted(backbone.views.keys() - backbone.trained_roles)
-    if stage == "evaluate":  # the value is there where PPO has just ended only, and is not asked
-        frozen = [role for role in frozen if role != "value"]
-    return found | {f"adapter.{role}": backbone.state_hash(role) for role in frozen}
+            flat[f"data.{name}"] = fingerprints(record.data["data"][name])
+    frozen = backbone.views.keys() - backbone.trained_roles
+    if stage == "evaluate":  # it does not read the value, which is there only right after PPO
+        frozen -= {"value"}
+    return flat | {f"adapter.{role}": backbone.state_hash(role) for role in sorted(frozen)}
 
 
 def _differences(
     before: dict[str, Any], now: dict[str, Any], keys: list[str] | None = None
 ) -> list[str]:
-    """`  key: before -> now` of everything that is not the same."""
-    names = keys or sorted(before.keys() | now.keys())
+    """List `  key: before -> now` of every key that differs."""
     return [
         f"  {key}: {before.get(key)!r:.80} -> {now.get(key)!r:.80}"
-        for key in names
+        for key in keys or sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
     ]
 
 
-def _random(loader: Any) -> dict[str, Any]:
+def _generator(loader: Any) -> Any:
+    """The generator that a loader's order is drawn from, or None."""
+    sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+    return getattr(sampler, "generator", None)
+
+
+def _random_states(loader: Any) -> dict[str, Any]:
     """Every random state that a training draws from, as plain data."""
     kind, keys, *rest = np.random.get_state()
-    sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
-    generator = getattr(sampler, "generator", None)
+    generator = _generator(loader)
     return {
         "python": random.getstate(),
         "numpy": (kind, np.asarray(keys).tolist(), *rest),
@@ -334,13 +321,11 @@ def _random(loader: Any) -> dict[str, Any]:
     }
 
 
-def _set_random(saved: dict[str, Any], loader: Any) -> None:
-    random.setstate(saved["python"])
-    np.random.set_state(saved["numpy"])
-    torch.random.set_rng_state(saved["torch"])
-    if saved["cuda"]:
-        torch.cuda.set_rng_state_all(saved["cuda"])
-    sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
-    generator = getattr(sampler, "generator", None)
-    if generator is not None and saved["sampler"] is not None:
-        generator.set_state(saved["sampler"])
+def _set_random_states(states: dict[str, Any], loader: Any = None) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.random.set_rng_state(states["torch"])
+    if states["cuda"]:
+        torch.cuda.set_rng_state_all(states["cuda"])
+    if (generator := _generator(loader)) is not None and states["sampler"] is not None:
+        generator.set_state(states["sampler"])

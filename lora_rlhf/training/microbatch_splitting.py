@@ -158,32 +158,23 @@ def in_one_block(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
     not fit: the heap of a CPU grew by half (docs/decisions/0032). CUDA's allocator keeps small and
     large apart. The meta device is treated as a CPU.
     """
-    missing = defaultdict(list)
+    groups = defaultdict(list)
     for parameter in parameters:
         if parameter.grad is None and parameter.requires_grad:
             if parameter.device.type in ("cpu", "meta"):
-                missing[parameter.dtype, parameter.device].append(parameter)
+                groups[parameter.dtype, parameter.device].append(parameter)
     lent: list[tuple[torch.nn.Parameter, Tensor, int]] = []
     try:
-        for (dtype, device), group in missing.items():
-            lent += _lend(group, dtype, device)
+        for (dtype, device), group in groups.items():
+            sizes = [p.numel() for p in group]
+            block = torch.zeros(sum(sizes), dtype=dtype, device=device)
+            for parameter, part in zip(group, block.split(sizes), strict=True):
+                # `data` has a version of its own, which tells whether anything was added to it.
+                gradient = part.view(parameter.shape).data
+                parameter.grad = gradient
+                lent.append((parameter, gradient, gradient._version))
         yield
     finally:
         for parameter, gradient, version in lent:
             if parameter.grad is gradient and gradient._version == version:
                 parameter.grad = None
-
-
-def _lend(
-    parameters: list[torch.nn.Parameter], dtype: torch.dtype, device: torch.device
-) -> list[tuple[torch.nn.Parameter, Tensor, int]]:
-    """Give each parameter a part of one block of zeros as gradient; with its version."""
-    sizes = [p.numel() for p in parameters]
-    block = torch.zeros(sum(sizes), dtype=dtype, device=device)
-    lent = []
-    for parameter, part in zip(parameters, block.split(sizes), strict=True):
-        # `data` has a version of its own, which tells whether anything was added to it.
-        gradient = part.view(parameter.shape).data
-        parameter.grad = gradient
-        lent.append((parameter, gradient, gradient._version))
-    return lent

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the training stages share: how a recipe's `args:` become a TRL config."""
+"""TRL configs built from a recipe's `args:`, with what TRL refuses as recipe errors."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,21 +30,21 @@ _EFFECTIVE = (
 """Fields of TRL's configs that decide what a stage computes."""
 
 _OF_GROUPS = ("loss_type", "scale_rewards", "normalize_advantages")
-"""Those that PPO, which has a loss of its own, does not read."""
+"""The same for all but PPO, which has a loss of its own."""
 
-_COMPLAINTS = (TypeError, ValueError, ImportError, NotImplementedError)
-"""What libraries raise where an argument does not suit them."""
+_UNLISTED = ("flyte",)
+"""Trackers that transformers knows but never lists as installed."""
 
 
 @dataclasses.dataclass
 class PPOConfig(GRPOConfig):
-    """GRPO's config, which refuses one completion per prompt; PPO needs no group."""
+    """GRPO's config, but one completion per prompt is allowed: PPO needs no group."""
 
     def __post_init__(self) -> None:
         try:
             super().__post_init__()
         except ValueError as error:
-            # TRL's last check but those of vLLM's importance sampling, which PPO does not use.
+            # Only checks of vLLM's importance sampling come later, which PPO does not use.
             if self.num_generations != 1 or "at least 2 generations" not in str(error):
                 raise
 
@@ -53,15 +52,15 @@ class PPOConfig(GRPOConfig):
 def trainer_args(
     recipe: Recipe, out: Path, stage: str, defaults: dict[str, Any], given: dict[str, Any]
 ) -> dict[str, Any]:
-    """Keyword arguments for a stage's TRL config: ours, over-ridden by the recipe's `args:`.
+    """Merge a stage's defaults and the recipe's `args:` into arguments for a TRL config.
 
-    The backbone's dtype is settled at loading and adapters are float32: no autocast is asked for.
+    There is no autocast: the backbone has its dtype from loading, and adapters are float32.
 
     Args:
         out: The run directory.
 
     Raises:
-        RecipeError: `args:` names a key that has its home elsewhere, or a number out of range.
+        RecipeError: `args:` has a key that is set elsewhere, or a number out of range.
     """
     trl_args.refuse(stage, given)
     trl_args.check_values(stage, given)
@@ -90,7 +89,7 @@ def trainer_args(
 
 
 def build(stage: str, config: Any, given: dict[str, Any]) -> Any:
-    """A TRL config, with its complaints about `args:` as recipe errors.
+    """Build a TRL config.
 
     Raises:
         RecipeError: An unknown key or an impossible combination.
@@ -104,19 +103,14 @@ def build(stage: str, config: Any, given: dict[str, Any]) -> Any:
         # One process uses one GPU, whatever is visible: transformers would replicate the backbone.
         built._n_gpu = min(built.n_gpu, 1)
         _try_out(built)
-        # What trackers are told of the run: no folder of this machine's user, no secret.
-        built.to_dict = functools.partial(_told, built)
+        # Trackers read these: they get no folder of this machine's user and no secret.
+        built.to_dict = lambda: hide(type(built).to_dict(built))
         built.run_name, built.project = safe(built.run_name), safe(built.project)
         return built
 
 
-def _told(args: Any) -> dict[str, Any]:
-    found: dict[str, Any] = hide(type(args).to_dict(args))
-    return found
-
-
 def _try_out(args: Any) -> None:
-    """Make optimizer and scheduler of nothing: TRL would only do so when a stage has begun."""
+    """Build optimizer and scheduler for one number: TRL would do so only inside the stage."""
     Trainer.get_optimizer_cls_and_kwargs(args)
     get_scheduler(
         args.lr_scheduler_type,
@@ -129,17 +123,17 @@ def _try_out(args: Any) -> None:
 
 @contextlib.contextmanager
 def complaints(stage: str) -> Iterator[None]:
-    """Round the making of a config or a trainer: what libraries refuse is the recipe's to mend.
+    """Turn what libraries raise for unsuitable arguments into a recipe error.
 
     Raises:
         RecipeError: In their words.
     """
     try:
         yield
-    except _COMPLAINTS as error:
+    except (TypeError, ValueError, ImportError, NotImplementedError) as error:
         raise RecipeError(
             f"{trl_args.section(stage)}.args: {first_line(error)}",
-            expected="what TRL and transformers take",
+            expected="arguments that TRL and transformers accept",
             remedy="correct it, or leave it out",
         ) from error
 
@@ -151,29 +145,23 @@ def check_trackers(names: Sequence[str]) -> None:
         RecipeError: There is no such tracker.
         SetupError: Its package is missing.
     """
-    there = integration_utils.get_available_reporting_integrations()
-    for name in names:
-        if name in ("all", "none") and len(names) == 1:
-            continue
+    installed = integration_utils.get_available_reporting_integrations()
+    for name in names if list(names) not in (["all"], ["none"]) else ():
         if name not in integration_utils.INTEGRATION_TO_CALLBACK:
             known = ", ".join(sorted(integration_utils.INTEGRATION_TO_CALLBACK))
             raise RecipeError(f"report_to: there is no tracker {name!r}", expected=known)
-        if name not in (*there, *_NEVER_LISTED):
+        if name not in (*installed, *_UNLISTED):
             raise SetupError(
                 f"report_to: the package of {name} is not installed",
-                expected=f"one of those that are: {', '.join(there) or 'none'}",
+                expected=f"one of those that are: {', '.join(installed) or 'none'}",
                 remedy=f"install {name}, or leave it out of report_to",
             )
 
 
-_NEVER_LISTED = ("flyte",)
-"""Trackers that transformers knows and does not count among those that it could list."""
-
-
 def effective(args: Any) -> dict[str, Any]:
-    """The arguments that decided what a stage computed, defaults included: for record and card."""
+    """Return the arguments that decided a stage's result, defaults included, for the record."""
     names = _EFFECTIVE if isinstance(args, PPOConfig) else _EFFECTIVE + _OF_GROUPS
-    found: dict[str, Any] = {name: getattr(args, name, None) for name in names}
-    found.pop("num_train_epochs" if found["max_steps"] > 0 else "max_steps")
-    plain = {name: getattr(value, "value", value) for name, value in found.items()}
+    values: dict[str, Any] = {name: getattr(args, name, None) for name in names}
+    values.pop("num_train_epochs" if values["max_steps"] > 0 else "max_steps")
+    plain = {name: getattr(value, "value", value) for name, value in values.items()}
     return {name: value for name, value in plain.items() if value not in (None, {}, [])}

@@ -277,7 +277,7 @@ def test_a_rollout_needs_its_prompts_and_gold_its_checker(tmp_path):
     asked = recipe("grpo")
     args = grpo_rloo.arguments(asked, tmp_path)
     policy_stage.check(asked, args, prompts(2))
-    with pytest.raises(DataError, match="1 prompts"):
+    with pytest.raises(DataError, match="too few prompts: 1 are left"):
         policy_stage.check(asked, args, prompts(1))
     gold = recipe("rloo", ppo={"reward": "gold"})
     with pytest.raises(DataError, match="no checker"):

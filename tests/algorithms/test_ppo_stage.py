@@ -97,7 +97,7 @@ def test_a_rollout_needs_its_prompts(tmp_path, generations, needed):
     args = ppo_stage.arguments(asked, tmp_path)
     assert args.generation_batch_size == 8
     policy_stage.check(asked, args, prompts(needed))
-    with pytest.raises(DataError, match=f"{needed - 1} prompts") as error:
+    with pytest.raises(DataError, match=f"too few prompts: {needed - 1} are left") as error:
         policy_stage.check(asked, args, prompts(needed - 1))
     assert f"at least {needed}" in error.value.expected
 

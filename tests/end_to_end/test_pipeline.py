@@ -57,7 +57,7 @@ def test_few_prompts_of_the_evaluation_are_told_before_anything_is_trained(
     class Training(Exception):
         pass
 
-    def train(_recipe, _backbone, record, *_):
+    def train(_recipe, _args, _backbone, record, *_):
         record.save()
         raise Training
 

@@ -95,7 +95,7 @@ def test_a_lost_machine_is_replaced_by_another(server, tmp_path, capfd, stage, s
     )
     assert "LFS" not in capfd.readouterr().err, "a bar across the line of the stage"
     assert [line for line in progress.lines if line.startswith("fetched from acme/kept: ")]
-    assert f"{stage}: going on from step-{step:08d}" in progress.lines
+    assert f"{stage}: continuing from step-{step:08d}" in progress.lines
     here, whole = (killed.bits(folder) for folder in (second / "run", first / "whole"))
     paths = [bits["record"].pop("recipe_sha256") for bits in (here, whole)]
     assert here == whole and len({*paths}) == 2  # the recipe names another folder

@@ -199,7 +199,7 @@ def test_finished_updates_are_not_done_again(half: Path, gone_on):
     held = json.loads((folder / "trainer.json").read_text())
     assert held["kept"]["_buffered_inputs"] and held["kept"]["_rollout"]
     assert gone_on.steps == list(range(7, 13))
-    assert "ppo: going on from step-00000006" in gone_on.said
+    assert "ppo: continuing from step-00000006" in gone_on.said
     record = Record.read(gone_on.folder)
     assert [line["step"] for line in record.metrics("ppo")] == [1, 2, 3]
     assert record.data["clock"]["resumed"] == [{"training": "ppo", "from": "step-00000006"}]
@@ -217,7 +217,7 @@ def test_an_older_one_is_used_where_the_newest_is_broken(half: Path, gone_on, tm
         "ppo: checkpoint step-00000006 is not used: optimizer.safetensors has another "
         "sha256 than its manifest says"
     ]
-    assert "ppo: going on from step-00000005" in said.lines
+    assert "ppo: continuing from step-00000005" in said.lines
     assert killed.bits(tmp_path / "a") == killed.bits(gone_on.folder)
 
 

@@ -57,7 +57,8 @@ DEMONSTRATIONS = Dataset.from_list(
 
 def run(folder, data, other=None, **section):
     torch.manual_seed(0)
-    made, chosen = backbone("llama", "reference"), recipe(**section)
+    made = backbone("llama", "reference")
+    chosen = recipe(held_out_model=other is not None, **section)
     record = Record.open(folder, chosen)
     args = reward_stage.arguments(chosen, folder)
     reward_stage.run(chosen, args, made, record, data, DEMONSTRATIONS, Progress(quiet=True), other)
