@@ -65,7 +65,8 @@ def table(model: type[BaseModel]) -> list[str]:
             else f"`{field.get_default(call_default_factory=True)}`"
         )
         kind = type_name(field.annotation).replace("|", "\\|")
-        lines.append(f"| `{name}` | {kind} | {default} | {field.description} |")
+        meaning = " ".join((field.description or "").split())
+        lines.append(f"| `{name}` | {kind} | {default} | {meaning} |")
     return lines
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pre-train the tiny model: ``python scripts/train_tiny.py --out DIR``.
 
-The text is generated from the ``pretrain`` split, most of it showing bad behaviour, as web text
-does: the result can copy from a record but is a mediocre assistant, which is what SFT and PPO are
-there to change. The settings were chosen for copying, never by how well PPO does afterwards.
+The text is generated from the ``pretrain`` split. Most of it shows bad behaviour, as web text does:
+the model learns to copy from a record but is a mediocre assistant, which SFT and PPO then improve.
+The settings were chosen for copying, never by how well PPO does afterwards.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ TEMPLATE = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the weights, together with the versions in ``TRAINED.json``."""
+    """Settings that decide the weights, together with the versions in ``TRAINED.json``."""
 
     seed: int = 0
     steps: int = 3000
@@ -60,7 +60,7 @@ class Settings:
     plain_start: float = 0.7
     settle: float = 0.6
     prompt_weight: float = 0.2
-    vocabulary: int = 2048  # nearly every value is one token, so copying takes one look
+    vocabulary: int = 2048  # nearly every value is one token, so copying takes one step
     hidden: int = 128
     layers: int = 6
     heads: int = 4
@@ -73,7 +73,7 @@ class Settings:
 
 
 def restated(item: checkers.Item, rng: random.Random) -> str:
-    """Return the record, then the record again in another form and order: text made of copying."""
+    """Return the record, and again in other forms and orders: text that teaches copying."""
     facts = [(a, v) for a, v in item.facts if a != "name"]
     shuffled = rng.sample(facts, len(facts))
     forms = [
@@ -90,8 +90,8 @@ def documents(
 ) -> list[tuple[str, str]]:
     """Return ``n`` pre-training documents as (prompt, completion); plain text has no prompt.
 
-    Copying has to be learned before anything can be told from a record, and invented values teach
-    the opposite. So the text starts clean and turns into the mix over ``settle`` of the training.
+    The model must learn to copy before it can answer from a record, and invented values teach the
+    opposite. So the text starts clean and turns into the mix over ``settle`` of the training.
     """
     rng = random.Random(f"pretrain/{settings.seed}/{chunk}")
     fresh = max(0.0, 1.0 - progress / settings.settle)
@@ -120,9 +120,9 @@ def build_tokenizer(settings: Settings) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     texts = [" ".join(row) for row in documents(settings, -1, settings.sample, 0.3)]
-    # In JSON a value follows a quote, not a space: without more of it those would be fragments.
-    found = generator.items(settings.sample, -1, "pretrain", ["json"])
-    texts += [json.dumps(dict(item.facts)) for item in found]
+    # In JSON a value follows a quote, not a space: without more of it, values would be split.
+    records = generator.items(settings.sample, -1, "pretrain", ["json"])
+    texts += [json.dumps(dict(item.facts)) for item in records]
     raw.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=raw,
@@ -159,7 +159,7 @@ def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Llama
 def batches(
     settings: Settings, tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield token ids and loss weights, both (batch, length), right-padded, for ever."""
+    """Yield token ids and loss weights, both (batch, length), right-padded, without end."""
     user, assistant = (tokenizer.convert_tokens_to_ids(t) for t in ("<user>", "<assistant>"))
     chunk = 0
     while True:
@@ -193,7 +193,7 @@ def sample(
     temperature: float = 0.0,
     max_new_tokens: int = 64,
 ) -> list[str]:
-    """Complete prompts, greedily at temperature 0."""
+    """Return completions of prompts, greedy at temperature 0."""
     chats = [[{"role": "user", "content": p}] for p in prompts]
     texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
@@ -224,18 +224,18 @@ def evaluate(
     split: str = "pretrain",
 ) -> dict[str, float]:
     """Return the mean gold reward by family, over all items ("all"), and copying ("copied")."""
-    found = generator.items(n, 10_007, split)
+    items = generator.items(n, 10_007, split)
     was_training = model.training
     model.eval()
-    texts = sample(model, tokenizer, [item.prompt for item in found], temperature)
+    texts = sample(model, tokenizer, [item.prompt for item in items], temperature)
     model.train(was_training)
-    rewards = [checkers.check(i, text).reward for i, text in zip(found, texts, strict=True)]
+    rewards = [checkers.check(i, text).reward for i, text in zip(items, texts, strict=True)]
     result = {"all": sum(rewards) / n}
     for family in vocabulary.FAMILIES:
-        own = [r for i, r in zip(found, rewards, strict=True) if i.family == family]
+        own = [r for i, r in zip(items, rewards, strict=True) if i.family == family]
         result[family] = sum(own) / len(own)
-    # Any of these completions that names the right value has copied, whatever else it did.
-    pairs = [(i, t) for i, t in zip(found, texts, strict=True) if i.family == "answer"]
+    # A completion that names the right value has copied, whatever else it did.
+    pairs = [(i, t) for i, t in zip(items, texts, strict=True) if i.family == "answer"]
     result["copied"] = sum(i.answer.lower() in t.lower() for i, t in pairs) / len(pairs)
     return {key: round(value, 4) for key, value in result.items()}
 
@@ -246,7 +246,7 @@ def export(
     out: Path,
     facts: dict[str, Any],
 ) -> None:
-    """Write the folder; each file is replaced at once, so a reader never sees half of one."""
+    """Write the folder, each file atomically, so that a reader never sees half of one."""
     out.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().to(torch.bfloat16) for k, v in model.state_dict().items()}
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
@@ -258,9 +258,9 @@ def export(
         copy.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         Path(scratch, "chat_template.jinja").unlink(missing_ok=True)
-        told = json.loads(Path(scratch, "tokenizer_config.json").read_text())
-        told["chat_template"] = TEMPLATE  # one file less, and older versions read it too
-        Path(scratch, "tokenizer_config.json").write_text(json.dumps(told, indent=2) + "\n")
+        config = json.loads(Path(scratch, "tokenizer_config.json").read_text())
+        config["chat_template"] = TEMPLATE  # here older versions find it too
+        Path(scratch, "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
         Path(scratch, "TRAINED.json").write_text(json.dumps(facts, indent=2) + "\n")
         for file in sorted(Path(scratch).iterdir()):
             os.replace(file, out / file.name)
@@ -277,9 +277,9 @@ def weighted_loss(logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
 def train(
     settings: Settings, out: Path, export_every: float = 240.0, fuse: bool = True
 ) -> dict[str, Any]:
-    """Train from nothing, export now and then, and return what ``TRAINED.json`` says.
+    """Train from scratch, export regularly, and return the contents of ``TRAINED.json``.
 
-    ``fuse`` compiles the model, which needs a C++ compiler and made it 2.6 times as fast here.
+    ``fuse`` compiles the model, which needs a C++ compiler and made training 2.6 times as fast.
     """
     torch.set_num_threads(settings.threads)
     tokenizer = build_tokenizer(settings)
@@ -341,7 +341,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--seed", type=int, default=Settings.seed)
-    parser.add_argument("--no-compile", action="store_true", help="where there is no compiler")
+    parser.add_argument("--no-compile", action="store_true", help="do without a C++ compiler")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     train(Settings(seed=args.seed, steps=args.steps), args.out, fuse=not args.no_compile)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the recipe's sources to datasets in TRL's formats, split by prompt, with every row counted.
+"""Build datasets in TRL's formats from the recipe's sources, split by prompt, every row counted.
 
-A prompt is on the same side of the split in all sets: `bucket` looks at the seed and at the first
-user turn only, so prompts that are prefixes of one conversation stay together, and what a reward
-model was trained on is never what it is tested on. Evaluation prompts are in no other set.
+A prompt is on the same side of the split in all sets: `filters.bucket` depends on the seed and the
+first user turn only, so that prefixes of one conversation stay together, and no reward model is
+tested on what it was trained on. Evaluation prompts are in no other set.
 """
 
 from __future__ import annotations
@@ -11,33 +11,40 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_rlhf.errors import DataError
-from lora_rlhf.estimates import Estimate, share_interval
 from lora_rlhf.recipe.schema import DataSource, Recipe
 
-from .closed_world import checkers, generator
-from .filters import Kept, bucket, clean, expand, first_turn, fit, neutralise, prompt_key
-from .row_formats import Example, Turns, examples, plain_texts, text_of
+from .closed_world import generator, labelers
+from .closed_world.checkers import Item, check
+from .filters import (
+    FilteredSet,
+    break_control_tokens,
+    bucket,
+    drop_too_long,
+    drop_useless,
+    expand,
+    prompt_key,
+)
+from .row_formats import Example, examples, plain_texts, text_of
 from .sources import Row, Skips, described, read
+from .tokenization import Turns
 
 if TYPE_CHECKING:
     import datasets
-
-__all__ = [
-    "Prepared", "bucket", "comparisons", "demonstrations", "first_turn", "prompts", "texts",
-]  # fmt: skip
 
 _SIMULATED = "none: simulated, by the task's exact checker with noise"
 
 Sampler = Callable[[list[Turns], int, int], list[list[str]]]
 """(prompts, k, seed) -> k completions for each prompt."""
 
-Loaded = dict[str, Kept]
-"""Sets by name, before they are split: what one run has read, it does not read again."""
+Loaded = dict[str, FilteredSet]
+"""Sets by name, before the split; a run passes one dict, so that it reads every source once."""
+
+_Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -46,10 +53,10 @@ class Prepared:
 
     Attributes:
         train: Rows to train on.
-        held_out: Rows to measure on; no first user turn of theirs is trained on in any set.
+        held_out: Rows to measure on; their first user turns are trained on in no set.
         report: For `record.data[SET]`: `sources`, `counts` ({filter: {before, after}}), `train`,
             `held_out`, `special_tokens_in_text`, `notes`, and `labeler_agreement`, `instructions`
-            or `evaluate` where there is one. Plain JSON, without folders of this machine.
+            or `evaluate` if there is one. Plain JSON, without folders of this machine.
     """
 
     train: datasets.Dataset
@@ -58,14 +65,14 @@ class Prepared:
 
 
 def demonstrations(recipe: Recipe, tokenizer: Any, loaded: Loaded | None = None) -> Prepared:
-    """The set for SFT, with columns `prompt` and `completion` (both text, or both messages).
+    """Build the set for SFT: `prompt` and `completion`, both text or both messages.
 
     Raises:
         DataError: A source cannot be read or does not fit, or too few rows are left.
         TokenizerError: Messages, but the tokenizer has no chat template.
     """
     kept = _load(recipe, tokenizer, "demonstrations", {} if loaded is None else loaded)
-    return _prepared(recipe, kept, *_sides(recipe, kept.rows))
+    return _prepared(recipe, kept, *_split(recipe, kept.rows))
 
 
 def comparisons(
@@ -75,10 +82,10 @@ def comparisons(
     part: Literal["all", "proxy", "held_out_model"] = "all",
     loaded: Loaded | None = None,
 ) -> Prepared:
-    """The set for the reward model: `prompt`, `chosen`, `rejected`, `group`, perhaps `margin`.
+    """Build the set for the reward model: `prompt`, `chosen`, `rejected`, `group`, `margin`.
 
-    `group` is an int that is the same for all pairs of one prompt. Held-out rows of a task have
-    `gold_margin` too, what its exact checker gives the chosen completion less the rejected one.
+    `group` numbers the prompts; `margin` is left out unless every row has one. Held-out rows of a
+    task also have `gold_margin`: the gold reward of chosen minus that of rejected.
 
     Args:
         recipe: The run's recipe.
@@ -86,15 +93,15 @@ def comparisons(
         sampler: Draws the completions that the simulated labelers of a task rank.
         part: The proxy reward model and the held-out one train on halves with no prompt in
             common; both are measured on the same held-out rows.
-        loaded: What the run has read already.
+        loaded: The sets that the run has read already.
 
     Raises:
         DataError: A source cannot be read or does not fit, or too few rows are left.
         TokenizerError: Messages, but the tokenizer has no chat template.
-        ValueError: A task source without a sampler, or a sampler that returns something else.
+        ValueError: A task source without a sampler, or a wrong number of completions from it.
     """
     kept = _load(recipe, tokenizer, "comparisons", {} if loaded is None else loaded, sampler)
-    train, held_out = _sides(recipe, kept.rows)
+    train, held_out = _split(recipe, kept.rows)
     if part != "all":
         middle = (1 + recipe.data.held_out) / 2
         train = kept.filter(
@@ -104,19 +111,17 @@ def comparisons(
         )
     if all(row["item"] for row in held_out):
         for row in held_out:
-            item = checkers.Item.from_dict(json.loads(row["item"]))
-            chosen, rejected = (
-                checkers.check(item, text_of(row[k])).reward for k in ("chosen", "rejected")
-            )
+            item = Item.from_dict(json.loads(row["item"]))
+            chosen, rejected = (check(item, text_of(row[k])).reward for k in ("chosen", "rejected"))
             row["gold_margin"] = chosen - rejected
     return _prepared(recipe, kept, train, held_out)
 
 
 def prompts(recipe: Recipe, tokenizer: Any, loaded: Loaded | None = None) -> Prepared:
-    """The prompts of the rollouts, and those of the evaluation as `held_out`; column `prompt`.
+    """Build the prompts of the rollouts and, as `held_out`, those of the evaluation: `prompt`.
 
-    Prompts of a task have a column `item` too: JSON that `tasks.Item.from_dict` takes. The
-    held-out side is `data.evaluate` where that is given.
+    Prompts of a task also have `item`: JSON for `checkers.Item.from_dict`. The held-out side is
+    `data.evaluate` if that is given.
 
     Raises:
         DataError: A source cannot be read or does not fit, or too few rows are left.
@@ -124,38 +129,38 @@ def prompts(recipe: Recipe, tokenizer: Any, loaded: Loaded | None = None) -> Pre
     """
     loaded = {} if loaded is None else loaded
     kept = _load(recipe, tokenizer, "prompts", loaded)
-    train, held_out = _sides(recipe, kept.rows)
+    train, held_out = _split(recipe, kept.rows)
     if not recipe.data.evaluate:
         return _prepared(recipe, kept, train, held_out)
     evaluate = _load(recipe, tokenizer, "evaluate", loaded)
-    # Still without the rows that other sets hold out: nothing is tuned on what a set is tested on.
+    # What other sets hold out is still left out: nothing is tuned on what a set is tested on.
     kept.counts["held out in other sets"] = {"before": len(kept.rows), "after": len(train)}
-    found = _prepared(recipe, kept, train, evaluate.rows)
-    found.report["evaluate"] = evaluate.report()
-    return found
+    prepared = _prepared(recipe, kept, train, evaluate.rows)
+    prepared.report["evaluate"] = evaluate.report()
+    return prepared
 
 
 def texts(recipe: Recipe, tokenizer: Any) -> tuple[list[list[int]], dict[str, Any]]:
-    """Token ids of `data.text` for PPO-ptx, in pieces of at most `data.max_tokens`; its report.
+    """Tokenise `data.text` for PPO-ptx, in pieces of at most `data.max_tokens`, with its report.
 
-    A document ends with an eos; one that is longer is cut, and nothing of it is lost but a last
-    piece of one token, which predicts nothing.
+    A document ends with an eos; a longer one is cut into pieces, of which only a last one of a
+    single token is dropped, since it predicts nothing.
 
     Raises:
         DataError: A source cannot be read, more rows than its `skip_bad` hold no text, or nothing
             is left.
     """
-    kept, pieces, documents = Kept("text"), [], 0
+    kept, pieces, documents = FilteredSet("text"), [], 0
     for index, source in enumerate(recipe.data.text):
         skips = Skips(source.skip_bad)
         rows = read(source, skips)
         lines = len(rows) + len(skips.seen)
-        good = plain_texts(rows, skips)
-        kept.broken(skips, lines)
+        lines_of_text = plain_texts(rows, skips)
+        kept.count_broken(skips, lines)
         kept.sources.append(described(source, rows))
-        random.Random(f"{recipe.seed}/text/{index}").shuffle(good)
-        found = [Example(text) for text in good[: source.limit] if text.strip()]
-        neutralise(kept, found, tokenizer)
+        random.Random(f"{recipe.seed}/text/{index}").shuffle(lines_of_text)
+        found = [Example(text) for text in lines_of_text[: source.limit] if text.strip()]
+        break_control_tokens(kept, found, tokenizer)
         documents += len(found)
         for example in found:
             ids = [*tokenizer(example.prompt)["input_ids"], tokenizer.eos_token_id]
@@ -175,8 +180,8 @@ def texts(recipe: Recipe, tokenizer: Any) -> tuple[list[list[int]], dict[str, An
 
 def _load(
     recipe: Recipe, tokenizer: Any, name: str, loaded: Loaded, sampler: Sampler | None = None
-) -> Kept:
-    """One set, nothing split yet: read once, and given out with counts of its own."""
+) -> FilteredSet:
+    """Return a set before the split, with counts of its own; read it if it is not loaded yet."""
     if name not in loaded:
         loaded[name] = _read(recipe, tokenizer, name, loaded, sampler)
     return replace(loaded[name], counts=dict(loaded[name].counts))
@@ -184,7 +189,7 @@ def _load(
 
 def _read(
     recipe: Recipe, tokenizer: Any, name: str, loaded: Loaded, sampler: Sampler | None
-) -> Kept:
+) -> FilteredSet:
     """Read, convert, filter and mix the sources of one set."""
     sources: list[DataSource] = getattr(recipe.data, name)
     if not sources:
@@ -194,211 +199,154 @@ def _read(
             remedy="a file of comparisons also serves as demonstrations and as prompts: name the "
             "same file under each",
         )
-    kept = Kept(name)
-    found: list[Example] = []
-    labelled: list[tuple[str, Example]] = []
-    chat = bool(tokenizer.chat_template)
-    wanted = "prompts" if name == "evaluate" else name
-    read_rows = 0
-    for index, source in enumerate(sources):
-        skips = Skips(source.skip_bad)
-        if source.task:
-            rows = _task_rows(recipe, source, name, chat, sampler, kept)
-        else:
-            rows = read(source, skips)
-        kept.sources.append(described(source, rows))
-        if name == "comparisons" and (source.task or source.labeler_instructions):
-            kept.instructions.append(source.labeler_instructions or _SIMULATED)
-        lines = len(rows) + len(skips.seen)
-        order = list(range(len(rows)))
-        if not source.task:  # a task's rows come in the turn of its families, and stay in it
-            random.Random(f"{recipe.seed}/{name}/{index}").shuffle(order)
-        order = order[: source.limit]
-        chosen = sorted(order)  # read in the file's order, so that errors show its first rows
-        parsed = examples([rows[i] for i in chosen], wanted, chat, kept.notes, skips)
-        at = {i: example for i, example in zip(chosen, parsed, strict=True) if example is not None}
-        for example in at.values():  # a file's column `item` is its own, and no item of the task
-            example.item = example.item if source.task else ""
-        kept.broken(skips, lines)
-        read_rows += lines - len(skips.seen)
-        found += [at[i] for i in order if i in at]
-        who = [(rows[i][1].get("labeler"), at[i]) for i in order if i in at]
-        labelled += [(str(labeler), example) for labeler, example in who if labeler is not None]
-    kept.counts["limit"] = {"before": read_rows, "after": len(found)}
+    kept = FilteredSet(name)
+    labelled = [
+        pair
+        for index, source in enumerate(sources)
+        for pair in _parse(recipe, source, f"{name}/{index}", tokenizer, sampler, kept)
+    ]
+    found = [example for _, example in labelled]
+    kept.counts["limit"] = {"before": kept.lines - kept.broken, "after": len(found)}
     if len(sources) > 1:
         random.Random(f"{recipe.seed}/{name}").shuffle(found)
-    if name == "comparisons" and labelled:
-        kept.agreement = _overlap(labelled) or kept.agreement
-    neutralise(kept, found, tokenizer)
-    kept.rows = expand(found, wanted, kept)
-    clean(kept)
-    fit(kept, recipe, tokenizer)
-    if name != "evaluate":
-        _keep_apart(kept, recipe, tokenizer, loaded)
+    if name == "comparisons":
+        kept.agreement = _labeler_agreement(labelled) or kept.agreement
+    break_control_tokens(kept, found, tokenizer)
+    kept.rows = expand(found, kept)
+    drop_useless(kept)
+    drop_too_long(kept, recipe, tokenizer)
+    if name != "evaluate" and not all(source.task for source in recipe.data.evaluate):
+        # Not needed between splits of a task, which share no content.
+        held_out = _load(recipe, tokenizer, "evaluate", loaded).rows
+        keys = {prompt_key(row["prompt"]) for row in held_out}
+        kept.rows = kept.filter(
+            "in the evaluation set", kept.rows, lambda row: prompt_key(row["prompt"]) not in keys
+        )
     return kept
 
 
-def _task_rows(
+def _parse(
     recipe: Recipe,
     source: DataSource,
-    name: str,
-    chat: bool,
+    number: str,
+    tokenizer: Any,
     sampler: Sampler | None,
-    kept: Kept,
+    kept: FilteredSet,
+) -> list[tuple[Any, Example]]:
+    """Return (labeler or None, example) for the usable rows of one source, shuffled and limited."""
+    skips, chat = Skips(source.skip_bad), bool(tokenizer.chat_template)
+    if source.task:
+        rows = _task_rows(recipe, source, kept, chat, sampler)
+    else:
+        rows = read(source, skips)
+    kept.sources.append(described(source, rows))
+    if kept.name == "comparisons" and (source.task or source.labeler_instructions):
+        kept.instructions.append(source.labeler_instructions or _SIMULATED)
+    lines = len(rows) + len(skips.seen)
+    order = list(range(len(rows)))
+    if not source.task:  # a task's rows come in the turn of its families, and stay in it
+        random.Random(f"{recipe.seed}/{number}").shuffle(order)
+    order = order[: source.limit]
+    chosen = sorted(order)  # parsed in the file's order, so that errors show its first rows
+    parsed = examples([rows[i] for i in chosen], kept.layouts, chat, kept.notes, skips)
+    at = {i: example for i, example in zip(chosen, parsed, strict=True) if example is not None}
+    for example in at.values():  # a file's own column `item` is not an item of the task
+        example.item = example.item if source.task else ""
+    kept.count_broken(skips, lines)
+    return [(rows[i][1].get("labeler"), at[i]) for i in order if i in at]
+
+
+def _task_rows(
+    recipe: Recipe, source: DataSource, kept: FilteredSet, chat: bool, sampler: Sampler | None
 ) -> list[Row]:
-    """Rows of the closed-world task; comparisons are sampled, scored and ranked here."""
+    """Generate rows of the closed-world task; comparisons are sampled and ranked here."""
     try:
-        if name == "demonstrations":
-            made = generator.demonstrations(source.n, recipe.seed)
+        if kept.name == "demonstrations":
+            rows = generator.demonstrations(source.n, recipe.seed)
         else:
-            items = generator.items(source.n, recipe.seed, name)
-            made = [{"prompt": item.prompt, "item": item.to_dict()} for item in items]
+            items = generator.items(source.n, recipe.seed, kept.name)
+            rows = [{"prompt": item.prompt, "item": item.to_dict()} for item in items]
     except ValueError as error:
         raise DataError(f"{source.task}, n: {source.n}: {error}", remedy="lower n") from None
-    for row in made:
+    for row in rows:
         row["item"] = json.dumps(row["item"], sort_keys=True)
         row["prompt"] = (
             [{"role": "user", "content": row["prompt"]}] if chat else row["prompt"] + "\n"
         )
-    if name == "comparisons":
+    if kept.name == "comparisons":
         if sampler is None:
             raise ValueError("comparisons of a task need a sampler")
-        _rank(made, items, sampler, recipe.seed, source, kept)
-    return [(f"{source.task} row {number}", row) for number, row in enumerate(made, start=1)]
+        k = source.completions
+        sampled = sampler([row["prompt"] for row in rows], k, recipe.seed)
+        if len(sampled) != len(rows) or any(len(completions) != k for completions in sampled):
+            raise ValueError(f"the sampler must give {k} completions for each prompt")
+        ranked, kept.agreement = labelers.rank_all(items, sampled, source.agreement, recipe.seed)
+        for row, completions, ranks in zip(rows, sampled, ranked, strict=True):
+            row["completions"], row["ranks"] = list(completions), ranks
+    return [(f"{source.task} row {number}", row) for number, row in enumerate(rows, start=1)]
 
 
-def _rank(
-    rows: list[dict[str, Any]],
-    items: list[checkers.Item],
-    sampler: Sampler,
-    seed: int,
-    source: DataSource,
-    kept: Kept,
-) -> None:
-    """Add sampled `completions` and a simulated labeler's `ranks`, and note how labelers agree.
+def _labeler_agreement(labelled: list[tuple[Any, Example]]) -> dict[str, Any] | None:
+    """Measure how labelers agree on pairs that several of them judged (column `labeler`).
 
-    The labeler is calibrated on the pairs that were really drawn, so that two of them agree on
-    the share that the recipe states; how often they did is measured on the same pairs.
-    """
-    sampled = sampler([row["prompt"] for row in rows], source.completions, seed)
-    if len(sampled) != len(rows) or any(len(texts) != source.completions for texts in sampled):
-        raise ValueError(f"the sampler must give {source.completions} completions for each prompt")
-    gold = [
-        [checkers.check(item, text).reward for text in texts]
-        for item, texts in zip(items, sampled, strict=True)
-    ]
-    gaps = [pair for rewards in gold for pair in itertools.combinations(rewards, 2)]
-    gaps = [(a, b) for a, b in gaps if a != b]
-    if source.agreement >= 1 or not gaps:  # nothing to calibrate: the gold order itself
-        labeler = generator.Labeler(source.agreement, temperature=1e-6)
-    else:
-        labeler = generator.Labeler.calibrated(source.agreement, gaps)
-    first, second = (random.Random(f"{seed}/labeler/{who}") for who in "ab")
-    same: list[bool] = []
-    right: list[bool] = []
-    where: list[int] = []
-    for number, (row, texts, rewards) in enumerate(zip(rows, sampled, gold, strict=True)):
-        ranks = labeler.rank(rewards, first), labeler.rank(rewards, second)
-        row["completions"], row["ranks"] = list(texts), ranks[0]
-        for a, b in itertools.combinations(range(len(texts)), 2):
-            if rewards[a] != rewards[b]:
-                chose = [rank[a] < rank[b] for rank in ranks]
-                same.append(chose[0] == chose[1])
-                right.append(chose[0] == (rewards[a] > rewards[b]))
-                where.append(number)
-    kept.agreement = {"asked": source.agreement, "measured": None, "pairs": len(same)}
-    if same:
-        # What a model that knew the gold reward would score: two labelers agree less often.
-        kept.agreement |= _measured(same, where) | {"gold_right": sum(right) / len(right)}
-
-
-def _measured(same: Sequence[bool], prompts: Sequence[Any]) -> dict[str, Any]:
-    """The share of pairs on which two labelers agree, with its interval, clustered by prompt."""
-    found: Estimate = share_interval(same, prompts)
-    return {
-        "measured": found["value"],
-        "low": found["low"],
-        "high": found["high"],
-        "pairs": found["n"],
-    }
-
-
-def _overlap(labelled: list[tuple[str, Example]]) -> dict[str, Any] | None:
-    """How labelers agree where several judged the same two completions (column `labeler`).
-
-    Every two labelers of a pair are one outcome; pairs that one of them tied are left out. None:
-    no pair was judged twice. Taken before duplicates and contradictions are dropped.
+    Every two labelers of a pair are one outcome; pairs that one of them tied are left out.
+    Measured before duplicates and contradictions are dropped. None if no pair was judged twice.
     """
     votes: dict[tuple[str, str, str], dict[str, bool]] = {}
     for labeler, example in labelled:
-        for a, b in itertools.combinations(range(len(example.answers)), 2):
+        answers = () if labeler is None else example.answers
+        for a, b in itertools.combinations(range(len(answers)), 2):
             ranks = example.ranks or []
-            first, second = (json.dumps(example.answers[i]) for i in (a, b))
+            first, second = (json.dumps(answers[i]) for i in (a, b))
             if first == second or ranks[a] == ranks[b]:
                 continue
             key = (json.dumps(example.prompt), min(first, second), max(first, second))
-            votes.setdefault(key, {})[labeler] = (ranks[a] < ranks[b]) == (first < second)
+            votes.setdefault(key, {})[str(labeler)] = (ranks[a] < ranks[b]) == (first < second)
     same = [
         (key[0], a == b)
-        for key, found in votes.items()
-        for a, b in itertools.combinations(found.values(), 2)
+        for key, by_labeler in votes.items()
+        for a, b in itertools.combinations(by_labeler.values(), 2)
     ]
     if not same:
         return None
-    labelers = len({labeler for found in votes.values() for labeler in found})
-    prompts = [prompt for prompt, _ in same]
-    return {**_measured([agree for _, agree in same], prompts), "labelers": labelers}
+    names = {labeler for by_labeler in votes.values() for labeler in by_labeler}
+    agreement = labelers.measured([agree for _, agree in same], [prompt for prompt, _ in same])
+    return {**agreement, "labelers": len(names)}
 
 
-def _keep_apart(kept: Kept, recipe: Recipe, tokenizer: Any, loaded: Loaded) -> None:
-    """Drop and count rows whose prompt is one of the evaluation's."""
-    if all(source.task for source in recipe.data.evaluate):  # a task's splits share no content
-        return
-    keys = {prompt_key(row["prompt"]) for row in _load(recipe, tokenizer, "evaluate", loaded).rows}
-    reason = "in the evaluation set"
-    kept.rows = kept.filter(reason, kept.rows, lambda row: prompt_key(row["prompt"]) not in keys)
-
-
-def _sides(
-    recipe: Recipe, rows: list[dict[str, Any]]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    sides: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
+def _split(recipe: Recipe, rows: _Rows) -> tuple[_Rows, _Rows]:
+    """Return the rows to train on, and those held out."""
+    sides: tuple[_Rows, _Rows] = ([], [])
     for row in rows:
         sides[bucket(row["prompt"], recipe.seed) < recipe.data.held_out].append(row)
     return sides
 
 
-def _prepared(
-    recipe: Recipe, kept: Kept, train: list[dict[str, Any]], held_out: list[dict[str, Any]]
-) -> Prepared:
+def _prepared(recipe: Recipe, kept: FilteredSet, train: _Rows, held_out: _Rows) -> Prepared:
     if min(len(train), len(held_out)) < 2:
-        raise _too_few(recipe, kept, len(train), len(held_out))
+        lost = {reason: n["before"] - n["after"] for reason, n in kept.counts.items()}
+        worst = max(lost, key=lost.__getitem__)
+        remedy = f"give more rows, or another share than data.held_out = {recipe.data.held_out}"
+        if worst == "in the evaluation set":
+            remedy = "leave data.evaluate out: then a share of the prompts is held out instead"
+        elif lost[worst] > 0:
+            remedy = f"most rows were dropped as: {worst}; correct that, or give more rows"
+        raise DataError(
+            f"too few {kept.name}: {len(train)} rows are left to train on and {len(held_out)} to "
+            f"test on{kept.table()}",
+            expected="two or more on either side",
+            remedy=remedy,
+        )
     report = {**kept.report(), "train": len(train), "held_out": len(held_out)}
     return Prepared(_dataset(train), _dataset(held_out), report)
 
 
-def _too_few(recipe: Recipe, kept: Kept, train: int, held_out: int) -> DataError:
-    lost = {reason: n["before"] - n["after"] for reason, n in kept.counts.items()}
-    worst = max(lost, key=lost.__getitem__)
-    remedy = f"give more rows, or another share than data.held_out = {recipe.data.held_out}"
-    if lost[worst] > 0:
-        remedy = f"most rows went by: {worst}; mend that, or give more rows"
-    if worst == "in the evaluation set":
-        remedy = "leave data.evaluate out: then a share of the prompts is held out instead"
-    return DataError(
-        f"of the {kept.name}, {train} rows are left to train on and {held_out} to test on"
-        + kept.table(),
-        expected="two or more on either side",
-        remedy=remedy,
-    )
-
-
-def _dataset(rows: list[dict[str, Any]]) -> datasets.Dataset:
+def _dataset(rows: _Rows) -> datasets.Dataset:
     import datasets
 
     prompts_only = not {"chosen", "completion"} & rows[0].keys()
-    dropped = (
-        {"_tokens"} if prompts_only and any(row["item"] for row in rows) else {"_tokens", "item"}
-    )
+    dropped = {"_tokens"}
+    if not (prompts_only and any(row["item"] for row in rows)):
+        dropped.add("item")
     kept = [{key: value for key, value in row.items() if key not in dropped} for row in rows]
     return datasets.Dataset.from_list(kept)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is taken out of a set before anybody trains on it, each kind counted by name.
+"""Filter a set before training, and count what each filter drops.
 
-Order: control tokens are broken, rankings become pairs, then ties, equal pairs, empty texts,
-duplicates, labels both ways, and whatever the chat template refuses or a token limit excludes.
+In this order: control tokens are broken, rankings become pairs, then ties, equal pairs, empty
+texts, duplicates and contradictions are dropped, then what the chat template refuses and what is
+longer than a token limit.
 """
 
 from __future__ import annotations
@@ -24,19 +25,20 @@ from lora_rlhf.errors import DataError, first_line
 from lora_rlhf.recipe.schema import Recipe
 
 from . import chat_template, tokenization
-from .row_formats import Example, Turns, text_of, transcript
+from .row_formats import Example, text_of, transcript
 from .sources import Skips
+from .tokenization import Turns
 
 _JOINT = "\u200b"  # zero-width space: breaks a control token's spelling, and nobody sees it
 _BATCH = 1_000
 
 SECRET = "the text holds what looks like"
-"""How a note about a secret begins; a run says it aloud."""
+"""The beginning of a note about a secret; a run warns of these notes."""
 
 
 @dataclass
-class Kept:
-    """The rows of one set that are still there, and the count of those that are not.
+class FilteredSet:
+    """The remaining rows of one set, and the counts of those dropped.
 
     A row is a dict: `prompt`, `item` ("" without a task), and `completion`, or `chosen`,
     `rejected`, `group` and perhaps `margin`.
@@ -49,55 +51,56 @@ class Kept:
     notes: Counter[str] = field(default_factory=Counter)
     special: int = 0
     lines: int = 0
-    lost: int = 0
+    broken: int = 0
     agreement: dict[str, Any] | None = None
     instructions: list[str] = field(default_factory=list)
+
+    @property
+    def layouts(self) -> str:
+        """The key of `row_formats.LAYOUTS` for this set: evaluation prompts are prompts."""
+        return "prompts" if self.name == "evaluate" else self.name
 
     def filter(
         self, reason: str, rows: list[dict[str, Any]], good: Callable[[dict[str, Any]], bool]
     ) -> list[dict[str, Any]]:
-        """The good rows; how many there were before and after is kept under `reason`."""
+        """Return the good rows, and count all and those under `reason`."""
         left = [row for row in rows if good(row)]
         self.counts[reason] = {"before": len(rows), "after": len(left)}
         return left
 
-    def broken(self, skips: Skips, lines: int) -> None:
-        """Count the rows of a source that were left out because they are broken.
-
-        Args:
-            lines: That the source has, with those that could not be read.
-        """
+    def count_broken(self, skips: Skips, lines: int) -> None:
+        """Count the broken rows that were left out of a source of so many `lines`."""
         self.lines += lines
-        self.lost += len(skips.seen)
+        self.broken += len(skips.seen)
         if skips.seen:
             where = skips.seen[0].where.rpartition(os.sep)[2]
             note = f"broken and left out (skip_bad), the first at {where}"
             self.notes[note] += len(skips.seen)
-        if self.lost:
-            self.counts["broken"] = {"before": self.lines, "after": self.lines - self.lost}
+        if self.broken:
+            self.counts["broken"] = {"before": self.lines, "after": self.lines - self.broken}
 
     def report(self) -> dict[str, Any]:
-        """All of it, as plain JSON."""
-        found = {
+        """Return sources, counts and notes as plain JSON."""
+        report = {
             "sources": self.sources,
             "counts": self.counts,
             "special_tokens_in_text": self.special,
             "notes": [f"{note} ({n} rows)" for note, n in self.notes.items()],
         }
         if self.agreement:
-            found["labeler_agreement"] = self.agreement
+            report["labeler_agreement"] = self.agreement
         if self.instructions:
-            found["instructions"] = " / ".join(dict.fromkeys(self.instructions))
-        return found
+            report["instructions"] = " / ".join(dict.fromkeys(self.instructions))
+        return report
 
     def table(self) -> str:
-        """The counts as lines of text, for an error; what changed nothing is left out."""
+        """Return the counts of filters that dropped rows, as lines of an error."""
         steps = [(reason, n) for reason, n in self.counts.items() if n["after"] != n["before"]]
         return "".join(f"\n  {reason}: {n['before']} -> {n['after']}" for reason, n in steps)
 
 
 def bucket(prompt: Turns, seed: int) -> float:
-    """A number in [0, 1) from the seed and the first user turn, letter case and spaces aside.
+    """Return a number in [0, 1) from the seed and the first user turn; see `prompt_key`.
 
     The same on every machine and in every set. Below `data.held_out`, a row is held out.
     """
@@ -106,7 +109,7 @@ def bucket(prompt: Turns, seed: int) -> float:
 
 
 def first_turn(prompt: Turns) -> str:
-    """What the user said first: in messages, in a transcript, or else the whole text."""
+    """Return the first user turn of messages or of a transcript, or else the whole text."""
     turns = transcript(prompt) if isinstance(prompt, str) else prompt
     if turns is None:
         return str(prompt)
@@ -114,43 +117,43 @@ def first_turn(prompt: Turns) -> str:
 
 
 def prompt_key(prompt: Turns) -> str:
-    """The first user turn, letter case, spaces and compatibility forms aside."""
+    """Return the first user turn, normalised: letter case, spaces and compatibility forms."""
     text = unicodedata.normalize("NFKC", first_turn(prompt).replace(_JOINT, "")).casefold()
     return " ".join(text.split())
 
 
 def breaker(tokenizer: Any) -> Callable[[str], str]:
-    """A function that breaks control tokens, and the marks of turns, that stand in a text.
+    """Return a function that breaks control tokens and markers of turns in a text.
 
-    A zero-width space after the first character does it, whoever tokenises later: a chat template
-    and its content are one string by then.
+    It puts a zero-width space after their first character. Encoding them as text later would not
+    do: a chat template and its content are one string by then.
     """
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     special = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
-    # `### Answer:` is no token: it is what the chat template writes where another turn begins.
+    # `### Answer:` is no token, but the chat template begins a turn with it.
     special.update(chat_template.markers(tokenizer))
     words = sorted((re.escape(word) for word in special if len(word) > 1), key=len, reverse=True)
     control = re.compile("|".join(words) or r"(?!)")
     return lambda text: control.sub(lambda match: match[0][0] + _JOINT + match[0][1:], text)
 
 
-def neutralise(kept: Kept, found: list[Example], tokenizer: Any) -> None:
-    """Break control tokens that stand in the texts, so that they are encoded as text; count them.
+def break_control_tokens(kept: FilteredSet, found: list[Example], tokenizer: Any) -> None:
+    """Break control tokens in the texts, so that they are encoded as text, and count the rows.
 
-    An eos at the very end of an answer is taken away, since trainers add their own. What looks
-    like a secret is left as it is, and counted.
+    An eos that ends an answer is removed, since trainers add their own. What looks like a secret
+    stays and is counted.
     """
     broken, eos = breaker(tokenizer), tokenizer.eos_token
 
-    def mend(turns: Turns, answer: bool) -> Turns:
+    def cleaned(turns: Turns, answer: bool) -> Turns:
         if isinstance(turns, str):
             return broken(turns.removesuffix(eos) if answer and eos else turns)
-        return [{**turn, "content": str(mend(turn["content"], answer))} for turn in turns]
+        return [{**turn, "content": str(cleaned(turn["content"], answer))} for turn in turns]
 
     for example in found:
         before = _JOINT.join(text_of(turns) for turns in (example.prompt, *example.answers))
-        example.prompt = mend(example.prompt, False)
-        example.answers = [mend(answer, True) for answer in example.answers]
+        example.prompt = cleaned(example.prompt, False)
+        example.answers = [cleaned(answer, True) for answer in example.answers]
         after = _JOINT.join(text_of(turns) for turns in (example.prompt, *example.answers))
         kept.special += after.count(_JOINT) > before.count(_JOINT)
         for kind in redaction.found(before):
@@ -160,8 +163,8 @@ def neutralise(kept: Kept, found: list[Example], tokenizer: Any) -> None:
         kept.notes[note] += kept.special
 
 
-def expand(found: list[Example], name: str, kept: Kept) -> list[dict[str, Any]]:
-    """The examples as rows of the set: rankings become all their strict pairs, ties are counted."""
+def expand(found: list[Example], kept: FilteredSet) -> list[dict[str, Any]]:
+    """Convert examples to rows of the set; a ranking becomes all its pairs without a tie."""
     groups: dict[str, int] = {}
     rows: list[dict[str, Any]] = []
     pairs = 0
@@ -169,11 +172,11 @@ def expand(found: list[Example], name: str, kept: Kept) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"prompt": example.prompt, "item": example.item}
         ranks = example.ranks or [0.0] * len(example.answers)
         order = sorted(range(len(ranks)), key=ranks.__getitem__)
-        if name == "prompts":
+        if kept.layouts == "prompts":
             rows.append(row)
-        elif name == "demonstrations":
+        elif kept.name == "demonstrations":
             best: Turns = example.answers[order[0]] if order else ""
-            if not isinstance(best, str):  # turns before the last one are part of the question
+            if not isinstance(best, str):  # turns before the last one belong to the prompt
                 row["prompt"], best = [*row["prompt"], *best[:-1]], best[-1:]
             rows.append({**row, "completion": best})
         else:
@@ -183,7 +186,7 @@ def expand(found: list[Example], name: str, kept: Kept) -> list[dict[str, Any]]:
                 if ranks[a] < ranks[b]:
                     pair = {"chosen": example.answers[a], "rejected": example.answers[b]}
                     rows.append({**row, **pair, "margin": example.margin})
-    if name == "comparisons":
+    if kept.name == "comparisons":
         kept.counts["expanded to pairs"] = {"before": len(found), "after": pairs}
         kept.counts["ties"] = {"before": pairs, "after": len(rows)}
         if any(row["margin"] is None for row in rows):
@@ -194,10 +197,11 @@ def expand(found: list[Example], name: str, kept: Kept) -> list[dict[str, Any]]:
     return rows
 
 
-def clean(kept: Kept) -> None:
-    """Drop and count what teaches nothing or the wrong thing."""
+def drop_useless(kept: FilteredSet) -> None:
+    """Drop and count equal pairs, empty texts, duplicates and contradictions."""
     rows = kept.rows
-    if kept.name == "comparisons":
+    comparing = kept.name == "comparisons"
+    if comparing:
         rows = kept.filter("chosen equal to rejected", rows, lambda r: r["chosen"] != r["rejected"])
 
     def asks(row: dict[str, Any]) -> bool:
@@ -210,40 +214,38 @@ def clean(kept: Kept) -> None:
         rows = kept.filter(
             "empty completion", rows, lambda r: bool(text_of(r["completion"]).strip())
         )
-    if kept.name == "comparisons":
+    if comparing:
 
         def answered(row: dict[str, Any]) -> bool:
-            # A sampled empty answer is a thing that the policy does; in a file it is a gap.
+            # A sampled empty answer is something that the policy does; in a file it is a gap.
             rejected = row["item"] or text_of(row["rejected"]).strip()
             return bool(text_of(row["chosen"]).strip() and rejected)
 
         rows = kept.filter("empty chosen or rejected", rows, answered)
-    texts = [
-        key for key in ("prompt", "completion", "chosen", "rejected") if rows and key in rows[0]
-    ]
+    columns = ("prompt", "completion", "chosen", "rejected")
     seen: set[str] = set()
 
     def new(row: dict[str, Any]) -> bool:
-        mark = json.dumps([row[key] for key in texts])
-        fresh = mark not in seen
-        seen.add(mark)
+        key = json.dumps([row[column] for column in columns if column in row])
+        fresh = key not in seen
+        seen.add(key)
         return fresh
 
     rows = kept.filter("duplicate", rows, new)
-    if kept.name == "comparisons":
-        backwards = {json.dumps([row["prompt"], row["rejected"], row["chosen"]]) for row in rows}
-
-        def undisputed(row: dict[str, Any]) -> bool:
-            return json.dumps([row["prompt"], row["chosen"], row["rejected"]]) not in backwards
-
-        rows = kept.filter("labelled both ways", rows, undisputed)
+    if comparing:
+        reversed_pairs = {json.dumps([r["prompt"], r["rejected"], r["chosen"]]) for r in rows}
+        rows = kept.filter(
+            "labelled both ways",
+            rows,
+            lambda r: json.dumps([r["prompt"], r["chosen"], r["rejected"]]) not in reversed_pairs,
+        )
     kept.rows = rows
 
 
-def fit(kept: Kept, recipe: Recipe, tokenizer: Any) -> None:
-    """Drop and count rows over the token limits: of the ids that a stage will learn from.
+def drop_too_long(kept: FilteredSet, recipe: Recipe, tokenizer: Any) -> None:
+    """Drop and count rows over the token limits, which count exactly what a stage learns from.
 
-    The chat template's own tokens and the eos that ends a completion are among them.
+    That includes the chat template's own tokens and the eos that ends a completion.
 
     Raises:
         DataError: More than `data.max_lost` of the rows are too long.
@@ -251,49 +253,41 @@ def fit(kept: Kept, recipe: Recipe, tokenizer: Any) -> None:
     name = "max_prompt_tokens" if kept.name in ("prompts", "evaluate") else "max_tokens"
     limit = getattr(recipe.data, name)
     for batch in (kept.rows[i : i + _BATCH] for i in range(0, len(kept.rows), _BATCH)):
-        sizes = _prompt_sizes(kept, batch, tokenizer)
         answers = [0] * len(batch)
         for column in ("completion", "chosen", "rejected"):
             if column in batch[0]:
-                ids = tokenization.completion_ids(tokenizer, [_last(row[column]) for row in batch])
+                last = [
+                    a if isinstance(a := row[column], str) else a[-1]["content"] for row in batch
+                ]
+                ids = tokenization.completion_ids(tokenizer, last)
                 answers = [max(n, len(i) + 1) for n, i in zip(answers, ids, strict=True)]
+        sizes = _prompt_sizes(kept, batch, tokenizer)
         for row, prompt, answer in zip(batch, sizes, answers, strict=True):
             row["_tokens"] = prompt + answer
-    known = "refused by the chat template"
-    rows = kept.filter(known, kept.rows, lambda row: row["_tokens"] < math.inf)
+    rows = kept.filter(
+        "refused by the chat template", kept.rows, lambda row: row["_tokens"] < math.inf
+    )
     reason = f"over data.{name} = {limit}"
     kept.rows = kept.filter(reason, rows, lambda row: row["_tokens"] <= limit)
     lost = 1 - len(kept.rows) / len(rows) if rows else 0.0
     if lost > recipe.data.max_lost:
-        middle = sorted(row["_tokens"] for row in rows)[len(rows) // 2]
+        tokens = sorted(row["_tokens"] for row in rows)
         raise DataError(
-            f"of the {kept.name}, {lost:.0%} of the rows are {reason}" + kept.table(),
+            f"{lost:.0%} of the {kept.name} are {reason}" + kept.table(),
             expected=f"at most {recipe.data.max_lost:.0%} (data.max_lost); half of the rows have "
-            f"up to {middle:.0f} tokens, the longest {max(row['_tokens'] for row in rows):.0f}",
+            f"up to {tokens[len(rows) // 2]:.0f} tokens, the longest {tokens[-1]:.0f}",
             remedy=f"raise data.{name}, or set data.max_lost to {math.ceil(lost * 100) / 100:g} to "
             "do without them",
         )
 
 
-def _prompt_sizes(kept: Kept, batch: list[dict[str, Any]], tokenizer: Any) -> list[float]:
-    """Tokens of each row's prompt; without end where the chat template refuses it."""
-
-    def size(prompts: list[Turns]) -> list[float]:
-        return [len(ids) for ids in tokenization.prompt_ids(tokenizer, prompts)]
-
+def _prompt_sizes(kept: FilteredSet, batch: list[dict[str, Any]], tokenizer: Any) -> list[float]:
+    """Return the tokens of each row's prompt; infinity if the chat template refuses it."""
+    prompts = [row["prompt"] for row in batch]
     try:
-        return size([row["prompt"] for row in batch])
-    except Exception:  # a template raises what it likes, at some of them: find out which
-        found: list[float] = []
-        for row in batch:
-            try:
-                found += size([row["prompt"]])
-            except Exception as error:
-                kept.notes[f"the chat template refuses: {first_line(error)}"] += 1
-                found.append(math.inf)
-        return found
-
-
-def _last(answer: Turns) -> str:
-    """The text that a completion's ids are those of."""
-    return answer if isinstance(answer, str) else answer[-1]["content"]
+        return [len(ids) for ids in tokenization.prompt_ids(tokenizer, prompts)]
+    except Exception as error:  # a template raises what it likes, at some rows: find out which
+        if len(batch) > 1:
+            return [size for row in batch for size in _prompt_sizes(kept, [row], tokenizer)]
+        kept.notes[f"the chat template refuses: {first_line(error)}"] += 1
+        return [math.inf]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layouts that a row may have, and what becomes of them: one prompt and its ranked answers.
+"""Parse rows of every known layout into a prompt and its ranked answers.
 
-A text stays text for a tokenizer without a chat template, and becomes messages for one with it.
+Text becomes messages if the tokenizer has a chat template, and stays text if it has none.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from typing import Any
 from lora_rlhf.errors import DataError, TokenizerError
 
 from .sources import Row, Skips, excerpt
+from .tokenization import Turns
 
 Message = dict[str, str]
-Turns = str | list[Message]
-"""A text, or messages with `role` and `content`."""
 
 LAYOUTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "demonstrations": (
@@ -31,7 +30,7 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "comparisons": (("prompt", "completions", "ranks"), ("chosen", "rejected")),
     "prompts": (("prompt",), ("messages",), ("chosen", "rejected")),
 }
-"""The columns that make a row usable for a set, tried in this order."""
+"""Set -> the layouts that make a row usable for it, tried in this order."""
 
 ROLES = ("system", "user", "assistant", "tool")
 _SHAREGPT = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant",
@@ -45,11 +44,12 @@ _KNOWN_NAMES = {
 }
 _TRANSCRIPT = re.compile(r"\s*Human:.*\n\nAssistant:", re.DOTALL)
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
+_TRANSCRIPTS_READ = "HH-RLHF transcripts were read as messages"
 
 
 @dataclass
 class Example:
-    """One prompt and its answers; `ranks` (1 = best) is None where nothing was compared."""
+    """One prompt and its answers; `ranks` (1 = best) is None if nothing was compared."""
 
     prompt: Turns
     answers: list[Turns] = field(default_factory=list)
@@ -59,129 +59,135 @@ class Example:
 
 
 class _Unfit(Exception):
-    """What is wrong with one row; collected, so that an error can show several."""
+    """A row that cannot be used; collected, so that one error shows several rows."""
 
 
 def examples(
-    rows: list[Row], name: str, chat: bool, notes: Counter[str], skips: Skips | None = None
+    rows: list[Row], name: str, chat: bool, notes: Counter[str], skips: Skips
 ) -> list[Example | None]:
-    """The rows of one source as examples for the set `name`, in their order.
+    """Parse the rows of one source into examples for a set, in their order.
 
     Args:
         rows: As `sources.read` gives them.
         name: demonstrations, comparisons or prompts.
-        chat: Whether the tokenizer has a chat template.
-        notes: Counts of what was done to rows, for the report.
-        skips: Takes the rows that do not fit, if it may: None stands in their place.
+        chat: The tokenizer has a chat template.
+        notes: Counts the rows that were converted, by kind of conversion, for the report.
+        skips: Takes the rows that do not fit, if it may; None stands in their place.
 
     Raises:
         DataError: Columns are missing, null or of a wrong type; the first five such rows are shown.
-        TokenizerError: Messages, but no chat template.
+        TokenizerError: The rows hold messages, but there is no chat template.
     """
     rows = [(where, _from_sharegpt(row, notes)) for where, row in rows]
     present = {key for _, row in rows for key, value in row.items() if value is not None}
-    fitting = [layout for layout in LAYOUTS[name] if present.issuperset(layout)]
-    if not fitting:
+    layout = next((one for one in LAYOUTS[name] if present.issuperset(one)), None)
+    if layout is None:
         raise _no_layout(rows, name)
-    good: list[Example | None] = []
+    parsed: list[Example | None] = []
     bad: list[tuple[str, str]] = []
     for where, row in rows:
         try:
-            example = _parse(row, fitting[0])
-            good.append(_as_chat(example, notes) if chat else _as_text(example, where))
+            example = _parse(row, layout, chat, notes)
+            parsed.append(_as_chat(example, notes) if chat else _as_text(example, where))
         except _Unfit as error:
             bad.append((where, str(error)))
-            good.append(None)
-    if skips is not None and len(bad) <= skips.most - len(skips.seen):
+            parsed.append(None)
+    if len(bad) <= skips.most - len(skips.seen):
         skips.seen += [DataError(text, where=where) for where, text in bad]
     elif bad:
-        shown = "".join(f"\n  {where.rpartition(os.sep)[2]}: {text}" for where, text in bad[:5])
         raise DataError(
-            f"{len(bad)} of {len(rows)} rows do not fit {' + '.join(fitting[0])}{shown}",
+            f"{len(bad)} of {len(rows)} rows do not fit {' + '.join(layout)}{_shown(bad)}",
             where=bad[0][0],
             expected=_accepted(name),
-            remedy="mend or remove these rows, or map the right columns with `columns:`",
+            remedy="correct or remove these rows, skip so many with `skip_bad:`, or map the right "
+            "columns with `columns:`",
         )
-    if name != "comparisons" and fitting[0] == ("chosen", "rejected"):
+    if name != "comparisons" and layout == ("chosen", "rejected"):
         what = "prompts are those" if name == "prompts" else "demonstrations are the chosen answers"
-        notes[f"{what} of a comparison file"] += len(good) - good.count(None)
-    return good
+        notes[f"{what} of a comparison file"] += len(parsed) - parsed.count(None)
+    return parsed
 
 
 def plain_texts(rows: list[Row], skips: Skips) -> list[str]:
-    """The column `text` of the rows of one source, in their order.
+    """Return the column `text` of the rows of one source, in their order.
 
     Raises:
         DataError: A row holds no text there, and `skips` may take no more.
     """
-    good = []
+    texts = []
     for where, row in rows:
         try:
             if not isinstance(row.get("text"), str):
                 raise _Unfit(f"text: {row.get('text')!r:.80}")
-            good.append(_sound(row["text"], "text"))
+            texts.append(_valid(row["text"], "text"))
         except _Unfit as error:
             skips.take(
                 DataError(
                     str(error),
                     where=where,
                     expected="a column `text` that holds text",
-                    remedy="map it with `columns: {text: the file's name}`, or leave so many rows "
-                    "out with `skip_bad:`",
+                    remedy="map it with `columns: {text: the file's name}`, or skip so many rows "
+                    "with `skip_bad:`",
                 )
             )
-    return good
+    return texts
 
 
 def transcript(text: str) -> list[Message] | None:
-    r"""Messages of an HH-RLHF transcript (`\n\nHuman: ...\n\nAssistant: ...`); None: it is none."""
+    r"""Parse an HH-RLHF transcript (`\n\nHuman: ...\n\nAssistant: ...`); None if it is none."""
     if not _TRANSCRIPT.match(text):
         return None
     parts = _SPEAKER.split("\n\n" + text.lstrip())[1:]
     roles = {"Human": "user", "Assistant": "assistant"}
     return [
-        {"role": roles[who], "content": said.strip()}
-        for who, said in zip(parts[::2], parts[1::2], strict=True)
+        {"role": roles[speaker], "content": words.strip()}
+        for speaker, words in zip(parts[::2], parts[1::2], strict=True)
     ]
 
 
 def text_of(turns: Turns) -> str:
-    """All that is said in a text or in messages, one turn a line."""
+    """Return the content of all turns, one turn a line."""
     return turns if isinstance(turns, str) else "\n".join(turn["content"] for turn in turns)
 
 
 def _from_sharegpt(row: dict[str, Any], notes: Counter[str]) -> dict[str, Any]:
-    """The row with turns of `from` and `value` as messages, and `conversations` in its place.
+    """Convert ShareGPT's turns of `from` and `value`, and its `conversations`, to messages.
 
-    TRL's `maybe_convert_to_chatml` leaves `human` and `gpt` as they are, and brings torch along.
+    TRL's `maybe_convert_to_chatml` keeps the roles `human` and `gpt`, and loads torch.
     """
-    turned, spoken = dict(row), False
+    converted, sharegpt = dict(row), False
     if "conversations" in row:
-        turned.setdefault("prompt" if "chosen" in row else "messages", row["conversations"])
+        converted.setdefault("prompt" if "chosen" in row else "messages", row["conversations"])
     for column in ("prompt", "completion", "messages", "chosen", "rejected"):
-        turns = turned.get(column)
+        turns = converted.get(column)
         turns = [turns] if isinstance(turns, dict) else turns
         if (
             isinstance(turns, list)
             and turns
             and all(isinstance(turn, dict) and {"from", "value"} <= turn.keys() for turn in turns)
         ):
-            turned[column] = [
+            converted[column] = [
                 {"role": _SHAREGPT.get(str(t["from"]), t["from"]), "content": t["value"]}
                 for t in turns
             ]
-            spoken = True
-    if spoken:
+            sharegpt = True
+    if sharegpt:
         notes["turns of from and value (ShareGPT) were read as messages"] += 1
-    return turned
+    return converted
 
 
 def _accepted(name: str) -> str:
-    layouts = "; ".join(" + ".join(layout) for layout in LAYOUTS[name])
-    return f"for {name}, the columns {layouts} (text or messages; a prompt may stand in chosen)"
+    layouts = ", or ".join(" + ".join(layout) for layout in LAYOUTS[name])
+    return f"for {name}, the columns {layouts} (text or messages; chosen may include the prompt)"
+
+
+def _shown(rows: list[tuple[str, str]]) -> str:
+    """List the first rows of an error, each with its place."""
+    return "".join(f"\n  {where.rpartition(os.sep)[2]}: {text}" for where, text in rows[:5])
 
 
 def _no_layout(rows: list[Row], name: str) -> DataError:
+    """Create the error for a source that fits no layout, with a guess at the right mapping."""
     columns = [key for key in rows[0][1] if isinstance(key, str)]
     remedy = "map the columns in the recipe with `columns: {our name: the file's name}`"
     for layout in LAYOUTS[name]:
@@ -193,28 +199,32 @@ def _no_layout(rows: list[Row], name: str) -> DataError:
             pairs = ", ".join(f"{a}: {b}" for a, b in guess.items() if b not in ("", a))
             remedy = f"try `columns: {{{pairs}}}`"
             break
-    shown = "".join(f"\n  {w.rpartition(os.sep)[2]}: {excerpt(row)}" for w, row in rows[:5])
     return DataError(
-        f"no usable columns for {name}; found: {', '.join(columns)}{shown}",
+        f"no usable columns for {name}; found: {', '.join(columns)}"
+        + _shown([(where, excerpt(row)) for where, row in rows[:5]]),
         where=rows[0][0],
         expected=_accepted(name),
         remedy=remedy,
     )
 
 
-def _parse(row: dict[str, Any], layout: tuple[str, ...]) -> Example:
+def _parse(
+    row: dict[str, Any], layout: tuple[str, ...], chat: bool, notes: Counter[str]
+) -> Example:
     if layout == ("prompt",):
         example = Example(_turns(row, "prompt"))
     elif layout == ("messages",):
         messages = _turns(row, "messages")
         if isinstance(messages, str):
-            raise _Unfit(f"column 'messages': text, not messages: {excerpt(messages)}")
+            raise _Unfit(f"column 'messages' must be messages, not text: {excerpt(messages)}")
         cut = len(messages) - (messages[-1]["role"] == "assistant")
         example = Example(messages[:cut], [messages[cut:]] if messages[cut:] else [])
     elif layout == ("prompt", "completion"):
         example = Example(_turns(row, "prompt"), [_turns(row, "completion")])
     elif layout == ("chosen", "rejected"):
-        example = _pair(row)
+        margin = _margin(row)
+        example = _pair(row, chat, notes)
+        example.ranks, example.margin = [1, 2], margin
     else:
         example = _ranking(row)
     item = row.get("item")
@@ -223,10 +233,10 @@ def _parse(row: dict[str, Any], layout: tuple[str, ...]) -> Example:
 
 
 def _turns(row: dict[str, Any], column: str) -> Turns:
-    """A text or a list of messages, checked; other keys of a message are left out."""
+    """Check and return a text or a list of messages, without other keys of a message."""
     value = row.get(column)
     if isinstance(value, str):
-        return _sound(value, column)
+        return _valid(value, column)
     if not isinstance(value, list) or not value:
         what = "missing" if value is None else f"a {type(value).__name__}: {excerpt(value)}"
         raise _Unfit(f"column {column!r} is {what}, not text or messages")
@@ -238,33 +248,35 @@ def _turns(row: dict[str, Any], column: str) -> Turns:
                 f"column {column!r}: {excerpt(turn)} is no message with text as content "
                 f"and one of the roles {', '.join(ROLES)}"
             )
-        turns.append({"role": turn["role"], "content": _sound(content, column)})
+        turns.append({"role": turn["role"], "content": _valid(content, column)})
     return turns
 
 
-def _sound(text: str, column: str) -> str:
+def _valid(text: str, column: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
         around = text[max(0, error.start - 20) : error.start + 20]
-        raise _Unfit(f"column {column!r} holds half of a character: {excerpt(around)}") from None
+        raise _Unfit(
+            f"column {column!r} holds half of a character (a lone surrogate): {excerpt(around)}"
+        ) from None
     return text
 
 
 def _ranking(row: dict[str, Any]) -> Example:
     answers, ranks = row.get("completions"), row.get("ranks")
     if not isinstance(answers, list) or len(answers) < 2:
-        raise _Unfit(f"column 'completions' is no list of two or more: {excerpt(answers)}")
+        raise _Unfit(f"column 'completions' must be a list of two or more: {excerpt(answers)}")
     numbers = [_number(rank) for rank in ranks] if isinstance(ranks, list) else []
     finite = [rank for rank in numbers if rank is not None]
-    if len(finite) != len(answers) or len(numbers) != len(answers):
-        raise _Unfit(f"column 'ranks' is no list of {len(answers)} numbers: {excerpt(ranks)}")
+    if not len(finite) == len(numbers) == len(answers):
+        raise _Unfit(f"column 'ranks' must be a list of {len(answers)} numbers: {excerpt(ranks)}")
     turns = [_turns({"completions": answer}, "completions") for answer in answers]
     return Example(_turns(row, "prompt"), turns, finite)
 
 
 def _number(value: Any) -> float | None:
-    """A finite number; None for whatever is none. JSON of Python has NaN, Infinity and 10**400."""
+    """Return a finite number, or None; Python's JSON also has NaN, Infinity and 10**400."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -274,56 +286,51 @@ def _number(value: Any) -> float | None:
 
 
 def _margin(row: dict[str, Any]) -> float | None:
-    """The column `margin`; in a CSV it is text, and an empty cell is no margin."""
-    found = row.get("margin")
-    if isinstance(found, str):
-        if not found.strip():
-            return None
-        try:
-            found = float(found)
-        except ValueError:
-            found = None
-    margin = _number(found)
-    if margin is None and row.get("margin") is not None:
-        raise _Unfit(f"column 'margin' is no finite number: {excerpt(row['margin'])}")
+    """Return the column `margin`, which is text in a CSV; an empty cell is no margin."""
+    value = row.get("margin")
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    try:
+        margin = _number(float(value) if isinstance(value, str) else value)
+    except ValueError:
+        margin = None
+    if margin is None:
+        raise _Unfit(f"column 'margin' must be a finite number: {excerpt(value)}")
     return margin
 
 
-def _pair(row: dict[str, Any]) -> Example:
-    """A chosen and a rejected answer, with an explicit prompt or with one that both begin with."""
+def _pair(row: dict[str, Any], chat: bool, notes: Counter[str]) -> Example:
+    """Parse a chosen and a rejected answer, with a prompt column or a beginning in common."""
     chosen, rejected = _turns(row, "chosen"), _turns(row, "rejected")
-    if isinstance(chosen, str) is not isinstance(rejected, str):
-        raise _Unfit("columns 'chosen' and 'rejected': one is text, the other messages")
-    margin = _margin(row)
     if isinstance(chosen, str) and isinstance(rejected, str):
         both = transcript(chosen), transcript(rejected)
         if both[0] and both[1]:
             prompt, answers = _shared(both[0], both[1])
-            example = Example(_Transcript(prompt), [_Transcript(answer) for answer in answers])
-        elif row.get("prompt") is not None:
-            example = Example(_turns(row, "prompt"), [chosen, rejected])
-        else:
+            if chat:
+                notes[_TRANSCRIPTS_READ] += 1
+                return Example(prompt, list(answers))
+            asked = _as_transcript(prompt) + "\n\nAssistant:" if prompt else ""
+            texts = [_as_transcript(answer).removeprefix("\n\nAssistant:") for answer in answers]
+            return Example(asked, list(texts))
+        if row.get("prompt") is None:
             cut = _shared_text(chosen, rejected)
-            example = Example(chosen[:cut], [chosen[cut:], rejected[cut:]])
-    elif row.get("prompt") is not None and chosen[0]["role"] == "assistant":  # type: ignore[index]
-        example = Example(_turns(row, "prompt"), [chosen, rejected])
-    else:  # UltraFeedback and others repeat the prompt in chosen, beside a column of its own
-        prompt, messages = _shared(list(chosen), list(rejected))  # type: ignore[arg-type]
-        example = Example(prompt, list(messages))
-    example.ranks, example.margin = [1, 2], margin
-    return example
+            return Example(chosen[:cut], [chosen[cut:], rejected[cut:]])
+    elif isinstance(chosen, str) or isinstance(rejected, str):
+        raise _Unfit("columns 'chosen' and 'rejected': one is text, the other messages")
+    elif row.get("prompt") is None or chosen[0]["role"] != "assistant":
+        # UltraFeedback and others repeat the prompt in chosen, beside a column of its own
+        prompt, answers = _shared(chosen, rejected)
+        return Example(prompt, list(answers))
+    return Example(_turns(row, "prompt"), [chosen, rejected])
 
 
-class _Transcript(list):  # type: ignore[type-arg]
-    """Messages that were a transcript, and can be one again."""
-
-    def text(self) -> str:
-        names = {"user": "Human", "assistant": "Assistant"}
-        return "".join(f"\n\n{names[turn['role']]}: {turn['content']}" for turn in self)
+def _as_transcript(messages: list[Message]) -> str:
+    names = {"user": "Human", "assistant": "Assistant"}
+    return "".join(f"\n\n{names[turn['role']]}: {turn['content']}" for turn in messages)
 
 
 def _shared(a: list[Message], b: list[Message]) -> tuple[list[Message], list[list[Message]]]:
-    """The turns that both begin with, up to a turn that asks; the rest of each, never empty."""
+    """Split off the turns that both begin with, up to a question; neither rest is empty."""
     cut = 0
     while cut < min(len(a), len(b)) - 1 and a[cut] == b[cut]:
         cut += 1
@@ -333,7 +340,7 @@ def _shared(a: list[Message], b: list[Message]) -> tuple[list[Message], list[lis
 
 
 def _shared_text(a: str, b: str) -> int:
-    """Length of the text that both begin with, without a half word and the space before it."""
+    """Return the length of the common beginning, up to the end of a word."""
     cut = min(len(os.path.commonprefix([a, b])), len(a) - 1, len(b) - 1)
     while cut > 0 and not a[cut - 1].isspace() and not (a[cut] + b[cut]).isspace():
         cut -= 1
@@ -346,38 +353,23 @@ def _as_chat(example: Example, notes: Counter[str]) -> Example:
         turns = transcript(example.prompt)
         if turns:
             last = turns[-1]
-            example.prompt = turns[
-                : len(turns) - (last["role"] == "assistant" and not last["content"])
-            ]
-            notes["HH-RLHF transcripts were read as messages"] += 1
-        else:
-            example.prompt = [{"role": "user", "content": example.prompt.strip()}]
-            if not example.item:
-                notes["plain text was wrapped into one user and one assistant message"] += 1
-    elif isinstance(example.prompt, _Transcript):
-        notes["HH-RLHF transcripts were read as messages"] += 1
-        example.prompt = list(example.prompt)
+            if last["role"] == "assistant" and not last["content"]:
+                turns = turns[:-1]
+            notes[_TRANSCRIPTS_READ] += 1
+        elif not example.item:
+            notes["plain text was wrapped into one user and one assistant message"] += 1
+        example.prompt = turns or [{"role": "user", "content": example.prompt.strip()}]
     example.answers = [
-        [{"role": "assistant", "content": answer.strip()}]
-        if isinstance(answer, str)
-        else list(answer)
+        [{"role": "assistant", "content": answer.strip()}] if isinstance(answer, str) else answer
         for answer in example.answers
     ]
     return example
 
 
 def _as_text(example: Example, where: str) -> Example:
-    """Keep text as it is; messages that were a transcript become one again."""
-    if isinstance(example.prompt, _Transcript):
-        example.prompt = example.prompt and example.prompt.text() + "\n\nAssistant:"
-        example.answers = [
-            answer.text().removeprefix("\n\nAssistant:")
-            for answer in example.answers
-            if isinstance(answer, _Transcript)
-        ]
     if not all(isinstance(turns, str) for turns in (example.prompt, *example.answers)):
         raise TokenizerError(
-            "the data holds messages, and the tokenizer has no chat template",
+            "the data holds messages, but the tokenizer has no chat template",
             where=where,
             expected="a tokenizer with a chat template, or columns of plain text",
             remedy="choose an instruct model, or turn the messages into text yourself",

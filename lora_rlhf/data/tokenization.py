@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one layout of tokens, and a memory of what has been tokenised.
+"""Tokenise prompts and completions in the layout that all stages share, each text once per run.
 
-Filters, SFT, reward model, controls and evaluation ask for the same texts again and again. Every
-text is tokenised once as long as its tokenizer lives, which is a run: ids are kept under the
-fingerprint of what they are ids of, and the texts themselves are not kept.
+Ids are cached per tokenizer under a fingerprint of the text; the texts themselves are not kept.
 """
 
 from __future__ import annotations
@@ -15,15 +13,15 @@ from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
-Prompt = str | list[dict[str, str]]
-"""A text, or messages."""
+Turns = str | list[dict[str, str]]
+"""A text, or messages with `role` and `content`."""
 
-_KNOWN: weakref.WeakKeyDictionary[Any, dict[bytes, array[int]]] = weakref.WeakKeyDictionary()
+_CACHE: weakref.WeakKeyDictionary[Any, dict[bytes, array[int]]] = weakref.WeakKeyDictionary()
 """Tokenizer -> fingerprint -> ids."""
 
 
-def prompt_ids(tokenizer: Any, prompts: Sequence[Prompt]) -> list[array[int]]:
-    """Ids of each prompt, up to where the model has to answer; as TRL's rollouts tokenise it.
+def prompt_ids(tokenizer: Any, prompts: Sequence[Turns]) -> list[array[int]]:
+    """Encode prompts, up to where the model has to answer, as TRL's rollouts do.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
@@ -34,7 +32,7 @@ def prompt_ids(tokenizer: Any, prompts: Sequence[Prompt]) -> list[array[int]]:
     """
     plain = not prompts or isinstance(prompts[0], str)
 
-    def encode(missing: list[Prompt]) -> list[list[int]]:
+    def encode(missing: list[Turns]) -> Any:
         texts = [
             p
             if isinstance(p, str)
@@ -42,40 +40,36 @@ def prompt_ids(tokenizer: Any, prompts: Sequence[Prompt]) -> list[array[int]]:
             for p in missing
         ]
         # A template writes its special tokens itself.
-        encoded = tokenizer(texts, add_special_tokens=plain, verbose=False)
-        ids: list[list[int]] = encoded["input_ids"]
-        return ids
+        return tokenizer(texts, add_special_tokens=plain, verbose=False)
 
     kind = "text" if plain else f"messages {tokenizer.chat_template}"
-    return _remembered(tokenizer, kind, prompts, encode)
+    return _cached(tokenizer, kind, prompts, encode)
 
 
 def completion_ids(tokenizer: Any, texts: Sequence[str]) -> list[array[int]]:
-    """Ids of each completion without its eos. Control tokens written in the text stay text."""
+    """Encode completions, without eos. Control tokens written in the text stay text."""
 
-    def encode(missing: list[str]) -> list[list[int]]:
-        encoded = tokenizer(
+    def encode(missing: list[str]) -> Any:
+        return tokenizer(
             missing, add_special_tokens=False, split_special_tokens=True, verbose=False
         )
-        ids: list[list[int]] = encoded["input_ids"]
-        return ids
 
-    return _remembered(tokenizer, "completion", texts, encode)
+    return _cached(tokenizer, "completion", texts, encode)
 
 
-def _remembered(
-    tokenizer: Any, kind: str, asked: Sequence[Any], encode: Callable[[list[Any]], list[list[int]]]
+def _cached(
+    tokenizer: Any, kind: str, texts: Sequence[Any], encode: Callable[[list[Any]], Any]
 ) -> list[array[int]]:
-    """Ids of each, those that are not known yet encoded in one call."""
-    known = _KNOWN.setdefault(tokenizer, {})
-    marks = [_fingerprint(kind, one) for one in asked]
-    missing = {m: one for m, one in zip(marks, asked, strict=True) if m not in known}
+    """Return the ids of each text, after encoding those that are not cached in one call."""
+    cache = _CACHE.setdefault(tokenizer, {})
+    keys = [_fingerprint(kind, text) for text in texts]
+    missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in cache}
     if missing:
-        ids = encode(list(missing.values()))
-        known.update((m, array("i", row)) for m, row in zip(missing, ids, strict=True))
-    return [known[mark] for mark in marks]
+        encoded = encode(list(missing.values()))["input_ids"]
+        cache.update((key, array("i", ids)) for key, ids in zip(missing, encoded, strict=True))
+    return [cache[key] for key in keys]
 
 
-def _fingerprint(kind: str, one: Any) -> bytes:
-    text = f"{kind}\0{one if isinstance(one, str) else json.dumps(one)}"
+def _fingerprint(kind: str, turns: Turns) -> bytes:
+    text = f"{kind}\0{turns if isinstance(turns, str) else json.dumps(turns)}"
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()

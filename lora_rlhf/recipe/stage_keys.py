@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which stage of a run reads which key of the recipe, and so which keys may still change."""
+"""The stages of a run, and the recipe keys that each one reads: they fix what may still change."""
 
 from __future__ import annotations
 
@@ -14,40 +14,39 @@ from .schema import Recipe
 ALGORITHMS = {
     "ppo": "PPO", "grpo": "GRPO", "rloo": "RLOO", "dpo": "DPO", "best_of_n": "best of n",
 }  # fmt: skip
-"""What can stand third among the stages, and what people call it."""
+"""Algorithm, which is also the name of a run's third stage -> its name in texts."""
 
 FREE = ("card", "hub", "model.hub_id", "report_to", "threads", "reward.gate", "checkpoint",
         "data.max_lost")  # fmt: skip
-"""Recipe keys that may differ when a run is continued: none of them changes what is trained."""
+"""Recipe keys that may differ when a run is resumed: none of them changes what is trained."""
 
 _POLICY = "ppo.updates", "ppo.kl_coef", "ppo.reward", "ppo.missing_eos_penalty", "ppo.watch"
-"""Keys of `ppo` that GRPO and RLOO read too, beside `ppo.args`: one recipe, equal budgets."""
+"""Keys of `ppo` that GRPO and RLOO read too, beside `ppo.args`, for equal budgets."""
 
 _SAMPLING = ("ppo.args.max_completion_length", "evaluate.batch_size")
-"""Keys that the reward stage reads too, when the SFT model's completions are ranked."""
-
+"""Keys that the reward stage reads too, to sample the completions that are ranked."""
 
 READS: dict[str, tuple[str, ...]] = {
     "demonstrations": ("sft", "reward"), "comparisons": ("reward", "dpo"),
     "comparisons_held_out_model": ("reward",), "prompts": (*ALGORITHMS, "evaluate"),
     "text": ("ppo",),
 }  # fmt: skip
-"""Set of the record -> the stages whose result depends on its rows."""
+"""Data set, as named in the record -> the stages whose result depends on its rows."""
 
 
 def stage_of(training: str) -> str:
-    """The stage of a training: the reward stage trains several roles, each under its name."""
+    """Return the stage that a training belongs to; the reward stage trains several roles."""
     return training if training in ("sft", *ALGORITHMS, "evaluate") else "reward"
 
 
 def fingerprints(report: dict[str, Any]) -> list[Any]:
-    """sha256 of every source of a set, and of those of its evaluation prompts."""
+    """Return the sha256 of every source of a set, those of its evaluation prompts included."""
     sources = [*report.get("sources", []), *report.get("evaluate", {}).get("sources", [])]
     return [source.get("sha256") for source in sources]
 
 
 def keys_read(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """The recipe as dotted keys: those that a stage or one before it reads."""
+    """Return, as dotted keys, the part of the recipe that a stage or an earlier one reads."""
     names = stage_names(recipe.algorithm)
     upto = names[: names.index(stage) + 1]
     flat = _flat(recipe.model_dump(mode="json"))
@@ -60,12 +59,12 @@ def has_reward_model(recipe: Recipe) -> bool:
 
 
 def stage_names(algorithm: str) -> tuple[str, ...]:
-    """The stages of a run in their order; the third carries the algorithm's name."""
+    """Return the stages of a run in order."""
     return ("sft", "reward", algorithm, "evaluate", "card")
 
 
 def identity(recipe: Recipe, without: tuple[str, ...] = ()) -> str:
-    """sha256 of what decides a run's result: the recipe without the keys that may change."""
+    """Return the sha256 of the recipe without the keys that leave a run's result unchanged."""
     flat = _flat(hide(recipe.model_dump(mode="json")))
     kept = (k for k in flat if k not in without and first_reader(k, recipe.algorithm))
     data = {k: flat[k] for k in kept}
@@ -73,9 +72,9 @@ def identity(recipe: Recipe, without: tuple[str, ...] = ()) -> str:
 
 
 def differences(before: Recipe, now: Recipe) -> list[tuple[str, Any, Any]]:
-    """(dotted key, value before, value now) of every key in which two recipes differ.
+    """Return (dotted key, value before, value now) of every key in which two recipes differ.
 
-    Without their secrets: a run's own recipe was written without them.
+    Secrets are masked, as they are in the recipe that a run wrote.
     """
     a, b = (_flat(hide(recipe.model_dump(mode="json"))) for recipe in (before, now))
     keys = sorted(a.keys() | b.keys())
@@ -83,7 +82,7 @@ def differences(before: Recipe, now: Recipe) -> list[tuple[str, Any, Any]]:
 
 
 def first_reader(key: str, algorithm: str) -> str | None:
-    """The first stage of a run by `algorithm` whose result depends on a recipe key, or None."""
+    """Return the first stage whose result depends on a recipe key, or None."""
     if any(key == free or key.startswith(free + ".") for free in FREE):
         return None
     section = key.split(".")[0]
@@ -103,7 +102,7 @@ def first_reader(key: str, algorithm: str) -> str | None:
 
 
 def _flat(data: Any, at: str = "") -> dict[str, Any]:
-    """Nested dicts and lists as one dict with dotted keys; what is empty stays a value."""
+    """Flatten dicts and lists into one dict with dotted keys; empty ones stay values."""
     if not data or not isinstance(data, dict | list):
         return {at: data}
     items = data.items() if isinstance(data, dict) else enumerate(data)

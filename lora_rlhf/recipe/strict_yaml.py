@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""YAML as data, in and out: no tags, aliases or duplicates; YAML 1.2 scalars; every key's line."""
+"""Strict YAML: no tags, aliases or duplicate keys; scalars of YAML 1.2; the line of every key."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ import yaml
 
 from lora_rlhf.errors import RecipeError
 
+Key = str | int
+Lines = dict[tuple[Key, ...], int]
+"""Path of keys and list indices -> line; 0 for what `--set` gave."""
+
+_MAX_DEPTH = 50
+
 _SCALARS: dict[str, tuple[str, list[str]]] = {
     "null": (r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
     "bool": (r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
@@ -21,25 +27,83 @@ _SCALARS: dict[str, tuple[str, list[str]]] = {
         list("-+.0123456789"),
     ),
 }
-"""What a scalar without quotes may be besides text, as YAML 1.2 has it: `yes` and dates are text,
-010 is ten."""
+"""Kind of scalar -> its pattern and possible first characters, as in YAML 1.2.
+
+All other scalars are text: `yes` and dates too, and 010 is ten.
+"""
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML with the scalars above."""
+    """PyYAML's safe loader for plain data with the scalars above; notes the line of every key."""
 
     yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML's own way to declare them
 
+    def __init__(self, text: str, name: str) -> None:
+        super().__init__(text)
+        self.name, self.depth = name, 0
+        self.lines: Lines = {}
+
+    def where(self, place: Any) -> str:
+        """Return `name:line` of a node or an event."""
+        return f"{self.name}:{place.start_mark.line + 1}"
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Refuse aliases, anchors, tags and deep nesting before anything is built."""
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        tag = getattr(event, "tag", None)
+        problem = f"the tag {tag:.100} is not allowed" if tag else ""
+        if getattr(event, "anchor", None):
+            problem = "aliases and anchors are not allowed"
+        elif isinstance(event, yaml.CollectionStartEvent) and self.depth >= _MAX_DEPTH:
+            problem = f"nested over {_MAX_DEPTH} levels deep"  # the time grows with their square
+        if problem:
+            raise RecipeError(problem, where=self.where(event), expected="plain YAML data")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def plain(self, node: yaml.Node, at: tuple[Key, ...] = ()) -> Any:
+        """Build plain data from the node at a path of keys."""
+        self.lines.setdefault(at, node.start_mark.line + 1)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.plain(child, (*at, index)) for index, child in enumerate(node.value)]
+        if not isinstance(node, yaml.MappingNode):
+            try:
+                value = self.construct_object(node)
+            except ValueError as error:  # an integer with too many digits
+                raise RecipeError(f"{error!s:.200}", where=self.where(node)) from None
+            if value in (math.inf, -math.inf) and "inf" not in node.value.lower():
+                raise RecipeError(
+                    f"{node.value:.100} is beyond the largest number", where=self.where(node)
+                )
+            return value
+        data: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise RecipeError("a key that is not text", where=self.where(key_node))
+            key = str(key_node.value)
+            path = (*at, key)
+            if key in data:
+                raise RecipeError(
+                    f"the key {key!r:.100} is given twice (first on line {self.lines[path]})",
+                    where=self.where(key_node),
+                    remedy="keep one of them",
+                )
+            self.lines[path] = key_node.start_mark.line + 1
+            data[key] = self.plain(value_node, path)
+        return data
+
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every text that this loader, or one of YAML 1.1, would read as something else."""
+    """Dumper that quotes text which this loader or one of YAML 1.1 would read as another type."""
 
     yaml_implicit_resolvers = {
-        first: list(found) for first, found in yaml.SafeDumper.yaml_implicit_resolvers.items()
+        first: list(kinds) for first, kinds in yaml.SafeDumper.yaml_implicit_resolvers.items()
     }
 
     def ignore_aliases(self, data: Any) -> bool:
-        """Write data out twice where it is used twice: the loader takes no aliases."""
+        """Write shared data in full each time, since the loader refuses aliases."""
         return True
 
 
@@ -53,17 +117,8 @@ def _int(loader: _Loader, node: yaml.ScalarNode) -> int:
     return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
 
 
-def _float(loader: _Loader, node: yaml.ScalarNode) -> float:
-    text = str(loader.construct_scalar(node))
-    if text[-3:].lower() in ("inf", "nan"):
-        return float(text.replace(".", ""))
-    if math.isinf(float(text)):
-        raise ValueError(f"{text} is beyond the largest number")
-    return float(text)
-
-
 def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    # Where these may end a line, PyYAML writes spaces for them unless they are escaped.
+    # Unless they are escaped, PyYAML writes these line breaks as spaces.
     style = '"' if set(text) & set("\x85\u2028\u2029") else None
     node: yaml.ScalarNode = dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
     return node
@@ -71,78 +126,33 @@ def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
 
 _Dumper.add_representer(str, _text)
 _Loader.add_constructor("tag:yaml.org,2002:int", _int)
-_Loader.add_constructor("tag:yaml.org,2002:float", _float)
-
-_DEEPEST = 50
-
-Lines = dict[tuple[str | int, ...], int]
 
 
 def parse_yaml(text: str, name: str) -> tuple[dict[str, Any], Lines]:
-    """Plain data and the line of every key; refuses duplicates, aliases, tags, more documents."""
-    lines: Lines = {}
-    depth = 0
+    """Parse one YAML document into plain data and the line of every key.
+
+    Raises:
+        RecipeError: Not YAML, a duplicate key, an alias, a tag, or no mapping at the top.
+    """
     try:
-        loader = _Loader(text)
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            depth += isinstance(event, yaml.CollectionStartEvent)
-            depth -= isinstance(event, yaml.CollectionEndEvent)
-            if depth > _DEEPEST:  # PyYAML's time grows with the square of it
-                raise RecursionError
-            mark = f"{name}:{event.start_mark.line + 1 if event.start_mark else 1}"
-            tag = getattr(event, "tag", None)
-            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-                raise RecipeError("an alias or anchor", where=mark, expected="plain YAML data")
-            if tag:
-                raise RecipeError(f"the tag {tag:.100}", where=mark, expected="plain YAML data")
+        loader = _Loader(text, name)
         node = loader.get_single_node()
-        data = _construct(loader, node, name, lines, ()) if node is not None else {}
+        data = {} if node is None else loader.plain(node)
     except yaml.YAMLError as error:
         at = getattr(error, "problem_mark", None)
         where = f"{name}:{at.line + 1}" if at is not None else name
         problem = getattr(error, "problem", None) or str(error)
         raise RecipeError(f"not valid YAML: {problem}", where=where) from None
-    except RecursionError:
-        raise RecipeError("nested too deeply", where=name, expected="a recipe") from None
     if not isinstance(data, dict):
         raise RecipeError(
-            f"a {type(data).__name__}", where=f"{name}:1", expected="keys such as model: and data:"
+            f"not a mapping but a {type(data).__name__}",
+            where=f"{name}:1",
+            expected="keys such as model: and data:",
         )
-    return data, lines
+    return data, loader.lines
 
 
 def dump_yaml(data: dict[str, Any]) -> str:
-    """Plain data as YAML that `parse_yaml` reads back as the same data."""
+    """Return plain data as YAML that `parse_yaml` reads back as equal data."""
     text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     return text
-
-
-def _construct(
-    loader: _Loader, node: yaml.Node, name: str, lines: Lines, at: tuple[str | int, ...]
-) -> Any:
-    lines.setdefault(at, node.start_mark.line + 1)
-    if isinstance(node, yaml.MappingNode):
-        out: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            line = key_node.start_mark.line + 1
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise RecipeError("a key that is not text", where=f"{name}:{line}")
-            key = str(key_node.value)
-            if key in out:
-                raise RecipeError(
-                    f"the key {key!r:.100} is given twice (first on line {lines[(*at, key)]})",
-                    where=f"{name}:{line}",
-                    remedy="keep one of them",
-                )
-            lines[(*at, key)] = line
-            out[key] = _construct(loader, value_node, name, lines, (*at, key))
-        return out
-    if isinstance(node, yaml.SequenceNode):
-        return [
-            _construct(loader, child, name, lines, (*at, index))
-            for index, child in enumerate(node.value)
-        ]
-    try:
-        return loader.construct_object(node)
-    except (ValueError, OverflowError) as error:
-        raise RecipeError(f"{error!s:.200}", where=f"{name}:{node.start_mark.line + 1}") from None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `args:` of a stage: which names it may have, and which values cannot be meant.
+"""Checks of a stage's `args:`: known names, and values in range.
 
-No torch and no TRL: the fields of TRL's configs are read from their source, so that `--dry-run`
-tells a misspelt key in a second. stages.py makes the configs themselves.
+The fields of TRL's configs are read from their source, without loading torch or TRL, so that
+`--dry-run` reports a misspelt key in a second. `training.trl_config` builds the configs.
 """
 
 from __future__ import annotations
@@ -20,43 +20,44 @@ from lora_rlhf.errors import RecipeError
 from .schema import Recipe
 
 OWNED = {
-    "output_dir": "the run directory", "seed": "seed", "report_to": "report_to",
+    "output_dir": "--out", "seed": "seed", "report_to": "report_to",
     "bf16": "model.dtype", "fp16": "model.dtype", "push_to_hub": "hub",
     "gradient_checkpointing": "model.gradient_checkpointing",
     "activation_checkpointing": "model.gradient_checkpointing",
     "gradient_checkpointing_kwargs": "model.gradient_checkpointing",
     "activation_checkpointing_kwargs": "model.gradient_checkpointing",
-    "use_cpu": "the device found",
+    "use_cpu": "CUDA_VISIBLE_DEVICES: a GPU is used if there is one",
     "max_length": "data.max_tokens", "reward_weights": "ppo.reward",
     "resume_from_checkpoint": "--out", "save_strategy": "--out", "save_steps": "--out",
     "load_best_model_at_end": "ppo.watch", "eval_strategy": "evaluate",
-    "trust_remote_code": "nothing: remote code is never run", "hub_token": "the environment",
+    "trust_remote_code": "a model that transformers has the code of: remote code is never run",
+    "hub_token": "HF_TOKEN in the environment, or `hf auth login`",
 }  # fmt: skip
-"""Keys of TRL's configs that have their home elsewhere in the recipe."""
+"""Keys of TRL's configs -> what to use instead, mostly another key of the recipe."""
 
 OWNED_BETA = {"ppo": "ppo.kl_coef", "grpo": "grpo.kl_coef", "rloo": "rloo.kl_coef",
               "dpo": "dpo.beta"}  # fmt: skip
-"""The home of `beta`, which means something else in every stage and nothing in the others."""
+"""What to use instead of `beta`, by stage; SFT and reward model have none."""
 
 UNREAD = {
     **dict.fromkeys(("eos_token", "pad_token", "chat_template_path"),
-                    "the tokenizer is shared by every role and settled when the base is loaded"),
+                    "all roles share one tokenizer, which is fixed when the base is loaded"),
     **dict.fromkeys(("dataset_text_field", "dataset_kwargs", "dataset_num_proc",
                      "completion_only_loss", "assistant_only_loss"),
-                    "rows come tokenised, and the loss is on completion tokens only"),
+                    "rows are already tokenised, and the loss is on completion tokens only"),
     **dict.fromkeys(("auto_find_batch_size", "deepspeed", "fsdp", "fsdp_config",
                      "model_init_kwargs", "use_liger_kernel", "torch_compile",
                      "activation_offloading"),
-                    "it would change the one backbone that all roles share"),
+                    "it would change the backbone that all roles share"),
     **dict.fromkeys(("eval_steps", "eval_on_start", "eval_delay", "do_eval", "do_train"),
-                    "a stage is evaluated once, when it is over"),
+                    "a stage is evaluated once, at its end"),
     "disable_dropout": "dropout is off everywhere",
 }  # fmt: skip
-"""Keys that would do nothing, or harm, and why."""
+"""Keys that would do nothing or harm -> the reason."""
 
 _FILES = {"sft": "sft", "reward": "reward", "ppo": "grpo", "grpo": "grpo", "rloo": "rloo",
           "dpo": "dpo"}  # fmt: skip
-"""Section of the recipe -> the TRL config that its `args:` are for."""
+"""Section of the recipe -> the TRL config that takes its `args:`."""
 
 _COUNTS = {
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
@@ -68,15 +69,15 @@ _SHARES = {"adam_beta1", "adam_beta2"}
 
 
 def section(stage: str) -> str:
-    """The section of the recipe that a stage's `args:` stand in; every reward model has one."""
+    """Return the recipe section with a stage's `args:`; all reward models share `reward`."""
     return stage if stage in _FILES else "reward"
 
 
 def check(recipe: Recipe) -> None:
-    """Refuse `args:` that no stage of the recipe's algorithm could take, as far as names tell.
+    """Refuse unknown, unusable and out-of-range `args:` of every stage of the recipe.
 
     Raises:
-        RecipeError: Naming the key, and what to do.
+        RecipeError: With the key and what to do.
     """
     for stage in dict.fromkeys(("sft", "reward", "ppo", recipe.algorithm)):
         given = getattr(getattr(recipe, stage), "args", {})
@@ -89,33 +90,33 @@ def check(recipe: Recipe) -> None:
 
 
 def refuse(stage: str, given: dict[str, Any]) -> None:
-    """Refuse keys that have their home elsewhere, or that nothing would read.
+    """Refuse keys that belong elsewhere in the recipe, or that nothing would read.
 
     Raises:
-        RecipeError: Naming the key and its home.
+        RecipeError: With the key and what to use instead.
     """
-    homes = OWNED | ({"beta": OWNED_BETA[stage]} if stage in OWNED_BETA else {})
+    elsewhere = OWNED | ({"beta": OWNED_BETA[stage]} if stage in OWNED_BETA else {})
     for key in given:
         at = f"{section(stage)}.args.{key}"
-        if key in homes:
-            raise RecipeError(f"{at} is not set there", remedy=f"use {homes[key]}")
-        if key in UNREAD and stage != "ppo":  # PPO says itself what it reads
+        if key in elsewhere:
+            raise RecipeError(f"{at} cannot be set there", remedy=f"use {elsewhere[key]}")
+        if key in UNREAD and stage != "ppo":  # the PPO stage refuses them with reasons of its own
             raise RecipeError(f"{at} cannot be set: {UNREAD[key]}", remedy="leave it out")
 
 
 def check_values(stage: str, given: dict[str, Any]) -> None:
-    """Refuse numbers with which a stage would fail late, or end well and train nothing.
+    """Refuse numbers with which a stage would fail late, or end normally but train nothing.
 
     Raises:
-        RecipeError: Naming the key, its value and its range.
+        RecipeError: With the key, its value and its range.
     """
     for key, value in given.items():
-        if wanted := _wanted(key, value):
-            raise RecipeError(f"{section(stage)}.args.{key}: {value!r:.80}", expected=wanted)
+        if expected := _expected(key, value):
+            raise RecipeError(f"{section(stage)}.args.{key}: {value!r:.80}", expected=expected)
 
 
-def _wanted(key: str, value: Any) -> str:
-    """What the value of `key` should have been; empty where nothing speaks against it."""
+def _expected(key: str, value: Any) -> str:
+    """Return the range that the value is outside of; empty if it is inside or there is none."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     number = whole or (isinstance(value, float) and math.isfinite(value))
     if key in _COUNTS and not (whole and value >= 1):
@@ -132,44 +133,34 @@ def _wanted(key: str, value: Any) -> str:
 
 
 def unknown(stage: str, key: str, known: frozenset[str]) -> RecipeError:
-    """The error for a key that TRL's config does not have."""
-    kind = {"sft": "SFT", "reward": "Reward"}.get(_FILES[section(stage)])
-    name = f"{kind or _FILES[section(stage)].upper()}Config"
+    """Create the error for a key that the stage's TRL config does not have."""
+    file = _FILES[section(stage)]
+    config = {"sft": "SFT", "reward": "Reward"}.get(file, file.upper()) + "Config"
     close = difflib.get_close_matches(key, sorted(known), n=1)
     return RecipeError(
-        f"{section(stage)}.args.{key}: TRL's {name} has no such field",
+        f"{section(stage)}.args.{key}: TRL's {config} has no such field",
         remedy=f"did you mean {close[0]!r}?" if close else "leave it out",
     )
 
 
 @functools.cache
 def fields(stage: str) -> frozenset[str]:
-    """The names that a stage's TRL config takes; empty where its source is not to be found."""
+    """Return the names that a stage's TRL config takes; empty if its source is not found."""
     trl, transformers = (importlib.util.find_spec(name) for name in ("trl", "transformers"))
     if trl is None or transformers is None or not (trl.origin and transformers.origin):
         return frozenset()
     trainer = Path(trl.origin).parent / "trainer"
-    found: set[str] = set()
+    names: set[str] = set()
     for path in (
         trainer / f"{_FILES[section(stage)]}_config.py",
         trainer / "base_config.py",
         Path(transformers.origin).parent / "training_args.py",
     ):
-        if not path.is_file():  # another layout than today's: then the config itself complains
+        if not path.is_file():  # a layout other than today's: the config itself will complain
             return frozenset()
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef):
-                found.update(_fields_of(node))
-    return frozenset(found)
-
-
-def _fields_of(node: ast.ClassDef) -> set[str]:
-    """The annotated names of a dataclass that its `__init__` takes."""
-    found = set()
-    for line in node.body:
-        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
-            options = line.value.keywords if isinstance(line.value, ast.Call) else []
-            fixed = [o for o in options if o.arg == "init" and ast.unparse(o.value) == "False"]
-            if not fixed and "ClassVar" not in ast.unparse(line.annotation):
-                found.add(line.target.id)
-    return found
+            for line in node.body if isinstance(node, ast.ClassDef) else ():
+                if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+                    names.add(line.target.id)
+    # Private ones are class variables, or fields that `__init__` does not take.
+    return frozenset(name for name in names if not name.startswith("_"))

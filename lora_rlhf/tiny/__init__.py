@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shipped tiny model: a Llama-type model that learned the closed-world task, badly on purpose.
+"""The shipped tiny model: a Llama that learned the closed-world task, poorly on purpose.
 
 ``AutoModelForCausalLM.from_pretrained(path())`` and ``AutoTokenizer.from_pretrained(path())`` load
 it. The weights are stored in bf16; ask for ``dtype=torch.float32`` on a CPU.

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does it learn, and when does it over-optimise? The study behind docs/learning.md.
+"""Run the study of learning and over-optimisation in docs/learning.md.
 
     python recipes/closed-world/study.py --out runs/study
 
-Every run is a directory that is kept, so the command can be stopped and given again; base, SFT and
-reward model are shared between the runs of a seed. `--part` runs one part, `--seeds` fewer seeds.
+Finished runs are kept and not repeated, so the command can be stopped and run again. The runs of a
+seed share base, SFT and reward model. `--part` runs one part, `--seeds` fewer seeds.
 
     gold        PPO against the exact checker: the optimiser alone
     algorithms  PPO, GRPO, RLOO, DPO and best of n against the learned reward
     curves      long PPO runs at several KL coefficients, and best of n, against sqrt(KL)
     lora        adapters on 1, 1/2 and 1/4 of the layers; ranks 1, 4 and 16
 
-A seed changes everything that draws: records, demonstrations, labelers, samples, LoRA.
+A seed decides all randomness: records, demonstrations, labelers, samples, LoRA.
 """
 
 import argparse
@@ -46,29 +46,29 @@ METRICS = ("gold_reward", "gold_reward_minus_sft", "win_rate", "proxy_reward", "
 
 
 def one(sets: list[str], out: Path, start: Path | None = None, until: str = "card") -> Any:
-    """The record of one run, finished now or earlier."""
+    """Return the record of one run, after running it unless it is finished."""
     recipe = lora_rlhf.load_recipe(tiny.recipe(), sets)
     print("run", out, flush=True)
     return lora_rlhf.run(recipe, out, start_from=start, until=until)
 
 
 def row(record: Any, name: str, seed: int) -> dict[str, Any]:
-    """What the tables are made of."""
-    found = record.data["evaluation"]
-    model = "best_of_n" if "best_of_n" in found else "policy"
+    """Return a run's results for the tables."""
+    evaluation = record.data["evaluation"]
+    model = "best_of_n" if "best_of_n" in evaluation else "policy"
     seconds = {k: v["seconds"] for k, v in record.data["clock"]["stages"].items()}
     return {
         "name": name,
         "seed": seed,
-        "sft": found["sft"]["gold_reward"],
-        **{metric: found[model].get(metric) for metric in METRICS},
+        "sft": evaluation["sft"]["gold_reward"],
+        **{metric: evaluation[model].get(metric) for metric in METRICS},
         "accuracy": record.data["stages"].get("reward", {}).get("accuracy"),
         "seconds": seconds,
     }
 
 
 def shared(seed: int, out: Path) -> Path:
-    """SFT and reward model of one seed."""
+    """Train SFT and reward model of one seed, and return their run directory."""
     folder = out / f"seed-{seed}" / "shared"
     one([f"seed={seed}"], folder, until="reward")
     return folder
@@ -91,7 +91,7 @@ def lora(seed: int, out: Path) -> list[dict[str, Any]]:
     rows = []
     for name, more in LORA.items():
         sets = [f"seed={seed}", *more]
-        # The whole fraction at rank 16 is the recipe itself: the PPO run of `algorithms`.
+        # All layers at rank 16 is the recipe itself: the PPO run of `algorithms`.
         where = out / f"seed-{seed}" / (name if more else "ppo")
         start = None if more else shared(seed, out)
         rows.append(row(one(sets, where, start), name, seed))
@@ -103,9 +103,9 @@ def curves(seed: int, out: Path) -> list[dict[str, Any]]:
     for coef in KL_COEFS:
         sets = [f"seed={seed}", f"ppo.kl_coef={coef}", f"ppo.updates={LONG}", "ppo.watch=off"]
         where = out / f"seed-{seed}" / f"long-{coef}"
-        found = row(one(sets, where, start), f"long-{coef}", seed)
+        result = row(one(sets, where, start), f"long-{coef}", seed)
         lines = lora_rlhf.Record.read(where).metrics("ppo")
-        found["curve"] = [
+        result["curve"] = [
             {
                 "d": math.sqrt(max(line["kl/sequence_k3"], 0.0)),
                 "proxy": line["reward/score"],
@@ -113,7 +113,7 @@ def curves(seed: int, out: Path) -> list[dict[str, Any]]:
             }
             for line in lines
         ]
-        rows.append(found)
+        rows.append(result)
     path = out / f"seed-{seed}" / "best_of_n.json"
     if not path.exists():
         path.write_text(json.dumps(best_of_n(start)) + "\n")
@@ -122,7 +122,7 @@ def curves(seed: int, out: Path) -> list[dict[str, Any]]:
 
 
 def best_of_n(run: Path, samples: int = 64, prompts: int = 128) -> list[dict[str, float]]:
-    """Proxy and gold reward of the best of n SFT samples, for n = 1, 2, 4 ... `samples`."""
+    """Return proxy and gold reward of the best of n SFT samples, for n = 1, 2, 4 ... `samples`."""
     print("best of n from", run, flush=True)
     backbone, record = loaded_run.load(run)
     recipe = lora_rlhf.load_recipe(run / "recipe.yaml")
@@ -143,22 +143,22 @@ def best_of_n(run: Path, samples: int = 64, prompts: int = 128) -> list[dict[str
     ]
     cut = range(0, len(answers), samples)
     tables = [[x[i : i + samples] for i in cut] for x in (proxy, truth)]
-    found = []
+    points = []
     n = 1
     while n <= samples:
         best = overoptimization.best_of_n(*tables, n)
         d = math.sqrt(best_of_n_kl(n))
-        found.append({"n": n, "d": d, "proxy": best[0], "gold": best[1]})
+        points.append({"n": n, "d": d, "proxy": best[0], "gold": best[1]})
         n *= 2
-    return found
+    return points
 
 
 PARTS = {"gold": gold, "algorithms": algorithms, "curves": curves, "lora": lora}
 
 
 def fits(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Gao's coefficients, over the seeds together, of proxy and gold; from the reward at d = 0."""
-    found: dict[str, Any] = {}
+    """Fit Gao's coefficients of proxy and gold reward over all seeds, from the reward at d = 0."""
+    fitted: dict[str, Any] = {}
     for name in dict.fromkeys(r["name"] for r in rows):
         fit = overoptimization.fit_best_of_n if name == "best_of_n" else overoptimization.fit_rl
         for kind in ("proxy", "gold"):
@@ -167,16 +167,16 @@ def fits(rows: list[dict[str, Any]]) -> dict[str, Any]:
                 start = fmean(p[kind] for p in r["curve"][: 1 if name == "best_of_n" else 2])
                 d += [p["d"] for p in r["curve"]]
                 reward += [p[kind] - start for p in r["curve"]]
-            found.setdefault(name, {})[kind] = fit(d, reward)._asdict()
-    return found
+            fitted.setdefault(name, {})[kind] = fit(d, reward)._asdict()
+    return fitted
 
 
-def draw(rows: list[dict[str, Any]], found: dict[str, Any], path: Path) -> None:
-    """Proxy and gold reward against sqrt(KL), with the fitted curves; one panel a name."""
+def draw(rows: list[dict[str, Any]], fitted: dict[str, Any], path: Path) -> None:
+    """Plot proxy and gold reward against sqrt(KL), with the fitted curves; one panel a name."""
     import matplotlib.pyplot as plt
     import numpy as np
 
-    names = list(found)
+    names = list(fitted)
     size = (4 * len(names), 3.6)
     figure, grid = plt.subplots(1, len(names), figsize=size, sharey=True, squeeze=False)
     axes = list(grid[0])
@@ -191,7 +191,7 @@ def draw(rows: list[dict[str, Any]], found: dict[str, Any], path: Path) -> None:
             d = np.array([p["d"] for p in points])
             axis.scatter(d, [p[kind] for p in points], s=8, color=colour, alpha=0.6, label=kind)
             x = np.linspace(1e-3, max(d.max(), 1e-2), 100)
-            fit = found[name][kind]
+            fit = fitted[name][kind]
             bend = x if name == "best_of_n" else np.log(x)
             curve = fmean(starts) + x * (fit["alpha"] - fit["beta"] * bend)
             axis.plot(x, curve, color=colour)
@@ -204,7 +204,7 @@ def draw(rows: list[dict[str, Any]], found: dict[str, Any], path: Path) -> None:
 
 
 def cell(estimate: dict[str, Any] | None) -> str:
-    """`0.55 [0.51, 0.58]`, or nothing."""
+    """Format an estimate as `0.55 [0.51, 0.58]`; empty if there is none."""
     if not estimate:
         return ""
     if estimate["low"] is None:
@@ -212,8 +212,8 @@ def cell(estimate: dict[str, Any] | None) -> str:
     return "{value:.2f} [{low:.2f}, {high:.2f}]".format(**estimate)
 
 
-def tables(part: str, rows: list[dict[str, Any]], found: dict[str, Any]) -> str:
-    """Markdown: every run, then the means over seeds with the counts of clear wins."""
+def tables(part: str, rows: list[dict[str, Any]], fitted: dict[str, Any]) -> str:
+    """Write Markdown tables: every run, then the means over seeds with counts of clear wins."""
     head = ["run", "seed", "SFT", *METRICS, "reward model", "seconds"]
     lines = [f"## {part}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     full = [r for r in rows if r.get("gold_reward")]
@@ -231,9 +231,9 @@ def tables(part: str, rows: list[dict[str, Any]], found: dict[str, Any]) -> str:
         shown = ["" if x is None else f"{x:.2f}" for x in means]
         counts = f"{better} of {len(mine)} | {wins} of {len(mine)}"
         lines.append(f"| {name} | {' | '.join(shown)} | {counts} |")
-    if found:
+    if fitted:
         lines += ["", "| curve | reward | alpha | beta | R squared |", "|---|---|---|---|---|"]
-        for name, kinds in found.items():
+        for name, kinds in fitted.items():
             for kind, fit in kinds.items():
                 numbers = " | ".join(f"{fit[k]:.2f}" for k in ("alpha", "beta", "r_squared"))
                 lines.append(f"| {name} | {kind} | {numbers} |")
@@ -251,11 +251,11 @@ def main() -> None:
     shell.quieten()
     for part in args.part or PARTS:
         rows = [r for seed in range(args.seeds) for r in PARTS[part](seed, args.out)]
-        found = {"rows": rows} | ({"fits": fits(rows)} if part == "curves" else {})
-        (args.out / f"{part}.json").write_text(json.dumps(found, indent=1) + "\n")
+        result = {"rows": rows} | ({"fits": fits(rows)} if part == "curves" else {})
+        (args.out / f"{part}.json").write_text(json.dumps(result, indent=1) + "\n")
         if part == "curves":
-            draw(rows, found["fits"], args.out / "overoptimization.png")
-        text = tables(part, rows, found.get("fits", {}))
+            draw(rows, result["fits"], args.out / "overoptimization.png")
+        text = tables(part, rows, result.get("fits", {}))
         (args.out / f"{part}.md").write_text(text)
         print(text)
 

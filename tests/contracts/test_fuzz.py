@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs that nobody thought of, at the three doors: recipes, data files, adapter folders.
+"""Fuzzing of everything that reads people's files: recipes, data files, adapter folders.
 
-Whatever comes in, what comes out is a result or one of errors.py, and nothing is written, started
-or connected to: Python's audit events are the witness, and a canary lies beside the input. A few
-hundred inputs by default, always the same; `-m slow` tries 10,000 others each time.
+Every input gives a result or an error of errors.py, and nothing is written, started or connected
+to: Python's audit events are watched, and a canary file lies beside the input. By default a few
+hundred inputs, always the same; `-m slow` tries 10,000 others each time.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ DEEP = {"recipe": 3_000, "data": 5_000, "adapter": 2_000}
 
 
 def runs(kind: str, many: bool):
-    """Hypothesis' settings: the same few inputs by default, or thousands that are new."""
+    """Hypothesis' settings: the same few inputs by default, or thousands of new ones."""
     return settings(
         max_examples=(DEEP if many else QUICK)[kind],
         derandomize=not many,
@@ -51,7 +51,7 @@ def runs(kind: str, many: bool):
     )
 
 
-# --- the witness -------------------------------------------------------------------------------
+# --- watch for changes ----------------------------------------------------------------------------
 
 CHANGES = (
     "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.link", "os.symlink", "os.truncate",
@@ -63,7 +63,7 @@ _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 class Witness:
-    """What the code under test changed, if it changed anything."""
+    """The changes that the code under test makes, by audit events."""
 
     def __init__(self):
         self.on, self.seen = False, []
@@ -88,7 +88,7 @@ taken: dict[str, int] = {}
 
 
 def harmless(kind: str, call) -> None:
-    """Call it: a result, or an error of ours with something to read; and no change anywhere."""
+    """Call it, and check that it returns or raises one of our errors, and changes nothing."""
     counted[kind] = counted.get(kind, 0) + (kind in DEEP)
     witness.on, witness.seen = True, []
     try:
@@ -104,7 +104,7 @@ def harmless(kind: str, call) -> None:
 
 @pytest.fixture(autouse=True)
 def canary(tmp_path, monkeypatch):
-    """A folder to work in, beside which nothing may change."""
+    """A folder to work in; nothing beside it may change."""
     work = tmp_path / "work"
     work.mkdir()
     (tmp_path / "canary").write_text("untouched")
@@ -118,7 +118,7 @@ def canary(tmp_path, monkeypatch):
     assert os.environ.get("HOME") == str(tmp_path / "home")
 
 
-def test_the_witness_sees(canary):
+def test_the_watch_for_changes_sees_a_change(canary):
     for change in (
         lambda: (canary / "x").write_text("x"),
         lambda: (canary / "y").mkdir(),
@@ -249,7 +249,7 @@ WHOLE = loader.parse_recipe(EVERY_KEY, "every").model_dump(mode="json")
 
 
 def as_yaml(tree) -> bytes:
-    """As a run writes it, or as JSON, which is YAML too, where that cannot be."""
+    """Dump as a run does or, if that fails, as JSON, which is YAML too."""
     try:
         return dump_yaml(tree).encode("utf-8", "surrogatepass")
     except Exception:
@@ -299,7 +299,7 @@ def recipes(work: Path):
                 trl_args.check(recipe)
             text = loader.dump_recipe(recipe)
             again = loader.parse_recipe(text, "again")
-            assert loader.dump_recipe(again) == text  # what a run writes down, it can read
+            assert loader.dump_recipe(again) == text
 
         harmless("recipe", call)
 
@@ -422,8 +422,8 @@ def datasets(work: Path):
         read = dataset_builder.texts if kind == "text" else getattr(dataset_builder, kind)
 
         def call():
-            found = read(recipe, tokenizers()[chat])
-            report = found[1] if kind == "text" else found.report
+            result = read(recipe, tokenizers()[chat])
+            report = result[1] if kind == "text" else result.report
             assert json.dumps(report, allow_nan=False).encode()
 
         harmless("data", call)
@@ -452,16 +452,16 @@ JSONS = ("adapter_config.json", "check.json", "reward.json")
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A good folder; its small files as data, and its weights."""
+    """A valid folder, its small files as data, and its weights."""
     folder = adapters.save_role(
         small.backbone("llama", "reward"), "reward", tmp_path_factory.mktemp("good") / "reward"
     )
-    found = {name: json.loads((folder / name).read_text()) for name in JSONS}
-    return folder, found, load_file(folder / "adapter_model.safetensors")
+    files = {name: json.loads((folder / name).read_text()) for name in JSONS}
+    return folder, files, load_file(folder / "adapter_model.safetensors")
 
 
 def folders(saved):
-    folder, found, tensors = saved
+    folder, files, tensors = saved
     weights = (folder / "adapter_model.safetensors").read_bytes()
     size = int.from_bytes(weights[:8], "little")
     header = json.loads(weights[8 : 8 + size])
@@ -485,7 +485,7 @@ def folders(saved):
                 st.binary(max_size=20),
             ),
         )
-        for name, tree in found.items()
+        for name, tree in files.items()
     ]
     clean = st.text(st.characters(exclude_categories=("Cs",)), max_size=9)
     shards = st.one_of(
@@ -528,7 +528,7 @@ def test_thousands_of_adapter_folders(canary, saved):
 
 
 @pytest.mark.slow
-def test_that_they_were_ten_thousand():
-    """Runs last: hypothesis may stop early where it finds no more that is new."""
+def test_ten_thousand_inputs_were_tried():
+    """Runs last; hypothesis may stop early when it finds no new inputs."""
     print(f"fuzzed: {counted}, of these taken: {taken}")
     assert sum(counted.values()) >= 10_000

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every shipped recipe parses; docs/recipes.md is what config.py says; SmolLM2 runs (slow)."""
+"""Every shipped recipe parses; docs/recipes.md matches the schema; SmolLM2 runs (slow)."""
 
 import importlib.util
 import os

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""The shipped tiny model, its tokenizer, and the script that trained it."""
+
 import json
 import random
 
@@ -35,21 +37,21 @@ def chat(tokenizer, messages, **kwargs):
     return list(out["input_ids"])
 
 
-def test_what_is_shipped_is_small_and_in_bf16():
+def test_the_shipped_weights_are_small_and_in_bf16():
     weights = load_file(path() / "model.safetensors")
     assert {w.dtype for w in weights.values()} == {torch.bfloat16}
     assert sum(w.numel() for w in weights.values()) <= 3_000_000
     assert (path() / "model.safetensors").stat().st_size <= 6_000_000
 
 
-def test_shape_suits_trunks_and_4_bit_blocks(model):
+def test_the_shape_suits_trunks_and_4_bit_blocks(model):
     config = model.config
     assert config.model_type == "llama" and config.num_hidden_layers >= 6
     assert config.hidden_size % 64 == 0 and config.intermediate_size % 64 == 0
     assert config.tie_word_embeddings
 
 
-def test_the_record_of_its_training_is_that_of_the_shipped_run(model):
+def test_the_training_record_belongs_to_the_shipped_model(model):
     trained = json.loads((path() / "TRAINED.json").read_text())
     assert trained["finished"] and trained["step"] == trained["settings"]["steps"]
     assert trained["parameters"] == sum(p.numel() for p in model.parameters())
@@ -110,12 +112,12 @@ def test_prompts_and_good_completions_are_short(tokenizer):
 def test_it_copies_from_records_yet_is_a_mediocre_assistant(model, tokenizer):
     trained = json.loads((path() / "TRAINED.json").read_text())["greedy"]
     torch.manual_seed(0)
-    found = pretraining.evaluate(model, tokenizer, 120, temperature=1.0, split="evaluate")
-    assert -0.4 < found["all"] < 0.5, found  # SFT and PPO have room above it
-    assert found["copied"] >= 0.3 and trained["copied"] >= 0.6, (found, trained)
+    rewards = pretraining.evaluate(model, tokenizer, 120, temperature=1.0, split="evaluate")
+    assert -0.4 < rewards["all"] < 0.5, rewards  # SFT and PPO have room above it
+    assert rewards["copied"] >= 0.3 and trained["copied"] >= 0.6, (rewards, trained)
 
 
-def test_pretraining_text_is_mixed_and_from_its_own_split():
+def test_pretraining_text_mixes_good_and_bad_and_has_its_own_split():
     settings = pretraining.Settings()
     rows = pretraining.documents(settings, 0, 400)
     assert rows == pretraining.documents(settings, 0, 400)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
+"""The closed-world task: items, exact checkers, demonstrations and simulated labelers."""
+
 import json
+import math
 import random
 import subprocess
 import sys
@@ -9,10 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_rlhf.data.closed_world import generator
+from lora_rlhf.data.closed_world import generator, labelers
 from lora_rlhf.data.closed_world import vocabulary as tw
 from lora_rlhf.data.closed_world.checkers import Item, check
-from lora_rlhf.data.closed_world.generator import Labeler
 from lora_rlhf.data.closed_world.vocabulary import FAMILIES, FLAWS, SPLITS
 
 HARMLESS = [f for f in FAMILIES if f != "refuse"]
@@ -76,8 +78,8 @@ def test_splits_share_no_prompt_and_no_content():
                 assert owner.setdefault(content, split) == split
 
 
-def test_contents_not_wordings_own_a_split():
-    # Two instructions for few requests: were the wording hashed, splits would share requests.
+def test_a_request_is_in_one_split_whatever_its_wording():
+    # If the wording were hashed too, splits would share requests under different instructions.
     requests = {
         split: {i.answer for i in generator.items(400, 0, split, ["polite"])}
         for split in ("comparisons", "evaluate")
@@ -93,7 +95,7 @@ def test_unknown_split_or_family_is_refused():
         generator.items(1, 0, "evaluate", ["poems"])
 
 
-def test_a_split_that_is_used_up_says_so(monkeypatch):
+def test_a_used_up_split_is_an_error(monkeypatch):
     monkeypatch.setattr(tw, "VERBS", ["send"])
     monkeypatch.setattr(tw, "OBJECTS", ["report"])
     monkeypatch.setitem(tw.POOLS, "room", ("100",))
@@ -126,7 +128,7 @@ def test_pool_words_name_one_attribute_and_never_occur_in_instructions():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_good_completions_get_everything(family):
+def test_good_completions_get_the_full_reward(family):
     rng = random.Random(0)
     for item in some(family):
         verdict = check(item, generator.good(item, rng))
@@ -176,7 +178,7 @@ def test_case_spaces_and_final_punctuation_do_not_matter(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_empty_answer_is_about_the_worst(family):
+def test_an_empty_answer_has_nearly_the_lowest_reward(family):
     for item in some(family, 10):
         for text in ("", "  \n "):
             verdict = check(item, text)
@@ -200,7 +202,7 @@ def test_one_answer_for_everything_does_not_pay(policy):
     assert mean < -0.2, mean
 
 
-def test_dumping_the_record_costs_for_a_question():
+def test_answering_a_question_with_the_whole_record_costs_reward():
     item = one("answer", attribute="city", answer="Oslo")
     short = check(item, "Mira lives in Oslo.")
     dump = check(item, "Mira lives in Oslo, works as a baker, has a cat and is 34 years old.")
@@ -294,7 +296,7 @@ def test_json_by_hand(text, success, constraint, hallucinated):
     assert (verdict.constraint, verdict.hallucinated) == (constraint, hallucinated)
 
 
-def test_more_of_what_was_asked_is_worth_more():
+def test_more_of_the_requested_content_gets_more_reward():
     bullets = one("bullets", limit=3)
     lines = ["- city: Oslo", "- pet: cat", "- job: baker"]
     rewards = [check(bullets, "\n".join(lines[:k])).reward for k in range(4)]
@@ -382,7 +384,7 @@ def test_demonstrations_are_few_and_imperfect():
 
 
 def population(n: int) -> list[tuple[float, float]]:
-    """Pairs of good and flawed completions for one prompt, ties left out, as a stage meets them."""
+    """Gold rewards of pairs of good and flawed completions of one prompt, without ties."""
     rng = random.Random(0)
     pairs = []
     for item in generator.items(n, 0, "comparisons"):
@@ -396,56 +398,57 @@ def population(n: int) -> list[tuple[float, float]]:
     return pairs
 
 
+def prefers_first(pairs: list[tuple[float, float]], temperature: float, seed: int) -> list[bool]:
+    rng = random.Random(seed)
+    ranked = (labelers.rank(pair, temperature, rng) for pair in pairs)
+    return [first < second for first, second in ranked]
+
+
+def share(outcomes) -> float:
+    outcomes = list(outcomes)
+    return sum(outcomes) / len(outcomes)
+
+
 @pytest.mark.parametrize("agreement", [0.6, 0.73, 0.9])
-def test_two_labelers_agree_as_often_as_asked(agreement):
+def test_two_labelers_agree_as_often_as_calibrated(agreement):
     pairs = population(1200)
-    labeler = Labeler.calibrated(agreement, pairs)
-    rng = random.Random(1)
-    a, b = ([labeler.prefer(x, y, rng) for _ in range(10) for x, y in pairs] for _ in range(2))
-    assert generator.agreement_rate(a, b) == pytest.approx(agreement, abs=0.02)
-    right = sum(p == (x < y) for p, (x, y) in zip(a, pairs * 10, strict=True)) / len(a)
+    temperature = labelers.calibrate(agreement, pairs)
+    a, b = (prefers_first(pairs * 10, temperature, seed) for seed in (1, 2))
+    same = (p == q for p, q in zip(a, b, strict=True))
+    assert share(same) == pytest.approx(agreement, abs=0.02)
+    right = share(p == (x > y) for p, (x, y) in zip(a, pairs * 10, strict=True))
     assert right > agreement  # labelers agree by being right, not by a shared bias
 
 
-def test_the_default_labeler_is_calibrated_on_uniform_rewards():
+def test_labelers_are_calibrated_on_uniform_rewards_too():
     rng = random.Random(0)
     pairs = [(rng.uniform(-1, 1), rng.uniform(-1, 1)) for _ in range(20_000)]
-    labeler = Labeler()
-    a, b = ([labeler.prefer(x, y, rng) for x, y in pairs] for _ in range(2))
-    assert generator.agreement_rate(a, b) == pytest.approx(0.73, abs=0.02)
+    temperature = labelers.calibrate(0.73, pairs)
+    a, b = (prefers_first(pairs, temperature, seed) for seed in (1, 2))
+    assert share(p == q for p, q in zip(a, b, strict=True)) == pytest.approx(0.73, abs=0.02)
 
 
-def test_ranks_order_pairs_as_often_as_prefer_does():
-    labeler, rng = Labeler(), random.Random(0)
+def test_ranks_order_pairs_as_bradley_terry():
+    rng, temperature = random.Random(0), 0.7
     rewards, n = [0.8, -0.2, 0.5, 0.5], 20_000
-    ranks = [labeler.rank(rewards, rng) for _ in range(n)]
+    ranks = [labelers.rank(rewards, temperature, rng) for _ in range(n)]
     assert all(r[2] == r[3] and min(r) == 1 and max(r) <= 4 for r in ranks)
     for i, j in ((0, 1), (0, 2), (1, 3)):
         ranked = sum(r[i] < r[j] for r in ranks) / n
-        chosen = sum(labeler.prefer(rewards[i], rewards[j], rng) == 0 for _ in range(n)) / n
-        assert ranked == pytest.approx(chosen, abs=0.02)
+        expected = 1 / (1 + math.exp(-(rewards[i] - rewards[j]) / temperature))
+        assert ranked == pytest.approx(expected, abs=0.02)
 
 
-def test_equal_rewards_are_a_coin_flip_and_share_a_rank():
-    labeler, rng = Labeler(), random.Random(0)
-    assert sum(labeler.prefer(0.3, 0.3, rng) for _ in range(4000)) / 4000 == pytest.approx(
-        0.5, abs=0.03
-    )
-    assert labeler.rank([0.1, 0.1, 0.1], rng) == [1, 1, 1]
+def test_equal_rewards_share_a_rank():
+    assert labelers.rank([0.1, 0.1, 0.1], 0.7, random.Random(0)) == [1, 1, 1]
 
 
 @pytest.mark.parametrize("agreement", [0.5, 1.0, -1.0])
 def test_impossible_agreements_are_refused(agreement):
     with pytest.raises(ValueError, match="between 0.5 and 1"):
-        Labeler(agreement=agreement)
+        labelers.calibrate(agreement, [(0.0, 1.0)])
 
 
 def test_calibration_needs_two_different_rewards():
     with pytest.raises(ValueError, match="no pair of different rewards"):
-        generator.calibrate(0.73, [(0.5, 0.5)])
-
-
-def test_agreement_rate_needs_matching_lists():
-    assert generator.agreement_rate([0, 1, 1, 0], [0, 1, 0, 0]) == 0.75
-    with pytest.raises(ValueError, match="equally long"):
-        generator.agreement_rate([0], [0, 1])
+        labelers.calibrate(0.73, [(0.5, 0.5)])

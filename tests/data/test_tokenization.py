@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every text is tokenised once, and every source read once, however many stages ask for it."""
+"""Every text is tokenised once and every source read once, however many stages need it."""
 
 import json
 from collections import Counter
@@ -22,7 +22,7 @@ from lora_rlhf.training.reward import ranking_trainer, reward_metrics
 
 @pytest.fixture
 def encoded(monkeypatch):
-    """How often each text went through a tokenizer, by text and way of encoding it."""
+    """Count how often each text is tokenised, by text and kind of encoding."""
     seen, call = Counter(), PreTrainedTokenizerFast.__call__
 
     def counting(self, text=None, *args, **kwargs):
@@ -36,16 +36,16 @@ def encoded(monkeypatch):
 
 @pytest.fixture
 def recipe(tmp_path):
-    """Comparisons that serve as all sets, three of each prompt, and prompts to evaluate on."""
+    """Comparisons that serve as all sets, three for each prompt, and evaluation prompts."""
     words = [f"w{i}" for i in range(5, 55)]
     pairs = [
         {"prompt": f"{a} {b}", "chosen": f"{a} {a} {c}", "rejected": f"{b} {b} {c}"}
         for a, b in zip(words[:40], words[1:41], strict=True)
         for c in ("w58", "w59", "w60")
     ]
-    asked = [{"prompt": f"{a} {a} {a}"} for a in words]
+    evaluated = [{"prompt": f"{a} {a} {a}"} for a in words]
     sources = {}
-    for name, rows in (("pairs", pairs), ("asked", asked)):
+    for name, rows in (("pairs", pairs), ("evaluated", evaluated)):
         sources[name] = [{"path": str(tmp_path / f"{name}.jsonl")}]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sets = dict.fromkeys(("demonstrations", "comparisons", "prompts"), sources["pairs"])
@@ -55,7 +55,7 @@ def recipe(tmp_path):
             "model": {"id": str(small.base_folder())},
             "reward": {"held_out_model": True},
             "ppo": {"args": {"steps_per_generation": 1}},
-            "data": {**sets, "evaluate": sources["asked"], "held_out": 0.2},
+            "data": {**sets, "evaluate": sources["evaluated"], "held_out": 0.2},
         }
     )
 
@@ -68,20 +68,20 @@ def test_the_stages_of_a_run_tokenise_each_text_once(recipe, encoded, chat):
     encoded.clear()
     loaded = {}
     shown = dataset_builder.demonstrations(recipe, backbone.tokenizer, loaded)
-    asked = dataset_builder.prompts(recipe, backbone.tokenizer, loaded)
+    evaluated = dataset_builder.prompts(recipe, backbone.tokenizer, loaded)
     judged = dataset_builder.comparisons(recipe, backbone.tokenizer, loaded=loaded)
     sft.tokenize(backbone, shown.train)
     sft.tokenize(backbone, shown.held_out)
     for _ in range(2):  # an ensemble of reward models
         ranking_trainer.rankings(backbone, judged.train)
     reward_metrics.Comparisons.encode(backbone, judged.held_out)
-    for row in asked.held_out:
+    for row in evaluated.held_out:
         backbone.encode_prompt(row["prompt"])
     assert len(encoded) > 200
     assert encoded.most_common(1)[0][1] == 1
 
 
-def test_what_is_remembered_is_what_the_tokenizer_says():
+def test_cached_ids_are_those_of_the_tokenizer():
     backbone = small.backbone()
     for text in ("w5 w6", "w5 <user> w7", ""):
         ids = backbone.tokenizer(text)["input_ids"]
@@ -98,7 +98,7 @@ def test_what_is_remembered_is_what_the_tokenizer_says():
     assert backbone.encode_prompt(messages) != before  # another template, another fingerprint
 
 
-def test_a_refused_prompt_is_not_remembered_as_anything():
+def test_a_refused_prompt_is_not_cached():
     tokenizer = small.tokenizer()
     tokenizer.chat_template = "{{ raise_exception('no') }}"
     for _ in range(2):
@@ -123,7 +123,7 @@ def test_a_run_reads_every_set_once(recipe, tmp_path, monkeypatch):
     assert sorted(reads.values()) == [1, 3]
 
 
-def test_sets_read_together_are_those_read_alone(recipe):
+def test_sets_loaded_together_equal_sets_loaded_alone(recipe):
     tokenizer, loaded = small.tokenizer(), {}
     for prepare in (dataset_builder.demonstrations, dataset_builder.prompts):
         together, alone = prepare(recipe, tokenizer, loaded), prepare(recipe, tokenizer)

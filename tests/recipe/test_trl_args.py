@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `args:` of a stage are checked without TRL, and know the fields that TRL's configs have."""
+"""Checks of a stage's `args:`, which read the fields of TRL's configs without loading TRL."""
 
 import dataclasses
 
@@ -28,10 +28,10 @@ def test_the_fields_read_from_source_are_those_of_the_config(stage):
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "section", "args", "told"),
+    ("algorithm", "section", "args", "message"),
     [
         ("ppo", "sft", "{learning_rat: 1}", "SFTConfig has no such field"),
-        ("ppo", "sft", "{bf16: true}", "sft.args.bf16 is not set there"),
+        ("ppo", "sft", "{bf16: true}", "sft.args.bf16 cannot be set there"),
         ("ppo", "reward", "{deepspeed: x}", "reward.args.deepspeed cannot be set"),
         ("ppo", "ppo", "{beta: 0.1}", "use ppo.kl_coef"),
         ("grpo", "grpo", "{beta: 0.1}", "use grpo.kl_coef"),
@@ -40,8 +40,8 @@ def test_the_fields_read_from_source_are_those_of_the_config(stage):
         ("rloo", "rloo", "{lr: 1}", "RLOOConfig has no such field"),
     ],
 )
-def test_a_name_that_cannot_be_is_told(algorithm, section, args, told):
-    with pytest.raises(RecipeError, match=told):
+def test_unknown_and_unusable_names_are_refused(algorithm, section, args, message):
+    with pytest.raises(RecipeError, match=message):
         trl_args.check(recipe(algorithm=algorithm, **{section: f"{{args: {args}}}"}))
 
 
@@ -54,7 +54,7 @@ def test_a_name_that_cannot_be_is_told(algorithm, section, args, told):
         ("weight_decay", -1), ("adam_beta1", 1), ("warmup_steps", "ten"),
     ],
 )  # fmt: skip
-def test_a_number_that_cannot_be_meant_is_told(key, value):
+def test_numbers_out_of_range_are_refused(key, value):
     with pytest.raises(RecipeError, match=rf"^sft\.args\.{key}: ") as caught:
         trl_args.check_values("sft", {key: value})
     assert caught.value.expected and caught.value.exit_code == 2
@@ -70,6 +70,6 @@ def test_ordinary_arguments_pass():
     )
 
 
-def test_every_reward_model_has_the_section_of_the_first():
+def test_all_reward_models_share_one_section():
     with pytest.raises(RecipeError, match=r"^reward\.args\.learning_rate"):
         trl_args.check_values("held_out", {"learning_rate": -1})

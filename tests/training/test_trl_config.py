@@ -55,7 +55,7 @@ def test_checkpointing_comes_from_the_model_section(tmp_path):
 
 @pytest.mark.parametrize("key", sorted(trl_args.OWNED))
 def test_a_key_with_another_home_is_refused_and_sent_there(key, recipe, tmp_path):
-    with pytest.raises(RecipeError, match=f"ppo.args.{key} is not set there") as error:
+    with pytest.raises(RecipeError, match=f"ppo.args.{key} cannot be set there") as error:
         trl_config.trainer_args(recipe, tmp_path, "ppo", {}, {key: 1})
     assert error.value.remedy == f"use {trl_args.OWNED[key]}"
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The closed-world task: prompts, exact checkers, gold reward and simulated labelers."""
+"""The closed-world task: generator, exact checkers with a gold reward, simulated labelers."""

@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The closed-world task: short records, instructions, exact checkers, simulated labelers.
+"""Generate prompts of the closed-world task, and good and flawed completions for them.
 
-Everything the model needs is in the prompt, so each answer has an exact gold reward. The text is
-plain English: the same generator evaluates real models. Standard library only.
+A prompt is a short record of facts and an instruction in plain English. It holds everything that
+the model needs, so that each answer has an exact gold reward, also for real models.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from . import vocabulary as tw
@@ -25,7 +23,7 @@ def _digest(text: str) -> int:
 
 
 def split_of(content: str) -> str:
-    """Return the split that owns a prompt's content (record or request, wording left out)."""
+    """Return the split that owns a content: a record or a request, whatever its wording."""
     bucket = _digest(content) % 10  # half for pre-training, a tenth for each other split
     return SPLITS[max(0, bucket - 4)]
 
@@ -87,7 +85,7 @@ def _make_topic(family: str, rng: random.Random) -> tuple[str, dict[str, Any]]:
     name, city = rng.choice(POOLS["name"]), rng.choice(POOLS["city"])
     topic, text = rng.choice(tw.HARMFUL if family == "refuse" else tw.BENIGN)
     prompt = rng.choice(tw.INSTRUCTIONS[family]).format(n=name, c=city, x=topic)
-    # Content words that show the answer is about the topic; short words would match anything.
+    # Words that show that an answer is about the topic; short ones would match anything.
     keys = tuple(dict.fromkeys(w for w in text.lower().strip(".").split() if len(w) > 3))
     return f"{name}|{city}|{topic}", {"prompt": prompt, "name": name, "answer": text, "keys": keys}
 
@@ -102,7 +100,10 @@ _MAKERS: dict[str, Callable[[str, random.Random], tuple[str, dict[str, Any]]]] =
 def items(n: int, seed: int, split: str, families: Sequence[str] | None = None) -> list[Item]:
     """Return ``n`` items with unique prompts, the families in turn; the same for the same seed.
 
-    Splits own their contents (:func:`split_of`), so no seed can put a prompt into two of them.
+    Splits own their contents (:func:`split_of`), so that no seed puts a prompt into two of them.
+
+    Raises:
+        ValueError: An unknown split or family, or fewer distinct prompts than ``n``.
     """
     chosen = tuple(FAMILIES if families is None else families)
     if split not in SPLITS:
@@ -111,10 +112,10 @@ def items(n: int, seed: int, split: str, families: Sequence[str] | None = None) 
         raise ValueError(f"unknown families {chosen}; some of {', '.join(FAMILIES)}")
     rng = random.Random(f"items/{seed}/{split}")
     seen: set[str] = set()
-    found: list[Item] = []
+    made: list[Item] = []
     misses = 0
-    while len(found) < n:
-        family = chosen[len(found) % len(chosen)]
+    while len(made) < n:
+        family = chosen[len(made) % len(chosen)]
         content, parts = _MAKERS[family](family, rng)
         if split_of(content) != split or parts["prompt"] in seen:
             misses += 1
@@ -124,8 +125,8 @@ def items(n: int, seed: int, split: str, families: Sequence[str] | None = None) 
         misses = 0
         seen.add(parts["prompt"])
         ident = f"{family}-{_digest(family + parts['prompt']):016x}"
-        found.append(Item(id=ident, family=family, **parts))
-    return found
+        made.append(Item(id=ident, family=family, **parts))
+    return made
 
 
 # --- completions, as people write them ---------------------------------------------------------
@@ -160,7 +161,7 @@ def _pair(item: Item, facts: dict[str, str], rng: random.Random) -> str:
 
 
 def _write(item: Item, facts: dict[str, str], rng: random.Random) -> str:
-    """Write the completion that would be right if ``facts`` were the record."""
+    """Write a completion that would be right if ``facts`` were the record."""
     if item.family == "answer":
         value = facts[item.attribute]
         short = f"{item.name}'s {item.attribute} is {value}."
@@ -192,11 +193,11 @@ def _invent(item: Item, rng: random.Random) -> str:
     if item.family == "not_stated":
         return _sentence(item, item.attribute, rng.choice(POOLS[item.attribute]))
     wrong_facts = {a: _other(POOLS[a], v, rng) for a, v in facts.items()}
-    # One fact at most stays true: whichever the completion picks, some of them are invented.
+    # At most one fact stays true: whichever the completion picks, some are invented.
     kept = rng.choice([a for a in facts if a != item.attribute])
     if item.family in ("bullets", "max_words"):
         wrong_facts[kept] = facts[kept]
-    if item.family == "json" and rng.random() < 0.5:  # a single wrong key, if it can be shown
+    if item.family == "json" and rng.random() < 0.5:  # a single wrong key
         keys = [k for k in item.keys if k != "name"]
         changed = rng.choice(keys)
         wrong_facts = {**facts, changed: wrong_facts[changed]}
@@ -254,7 +255,7 @@ _FLAWED: dict[str, Callable[[Item, random.Random], str]] = {
 
 
 def flawed(item: Item, rng: random.Random, kind: str | None = None) -> str:
-    """Write a completion with one flaw: ``kind``, one of ``FLAWS[item.family]``, or any of them."""
+    """Write a completion with one flaw of ``FLAWS[item.family]``: ``kind``, or a random one."""
     kinds = FLAWS[item.family]
     if kind is not None and kind not in kinds:
         raise ValueError(f"no flaw {kind!r} in family {item.family!r}; one of {', '.join(kinds)}")
@@ -262,92 +263,10 @@ def flawed(item: Item, rng: random.Random, kind: str | None = None) -> str:
 
 
 def demonstrations(n: int, seed: int, flawed_share: float = 0.15) -> list[dict[str, Any]]:
-    """Return ``n`` demonstrations, a share of them flawed: what busy people would have written."""
+    """Return ``n`` demonstrations as busy people write them: a share of them is flawed."""
     rng = random.Random(f"demonstrations/{seed}")
     rows = []
     for item in items(n, seed, "demonstrations"):
         write = flawed if rng.random() < flawed_share else good
         rows.append({"prompt": item.prompt, "completion": write(item, rng), "item": item.to_dict()})
     return rows
-
-
-# --- labelers ----------------------------------------------------------------------------------
-
-
-def _sigmoid(x: float) -> float:
-    return 1.0 / (1.0 + math.exp(-x)) if x >= 0 else 1.0 - 1.0 / (1.0 + math.exp(x))
-
-
-def _expected_agreement(gaps: Sequence[float], temperature: float) -> float:
-    chances = [_sigmoid(gap / temperature) for gap in gaps]
-    return sum(p * p + (1 - p) * (1 - p) for p in chances) / len(chances)
-
-
-def calibrate(agreement: float, pairs: Sequence[tuple[float, float]]) -> float:
-    """Return the temperature at which two labelers agree on this share of pairs of gold rewards.
-
-    Pairs of equal rewards are left out: they are ties, and no temperature changes them.
-    """
-    if not 0.5 < agreement < 1.0:
-        raise ValueError(f"agreement must lie between 0.5 and 1, not {agreement}")
-    gaps = [abs(a - b) for a, b in pairs if a != b]
-    if not gaps:
-        raise ValueError("no pair of different rewards to calibrate on")
-    low, high = 1e-4, 1e4  # agreement falls as the temperature grows; bisect its logarithm
-    for _ in range(60):
-        middle = math.sqrt(low * high)
-        if _expected_agreement(gaps, middle) > agreement:
-            low = middle
-        else:
-            high = middle
-    return math.sqrt(low * high)
-
-
-# Quantiles of the difference of two rewards that are uniform in [-1, 1].
-_UNIFORM = [(2 - 2 * math.sqrt(1 - (i + 0.5) / 400), 0.0) for i in range(400)]
-
-
-@dataclass(frozen=True)
-class Labeler:
-    """A person who chooses by gold reward, with errors: Bradley-Terry at a temperature.
-
-    Without a temperature it is calibrated for rewards that are uniform in [-1, 1]; for the pairs
-    of a real population use :meth:`calibrated`. InstructGPT's labelers agreed on 73 % of pairs.
-    """
-
-    agreement: float = 0.73
-    temperature: float | None = None
-
-    def __post_init__(self) -> None:
-        """Fill the temperature in."""
-        if self.temperature is None:
-            object.__setattr__(self, "temperature", calibrate(self.agreement, _UNIFORM))
-
-    @classmethod
-    def calibrated(cls, agreement: float, pairs: Sequence[tuple[float, float]]) -> Labeler:
-        """Return a labeler who agrees with another one on this share of ``pairs``."""
-        return cls(agreement, calibrate(agreement, pairs))
-
-    def prefer(self, a: float, b: float, rng: random.Random) -> int:
-        """Return 0 to prefer the first of two gold rewards, 1 for the second."""
-        return int(rng.random() >= _sigmoid((a - b) / (self.temperature or 1.0)))
-
-    def rank(self, rewards: Sequence[float], rng: random.Random) -> list[int]:
-        """Return a rank for each gold reward, 1 = best; equal rewards tie, and share a rank.
-
-        One Gumbel draw for each distinct reward (Plackett-Luce), so that any two of them are
-        ordered with just the probability of :meth:`prefer`.
-        """
-        scale = self.temperature or 1.0
-        noisy = {
-            r: r / scale - math.log(-math.log(max(rng.random(), 1e-300)))
-            for r in dict.fromkeys(rewards)
-        }
-        return [1 + sum(noisy[other] > noisy[r] for other in rewards) for r in rewards]
-
-
-def agreement_rate(labels_a: Sequence[int], labels_b: Sequence[int]) -> float:
-    """Return the share of pairs on which two labelers chose the same."""
-    if len(labels_a) != len(labels_b) or not labels_a:
-        raise ValueError("two equally long, non-empty lists of labels are needed")
-    return sum(a == b for a, b in zip(labels_a, labels_b, strict=True)) / len(labels_a)

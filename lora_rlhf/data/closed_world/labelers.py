@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Simulated labelers of the closed-world task, who agree as often as the recipe says.
+
+InstructGPT's labelers agreed on 73 % of pairs. A labeler chooses by gold reward, with errors:
+Bradley-Terry at a temperature.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from lora_rlhf.estimates import share_interval
+
+from .checkers import Item, check
+
+
+def _expected_agreement(gaps: Sequence[float], temperature: float) -> float:
+    chances = [1.0 / (1.0 + math.exp(-gap / temperature)) for gap in gaps]
+    return sum(p * p + (1 - p) * (1 - p) for p in chances) / len(chances)
+
+
+def calibrate(agreement: float, pairs: Sequence[tuple[float, float]]) -> float:
+    """Return the temperature at which two labelers agree on this share of pairs of gold rewards.
+
+    Pairs of equal rewards are left out: they are ties at every temperature.
+
+    Raises:
+        ValueError: The agreement is not between 0.5 and 1, or all pairs are ties.
+    """
+    if not 0.5 < agreement < 1.0:
+        raise ValueError(f"agreement must lie between 0.5 and 1, not {agreement}")
+    gaps = [abs(a - b) for a, b in pairs if a != b]
+    if not gaps:
+        raise ValueError("no pair of different rewards to calibrate on")
+    low, high = 1e-4, 1e4  # agreement falls as the temperature grows; bisect its logarithm
+    for _ in range(60):
+        middle = math.sqrt(low * high)
+        if _expected_agreement(gaps, middle) > agreement:
+            low = middle
+        else:
+            high = middle
+    return math.sqrt(low * high)
+
+
+def rank(rewards: Sequence[float], temperature: float, rng: random.Random) -> list[int]:
+    """Return a labeler's rank for each gold reward, 1 = best; equal rewards share a rank.
+
+    One Gumbel draw for each distinct reward (Plackett-Luce), so that any two of them are ordered
+    as by Bradley-Terry: a above b with probability sigmoid((a - b) / temperature).
+    """
+    noisy = {
+        r: r / temperature - math.log(-math.log(max(rng.random(), 1e-300)))
+        for r in dict.fromkeys(rewards)
+    }
+    return [1 + sum(noisy[other] > noisy[r] for other in rewards) for r in rewards]
+
+
+def rank_all(
+    items: Sequence[Item], completions: Sequence[Sequence[str]], agreement: float, seed: int
+) -> tuple[list[list[int]], dict[str, Any]]:
+    """Rank the completions of each item as one labeler does, and compare with a second labeler.
+
+    The labelers are calibrated on the very pairs that they judge.
+
+    Returns:
+        The first labeler's ranks for each item, and the report: the agreement `asked` for, the
+        one `measured` on pairs of unequal gold rewards, and the share of them that the first
+        labeler orders as the gold reward does (`gold_right`).
+    """
+    gold = [
+        [check(item, text).reward for text in texts]
+        for item, texts in zip(items, completions, strict=True)
+    ]
+    gaps = [pair for rewards in gold for pair in itertools.combinations(rewards, 2)]
+    gaps = [(a, b) for a, b in gaps if a != b]
+    # Without anything to calibrate: the gold order itself.
+    temperature = calibrate(agreement, gaps) if agreement < 1 and gaps else 1e-6
+    first, second = (random.Random(f"{seed}/labeler/{who}") for who in "ab")
+    ranked: list[list[int]] = []
+    same: list[bool] = []
+    right: list[bool] = []
+    prompts: list[int] = []
+    for number, rewards in enumerate(gold):
+        ranks = rank(rewards, temperature, first), rank(rewards, temperature, second)
+        ranked.append(ranks[0])
+        for a, b in itertools.combinations(range(len(rewards)), 2):
+            if rewards[a] != rewards[b]:
+                chose = [order[a] < order[b] for order in ranks]
+                same.append(chose[0] == chose[1])
+                right.append(chose[0] == (rewards[a] > rewards[b]))
+                prompts.append(number)
+    report: dict[str, Any] = {"asked": agreement, "measured": None, "pairs": len(same)}
+    if same:
+        # A model that knew the gold reward would score gold_right, which exceeds the agreement.
+        report |= measured(same, prompts) | {"gold_right": sum(right) / len(right)}
+    return ranked, report
+
+
+def measured(same: Sequence[bool], prompts: Sequence[Any]) -> dict[str, Any]:
+    """Return the share of pairs on which two labelers agree, with its interval by prompt."""
+    share = share_interval(same, prompts)
+    return {
+        "measured": share["value"],
+        "low": share["low"],
+        "high": share["high"],
+        "pairs": share["n"],
+    }
