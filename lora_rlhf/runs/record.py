@@ -69,9 +69,7 @@ class Record:
         self.folder, self.data = Path(folder), data
         self.warm_start = False
         self.on_done: Callable[[], None] = lambda: None  # before a stage is marked as done
-        self.on_saved: Callable[[bool], None] = lambda whole_stage: (
-            None
-        )  # after one, or a checkpoint
+        self.on_saved: Callable[[bool], None] = lambda whole_stage: None  # or a checkpoint
 
     @classmethod
     def open(cls, folder: str | Path, recipe: Recipe, *, warm_start: bool = False) -> Record:

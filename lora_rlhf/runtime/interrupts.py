@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When a run has to stop early: at a signal, or when its minutes are used up.
+"""Early stops of a run: signals and the time budget.
 
-A trainer can only stop well where its state is whole, after an optimizer step. While one trains, a
-signal therefore waits for that boundary; anywhere else it raises at once, because there is nothing
-to save that is not on disk already. Nothing heavy is imported here: the command line needs it.
+A trainer's state is whole only after an optimizer step. While one trains, a signal therefore waits
+for the end of the step; anywhere else it raises at once, because everything is on disk already.
+Nothing heavy is imported here: the command line needs this module.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from collections.abc import Callable, Iterator
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM, by name; libraries treat it as they treat Ctrl-C."""
+    """SIGINT or SIGTERM, by name; libraries treat it like Ctrl-C."""
 
 
 class OutOfTime(Exception):
-    """The run's minutes are used up; what was done so far is kept."""
+    """The time budget of the run is used up; everything so far is saved."""
 
 
 class _State:
-    """Of this process: signals and clocks belong to all of it."""
+    """State of this process, since signals and clocks belong to all of it."""
 
     waiting: str | None = None
-    inside = 0
+    deferred = 0
     deadline: float | None = None
     say: Callable[[str], None] | None = None
 
@@ -33,35 +33,38 @@ class _State:
 _state = _State()
 
 
-def request(name: str) -> None:
-    """A signal arrived: remember it until the next boundary, or raise where there is none.
+def receive(name: str) -> None:
+    """Handle a signal: defer it while a trainer is at work, else raise.
 
     Raises:
         Interrupted: No trainer is at work.
     """
     _state.waiting = name
-    if not _state.inside:
+    if not _state.deferred:
         raise Interrupted(name)
     if _state.say is not None:
-        _state.say(f"{name}: saving at the next boundary; a second one stops at once")
+        shown, again = ("Ctrl-C", "Press") if name == "SIGINT" else (name, "Send")
+        _state.say(
+            f"{shown}: finishing this step, then saving. {again} again to quit without saving."
+        )
 
 
-def wanted() -> bool:
+def stop_requested() -> bool:
     """Whether to stop at the next boundary."""
     return _state.waiting is not None or out_of_time()
 
 
 def out_of_time() -> bool:
-    """Whether the run's minutes are used up."""
+    """Whether the time budget is used up."""
     return _state.deadline is not None and time.monotonic() >= _state.deadline
 
 
-def leave() -> None:
-    """Stop now, if that is wanted.
+def stop_if_requested() -> None:
+    """Raise if a signal waits or the time budget is used up.
 
     Raises:
         Interrupted: A signal waited for this.
-        OutOfTime: The minutes are used up.
+        OutOfTime: The time budget is used up.
     """
     if _state.waiting is not None:
         name, _state.waiting = _state.waiting, None
@@ -71,34 +74,34 @@ def leave() -> None:
 
 
 def sleep(seconds: float) -> None:
-    """Wait, then stop if a signal came: Python drops what is raised inside a callback.
+    """Sleep, then raise if a signal came: Python drops what is raised inside a callback.
 
     Raises:
-        Interrupted: A signal came, and where it came its exception was lost.
+        Interrupted: A signal came, and its exception was lost.
     """
     time.sleep(seconds)
-    if _state.waiting is not None and not _state.inside:
-        leave()
+    if _state.waiting is not None and not _state.deferred:
+        stop_if_requested()
 
 
 @contextlib.contextmanager
-def at_boundaries(say: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Signals wait inside, for code that looks at `wanted`; they raise when it is left.
+def deferred(say: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Defer signals inside, for code that checks `stop_requested`; raise on leaving.
 
     Raises:
-        Interrupted, OutOfTime: As `leave`.
+        Interrupted, OutOfTime: As `stop_if_requested`.
     """
-    _state.inside, _state.say = _state.inside + 1, say
+    _state.deferred, _state.say = _state.deferred + 1, say
     try:
         yield
     finally:
-        _state.inside -= 1
-    leave()
+        _state.deferred -= 1
+    stop_if_requested()
 
 
 @contextlib.contextmanager
-def budget(minutes: float | None) -> Iterator[None]:
-    """Let `wanted` be true from so many minutes on; None: never."""
+def time_budget(minutes: float | None) -> Iterator[None]:
+    """Make `stop_requested` true after so many minutes; None: never."""
     before = _state.deadline
     _state.waiting = None
     _state.deadline = None if minutes is None else time.monotonic() + 60 * minutes

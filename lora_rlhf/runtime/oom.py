@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When memory runs out: the same mathematics, fewer rows at once, from then on.
+"""Smaller batches when memory runs out, with the same result.
 
-Three kinds of pass have a limit each, which all stages of a process share: `generation` and
+Each kind of pass has a limit of rows, which all stages of a process share: `generation` and
 `scoring` (prompts and episodes of a forward) and `training` (rows of a forward and backward; the
-micro-batch that they are cut from is what it was, and so is its gradient). A limit is halved when a
-pass does not fit and never raised again: what has failed once fails again an update later.
+micro-batch and its gradient stay the same). A limit is halved when a pass does not fit and never
+raised again: what has failed once fails again an update later.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -20,25 +21,25 @@ T = TypeVar("T")
 
 KINDS = ("generation", "scoring", "training")
 
-_TOLD = ("CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
-"""What CUDA, cuBLAS and cuDNN say, beside what accelerate knows."""
+_CUDA_MESSAGES = ("CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
+"""Messages of CUDA, cuBLAS and cuDNN that accelerate does not know."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the host, had no memory left."""
+    """Whether the device or the host ran out of memory."""
     from accelerate.utils.memory import should_reduce_batch_size
 
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    if not isinstance(error, RuntimeError):
-        return False
-    return bool(should_reduce_batch_size(error)) or any(text in str(error) for text in _TOLD)
+    return isinstance(error, RuntimeError) and (
+        bool(should_reduce_batch_size(error)) or any(text in str(error) for text in _CUDA_MESSAGES)
+    )
 
 
-def tried(run: Callable[[], T]) -> tuple[T | None, str | None]:
-    """What `run` returns, and None; or None, and why there was no memory for it.
+def attempt(run: Callable[[], T]) -> tuple[T | None, str | None]:
+    """Run; return the result and None, or None and the message of a lack of memory.
 
-    The error is not handed out: its traceback holds every frame, and each frame its tensors.
+    The error itself is not returned: its traceback holds every frame, and each frame its tensors.
     """
     try:
         return run(), None
@@ -52,28 +53,28 @@ class BatchSizeBackoff:
     """The most rows at once of each kind of pass on one backbone.
 
     Attributes:
-        most: Kind -> rows; a kind that never ran out of memory is not in it.
+        limits: Kind -> rows; a kind that never ran out of memory is not in it.
         say: Tells the user that a limit was halved.
     """
 
     def __init__(self) -> None:
-        self.most: dict[str, int] = {}
+        self.limits: dict[str, int] = {}
         self.say: Callable[[str], None] = lambda _: None
 
     def state_dict(self) -> dict[str, int]:
-        """For a checkpoint: sums of other batches round otherwise."""
-        return dict(self.most)
+        """The limits, for a checkpoint: sums over other batches round differently."""
+        return dict(self.limits)
 
-    def load_state_dict(self, found: dict[str, int]) -> None:
-        """Put back what `state_dict` gave."""
-        self.most = dict(found)
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Restore what `state_dict` gave."""
+        self.limits = dict(state)
 
     def rows(self, kind: str, wanted: int) -> int:
-        """How many of `wanted` rows go at once."""
-        return min(wanted, self.most.get(kind, wanted))
+        """How many of `wanted` rows to take at once."""
+        return min(wanted, self.limits.get(kind, wanted))
 
-    def ran_out(self, kind: str, rows: int, why: str) -> None:
-        """Half as many from now on.
+    def halve(self, kind: str, rows: int, why: str) -> None:
+        """Halve the limit after `rows` did not fit.
 
         Raises:
             MemoryLimitError: It was one row.
@@ -87,32 +88,32 @@ class BatchSizeBackoff:
                 expected="room for one row",
                 remedy="make each row, or the model, smaller",
             )
-        self.most[kind] = (rows + 1) // 2
+        self.limits[kind] = (rows + 1) // 2
         self.say(
-            f"memory ran out in {kind} at {rows} rows ({why:.160}): {self.most[kind]} at once from "
-            "now on, with the same result"
+            f"memory ran out in {kind} at {rows} rows ({why:.160}): {self.limits[kind]} at once "
+            "from now on, with the same result"
         )
 
-    def at_most(self, kind: str, wanted: int, run: Callable[[int], T]) -> T:
-        """`run` with `wanted` rows at once, or with as many as there is memory for.
+    def call(self, kind: str, wanted: int, run: Callable[[int], T]) -> T:
+        """Call `run` with `wanted` rows, or with as many as fit.
 
         Raises:
-            MemoryLimitError: There is no room for one.
+            MemoryLimitError: Not even one fits.
         """
         while True:
             rows = self.rows(kind, max(wanted, 1))
-            found, why = tried(lambda rows=rows: run(rows))  # type: ignore[misc]
+            result, why = attempt(partial(run, rows))
             if why is None:
-                return found  # type: ignore[return-value]
-            self.ran_out(kind, rows, why)
+                return result  # type: ignore[return-value]
+            self.halve(kind, rows, why)
 
     def for_each_batch(
         self, kind: str, items: Sequence[T], size: int, run: Callable[[Sequence[T]], Any]
     ) -> None:
-        """`run` on all items, `size` or fewer at once; it may be given the same items again.
+        """Call `run` on all items, at most `size` at once; it may be given items again.
 
         Raises:
-            MemoryLimitError: There is no room for one of them.
+            MemoryLimitError: Not even one fits.
         """
         start = 0
 
@@ -121,4 +122,4 @@ class BatchSizeBackoff:
             return rows
 
         while start < len(items):
-            start += self.at_most(kind, min(size, len(items) - start), step)
+            start += self.call(kind, min(size, len(items) - start), step)
