@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every error a user can cause, as one class each: what was given, what was expected, what to do.
+"""Errors that a user can cause and cure, one class for each kind.
 
 LoraRlhfError                 exit code 1
 ├── UsageError                exit code 2
@@ -18,6 +18,16 @@ LoraRlhfError                 exit code 1
     ├── IdentityError
     ├── GateError
     └── NonFiniteError
+
+A message states the problem first, with the offending value; then what was expected; then what to
+do, as an instruction:
+
+    raise DataError(
+        "column 'chosen' is missing",
+        where="data.jsonl:3",
+        expected="a JSON object with chosen and rejected",
+        remedy="rename the column, or map it with `columns:`",
+    )
 """
 
 from __future__ import annotations
@@ -29,21 +39,21 @@ INTERRUPTED = {"SIGINT": 130, "SIGTERM": 143}
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first; its class, where it says nothing."""
+    """The first line of an error's message, or its class if there is none."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[0].strip() if lines else type(error).__name__
 
 
 class LoraRlhfError(Exception):
-    """Base of all errors that are the user's to mend; the CLI prints them without a traceback.
+    """Base of all errors that are the user's to fix; the CLI prints them without a traceback.
 
-    Whatever is said is said without secrets, and without the folder of anybody's home.
+    Secrets and home folders are masked in the message.
 
     Args:
-        given: What was found, with the offending value.
+        given: The problem, with the offending value.
         expected: What would have been right.
         remedy: What to do now, as an instruction.
-        where: The place, `file:line` where there is one.
+        where: The place, `file:line` if there is one.
     """
 
     exit_code = 1
@@ -62,72 +72,118 @@ class LoraRlhfError(Exception):
 
 
 class UsageError(LoraRlhfError):
-    """A command or an option that makes no sense, such as `lora-rlhf push` without a repository."""
+    """A command or an option that makes no sense.
+
+    `lora-rlhf card notes/`: the folder holds no run. Give the --out of a `lora-rlhf run`.
+    """
 
     exit_code = 2
 
 
 class RecipeError(UsageError):
-    """A recipe that cannot be read: an unknown key, a wrong type, a duplicate, a contradiction."""
+    """A recipe with an unknown key, a wrong type, a duplicate or a contradiction.
+
+    `ppo: {kl_coeff: 0.1}`: unknown key. Use the suggested name, `kl_coef`.
+    """
 
 
 class DataError(LoraRlhfError):
-    """A dataset that cannot be used: a missing column, a broken line, no rows left."""
+    """A dataset with a missing column, a broken line or no rows left.
+
+    A line of `data.jsonl` that is no JSON. Fix that line, or remove it.
+    """
 
     exit_code = 3
 
 
 class SetupError(LoraRlhfError):
-    """Something on this machine is missing or unsuitable: a package, a model, a device."""
+    """Something on this machine is missing or unsuitable: a package, a model, a device.
+
+    `report_to: wandb` without wandb. Install it, or leave `report_to` out.
+    """
 
     exit_code = 4
 
 
 class BaseModelError(SetupError):
-    """The base model cannot serve as a backbone."""
+    """A base model that cannot serve as a backbone.
+
+    `model: {id: t5-small}`, an encoder-decoder. Use a causal language model.
+    """
 
 
 class TokenizerError(SetupError):
-    """The tokenizer lacks what the pipeline needs: a pad token apart from eos, a chat template."""
+    """A tokenizer without a pad token apart from eos, or without a needed chat template.
+
+    Rows of messages and a base without a template. Use a chat model, or rows of plain text.
+    """
 
 
 class AdapterError(SetupError):
-    """An adapter folder that is missing, broken, or made for another base or role."""
+    """An adapter folder that is missing, broken, or made for another base or role.
+
+    An `adapters/sft` that was replaced by hand. Restore it, or train the stage again.
+    """
 
 
 class CheckpointError(SetupError):
-    """A checkpoint from which a run cannot go on exactly: broken, incomplete, of another run."""
+    """A checkpoint from which a run cannot continue exactly: damaged, or of another run.
+
+    A truncated `optimizer.safetensors`. Use `--warm-start`, or delete the stage's checkpoints.
+    """
 
 
 class BusyError(SetupError):
-    """Another process works in the run directory."""
+    """Another process works in the run directory.
+
+    The same command in two terminals. Wait for the first, or give another --out.
+    """
 
 
 class DiskError(SetupError):
-    """The disk is full, or the run directory may not be written; what is on it is whole."""
+    """The disk is full, or the run directory may not be written; what is there is intact.
+
+    Make room, then run the same command.
+    """
 
 
 class MemoryLimitError(SetupError):
-    """The device has no memory for what was asked; what was saved is whole."""
+    """The device runs out of memory even with one row at once; what was saved is intact.
+
+    Choose a remedy from the printed table, such as `--set model.load_in_4bit=true`.
+    """
 
 
 class HubError(SetupError):
-    """The Hub refused or could not be reached; nothing that was trained is lost."""
+    """The Hub refused or could not be reached; nothing that was trained is lost.
+
+    A token without write access. Log in with one, then run `lora-rlhf push` again.
+    """
 
 
 class DivergedError(LoraRlhfError):
-    """Training left the range in which its result can be used."""
+    """Base of errors of a training whose result cannot be used."""
 
     exit_code = 5
 
 
 class IdentityError(DivergedError):
-    """A start-up identity of PPO does not hold; the message names the stage at fault."""
+    """A start-up identity does not hold; the message names the stage at fault.
+
+    Policy and reference differ before the first update, because `adapters/sft` was changed after
+    SFT. Restore the folder, or train the stage again.
+    """
 
 
 class GateError(DivergedError):
-    """The reward model is not good enough to optimise against."""
+    """The reward model is not good enough to optimise against.
+
+    Its held-out accuracy may be chance. Add comparisons, or train it for longer.
+    """
 
 
 class NonFiniteError(DivergedError):
-    """NaN or infinity in a loss, a reward or a parameter."""
+    """NaN or infinity in a loss, a reward or a parameter.
+
+    float16 overflows in every step. Use `model.dtype: bfloat16`, or a lower learning rate.
+    """

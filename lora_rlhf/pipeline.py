@@ -86,7 +86,7 @@ def run(
         Path(out), UsageError
     )  # or what is written here would be written there
     if Path(out).is_dir() or not Path(out).exists():
-        with run_lock.locked(Path(out)), interrupts.budget(recipe.checkpoint.max_minutes):
+        with run_lock.locked(Path(out)), interrupts.time_budget(recipe.checkpoint.max_minutes):
             try:
                 return _run(recipe, configs, out, names, until, progress, start_from, warm_start)
             except OSError as error:
@@ -138,7 +138,7 @@ def _work(
         try:
             _Work(recipe, configs, record, progress).run(wanted)
         except interrupts.OutOfTime:
-            progress.say("the minutes are used up and all is saved; the same command goes on")
+            progress.say("Time budget reached; run the same command to continue.")
             return record
     if "card" in wanted:
         with record.stage("card"):  # to its very end: what is not sealed cannot be pushed
@@ -215,7 +215,7 @@ class _Work:
             step(run=stage in wanted)
             # Asked after what was done: the shortest budget, too, gets a little further each time.
             if stage in wanted and stage != names[last]:
-                interrupts.leave()
+                interrupts.stop_if_requested()
         if (measured := self._peak.read()) is not None:
             self.progress.say(f"measured: {gpu_fit.size(measured)} at the peak ({self._peak.what})")
 
@@ -227,8 +227,8 @@ class _Work:
         found["parameters_per_role"] = known | found["parameters_per_role"]
         record.data["lora"] = found
         record.data["clock"]["memory"] = self.backbone.memory_report()
-        if self.backbone.halving.most:  # since then not every sum is rounded as on a larger card
-            record.data["clock"]["rows_at_once"] = dict(self.backbone.halving.most)
+        if self.backbone.halving.limits:  # since then not every sum is rounded as on a larger card
+            record.data["clock"]["rows_at_once"] = dict(self.backbone.halving.limits)
         if (measured := self._peak.read()) is None:
             return
         # The highest of this run, whichever of its sittings had it.

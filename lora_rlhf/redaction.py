@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What looks like a secret, by its shape or by the name of its key, and how it is hidden.
+"""Mask secrets, by their shape or by the name of their key.
 
-The folder of a person's home is one too: it names them. `~` stands for it.
+A home folder is a secret too, because it names a person: it becomes `~`.
 """
 
 from __future__ import annotations
@@ -21,59 +21,55 @@ TOKENS = {
     "a GitLab token": re.compile(r"(?<![A-Za-z0-9])glpat-[\w-]{16,}"),
     "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*"),
 }
-"""Shapes of secrets that are told apart from words by themselves, wherever they stand.
+"""Shapes of secrets that cannot be words, wherever they stand.
 
-A text of any length is searched in time that grows as its length: what may stand before a part
-that has to be there is bounded, or cannot hold the start of another match. A key's first digit is
-looked for in its first 65 characters.
+The search takes linear time: whatever may precede a required part is bounded, or cannot hold the
+start of another match. A key's first digit is looked for in its first 65 characters.
 """
 
 HIDDEN = "***"
 
 SHORTEST = 12
-"""Characters; below it the value of a variable is a word, found in any text."""
+"""Characters; the value of a variable below it could be a word of any text."""
 
 _VARIABLE = re.compile(
     r"(TOKEN|SECRET(_?KEY)?|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY)S?(?![A-Za-z])"
     r"(?!.*_(PATH|FILE|DIR|NAME|ID)S?$)",
     re.IGNORECASE,
 )
-"""Names that end in such a word, or have `_` or a digit after it: none of TOKENIZERS_PARALLELISM.
+"""Names that end in such a word, or have `_` or a digit after it: not TOKENIZERS_PARALLELISM.
 
-What names a place or a thing (HF_TOKEN_PATH) is told with the rest of the text.
+The name of a place or a thing (HF_TOKEN_PATH) is not masked.
 """
 _MODEL = re.compile(r"[A-Za-z._-]{1,24}/[A-Za-z._-]{1,24}")
 
 _IN_ADDRESS = re.compile(r"(?<=://)([\w.%+~-]+):[^\s/@]+(?=@)")  # https://user:password@host
 _SECRET = re.compile(r"token|secret|passw|credential|(api|access|private)_?key", re.IGNORECASE)
-_NUMBER_TOO = re.compile(r"secret|passw|credential|key", re.IGNORECASE)  # a token count is none
+_NUMBER_TOO = re.compile(r"secret|passw|credential|key", re.IGNORECASE)  # not a token count
 _NO_SECRET = re.compile(
     r"(eos|bos|pad|unk|sep|cls|mask|stop)_tokens?(_ids?)?|tokens|(max|min|num)_\w*tokens?|"
     r"tokenizer\w*|include_num_input_tokens_seen|num_assistant_tokens_schedule",
     re.IGNORECASE,
 )
-"""Keys of trainers that speak of tokens of text."""
+"""Keys of trainers about tokens of text."""
 
 
 class _Known(NamedTuple):
-    """What this machine has to hide beside the shapes, looked up once for all of a value."""
+    """Secrets of this machine, looked up once for a whole value."""
 
     values: tuple[str, ...]
     homes: tuple[str, ...]
 
 
 def hide(value: Any, key: str = "") -> Any:
-    """Plain data without its secrets: values under secret-like keys, and shapes of tokens."""
+    """Mask plain data: values under secret-like keys, and shapes of tokens."""
     return _hidden(value, key, _known())
 
 
 def safe(value: T) -> T:
-    """The same plain data, or text, for a file or a screen: no token in it and no home folder.
-
-    Keys mean nothing here: what the user's own data hold is hidden by its shape alone.
-    """
-    told: T = _told(value, _known())
-    return told
+    """Mask plain data or text for a file or a screen, by shape alone, whatever the keys."""
+    masked: T = _masked(value, _known())
+    return masked
 
 
 def _hidden(value: Any, key: str, known: _Known) -> Any:
@@ -87,24 +83,23 @@ def _hidden(value: Any, key: str, known: _Known) -> Any:
     return HIDDEN if number and _by_key(key) and _NUMBER_TOO.search(key) else value
 
 
-def _told(value: Any, known: _Known) -> Any:
+def _masked(value: Any, known: _Known) -> Any:
     if isinstance(value, str):
         return _without_secrets(value, known)
     if isinstance(value, dict):
-        return {_told(k, known): _told(v, known) for k, v in value.items()}
-    return [_told(v, known) for v in value] if isinstance(value, list | tuple) else value
+        return {_masked(k, known): _masked(v, known) for k, v in value.items()}
+    return [_masked(v, known) for v in value] if isinstance(value, list | tuple) else value
 
 
-def found(text: str) -> Counter[str]:
-    """How many secrets of each kind a text holds, by their shapes."""
-    kinds = Counter({kind: len(shape.findall(text)) for kind, shape in TOKENS.items()})
-    return +kinds
+def count_secrets(text: str) -> Counter[str]:
+    """Count the secrets of each kind in a text, by their shapes."""
+    return +Counter({kind: len(shape.findall(text)) for kind, shape in TOKENS.items()})
 
 
 def variables() -> dict[str, str]:
-    """Value -> name of the environment variables that hold a secret, by their names.
+    """Value -> name of environment variables whose name says that they hold a secret.
 
-    Not where the value is the path of what is there, or `org/name`: it would be hidden everywhere.
+    Except values that are an existing path or `org/name`, which would be masked everywhere.
     """
     return {
         value: name
@@ -115,7 +110,7 @@ def variables() -> dict[str, str]:
 
 def _names_a_thing(value: str) -> bool:
     if not any(mark in value for mark in {"/", os.sep}):
-        return False  # a file here that is called as a password is does not uncover it
+        return False  # a file with the name of a password does not reveal it
     return bool(_MODEL.fullmatch(value)) or os.path.exists(value)
 
 

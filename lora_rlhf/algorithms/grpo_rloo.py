@@ -175,7 +175,7 @@ class _GroupTrainer(RolloutTrainer, TiedReferenceTrainer):
             return compute(*args, batch_size=batch_size, **options)
         model, ids, mask, tokens, *rest = args
         size = batch_size or (rest[0] if rest else None) or len(ids)
-        return self.backbone.halving.at_most(
+        return self.backbone.halving.call(
             "scoring",
             size,
             lambda rows: compute(model, ids, mask, tokens, batch_size=rows, **options),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command `lora-rlhf`: verbs over recipes and over runs.
 
-Results go to stdout, progress and errors to stderr. Exit codes: 0, errors.py, 130 and 143 for an
-interrupted run, 1 for the unexpected. Everything heavy is imported inside the verb that needs it.
+Results go to stdout, progress and errors to stderr. Exit codes: 0; those of errors.py; 130 and 143
+for an interrupted run; 1 for an unexpected error. A verb imports heavy libraries itself.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -20,14 +20,11 @@ from lora_rlhf.errors import SetupError, UsageError
 
 from . import shell
 
-if TYPE_CHECKING:
-    from lora_rlhf.recipe.schema import Recipe
-
 _debug = False
 
 
 class _Group(TyperGroup):
-    """`--debug` counts wherever it stands, so that it can be added to the end of a command."""
+    """Accepts `--debug` anywhere, so that it can be added to the end of a command."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         end = args.index("--") if "--" in args else len(args)
@@ -49,11 +46,11 @@ app = typer.Typer(
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file, or its folder.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The --out of an earlier run.")]
 Out = Annotated[
-    Path | None, typer.Option("--out", help="The run directory; default: runs/<recipe name>.")
+    Path | None, typer.Option("--out", help="Run directory; default: runs/<recipe name>.")
 ]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key; may be given again."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key; repeatable."),
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the resolved recipe, secrets masked, and stop.")
@@ -61,15 +58,16 @@ DryRun = Annotated[
 From = Annotated[
     Path | None,
     typer.Option(
-        "--from", metavar="RUN", help="Take over SFT and reward model of a run where they fit."
+        "--from", metavar="RUN", help="Copy the SFT and reward stages of a run, if they match."
     ),
 ]
 Warm = Annotated[
     bool,
     typer.Option(
-        "--warm-start", help="Begin the interrupted stage again from its adapters: another run."
+        "--warm-start", help="Restart the interrupted stage from its adapters; not an exact resume."
     ),
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 RepoId = Annotated[str | None, typer.Option(metavar="ORG/NAME")]
 
 
@@ -90,7 +88,8 @@ def _version(wanted: bool) -> None:
 def _root(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and warnings.")] = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print and stop.")
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print it and stop."),
     ] = False,
 ) -> None:
     """InstructGPT-style RLHF on one GPU: SFT, a reward model and PPO as LoRA on one backbone.
@@ -102,7 +101,7 @@ def _root(
 
 
 def _command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a verb of a function whose errors become a message and an exit code."""
+    """Register a function as a verb whose errors become a message and an exit code."""
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
@@ -138,11 +137,7 @@ def _train(
 
         trl_args.check(recipe)
         typer.echo(dump_recipe(recipe), nl=False)
-    else:
-        _run(recipe, out or Path("runs") / recipe.name, until, start_from, warm_start)
-
-
-def _run(recipe: Recipe, out: Path, until: str, start_from: Path | None, warm_start: bool) -> None:
+        return
     pipeline = shell.room("pipeline", _debug)
     from lora_rlhf.reports import tables
     from lora_rlhf.runs.progress import Progress
@@ -151,7 +146,7 @@ def _run(recipe: Recipe, out: Path, until: str, start_from: Path | None, warm_st
     try:
         record = pipeline.run(
             recipe,
-            out,
+            out or Path("runs") / recipe.name,
             until=until,
             progress=progress,
             start_from=start_from,
@@ -162,27 +157,37 @@ def _run(recipe: Recipe, out: Path, until: str, start_from: Path | None, warm_st
     tables.show(record)
 
 
-@_command("run")
-def _run_verb(
-    recipe: RecipePath,
-    out: Out = None,
-    overrides: Set = None,
-    start_from: From = None,
-    warm_start: Warm = False,
-    dry_run: DryRun = False,
-) -> None:
-    """Run a whole recipe, or go on with it.
+def _recipe_verb(name: str, until: str, help: str) -> None:
+    """Register a verb that runs a recipe up to a stage."""
 
-    SFT, reward model, PPO (or what `algorithm` says), evaluation, cards. A finished stage is not
-    run again.
-    """
-    _train(recipe, out, overrides, dry_run, start_from=start_from, warm_start=warm_start)
+    def verb(
+        recipe: RecipePath,
+        out: Out = None,
+        overrides: Set = None,
+        start_from: From = None,
+        warm_start: Warm = False,
+        dry_run: DryRun = False,
+    ) -> None:
+        _train(recipe, out, overrides, dry_run, until, start_from, warm_start)
+
+    verb.__doc__ = help
+    _command(name)(verb)
+
+
+_recipe_verb(
+    "run",
+    "card",
+    """Run a whole recipe, or continue it.
+
+    SFT, reward model, PPO (or another `algorithm`), evaluation, cards. Finished stages are skipped.
+    """,
+)
 
 
 @_command("demo")
 def _demo_verb(
     out: Out = Path("runs/demo"),
-    seed: Annotated[int, typer.Option(min=0, help="Of everything that draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed for the whole run.")] = 0,
     overrides: Set = None,
     dry_run: DryRun = False,
 ) -> None:
@@ -192,7 +197,7 @@ def _demo_verb(
     """
     from lora_rlhf import tiny
 
-    if not overrides:  # they may name a model or data on the Hub
+    if not overrides:  # which may name a model or data on the Hub
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     _train(tiny.recipe(), out, [f"seed={seed}", *(overrides or [])], dry_run)
 
@@ -200,15 +205,17 @@ def _demo_verb(
 @_command("plan")
 def _plan_verb(
     path: RecipePath,
-    gpu: Annotated[str | None, typer.Option(metavar="SIZE", help="16GB, 16GiB or 16.")] = None,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory of the GPU: 16GB, 16GiB or 16.")
+    ] = None,
     overrides: Set = None,
     probe: Annotated[bool, typer.Option("--probe", help="Load the base and measure.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Say what a recipe takes in memory, and on which GPUs it fits.
+    """Plan the memory of a recipe, and the GPUs it fits.
 
-    From the base's config alone; only --probe loads weights. With --gpu the exit code is 0 where
-    the recipe fits as it is, and 4 where it does not.
+    Reads the config of the base model; only --probe loads weights. With --gpu, the exit code is 0
+    if the recipe fits as it is, and 4 if it does not.
     """
     from lora_rlhf.recipe.loader import load_recipe
 
@@ -222,26 +229,11 @@ def _plan_verb(
         raise typer.Exit(SetupError.exit_code)
 
 
-def _stage_verb(stage: str, what: str) -> None:
-    def verb(
-        recipe: RecipePath,
-        out: Out = None,
-        overrides: Set = None,
-        start_from: From = None,
-        warm_start: Warm = False,
-        dry_run: DryRun = False,
-    ) -> None:
-        _train(recipe, out, overrides, dry_run, stage, start_from, warm_start)
-
-    verb.__doc__ = f"Run a recipe until {what}."
-    _command(stage)(verb)
-
-
-_stage_verb("sft", "supervised fine-tuning is done")
-_stage_verb("reward", "the reward model is done")
-_stage_verb("ppo", "PPO is done")
-_stage_verb("policy", "the policy is done, by whatever algorithm it names")
-_stage_verb("evaluate", "base, SFT and policy are evaluated")
+_recipe_verb("sft", "sft", "Run a recipe up to supervised fine-tuning.")
+_recipe_verb("reward", "reward", "Run a recipe up to the reward model.")
+_recipe_verb("ppo", "ppo", "Run a recipe up to PPO.")
+_recipe_verb("policy", "policy", "Run a recipe up to the policy, whichever algorithm trains it.")
+_recipe_verb("evaluate", "evaluate", "Run a recipe up to the evaluation of base, SFT and policy.")
 
 
 # --- verbs over runs -----------------------------------------------------------------------------
@@ -255,9 +247,9 @@ def _card_verb(
         typer.Option(help="Print the card of policy, reward, value or sft; write nothing."),
     ] = None,
 ) -> None:
-    """Write the cards of a run again.
+    """Write the model cards of a run again.
 
-    From the record alone, with no network; what is missing there is named on the card.
+    From the record alone, offline; what it lacks is named on the card.
     """
     from lora_rlhf.reports.cards import model_card
     from lora_rlhf.runs.record import Record
@@ -268,7 +260,7 @@ def _card_verb(
         return
     written = model_card.write(record)
     if not written:
-        raise UsageError(f"{run} has no adapter yet", remedy="go on with `lora-rlhf run`")
+        raise UsageError(f"{run} has no adapter yet", remedy="continue it with `lora-rlhf run`")
     record.seal()
     for path in written:
         typer.echo(path)
@@ -277,21 +269,21 @@ def _card_verb(
 @_command("doctor")
 def _doctor_verb(
     run: RunPath,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Say which stage of a run is at fault, and what to try.
+    """Find the stage of a run that is at fault, and what to try.
 
-    From the record and the log alone. The exit code is 0 whatever is found.
+    From the record and the log alone. The exit code is always 0.
     """
     from lora_rlhf.reports.doctor import doctor
     from lora_rlhf.runs.record import Record
 
     record = Record.read(run)
-    found = doctor.examine(record)
+    findings = doctor.examine(record)
     if as_json:
-        typer.echo(doctor.as_json(record, found))
+        typer.echo(doctor.as_json(record, findings))
     else:
-        doctor.show(record, found)
+        doctor.show(record, findings)
 
 
 @_command("push")
@@ -308,9 +300,9 @@ def _push_verb(
 ) -> None:
     """Publish adapters and cards on the Hub.
 
-    With no repository named, to those of the recipe's `hub:`.
+    Without options, to the repositories of the recipe's `hub:`.
 
-    A base that exists only here (the tiny one, or a local folder) goes first, with --base.
+    A base model that exists only here (the tiny one, or a local folder) goes first, with --base.
     """
     from lora_rlhf.hub import publishing
     from lora_rlhf.runs.record import Record
@@ -334,20 +326,20 @@ def _say_pushed(role: str, result: dict[str, Any]) -> None:
 @_command("generate")
 def _generate_verb(
     run: RunPath,
-    text: Annotated[str, typer.Argument(metavar="TEXT", help="What to say to the models.")],
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 1.0,
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="The prompt.")],
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy decoding.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Default: as in the rollouts.")
     ] = None,
 ) -> None:
-    """Answer a text: base, SFT and policy side by side.
+    """Answer a prompt with base, SFT and policy side by side.
 
-    With the reward of each, where the run has a reward model.
+    With the reward of each answer, if the run has a reward model.
     """
     from lora_rlhf.runs.record import Record
 
-    Record.read(run)  # a wrong folder is told before seconds of importing
+    Record.read(run)  # refuses a wrong folder before seconds of importing
     loaded = shell.room("serving.loaded_run", _debug)
     from lora_rlhf.reports import tables
 
@@ -363,16 +355,16 @@ def _compare_verb(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN...", help="Two or more finished runs.")
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
     plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE", help="Draw reward over KL as a PNG.")
+        Path | None, typer.Option("--plot", metavar="FILE", help="Plot reward over KL as a PNG.")
     ] = None,
 ) -> None:
     """Compare finished runs: is PPO worth it here?
 
-    Reward, win rate, KL, length and cost of each, and paired differences where they may be taken.
+    Reward, win rate, KL, length and cost of each, and paired differences if prompts are the same.
 
-    Runs of one recipe that differ in the seed only are one row: the mean over seeds.
+    Runs of one recipe that differ only in the seed are one row: the mean over seeds.
     """
     import json
 
@@ -397,9 +389,9 @@ def _compare_verb(
 def _env_verb() -> None:
     """Print versions and device, for bug reports.
 
-    No secret and no path is in it.
+    Without secrets and paths.
     """
     from lora_rlhf.runtime import environment
 
-    for name, found in environment.describe().items():
-        typer.echo(f"{name:16s} {found}")
+    for name, value in environment.describe().items():
+        typer.echo(f"{name:16s} {value}")

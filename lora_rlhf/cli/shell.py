@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands between a verb and the shell: errors as text and exit code, signals, silence."""
+"""Between a verb and the shell: errors as text and exit codes, signals, quiet libraries."""
 
 from __future__ import annotations
 
@@ -15,43 +15,42 @@ from typing import Any, NoReturn
 
 import typer
 
-from lora_rlhf.errors import INTERRUPTED, LoraRlhfError, MemoryLimitError
+from lora_rlhf.errors import INTERRUPTED, LoraRlhfError, MemoryLimitError, first_line
 from lora_rlhf.redaction import safe
 from lora_rlhf.runtime import interrupts
 
 _QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_HUB_VERBOSITY": "error",  # it tells of every new try; what comes of them, we tell
+    "HF_HUB_VERBOSITY": "error",  # it reports every retry; we report the outcome
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
     "DATASETS_VERBOSITY": "error",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
 }
-"""Set before the libraries are imported, where the user has not set them."""
+"""Set before the libraries are imported, unless the user has set them."""
 
 
 @contextlib.contextmanager
 def errors_as_text(debug: bool) -> Iterator[None]:
-    """Turn what is raised inside into a message on stderr and an exit code, without a traceback."""
+    """Turn an exception into a message on stderr and an exit code, without a traceback."""
     try:
         yield
     except (typer.Exit, BrokenPipeError):
         raise
     except KeyboardInterrupt as error:
         name = str(error) if isinstance(error, interrupts.Interrupted) else "SIGINT"
-        _fail(debug, "interrupted; run the same command again to go on", INTERRUPTED[name])
+        _fail(debug, "Interrupted; run the same command to continue.", INTERRUPTED[name])
     except LoraRlhfError as error:
         _fail(debug, str(error), error.exit_code)
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
         if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):
             known = MemoryLimitError(
-                f"the device has no memory left: {lines[0]}",
+                f"the device ran out of memory: {first_line(error)}",
                 remedy="a smaller base, model.load_in_4bit, or a smaller evaluate.batch_size",
             )
             _fail(debug, str(known), known.exit_code)
         hint = "" if debug else "; run again with --debug for the traceback"
-        _fail(debug, f"unexpected error: {type(error).__name__}: {lines[0]}{hint}", 1)
+        _fail(debug, f"unexpected error: {type(error).__name__}: {first_line(error)}{hint}", 1)
 
 
 def _fail(debug: bool, message: str, code: int) -> NoReturn:
@@ -65,18 +64,18 @@ def _fail(debug: bool, message: str, code: int) -> NoReturn:
 
 @contextlib.contextmanager
 def signals_raise() -> Iterator[None]:
-    """Let SIGINT and SIGTERM stop once, at a boundary; a second one ends the process at once."""
+    """Let the first SIGINT or SIGTERM stop at a boundary, and a second one at once."""
 
-    def raise_once(number: int, frame: FrameType | None) -> None:
+    def stop_once(number: int, frame: FrameType | None) -> None:
         for each in before:
             signal.signal(each, signal.SIG_DFL)
-        interrupts.request(signal.Signals(number).name)
+        interrupts.receive(signal.Signals(number).name)
 
     before = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and the like
-                before[number] = signal.signal(number, raise_once)
+                before[number] = signal.signal(number, stop_once)
     try:
         yield
     finally:
@@ -85,18 +84,18 @@ def signals_raise() -> Iterator[None]:
 
 
 def quieten() -> None:
-    """Silence what libraries say that is not about the user's run; errors still come through."""
+    """Silence library messages that are not about the user's run; errors still come through."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore")
-    # It warns on every CPU with bfloat16 instructions that an optional kernel is not installed.
+    # It warns about a missing optional kernel on every CPU with bfloat16 instructions.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def room(name: str, debug: bool) -> Any:
-    """A module that needs the libraries, imported now: `pipeline`, or `serving.loaded_run`.
+    """Import a module that needs the heavy libraries: `pipeline`, or `serving.loaded_run`.
 
-    Bars stay where something is downloaded, and only there.
+    Progress bars stay for downloads only.
     """
     import importlib
 

@@ -156,7 +156,7 @@ def break_control_tokens(kept: FilteredSet, found: list[Example], tokenizer: Any
         example.answers = [cleaned(answer, True) for answer in example.answers]
         after = _JOINT.join(text_of(turns) for turns in (example.prompt, *example.answers))
         kept.special += after.count(_JOINT) > before.count(_JOINT)
-        for kind in redaction.found(before):
+        for kind in redaction.count_secrets(before):
             kept.notes[f"{SECRET} {kind}; take it out, or a model learns it by heart"] += 1
     if kept.special:
         note = "control tokens of the tokenizer in the text were broken by a zero-width space"

@@ -215,7 +215,7 @@ def _locate(model: ModelSection) -> str:
             )
     if path.is_dir():  # where transformers finds it, too
         paths.reject_escaping_links(path, BaseModelError)
-        paths.shards(path, BaseModelError)
+        paths.reject_escaping_shards(path, BaseModelError)
     return str(path) if path.is_absolute() or model.id.startswith(".") else model.id
 
 

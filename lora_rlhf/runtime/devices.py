@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which device and dtype this machine computes with, and what it has to do without."""
+"""Compute device, dtype and limitations of this machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def pick_device() -> torch.device:
 def pick_dtype(name: str) -> torch.dtype:
     """The compute dtype: `auto` is float32 on a CPU, bfloat16 from capability 8.0, else float16.
 
-    `torch.cuda.is_bf16_supported()` says yes on a T4, by emulation, and must not be asked.
+    `torch.cuda.is_bf16_supported()` is true on a T4, by emulation, and must not be used.
     """
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
@@ -25,21 +25,21 @@ def pick_dtype(name: str) -> torch.dtype:
 
 
 def hardware_limitations(dtype: torch.dtype) -> list[str]:
-    """What this machine does without, or only in part; empty where nothing is missing.
+    """What this machine cannot use, or only in part; empty if nothing is missing.
 
     Args:
-        dtype: That the base was loaded in.
+        dtype: Dtype in which the base was loaded.
     """
     if not torch.cuda.is_available():
         apple = "an Apple GPU (MPS) is not used, " if torch.backends.mps.is_available() else ""
         return [f"no CUDA GPU: {apple}everything runs on the CPU"]
-    found, (major, minor) = [], torch.cuda.get_device_capability(0)
+    limitations, (major, minor) = [], torch.cuda.get_device_capability(0)
     if (major, minor) < (8, 0):
         how = {
             torch.float16: "float16 with scaled losses in its place",
             torch.bfloat16: "it is emulated, and slow; model.dtype: auto takes float16",
         }.get(dtype, "computing in float32 is slow")
-        found.append(f"the GPU (compute capability {major}.{minor}) has no bfloat16: {how}")
+        limitations.append(f"the GPU (compute capability {major}.{minor}) has no bfloat16: {how}")
     if (count := torch.cuda.device_count()) > 1:
-        found.append(f"{count} GPUs are visible: only the first is used")
-    return found
+        limitations.append(f"{count} GPUs are visible: only the first is used")
+    return limitations

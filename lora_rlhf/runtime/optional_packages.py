@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packages that are installed and cannot be imported: for every library as if they were absent.
+"""Hide packages that are installed but cannot be imported, as if they were absent.
 
-peft and TRL import bitsandbytes wherever it is installed. Where its libraries do not fit the
-machine they would not load either, though a run without 4-bit needs none of it. Imported first by
-the rooms through which peft and TRL are reached.
+peft and TRL import bitsandbytes whenever it is installed, and fail if its libraries do not fit the
+machine, though a run without 4-bit does not need it. Import this before peft and TRL.
 """
 
 from __future__ import annotations
@@ -16,15 +15,15 @@ import sys
 from lora_rlhf.errors import first_line
 
 BROKEN: dict[str, str] = {}
-"""Package -> what its import said."""
+"""Package -> error of its import."""
 
 
-def look(name: str) -> None:
-    """Import a package where it is installed; where that fails, hide it and note why."""
-    found = None
+def hide_if_broken(name: str) -> None:
+    """Import a package if it is installed; if that fails, hide it and keep the error."""
+    spec = None
     with contextlib.suppress(ImportError, ValueError):
-        found = importlib.util.find_spec(name)
-    if found is None:
+        spec = importlib.util.find_spec(name)
+    if spec is None:
         return
     try:
         importlib.import_module(name)
@@ -35,4 +34,4 @@ def look(name: str) -> None:
         sys.modules[name] = None  # type: ignore[assignment]
 
 
-look("bitsandbytes")
+hide_if_broken("bitsandbytes")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What may not lead out of a folder that somebody else may have made: links, and names in files."""
+"""Refuse links and file names that lead out of a folder which somebody else may have made."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _LARGEST_INDEX = 100_000_000
 
 
 def reject_escaping_links(folder: Path, error: type[LoraRlhfError]) -> None:
-    """Refuse a folder in which a link leads out of it; the folder itself may be one.
+    """Refuse a folder in which a link leads out of it; the folder itself may be a link.
 
-    A snapshot of the Hub's cache is made of links to the blobs beside it: these may be.
+    A snapshot in the Hub's cache consists of links to the blobs beside it, which are allowed.
 
     Raises:
         LoraRlhfError: Of the class `error`, naming the link.
@@ -31,8 +31,8 @@ def reject_escaping_links(folder: Path, error: type[LoraRlhfError]) -> None:
             if path.is_symlink() and not any(_leads_to(path, place) for place in allowed):
                 raise error(
                     f"{folder}: {path.relative_to(top)} is a link that leads out of the folder",
-                    expected="plain files, or links to what lies in the same folder",
-                    remedy="put the file itself in its place, if you know where it comes from",
+                    expected="plain files, or links to files in the same folder",
+                    remedy="replace the link by the file, if you know where it comes from",
                 )
 
 
@@ -43,8 +43,8 @@ def _leads_to(path: Path, place: Path) -> bool:
         return False
 
 
-def shards(folder: Path, error: type[LoraRlhfError]) -> None:
-    """Refuse an index of safetensors that names anything but plain files in its own folder.
+def reject_escaping_shards(folder: Path, error: type[LoraRlhfError]) -> None:
+    """Refuse a safetensors index that names anything but plain files in its own folder.
 
     Raises:
         LoraRlhfError: Of the class `error`, naming the entry.
@@ -53,24 +53,13 @@ def shards(folder: Path, error: type[LoraRlhfError]) -> None:
         try:
             if path.stat().st_size > _LARGEST_INDEX:
                 raise ValueError(f"it has over {_LARGEST_INDEX} bytes")
-            names = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
-            bad = [
-                name for name in names if not isinstance(name, str) or not _PLAIN.fullmatch(name)
-            ]
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-        ) as problem:
-            raise error(
-                f"{path} cannot be read: {problem}", expected="an index of shards"
-            ) from None
-        if bad:
-            raise error(
-                f"{path} names {bad[0]!r:.80}",
-                expected="plain names of files in the same folder",
-                remedy="compare the folder with the original; do not trust where it comes from",
-            )
+            names = list(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+            raise error(f"{path} cannot be read: {e}", expected="an index of shards") from None
+        for name in names:
+            if not isinstance(name, str) or not _PLAIN.fullmatch(name):
+                raise error(
+                    f"{path} names {name!r:.80}",
+                    expected="plain names of files in the same folder",
+                    remedy="compare the folder with the original; do not trust its source",
+                )

@@ -118,7 +118,7 @@ class CheckpointCallback(TrainerCallback):
     def _train(self, trainer: Any) -> Result:
         trainer.add_callback(self)
         trainer.add_callback(trainer.guard)
-        with interrupts.at_boundaries(self.progress.say):
+        with interrupts.deferred(self.progress.say):
             out = trainer.train(resume_from_checkpoint=self.resumed and str(self.resumed.folder))
             result = Result(out.global_step, trainer.guard.mean_loss(out.training_loss))
             if not self.paused:
@@ -178,7 +178,7 @@ class CheckpointCallback(TrainerCallback):
         # Inside a rollout its buffer would be saved too: a checkpoint by time waits for its end.
         if minutes is not None and state.global_step % self.unit == 0:
             due = due or time.monotonic() - self._saved >= 60 * minutes
-        if due or interrupts.wanted():
+        if due or interrupts.stop_requested():
             control.should_save = True
 
     def save(self, trainer: Any, notes: dict[str, Any] | None = None) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lora_rlhf.errors import MemoryLimitError
-from lora_rlhf.runtime.oom import BatchSizeBackoff, tried
+from lora_rlhf.runtime.oom import BatchSizeBackoff, attempt
 
 T = TypeVar("T")
 
@@ -132,7 +132,7 @@ class MicrobatchSplitting(_Base):
             return run(rows)
         while True:
             size = limit.rows("training", rows)
-            results, why = tried(lambda size=size: run(size))  # type: ignore[misc]
+            results, why = attempt(lambda size=size: run(size))  # type: ignore[misc]
             if results is not None:
                 return results
             for parameter, gradient in zip(parameters, before, strict=True):
@@ -147,7 +147,7 @@ class MicrobatchSplitting(_Base):
                     expected="room for the micro-batch: this loss is no sum over its rows",
                     remedy="lower per_device_train_batch_size, or take another loss",
                 )
-            limit.ran_out("training", size, why or "")
+            limit.halve("training", size, why or "")
 
 
 @contextlib.contextmanager

@@ -148,7 +148,7 @@ class ResumableTrainer(MicrobatchSplitting):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # Read once: a signal that comes while this is written waits for the next boundary.
-        stop = interrupts.wanted() and not self.control.should_training_stop
+        stop = interrupts.stop_requested() and not self.control.should_training_stop
         self.checkpoints.save(self)
         self.control.should_save = False  # Trainer asks again at the end of an epoch
         if stop:

@@ -291,7 +291,7 @@ class OutOfMemoryError(RuntimeError):
         (ValueError("a\nb"), 1, "unexpected error: ValueError: a; run again with --debug"),
         (KeyError(), 1, "unexpected error: KeyError: ; run again with --debug"),
         (OutOfMemoryError("CUDA: tried"), 4, "evaluate.batch_size"),
-        (KeyboardInterrupt(), 130, "interrupted; run the same command again to go on"),
+        (KeyboardInterrupt(), 130, "Interrupted; run the same command to continue."),
     ],
 )
 def test_exceptions_become_text_and_exit_code(error, code, told, recipe, fake, tmp_path):
@@ -345,7 +345,7 @@ def test_signals(name, times, code, recipe, tmp_path):
         [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stdout) == (code, "cleaning\n")
-    told = "interrupted; run the same command again to go on\n"
+    told = "Interrupted; run the same command to continue.\n"
     assert done.stderr == (told if times == 1 else "")
 
 

@@ -273,7 +273,7 @@ def test_masking_takes_time_that_grows_as_the_text(part):
     def seconds(size: int) -> float:
         text = (part * size)[:size]
         start = time.process_time()
-        assert redaction.safe(text) and redaction.found(text) is not None
+        assert redaction.safe(text) and redaction.count_secrets(text) is not None
         return time.process_time() - start
 
     assert any(seconds(32_000) <= 24 * max(seconds(4_000), 1e-4) for _ in range(3))
@@ -290,13 +290,13 @@ def test_a_key_is_hidden_with_all_that_belongs_to_it():
 
 def test_kinds_of_secrets_are_counted():
     text = " ".join(CANARIES.values())
-    assert redaction.found(text) == {
+    assert redaction.count_secrets(text) == {
         "a Hugging Face token": 3,
         "an API key": 1,
         "a GitHub token": 1,
         "a GitLab token": 1,
     }
-    assert not redaction.found("hf_smoke sk-learn ghp_x")
+    assert not redaction.count_secrets("hf_smoke sk-learn ghp_x")
 
 
 def test_told_arguments_are_arguments_all_the_same(tmp_path, monkeypatch):

@@ -200,7 +200,7 @@ def test_a_signal_while_it_pushes_leaves_nothing_half_done(tmp_path: Path, name:
 
 def test_outside_of_a_training_a_signal_raises_at_once():
     with pytest.raises(interrupts.Interrupted, match="SIGTERM"):
-        interrupts.request("SIGTERM")
+        interrupts.receive("SIGTERM")
     # Raised in a callback, it would have been dropped: whoever waits for the Hub looks again.
     with pytest.raises(interrupts.Interrupted, match="SIGTERM"):
         interrupts.sleep(0)
@@ -210,27 +210,27 @@ def test_outside_of_a_training_a_signal_raises_at_once():
 def test_inside_it_waits_and_raises_at_the_end():
     said = []
     with pytest.raises(interrupts.Interrupted, match="SIGINT"):
-        with interrupts.at_boundaries(said.append):
-            assert not interrupts.wanted()
-            interrupts.request("SIGINT")
-            assert interrupts.wanted()
-    assert said == ["SIGINT: saving at the next boundary; a second one stops at once"]
-    assert not interrupts.wanted()
+        with interrupts.deferred(said.append):
+            assert not interrupts.stop_requested()
+            interrupts.receive("SIGINT")
+            assert interrupts.stop_requested()
+    assert said == ["Ctrl-C: finishing this step, then saving. Press again to quit without saving."]
+    assert not interrupts.stop_requested()
 
 
 def test_an_error_inside_is_not_hidden_by_a_signal():
     with pytest.raises(ValueError, match="first"):
-        with interrupts.at_boundaries():
-            interrupts.request("SIGINT")
+        with interrupts.deferred():
+            interrupts.receive("SIGINT")
             raise ValueError("first")
     interrupts._state.waiting = None
 
 
 def test_a_budget_ends_with_its_run():
-    with interrupts.budget(1e-9):
-        assert interrupts.wanted()
+    with interrupts.time_budget(1e-9):
+        assert interrupts.stop_requested()
         with pytest.raises(interrupts.OutOfTime):
-            interrupts.leave()
-        with interrupts.budget(None):
-            assert not interrupts.wanted()
-    assert not interrupts.wanted()
+            interrupts.stop_if_requested()
+        with interrupts.time_budget(None):
+            assert not interrupts.stop_requested()
+    assert not interrupts.stop_requested()

@@ -269,7 +269,7 @@ def test_samples_and_scores_are_the_same(start):
         torch.testing.assert_close(a.states, b.states, rtol=0, atol=1e-5)
     torch.testing.assert_close(torch.cat(half[1]), torch.cat(whole[1]), rtol=0, atol=1e-5)
     assert half[2] == pytest.approx(whole[2], abs=1e-5)
-    assert made.halving.most == {"generation": 3, "scoring": 1}
+    assert made.halving.limits == {"generation": 3, "scoring": 1}
     assert room.short == {"generation": 2, "scoring": 2}, "12 -> 6 -> 3, 3 -> 2 -> 1, never again"
     assert len(told) == 4 and "memory ran out in generation at 12 rows" in told[0]
     look()
@@ -297,7 +297,7 @@ def test_a_resume_goes_on_with_the_halved_rows(start):
 
         def load(self, trainer):
             real_load(self, trainer)
-            seen.append(dict(self.backbone.halving.most))
+            seen.append(dict(self.backbone.halving.limits))
 
         patch.setattr(checkpoint_callback.CheckpointCallback, "load", load)
         pipeline.run(asked, start / "kept", until="ppo")
@@ -397,14 +397,14 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
     for error in (RuntimeError("shape mismatch"), ValueError(" out of memory."), KeyError("x")):
         assert not oom.is_out_of_memory(error)
         with pytest.raises(type(error)):
-            oom.tried(lambda error=error: raises(error))
+            oom.attempt(lambda error=error: raises(error))
     host = RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: you tried ...")
     others = [
         RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ]
     for error in (torch.OutOfMemoryError(TOLD), MemoryError(), host, *others):
-        assert oom.tried(lambda error=error: raises(error))[1]
+        assert oom.attempt(lambda error=error: raises(error))[1]
 
 
 def raises(error):
@@ -424,7 +424,7 @@ def real_limit(out):
     made.halving.say = told.append
     found = scoring.episode_logprobs(made, episodes, "policy", batch_size=48)
     off = max(float((a - b).abs().max()) for a, b in zip(found, alone, strict=True))
-    out.write_text(json.dumps({"off": off, "told": told, "most": made.halving.most}))
+    out.write_text(json.dumps({"off": off, "told": told, "most": made.halving.limits}))
 
 
 @pytest.mark.slow
