@@ -43,14 +43,16 @@ def errors_as_text(debug: bool) -> Iterator[None]:
     except LoraRlhfError as error:
         _fail(debug, str(error), error.exit_code)
     except Exception as error:
-        if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):
+        name, text = type(error).__name__, first_line(error)
+        if name in ("OutOfMemoryError", "MemoryError"):
             known = MemoryLimitError(
-                f"the device ran out of memory: {first_line(error)}",
+                f"the device ran out of memory: {text}",
                 remedy="a smaller base, model.load_in_4bit, or a smaller evaluate.batch_size",
             )
             _fail(debug, str(known), known.exit_code)
+        what = name if text == name else f"{name}: {text}"
         hint = "" if debug else "; run again with --debug for the traceback"
-        _fail(debug, f"unexpected error: {type(error).__name__}: {first_line(error)}{hint}", 1)
+        _fail(debug, f"unexpected error: {what}{hint}", 1)
 
 
 def _fail(debug: bool, message: str, code: int) -> NoReturn:

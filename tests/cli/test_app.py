@@ -289,7 +289,7 @@ class OutOfMemoryError(RuntimeError):
         (NonFiniteError("the loss is nan"), 5, "the loss is nan"),
         (LoraRlhfError("odd"), 1, "odd"),
         (ValueError("a\nb"), 1, "unexpected error: ValueError: a; run again with --debug"),
-        (KeyError(), 1, "unexpected error: KeyError: ; run again with --debug"),
+        (KeyError(), 1, "unexpected error: KeyError; run again with --debug"),
         (OutOfMemoryError("CUDA: tried"), 4, "evaluate.batch_size"),
         (KeyboardInterrupt(), 130, "Interrupted; run the same command to continue."),
     ],
