@@ -184,7 +184,7 @@ class _Work:
         self.backbone = Backbone.load(recipe.model, recipe.lora)
         if planned is None:  # said only now: a base that is not there is one error, not two
             progress.say(line)
-        self.backbone.halving.say = progress.say
+        self.backbone.backoff.say = progress.say
         record.data["clock"]["host"]["makes_do"] = notes = hardware_limitations(
             self.backbone.causal.dtype
         )
@@ -227,8 +227,8 @@ class _Work:
         found["parameters_per_role"] = known | found["parameters_per_role"]
         record.data["lora"] = found
         record.data["clock"]["memory"] = self.backbone.memory_report()
-        if self.backbone.halving.limits:  # since then not every sum is rounded as on a larger card
-            record.data["clock"]["rows_at_once"] = dict(self.backbone.halving.limits)
+        if self.backbone.backoff.limits:  # since then not every sum is rounded as on a larger card
+            record.data["clock"]["rows_at_once"] = dict(self.backbone.backoff.limits)
         if (measured := self._peak.read()) is None:
             return
         # The highest of this run, whichever of its sittings had it.

@@ -175,7 +175,7 @@ class _GroupTrainer(RolloutTrainer, TiedReferenceTrainer):
             return compute(*args, batch_size=batch_size, **options)
         model, ids, mask, tokens, *rest = args
         size = batch_size or (rest[0] if rest else None) or len(ids)
-        return self.backbone.halving.call(
+        return self.backbone.backoff.call(
             "scoring",
             size,
             lambda rows: compute(model, ids, mask, tokens, batch_size=rows, **options),
@@ -226,7 +226,7 @@ class _GroupTrainer(RolloutTrainer, TiedReferenceTrainer):
                 )[0]
 
             with self.backbone.role(role):
-                self.backbone.halving.for_each_batch(
+                self.backbone.backoff.for_each_batch(
                     "scoring", range(len(out["prompt_ids"])), size, visit
                 )
         mask_bt = out["completion_mask"]

@@ -187,7 +187,7 @@ class Scorer:
     def _settle_trunk(self) -> None:
         """Keep states only if passes that start from them give the very bits of whole ones."""
         first = scoring.by_length(self.episodes)[: self.size]
-        self.backbone.halving.for_each_batch("scoring", first, len(first), self._settle_trunk_on)
+        self.backbone.backoff.for_each_batch("scoring", first, len(first), self._settle_trunk_on)
 
     def _settle_trunk_on(self, index: Sequence[int]) -> None:
         if self.trunk is False:

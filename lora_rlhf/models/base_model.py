@@ -50,7 +50,7 @@ class BaseModel:
         causal: The base model with its LM head; its tensors exist once.
         tokenizer: With a pad token apart from eos, padding on the left.
         source: Where the weights came from and their licence, for the record.
-        halving: What is computed in smaller batches since memory ran out.
+        backoff: Limits of batch sizes since memory ran out.
     """
 
     causal: PreTrainedModel
@@ -60,7 +60,7 @@ class BaseModel:
     source: dict[str, Any]
 
     def __post_init__(self) -> None:
-        self.halving = BatchSizeBackoff()
+        self.backoff = BatchSizeBackoff()
         self.layers = decoder_layers(self.causal)
         count = math.ceil(len(self.layers) * self.lora_section.top_fraction)
         self.adapted_layers = list(range(len(self.layers) - count, len(self.layers)))

@@ -103,7 +103,7 @@ def sample(
                         out[i] = Sampled(row.ids, torch.tensor(row.logprobs), states)
 
                 drawn = list(zip(index, uniform, strict=True))
-                base.halving.for_each_batch("generation", drawn, len(drawn), run)
+                base.backoff.for_each_batch("generation", drawn, len(drawn), run)
     finally:
         base.causal.train(was_training)
     return [found for found in out if found is not None]

@@ -208,7 +208,7 @@ def for_each_batch(
 
     Where memory runs out the rest, and what was being visited, comes in smaller batches.
     """
-    backbone.halving.for_each_batch(
+    backbone.backoff.for_each_batch(
         "scoring",
         by_length(episodes),
         size,

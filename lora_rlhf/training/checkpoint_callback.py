@@ -88,7 +88,7 @@ class CheckpointCallback(TrainerCallback):
             CheckpointError: There are checkpoints, and none is complete, or of this run.
             Interrupted, OutOfTime: What was done is saved.
         """
-        trainer.checkpoints, trainer.backoff = self, self.backbone.halving
+        trainer.checkpoints, trainer.backoff = self, self.backbone.backoff
         trainer.guard = NonFiniteGuard(
             trainer, self.backbone, self.record, self.progress, self.name, self.unit
         )

@@ -262,14 +262,14 @@ def test_samples_and_scores_are_the_same(start):
     room.watch(made)
     room.open = True
     told: list[str] = []
-    made.halving.say = told.append
+    made.backoff.say = told.append
     half = look()
     assert [s.ids for s in half[0]] == [s.ids for s in whole[0]]
     for a, b in zip(half[0], whole[0], strict=True):
         torch.testing.assert_close(a.states, b.states, rtol=0, atol=1e-5)
     torch.testing.assert_close(torch.cat(half[1]), torch.cat(whole[1]), rtol=0, atol=1e-5)
     assert half[2] == pytest.approx(whole[2], abs=1e-5)
-    assert made.halving.limits == {"generation": 3, "scoring": 1}
+    assert made.backoff.limits == {"generation": 3, "scoring": 1}
     assert room.short == {"generation": 2, "scoring": 2}, "12 -> 6 -> 3, 3 -> 2 -> 1, never again"
     assert len(told) == 4 and "memory ran out in generation at 12 rows" in told[0]
     look()
@@ -297,7 +297,7 @@ def test_a_resume_goes_on_with_the_halved_rows(start):
 
         def load(self, trainer):
             real_load(self, trainer)
-            seen.append(dict(self.backbone.halving.limits))
+            seen.append(dict(self.backbone.backoff.limits))
 
         patch.setattr(checkpoint_callback.CheckpointCallback, "load", load)
         pipeline.run(asked, start / "kept", until="ppo")
@@ -421,10 +421,10 @@ def real_limit(out):
     now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + 50 * 10**6, resource.RLIM_INFINITY))
     told = []
-    made.halving.say = told.append
+    made.backoff.say = told.append
     found = scoring.episode_logprobs(made, episodes, "policy", batch_size=48)
     off = max(float((a - b).abs().max()) for a, b in zip(found, alone, strict=True))
-    out.write_text(json.dumps({"off": off, "told": told, "most": made.halving.limits}))
+    out.write_text(json.dumps({"off": off, "told": told, "most": made.backoff.limits}))
 
 
 @pytest.mark.slow
