@@ -47,3 +47,12 @@ def real_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("LORA_RLHF_DATA names no folder with real data")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """Finished little runs that all test files share: copy one instead of training it again."""
+    from killed import Runs
+
+    top = tmp_path_factory.getbasetemp()
+    return Runs((top.parent if "PYTEST_XDIST_WORKER" in os.environ else top) / "little-runs")

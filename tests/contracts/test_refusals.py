@@ -3,7 +3,6 @@
 
 import json
 import shutil
-import signal
 from pathlib import Path
 
 import killed
@@ -15,14 +14,10 @@ from lora_rlhf.errors import CheckpointError, UsageError
 from lora_rlhf.runs.record import Record
 
 
-@pytest.fixture(scope="module")
-def half(tmp_path_factory) -> Path:
+@pytest.fixture
+def half(runs: killed.Runs) -> Path:
     """A run that was killed in the middle of PPO."""
-    folder = tmp_path_factory.mktemp("refused")
-    killed.write(folder)
-    child = killed.start(killed.die_after_save, killed.recipe(folder), folder / "run", "ppo", 6)
-    assert killed.wait(child) == -signal.SIGKILL
-    return folder / "run"
+    return runs.half()
 
 
 @pytest.fixture
@@ -85,7 +80,9 @@ def test_another_template_of_the_same_base_is_refused(half: Path, out: Path, mon
 
 
 def test_prompts_that_changed_in_between_are_refused(half: Path, tmp_path: Path):
-    folder = Path(shutil.copytree(half.parent, tmp_path / "all"))
+    folder = tmp_path / "all"
+    shutil.copytree(half.parent, folder, ignore=shutil.ignore_patterns("after-*", "half*"))
+    shutil.copytree(half, folder / "run")
     (folder / "prompts.jsonl").write_text(
         (folder / "prompts.jsonl").read_text().replace("w5", "w6")
     )

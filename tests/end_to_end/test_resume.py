@@ -9,51 +9,11 @@ from pathlib import Path
 
 import killed
 import pytest
+from killed import STAGES, Runs
 
 from lora_rlhf import pipeline
 from lora_rlhf.evaluation.answers import AnswerCache
 from lora_rlhf.runs.record import Record
-
-_BOTH = ("sft", "reward")
-STAGES = {
-    "sft": (), "reward": ("sft",), "ppo": _BOTH, "grpo": _BOTH, "rloo": _BOTH, "dpo": _BOTH,
-    "evaluate": (*_BOTH, "ppo"),
-}  # fmt: skip
-"""Stage -> those that are finished when it is killed."""
-
-
-class Runs:
-    """Runs of one recipe up to each stage, left alone; made once, in the order of need."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.seconds = folder, {}
-        killed.write(folder)
-
-    def recipe(self, stage: str):
-        algorithm = stage if stage in ("grpo", "rloo", "dpo") else "ppo"
-        return killed.recipe(self.folder, f"algorithm={algorithm}")
-
-    def before(self, stage: str) -> Path | None:
-        """A run in which just the stages before this one are finished."""
-        return self.after(STAGES[stage][-1]) if STAGES[stage] else None
-
-    def after(self, stage: str) -> Path:
-        """A run that has finished this stage, undisturbed."""
-        out = self.folder / f"whole-{stage}"
-        if not out.exists():
-            self.copy(stage, out)
-            self.seconds[stage] = killed.finish(self.recipe(stage), out, stage)
-        return out
-
-    def copy(self, stage: str, out: Path) -> Path:
-        if (before := self.before(stage)) is not None:
-            shutil.copytree(before, out)
-        return out
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -63,7 +23,7 @@ def test_killed_at_random_moments(runs: Runs, stage: str, tmp_path: Path):
     rng, hit = random.Random(os.environ.get("KILL_SEED")), []
     for attempt in range(8):  # a machine that is faster than when it was timed is over too soon
         out = runs.copy(stage, tmp_path / str(attempt))
-        moments = [rng.uniform(0.1, 0.6) * 0.7**attempt * runs.seconds[stage] for _ in range(2)]
+        moments = [rng.uniform(0.1, 0.6) * 0.7**attempt * runs.seconds(stage) for _ in range(2)]
         hit = [killed.kill(asked, out, stage, after) for after in moments]
         killed.finish(asked, out, stage)
         assert killed.bits(out) == wanted, f"killed after {moments} s"

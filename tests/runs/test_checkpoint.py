@@ -152,14 +152,10 @@ def test_a_manifest_that_leads_outside_is_refused(tmp_path: Path):
 # --- in a run ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def half(tmp_path_factory) -> Path:
+@pytest.fixture
+def half(runs: killed.Runs) -> Path:
     """A run that was killed in the middle of a rollout of PPO."""
-    folder = tmp_path_factory.mktemp("half")
-    killed.write(folder)
-    child = killed.start(killed.die_after_save, killed.recipe(folder), folder / "run", "ppo", 6)
-    assert killed.wait(child) == -signal.SIGKILL
-    return folder / "run"
+    return runs.half()
 
 
 def again(half: Path, out: Path, *sets: str, harm=None) -> RecordingProgress:
@@ -173,8 +169,8 @@ def again(half: Path, out: Path, *sets: str, harm=None) -> RecordingProgress:
 
 
 @pytest.fixture(scope="module")
-def gone_on(half: Path, tmp_path_factory) -> SimpleNamespace:
-    """The killed run, gone on with; the steps that were done in the second process."""
+def gone_on(runs: killed.Runs, tmp_path_factory) -> SimpleNamespace:
+    """The killed run, continued; the steps that were done in the second process."""
     out, steps, real = (
         tmp_path_factory.mktemp("on") / "run",
         [],
@@ -187,7 +183,7 @@ def gone_on(half: Path, tmp_path_factory) -> SimpleNamespace:
 
     checkpoint_callback.CheckpointCallback.on_step_end = look
     try:
-        said = again(half, out)
+        said = again(runs.half(), out)
     finally:
         checkpoint_callback.CheckpointCallback.on_step_end = real
     return SimpleNamespace(folder=out, steps=steps, said=said.lines)

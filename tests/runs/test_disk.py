@@ -69,14 +69,12 @@ def run(asked, out: Path, told: Path) -> int:
 
 @pytest.mark.parametrize("looks", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_run_on_a_full_disk_ends_in_one_error_and_goes_on_with_room(
-    tmp_path: Path, small_disk: Path, monkeypatch, looks: bool
+    runs: killed.Runs, tmp_path: Path, small_disk: Path, monkeypatch, looks: bool
 ):
     """With everything on it; found out by looking first, or by a write that fails."""
     if not looks:
         monkeypatch.setattr(checkpoint, "check_room", lambda *_: None)
-    killed.write(tmp_path)
-    asked = killed.recipe(tmp_path)
-    told = tmp_path / "told"
+    asked, told = runs.recipe(), tmp_path / "told"
     assert killed.wait(killed.start(run, asked, small_disk / "run", told)) == 4
     said = told.read_text()
     assert "\ncannot write to " in said and "MB free" in said
@@ -88,13 +86,11 @@ def test_a_run_on_a_full_disk_ends_in_one_error_and_goes_on_with_room(
     moved = Path(shutil.copytree(small_disk / "run", tmp_path / "moved"))
     monkeypatch.undo()
     killed.finish(asked, moved, "ppo")
-    killed.finish(asked, tmp_path / "whole", "ppo")
-    assert killed.bits(moved) == killed.bits(tmp_path / "whole")
+    assert killed.bits(moved) == killed.bits(runs.after("ppo"))
 
 
-def test_a_read_only_folder_is_one_error(tmp_path: Path, small_disk: Path):
-    killed.write(tmp_path)
-    asked, told = killed.recipe(tmp_path), tmp_path / "told"
+def test_a_read_only_folder_is_one_error(runs: killed.Runs, tmp_path: Path, small_disk: Path):
+    asked, told = runs.recipe(), tmp_path / "told"
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     try:
         assert killed.wait(killed.start(run, asked, small_disk / "run", told)) == 4
@@ -104,11 +100,12 @@ def test_a_read_only_folder_is_one_error(tmp_path: Path, small_disk: Path):
     assert "Read-only file system" in told.read_text()
 
 
-def test_a_folder_that_becomes_read_only_while_it_trains(tmp_path: Path, small_disk: Path):
+def test_a_folder_that_becomes_read_only_while_it_trains(
+    runs: killed.Runs, tmp_path: Path, small_disk: Path
+):
     """Told at the next write; what is there stays as it is."""
     subprocess.run(["mount", "-o", "remount,size=40m", str(small_disk)], check=True)
-    killed.write(tmp_path)
-    asked, told = killed.recipe(tmp_path), tmp_path / "told"
+    asked, told = runs.recipe(), tmp_path / "told"
 
     def closing(asked, out, told) -> int:
         real = checkpoint_callback.CheckpointCallback.save

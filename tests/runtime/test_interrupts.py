@@ -3,7 +3,6 @@
 
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,25 +24,15 @@ from lora_rlhf.runs.record import Record
 from lora_rlhf.runtime import interrupts
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("stopped")
-    killed.write(folder)
-    killed.finish(asked(folder), folder / "before", "reward")
-    killed.finish(asked(folder), begun(folder, folder / "whole"), "ppo")
-    return folder / "whole"
+@pytest.fixture
+def whole(runs: killed.Runs) -> Path:
+    """The run that nobody disturbed."""
+    return runs.after("ppo")
 
 
-def begun(folder: Path, out: Path) -> Path:
-    """A run in which SFT and the reward model are done."""
-    return Path(shutil.copytree(folder / "before", out))
-
-
-def asked(folder: Path, *sets: str):
-    """Saved only when it is told to: what is on disk is there because of the signal."""
-    return killed.recipe(
-        folder, "checkpoint.every_steps=null", "reward.held_out_model=false", *sets
-    )
+def asked(runs: killed.Runs, *sets: str):
+    """Saves only when it is told to: what is on disk is there because of the signal."""
+    return runs.recipe("ppo", "checkpoint.every_steps=null", *sets)
 
 
 def run(recipe, out: Path, prepare=None) -> int:
@@ -96,10 +85,12 @@ PHASES = {
                             ("score", "SIGTERM"), ("update", "SIGTERM")]
     ],
 )  # fmt: skip
-def test_a_signal_saves_at_the_next_boundary(whole: Path, tmp_path: Path, phase: str, name: str):
+def test_a_signal_saves_at_the_next_boundary(
+    runs: killed.Runs, whole: Path, tmp_path: Path, phase: str, name: str
+):
     owner, function, call, step = PHASES[phase]
-    number, out = getattr(signal, name), begun(whole.parent, tmp_path / "run")
-    recipe = asked(whole.parent, *(["checkpoint.every_steps=1"] if phase == "save" else []))
+    number, out = getattr(signal, name), runs.copy("ppo", tmp_path / "run")
+    recipe = asked(runs, *(["checkpoint.every_steps=1"] if phase == "save" else []))
     child = killed.start(run, recipe, out, at(owner, function, number, call=call))
     assert killed.wait(child) == 128 + number
     if step is not None:
@@ -110,32 +101,34 @@ def test_a_signal_saves_at_the_next_boundary(whole: Path, tmp_path: Path, phase:
 
 
 @pytest.mark.parametrize("name", ["SIGINT", pytest.param("SIGTERM", marks=pytest.mark.slow)])
-def test_a_second_signal_is_immediate(whole: Path, tmp_path: Path, name: str):
+def test_a_second_signal_is_immediate(runs: killed.Runs, whole: Path, tmp_path: Path, name: str):
     number = getattr(signal, name)
     second = at(ppo_trainer.PPOTrainer, "_generate", number, times=2)
-    out = begun(whole.parent, tmp_path / "run")
-    assert killed.wait(killed.start(run, asked(whole.parent), out, second)) == -number
-    assert killed.wait(killed.start(run, asked(whole.parent), out)) == 0
+    out = runs.copy("ppo", tmp_path / "run")
+    assert killed.wait(killed.start(run, asked(runs), out, second)) == -number
+    assert killed.wait(killed.start(run, asked(runs), out)) == 0
     assert killed.bits(out) == killed.bits(whole)
 
 
-def test_a_budget_of_minutes_is_kept_and_gone_on_with(whole: Path, tmp_path: Path):
+def test_a_budget_of_minutes_is_kept_and_gone_on_with(
+    runs: killed.Runs, whole: Path, tmp_path: Path
+):
     def out_at_fifth_look() -> None:
         looks = iter(range(99))
         interrupts.out_of_time = lambda: next(looks) >= 5
 
-    out = begun(whole.parent, tmp_path / "run")
-    assert killed.wait(killed.start(run, asked(whole.parent), out, out_at_fifth_look)) == 0
+    out = runs.copy("ppo", tmp_path / "run")
+    assert killed.wait(killed.start(run, asked(runs), out, out_at_fifth_look)) == 0
     assert Record.read(out).in_flight("ppo") and not Record.read(out).done("ppo")
-    assert killed.wait(killed.start(run, asked(whole.parent), out)) == 0
+    assert killed.wait(killed.start(run, asked(runs), out)) == 0
     assert killed.bits(out) == killed.bits(whole)
 
 
 @pytest.mark.slow
-def test_the_shortest_budget_gets_to_the_end(whole: Path, tmp_path: Path):
+def test_the_shortest_budget_gets_to_the_end(runs: killed.Runs, whole: Path, tmp_path: Path):
     """The shortest there is: every session gets at least to its next boundary, and exits with 0."""
     out, sessions = tmp_path / "run", 0
-    recipe = asked(whole.parent, "checkpoint.max_minutes=0.0001")
+    recipe = asked(runs, "checkpoint.max_minutes=0.0001")
     while not (out / "record.json").exists() or not Record.read(out).done("ppo"):
         assert killed.wait(killed.start(run, recipe, out)) == 0
         sessions += 1
@@ -147,15 +140,15 @@ def test_the_shortest_budget_gets_to_the_end(whole: Path, tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_signals_at_random_moments(whole: Path, tmp_path: Path, name: str):
+def test_signals_at_random_moments(runs: killed.Runs, whole: Path, tmp_path: Path, name: str):
     number, rng, wanted = getattr(signal, name), random.Random(), killed.bits(whole)
     for turn in range(20):
         out = tmp_path / str(turn)
-        child = killed.start(run, asked(whole.parent), out)
+        child = killed.start(run, asked(runs), out)
         time.sleep(rng.uniform(0.3, 4))
         os.kill(child, number)
         assert killed.wait(child) in (128 + number, 0)
-        assert killed.wait(killed.start(run, asked(whole.parent), out)) == 0
+        assert killed.wait(killed.start(run, asked(runs), out)) == 0
         assert killed.bits(out) == wanted
 
 

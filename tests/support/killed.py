@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole little runs in processes of their own, killed for real and gone on with.
+"""Little runs in child processes, killed for real and continued.
 
-A child is a fork: everything is imported already, and `kill -9` is the kernel's own.
+A child is a fork: everything is imported already, and `kill -9` is the kernel's own. `Runs` holds
+finished runs for all test files; a test copies the one that it continues.
 """
 
 import json
 import os
 import random
+import shutil
 import signal
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import broken_runs
+from filelock import FileLock
 from small import base_folder
 
 from lora_rlhf import pipeline
@@ -35,6 +39,13 @@ SETS = [
 ]  # fmt: skip
 """Small, and with the parts that a resume can lose: half epochs, half rollouts, moments, text."""
 
+_BOTH = ("sft", "reward")
+STAGES = {
+    "sft": (), "reward": ("sft",), "ppo": _BOTH, "grpo": _BOTH, "rloo": _BOTH, "dpo": _BOTH,
+    "evaluate": (*_BOTH, "ppo"),
+}  # fmt: skip
+"""Stage -> those that are finished when it begins."""
+
 
 def write(folder: Path, n: int = 40) -> None:
     """The data of all little runs."""
@@ -45,7 +56,8 @@ def write(folder: Path, n: int = 40) -> None:
 
 
 def recipe(folder: Path, *sets: str):
-    text = broken_runs.RECIPE.format(base=base_folder("llama"))
+    base = folder / "base" if (folder / "base").is_dir() else base_folder("llama")
+    text = broken_runs.RECIPE.format(base=base)
     asked = parse_recipe(text, "recipe.yaml", [*SETS, *sets], folder)
     gpu_fit.before_run(asked)  # what it counts is kept, and would be counted by every child
     return asked
@@ -124,3 +136,67 @@ def bits(folder: Path) -> dict[str, object]:
         },
         "checks": {p.parent.name: p.read_text() for p in folder.glob("adapters/*/check.json")},
     }
+
+
+class Runs:
+    """Undisturbed runs of one recipe up to each stage, made when first asked for.
+
+    They lie in one folder for both workers of `pytest -n 2`; a lock keeps them from making the same
+    run twice.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with FileLock(folder.with_suffix(".lock")):
+            if not folder.exists():
+                shutil.copytree(base_folder("llama"), folder / "base")
+                write(folder)
+
+    def recipe(self, stage: str = "ppo", *sets: str):
+        """The recipe of the runs, with the algorithm that has this stage."""
+        algorithm = stage if stage in ("grpo", "rloo", "dpo") else "ppo"
+        return recipe(self.folder, f"algorithm={algorithm}", *sets)
+
+    def after(self, stage: str) -> Path:
+        """A run that has finished this stage; not to be changed."""
+
+        def make(out: Path) -> None:
+            self.copy(stage, out)
+            seconds = finish(self.recipe(stage), out, stage)
+            (self.folder / f"{stage}.seconds").write_text(str(seconds))
+
+        return self._once(f"after-{stage}", make)
+
+    def seconds(self, stage: str) -> float:
+        """The time that this stage took."""
+        self.after(stage)
+        return float((self.folder / f"{stage}.seconds").read_text())
+
+    def before(self, stage: str) -> Path | None:
+        """A run in which just the stages before this one are finished; None for the first."""
+        return self.after(STAGES[stage][-1]) if STAGES[stage] else None
+
+    def copy(self, stage: str, out: Path) -> Path:
+        """Start `out` as a copy of the run before this stage."""
+        if (before := self.before(stage)) is not None:
+            shutil.copytree(before, out)
+        return out
+
+    def half(self) -> Path:
+        """A run that was killed in the middle of a rollout of PPO; not to be changed."""
+
+        def make(out: Path) -> None:
+            child = start(die_after_save, self.recipe(), self.copy("ppo", out), "ppo", 6)
+            assert wait(child) == -signal.SIGKILL
+
+        return self._once("half", make)
+
+    def _once(self, name: str, make: Callable[[Path], None]) -> Path:
+        out = self.folder / name
+        with FileLock(self.folder / f"{name}.lock"):
+            if not out.exists():
+                making = self.folder / f"{name}-making"
+                shutil.rmtree(making, ignore_errors=True)
+                make(making)
+                making.rename(out)
+        return out

@@ -198,10 +198,9 @@ def test_every_stage_skips_a_bad_gradient_and_keeps_its_loss(tmp_path, monkeypat
     assert isinstance(loss, float) and math.isfinite(loss)
 
 
-def test_a_run_that_stops_leaves_no_bad_adapter_anywhere(tmp_path: Path, monkeypatch):
+def test_a_run_that_stops_leaves_no_bad_adapter_anywhere(runs: killed.Runs, tmp_path: Path):
     """Exit code 5, no final adapter, no push, and every checkpoint finite; the next run goes on."""
-    killed.write(tmp_path)
-    asked, out = killed.recipe(tmp_path), tmp_path / "run"
+    asked, out = runs.recipe(), runs.copy("ppo", tmp_path / "run")
 
     def broken():
         real = reward_functions.of_recipe
