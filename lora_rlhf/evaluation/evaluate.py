@@ -142,11 +142,7 @@ def _read(prompts: Dataset, n: int) -> tuple[list[dict[str, Any]], list[Item | N
 
 
 def _answer(
-    recipe: Recipe,
-    backbone: Backbone,
-    model: str,
-    prompts: list[list[int]],
-    longest: int,
+    recipe: Recipe, backbone: Backbone, model: str, prompts: list[list[int]], longest: int
 ) -> Answers:
     """Generate with one model and let reward models and SFT judge it."""
     # Imported here: whoever only wants the table or the samples need not wait for torch.

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finished runs side by side: one table, and paired differences where they may be taken.
+"""Finished runs side by side: one table, and paired differences where they are valid.
 
-Everything comes from the records and samples of the runs; no torch, no network. Two runs are
-paired prompt by prompt only where both started from the same SFT adapter and answered the same
-prompts with the same seed and settings; otherwise it is said why not. Runs of one recipe that
-differ in the seed only are one row: the mean over seeds, with an interval that rests on the seeds.
+Reads the records and samples of the runs only. Two runs are paired prompt by prompt if both started
+from the same SFT adapter and answered the same prompts with the same seed and settings; otherwise
+the report says why not. Runs of one recipe that differ only in the seed are one row: the mean over
+seeds, with an interval over seeds.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from lora_rlhf.runs import samples
 from lora_rlhf.runs.record import Record
 
 REWARDS = ("gold_reward", "held_out_reward", "proxy_reward")
-"""From the most to the least telling judge."""
+"""Judges, the most reliable one first."""
 
 _JUDGED_BY = {"held_out_reward": "stages.reward.held_out_adapter_sha256",
               "proxy_reward": "stages.reward.adapter_sha256"}  # fmt: skip
-"""Reward -> where the record keeps the judge's hash; two judges have two scales."""
+"""Reward -> path of the judge's hash in the record; scores of two judges cannot be compared."""
 
 _WIN_RATES = ("win_rate", "win_rate_held_out", "win_rate_proxy")
 _SHOWN = (*REWARDS, "gold_reward_minus_sft", *_WIN_RATES, "kl", "kl_bound", "length")
 
 FEWEST_SEEDS = 3
-"""Of a statement about an algorithm (2411.00640 asks for the spread over runs)."""
+"""Seeds for a statement about an algorithm (2411.00640 asks for the spread over runs)."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run and what its policy (or best of n) did on the held-out prompts."""
+    """One finished run, and the answers of its policy (or best of n) by held-out prompt."""
 
     name: str
     record: Record
@@ -45,49 +45,50 @@ class Run:
 
     @property
     def model(self) -> str:
-        """Its column of the evaluation."""
+        """Name of its policy in the evaluation."""
         return "best_of_n" if self.record.algorithm == "best_of_n" else "policy"
 
     @property
     def seed(self) -> int:
-        """Of everything that draws, the evaluation included."""
+        """Random seed of the run, its evaluation included."""
         return int(self.record.data["seed"])
 
     def get(self, path: str) -> Any:
-        """The record at a dotted path; None where it has nothing there."""
-        found: Any = self.record.data
+        """The record's value at a dotted path, or None."""
+        value: Any = self.record.data
         for key in path.split("."):
-            found = found.get(key) if isinstance(found, dict) else None
-        return found
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+    def evaluated(self, model: str | None = None) -> dict[str, Estimate]:
+        """The evaluation of `model`, by default that of the policy."""
+        return dict(self.record.data["evaluation"].get(model or self.model, {}))
 
 
 def run(folders: Sequence[str | Path]) -> dict[str, Any]:
-    """Compare runs; the first one is what differences are taken from.
+    """Compare runs; differences are to the first one.
 
     Args:
         folders: Run directories whose evaluation is finished.
 
     Returns:
-        Plain JSON: `metric` (the reward that differences are in), `rows` (`label`, `algorithm`,
-        `runs`, `seeds`, `metrics`, `episodes`, `seconds`, `samples_per_answer`), `differences`
-        (`of`, `less`, `estimate` or None, `pairs`, `why_not`) and `notes`.
+        Plain JSON: `metric` (the reward of the differences), `rows` (`label`, `algorithm`, `runs`,
+        `seeds`, `metrics`, `episodes`, `seconds`, `samples_per_answer`), `differences` (`of`,
+        `less`, `estimate` or None, `pairs`, `why_not`) and `notes`.
 
     Raises:
-        UsageError: A folder is no run, is given twice, or its evaluation is not finished.
+        UsageError: A folder is not a run, is given twice, or its evaluation is not finished.
     """
     if len({Path(f).resolve() for f in folders}) < len(folders):
         raise UsageError("a run is given twice", remedy="name each run once")
     runs = [_read(folder, folders) for folder in folders]
     groups = _grouped(runs)
-    metric = next((m for m in REWARDS if all(m in _evaluated(r) for r in runs)), None)
-    rows = [_sft(groups[0]), *(_row(group) for group in groups)]
+    metric = next((m for m in REWARDS if all(m in r.evaluated() for r in runs)), None)
+    # The evaluation of SFT, where all runs start, is that of the first ones.
+    rows = [_row(groups[0], "SFT", "sft") | _NO_POLICY, *map(_policy_row, groups)]
     differences = [] if metric is None else [_difference(g, groups[0], metric) for g in groups[1:]]
-    return {
-        "metric": metric,
-        "rows": rows,
-        "differences": differences,
-        "notes": _notes(groups, metric),
-    }
+    notes = _notes(groups, metric)
+    return {"metric": metric, "rows": rows, "differences": differences, "notes": notes}
 
 
 def _read(folder: str | Path, all_folders: Sequence[str | Path]) -> Run:
@@ -96,18 +97,19 @@ def _read(folder: str | Path, all_folders: Sequence[str | Path]) -> Run:
         raise UsageError(f"{folder} is not evaluated yet", remedy="finish it with `lora-rlhf run`")
     names = [Path(f).resolve().name for f in all_folders]
     name = Path(folder).resolve().name
-    model = "best_of_n" if record.algorithm == "best_of_n" else "policy"
-    by_prompt = samples.read(record)
-    lines = {i: found[model] for i, found in by_prompt.items() if model in found}
     label = name if names.count(name) == 1 else str(folder)
-    return Run(label, record, lines, identity(record.recipe(), without=("seed", "name")))
+    one = Run(label, record, {}, identity(record.recipe(), without=("seed", "name")))
+    for index, answers in samples.read(record).items():
+        if one.model in answers:
+            one.lines[index] = answers[one.model]
+    return one
 
 
 def _grouped(runs: list[Run]) -> list[list[Run]]:
-    """Runs of equal recipes but for the seed together, in the order of their first.
+    """Group runs whose recipes differ only in the seed, in the order of their first run.
 
     Raises:
-        UsageError: One recipe with one seed is there twice, which would count it twice.
+        UsageError: Two runs have the same recipe and seed, and would count twice.
     """
     groups: dict[str, list[Run]] = {}
     for each in runs:
@@ -122,89 +124,87 @@ def _grouped(runs: list[Run]) -> list[list[Run]]:
     return list(groups.values())
 
 
-def _evaluated(found: Run, model: str | None = None) -> dict[str, Estimate]:
-    return dict(found.record.data["evaluation"].get(model or found.model, {}))
+_NO_POLICY = {
+    "algorithm": "SFT",
+    "episodes": None,
+    "comparisons": None,
+    "samples_per_answer": 1,
+    "seconds": None,
+    "seconds_per_answer": None,
+}
 
 
-def _row(group: list[Run]) -> dict[str, Any]:
-    first = group[0]
-    algorithm = first.record.algorithm
-    seconds = [r.get(f"clock.stages.{algorithm}.seconds") for r in group]
-    answer = [r.get(f"clock.evaluation.{first.model}.seconds") for r in group]
-    prompts = [r.get("stages.evaluate.prompts") for r in group]
-    per_answer = [a / p for a, p in zip(answer, prompts, strict=True) if a is not None and p]
+def _row(group: list[Run], label: str, model: str | None = None) -> dict[str, Any]:
     return {
-        "label": first.name if len(group) == 1 else f"{first.name} and {len(group) - 1} more",
-        "algorithm": ALGORITHMS[algorithm],
+        "label": label,
         "runs": [r.name for r in group],
         "seeds": [r.seed for r in group],
-        "metrics": _means([_evaluated(r) for r in group]),
-        "episodes": first.get(f"stages.{algorithm}.episodes"),
-        "comparisons": first.get(f"stages.{algorithm}.comparisons"),
-        "samples_per_answer": first.get(f"stages.{algorithm}.n") or 1,
-        "seconds": _average([s for s in seconds if s is not None]),
-        "seconds_per_answer": _average(per_answer),
+        "metrics": _means([r.evaluated(model) for r in group]),
     }
 
 
-def _sft(group: list[Run]) -> dict[str, Any]:
-    """The common start, as the first runs evaluated it."""
-    return {
-        "label": "SFT",
-        "algorithm": "SFT",
-        "runs": [r.name for r in group],
-        "seeds": [r.seed for r in group],
-        "metrics": _means([_evaluated(r, "sft") for r in group]),
-        "episodes": None,
-        "comparisons": None,
-        "samples_per_answer": 1,
-        "seconds": None,
-        "seconds_per_answer": None,
+def _label(group: list[Run]) -> str:
+    return group[0].name + (f" and {len(group) - 1} more" if len(group) > 1 else "")
+
+
+def _policy_row(group: list[Run]) -> dict[str, Any]:
+    first = group[0]
+    stage = f"stages.{first.record.algorithm}"
+    spent = [
+        (r.get(f"clock.evaluation.{r.model}.seconds"), r.get("stages.evaluate.prompts"))
+        for r in group
+    ]
+    return _row(group, _label(group)) | {
+        "algorithm": ALGORITHMS[first.record.algorithm],
+        "episodes": first.get(f"{stage}.episodes"),
+        "comparisons": first.get(f"{stage}.comparisons"),
+        "samples_per_answer": first.get(f"{stage}.n") or 1,
+        "seconds": _average([r.get(f"clock.{stage}.seconds") for r in group]),
+        "seconds_per_answer": _average([s / n for s, n in spent if s is not None and n]),
     }
 
 
 def _means(each: list[dict[str, Estimate]]) -> dict[str, Estimate]:
-    """One run: its estimates. Several seeds: the mean of their values, n counts the seeds."""
-    names = [name for name in _SHOWN if all(name in found for found in each)]
-    if len(each) == 1:
-        return {name: each[0][name] for name in names}
+    """The estimates of one run; with several seeds the means over seeds, n counting seeds."""
+    names = [name for name in _SHOWN if all(name in estimates for estimates in each)]
+    # A number from a formula has n = 0, and no spread over seeds.
     return {
-        # A number from a formula has no spread over seeds.
-        name: each[0][name]
-        if not each[0][name]["n"]
-        else mean_interval([found[name]["value"] for found in each])
+        name: mean_interval([estimates[name]["value"] for estimates in each])
+        if len(each) > 1 and each[0][name]["n"]
+        else each[0][name]
         for name in names
     }
 
 
-def _average(values: list[float]) -> float | None:
-    return round(sum(values) / len(values), 4) if values else None
+def _average(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return round(sum(known) / len(known), 4) if known else None
 
 
 # --- differences ---------------------------------------------------------------------------------
 
 
 def _difference(group: list[Run], base: list[Run], metric: str) -> dict[str, Any]:
-    """The metric of `group` less that of `base`, paired by prompt and, with seeds, by seed."""
-    found: dict[str, Any] = {
-        "of": _row(group)["label"],
-        "less": _row(base)["label"],
-        "metric": metric,
-        "estimate": None,
-        "pairs": 0,
-        "why_not": None,
-    }
+    """The metric of `group` minus that of `base`, paired by prompt and, with seeds, by seed."""
     by_seed = {r.seed: r for r in base}
     pairs = [(r, by_seed[r.seed]) for r in group if r.seed in by_seed]
+    why_not = next((why for pair in pairs if (why := not_comparable(*pair, metric))), None)
     if not pairs:
-        seeds = (sorted(r.seed for r in side) for side in (group, base))
-        return found | {"why_not": "no seed in common: {} and {}".format(*seeds)}
-    for ours, theirs in pairs:
-        if reason := not_comparable(ours, theirs, metric):
-            return found | {"why_not": reason}
-    each = [_paired(ours, theirs, metric) for ours, theirs in pairs]
-    estimate = each[0] if len(each) == 1 else mean_interval([e["value"] for e in each])
-    return found | {"estimate": estimate, "pairs": len(pairs)}
+        why_not = "no seed in common: {} and {}".format(
+            *(sorted(r.seed for r in side) for side in (group, base))
+        )
+    estimate = None
+    if why_not is None:
+        each = [_paired(ours, theirs, metric) for ours, theirs in pairs]
+        estimate = each[0] if len(each) == 1 else mean_interval([e["value"] for e in each])
+    return {
+        "of": _label(group),
+        "less": _label(base),
+        "metric": metric,
+        "estimate": estimate,
+        "pairs": len(pairs) if estimate else 0,
+        "why_not": why_not,
+    }
 
 
 def _paired(ours: Run, theirs: Run, metric: str) -> Estimate:
@@ -215,9 +215,9 @@ def _paired(ours: Run, theirs: Run, metric: str) -> Estimate:
 
 
 def not_comparable(ours: Run, theirs: Run, metric: str) -> str | None:
-    """Why two runs may not be paired prompt by prompt, in plain words; None: they may."""
+    """The reason why two runs may not be paired prompt by prompt, or None if they may."""
     if ours.get("stages.sft.adapter_sha256") != theirs.get("stages.sft.adapter_sha256"):
-        return "they start from different SFT adapters; start the second with --from"
+        return "they start from different SFT adapters (start the second run with --from)"
     if ours.get("model.fingerprint") != theirs.get("model.fingerprint"):
         return "they have different base models"
     for key in ("seed", "temperature", "max_new_tokens", "prompts"):
@@ -226,39 +226,31 @@ def not_comparable(ours: Run, theirs: Run, metric: str) -> str | None:
             return f"they were evaluated with different settings: {key} {a} and {b}"
     asked = [{i: line["prompt"] for i, line in r.lines.items()} for r in (ours, theirs)]
     if not asked[0] or not asked[1]:
-        return "samples.jsonl of one of them has no answers"
+        return "one of them has no answers in samples.jsonl"
     if asked[0] != asked[1]:
         return "they were evaluated on different prompts"
     if metric in _JUDGED_BY and ours.get(_JUDGED_BY[metric]) != theirs.get(_JUDGED_BY[metric]):
-        return f"the {metric.replace('_', ' ')} of each is by another reward model"
+        return f"their {metric.replace('_', ' ')} comes from different reward models"
     return None
 
 
 def _notes(groups: list[list[Run]], metric: str | None) -> list[str]:
-    notes = []
-    if metric is None:
-        notes.append("The runs have no reward in common, so no difference can be taken.")
-    if metric == "proxy_reward":
-        notes.append(
-            "The only common judge is the reward model that training optimised: a gain by it "
-            "proves little. Set reward.held_out_model: true for a judge of its own."
-        )
-    if any(len(group) > 1 for group in groups):
-        notes.append(
-            "Rows of several seeds: the mean over seeds, its interval and n are those of seeds."
-        )
-    if any(len(group) < FEWEST_SEEDS for group in groups):
-        notes.append(
-            f"Rows of fewer than {FEWEST_SEEDS} seeds tell of those runs, not of their algorithm: "
-            "another seed can turn the order round."
-        )
-    if any(group[0].record.algorithm == "best_of_n" for group in groups):
-        notes.append(
-            "Best of n: its KL is an upper bound from a formula, and each answer costs n samples."
-        )
-    kls = [_evaluated(r).get("kl") for group in groups for r in group]
-    if len([k for k in kls if k]) > 1:
-        notes.append(
-            "Equal coefficients are not equal KL: compare rewards at a like distance from SFT."
-        )
-    return notes
+    kls = [r for group in groups for r in group if r.evaluated().get("kl")]
+    notes = {
+        "The runs have no reward in common, so no difference is computed.": metric is None,
+        "The only common judge is the reward model that training optimised, so a gain proves "
+        "little. Set reward.held_out_model: true to train an independent judge.": (
+            metric == "proxy_reward"
+        ),
+        "Rows with several seeds show the mean over seeds; their interval and n count seeds.": (
+            any(len(group) > 1 for group in groups)
+        ),
+        f"Rows with fewer than {FEWEST_SEEDS} seeds describe those runs, not their algorithm: "
+        "another seed may reverse the order.": any(len(group) < FEWEST_SEEDS for group in groups),
+        "Best of n: its KL is an upper bound from a formula, and each answer costs n samples.": (
+            any(group[0].model == "best_of_n" for group in groups)
+        ),
+        "Equal KL coefficients do not give equal KL: compare rewards at a similar distance from "
+        "SFT.": len(kls) > 1,
+    }
+    return [note for note, applies in notes.items() if applies]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of a run, from its record and its log only: `plots/*.png`.
+"""Plots of a run, from its record and log: `plots/*.png`.
 
-The same record gives the same bytes: no date, no version, no style of the user's. What was not
-logged is not drawn, and a picture with nothing to show is not written. matplotlib is imported when
-the first picture is drawn, through its file renderer; no window system is touched.
+The same record gives the same bytes: no date, version or user's style enters. Metrics that were not
+logged are not drawn, and an empty plot is not written. matplotlib is imported when the first plot
+is drawn, with its file renderer, so that no window system is needed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Panel = Callable[["Axes"], None]
+"""A function that draws one panel."""
+
 Series = tuple[list[float], list[float]]
-"""x and y of one line, of equal length, finite."""
+"""x and y of one curve: finite, of equal length."""
 
 POLICY_STAGES = tuple(name for name in ALGORITHMS if name != "best_of_n")
 
@@ -46,7 +49,7 @@ PANELS: tuple[tuple[str, tuple[str, ...], tuple[str, ...], str], ...] = (
     ("{}: largest ratio", POLICY_STAGES, ("policy/ratio_max",), "ratio"),
     ("{}: gradient norm", POLICY_STAGES, ("policy/grad_norm", "value/grad_norm"), "norm"),
 )
-"""Title ({}: the algorithm), stages, logged keys, unit of y: one panel each, where logged."""
+"""One panel each: title ({}: the algorithm), stages, logged keys, unit of y."""
 
 EVALUATION = {
     "gold_reward": "gold reward", "win_rate": "win rate against SFT", "success": "success",
@@ -65,60 +68,63 @@ _COLUMNS = 4
 
 
 def run(record: Record) -> list[Path]:
-    """Draw every picture there is something for; returns the files written."""
+    """Draw all plots; returns the files written."""
     drawn = (training(record), evaluation(record), reward_calibration(record))
     return [path for path in drawn if path is not None]
 
 
 def training(record: Record) -> Path | None:
     """`plots/training.png`: the curves of every stage, and score against sqrt(KL)."""
-    panels: list[Callable[[Axes], None]] = []
+    panels: list[Panel] = []
     for title, stages, keys, unit in PANELS:
         for stage in stages:
             lines = record.metrics(stage)
-            found = {key: xy for key in keys if (xy := _series(lines, "step", key))[0]}
-            if found:
-                panels.append(_curves(title.format(stage.upper()), "step", unit, found))
+            curves = {key: xy for key in keys if (xy := _series(lines, "step", key))[0]}
+            if curves:
+                panels.append(_curves(title.format(stage.upper()), "step", unit, curves))
     for stage in POLICY_STAGES:
-        found = _frontier(record.metrics(stage))
-        if found:
+        if curves := _frontier(record.metrics(stage)):
             title = f"{stage.upper()}: score against distance"
-            panels.append(_curves(title, "sqrt(KL to SFT in nats)", "reward", found, "."))
+            panels.append(_curves(title, "sqrt(KL to SFT in nats)", "reward", curves, "."))
     return _save(record.folder / "plots" / "training.png", panels)
 
 
 def evaluation(record: Record) -> Path | None:
     """`plots/evaluation.png`: each metric as bars by model, with the 95 % intervals."""
-    found = record.data.get("evaluation") or {}
+    models = record.data.get("evaluation") or {}
     panels = []
     for metric, title in EVALUATION.items():
-        bars = {m: e for m, values in found.items() if (e := _whole(values.get(metric)))}
+        estimates = {model: values.get(metric) or {} for model, values in models.items()}
+        bars = {m: e for m, e in estimates.items() if _number(e.get("value")) is not None}
         if bars:
-            panels.append(_bars(title, bars, list(found)))
+            panels.append(_bars(title, bars, list(models)))
     return _save(record.folder / "plots" / "evaluation.png", panels)
 
 
 def reward_calibration(record: Record) -> Path | None:
-    """`plots/reward_calibration.png`: how often the reward model is right where it says so."""
+    """`plots/reward_calibration.png`: accuracy of the reward model by its stated confidence."""
     stage = record.data.get("stages", {}).get("reward") or {}
     bins = [b for b in stage.get("calibration") or [] if b.get("n")]
 
     def draw(axes: Axes) -> None:
         axes.plot([0.5, 1], [0.5, 1], color="#8c8c8c", linestyle="--", label="calibrated")
         x, y = [b["predicted"] for b in bins], [b["observed"] for b in bins]
-        errors = None
-        if all(_number(b.get("observed_low")) is not None for b in bins):
-            low = [max(0.0, b["observed"] - b["observed_low"]) for b in bins]
-            errors = [low, [max(0.0, b["observed_high"] - b["observed"]) for b in bins]]
-        axes.errorbar(x, y, yerr=errors, fmt="o-", color=_COLORS[1], capsize=3, label="observed")
-        for b in bins:
-            axes.annotate(
-                f"n={b['n']}",
-                (b["predicted"], b["observed"]),
-                fontsize=6,
-                xytext=(3, -9),
-                textcoords="offset points",
-            )
+        names = {"value": "observed", "low": "observed_low", "high": "observed_high"}
+        each = [_whiskers({key: b.get(name) for key, name in names.items()}) for b in bins]
+        whiskers = [w for w in each if w is not None]
+        errors = [[w[end][0] for w in whiskers] for end in (0, 1)]
+        axes.errorbar(
+            x,
+            y,
+            errors if len(whiskers) == len(bins) else None,
+            fmt="o-",
+            color=_COLORS[1],
+            capsize=3,
+            label="observed",
+        )
+        for b, point in zip(bins, zip(x, y, strict=True), strict=True):
+            look = {"fontsize": 6, "xytext": (3, -9), "textcoords": "offset points"}
+            axes.annotate(f"n={b['n']}", point, **look)
         _label(axes, "reward model: calibration", "stated confidence", "share right")
         axes.legend(fontsize=7)
 
@@ -126,23 +132,23 @@ def reward_calibration(record: Record) -> Path | None:
 
 
 def comparison(report: dict[str, Any], path: Path) -> Path | None:
-    """Reward over sqrt(KL) of the runs that `compare.run` put side by side, as a PNG at `path`.
+    """Draw reward over sqrt(KL) of the report of `compare.run`, as a PNG at `path`.
 
-    Best of n stands at its bound, hollow: its true KL is smaller (2210.10760, figure 1).
+    Best of n is drawn hollow, at its upper bound: its true KL is smaller (2210.10760, figure 1).
     """
     metric = report["metric"]
     points = []
     for row in report["rows"]:
-        found = row["metrics"]
-        kl = found.get("kl") or found.get("kl_bound")
+        metrics = row["metrics"]
+        kl = metrics.get("kl") or metrics.get("kl_bound")
         if row["algorithm"] == "SFT":
             kl = {"value": 0.0, "low": None, "high": None, "n": 0}
-        if metric in found and kl is not None:
-            points.append((row, kl, found[metric]))
+        if metric in metrics and kl is not None:
+            points.append((row, kl, metrics[metric]))
 
     def draw(axes: Axes) -> None:
         for color, (row, kl, reward) in zip(itertools.cycle(_COLORS), points, strict=False):
-            inside = "white" if "kl_bound" in row["metrics"] else color
+            label, algorithm = row["label"], row["algorithm"]
             axes.errorbar(
                 [_root(kl["value"])],
                 [reward["value"]],
@@ -151,10 +157,8 @@ def comparison(report: dict[str, Any], path: Path) -> Path | None:
                 fmt="o",
                 capsize=3,
                 color=color,
-                label=row["label"]
-                if row["label"] == row["algorithm"]
-                else f"{row['algorithm']}: {row['label']}",
-                markerfacecolor=inside,
+                label=label if label == algorithm else f"{algorithm}: {label}",
+                markerfacecolor="white" if "kl_bound" in row["metrics"] else color,
             )
         title = "reward over distance from SFT, 95 % intervals"
         _label(axes, title, "sqrt(KL to SFT in nats)", str(metric).replace("_", " "))
@@ -164,13 +168,14 @@ def comparison(report: dict[str, Any], path: Path) -> Path | None:
 
 
 def _root(kl: float) -> float:
+    """The distance from SFT; a sampled KL may fall below 0 near the start, and is drawn at 0."""
     return math.sqrt(max(0.0, kl))
 
 
 def _whiskers(
     estimate: dict[str, Any], scale: Callable[[float], float] = float
 ) -> list[list[float]] | None:
-    """Distances down and up from the value to its interval; None where it has none."""
+    """Distances from the value down and up to the ends of its interval; None without one."""
     value, low, high = (_number(estimate.get(key)) for key in ("value", "low", "high"))
     if value is None or low is None or high is None:
         return None
@@ -182,16 +187,10 @@ def _whiskers(
 
 
 def _number(value: Any) -> float | None:
-    """A finite number, or None for text such as "nan", for NaN, and for what is not there."""
+    """A finite number, or None for text such as "nan", for NaN, and for a missing value."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if math.isfinite(value) else None
-
-
-def _whole(estimate: Any) -> dict[str, Any] | None:
-    """The estimate where its value is a number."""
-    usable = isinstance(estimate, dict) and _number(estimate.get("value")) is not None
-    return estimate if usable else None
 
 
 def _series(lines: Sequence[dict[str, Any]], x_key: str, y_key: str) -> Series:
@@ -202,39 +201,37 @@ def _series(lines: Sequence[dict[str, Any]], x_key: str, y_key: str) -> Series:
 
 def _frontier(lines: Sequence[dict[str, Any]]) -> dict[str, Series]:
     """Proxy and gold reward over sqrt(KL), as in Gao et al. 2022 (2210.10760, figure 1)."""
-    found = {}
+    curves = {}
     for key in ("reward/score", "rewards/gold"):
         kl, reward = _series(lines, "kl/sequence", key)
-        if kl:  # a sampled KL may fall below 0 near the start; it is drawn at 0
-            found[key] = ([math.sqrt(max(0.0, x)) for x in kl], reward)
-    return found
+        if kl:
+            curves[key] = ([_root(x) for x in kl], reward)
+    return curves
 
 
 # --- drawing -----------------------------------------------------------------------------------
 
 
-def _curves(
-    title: str, x: str, y: str, found: dict[str, Series], style: str = "-"
-) -> Callable[[Axes], None]:
+def _curves(title: str, x: str, y: str, curves: dict[str, Series], style: str = "-") -> Panel:
     def draw(axes: Axes) -> None:
-        for color, (key, (xs, ys)) in zip(_COLORS[1:], found.items(), strict=False):
+        for color, (key, (xs, ys)) in zip(_COLORS[1:], curves.items(), strict=False):
             look = ".-" if style == "-" and len(xs) < 30 else style
             axes.plot(xs, ys, look, color=color, linewidth=1.2, label=key)
         _label(axes, title, x, y)
-        if len(found) > 1:
+        if len(curves) > 1:
             axes.legend(fontsize=7)
 
     return draw
 
 
-def _bars(title: str, bars: dict[str, dict[str, Any]], models: list[str]) -> Callable[[Axes], None]:
-    """Bars in the order of `models`; a model keeps its colour in every panel."""
+def _bars(title: str, bars: dict[str, dict[str, Any]], models: list[str]) -> Panel:
+    """One bar per model; a model has the same colour in every panel."""
 
     def draw(axes: Axes) -> None:
         for x, (model, estimate) in enumerate(bars.items()):
-            value, errors = float(estimate["value"]), _whiskers(estimate)
             color = _COLORS[models.index(model) % len(_COLORS)]
-            axes.bar([x], [value], yerr=errors, capsize=4, width=0.6, color=color)
+            look = {"capsize": 4, "width": 0.6, "color": color}
+            axes.bar([x], [float(estimate["value"])], yerr=_whiskers(estimate), **look)
         axes.set_xticks(range(len(bars)), list(bars))
         if title.startswith("win rate"):
             axes.axhline(0.5, color="black", linewidth=0.8, linestyle="--")
@@ -257,7 +254,7 @@ def _label(axes: Axes, title: str, x: str, y: str) -> None:
 
 @contextlib.contextmanager
 def _plain_style() -> Iterator[type[Figure]]:
-    """matplotlib as shipped, whatever the user's style file says; the caller's style comes back."""
+    """Use matplotlib's own defaults instead of the user's style, which is restored afterwards."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -266,8 +263,8 @@ def _plain_style() -> Iterator[type[Figure]]:
         yield Figure
 
 
-def _save(path: Path, panels: Sequence[Callable[[Axes], None]]) -> Path | None:
-    """Draw panels in a grid; a picture of an earlier try is removed where there are none."""
+def _save(path: Path, panels: Sequence[Panel]) -> Path | None:
+    """Draw panels in a grid; without any, the file of an earlier attempt is removed."""
     if not panels:
         path.unlink(missing_ok=True)
         return None
@@ -277,17 +274,12 @@ def _save(path: Path, panels: Sequence[Callable[[Axes], None]]) -> Path | None:
     width, height = max(_WIDTH * columns, 4.5), _HEIGHT * rows + 0.3
     with _plain_style() as figure_class:
         figure = figure_class(figsize=(width, height))
-        # Margins in inches, not matplotlib's layout engines: those take seconds for 15 panels.
-        figure.subplots_adjust(
-            left=0.65 / width,
-            right=1 - 0.15 / width,
-            bottom=0.5 / height,
-            top=1 - 0.3 / height,
-            wspace=0.32,
-            hspace=0.5,
-        )
+        # Margins in inches: matplotlib's layout engines take seconds for 15 panels.
+        left, right = 0.65 / width, 1 - 0.15 / width
+        bottom, top = 0.5 / height, 1 - 0.3 / height
+        figure.subplots_adjust(left, bottom, right, top, wspace=0.32, hspace=0.5)
         for number, draw in enumerate(panels, start=1):
             draw(figure.add_subplot(rows, columns, number))
-        # None removes matplotlib's own version from the file.
+        # None keeps matplotlib's version out of the file.
         figure.savefig(path, format="png", dpi=110, metadata={"Software": None})
     return path

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a person reads when a command is done: tables with rich on a terminal, plain text elsewhere.
-
-All of it comes from the record; no torch, no network.
-"""
+"""Text that commands print at their end: rich tables on a terminal, plain text elsewhere."""
 
 from __future__ import annotations
 
@@ -24,24 +21,31 @@ from lora_rlhf.runs.record import Record
 _JUDGES = {
     "win_rate": "by the task's exact checker",
     "win_rate_held_out": "by a reward model that training never saw",
-    "win_rate_proxy": "by the very reward model that {} optimised, which proves little",
+    "win_rate_proxy": "by the reward model that {} itself optimised, which proves little",
 }
-"""Win rates from the most to the least telling: the record's metric, and who judged."""
+"""Win rate -> its judge, the most reliable one first."""
+
+
+_COMPARED = (
+    "algorithm", "seeds", "episodes", "comparisons", "samples_per_answer", "seconds",
+    "seconds_per_answer",
+)  # fmt: skip
+"""Rows below the metrics in a comparison."""
 
 
 def show(record: Record, console: Console | None = None) -> None:
-    """Print the end of a run: evaluation, verdict, KL, and where everything is."""
+    """Print the end of a run: evaluation, verdict, KL, and the paths of the results."""
     console = console or Console(highlight=False)
     evaluation = record.data["evaluation"]
     if evaluation and record.done("evaluate"):
-        _print_evaluation(console, evaluation)
+        _print_table(console, *rows(evaluation))
         say(console, verdict(evaluation, record.algorithm))
         kl = evaluation.get("policy", {}).get("kl")
         if kl:
             say(console, f"KL of the policy to SFT: {cell(kl)}, in nats per sequence")
         if samples := record.data["stages"]["evaluate"].get("samples_per_answer"):
             n = samples["best_of_n"]
-            say(console, f"an answer of best of n costs {n} samples of SFT, each time it is asked")
+            say(console, f"every answer of best of n costs {n} samples of SFT")
         say(console, "")
     stages = [name for name, entry in record.data["stages"].items() if entry["status"] == "done"]
     lines = [("run", str(record.folder)), ("finished", ", ".join(stages) or "no stage yet")]
@@ -54,19 +58,20 @@ def show(record: Record, console: Console | None = None) -> None:
 
 
 def verdict(evaluation: dict[str, dict[str, Any]], algorithm: str = "ppo") -> str:
-    """One sentence: whether it beat SFT, as far as the interval of the win rate allows to say."""
+    """Judge in one sentence whether the policy beat SFT, by the interval of its win rate."""
     who = ALGORITHMS[algorithm]
-    found = evaluation.get("best_of_n" if algorithm == "best_of_n" else "policy", {})
-    metric = next((name for name in _JUDGES if found.get(name)), None)
+    metrics = evaluation.get("best_of_n" if algorithm == "best_of_n" else "policy", {})
+    metric = next((name for name in _JUDGES if metrics.get(name)), None)
+    unknown = f"It is unknown whether {who} beat SFT:"
     if metric is None:
-        return f"Whether {who} beat SFT cannot be said: this run has no win rate of it."
-    value, low, high = (found[metric][key] for key in ("value", "low", "high"))
-    n, judge = found[metric]["n"], _JUDGES[metric].format(who)
+        return f"{unknown} this run has no win rate."
+    value, low, high, n = (metrics[metric][key] for key in ("value", "low", "high", "n"))
+    judge = _JUDGES[metric].format(who)
     if algorithm == "dpo" and metric == "win_rate_proxy":
         judge = "by a reward model that learned from the same comparisons, which proves little"
     rate = f"win rate {100 * value:.1f} %"
     if low is None or high is None:
-        return f"Whether {who} beat SFT cannot be said: {rate} {judge}, with no interval (n={n})."
+        return f"{unknown} {rate} {judge}, with no interval (n={n})."
     rate += f" [{100 * low:.1f}, {100 * high:.1f}] {judge}, n={n}"
     if low > 0.5:
         return f"{who} beat SFT: {rate}; the 95 % interval lies above 50 %."
@@ -76,30 +81,21 @@ def verdict(evaluation: dict[str, dict[str, Any]], algorithm: str = "ppo") -> st
 
 
 def show_comparison(report: dict[str, Any], console: Console | None = None) -> None:
-    """Print what `compare.run` found: the table, differences with their intervals, notes."""
+    """Print the report of `compare.run`: table, differences with their intervals, notes."""
     console = console or Console(highlight=False)
-    found = {row["label"]: row["metrics"] for row in report["rows"]}
-    header, table = rows(found)
-    for name in (
-        "algorithm",
-        "seeds",
-        "episodes",
-        "comparisons",
-        "samples_per_answer",
-        "seconds",
-        "seconds_per_answer",
-    ):
+    header, table = rows({row["label"]: row["metrics"] for row in report["rows"]})
+    for name in _COMPARED:
         cells = [_plain(row[name]) for row in report["rows"]]
         if any(cells):
             table.append([name, *cells])
     _print_table(console, header, table)
-    for found in report["differences"]:
-        what = f"{found['metric'].replace('_', ' ')} of {found['of']} less {found['less']}"
-        told = f"not comparable: {found['why_not']}"
-        if found["estimate"] is not None:
-            told = cell(found["estimate"], difference=True)
-            told += f" seeds, paired in {found['pairs']}" if found["pairs"] > 1 else ", paired"
-        say(console, f"{what}: {told}")
+    for one in report["differences"]:
+        result = f"not comparable: {one['why_not']}"
+        if one["estimate"] is not None:
+            result = cell(one["estimate"], difference=True)
+            result += f" seeds, paired in {one['pairs']}" if one["pairs"] > 1 else ", paired"
+        metric = one["metric"].replace("_", " ")
+        say(console, f"{metric} of {one['of']} minus that of {one['less']}: {result}")
     for note in report["notes"]:
         say(console, note)
 
@@ -111,7 +107,7 @@ def _plain(value: Any) -> str:
 
 
 def show_answers(answers: Sequence[dict[str, Any]], console: Console | None = None) -> None:
-    """Print what `loaded.generate` returned: side by side on a terminal, else one by one."""
+    """Print generated answers: side by side on a terminal, otherwise one by one."""
     console = console or Console(highlight=False)
     rewarded = any("reward" in answer for answer in answers)
     if not console.is_terminal:
@@ -132,12 +128,12 @@ def show_answers(answers: Sequence[dict[str, Any]], console: Console | None = No
 
 
 def say(console: Console, text: str) -> None:
-    """One line as it is: no markup, no wrapping, so that paths can be copied."""
+    """Print one line without markup or wrapping, so that paths can be copied."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def printable(text: str) -> str:
-    """A model's text made safe for a terminal: control characters are shown, not obeyed."""
+    """Escape the control characters of a model's text, so that a terminal does not obey them."""
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
@@ -150,24 +146,20 @@ def aligned(header: Sequence[str], table: Sequence[Sequence[str]]) -> Iterator[s
         yield "  ".join(cells).rstrip()
 
 
-def _print_evaluation(console: Console, evaluation: dict[str, dict[str, Any]]) -> None:
-    _print_table(console, *rows(evaluation))
-
-
 def _print_table(console: Console, header: list[str], table: list[list[str]]) -> None:
     if not console.is_terminal:
         for line in aligned(header, table):
             say(console, line)
-        say(console, "\nIn brackets the 95 % interval; n is what it rests on.")
+        say(console, "\nBrackets hold the 95 % interval; n is the number of observations.")
         return
     wide = _rich_table(header, table, " ")
-    endless = console.options.update(max_width=10_000)  # else the answer is never over the width
+    endless = console.options.update(max_width=10_000)  # otherwise rich never exceeds the width
     fits = console.measure(wide, options=endless).minimum <= console.width
     console.print(wide if fits else _rich_table(header, table, "\n"))
 
 
 def _rich_table(header: list[str], table: list[list[str]], between: str) -> Table:
-    """A metric a row; `between` value and interval there is a space, or a line break if narrow."""
+    """One row per metric; `between` separates value and interval: a space, or a line break."""
     lines = []
     for name, *cells in table:
         parts = [text.partition(" n=") for text in cells]
@@ -186,13 +178,13 @@ def _rich_table(header: list[str], table: list[list[str]], between: str) -> Tabl
 
 
 def rows(evaluation: dict[str, dict[str, Estimate]]) -> tuple[list[str], list[list[str]]]:
-    """The record's `evaluation` as header and rows of plain text: a metric a row, a model a column.
+    """Header and rows of the record's `evaluation`: one row per metric, one column per model.
 
-    Models keep the record's order, metrics that of METRICS; what is not there is an empty cell.
+    Models keep the record's order, metrics that of METRICS; a missing metric is an empty cell.
     """
-    found = dict.fromkeys(name for values in evaluation.values() for name in values)
-    names = [name for name in METRICS if name in found]
-    names += [name for name in found if name not in METRICS]
+    known = dict.fromkeys(name for values in evaluation.values() for name in values)
+    names = [name for name in METRICS if name in known]
+    names += [name for name in known if name not in METRICS]
     table = [
         [name, *(cell(v.get(name), difference=name in DIFFERENCES) for v in evaluation.values())]
         for name in names
@@ -203,8 +195,8 @@ def rows(evaluation: dict[str, dict[str, Estimate]]) -> tuple[list[str], list[li
 def cell(estimate: Estimate | None, *, difference: bool = False) -> str:
     """`0.41 [0.35, 0.47] n=128`; without an interval `0.41 n=1`; empty for None.
 
-    A number from a formula rests on no sample: its n is 0, and `0.41 (bound)` is shown. Of a
-    difference each number has three significant digits or more: a small one is not 0.00.
+    A number from a formula has n = 0 and is shown as `0.41 (bound)`. The numbers of a difference
+    have at least three significant digits, so that a small one is not shown as 0.00.
     """
     if estimate is None:
         return ""
@@ -213,7 +205,7 @@ def cell(estimate: Estimate | None, *, difference: bool = False) -> str:
     places = 2 if largest < 100 else 1 if largest < 1000 else 0
 
     def show(x: float) -> str:
-        x, digits = round(float(x), 9), places  # what rounding left of 0 is 0
+        x, digits = round(float(x), 9), places  # a rounding error near 0 is 0
         if difference and x and math.isfinite(x):
             digits = max(places, 2 - math.floor(math.log10(abs(x))))
         return f"{round(x, digits) + 0.0:.{digits}f}"

@@ -394,7 +394,7 @@ def test_table_fits_a_terminal(width, monkeypatch, finished):
     monkeypatch.setenv("NO_COLOR", "1")
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=width, highlight=False)
-    tables._print_evaluation(console, EVALUATION)
+    tables._print_table(console, *tables.rows(EVALUATION))
     text = re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue())
     assert all(len(line.rstrip()) <= width for line in text.splitlines())
     for value, interval in (("0.52", "[0.43, 0.61]"), ("40.12", "[38.50, 41.70]")):
@@ -411,7 +411,7 @@ def test_table_fits_a_terminal(width, monkeypatch, finished):
         ((0.55, 0.47, 0.63), "PPO was not shown to beat SFT: win rate 55.0 %"),
         ((0.55, 0.5, 0.6), "PPO was not shown to beat SFT"),
         ((0.5, 0.5, 0.5), "PPO was not shown to beat SFT"),
-        ((0.9, None, None), "Whether PPO beat SFT cannot be said"),
+        ((0.9, None, None), "It is unknown whether PPO beat SFT"),
     ],
 )
 def test_verdict_says_no_more_than_the_interval(interval, said):
@@ -419,8 +419,8 @@ def test_verdict_says_no_more_than_the_interval(interval, said):
 
 
 def test_verdict_names_its_judge():
-    assert "cannot be said" in tables.verdict({"base": {}, "policy": {}})
-    assert "cannot be said" in tables.verdict({})
+    assert "is unknown" in tables.verdict({"base": {}, "policy": {}})
+    assert "is unknown" in tables.verdict({})
     proxy = {"win_rate_proxy": estimate(0.9, 0.8, 0.95)}
     assert "proves little" in tables.verdict({"policy": proxy})
     better = proxy | {"win_rate_held_out": estimate(0.5, 0.4, 0.6)}

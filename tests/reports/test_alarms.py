@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The watch: silent on a healthy log, one sign per sickness, fooled by neither noise nor gold."""
+"""Alarms: silent on a healthy log, one sign per problem, fooled by neither noise nor gold."""
 
 import math
 import random
@@ -53,22 +53,22 @@ def names(lines):
     return {sign.name for _, sign in alarms.history(lines)}
 
 
-def test_a_healthy_log_is_no_cause_for_alarm():
+def test_a_healthy_log_has_no_signs():
     for seed in range(10):
         assert names(healthy(100, seed)) == set(), seed
 
 
-def test_a_log_that_just_began_says_nothing():
+def test_a_log_that_just_began_has_no_signs():
     assert alarms.signs([]) == [] and names(healthy(1)) == set()
 
 
 def noisy(f, seed=7):
-    """f with the noise of a rollout's mean."""
+    """f plus the noise of a rollout's mean."""
     rng = random.Random(seed)
     return lambda i: f(i) + rng.gauss(0, SPREAD / math.sqrt(EPISODES))
 
 
-SICK = {
+BROKEN = {
     "nan": {"value__loss": lambda i: math.nan if i == 20 else 0.1},
     "over_optimised": {"reward__score": noisy(lambda i: 0.03 * i),
                        "rewards__held_out": noisy(lambda i: 0.3 - 0.03 * abs(i - 8), 8)},
@@ -93,26 +93,26 @@ SICK = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SICK)
-def test_each_sickness_has_its_sign(name):
+@pytest.mark.parametrize("name", BROKEN)
+def test_each_problem_has_its_sign(name):
     # A KL that runs away is high in the end; a reward that falls stood still before.
     also = {"kl_accelerating": {"kl_high"}, "over_optimised": {"held_out_flat"}}.get(name, set())
-    assert names(healthy(40, **SICK[name])) == {name} | also
+    assert names(healthy(40, **BROKEN[name])) == {name} | also
 
 
 def test_every_sign_is_tested_and_explained():
-    assert set(SICK) == set(alarms.MEANINGS) and set(alarms.MEANINGS) >= alarms.SERIOUS
+    assert set(BROKEN) == set(alarms.MEANINGS) and set(alarms.MEANINGS) >= alarms.SERIOUS
 
 
 def test_a_message_names_the_numbers_the_meaning_and_a_remedy():
-    [sign] = alarms.signs(healthy(40, **SICK["kl_high"]))
+    [sign] = alarms.signs(healthy(40, **BROKEN["kl_high"]))
     assert sign.serious and "38 nats per sequence" in sign.message
     assert all(part in sign.message for part in alarms.MEANINGS["kl_high"])
     assert sign.message.startswith(sign.what)
 
 
-def test_gold_is_never_looked_at():
-    """Or the run would be steered by what it is measured with."""
+def test_gold_is_never_read():
+    """Otherwise the run would be steered by its own measure."""
     falling = healthy(60, rewards__gold=lambda i: 0.5 - 0.05 * i)
     assert alarms.signs(falling) == alarms.signs(healthy(60))
     without = [{k: v for k, v in line.items() if k != "rewards/held_out"} for line in falling]
@@ -120,8 +120,8 @@ def test_gold_is_never_looked_at():
 
 
 def test_noise_alone_is_no_over_optimisation():
-    """Proxy rising, held-out reward flat and noisy: it must not be called falling."""
-    alarms = 0
+    """The proxy rises, the held-out reward is flat and noisy: that is no fall."""
+    alarmed = 0
     for seed in range(60):
         lines = healthy(
             60,
@@ -129,8 +129,8 @@ def test_noise_alone_is_no_over_optimisation():
             reward__score=noisy(lambda i: 0.03 * i, seed),
             rewards__held_out=noisy(lambda i: 0.0, 1000 + seed),
         )
-        alarms += "over_optimised" in names(lines)
-    assert alarms <= 2
+        alarmed += "over_optimised" in names(lines)
+    assert alarmed <= 2
 
 
 def test_a_fall_within_the_noise_waits_and_a_clear_one_does_not():
@@ -144,14 +144,14 @@ def test_a_fall_within_the_noise_waits_and_a_clear_one_does_not():
 
 def test_one_odd_rollout_is_no_sign():
     for name in ("kl_high", "clip_fraction", "update_too_large", "ratio_max", "ratio_start"):
-        [(metric, function)] = SICK[name].items()
+        [(metric, function)] = BROKEN[name].items()
         once = healthy(40)
         once[20] |= {metric.replace("__", "/"): function(39)}
         assert names(once) == set(), name
 
 
 def test_undefined_is_not_broken():
-    """Explained variance of equal returns and repetition of short completions are NaN."""
+    """Explained variance of equal returns and repetition of short completions may be NaN."""
     lines = healthy(
         30, value__explained_variance=lambda i: math.nan, completions__repetition=lambda i: math.nan
     )
@@ -186,6 +186,6 @@ def test_points_that_lie_on_a_line_by_chance_prove_nothing():
     assert found.gain == pytest.approx(11 / 12) and found.sigmas < 2
 
 
-def test_what_is_read_is_what_is_logged():
+def test_every_metric_that_is_read_is_logged():
     read = {key for line in healthy(2) for key in line} - {"rewards/held_out"}
     assert read <= set(ppo_metrics.METRICS)

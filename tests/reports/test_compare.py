@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs side by side, on constructed records: rows, pairs, seeds, and why two may not be paired."""
+"""Comparison of constructed runs: rows, pairs, seeds, and reasons why two are not paired."""
 
 import json
 import subprocess
@@ -27,7 +27,7 @@ def estimate(value, spread=0.1, n=4):
 def make(
     folder, algorithm="ppo", seed=0, rewards=(0.5, 0.25, 0.0, 0.25), sft="aa", change=None, sets=()
 ):
-    """A finished run whose policy has these gold rewards on four prompts."""
+    """Write a finished run whose policy has these gold rewards on four prompts."""
     asked = parse_recipe(TEXT, "r.yaml", [f"algorithm={algorithm}", f"seed={seed}", *sets])
     record = Record.open(folder, asked)
     model = "best_of_n" if algorithm == "best_of_n" else "policy"
@@ -157,14 +157,14 @@ def _other_prompts(record):
         (lambda record: (record.folder / "samples.jsonl").unlink(), "no answers"),
     ],
 )
-def test_what_is_not_comparable_is_said_and_not_computed(tmp_path, change, why):
+def test_what_is_not_comparable_has_a_reason_and_no_estimate(tmp_path, change, why):
     runs = [make(tmp_path / "a"), make(tmp_path / "b", "dpo", change=change)]
     found = compare.run(runs)["differences"][0]
     assert found["estimate"] is None
     assert any(part in found["why_not"] for part in why.split("|"))
 
 
-def test_the_scale_of_a_reward_is_its_models(tmp_path):
+def test_scores_of_two_reward_models_are_not_compared(tmp_path):
     def without_gold(record):
         for values in record.data["evaluation"].values():
             values.pop("gold_reward")
@@ -178,7 +178,7 @@ def test_the_scale_of_a_reward_is_its_models(tmp_path):
     assert same["metric"] == "proxy_reward" and same["differences"][0]["estimate"]
     assert any("proves little" in note for note in same["notes"])
     other = compare.run([one, make(tmp_path / "c", "grpo", change=other_judge)])
-    assert "another reward model" in other["differences"][0]["why_not"]
+    assert "different reward models" in other["differences"][0]["why_not"]
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path, three):
@@ -216,17 +216,17 @@ def test_the_command_prints_a_table_or_json(three, tmp_path):
     arguments = ["compare", *map(str, three)]
     result = CliRunner().invoke(app.app, arguments)
     assert result.exit_code == 0, result.output
-    assert "gold reward of b less a: 0.12" in result.stdout.replace("0.13", "0.12")
+    assert "gold reward of b minus that of a: 0.12" in result.stdout.replace("0.13", "0.12")
     assert "algorithm" in result.stdout and "1.83 (bound)" in result.stdout
     png = tmp_path / "p.png"
     result = CliRunner().invoke(app.app, [*arguments, "--json", "--plot", str(png)])
     assert json.loads(result.stdout)["rows"][2]["label"] == "b" and png.is_file()
 
 
-def test_a_small_difference_is_told(tmp_path):
+def test_a_small_difference_is_not_rounded_to_zero(tmp_path):
     runs = [make(tmp_path / "a"), make(tmp_path / "b", "grpo", rewards=(0.5, 0.25, 0.002, 0.25))]
     result = CliRunner().invoke(app.app, ["compare", *map(str, runs)])
-    assert "gold reward of b less a: 0.000500 [0.00, 0.00" in result.stdout
+    assert "gold reward of b minus that of a: 0.000500 [0.00, 0.00" in result.stdout
 
 
 def test_a_terminal_shows_every_number_once(three):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The doctor on runs that were broken on purpose: the right stage, with the numbers; else silence.
+"""The doctor names the right stage for runs broken on purpose, and stays silent on healthy runs.
 
 The runs are real: a tiny random base through `pipeline.run`, and PPO alone where that is enough.
 """
@@ -36,7 +36,7 @@ def fault(record, name):
 
 @pytest.fixture(scope="module")
 def healthy(tmp_path_factory):
-    """Until the reward model; PPO goes on from copies of it."""
+    """A run up to the reward model; PPO continues from copies of it."""
     folder = tmp_path_factory.mktemp("healthy")
     broken_runs.run(folder)
     return folder
@@ -102,8 +102,8 @@ def test_a_reward_that_pays_for_length(tmp_path):
         until="ppo",
     )
     found = fault(record, "reward_is_length")
-    assert found.stage == "reward" and "longer completion alone gets 1.000" in found.what
-    # What it does to PPO is told as well, after its cause.
+    assert found.stage == "reward" and "the longer completion gets 1.000" in found.what
+    # The effect on PPO is reported as well, after its cause.
     assert {"length_up", "eos_collapse"} <= set(names(record, "fault", "warning"))
 
 
@@ -166,7 +166,7 @@ def test_a_wrong_reference_shows_in_the_log_without_the_guard(tmp_path, monkeypa
     assert found.stage == "sft" and "before the first update" in found.what
 
 
-def test_pad_equal_to_eos_is_mended_before_the_record(tmp_path, healthy):
+def test_pad_equal_to_eos_is_fixed_before_the_record(tmp_path, healthy):
     folder = tmp_path / "base"
     shutil.copytree(base_folder("llama"), folder)
     tokenizer(pad="</s>").save_pretrained(folder)
@@ -178,7 +178,7 @@ def test_pad_equal_to_eos_is_mended_before_the_record(tmp_path, healthy):
 def test_a_record_in_which_pad_is_eos(evaluated, tmp_path):
     record = edited(evaluated, tmp_path / "r", model__pad_id=1)
     found = fault(record, "pad_is_eos")
-    assert found.stage == "data" and "never learns to end" in found.why
+    assert found.stage == "data" and "never learns to stop" in found.why
 
 
 @pytest.mark.slow
@@ -191,13 +191,13 @@ def test_completions_that_are_cut_off(tmp_path):
 
 
 def test_completions_that_never_end(evaluated, tmp_path):
-    """What pad = eos leads to where nothing mends it: an eos that was never learned."""
+    """The result of pad = eos if nothing fixes it: the end token is never learned."""
     lines = [{"completions/eos_rate": 0.0, "completions/length": 12.0} for _ in range(4)]
     found = fault(logged(evaluated, tmp_path / "r", lines), "no_eos")
     assert found.stage == "sft" and "0% of completions" in found.what and "pad = eos" in found.why
 
 
-def test_a_stage_that_stopped_without_a_word(healthy, tmp_path):
+def test_a_stage_that_stopped_without_an_error(healthy, tmp_path):
     record = edited(
         Record.read(healthy / "run"), tmp_path / "r", stages__ppo={"status": "interrupted"}
     )
@@ -205,7 +205,7 @@ def test_a_stage_that_stopped_without_a_word(healthy, tmp_path):
     assert (found.stage, found.severity, found.name) == ("ppo", "warning", "interrupted")
 
 
-# ------------------------------------------------------------------- told from the record
+# ------------------------------------------------------------------- read from the record
 
 
 def rate(value, low, high, n=200):
@@ -247,7 +247,7 @@ RECORDS = {
 
 
 @pytest.mark.parametrize("name", RECORDS)
-def test_what_the_record_tells(evaluated, tmp_path, name):
+def test_a_finding_that_needs_only_the_record(evaluated, tmp_path, name):
     stage, changes = RECORDS[name]
     found = {f.name: f for f in doctor.examine(edited(evaluated, tmp_path / "r", **changes))}
     assert found[name].stage == stage
@@ -255,11 +255,11 @@ def test_what_the_record_tells(evaluated, tmp_path, name):
 
 
 NOTES = {"few_prompts", "no_judge"}
-"""Of the run that the records are made from: few prompts, judged by the proxy alone."""
+"""Findings about the run that the records are made from: few prompts, and only the proxy judges."""
 
 
-def test_a_run_with_data_of_its_own_hears_what_its_evaluation_is_worth(evaluated, tmp_path):
-    """There is neither a checker nor a held-out model: the proxy judges itself."""
+def test_an_evaluation_by_the_proxy_on_few_prompts_proves_little(evaluated, tmp_path):
+    """A user's own data has neither a checker nor a held-out model: the proxy judges itself."""
     changes = {"evaluation__policy__win_rate_proxy": rate(0.42, 0.22, 0.68, n=6)}
     found = {f.name: f for f in doctor.examine(edited(evaluated, tmp_path / "r", **changes))}
     assert set(found) == NOTES and {f.severity for f in found.values()} == {"note"}
@@ -289,7 +289,7 @@ def logged(evaluated, folder, lines, stage="ppo"):
 
 
 def test_gold_that_falls_while_the_proxy_rises(evaluated, tmp_path):
-    """The doctor steers nothing, so it may look at gold."""
+    """The doctor steers nothing, so it may read the gold reward."""
     lines = [
         {"rewards/model": 0.1 * i + 0.05 * (i % 2), "rewards/gold": 0.5 - 0.05 * i}
         for i in range(12)
@@ -303,12 +303,12 @@ def test_a_loss_of_sft_that_rises(evaluated, tmp_path):
     assert fault(logged(evaluated, tmp_path / "r", lines, "sft"), "sft_loss_rises").stage == "sft"
 
 
-def test_comparisons_learned_by_heart(evaluated, tmp_path):
-    """Several epochs on shuffled labels: right on what it was trained on, and on nothing else."""
+def test_memorised_comparisons(evaluated, tmp_path):
+    """Several epochs on shuffled labels: right on the training comparisons only."""
     lines = [{"accuracy": 0.5 + 0.04 * i, "learning_rate": 1e-4} for i in range(12)]
     record = logged(evaluated, tmp_path / "r", lines, "reward")
     record.data["stages"]["reward"] |= {"accuracy": rate(0.5, 0.4, 0.6), "gate": "failed"}
-    assert "knows them by heart" in fault(record, "reward_memorised").what
+    assert "memorised" in fault(record, "reward_memorised").what
 
 
 def test_nan_in_the_log_is_text_and_is_found(evaluated, tmp_path):
@@ -336,7 +336,7 @@ def test_the_command_prints_findings_and_exits_with_0(evaluated, tmp_path):
     text = CliRunner().invoke(app.app, ["doctor", str(record.folder)])
     assert text.exit_code == 0
     assert "reward: fault: held-out accuracy 0.300 [0.200, 0.400], n=200" in text.output
-    assert "    try  look for swapped columns" in text.output
+    assert "    to do  check for swapped columns" in text.output
     data = json.loads(CliRunner().invoke(app.app, ["doctor", str(record.folder), "--json"]).output)
     assert data["verdict"].startswith("stage at fault: reward")
     [found] = [f for f in data["findings"] if f["name"] not in NOTES]
@@ -348,7 +348,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
     assert done.exit_code == 2
 
 
-def test_a_run_that_has_only_begun(tmp_path):
+def test_a_run_that_has_just_begun(tmp_path):
     record = Record(
         tmp_path,
         {"name": "x", "model": {}, "data": {}, "stages": {}, "evaluation": {}, "clock": {}},

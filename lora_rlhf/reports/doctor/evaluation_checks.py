@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Doctor checks of the evaluation: win rates over SFT, their judges and number of prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lora_rlhf.runs.record import Record
+
+from .findings import Findings, Lines, above, below, few_prompts, finding, rate
+
+JUDGES = {"win_rate": "the exact checker", "win_rate_held_out": "the held-out reward model"}
+"""Win rates by judges that PPO did not optimise."""
+
+MATERIAL = 0.5
+"""Share of a gain in win rate that must vanish at equal length before it is called length."""
+
+
+def check(record: Record, lines: Lines) -> Findings:
+    """Win rates of the policy over SFT."""
+    policy = record.data["evaluation"].get("policy", {})
+    proxy = policy.get("win_rate_proxy")
+    judged = [name for name in JUDGES if policy.get(name)]
+    if judged or proxy:
+        yield from few_prompts((policy[judged[0]] if judged else proxy)["n"])
+    if proxy and not judged:
+        undecided = "" if above(proxy, 0.5) else ", and that is not clearly above 50 %"
+        what = f"the only judge is the reward model that PPO optimised: {rate(proxy)}{undecided}"
+        yield finding("no_judge", what)
+    for name in judged:
+        won, controlled = policy[name], policy.get(f"{name}_length_controlled")
+        what = f"the policy's win rate over SFT by {JUDGES[name]} is {rate(won)}"
+        if below(won, 0.5) and above(proxy, 0.5):
+            what += f", but {rate(proxy)} by the reward model that PPO optimised"
+            if longer := policy.get("longer_than_sft"):
+                what += f"; its answer is longer on {rate(longer)}"
+            yield finding("hacked", what, name)
+        elif below(won, 0.5):
+            yield finding("worse", what, name)
+        elif not above(won, 0.5):
+            yield finding("undecided", what, name)
+        elif _by_length(won, controlled):
+            yield finding("length", f"{what}, but {rate(controlled)} at the length of SFT", name)
+
+
+def _by_length(won: dict[str, Any], controlled: dict[str, Any] | None) -> bool:
+    """True if much of the gain vanishes at equal length; a wide interval alone is no sign."""
+    if not controlled or above(controlled, 0.5):
+        return False
+    return bool(controlled["value"] - 0.5 <= (1 - MATERIAL) * (won["value"] - 0.5))

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Doctor checks of PPO (or the run's other algorithm): step size, KL penalty, signs of alarm."""
+
+from __future__ import annotations
+
+from lora_rlhf.reports import alarms
+from lora_rlhf.runs.record import Record
+
+from .findings import Finding, Findings, Line, Lines, finding
+
+FAST = 2
+"""Rollouts after the policy's first update within which a KL above `alarms.KL_TOKEN` comes from
+the learning rate and not from a weak penalty, which acts through the reward only."""
+
+STILL = 0.01
+"""KL to SFT, nats per sequence, below which no reader can tell the policy from SFT."""
+
+_STEP_SIZE = {"nan", "update_too_large", "ratio_max", "skipped", "clip_fraction", "value_loss"}
+"""Signs that updates are too large: they have one cause, so that they make one finding."""
+
+_AWAY = ("kl_high", "kl_accelerating")
+
+
+def check(record: Record, lines: Lines) -> Findings:
+    """A policy that did not move, and the signs of alarm with their common causes."""
+    entry = record.data["stages"].get(record.algorithm, {})
+    last, updates = entry.get("kl_last"), entry.get("updates", 0)
+    if last is not None and updates >= 2 * alarms.ENDS and abs(last) < STILL:
+        what = f"KL to SFT is only {last:.2g} nats per sequence after {updates} updates"
+        yield finding("policy_still", what)
+    yield from _signs(lines["ppo"])
+
+
+def _signs(ppo: list[Line]) -> Findings:
+    first = {sign.name: (update, sign) for update, sign in alarms.history(ppo)}
+    fast, rates = _fast(ppo), alarms.series(ppo, "learning_rate")
+    large = [name for name in first if name in _STEP_SIZE]
+    away = [name for name in first if name in _AWAY]
+    explained: list[str] = []
+    if rates and (fast or len(large) >= 2):
+        numbers = [fast] if fast else []
+        numbers += [f"{first[name][1].what} (update {first[name][0]})" for name in large]
+        yield finding("learning_rate", f"learning rate {max(rates):.2g}: {'; '.join(numbers)}")
+        explained += [*large, *(away if fast else ())]
+    coefs = alarms.series(ppo, "kl/coef")
+    if away and coefs and max(coefs) == 0:
+        numbers = [first[name][1].what for name in away]
+        yield finding("no_kl_penalty", f"kl_coef is 0 and {'; '.join(numbers)}")
+        explained += away
+    for name, (update, sign) in first.items():
+        if name not in explained:
+            what = f"{sign.what} (first seen at update {update})"
+            severity = "fault" if sign.serious else "warning"
+            yield Finding("ppo", severity, name, what, *alarms.MEANINGS[name])
+
+
+def _fast(lines: list[Line]) -> str:
+    """Description of a KL that is high as soon as the policy moves; else empty."""
+    start = next((i for i, line in enumerate(lines) if "policy/entropy" in line), len(lines))
+    for updates, line in enumerate(lines[start + 1 :][:FAST], start=1):
+        token = line.get("kl/k1", 0.0)
+        if token > alarms.KL_TOKEN:
+            after = f"{updates} update{'s' * (updates > 1)} of the policy"
+            return f"KL to SFT is {token:.2g} nats per token after {after}"
+    return ""
