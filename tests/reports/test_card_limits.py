@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A card says by itself what its numbers do not support."""
+"""A card states on its own which conclusions its numbers do not support."""
 
 import itertools
 
@@ -27,7 +27,7 @@ def test_a_win_rate_that_includes_one_half_is_not_called_a_win(run):
     worse = run(change(evaluation__policy__win_rate=estimate(0.31, 0.25, 0.37, 128)))
     assert "PPO made the model worse than SFT" in limits_of(worse)
     lone = run(lambda data: data["evaluation"]["policy"].pop("win_rate"))
-    assert "cannot say whether PPO beat SFT" in limits_of(lone)
+    assert "unknown whether PPO beat SFT" in limits_of(lone)
 
 
 def test_a_judge_that_training_optimised_is_no_proof(run):
@@ -39,7 +39,7 @@ def test_a_judge_that_training_optimised_is_no_proof(run):
     assert "The only judge" not in limits_of(run())
 
 
-def test_high_kl_and_longer_answers_are_said(run):
+def test_high_kl_and_longer_answers_are_stated(run):
     assert "far from SFT" not in limits_of(run())
     assert "far from SFT: KL 88.25 nats" in limits_of(run(change(stages__ppo__kl_last=88.25)))
     assert "not finite" in limits_of(run(change(stages__ppo__kl_last="NaN")))
@@ -48,24 +48,24 @@ def test_high_kl_and_longer_answers_are_said(run):
     assert "grew longer" not in limits_of(run())
 
 
-def test_a_proxy_that_rises_alone_is_said(run):
+def test_a_proxy_that_rises_alone_is_stated(run):
     gold = run(change(evaluation__policy__gold_reward=estimate(0.12, 0.03, 0.21, 128)))
     assert "may exploit the reward model" in limits_of(gold)
     assert "may exploit" not in limits_of(run())
 
 
-def test_a_gate_that_only_warned_is_said_on_top(run):
+def test_a_gate_that_only_warned_is_stated_at_the_top(run):
     edit = change(stages__reward__gate="warned", stages__reward__gate_reason="too few comparisons")
     for role in ("policy", "reward", "value"):
         text = model_card.render(run(edit), role)
         top = text.split("\n## ")[0]
         assert "> **Warning.** The reward model did not pass its gate" in top
-        assert "too few comparisons" in top and "warn only" in top
+        assert "too few comparisons" in top and "warning only" in top
         assert "did not pass its gate" in section(text, "Limits")
         assert "**Warning.**" not in model_card.render(run(), role)
 
 
-def test_quantised_and_gold_runs_say_so(run):
+def test_quantised_and_gold_runs_are_stated(run):
     four_bit = model_card.render(run(change(model__load_in_4bit=True)), "policy")
     assert "4-bit base" in section(four_bit, "Limits")
     assert "4-bit NF4" in section(four_bit, "Lineage")
@@ -76,8 +76,8 @@ def test_quantised_and_gold_runs_say_so(run):
     assert "a copy of the SFT adapter with a new head" in model_card.render(gold, "value")
 
 
-def test_small_evaluations_and_the_authors_limits_are_said(run):
+def test_small_evaluations_and_the_authors_limits_are_stated(run):
     few = run(change(evaluation__policy__win_rate__n=12))
-    assert "rest on 12 prompts only" in limits_of(few)
+    assert "rest on only 12 prompts" in limits_of(few)
     own = {**RECIPE, "card": {**RECIPE["card"], "limits": "Do not use it for medicine."}}
     assert "Do not use it for medicine." in limits_of(run(recipe=own))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers, paths and other people's text on a card: rounded, taken off, shown as text."""
+"""Numbers are rounded, local folders removed, and other people's text shown as plain text."""
 
 import itertools
 import re
@@ -38,7 +38,7 @@ def test_number(value, shown):
     assert number(value) == shown
 
 
-def test_interval_says_when_it_has_none():
+def test_a_missing_interval_is_stated():
     assert interval(estimate(0.5, 0.4, 0.6, 10)) == "0.5 (95 % interval 0.4 to 0.6, n = 10)"
     assert interval(estimate(0.5, 0.4, 0.6, 10), short=True) == "0.5 [0.4, 0.6], n = 10"
     assert interval({"value": 0.5, "n": 1}) == "0.5 (no interval recorded, n = 1)"
@@ -115,6 +115,6 @@ def test_a_cell_keeps_words_readable():
         ("acme/base", "acme/base"), ("either/or/both", "either/or/both"), ("data://hh/x", "data://hh/x"),
     ],
 )  # fmt: skip
-def test_local_folders_are_taken_off(text, expected):
+def test_local_folders_are_removed(text, expected):
     assert relative(text) == expected
     assert without_paths({"a": [text]}) == {"a": [expected]}

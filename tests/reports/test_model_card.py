@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A card says what the record says, all of it, nothing else, and nothing that renders as markup."""
+"""A card shows every number of the record and no other, and no text of it renders as markup."""
 
 import ast
 import itertools
@@ -69,7 +69,7 @@ def test_a_base_without_hub_id_is_never_named_as_one(run):
     text = model_card.render(record, "policy")
     assert "base_model" not in ModelCard(text).data.to_dict()
     assert "/home" not in text
-    assert "is on no Hub" in text
+    assert "is not on the Hub" in text
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_every_number_on_a_card_comes_from_the_run(run, role):
         assert any(abs(value - k) <= tolerance for k in known), f"{shown} is not from the run"
 
 
-def test_the_number_check_finds_a_number_of_nowhere(run):
+def test_the_number_check_finds_a_made_up_number(run):
     text = model_card.render(run(), "policy") + "\nIt is 31.337 times better.\n"
     assert 31.337 in [value for _, value, _ in shown_numbers(text)]
 
@@ -202,7 +202,7 @@ def test_any_part_of_the_record_may_be_missing(run, key):
         assert not PLACEHOLDER.search(model_card.render(record, role))
 
 
-def test_nulls_in_the_record_are_said_to_be_missing(run):
+def test_nulls_in_the_record_are_shown_as_missing(run):
     def edit(data):
         for path, _ in list(leaves(data)):
             if not path.split(".")[-1].isdigit() and ".calibration." not in path:
@@ -240,7 +240,7 @@ def test_the_code_answers_as_long_as_was_evaluated(run):
     assert "max_new_tokens=24" in pythons(model_card.render(record, "policy"))[0]
 
 
-def test_defaults_that_took_effect_are_told(run):
+def test_defaults_that_took_effect_are_listed(run):
     for role, title in (
         ("sft", "Supervised fine-tuning"),
         ("reward", "Reward model"),
@@ -255,7 +255,7 @@ def test_defaults_that_took_effect_are_told(run):
 def test_a_stage_with_other_versions_says_so(run):
     record = run(lambda data: data["stages"]["reward"].update(versions={"torch": "9.9"}))
     text = section(model_card.render(record, "policy"), "How to reproduce")
-    assert "Another version: `torch==9.9` in reward" in text
+    assert "Different version in reward: `torch==9.9`" in text
 
 
 def test_a_run_without_a_reward_model_says_why(run):
@@ -318,6 +318,6 @@ print(*(p.parent.name for p in paths))
         assert readme == model_card.render(record, role)
 
 
-def test_no_card_for_a_role_that_the_run_has_not(run):
+def test_a_role_that_the_run_lacks_gets_no_card(run):
     record = run(roles=("sft",))
     assert [path.parent.name for path in model_card.write(record)] == ["sft"]

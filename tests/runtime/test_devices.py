@@ -89,7 +89,7 @@ def test_a_t4_trains_in_float16_with_float32_adapters(gpus, tmp_path):
     assert [line for line in said.lines if line.startswith(note)]
     assert record.data["clock"]["host"]["makes_do"][0].startswith(note)
     for role in ("sft", "reward", "policy", "value"):
-        assert f"Made do: {note}" in model_card.render(record, role)
+        assert f"Limitation of the machine: {note}" in model_card.render(record, role)
         tensors = load_file(record.adapter(role) / "adapter_model.safetensors")
         assert {t.dtype for t in tensors.values()} == {torch.float32}
         assert all(t.isfinite().all() for t in tensors.values())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A finished run as the stages leave it, made in milliseconds: what cards are written from."""
+"""A finished run as the stages leave it, written in milliseconds, for tests of cards."""
 
 import copy
 import json

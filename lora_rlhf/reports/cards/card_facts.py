@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a card is written from: the record, the recipe beside it, and the files of one adapter."""
+"""Facts for one card: the record, the recipe beside it, the adapter's files; its front matter."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from lora_rlhf.recipe.stage_keys import ALGORITHMS
+from lora_rlhf.reports.alarms import series
 from lora_rlhf.runs.record import Record
 
 from .card_markdown import at, cell, interval, is_number, without_paths
@@ -24,35 +25,18 @@ MODELS = {"base": "base", "sft": "SFT", "policy": "policy", "best_of_n": "best o
 
 _PERMISSIVE = {"apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "isc", "unlicense"}
 _KNOWN = _PERMISSIVE | {
-    "cc-by-4.0",
-    "cc-by-sa-4.0",
-    "cc-by-nc-4.0",
-    "cc-by-nc-sa-4.0",
-    "cc-by-3.0",
-    "odc-by",
-    "gpl-3.0",
-    "agpl-3.0",
-    "lgpl-3.0",
-    "mpl-2.0",
-    "openrail",
-    "bigscience-openrail-m",
-    "openrail++",
-    "llama2",
-    "llama3",
-    "llama3.1",
-    "llama3.2",
-    "llama3.3",
-    "llama4",
-    "gemma",
-    "other",
-    "unknown",
-}
+    "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-3.0", "odc-by",
+    "gpl-3.0", "agpl-3.0", "lgpl-3.0", "mpl-2.0", "openrail", "bigscience-openrail-m", "openrail++",
+    "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "gemma", "other", "unknown",
+}  # fmt: skip
+"""Identifiers of licences that the Hub knows."""
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything that the card of `role` may say; nothing in it comes from the network."""
+    """Everything that the card of `role` may state."""
 
     record: Record
     role: str
@@ -64,7 +48,7 @@ class Facts:
 
     @classmethod
     def gather(cls, record: Record, role: str, repo_ids: Mapping[str, str] | None = None) -> Facts:
-        """Read the files of the run that belong to the card of `role`; any may be missing."""
+        """Read the run's files for the card of `role`; any of them may be missing."""
         recipe = record.folder / "recipe.yaml"
         loaded = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
         files = [
@@ -75,32 +59,38 @@ class Facts:
         return cls(record, role, repo_ids or {}, recipe_data, *files)
 
     def get(self, path: str, default: Any = None) -> Any:
-        """`record.json` at a dotted path, local folders taken off."""
+        """The value in `record.json` at a dotted path, without local folders."""
         return without_paths(at(self.record.data, path, default))
 
     def own(self, key: str) -> Any:
-        """The recipe's `card` section: what only a person can know."""
+        """A value of the recipe's `card` section, which only a person can know."""
         return at(self.recipe, f"card.{key}")
 
     @property
     def algorithm(self) -> str:
-        """The stage that made the policy: ppo unless the record has another."""
-        found = (stage for stage in RL_STAGES if self.get(f"stages.{stage}"))
-        return next(found, None) or str(self.get("algorithm", "ppo"))
+        """The stage that made the policy, by default ppo."""
+        stages = (stage for stage in RL_STAGES if self.get(f"stages.{stage}"))
+        return next(stages, None) or str(self.get("algorithm", "ppo"))
 
     @property
     def algorithm_name(self) -> str:
-        """What people call it: PPO, GRPO, RLOO, DPO."""
+        """Its usual name: PPO, GRPO, RLOO, DPO."""
         return ALGORITHMS.get(self.algorithm, self.algorithm.upper())
 
     @property
     def base(self) -> str | None:
-        """The Hub id of the base, or nothing when the base exists only locally."""
+        """The Hub id of the base; None if the base exists only locally."""
         return self.repo_ids.get("base") or hub_base(self.record.data.get("model", {}))
 
     @property
+    def packaged(self) -> bool:
+        """True if the base is the tiny model that is shipped with the package."""
+        source = str(self.get("model.source", "")).lower()
+        return not self.base and ("packaged" in source or self.get("model.id") == "tiny")
+
+    @property
     def published(self) -> str | None:
-        """The repository that the card is for, when it is for one."""
+        """The repository that the card is for, if any."""
         return self.repo_ids.get(self.role)
 
     def sources(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -110,24 +100,16 @@ class Facts:
                 yield name, source
 
     def sets(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Every data set of the record; prompts of their own for the evaluation are one as well."""
+        """Every data set of the record, and separate evaluation prompts as one more."""
         for name, entry in self.get("data", {}).items():
             yield name, entry
             if "sources" in at(entry, "evaluate", {}):
                 yield "evaluate", entry["evaluate"]
 
-    def synthetic(self) -> bool:
-        """Whether any data comes from the shipped task generator."""
-        return any(at(source, "kind") == "task" for _, source in self.sources())
-
     def curve(self, *names: str) -> list[float]:
         """The finite values of the first of these metrics that the policy's stage logged."""
         lines = self.record.metrics(self.algorithm)
-        for name in names:
-            values = [line[name] for line in lines if is_number(line.get(name))]
-            if values:
-                return values
-        return []
+        return next((values for name in names if (values := series(lines, name))), [])
 
 
 def hub_base(model: Mapping[str, Any]) -> str | None:
@@ -145,7 +127,7 @@ def hub_base(model: Mapping[str, Any]) -> str | None:
 
 
 def licence(facts: Facts) -> tuple[str | None, str]:
-    """The card's licence, where it is known, and a sentence on why it is that or is left out."""
+    """The card's licence, if known, and a sentence with the reason."""
     if own := facts.own("license"):
         return str(own), "Chosen by the author of the recipe."
     parts = {"the base model": facts.get("model.license")}
@@ -161,17 +143,17 @@ def licence(facts: Facts) -> tuple[str | None, str]:
     strict = [f"{name}: {given}" for name, given in parts.items() if slug(given) not in _PERMISSIVE]
     if strict:
         listed = ", ".join(cell(item) for item in strict)
-        return None, f"Left out: a person has to decide, because of the terms of {listed}."
-    return slug(parts["the base model"]), "The base's; the licences of all data permit it."
+        return None, f"Left out, because a person has to weigh the terms of {listed}."
+    return slug(parts["the base model"]), "That of the base; the licences of all data permit it."
 
 
 def slug(text: Any) -> str:
-    """A licence as the Hub spells it."""
+    """Spell a licence as the Hub does."""
     return re.sub(r"[\s_]+", "-", str(text).strip().lower())
 
 
 def front_matter(facts: Facts) -> str:
-    """The YAML block: metadata that the Hub reads."""
+    """The YAML block with metadata for the Hub."""
     chosen, _ = licence(facts)
     known = chosen is None or slug(chosen) in _KNOWN
     stage = facts.role if facts.role in ("sft", "reward") else facts.algorithm
@@ -180,6 +162,7 @@ def front_matter(facts: Facts) -> str:
     tags = ["lora-rlhf", "rlhf", "lora", "trl", stage, f"{facts.role}-adapter"]
     if facts.role in ("reward", "value"):
         tags.append("reward-trainer" if facts.role == "reward" else "value-model")
+    results = _eval_results(facts)
     data = ModelCardData(
         base_model=facts.base,
         base_model_relation="adapter" if facts.base else None,
@@ -190,25 +173,23 @@ def front_matter(facts: Facts) -> str:
         language=facts.own("language") or None,
         datasets=sorted({str(name) for name in hub_data if name}) or None,
         tags=tags,
-        model_name=str(facts.get("name", "run")),
-        eval_results=_eval_results(facts) or None,
+        model_name=str(facts.get("name", "run")) if results else None,
+        eval_results=results or None,
     )
-    if not data.eval_results:
-        data.pop("model_name")
     return f"---\n{data.to_yaml()}\n---\n"
 
 
 def _eval_results(facts: Facts) -> list[EvalResult]:
     if facts.role == "reward":
-        # What is published is one adapter: of an ensemble that is not merged, the first member.
+        # One adapter is published: of an ensemble that is not merged, the first member.
         merged = facts.get("stages.reward.ensemble.combine", "warm") == "warm"
         members = facts.get("stages.reward.ensemble.accuracy") or [None]
-        found = {"accuracy": facts.get("stages.reward.accuracy") if merged else members[0]}
+        metrics = {"accuracy": facts.get("stages.reward.accuracy") if merged else members[0]}
         data_set, task = "comparisons", "text-classification"
     elif facts.role == "value":
         return []
     else:
-        found = facts.get(f"evaluation.{facts.role}", {})
+        metrics = facts.get(f"evaluation.{facts.role}", {})
         data_set, task = "prompts", "text-generation"
     used = [source for name, source in facts.sources() if name == data_set]
     names = ", ".join(str(at(source, "name", "unnamed")) for source in used)
@@ -222,7 +203,7 @@ def _eval_results(facts: Facts) -> list[EvalResult]:
             metric_value=value["value"],
             metric_args={k: value[k] for k in ("low", "high", "n") if is_number(value.get(k))},
         )
-        for metric, value in found.items()
+        for metric, value in metrics.items()
         if isinstance(value, Mapping) and is_number(value.get("value"))
     ]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The limits that a card states by itself: sentences that follow from the numbers of the record."""
+"""Limits that a card states on its own: sentences that follow from the numbers of the record."""
 
 from __future__ import annotations
 
@@ -10,39 +10,41 @@ from .card_facts import Facts
 from .card_markdown import at, cell, interval, is_number, number, paragraph
 
 HIGH_KL = 15.0
-"""Nats per sequence from which a policy is said to be far from SFT."""
+"""KL in nats per sequence above which a policy is called far from SFT."""
+
 _LONGER = 1.2
+"""Ratio of last to first mean length above which answers are said to have grown."""
+
 _FEW = 100
-_EVEN = 0.5
+"""Number of prompts below which the reader is referred to the intervals."""
+
 LENGTH_KEYS = ("completions/length", "completions/mean_length", "length")
 
 
 def limits(facts: Facts) -> list[str]:
-    """Sentences, the recipe author's own last; there is always at least one."""
-    found = [*_of_data(facts)]
+    """At least one sentence; those of the recipe's author come last."""
+    sentences = [*_of_data(facts)]
     if facts.role != "sft":
-        found += _of_reward(facts)
+        sentences += _of_reward(facts)
     if facts.role in ("policy", "value"):
-        found += _of_rl(facts)
+        sentences += _of_rl(facts)
     if facts.role == "policy":
-        found += [*_of_win_rate(facts), *_of_length(facts), *_of_proxy(facts)]
+        sentences += [*_of_win_rate(facts), *_of_length(facts), *_of_proxy(facts)]
     if facts.role in ("policy", "sft"):
-        found += _of_evaluation(facts)
+        sentences += _of_evaluation(facts)
     if own := facts.own("limits"):
-        found.append(paragraph(own).replace("\n", " "))
-    else:
-        found.append("The author of the recipe stated no limits beyond those that were measured.")
-    return found
+        return [*sentences, paragraph(own).replace("\n", " ")]
+    return [*sentences, "The author of the recipe stated no limits beyond those measured."]
 
 
 def _of_data(facts: Facts) -> Iterator[str]:
-    if facts.synthetic():
+    if any(at(source, "kind") == "task" for _, source in facts.sources()):
         yield (
-            "Trained on a synthetic closed world with simulated labelers: the results say how the "
-            "method works there, and nothing about what people prefer."
+            "Trained on a synthetic task with simulated labelers: the results show how the method "
+            "works there, and say nothing about what people prefer."
         )
     if facts.get("model.load_in_4bit"):
-        yield "Trained and evaluated on a 4-bit base; another precision gives other outputs."
+        yield "Trained and evaluated on a 4-bit base; other precisions give different outputs."
 
 
 def _of_reward(facts: Facts) -> Iterator[str]:
@@ -50,7 +52,7 @@ def _of_reward(facts: Facts) -> Iterator[str]:
     accuracy, baseline = stage.get("accuracy"), stage.get("accuracy_length_baseline")
     if stage.get("gate") in ("warned", "failed"):
         yield (
-            f"The reward model did not pass its gate (accuracy {interval(accuracy)}); what was "
+            f"The reward model did not pass its gate (accuracy {interval(accuracy)}), so a policy "
             "trained on it may have learned noise."
         )
     low, length = at(accuracy, "low"), at(baseline, "value", baseline)
@@ -68,36 +70,32 @@ def _of_rl(facts: Facts) -> Iterator[str]:
     kl = at(stage.get("kl_last"), "value", stage.get("kl_last"))
     if is_number(kl) and kl > HIGH_KL:
         yield (
-            f"The policy is far from SFT: KL {number(kl)} nats per sequence at the end. Outputs "
-            "may please the reward model without being better."
+            f"The policy is far from SFT: KL {number(kl)} nats per sequence at the end. Its "
+            "answers may please the reward model without being better."
         )
     elif kl is not None and not is_number(kl):
-        yield "The KL at the end of training is not finite: the policy may be broken."
+        yield "The KL at the end of training is not finite, so the policy may be broken."
     for alarm in stage.get("alarms") or []:
-        yield f"An alarm was raised in training: {cell(alarm)}."
+        yield f"There was an alarm during training: {cell(alarm)}."
 
 
 def _of_win_rate(facts: Facts) -> Iterator[str]:
-    rates = {
-        key: value
-        for key, value in facts.get("evaluation.policy", {}).items()
-        if key.startswith("win_rate")
-    }
-    name = facts.algorithm_name
+    metrics, name = facts.get("evaluation.policy", {}), facts.algorithm_name
+    rates = {key: value for key, value in metrics.items() if key.startswith("win_rate")}
     for key, rate in rates.items():
         label, low, high = cell(key).replace("_", " "), at(rate, "low"), at(rate, "high")
         if not (is_number(low) and is_number(high)):
-            yield f"The {label}, {interval(rate)}, has no interval: it may be chance."
-        elif low <= _EVEN <= high:
+            yield f"The {label}, {interval(rate)}, has no interval, so it may be chance."
+        elif low <= 0.5 <= high:
             yield f"{name} did not clearly beat SFT: {label} {interval(rate)} includes one half."
-        elif high < _EVEN:
+        elif high < 0.5:
             yield f"{name} made the model worse than SFT: {label} {interval(rate)}."
     if not rates:
-        yield f"No win rate was recorded, so this card cannot say whether {name} beat SFT."
+        yield f"No win rate was recorded, so it is unknown whether {name} beat SFT."
     elif all("proxy" in key for key in rates):
         yield (
-            "The only judge of the win rate is the reward model that training optimised, so a gain "
-            "by it may be no gain to people."
+            "The only judge of the win rate is the reward model that training optimised, so people "
+            "may not see the gain."
         )
 
 
@@ -114,14 +112,14 @@ def _of_length(facts: Facts) -> Iterator[str]:
     values = facts.curve(*LENGTH_KEYS)
     if len(values) > 1 and values[-1] > _LONGER * values[0]:
         yield (
-            f"Answers grew longer in training, from {number(values[0])} to {number(values[-1])} "
-            "tokens. Part of any gain may be length."
+            f"Answers grew longer during training, from {number(values[0])} to "
+            f"{number(values[-1])} tokens. Part of any gain may be length."
         )
 
 
 def _of_proxy(facts: Facts) -> Iterator[str]:
     def rose(metric: str) -> bool | None:
-        """Whether the policy's interval lies above SFT's; nothing where either is missing."""
+        """True if the policy's interval lies above SFT's; None if one is missing."""
         low = facts.get(f"evaluation.policy.{metric}.low")
         high = facts.get(f"evaluation.sft.{metric}.high")
         return low > high if is_number(low) and is_number(high) else None
@@ -133,8 +131,8 @@ def _of_proxy(facts: Facts) -> Iterator[str]:
     for judge, label in (("gold_reward", "gold reward"), ("held_out_reward", "held-out reward")):
         if rose("proxy_reward") and rose(judge) is False:
             yield (
-                f"The score that training optimised rose ({both('proxy_reward')}), the {label} did "
-                f"not clearly ({both(judge)}): the policy may exploit the reward model."
+                f"The score that training optimised rose ({both('proxy_reward')}), but the {label} "
+                f"did not clearly rise ({both(judge)}): the policy may exploit the reward model."
             )
 
 
@@ -144,5 +142,5 @@ def _of_evaluation(facts: Facts) -> Iterator[str]:
     if not counts:
         yield "No evaluation with a count is recorded for this adapter."
     elif min(counts) < _FEW:
-        yield f"Some results rest on {number(min(counts))} prompts only; mind the intervals."
-    yield "Other prompts, languages and lengths than those of the recipe were not tested."
+        yield f"Some results rest on only {number(min(counts))} prompts; see their intervals."
+    yield "Prompts, languages and lengths other than those of the recipe were not tested."

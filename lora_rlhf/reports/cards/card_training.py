@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .card_facts import Facts
@@ -12,11 +12,11 @@ from .card_markdown import MISSING, at, bullets, cell, code, interval, is_number
 
 _SHOWN = {
     "ppo": {"updates": "Updates", "episodes": "Episodes", "kl_coef": "KL coefficient",
-            "kl_last": "KL to SFT in the last rollout, before its update, nats per sequence"},
+            "kl_last": "KL to SFT in the last rollout, before its update, in nats per sequence"},
     "dpo": {"comparisons": "Comparisons", "epochs": "Epochs", "optimizer_steps": "Optimizer steps",
             "beta": "beta of the implicit KL to SFT", "train_loss": "Training loss"},
 }  # fmt: skip
-"""What of the stage's entry is told: for DPO, and for all that have rollouts."""
+"""Values of the stage's entry and their labels: for DPO, and for all algorithms with rollouts."""
 
 _CURVES = {
     "KL to SFT, nats per sequence": ("kl/sequence", "kl"),
@@ -28,17 +28,26 @@ _CURVES_DPO = {
     "margin, beta times the difference of log-ratios": ("margin",),
 }  # fmt: skip
 
+_REWARD_DETAILS = {
+    "agreement_with_held_out": "Agreement of the two reward models on held-out comparisons",
+    "held_out_accuracy": "Accuracy of the second reward model, kept for evaluation",
+    "labeler_agreement": "Agreement of two labelers on such comparisons",
+    "accuracy_against_gold": "Agreement with the exact checker",
+    "gain_over_length": "Accuracy minus that of the better length rule",
+}
+"""Values of the reward stage that not every run has."""
+
 
 def gate_verdict(facts: Facts) -> str | None:
-    """In plain words, that the reward model did not pass its gate, and why; else nothing."""
+    """Say that the reward model did not pass its gate, and why; None if it passed."""
     if facts.get("stages.reward.gate") not in ("warned", "failed"):
         return None
     reason = facts.get("stages.reward.gate_reason")
     why = f"Reason: {cell(reason)}." if reason else "The reason was not recorded."
     if facts.get(f"stages.{facts.algorithm}.status") and not _gold(facts):
-        what = {"dpo": "", "best_of_n": "answers were chosen by"}
-        used = what.get(facts.algorithm, "the policy was trained on")
-        why += f" The recipe said to warn only, so {used} it all the same." if used else ""
+        used = {"dpo": "", "best_of_n": "it chose the answers"}
+        if done := used.get(facts.algorithm, "the policy was trained on it"):
+            why += f" The recipe asked for a warning only, so {done} anyway."
     return f"The reward model did not pass its gate: it may be no better than guessing. {why}"
 
 
@@ -50,199 +59,172 @@ def digest(facts: Facts, role: str) -> str:
     """The sha256 of a role's weights, from its stage or from the sealed files."""
     stage = {"policy": facts.algorithm, "value": facts.algorithm}.get(role, role)
     key = "value_adapter_sha256" if role == "value" else "adapter_sha256"
-    # Not through a dotted path: the file name has dots of its own.
+    # Not by a dotted path, because the file name has dots of its own.
     sealed = facts.record.data.get("files", {}).get(f"adapters/{role}/adapter_model.safetensors")
-    found = facts.get(f"stages.{stage}.{key}") or sealed
-    return f"sha256 {code(found)}" if found else f"sha256 {MISSING}"
+    return f"sha256 {code(facts.get(f'stages.{stage}.{key}') or sealed)}"
 
 
 def reward_source(facts: Facts) -> str:
-    """What the policy was rewarded by."""
+    """The source of the policy's reward."""
     if _gold(facts):
         return "the gold reward, an exact checker; not the reward model"
     if facts.algorithm == "dpo":
-        return "none; DPO learns from the comparisons themselves"
+        return "none; DPO learns from the comparisons directly"
     return f"the reward adapter, {digest(facts, 'reward')}"
 
 
 def lora(facts: Facts) -> str:
     """Shape and size of the adapter."""
     get = facts.get("lora", {}).get
-    per_role = get("parameters_per_role")
-    trained = per_role
-    if isinstance(per_role, Mapping):  # the frozen SFT adapter goes by its part in training
-        trained = per_role.get(
-            facts.role, per_role.get("reference") if facts.role == "sft" else None
-        )
+    trained = get("parameters_per_role")
+    if isinstance(trained, Mapping):  # the frozen SFT adapter is recorded as the reference
+        trained = trained.get(facts.role, trained.get("reference") if facts.role == "sft" else None)
     modules = ", ".join(code(name) for name in get("target_modules") or []) or MISSING
     items = [
         f"Rank {number(get('r'))}, alpha {number(get('alpha'))}",
         f"Adapted layers: {number(get('adapted_layers'))} of {number(get('total_layers'))}, from "
-        f"the top (asked for: a share of {number(get('top_fraction'))})",
+        f"the top (requested share: {number(get('top_fraction'))})",
         f"Adapted modules: {modules}",
         f"Trainable parameters: {number(trained)}",
     ]
     if facts.role in ("reward", "value"):
-        head = facts.head.get("head")
-        items.append(f"Head: {cell(head) if head else 'its kind was ' + MISSING}")
+        items.append(f"Head: {cell(facts.head.get('head') or MISSING)}")
     return bullets(items)
 
 
 def data(facts: Facts) -> str:
     """Sources with licences, rows before and after each filter that changed them, labelers."""
-    rows, notes = [], []
+    rows, filters, notes = [], [], []
     for name, source in facts.sources():
-        sha = str(at(source, "sha256", ""))
-        rows.append(
-            [
-                name,
-                cell(at(source, "kind", MISSING)),
-                cell(at(source, "name", MISSING)),
-                cell(at(source, "license", MISSING)),
-                number(at(source, "rows")),
-                code(sha[:16]) if sha else MISSING,
-            ]
-        )
-    counts = [
-        (name, key, [at(n, when) for when in ("before", "after")])
-        for name, entry in facts.sets()
-        for key, n in at(entry, "counts", {}).items()
-    ]
-    filters = [[name, cell(key), *map(number, n)] for name, key, n in counts if _changed(*n)]
+        sha = str(at(source, "sha256", ""))[:16]
+        kind, label, licence = (at(source, key, MISSING) for key in ("kind", "name", "license"))
+        texts = [cell(kind), cell(label), cell(licence), number(at(source, "rows"))]
+        rows.append([name, *texts, code(sha or None)])
     for name, entry in facts.sets():
-        train, held_out = number(at(entry, "train")), number(at(entry, "held_out"))
-        if name != "evaluate":
-            notes.append(f"{name}: used for training {train}, held out {held_out}")
-        agreement = at(entry, "labeler_agreement", at(entry, "agreement"))
-        if isinstance(agreement, Mapping) and "value" not in agreement:
-            listed = ", ".join(f"{cell(k)} {number(v)}" for k, v in agreement.items())
-            notes.append(f"{name}: share of pairs on which labelers agree: {listed}")
-        elif agreement is not None or name.startswith("comparisons"):
-            notes.append(f"{name}: share of pairs on which labelers agree: {interval(agreement)}")
-        if name.startswith("comparisons"):
-            told = cell(at(entry, "instructions", MISSING))
-            notes.append(f"{name}: instructions to labelers: {told}")
-        notes += [f"{name}: {cell(note)}" for note in at(entry, "notes", [])]
+        for step, count in at(entry, "counts", {}).items():
+            before, after = at(count, "before"), at(count, "after")
+            if not (is_number(before) and is_number(after) and before == after):
+                filters.append([name, cell(step), number(before), number(after)])
+        notes += [f"{name}: {note}" for note in _notes(name, entry)]
     if not rows and not notes:
-        return "The record names no data, so this card cannot say what the adapter was trained on."
-    head = ["set", "kind", "source", "licence", "rows", "sha256, first part"]
-    parts = [table(head, rows) if rows else f"Sources were {MISSING}."]
-    none = "No filter changed the rows." if counts else f"Counts per filter were {MISSING}."
-    parts.append(
-        table(["set", "filter", "rows before", "rows after"], filters) if filters else none
-    )
-    return "\n\n".join([*parts, bullets(notes)])
+        return "The record names no data, so it is unknown what the adapter was trained on."
+    head = ["set", "kind", "source", "licence", "rows", "sha256, beginning"]
+    sources = table(head, rows) if rows else f"Sources were {MISSING}."
+    steps = "No filter changed the rows."
+    if filters:
+        steps = table(["set", "filter", "rows before", "rows after"], filters)
+    elif not any(at(entry, "counts") for _, entry in facts.sets()):
+        steps = f"Counts per filter were {MISSING}."
+    return "\n\n".join([sources, steps, bullets(notes)])
 
 
-def _changed(before: Any, after: Any) -> bool:
-    """Whether a step took or made rows; one whose counts are no numbers is shown."""
-    return not (is_number(before) and is_number(after) and before == after)
+def _notes(name: str, entry: Mapping[str, Any]) -> list[str]:
+    """Lines on the split of one data set, its labelers, and what was noted when it was read."""
+    notes = []
+    if name != "evaluate":
+        train, held_out = number(at(entry, "train")), number(at(entry, "held_out"))
+        notes.append(f"{train} for training, {held_out} held out")
+    agreement = at(entry, "labeler_agreement", at(entry, "agreement"))
+    if isinstance(agreement, Mapping) and "value" not in agreement:
+        listed = ", ".join(f"{cell(key)} {number(value)}" for key, value in agreement.items())
+        notes.append(f"share of pairs on which labelers agree: {listed}")
+    elif agreement is not None or name.startswith("comparisons"):
+        notes.append(f"share of pairs on which labelers agree: {interval(agreement)}")
+    if name.startswith("comparisons"):
+        notes.append(f"instructions to labelers: {cell(at(entry, 'instructions', MISSING))}")
+    return notes + [cell(note) for note in at(entry, "notes", [])]
 
 
-def _flat(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    flat: list[tuple[str, Any]] = []
-    for key, value in data.items():
-        nested = isinstance(value, Mapping)
-        flat += _flat(value, f"{prefix}{key} ") if nested else [(f"{prefix}{key}", value)]
-    return flat
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key} ")
+        else:
+            yield f"{cell(f'{prefix}{key}')} {number(value)}"
 
 
-def _settings(args: Any) -> str:
-    """The arguments of a trainer that took effect, on one line."""
-    told = _flat(args) if isinstance(args, Mapping) else []
-    return ", ".join(f"{cell(key)} {number(value)}" for key, value in told) or MISSING
+def _listed(values: Any) -> str:
+    """Nested settings or results on one line, as `key value`."""
+    return ", ".join(_flat(values) if isinstance(values, Mapping) else ()) or MISSING
 
 
 def sft(facts: Facts) -> str:
     """The supervised stage."""
     get = facts.get("stages.sft", {}).get
     if not get("status"):
-        return "The record holds no SFT stage."
+        return "The record has no SFT stage."
     return bullets(
         [
             f"Steps: {number(get('steps'))}",
             f"Training loss: {number(get('train_loss'))}",
             f"Held-out loss: {interval(get('held_out_loss'), short=True)}",
-            f"Settings, defaults included: {_settings(get('args'))}",
+            f"Settings, including defaults: {_listed(get('args'))}",
         ]
     )
 
 
 def reward(facts: Facts) -> str:
-    """How good the reward model is, and whether it passed its gate."""
+    """Accuracy and calibration of the reward model, and the result of its gate."""
     stage = facts.get("stages.reward", {})
     if not stage.get("status"):
-        return "The record holds no reward-model stage: its accuracy is unknown, or there is none."
+        return "The record has no reward-model stage, so its accuracy is unknown."
     if stage.get("skipped"):
         return f"There is none: {cell(stage['skipped'])}."
-    passed = "passed" if stage.get("gate") == "passed" else f"it was {MISSING} whether it passed"
+    passed = "passed" if stage.get("gate") == "passed" else MISSING
     items = [
         f"Held-out accuracy: {interval(stage.get('accuracy'))}",
-        f"Accuracy of always preferring the longer answer: "
+        "Accuracy of always preferring the longer answer: "
         f"{interval(stage.get('accuracy_length_baseline'))}",
-        f"Reward offset (add it to the raw score; demonstrations then average zero): "
+        "Reward offset (add it to the raw score; demonstrations then have a mean of zero): "
         f"{number(stage.get('offset'))}",
-        f"Spread of its scores, standard deviation: {number(stage.get('score_std'))}",
-        f"Gate (clearly better than chance and than length?): {gate_verdict(facts) or passed}",
-        f"Settings, defaults included: {_settings(stage.get('args'))}",
+        f"Standard deviation of its scores: {number(stage.get('score_std'))}",
+        "Gate (clearly better than chance and than a length rule?): "
+        f"{gate_verdict(facts) or passed}",
+        f"Settings, including defaults: {_listed(stage.get('args'))}",
+        *_reward_details(stage),
     ]
-    if stage.get("agreement_with_held_out") is not None:
-        same = interval(stage["agreement_with_held_out"])
-        items.append(f"Share of comparisons on which both reward models prefer the same: {same}")
-    if stage.get("held_out_accuracy") is not None:
-        items.append(
-            f"Accuracy of the second reward model, kept for evaluation: "
-            f"{interval(stage['held_out_accuracy'])}"
-        )
-    items += _reward_details(stage)
     bins = []
     for b in stage.get("calibration") or []:
-        share = {
-            "value": at(b, "observed"),
-            "low": at(b, "observed_low"),
-            "n": at(b, "n"),
-            "high": at(b, "observed_high"),
-        }
+        names = {"value": "observed", "low": "observed_low", "high": "observed_high", "n": "n"}
+        share = {key: at(b, name) for key, name in names.items()}
         edges = f"{number(at(b, 'low'))} to {number(at(b, 'high'))}"
         bins.append([edges, number(at(b, "predicted")), interval(share, short=True)])
     calibration = f"Calibration was {MISSING}."
     if bins:
-        head = ["stated confidence", "its mean", "share right, with 95 % interval"]
+        head = ["stated confidence", "its mean", "accuracy, with 95 % interval"]
         calibration = "Calibration on held-out comparisons:\n\n" + table(head, bins)
     return f"{bullets(items)}\n\n{calibration}"
 
 
 def _reward_details(stage: Mapping[str, Any]) -> list[str]:
-    """Accuracy by parts, what it is to be held against, and the members of an ensemble."""
-    items = []
-    shown = {
-        "labeler_agreement": "How often two labelers agree on such comparisons",
-        "accuracy_against_gold": "Share in which it prefers what the exact checker does",
-        "gain_over_length": "Accuracy above the better rule by length alone",
-    }
-    items += [f"{label}: {interval(stage[key])}" for key, label in shown.items() if stage.get(key)]
+    """Agreements, accuracy on parts of the comparisons, and the members of an ensemble."""
+    shown = {label: stage.get(key) for key, label in _REWARD_DETAILS.items()}
+    items = [f"{label}: {interval(value)}" for label, value in shown.items() if value]
     for name, part in (stage.get("accuracy_by_length") or {}).items():
-        chosen = "is as long as the other" if name == "equal" else f"is the {cell(name)} one"
-        items.append(f"Accuracy where the chosen answer {chosen}: {interval(part)}")
+        which = "both answers are equally long"
+        if name != "equal":
+            which = f"the chosen answer is the {cell(name)} one"
+        items.append(f"Accuracy where {which}: {interval(part)}")
     for kind in ("score", "label", "gold"):
         for part in stage.get(f"accuracy_by_{kind}_margin") or []:
             edges = f"{number(at(part, 'from'))} to {number(at(part, 'to'))}"
-            items.append(f"Accuracy where the {kind} margin is {edges}: {interval(part)}")
+            items.append(f"Accuracy for {kind} margins from {edges}: {interval(part)}")
     if stage.get("calibration_error") is not None:
         items.append(f"Expected calibration error: {number(stage['calibration_error'])}")
-    if found := stage.get("ensemble"):
-        each = "; ".join(interval(one, short=True) for one in at(found, "accuracy", []))
-        how, count = cell(at(found, "combine", MISSING)), number(at(found, "members"))
+    if ensemble := stage.get("ensemble"):
+        each = "; ".join(interval(one, short=True) for one in at(ensemble, "accuracy", []))
+        how, count = cell(at(ensemble, "combine", MISSING)), number(at(ensemble, "members"))
+        adapter = "is only the first member, and not the whole reward"
+        if how == "warm":
+            adapter = "is the average of the members; its rank is the sum of theirs"
         items += [
             f"Ensemble: {count} reward models, combined by {how}; accuracy and offset above are "
             "those of the combination",
             f"Accuracy of each member: {each or MISSING}",
-            f"Disagreement, standard deviation over members: {interval(at(found, 'disagreement'))}",
+            "Disagreement, standard deviation over members: "
+            f"{interval(at(ensemble, 'disagreement'))}",
+            f"The adapter `reward` {adapter}",
         ]
-        if at(found, "combine") == "warm":
-            items.append("The adapter is their average; its rank is that of all members together")
-        else:
-            items.append("The adapter `reward` is the first member; alone it is not the reward")
     return items
 
 
@@ -250,31 +232,29 @@ def reinforcement(facts: Facts) -> str:
     """Settings, checks and curves of the stage that made the policy."""
     stage = facts.get(f"stages.{facts.algorithm}", {})
     if not stage.get("status"):
-        return "The record holds no reinforcement-learning stage."
-    items = [f"Algorithm: {facts.algorithm_name}", f"Reward: {reward_source(facts)}"]
+        return "The record has no reinforcement-learning stage."
     shown = _SHOWN.get(facts.algorithm, _SHOWN["ppo"])
-    items += [f"{label}: {interval(stage.get(key), short=True)}" for key, label in shown.items()]
-    settings = {**at(facts.recipe, facts.algorithm, {})}
-    settings |= settings.pop("args", None) or {}
-    settings = {k: v for k, v in settings.items() if is_number(v)} | at(stage, "args", {})
+    recipe = dict(at(facts.recipe, facts.algorithm, {}))
+    recipe |= recipe.pop("args", None) or {}
+    settings = {k: v for k, v in recipe.items() if is_number(v)} | at(stage, "args", {})
     settings = {key: value for key, value in settings.items() if key not in shown}
-    items.append(f"Settings, defaults included: {_settings(settings)}")
-    items += [f"Alarm: {cell(alarm)}" for alarm in stage.get("alarms") or []]
-    if identities := stage.get("identities"):
-        listed = [f"{cell(key)} {number(value)}" for key, value in _flat(identities)]
-        items.append("Identities checked at the start: " + ", ".join(listed))
-    else:
-        items.append(f"Identities checked at the start: {MISSING}")
-    rows = []
-    for label, names in (_CURVES_DPO if facts.algorithm == "dpo" else _CURVES).items():
-        values = facts.curve(*names)
-        rows.append(
-            [label, number(values[0]), number(values[-1])] if values else [label, MISSING, MISSING]
-        )
-    head = ["curve", "first update", "last update"]
+    items = [
+        f"Algorithm: {facts.algorithm_name}",
+        f"Reward: {reward_source(facts)}",
+        *(f"{label}: {interval(stage.get(key), short=True)}" for key, label in shown.items()),
+        f"Settings, including defaults: {_listed(settings)}",
+        *(f"Alarm: {cell(alarm)}" for alarm in stage.get("alarms") or []),
+        f"Identities checked at the start: {_listed(stage.get('identities'))}",
+    ]
+    head, curves = ["curve", "first update", "last update"], _CURVES
     if facts.algorithm == "dpo":
-        head = ["curve", "first step logged", "last"]
-    text = f"{bullets(items)}\n\n{table(head, rows)}"
+        head, curves = ["curve", "first step logged", "last"], _CURVES_DPO
+    rows = [
+        [label, number(values[0]), number(values[-1])]
+        for label, names in curves.items()
+        for values in [facts.curve(*names) or [None]]
+    ]
     folder = "plots" if facts.published else "../../plots"
     plots = sorted((facts.record.folder / "plots").glob("*.png"))
-    return "\n\n".join([text, *(f"![{cell(p.stem)}]({folder}/{p.name})" for p in plots)])
+    pictures = [f"![{cell(p.stem)}]({folder}/{p.name})" for p in plots]
+    return "\n\n".join([bullets(items), table(head, rows), *pictures])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model card of one adapter, written from the record alone: no network, no torch.
+"""The model card of one adapter, from the record alone.
 
-Every number comes from the run. What was not recorded is named as missing, never filled in.
+Every number comes from the run. Missing values are shown as not recorded, never made up.
 """
 
 from __future__ import annotations
@@ -23,32 +23,34 @@ from .card_limits import limits
 from .card_markdown import MISSING, at, bullets, cell, code, interval, number, paragraph, table
 
 _WHAT = {
-    "policy": "the policy: the language model that people talk to, trained from the SFT adapter by "
-    "{algorithm} on {signal}, with {penalty} to that SFT adapter",
-    "reward": "the reward model: a score for a whole conversation, trained from the SFT adapter on "
-    "comparisons of two answers",
-    "value": "the value model: the expected return after every token, which PPO needs while it "
-    "trains; it writes no text and is of use only for training on",
-    "sft": "the supervised start: the base, fine-tuned on demonstrations, before any reward",
+    "policy": "the policy, which is the language model that answers people. It was trained from "
+    "the SFT adapter with {algorithm} on {signal}, with {penalty} towards that SFT adapter",
+    "reward": "the reward model, which scores a whole conversation. It was trained from the SFT "
+    "adapter on comparisons of two answers",
+    "value": "the value model, which predicts the expected return after every token. PPO needs it "
+    "during training; it writes no text and is only of use for further training",
+    "sft": "the supervised start, which is the base fine-tuned on demonstrations before any reward",
 }
 _TITLES = {"policy": "policy", "reward": "reward model", "value": "value model", "sft": "SFT"}
+_METHODS = {"dpo": "Preference optimisation"}
 _START = {
     "sft": ("a new LoRA on the base", None),
     "reward": ("a copy of the SFT adapter", "sft"),
     "policy": ("a trainable copy of the SFT adapter", "sft"),
     "value": ("a copy of the reward adapter", "reward"),
 }
+"""Role -> what it was before its training, and the role that this was taken from."""
 
 
 def render(record: Record, role: str, repo_ids: dict[str, str] | None = None) -> str:
-    """The card of the adapter of `role`, as the text of its README.md.
+    """Return the card of the adapter of `role`, as the text of its README.md.
 
     Args:
         record: The run; `samples.jsonl`, `metrics.jsonl`, `recipe.yaml` and the adapter's small
-            JSON files are read from its folder where they are there.
+            JSON files are read from its folder, if they exist.
         role: policy, reward, value or sft.
-        repo_ids: Hub ids by role, and by `base`, where the adapters are or will be; without the
-            role's own, the code on the card reads the folder that the card lies in.
+        repo_ids: Hub ids by role, and by `base`; without an id for `role`, the code on the card
+            reads the folder of the card.
 
     Raises:
         UsageError: There is no such role.
@@ -64,7 +66,9 @@ def render(record: Record, role: str, repo_ids: dict[str, str] | None = None) ->
         "Data": training.data(facts),
         "Supervised fine-tuning": training.sft(facts) if role == "sft" else "",
         "Reward model": training.reward(facts) if role != "sft" else "",
-        _method_title(facts): training.reinforcement(facts) if after_rl else "",
+        _METHODS.get(facts.algorithm, "Reinforcement learning"): training.reinforcement(facts)
+        if after_rl
+        else "",
         "Evaluation": _evaluation(facts) if writes else "",
         "Samples": _samples(facts) if writes else "",
         "Limits": bullets(limits(facts)),
@@ -78,16 +82,12 @@ def render(record: Record, role: str, repo_ids: dict[str, str] | None = None) ->
         if body:
             text += f"\n## {title}\n\n{body}\n" if title else f"\n{body}\n"
     text = safe(text)
-    ModelCard(text)  # a card that the Hub's own reader cannot parse must not leave this function
+    ModelCard(text)  # raises if the Hub could not parse the card
     return text
 
 
-def _method_title(facts: Facts) -> str:
-    return "Preference optimisation" if facts.algorithm == "dpo" else "Reinforcement learning"
-
-
 def write(record: Record, repo_ids: dict[str, str] | None = None) -> list[Path]:
-    """Write README.md into the folder of every role that the run has; the paths written."""
+    """Write README.md into the folder of every adapter of the run; returns the paths."""
     written = []
     for role in ROLES:
         if (record.adapter(role) / "adapter_config.json").is_file():
@@ -106,18 +106,15 @@ def _summary(facts: Facts) -> str:
         penalty="an implicit KL penalty" if compared else "a KL penalty",
     )
     base = code(facts.base or facts.get("model.id", "base"))
+    chosen, why = licence(facts)
+    use = paragraph(facts.own("intended_use") or "Not stated by the author of the recipe.")
     parts = [
         f"# {cell(title)}: {_TITLES[facts.role]}",
-        f"A LoRA adapter for {base}. It is {what}. Made by `lora-rlhf`, after InstructGPT.",
+        f"A LoRA adapter for {base}: {what}. Made with `lora-rlhf`, following InstructGPT.",
+        *([f"By {cell(facts.own('authors'))}."] if facts.own("authors") else []),
+        f"**Intended use.** {use}",
+        f"**Licence.** {cell(chosen) + '. ' if chosen else ''}{why}",
     ]
-    if facts.own("authors"):
-        parts.append(f"By {cell(facts.own('authors'))}.")
-    if facts.own("intended_use"):
-        parts.append(f"**Intended use.** {paragraph(facts.own('intended_use'))}")
-    else:
-        parts.append("**Intended use.** Not stated by the author of the recipe.")
-    chosen, why = licence(facts)
-    parts.append(f"**Licence.** {cell(chosen) + '. ' if chosen else ''}{why}")
     if facts.role != "sft" and (verdict := training.gate_verdict(facts)):
         parts.append(f"> **Warning.** {verdict}")
     others = [
@@ -132,64 +129,66 @@ def _summary(facts: Facts) -> str:
 
 def _lineage(facts: Facts) -> str:
     get = facts.get("model", {}).get
-    identity = code(facts.get("model.id", "unnamed"))
-    if facts.base and facts.base != facts.get("model.id"):
-        identity += f", on the Hub {code(facts.base)}"
+    identity = code(get("id") or "unnamed")
+    if facts.packaged:
+        identity = f"{code('tiny')}, the model shipped in the package `lora-rlhf`"
     elif not facts.base:
-        identity += ", which is on no Hub: it exists only where the run was made"
-        if card_snippets.is_packaged(facts):
-            identity = f"{code('tiny')}, the model shipped in the package `lora-rlhf`"
-    quantised = "4-bit NF4 while training" if facts.get("model.load_in_4bit") else "no"
+        identity += ", which is not on the Hub and exists only where the run was made"
+    elif facts.base != get("id"):
+        identity += f", on the Hub {code(facts.base)}"
+    quantised = "quantised to 4-bit NF4 during training" if get("load_in_4bit") else "not quantised"
     start, parent = _START[facts.role]
     if facts.role == "value" and facts.get(f"stages.{facts.algorithm}.reward") == "gold":
         start, parent = "a copy of the SFT adapter with a new head", "sft"
     items = [
         f"Base: {identity}",
-        f"Base, source: {cell(facts.get('model.source', MISSING))}",
-        f"Base, revision: {code(facts.get('model.revision'))}",
-        f"Base, fingerprint of its weights: {code(facts.get('model.fingerprint'))}",
-        f"Base, size: {number(get('parameters'))} parameters, {number(get('layers'))} layers of "
-        f"width {number(get('hidden_size'))}",
-        *(f"Base, made from: {cell(get('original'))}" for _ in [0] if get("original")),
-        f"Base, licence: {cell(facts.get('model.license', MISSING))}",
-        f"Precision: {code(facts.get('model.dtype'))}; quantised: {quantised}",
-        f"Chat template: sha256 {code(facts.get('model.chat_template_sha256'))}",
-        f"Padding token {number(facts.get('model.pad_id'))}, end tokens "
-        f"{', '.join(number(i) for i in facts.get('model.eos_ids', [])) or MISSING}",
+        f"Source of the base: {cell(get('source') or MISSING)}",
+        f"Revision of the base: {code(get('revision'))}",
+        f"Fingerprint of the base's weights: {code(get('fingerprint'))}",
+        f"Size of the base: {number(get('parameters'))} parameters, {number(get('layers'))} layers "
+        f"of width {number(get('hidden_size'))}",
+        *([f"Original of the base: {cell(get('original'))}"] if get("original") else []),
+        f"Licence of the base: {cell(get('license') or MISSING)}",
+        f"Precision: {code(get('dtype'))}, {quantised}",
+        f"Chat template: sha256 {code(get('chat_template_sha256'))}",
+        f"Padding token {number(get('pad_id'))}, end tokens "
+        f"{', '.join(number(i) for i in get('eos_ids') or []) or MISSING}",
         f"This adapter: {training.digest(facts, facts.role)}",
-        f"It started as {start}" + (f", {training.digest(facts, parent)}" if parent else ""),
+        f"Started as {start}" + (f", {training.digest(facts, parent)}" if parent else ""),
     ]
     if facts.role == "policy":
         items.append(
-            f"The reference of its KL penalty: the SFT adapter, {training.digest(facts, 'sft')}"
+            f"Reference of its KL penalty: the SFT adapter, {training.digest(facts, 'sft')}"
         )
-        items.append(f"The reward it was trained on: {training.reward_source(facts)}")
+        items.append(f"Reward that it was trained on: {training.reward_source(facts)}")
     return bullets(items)
 
 
 def _evaluation(facts: Facts) -> str:
-    found = facts.get("evaluation", {})
-    models = [name for name in MODELS if found.get(name)] + [n for n in found if n not in MODELS]
+    results = facts.get("evaluation", {})
+    models = [name for name in MODELS if results.get(name)]
+    models += [name for name in results if name not in MODELS]
     if not models:
-        return "No evaluation is recorded: how good this adapter is, the card cannot say."
-    there = {metric for model in models for metric in found[model]}
-    metrics = [name for name in METRICS if name in there] + sorted(there - set(METRICS))
+        return "No evaluation is recorded, so the quality of this adapter is unknown."
+    known = {metric for model in models for metric in results[model]}
+    metrics = [name for name in METRICS if name in known] + sorted(known - set(METRICS))
+
+    def shown(model: str, metric: str) -> str:
+        return interval(results[model][metric], short=True) if metric in results[model] else ""
+
     rows = [
         [
             cell(metric).replace("_", " "),
-            *(
-                interval(found[model].get(metric), short=True) if metric in found[model] else ""
-                for model in models
-            ),
+            *(shown(model, metric) for model in models),
             METRICS.get(metric, ""),
         ]
         for metric in metrics
     ]
-    names = [MODELS.get(model, cell(model)) for model in models]
-    text = table(["metric", *names, "what it is"], rows)
+    head = ["metric", *(MODELS.get(model, cell(model)) for model in models), "meaning"]
     return (
-        f"{text}\n\nThe same held-out prompts and seeds for all. In brackets the 95 % interval; n "
-        "is what it rests on; an empty cell means that the metric does not apply."
+        f"{table(head, rows)}\n\nAll models answered the same held-out prompts with the same "
+        "seeds. Brackets hold the 95 % interval, n is the number of observations, and an empty "
+        "cell means that the metric does not apply."
     )
 
 
@@ -197,7 +196,7 @@ def _samples(facts: Facts) -> str:
     wanted = at(facts.recipe, "evaluate.samples", 8)
     rows = sample_table(facts.record, wanted, facts.role)
     if not rows:
-        return "No completions were kept, so none can be shown."
+        return "No completions were recorded."
     shown = [model for model in MODELS if any(model in row["answers"] for row in rows)]
     lines = []
     for row in rows:
@@ -206,39 +205,35 @@ def _samples(facts: Facts) -> str:
         score = row["answers"][facts.role].get("score")
         lines.append([row["why"], cell(row["prompt"]), *texts, number(score)])
     head = ["why shown", "prompt", *(MODELS[model] for model in shown), f"score of {facts.role}"]
-    note = "The worst answers by score, then the first prompts; not picked by hand."
-    if not any(row["why"] == "worst" for row in rows):
-        note = (
-            "No scores were kept, so the worst cannot be picked out; the first prompts are shown."
-        )
+    note = "No scores were recorded, so the first prompts are shown instead of the worst answers."
+    if any(row["why"] == "worst" for row in rows):
+        note = "The answers with the lowest scores, then the first prompts; none picked by hand."
     return f"{note}\n\n{table(head, lines)}"
 
 
 def _cost(facts: Facts) -> str:
-    stages = {name: at(entry, "seconds") for name, entry in facts.get("clock.stages", {}).items()}
-    rows = [[cell(name), number(seconds)] for name, seconds in stages.items()]
-    speed = facts.get("clock.evaluation", {})
-    machine = dict(facts.get("clock.host", {}))
-    made_do = machine.pop("makes_do", None) or []
+    get, speed = facts.get("clock", {}).get, facts.get("clock.evaluation", {})
+    stages = get("stages") or {}
+    machine = dict(get("host") or {})
+    limitations = machine.pop("makes_do", None) or []
     host = [f"{cell(key)} {number(value)}" for key, value in machine.items()]
     items = [
         f"Machine: {', '.join(host) or MISSING}",
-        *(f"Made do: {cell(note)}" for note in made_do),
+        *(f"Limitation of the machine: {cell(note)}" for note in limitations),
         *(
-            f"Evaluating {MODELS.get(model, cell(model))}: "
+            f"Evaluation of {MODELS.get(model, cell(model))}: "
             f"{number(at(entry, 'tokens_per_second'))} tokens per second"
             for model, entry in speed.items()
         ),
-        f"Started: {cell(facts.get('clock.started', MISSING))}",
+        f"Started: {cell(get('started') or MISSING)}",
     ]
-    # A card written in the run itself knows no end yet; some machines report no peak.
-    ends = {"Finished": "finished", "Peak memory, MB": "peak_memory_mb"}
-    items += [
-        f"{label}: {number(facts.get(f'clock.{key}'))}"
-        for label, key in ends.items()
-        if facts.get(f"clock.{key}") is not None
-    ]
-    if total := facts.get("clock.memory.total"):
-        items.append(f"Model, adapters and heads in memory, bytes: {number(total)}")
-    timed = table(["stage", "seconds"], rows) if rows else f"Times per stage were {MISSING}."
-    return f"{timed}\n\n{bullets(items)}"
+    # A card written during the run knows no end yet, and some machines report no peak.
+    known = {
+        "Finished": get("finished"),
+        "Peak memory, MB": get("peak_memory_mb"),
+        "Model, adapters and heads in memory, bytes": facts.get("clock.memory.total") or None,
+    }
+    items += [f"{label}: {number(value)}" for label, value in known.items() if value is not None]
+    rows = [[cell(name), number(at(entry, "seconds"))] for name, entry in stages.items()]
+    times = table(["stage", "seconds"], rows) if rows else f"The time of each stage is {MISSING}."
+    return f"{times}\n\n{bullets(items)}"
