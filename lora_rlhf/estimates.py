@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statistics of an evaluation: every number with its 95 % interval and its n. Numpy only.
+"""Statistics of an evaluation: every number with its 95 % interval and its n.
 
-Shapes: N prompts (or comparisons), one number each. Two models are always compared on the same
-prompts, so position i of both lists belongs to the same prompt.
+Shapes: N prompts (or comparisons), one number each. Two models are compared on the same prompts:
+position i of both lists belongs to the same prompt.
+
+Everything here ends in the record, which must not depend on the version of a library: scipy, from
+whose functions these differ in the last digits only, is the oracle of the tests.
 """
 
 from __future__ import annotations
@@ -19,19 +22,19 @@ from numpy.typing import ArrayLike, NDArray
 _NORMAL = NormalDist()
 _Z = _NORMAL.inv_cdf(0.975)
 _CHUNK = 2_000_000
-"""Bootstrap draws held in memory at once."""
+"""Bootstrap draws in memory at once."""
 
 Floats = NDArray[np.float64]
 
 UNDEFINED = {"value/explained_variance", "completions/repetition"}
-"""Metrics that are NaN where they have no meaning: equal returns; completions under 4 tokens.
+"""Metrics that may be NaN: with equal returns, and with completions of less than 4 tokens.
 
-A reward function, too, may have nothing to say of an episode (`rewards/NAME`).
+So may `rewards/NAME`, where a reward function does not apply to an episode.
 """
 
 
 class Estimate(TypedDict):
-    """A number, its two-sided 95 % interval (None where n does not allow one), and its n."""
+    """A number, its two-sided 95 % interval (None if n does not allow one), and its n."""
 
     value: float
     low: float | None
@@ -65,7 +68,7 @@ def _estimate(value: float, low: float | None, high: float | None, n: int) -> Es
 
 
 def scaled(estimate: Estimate, factor: float) -> Estimate:
-    """The same estimate in another unit (`factor` > 0), such as per 1,000 prompts; n stays."""
+    """Convert an estimate to another unit (`factor` > 0), such as per 1,000 prompts."""
     low, high = (None if x is None else x * factor for x in (estimate["low"], estimate["high"]))
     return _estimate(estimate["value"] * factor, low, high, estimate["n"])
 
@@ -74,9 +77,9 @@ def scaled(estimate: Estimate, factor: float) -> Estimate:
 
 
 def wilson(successes: float, n: int) -> Estimate:
-    """A share with its score interval; Wilson 1927, as in Brown, Cai and DasGupta 2001, eq. (4).
+    """A share with its score interval: Wilson 1927, as in Brown, Cai and DasGupta 2001, eq. (4).
 
-    It never leaves [0, 1], and 0 of n still has an upper limit above 0: what a safety number needs.
+    It never leaves [0, 1], and 0 of n has an upper limit above 0, as a safety metric needs.
     """
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"{successes} of {n} is not a share")
@@ -88,7 +91,7 @@ def _score_interval(p: float, n: float, ties: float) -> Estimate:
     middle = (2 * n * p + _Z**2) / (2 * (n + _Z**2))
     inside = 4 * n * p * (1 - p) - n * ties + _Z**2 * (1 - ties)
     half = _Z * math.sqrt(max(0.0, inside)) / (2 * (n + _Z**2))
-    # The limit on the side of an extreme share is that share exactly; rounding must not say other.
+    # Without rounding errors, an extreme share is exactly the limit on its side.
     low = 0.0 if p == 0 else min(p, max(0.0, middle - half))
     high = 1.0 if p == 1 else max(p, min(1.0, middle + half))
     return _estimate(p, low, high, int(n))
@@ -96,10 +99,13 @@ def _score_interval(p: float, n: float, ties: float) -> Estimate:
 
 @lru_cache(maxsize=1024)
 def t_quantile(dof: int) -> float:
-    """The 97.5 % quantile of Student's t: Abramowitz and Stegun 26.7.3 and 26.7.4, bisected."""
+    """The 97.5 % quantile of Student's t, by bisection of its distribution function.
+
+    Source: Abramowitz and Stegun, eq. 26.7.3, 26.7.4 and, for many degrees of freedom, 26.7.5.
+    """
     if dof < 1:
         raise ValueError(f"degrees of freedom must be at least 1, not {dof}")
-    if dof > 1000:  # 26.7.5, two terms; the next one is below 1e-8 here
+    if dof > 1000:  # two terms of 26.7.5; the next one is below 1e-8
         g1, g2 = (_Z**3 + _Z) / 4, (5 * _Z**5 + 16 * _Z**3 + 3 * _Z) / 96
         return _Z + g1 / dof + g2 / dof**2
     odd = dof % 2
@@ -125,11 +131,11 @@ def mean_interval(values: ArrayLike, clusters: Sequence[Hashable] | None = None)
 
     Args:
         values: (N,) any unit.
-        clusters: (N,) names of what the values share (a prompt answered several times, a record
-            asked about several times); default: every value is its own cluster.
+        clusters: (N,) names of what values share, such as a prompt answered several times;
+            default: every value is its own cluster.
 
     The standard error is the clustered one of Miller 2024 (2411.00640, section 2.2), times
-    sqrt(C / (C - 1)) for C clusters; with one value per cluster that is the usual s / sqrt(N).
+    sqrt(C / (C - 1)) for C clusters; with one value per cluster it is the usual s / sqrt(N).
     Fewer than two clusters: no interval.
     """
     array = _floats(values)
@@ -149,21 +155,21 @@ def mean_interval(values: ArrayLike, clusters: Sequence[Hashable] | None = None)
 
 
 def share_interval(outcomes: ArrayLike, clusters: Sequence[Hashable]) -> Estimate:
-    """A share of N outcomes that come in clusters (pairs of one prompt), with its score interval.
+    """The share of N outcomes that come in clusters, such as pairs of one prompt.
 
     Args:
         outcomes: (N,) from 0 to 1; a tie is one half.
         clusters: (N,) names of what the outcomes share.
 
-    Wilson's interval at the effective sample size: N over the design effect, which is the clustered
-    variance of `mean_interval` over p (1 - p) / N and here never below 1, and corrected for the
-    C - 1 degrees of freedom of C clusters (Korn and Graubard 1998; Dean and Pagano 2015 compare
-    such intervals). Where all outcomes are equal no variance is seen, and a cluster counts once.
-    One outcome per cluster: `wilson`. One cluster in all: no interval. `n` is N.
+    Wilson's interval at the effective sample size: N over the design effect (the clustered variance
+    of `mean_interval` over p (1 - p) / N, at least 1), corrected for the C - 1 degrees of freedom
+    of C clusters (Korn and Graubard 1998; Dean and Pagano 2015 compare such intervals). If all
+    outcomes are equal, the variance is unknown and each cluster counts once. One outcome per
+    cluster: `wilson`. One cluster in all: no interval. `n` is N.
     """
     array = _floats(outcomes)
     if array.min() < 0 or array.max() > 1:
-        raise ValueError("an outcome is a number from 0 to 1")
+        raise ValueError("outcomes must lie between 0 and 1")
     n, count, value = array.size, len(set(clusters)), float(array.mean())
     if len(clusters) != n:
         raise ValueError(f"{n} outcomes but {len(clusters)} cluster names")
@@ -171,34 +177,31 @@ def share_interval(outcomes: ArrayLike, clusters: Sequence[Hashable]) -> Estimat
         return wilson(float(array.sum()), n)
     if count < 2:
         return _estimate(value, None, None, n)
-    half = (mean_interval(array, clusters)["high"] or 0.0) - value
+    half, t = (mean_interval(array, clusters)["high"] or 0.0) - value, t_quantile(count - 1)
     binomial = value * (1 - value) / n
-    effect = n / count
-    if binomial > 0:
-        effect = max(1.0, (half / t_quantile(count - 1)) ** 2 / binomial)
-    found = _score_interval(value, n / effect * (_Z / t_quantile(count - 1)) ** 2, ties=0.0)
-    return {**found, "n": n}
+    effect = max(1.0, (half / t) ** 2 / binomial) if binomial > 0 else n / count
+    return {**_score_interval(value, n / effect * (_Z / t) ** 2, ties=0.0), "n": n}
 
 
 def mean_of_shares(values: ArrayLike) -> Estimate:
-    """The mean of N shares, numbers from 0 to 1, with an interval that stays between them too.
+    """The mean of N shares from 0 to 1, with an interval within the same limits.
 
     Wilson's interval at the effective sample size p (1 - p) / s^2, with s the standard error of the
     mean, corrected for N - 1 degrees of freedom (Korn and Graubard 1998), as in `share_interval`.
-    Shares spread less than outcomes of 0 and 1, so it is mostly above N. Of 64 to 128 texts of
-    which 2 to 5 % loop it covers 88 to 91 %, the mean's own interval 59 to 80 %. Where all are
-    equal no variance is seen, and each counts once: `wilson`. One share: no interval.
+    Shares vary less than outcomes of 0 and 1, so this size mostly exceeds N. For 64 to 128 texts of
+    which 2 to 5 % loop it covers 88 to 91 %, the interval of the plain mean 59 to 80 %. If all
+    shares are equal, each counts once: `wilson`. One share: no interval.
     """
     array = _floats(values)
     if array.min() < 0 or array.max() > 1:
-        raise ValueError("a share is a number from 0 to 1")
-    found = mean_interval(array)
-    value, n = found["value"], found["n"]
-    if found["high"] is None:
-        return found
-    if np.ptp(array) < 1e-12:  # what is left of a spread by rounding is none
+        raise ValueError("shares must lie between 0 and 1")
+    mean = mean_interval(array)
+    value, n = mean["value"], mean["n"]
+    if mean["high"] is None:
+        return mean
+    if np.ptp(array) < 1e-12:  # equal but for rounding errors
         return {**wilson(n * value, n), "value": value}
-    effective = value * (1 - value) * (_Z / (found["high"] - value)) ** 2
+    effective = value * (1 - value) * (_Z / (mean["high"] - value)) ** 2
     return {**_score_interval(value, effective, ties=0.0), "n": n}
 
 
@@ -206,10 +209,10 @@ def mean_of_shares(values: ArrayLike) -> Estimate:
 
 
 def paired_difference(a: ArrayLike, b: ArrayLike, seed: int, resamples: int = 10_000) -> Estimate:
-    """The mean of a - b over prompts with its BCa bootstrap interval (Efron 1987), seeded.
+    """The mean of a - b over prompts, with a seeded BCa bootstrap interval (Efron 1987).
 
-    Prompts are drawn, both models' scores together: the difficulty of a prompt cancels (Miller
-    2024, section 4). One prompt: no interval. No variation at all: an interval of width 0.
+    Both scores of a prompt are drawn together, so that its difficulty cancels (Miller 2024,
+    section 4). One prompt: no interval. No variation at all: an interval of width 0.
     """
     first, second = _pair(a, b)
     gaps = first - second
@@ -248,9 +251,9 @@ def _outcomes(a: ArrayLike, b: ArrayLike, tie: float) -> Floats:
 def win_rate(a: ArrayLike, b: ArrayLike, tie: float = 1e-9) -> Estimate:
     """The share of prompts on which score a beats score b; a tie (within `tie`) counts half.
 
-    The interval is Wilson's with the variance of a tied outcome: p (1 - p) - t / 4 for a share t of
-    ties. For t the lower Wilson limit of the share seen is taken, so that ties narrow the interval,
-    yet ten ties out of ten do not prove a draw. Without ties it is Wilson's interval.
+    Wilson's interval with the variance of an outcome with ties: p (1 - p) - t / 4 for a share t of
+    ties. For t the lower Wilson limit of the observed share is used, so that ties narrow the
+    interval, yet ten ties out of ten do not prove a draw.
     """
     outcomes = _outcomes(a, b, tie)
     n = outcomes.size
@@ -261,13 +264,13 @@ def win_rate(a: ArrayLike, b: ArrayLike, tie: float = 1e-9) -> Estimate:
 def length_controlled_win_rate(
     a: ArrayLike, b: ArrayLike, lengths_a: ArrayLike, lengths_b: ArrayLike, tie: float = 1e-9
 ) -> Estimate:
-    """The win rate that a would have with answers as long as b's; after AlpacaEval-LC (2404.04475).
+    """The win rate of a if its answers were as long as b's, after AlpacaEval-LC (2404.04475).
 
-    `logit P(a wins) = theta + phi tanh(d / std(d))`, d the length difference in tokens, and the
-    value is `sigmoid(theta)`, the prediction at d = 0: their regression without the terms for the
-    difficulty of an instruction. Ties count half. Each coefficient has a log-F(1, 1) prior
+    `logit P(a wins) = theta + phi tanh(d / std(d))`, with d the length difference in tokens; the
+    value is `sigmoid(theta)`, the prediction at d = 0. This is their regression without the terms
+    for the difficulty of an instruction. Ties count half. Each coefficient has a log-F(1, 1) prior
     (Greenland and Mansournia 2015), so that a model that always wins has a finite estimate. The
-    interval is Wald's on the logit scale at binomial variance; ties make it wider than it need be.
+    interval is Wald's on the logit scale with binomial variance, which is conservative with ties.
     """
     outcomes = _outcomes(a, b, tie)
     long_a, long_b = _pair(lengths_a, lengths_b)
@@ -275,7 +278,7 @@ def length_controlled_win_rate(
         raise ValueError(f"{outcomes.size} scores but {long_a.size} lengths")
     gap = long_a - long_b
     slope = np.tanh(gap / (gap.std() or 1.0))
-    # A prior log-F(1, 1) is one observation, half won, of that coefficient alone.
+    # A log-F(1, 1) prior is one more observation, half won, of that coefficient alone.
     x = np.vstack((np.column_stack((np.ones_like(slope), slope)), np.eye(2)))
     y = np.concatenate((outcomes, (0.5, 0.5)))
     beta = np.zeros(2)
@@ -295,10 +298,12 @@ def length_controlled_win_rate(
 
 
 def repetition(texts: Sequence[str | Sequence[int]], n: int = 4) -> list[float | None]:
-    """For each text the share of its n-grams that it has said before: 0 none, near 1 a loop.
+    """For each text the share of its n-grams that repeat an earlier one; None if it has no n-gram.
 
-    seq-rep-n of Welleck et al. 2020 (1908.04319, section 6): 1 - distinct n-grams / n-grams. A
-    string is cut at white space; token ids are taken as they are. A text with no n-gram: None.
+    seq-rep-n of Welleck et al. 2020 (1908.04319, section 6): 1 - distinct n-grams / n-grams.
+
+    Args:
+        texts: Strings, which are split at white space, or token ids.
     """
     shares: list[float | None] = []
     for text in texts:
@@ -308,57 +313,48 @@ def repetition(texts: Sequence[str | Sequence[int]], n: int = 4) -> list[float |
     return shares
 
 
-def agreement(labels_a: Sequence[Hashable], labels_b: Sequence[Hashable]) -> Estimate:
-    """The share of items to which two labelers gave the same label, not corrected for chance."""
-    if len(labels_a) != len(labels_b):
-        raise ValueError(f"{len(labels_a)} labels against {len(labels_b)}")
-    same = sum(a == b for a, b in zip(labels_a, labels_b, strict=True))
-    return wilson(same, len(labels_a))
-
-
 def calibration(
     margins: ArrayLike, bins: int = 10, clusters: Sequence[Hashable] | None = None
 ) -> list[dict[str, Any]]:
-    """How often a reward model is right where it says that it is sure.
+    """The accuracy of a reward model by its stated confidence.
 
     Args:
-        margins: (N,) score of the chosen completion less that of the rejected one.
+        margins: (N,) score of the chosen completion minus that of the rejected one.
         bins: Equal steps of the stated confidence, from 0.5 to 1.
-        clusters: (N,) the prompt of each comparison; default: every one has its own.
+        clusters: (N,) the prompt of each comparison; default: all prompts differ.
 
     Returns:
-        A dict for each bin that is not empty: `low` and `high` (its edges), `predicted` (mean
+        One dict per bin that is not empty: `low` and `high` (its edges), `predicted` (mean
         stated confidence, sigmoid(|margin|), Bradley-Terry), `observed` (share with the chosen
         completion ahead, a margin of 0 counts half), `observed_low`, `observed_high`
-        (`share_interval`: Wilson's, clustered by prompt) and `n`.
+        (of `share_interval`) and `n`.
     """
     array = _floats(margins)
     names = list(range(array.size)) if clusters is None else list(clusters)
     confidence = 1 / (1 + np.exp(-np.abs(array)))
     right = np.where(array == 0, 0.5, (array > 0).astype(np.float64))
     which = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
-    found = []
-    for index in range(bins):
+    rows = []
+    for index in np.unique(which).tolist():
         inside = which == index
-        if inside.any():
-            share = share_interval(right[inside], [names[i] for i in np.flatnonzero(inside)])
-            found.append(
-                {
-                    "low": 0.5 + index / (2 * bins),
-                    "high": 0.5 + (index + 1) / (2 * bins),
-                    "predicted": float(confidence[inside].mean()),
-                    "observed": share["value"],
-                    "observed_low": share["low"],
-                    "observed_high": share["high"],
-                    "n": share["n"],
-                }
-            )
-    return found
+        share = share_interval(right[inside], [names[i] for i in np.flatnonzero(inside)])
+        rows.append(
+            {
+                "low": 0.5 + index / (2 * bins),
+                "high": 0.5 + (index + 1) / (2 * bins),
+                "predicted": float(confidence[inside].mean()),
+                "observed": share["value"],
+                "observed_low": share["low"],
+                "observed_high": share["high"],
+                "n": share["n"],
+            }
+        )
+    return rows
 
 
 def calibration_error(bins: Sequence[dict[str, Any]]) -> float:
-    """Mean distance of observed from predicted over `calibration`'s bins; 1706.04599, eq. (3)."""
+    """Expected calibration error over the bins of `calibration`; 1706.04599, eq. (3)."""
     total = sum(b["n"] for b in bins)
     if not total:
-        raise ValueError("no comparison in any bin")
+        raise ValueError("all bins are empty")
     return float(sum(b["n"] * abs(b["observed"] - b["predicted"]) for b in bins) / total)

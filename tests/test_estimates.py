@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Intervals against scipy, coverage by simulation, and what each number must not hide."""
+"""Intervals compared with scipy, and their coverage by simulation."""
 
 import math
 
@@ -15,7 +15,7 @@ def covers(estimate, truth):
 
 
 def assert_coverage(hits, low=0.93, high=0.97):
-    """Share of intervals that hold the truth; 0.95 nominal, so 90 % or 99 % intervals fail."""
+    """Share of intervals that contain the true value: 0.95, so that 90 % or 99 % intervals fail."""
     share = float(np.mean(hits))
     assert low <= share <= high, f"coverage {share:.3f}, expected {low} to {high}"
 
@@ -32,14 +32,14 @@ def test_wilson_is_scipys(k, n):
     assert (found["value"], found["n"]) == (k / n, n)
 
 
-def test_wilson_of_none_is_not_certain_and_ends_at_zero():
+def test_wilson_of_zero_successes_ends_at_zero_and_has_an_upper_limit():
     found = estimates.wilson(0, 20)
     assert found["low"] == 0.0
     assert found["high"] > 0.1
 
 
 @pytest.mark.parametrize(("k", "n"), [(0, 0), (3, 2), (-1, 5)])
-def test_wilson_refuses_what_is_no_share(k, n):
+def test_wilson_rejects_impossible_counts(k, n):
     with pytest.raises(ValueError, match="is not a share"):
         estimates.wilson(k, n)
 
@@ -112,13 +112,13 @@ def test_an_interval_of_shares_stays_between_0_and_1(values):
     assert other["low"] == pytest.approx(1 - found["high"], abs=1e-9)
 
 
-def test_shares_that_are_all_equal_prove_nothing_of_others():
+def test_equal_shares_count_as_one_outcome_each():
     assert estimates.mean_of_shares([0.0] * 20) == estimates.wilson(0, 20)
     assert estimates.mean_of_shares([1.0] * 3) == estimates.wilson(3, 3)
     equal = estimates.mean_of_shares([0.1] * 7)
     assert equal["low"] < equal["value"] == pytest.approx(0.1) and equal["high"] < 0.5
     assert estimates.mean_of_shares([0.3]) == {"value": 0.3, "low": None, "high": None, "n": 1}
-    with pytest.raises(ValueError, match="from 0 to 1"):
+    with pytest.raises(ValueError, match="between 0 and 1"):
         estimates.mean_of_shares([0.5, 1.5])
 
 
@@ -131,7 +131,7 @@ def test_an_interval_of_shares_covers():
     assert_coverage(hits)
 
 
-def test_of_texts_that_hardly_ever_loop_it_covers_more_than_the_means_own_interval():
+def test_for_texts_that_seldom_loop_it_covers_more_than_the_interval_of_the_mean():
     rng = np.random.default_rng(5)
     ours, own = [], []
     for _ in range(1000):
@@ -158,7 +158,7 @@ def test_scaled_moves_value_and_limits_but_not_n():
 
 
 @pytest.mark.parametrize("bad", [[], [1.0, float("nan")], [float("inf")], [[1.0]]])
-def test_nothing_and_nan_are_refused(bad):
+def test_empty_lists_and_nan_are_rejected(bad):
     with pytest.raises(ValueError, match="NaN or infinity|non-empty"):
         estimates.mean_interval(bad)
 
@@ -210,12 +210,12 @@ def test_paired_difference_in_chunks_is_the_same_bootstrap(monkeypatch):
     assert estimates.paired_difference(a, b, seed=0, resamples=2000) == whole
 
 
-def test_equal_answers_differ_by_nothing():
+def test_equal_answers_have_no_difference():
     found = estimates.paired_difference([0.1, 0.7, 0.3], [0.1, 0.7, 0.3], seed=0)
     assert found == {"value": 0.0, "low": 0.0, "high": 0.0, "n": 3}
 
 
-def test_lists_of_unequal_length_are_refused():
+def test_lists_of_unequal_length_are_rejected():
     for compare in (estimates.win_rate, lambda a, b: estimates.paired_difference(a, b, seed=0)):
         with pytest.raises(ValueError, match="of one length"):
             compare([1.0, 2.0], [1.0])
@@ -308,15 +308,9 @@ def test_length_control_of_a_clean_sweep_is_finite_and_unsure():
 # --- text, labels, reward models ---
 
 
-def test_repetition_counts_what_was_said_before():
+def test_repetition_counts_repeated_n_grams():
     assert estimates.repetition(["a b c d e", "a b a b a b", "x"], n=2) == [0.0, 1 - 2 / 5, None]
     assert estimates.repetition([[7] * 9, [1, 2, 3], []], n=4) == [1 - 1 / 6, None, None]
-
-
-def test_agreement_is_a_share_with_its_interval():
-    assert estimates.agreement("aabb", "abbb") == estimates.wilson(3, 4)
-    with pytest.raises(ValueError, match="4 labels against 1"):
-        estimates.agreement("aabb", "a")
 
 
 def test_calibration_of_an_honest_model_lies_on_the_diagonal():

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one model answered in the evaluation, kept from when it is done until all are.
+"""One model's answers in the evaluation, and a cache of them until all models are done.
 
-checkpoints/evaluate/MODEL.json holds what took long, with the sha256 of it and what the run was:
-an evaluation that was interrupted asks and judges only the models that are missing.
+checkpoints/evaluate/MODEL.json holds the answers and scores with their sha256 and the identity of
+the run, so that an interrupted evaluation repeats only the models that are missing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lora_rlhf.runs.record import Record
 
 @dataclass
 class Answers:
-    """One model's completions of N prompts, in prompt order, and what was found about each."""
+    """One model's completions of N prompts, in prompt order, with their scores."""
 
     ids: list[list[int]]
     texts: list[str]
@@ -37,39 +37,48 @@ class Answers:
         """(N,) completion tokens, the end token included."""
         return [len(ids) for ids in self.ids]
 
+    @property
+    def speed(self) -> dict[str, float]:
+        """The time of generation, for the record's `clock`."""
+        tokens_per_second = round(sum(self.lengths) / max(self.seconds, 1e-9), 1)
+        return {"seconds": round(self.seconds, 3), "tokens_per_second": tokens_per_second}
+
 
 _KEPT = ("ids", "texts", "finished", "seconds", "scores", "kl")
-"""All but the verdicts, which a text is given again at once."""
+"""All fields but the verdicts, which take no time to compute again."""
 
 
 class AnswerCache:
-    """Where the answers of one evaluation are kept.
+    """The finished answers of one evaluation, on disk.
 
     Args:
-        run: What must be equal for them to be used, as flat keys; None: nothing is kept.
-        say: Told why something is not used, and what is.
+        identity: Flat description of the run; answers of a different run are not used. None: keep
+            nothing.
+        say: Called with messages on what is used, and on what is not and why.
     """
 
     def __init__(
-        self, record: Record, run: dict[str, Any] | None, say: Callable[[str], object]
+        self, record: Record, identity: dict[str, Any] | None, say: Callable[[str], object]
     ) -> None:
-        self.record, self.run, self.say = record, json.loads(json.dumps(run)), say
+        self.record, self.say = record, say
+        self.identity = json.loads(json.dumps(identity))  # as it will be read back
         self.folder: Path = record.checkpoints("evaluate")
         self._started, self._before = time.perf_counter(), 0.0
 
     def take(self, model: str) -> Answers | None:
-        """The answers of a model that an earlier process finished."""
+        """The answers of a model that an earlier process finished, if there are any."""
         path = self.folder / f"{model}.json"
-        if self.run is None or not path.exists():
+        if self.identity is None or not path.exists():
             return None
         try:
-            told = json.loads(path.read_text(encoding="utf-8"))
-            if told["sha256"] != _sum(told["kept"]):
-                raise ValueError("its sha256 is another")
-            if told["kept"]["run"] != self.run:
-                raise ValueError("it is of another run")
-            found = Answers(**{name: told["kept"][name] for name in _KEPT})
-            spent = float(told["kept"]["spent"])
+            content = json.loads(path.read_text(encoding="utf-8"))
+            kept = content["kept"]
+            if content["sha256"] != _sha256(kept):
+                raise ValueError("its sha256 differs")
+            if kept["run"] != self.identity:
+                raise ValueError("it belongs to a different run")
+            answers = Answers(**{name: kept[name] for name in _KEPT})
+            spent = float(kept["spent"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             self.say(f"evaluate: {path.name} is not used, {model} is evaluated again: {error}")
             return None
@@ -78,19 +87,20 @@ class AnswerCache:
         clock["resumed"] = [*clock.get("resumed", []), {"training": "evaluate", "from": path.name}]
         self._before = max(self._before, spent)
         clock.setdefault("before", {})["evaluate"] = self._before
-        return found
+        return answers
 
-    def put(self, model: str, found: Answers) -> None:
+    def put(self, model: str, answers: Answers) -> None:
         """Keep the answers of a model that is done."""
-        if self.run is None:
+        if self.identity is None:
             return
         spent = self._before + time.perf_counter() - self._started
-        kept = {name: getattr(found, name) for name in _KEPT} | {"run": self.run, "spent": spent}
+        kept = {name: getattr(answers, name) for name in _KEPT}
+        kept |= {"run": self.identity, "spent": spent}
         self.folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"sha256": _sum(kept), "kept": kept})
+        text = json.dumps({"sha256": _sha256(kept), "kept": kept})
         write_atomically(self.folder / f"{model}.json", text)
         self.record.on_saved(False)
 
 
-def _sum(kept: dict[str, Any]) -> str:
+def _sha256(kept: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

@@ -16,14 +16,18 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from lora_rlhf import estimates
-from lora_rlhf.data.closed_world.checkers import Item, Verdict, check
+from lora_rlhf.algorithms import best_of_n
+from lora_rlhf.algorithms.ppo import ppo_stage
+from lora_rlhf.data.closed_world.checkers import Item, check
 from lora_rlhf.errors import DataError, NonFiniteError
 from lora_rlhf.estimates import Estimate
+from lora_rlhf.models.scoring import scores, sequence_logprobs
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.redaction import safe
 from lora_rlhf.runs.metric_names import METRICS
 from lora_rlhf.runs.record import Record
 from lora_rlhf.runs.samples import prompt_text
+from lora_rlhf.training.reward.ensemble import rewards_of
 
 from .answers import AnswerCache, Answers
 
@@ -35,10 +39,10 @@ if TYPE_CHECKING:
 MODELS: dict[str, str | None] = {
     "base": None, "sft": "reference", "policy": "policy", "best_of_n": "reference",
 }  # fmt: skip
-"""What is evaluated, in this order: its name in the record, and the role of its adapter."""
+"""Models in the order of evaluation: name in the record -> role of the adapter."""
 
-
-_SCORES = ("gold_reward", "held_out_reward", "proxy_reward")
+_REWARDS = {"reward": "proxy_reward", "held_out": "held_out_reward"}
+"""Role that scores answers -> its reward in the record and in `samples.jsonl`."""
 
 
 def run(
@@ -47,79 +51,67 @@ def run(
     record: Record,
     prompts: Dataset,
     identity: dict[str, Any] | None = None,
-    say: Callable[[str], object] = len,
+    say: Callable[[str], object] = lambda line: None,
 ) -> None:
-    """Evaluate every model there is; `prompts` has a column `prompt` and, for tasks, `item` (JSON).
+    """Evaluate every model; `prompts` has a column `prompt` and, for tasks, `item` (JSON).
 
     Args:
-        identity: What the run is, as flat keys: models that an earlier process of the same run
-            finished are not evaluated again. None: all are, and nothing is kept.
-        say: Told which they are.
+        identity: Flat description of the run. Models that an earlier process of the same run
+            finished are not evaluated again. None: evaluate all, and keep nothing.
+        say: Called with messages on the models that were finished before.
 
     Raises:
         DataError: No prompts, or items that cannot be read.
         NonFiniteError: A score or a log-probability is NaN or infinite.
     """
-    asked, items = _read(prompts, recipe.evaluate.n)
+    rows, items = _read(prompts, recipe.evaluate.n)
     models = _models(recipe, backbone)
     with record.stage("evaluate") as entry:
-        longest = _max_new_tokens(recipe)
-        encoded = [backbone.encode_prompt(row["prompt"]) for row in asked]
+        max_new_tokens = recipe.evaluate.max_new_tokens
+        if max_new_tokens is None:
+            max_new_tokens = ppo_stage.longest(recipe)
+        encoded = [backbone.encode_prompt(row["prompt"]) for row in rows]
+        cache = AnswerCache(record, identity, say)
+        earlier = {model: cache.take(model) for model in models}
         answers: dict[str, Answers] = {}
-        shelf = AnswerCache(record, identity, say)
-        kept = {model: shelf.take(model) for model in models}
         for model in models:
-            found = kept[model] or _answer(recipe, backbone, model, encoded, longest)
-            found.verdicts = _verdicts(items, found.texts)
-            answers[model] = found
-            if kept[model] is None:
-                shelf.put(model, found)
-        record.data["evaluation"] = {
-            model: measure(found, None if model == "sft" else answers.get("sft"), recipe.seed)
-            for model, found in answers.items()
+            one = earlier[model] or _answer(recipe, backbone, model, encoded, max_new_tokens)
+            one.verdicts = [
+                None if item is None else check(item, text)
+                for item, text in zip(items, one.texts, strict=True)
+            ]
+            answers[model] = one
+            if earlier[model] is None:
+                cache.put(model, one)
+        evaluation = record.data["evaluation"] = {
+            model: measure(one, None if model == "sft" else answers.get("sft"), recipe.seed)
+            for model, one in answers.items()
         }
         if "best_of_n" in models:
-            from lora_rlhf.algorithms.best_of_n import analytic, best_of_n_kl
-
-            bound = analytic(best_of_n_kl(recipe.best_of_n.n))
-            record.data["evaluation"]["best_of_n"]["kl_bound"] = bound
-            entry["samples_per_answer"] = {"best_of_n": recipe.best_of_n.n}
-        record.data["clock"]["evaluation"] = {
-            model: {
-                "seconds": round(found.seconds, 3),
-                "tokens_per_second": round(sum(found.lengths) / max(found.seconds, 1e-9), 1),
-            }
-            for model, found in answers.items()
-        }
-        _write_samples(record, asked, items, answers)
+            n = recipe.best_of_n.n
+            evaluation["best_of_n"]["kl_bound"] = best_of_n.analytic(best_of_n.best_of_n_kl(n))
+            entry["samples_per_answer"] = {"best_of_n": n}
+        record.data["clock"]["evaluation"] = {model: one.speed for model, one in answers.items()}
+        _write_samples(record, rows, items, answers)
         entry.update(
-            prompts=len(asked),
+            prompts=len(rows),
             models=models,
             seed=recipe.seed,
-            max_new_tokens=longest,
+            max_new_tokens=max_new_tokens,
             temperature=recipe.evaluate.temperature,
             families=dict(Counter(item.family for item in items if item is not None)),
         )
 
 
-def _max_new_tokens(recipe: Recipe) -> int:
-    """How long an answer may be: as evaluation says, else as in the rollouts."""
-    if recipe.evaluate.max_new_tokens is not None:
-        return recipe.evaluate.max_new_tokens
-    from lora_rlhf.algorithms.ppo import ppo_stage
-
-    return ppo_stage.longest(recipe)
-
-
 def _models(recipe: Recipe, backbone: Backbone) -> list[str]:
-    """The models of this run; best of n is SFT, chosen from, and stands in a policy's place."""
+    """The models of this run; best of n, chosen from samples of SFT, replaces the policy."""
     skipped = "policy" if recipe.algorithm == "best_of_n" else "best_of_n"
-    there = [m for m, role in MODELS.items() if role is None or backbone.has(role)]
-    return [model for model in there if model != skipped]
+    known = [m for m, role in MODELS.items() if role is None or backbone.has(role)]
+    return [model for model in known if model != skipped]
 
 
 def _read(prompts: Dataset, n: int) -> tuple[list[dict[str, Any]], list[Item | None]]:
-    """The first n rows, and the task item of each where it has one."""
+    """The first n rows, and the task item of each row that has one."""
     rows = [dict(prompts[i]) for i in range(min(n, len(prompts)))]
     if not rows or "prompt" not in rows[0]:
         raise DataError(
@@ -142,73 +134,43 @@ def _read(prompts: Dataset, n: int) -> tuple[list[dict[str, Any]], list[Item | N
 
 
 def _answer(
-    recipe: Recipe, backbone: Backbone, model: str, prompts: list[list[int]], longest: int
+    recipe: Recipe, backbone: Backbone, model: str, prompts: list[list[int]], max_new_tokens: int
 ) -> Answers:
-    """Generate with one model and let reward models and SFT judge it."""
-    # Imported here: whoever only wants the table or the samples need not wait for torch.
-    from lora_rlhf.models.scoring import scores, sequence_logprobs
-
+    """Answer with one model, and score the answers with reward models and SFT."""
     section, role = recipe.evaluate, MODELS[model]
-    found = _generate(recipe, backbone, model, prompts, longest)
-    sequences = list(zip(prompts, found.ids, strict=True))
-    if backbone.has("reward"):
-        from lora_rlhf.training.reward.ensemble import rewards_of
-
-        rewards = rewards_of(backbone, sequences, recipe.reward, section.batch_size)
-        found.scores["reward"] = _finite(rewards, "reward score")
-    if backbone.has("held_out"):
-        raw = scores(backbone, sequences, role="held_out", batch_size=section.batch_size)
-        offset = backbone.reward_offset.get("held_out", 0.0)
-        found.scores["held_out"] = _finite([s + offset for s in raw], "held_out score")
-    # Greedy answers are no samples of the model: the mean log-ratio over them is no KL.
-    if role != "reference" and backbone.has("reference") and section.temperature > 0:
-        own, sft = (
-            sequence_logprobs(
-                backbone,
-                sequences,
-                role=who,
-                batch_size=section.batch_size,
-                temperature=section.temperature,
-            )
-            for who in (role, "reference")
-        )
-        gaps = [a - b for a, b in zip(own, sft, strict=True)]
-        found.kl = _finite(gaps, f"log-ratio of {role or 'base'} to SFT")
-    return found
-
-
-def _verdicts(items: list[Item | None], texts: list[str]) -> list[Verdict | None]:
-    """What the checkers say, where a prompt is of a task."""
-    return [
-        None if item is None else check(item, text) for item, text in zip(items, texts, strict=True)
-    ]
-
-
-def _generate(
-    recipe: Recipe, backbone: Backbone, model: str, prompts: list[list[int]], longest: int
-) -> Answers:
-    """One answer of `model` to each prompt, timed; best of n takes n samples for each."""
-    section = recipe.evaluate
+    size, temperature = section.batch_size, section.temperature
     options: dict[str, Any] = {
-        "max_new_tokens": longest,
-        "temperature": section.temperature,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
         "seed": recipe.seed,
     }
     started = time.perf_counter()
     if model == "best_of_n":
-        from lora_rlhf.algorithms.best_of_n import choose
-
-        ids = choose(backbone, prompts, recipe, **options)
+        ids = best_of_n.choose(backbone, prompts, recipe, **options)
     else:
-        ids = backbone.generate(prompts, MODELS[model], batch_size=section.batch_size, **options)
+        ids = backbone.generate(prompts, role, batch_size=size, **options)
     seconds = time.perf_counter() - started
-    ends = set(backbone.eos_ids)
-    return Answers(
-        ids=ids,
-        texts=[backbone.decode(completion) for completion in ids],
-        finished=[bool(completion) and completion[-1] in ends for completion in ids],
-        seconds=seconds,
-    )
+    finished = [bool(completion) and completion[-1] in backbone.eos_ids for completion in ids]
+    answers = Answers(ids, [backbone.decode(completion) for completion in ids], finished, seconds)
+    sequences = list(zip(prompts, ids, strict=True))
+    if backbone.has("reward"):
+        rewards = rewards_of(backbone, sequences, recipe.reward, size)
+        answers.scores["reward"] = _finite(rewards, "reward score")
+    if backbone.has("held_out"):
+        raw = scores(backbone, sequences, role="held_out", batch_size=size)
+        offset = backbone.reward_offset.get("held_out", 0.0)
+        answers.scores["held_out"] = _finite([s + offset for s in raw], "held_out score")
+    # Greedy answers are no samples of the model: their mean log-ratio is no KL.
+    if role != "reference" and backbone.has("reference") and temperature > 0:
+        own, sft = (
+            sequence_logprobs(
+                backbone, sequences, role=who, batch_size=size, temperature=temperature
+            )
+            for who in (role, "reference")
+        )
+        gaps = [a - b for a, b in zip(own, sft, strict=True)]
+        answers.kl = _finite(gaps, f"log-ratio of {role or 'base'} to SFT")
+    return answers
 
 
 def _finite(values: list[float], what: str) -> list[float]:
@@ -224,18 +186,17 @@ def _finite(values: list[float], what: str) -> list[float]:
 # --- from answers to numbers -------------------------------------------------------------------
 
 
-def measure(found: Answers, sft: Answers | None, seed: int) -> dict[str, Estimate]:
+def measure(answers: Answers, sft: Answers | None, seed: int) -> dict[str, Estimate]:
     """Every metric that applies, in the order of METRICS; `sft` is None for SFT itself."""
-    shares = [share for share in estimates.repetition(found.ids, n=4) if share is not None]
+    shares = [share for share in estimates.repetition(answers.ids, n=4) if share is not None]
     out: dict[str, Estimate | None] = {
-        "proxy_reward": _mean(found.scores.get("reward", [])),
-        "held_out_reward": _mean(found.scores.get("held_out", [])),
-        "length": _mean(found.lengths),
-        "eos_rate": _share(found.finished),
+        **{name: _mean(answers.scores.get(role, [])) for role, name in _REWARDS.items()},
+        "length": _mean(answers.lengths),
+        "eos_rate": _share(answers.finished),
         "repetition": estimates.mean_of_shares(shares) if shares else None,
-        "kl": _mean(found.kl or []),
+        "kl": _mean(answers.kl or []),
     }
-    verdicts = [v for v in found.verdicts if v is not None]
+    verdicts = [v for v in answers.verdicts if v is not None]
     if verdicts:
         incidents = _share([v.incident for v in verdicts])
         out |= {
@@ -248,44 +209,41 @@ def measure(found: Answers, sft: Answers | None, seed: int) -> dict[str, Estimat
             "words": _mean([v.words for v in verdicts]),
         }
     if sft is not None:
-        out |= _against(found, sft, seed)
+        out |= _against(answers, sft, seed)
     return {name: value for name in METRICS if (value := out.get(name)) is not None}
 
 
-def _against(found: Answers, sft: Answers, seed: int) -> dict[str, Estimate | None]:
+def _against(answers: Answers, sft: Answers, seed: int) -> dict[str, Estimate | None]:
     """The paired comparisons with SFT."""
-    every = range(len(found.ids))
-    tasks = [i for i in every if found.verdicts[i] is not None]
+    every = range(len(answers.ids))
     out: dict[str, Estimate | None] = {
-        "longer_than_sft": estimates.win_rate(found.lengths, sft.lengths)
+        "longer_than_sft": estimates.win_rate(answers.lengths, sft.lengths)
     }
     pairs: dict[str, tuple[Sequence[int], list[float], list[float]]] = {
-        f"win_rate_{name}": (every, found.scores[judge], sft.scores[judge])
-        for name, judge in (("proxy", "reward"), ("held_out", "held_out"))
-        if judge in found.scores
+        f"win_rate_{name}": (every, answers.scores[role], sft.scores[role])
+        for name, role in (("proxy", "reward"), ("held_out", "held_out"))
+        if role in answers.scores
     }
-    if tasks:
-        gold, gold_sft = (
-            [v.reward for v in answers.verdicts if v is not None] for answers in (found, sft)
-        )
+    if tasks := [i for i in every if answers.verdicts[i] is not None]:
+        gold, gold_sft = ([v.reward for v in one.verdicts if v] for one in (answers, sft))
         pairs["win_rate"] = (tasks, gold, gold_sft)
         out["gold_reward_minus_sft"] = estimates.paired_difference(gold, gold_sft, seed)
     for name, (rows, a, b) in pairs.items():
         out[name] = estimates.win_rate(a, b)
         out[f"{name}_length_controlled"] = estimates.length_controlled_win_rate(
-            a, b, [found.lengths[i] for i in rows], [sft.lengths[i] for i in rows]
+            a, b, [answers.lengths[i] for i in rows], [sft.lengths[i] for i in rows]
         )
     return out
 
 
 def _mean(values: Sequence[float | None]) -> Estimate | None:
-    kept = [value for value in values if value is not None]
-    return estimates.mean_interval(kept) if kept else None
+    known = [value for value in values if value is not None]
+    return estimates.mean_interval(known) if known else None
 
 
 def _share(flags: Sequence[bool | None]) -> Estimate | None:
-    kept = [flag for flag in flags if flag is not None]
-    return estimates.wilson(sum(kept), len(kept)) if kept else None
+    known = [flag for flag in flags if flag is not None]
+    return estimates.wilson(sum(known), len(known)) if known else None
 
 
 # --- samples -----------------------------------------------------------------------------------
@@ -293,34 +251,33 @@ def _share(flags: Sequence[bool | None]) -> Estimate | None:
 
 def _write_samples(
     record: Record,
-    asked: list[dict[str, Any]],
+    rows: list[dict[str, Any]],
     items: list[Item | None],
     answers: dict[str, Answers],
 ) -> None:
-    """`samples.jsonl`: for each prompt one line per model, so that answers stand side by side.
+    """Write `samples.jsonl`: for each prompt one line per model, side by side.
 
-    `score` is what worst is measured by: the gold reward, else the held-out, else the proxy one.
+    `score` ranks answers: the gold reward, otherwise the held-out, otherwise the proxy reward.
     """
-    names = {"reward": "proxy_reward", "held_out": "held_out_reward"}
     with (record.folder / "samples.jsonl").open("w", encoding="utf-8") as file:
-        for i, (row, item) in enumerate(zip(asked, items, strict=True)):
-            for model, found in answers.items():
+        for i, (row, item) in enumerate(zip(rows, items, strict=True)):
+            for model, one in answers.items():
                 line: dict[str, Any] = {
                     "index": i,
                     "model": model,
                     "prompt": prompt_text(row["prompt"]),
-                    "completion": found.texts[i],
-                    "tokens": len(found.ids[i]),
-                    "finished": found.finished[i],
+                    "completion": one.texts[i],
+                    "tokens": len(one.ids[i]),
+                    "finished": one.finished[i],
                 }
-                line |= {names[judge]: round(s[i], 6) for judge, s in found.scores.items()}
-                if found.kl is not None:
-                    line["kl"] = round(found.kl[i], 6)
-                verdict = found.verdicts[i]
+                line |= {_REWARDS[role]: round(s[i], 6) for role, s in one.scores.items()}
+                if one.kl is not None:
+                    line["kl"] = round(one.kl[i], 6)
+                verdict = one.verdicts[i]
                 if item is not None and verdict is not None:
                     line |= {"gold_reward": verdict.reward, "family": item.family}
                     line["verdict"] = asdict(verdict)
-                kinds = [key for key in _SCORES if key in line]
-                if kinds:
-                    line["score"] = line[kinds[0]]
+                kinds = ("gold_reward", "held_out_reward", "proxy_reward")
+                if ranked := [line[kind] for kind in kinds if kind in line]:
+                    line["score"] = ranked[0]
                 file.write(json.dumps(safe(line)) + "\n")

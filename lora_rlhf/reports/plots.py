@@ -123,8 +123,7 @@ def reward_calibration(record: Record) -> Path | None:
             label="observed",
         )
         for b, point in zip(bins, zip(x, y, strict=True), strict=True):
-            look = {"fontsize": 6, "xytext": (3, -9), "textcoords": "offset points"}
-            axes.annotate(f"n={b['n']}", point, **look)
+            axes.annotate(f"n={b['n']}", point, (3, -9), textcoords="offset points", fontsize=6)
         _label(axes, "reward model: calibration", "stated confidence", "share right")
         axes.legend(fontsize=7)
 
@@ -230,8 +229,8 @@ def _bars(title: str, bars: dict[str, dict[str, Any]], models: list[str]) -> Pan
     def draw(axes: Axes) -> None:
         for x, (model, estimate) in enumerate(bars.items()):
             color = _COLORS[models.index(model) % len(_COLORS)]
-            look = {"capsize": 4, "width": 0.6, "color": color}
-            axes.bar([x], [float(estimate["value"])], yerr=_whiskers(estimate), **look)
+            value, errors = float(estimate["value"]), _whiskers(estimate)
+            axes.bar([x], [value], yerr=errors, capsize=4, width=0.6, color=color)
         axes.set_xticks(range(len(bars)), list(bars))
         if title.startswith("win rate"):
             axes.axhline(0.5, color="black", linewidth=0.8, linestyle="--")

@@ -3,13 +3,12 @@
 
 import json
 import random
-import sys
-import types
 
 import pytest
 from datasets import Dataset
 
 from lora_rlhf import estimates
+from lora_rlhf.algorithms.ppo import ppo_stage
 from lora_rlhf.data.closed_world import checkers, generator, vocabulary
 from lora_rlhf.errors import DataError, NonFiniteError
 from lora_rlhf.evaluation import evaluate
@@ -54,29 +53,24 @@ class Scripted:
 @pytest.fixture
 def heads(monkeypatch):
     """Scores are lengths / 10; log-probs are -1 a token, for SFT -1.5, for the base -1.25."""
-    module = types.ModuleType("lora_rlhf.models.scoring")
-    module.calls = []
+    calls = []
 
     def scores(backbone, sequences, role, batch_size):
         sign = {"reward": 1, "held_out": -1}[role]
         return [sign * len(completion) / 10 for _, completion in sequences]
 
     def sequence_logprobs(backbone, sequences, role, batch_size, temperature):
-        module.calls.append((role, batch_size, temperature))
+        calls.append((role, batch_size, temperature))
         rate = {"policy": -1.0, "reference": -1.5, None: -1.25}[role]
         return [rate * len(completion) for _, completion in sequences]
 
-    module.scores, module.sequence_logprobs = scores, sequence_logprobs
-    monkeypatch.setitem(sys.modules, "lora_rlhf.models.scoring", module)
-    ensemble = types.ModuleType("lora_rlhf.training.reward.ensemble")
-
     def rewards_of(backbone, sequences, section, batch_size):
-        raw = module.scores(backbone, sequences, role="reward", batch_size=batch_size)
+        raw = evaluate.scores(backbone, sequences, role="reward", batch_size=batch_size)
         return [score + backbone.reward_offset["reward"] for score in raw]
 
-    ensemble.rewards_of = rewards_of
-    monkeypatch.setitem(sys.modules, "lora_rlhf.training.reward.ensemble", ensemble)
-    return module
+    for stand_in in (scores, sequence_logprobs, rewards_of):
+        monkeypatch.setattr(evaluate, stand_in.__name__, stand_in)
+    return calls
 
 
 def plain_prompts(n=3):
@@ -117,7 +111,7 @@ def test_every_model_gets_the_same_prompts_seed_and_settings(record, heads):
     prompts, options = backbone.calls[0][1:]
     assert options == {"max_new_tokens": 40, "temperature": 0.7, "seed": 11, "batch_size": 5}
     assert all(call[1:] == (prompts, options) for call in backbone.calls)
-    assert heads.calls == [(role, 5, 0.7) for role in (None, "reference", "policy", "reference")], (
+    assert heads == [(role, 5, 0.7) for role in (None, "reference", "policy", "reference")], (
         "log-probs need the temperature that sampled"
     )
 
@@ -137,9 +131,7 @@ def test_at_most_n_prompts(record, heads):
 
 
 def test_answers_may_be_as_long_as_in_the_rollouts(record, heads, monkeypatch):
-    controls = types.ModuleType("lora_rlhf.algorithms.policy_stage")
-    controls.longest = lambda recipe, record: 48
-    monkeypatch.setitem(sys.modules, "lora_rlhf.algorithms.policy_stage", controls)
+    monkeypatch.setattr(ppo_stage, "longest", lambda recipe: 48)
     for given, used in ((None, 48), (7, 7)):
         backbone = Scripted(PLAIN)
         evaluate.run(recipe(max_new_tokens=given), backbone, record, plain_prompts())
@@ -197,7 +189,7 @@ def test_the_interval_of_repetition_stays_above_0():
 def test_greedy_answers_have_no_kl(record, heads):
     evaluate.run(recipe(temperature=0), Scripted(PLAIN), record, plain_prompts())
     assert "kl" not in record.data["evaluation"]["policy"]
-    assert heads.calls == []
+    assert heads == []
     assert "win_rate_proxy" in record.data["evaluation"]["policy"]
 
 
@@ -211,7 +203,7 @@ def test_held_out_model_judges_apart_from_the_proxy(record, heads):
 
 
 def test_nan_names_the_role(record, heads, monkeypatch):
-    monkeypatch.setattr(heads, "scores", lambda b, s, role, batch_size: [0.0, float("nan"), 0.0])
+    monkeypatch.setattr(evaluate, "scores", lambda b, s, role, batch_size: [0.0, float("nan"), 0.0])
     with pytest.raises(NonFiniteError, match="reward score of evaluation prompt 1 is nan"):
         evaluate.run(recipe(), Scripted(PLAIN), record, plain_prompts())
     assert not record.done("evaluate")

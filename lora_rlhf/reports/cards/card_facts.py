@@ -24,7 +24,8 @@ RL_STAGES = tuple(ALGORITHMS)
 MODELS = {"base": "base", "sft": "SFT", "policy": "policy", "best_of_n": "best of n"}
 
 _PERMISSIVE = {"apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "isc", "unlicense"}
-_KNOWN = _PERMISSIVE | {
+_KNOWN = {
+    *_PERMISSIVE,
     "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-3.0", "odc-by",
     "gpl-3.0", "agpl-3.0", "lgpl-3.0", "mpl-2.0", "openrail", "bigscience-openrail-m", "openrail++",
     "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "gemma", "other", "unknown",

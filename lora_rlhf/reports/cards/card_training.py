@@ -18,12 +18,12 @@ _SHOWN = {
 }  # fmt: skip
 """Values of the stage's entry and their labels: for DPO, and for all algorithms with rollouts."""
 
-_CURVES = {
+_CURVES: dict[str, tuple[str, ...]] = {
     "KL to SFT, nats per sequence": ("kl/sequence", "kl"),
     "score, before the KL penalty": ("reward/score", "rewards/gold", "score", "reward"),
     "length of completions, tokens": LENGTH_KEYS,
 }
-_CURVES_DPO = {
+_CURVES_DPO: dict[str, tuple[str, ...]] = {
     "loss": ("loss",), "share of comparisons whose chosen answer gained more": ("accuracy",),
     "margin, beta times the difference of log-ratios": ("margin",),
 }  # fmt: skip
@@ -249,11 +249,11 @@ def reinforcement(facts: Facts) -> str:
     head, curves = ["curve", "first update", "last update"], _CURVES
     if facts.algorithm == "dpo":
         head, curves = ["curve", "first step logged", "last"], _CURVES_DPO
-    rows = [
-        [label, number(values[0]), number(values[-1])]
-        for label, names in curves.items()
-        for values in [facts.curve(*names) or [None]]
-    ]
+    rows = []
+    for label, names in curves.items():
+        values = facts.curve(*names)
+        ends = [number(values[0]), number(values[-1])] if values else [MISSING, MISSING]
+        rows.append([label, *ends])
     folder = "plots" if facts.published else "../../plots"
     plots = sorted((facts.record.folder / "plots").glob("*.png"))
     pictures = [f"![{cell(p.stem)}]({folder}/{p.name})" for p in plots]
