@@ -248,7 +248,7 @@ def _parse(
         random.Random(f"{recipe.seed}/{number}").shuffle(order)
     order = order[: source.limit]
     chosen = sorted(order)  # parsed in the file's order, so that errors show its first rows
-    parsed = examples([rows[i] for i in chosen], kept.layouts, chat, kept.notes, skips)
+    parsed = examples([rows[i] for i in chosen], kept.name, chat, kept.notes, skips)
     at = {i: example for i, example in zip(chosen, parsed, strict=True) if example is not None}
     for example in at.values():  # a file's own column `item` is not an item of the task
         example.item = example.item if source.task else ""

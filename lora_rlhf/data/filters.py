@@ -55,11 +55,6 @@ class FilteredSet:
     agreement: dict[str, Any] | None = None
     instructions: list[str] = field(default_factory=list)
 
-    @property
-    def layouts(self) -> str:
-        """The key of `row_formats.LAYOUTS` for this set: evaluation prompts are prompts."""
-        return "prompts" if self.name == "evaluate" else self.name
-
     def filter(
         self, reason: str, rows: list[dict[str, Any]], good: Callable[[dict[str, Any]], bool]
     ) -> list[dict[str, Any]]:
@@ -172,7 +167,7 @@ def expand(found: list[Example], kept: FilteredSet) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"prompt": example.prompt, "item": example.item}
         ranks = example.ranks or [0.0] * len(example.answers)
         order = sorted(range(len(ranks)), key=ranks.__getitem__)
-        if kept.layouts == "prompts":
+        if kept.name in ("prompts", "evaluate"):
             rows.append(row)
         elif kept.name == "demonstrations":
             best: Turns = example.answers[order[0]] if order else ""

@@ -30,6 +30,7 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "comparisons": (("prompt", "completions", "ranks"), ("chosen", "rejected")),
     "prompts": (("prompt",), ("messages",), ("chosen", "rejected")),
 }
+LAYOUTS["evaluate"] = LAYOUTS["prompts"]
 """Set -> the layouts that make a row usable for it, tried in this order."""
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -69,7 +70,7 @@ def examples(
 
     Args:
         rows: As `sources.read` gives them.
-        name: demonstrations, comparisons or prompts.
+        name: demonstrations, comparisons, prompts or evaluate.
         chat: The tokenizer has a chat template.
         notes: Counts the rows that were converted, by kind of conversion, for the report.
         skips: Takes the rows that do not fit, if it may; None stands in their place.
@@ -103,7 +104,8 @@ def examples(
             "columns with `columns:`",
         )
     if name != "comparisons" and layout == ("chosen", "rejected"):
-        what = "prompts are those" if name == "prompts" else "demonstrations are the chosen answers"
+        chosen = name == "demonstrations"
+        what = "demonstrations are the chosen answers" if chosen else "prompts are those"
         notes[f"{what} of a comparison file"] += len(parsed) - parsed.count(None)
     return parsed
 

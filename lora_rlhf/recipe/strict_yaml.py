@@ -50,10 +50,9 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         """Refuse aliases, anchors, tags and deep nesting before anything is built."""
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
-        tag = getattr(event, "tag", None)
-        problem = f"the tag {tag:.100} is not allowed" if tag else ""
-        if getattr(event, "anchor", None):
-            problem = "aliases and anchors are not allowed"
+        problem = ""
+        if getattr(event, "anchor", None) or getattr(event, "tag", None):
+            problem = "tags, anchors and aliases are not allowed"
         elif isinstance(event, yaml.CollectionStartEvent) and self.depth >= _MAX_DEPTH:
             problem = f"nested over {_MAX_DEPTH} levels deep"  # the time grows with their square
         if problem:

@@ -82,7 +82,6 @@ def check(recipe: Recipe) -> None:
     for stage in dict.fromkeys(("sft", "reward", "ppo", recipe.algorithm)):
         given = getattr(getattr(recipe, stage), "args", {})
         refuse(stage, given)
-        check_values(stage, given)
         known = fields(stage) if given else frozenset()
         for key in given if known else ():
             if key not in known:
@@ -90,29 +89,22 @@ def check(recipe: Recipe) -> None:
 
 
 def refuse(stage: str, given: dict[str, Any]) -> None:
-    """Refuse keys that belong elsewhere in the recipe, or that nothing would read.
+    """Refuse keys that belong elsewhere, keys that nothing would read, and values out of range.
+
+    A stage with such values would fail late, or end normally but train nothing.
 
     Raises:
-        RecipeError: With the key and what to use instead.
+        RecipeError: With the key, and what to use instead or the range.
     """
     elsewhere = OWNED | ({"beta": OWNED_BETA[stage]} if stage in OWNED_BETA else {})
-    for key in given:
+    for key, value in given.items():
         at = f"{section(stage)}.args.{key}"
         if key in elsewhere:
             raise RecipeError(f"{at} cannot be set there", remedy=f"use {elsewhere[key]}")
         if key in UNREAD and stage != "ppo":  # the PPO stage refuses them with reasons of its own
             raise RecipeError(f"{at} cannot be set: {UNREAD[key]}", remedy="leave it out")
-
-
-def check_values(stage: str, given: dict[str, Any]) -> None:
-    """Refuse numbers with which a stage would fail late, or end normally but train nothing.
-
-    Raises:
-        RecipeError: With the key, its value and its range.
-    """
-    for key, value in given.items():
         if expected := _expected(key, value):
-            raise RecipeError(f"{section(stage)}.args.{key}: {value!r:.80}", expected=expected)
+            raise RecipeError(f"{at}: {value!r:.80}", expected=expected)
 
 
 def _expected(key: str, value: Any) -> str:

@@ -63,7 +63,6 @@ def trainer_args(
         RecipeError: `args:` has a key that is set elsewhere, or a number out of range.
     """
     trl_args.refuse(stage, given)
-    trl_args.check_values(stage, given)
     return {
         "output_dir": str(out / "checkpoints" / stage),
         "seed": recipe.seed,

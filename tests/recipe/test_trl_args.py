@@ -56,7 +56,7 @@ def test_unknown_and_unusable_names_are_refused(algorithm, section, args, messag
 )  # fmt: skip
 def test_numbers_out_of_range_are_refused(key, value):
     with pytest.raises(RecipeError, match=rf"^sft\.args\.{key}: ") as caught:
-        trl_args.check_values("sft", {key: value})
+        trl_args.refuse("sft", {key: value})
     assert caught.value.expected and caught.value.exit_code == 2
 
 
@@ -72,4 +72,4 @@ def test_ordinary_arguments_pass():
 
 def test_all_reward_models_share_one_section():
     with pytest.raises(RecipeError, match=r"^reward\.args\.learning_rate"):
-        trl_args.check_values("held_out", {"learning_rate": -1})
+        trl_args.refuse("held_out", {"learning_rate": -1})

@@ -225,5 +225,5 @@ def longest(recipe: Recipe) -> int:
 
 
 def _checked_length(stage: str, args: dict[str, Any]) -> int:
-    trl_args.check_values(stage, {"max_completion_length": args["max_completion_length"]})
+    trl_args.refuse(stage, {"max_completion_length": args["max_completion_length"]})
     return int(args["max_completion_length"])
