@@ -29,7 +29,7 @@ from .filters import (
     expand,
     prompt_key,
 )
-from .row_formats import Example, examples, plain_texts, text_of
+from .row_formats import Example, examples, text_of
 from .sources import Row, Skips, described, read
 from .tokenization import Turns
 
@@ -155,11 +155,12 @@ def texts(recipe: Recipe, tokenizer: Any) -> tuple[list[list[int]], dict[str, An
         skips = Skips(source.skip_bad)
         rows = read(source, skips)
         lines = len(rows) + len(skips.seen)
-        lines_of_text = plain_texts(rows, skips)
+        parsed = examples(rows, "text", False, kept.notes, skips)
+        found = [example for example in parsed if example is not None]
         kept.count_broken(skips, lines)
         kept.sources.append(described(source, rows))
-        random.Random(f"{recipe.seed}/text/{index}").shuffle(lines_of_text)
-        found = [Example(text) for text in lines_of_text[: source.limit] if text.strip()]
+        random.Random(f"{recipe.seed}/text/{index}").shuffle(found)
+        found = [example for example in found[: source.limit] if text_of(example.prompt).strip()]
         break_control_tokens(kept, found, tokenizer)
         documents += len(found)
         for example in found:

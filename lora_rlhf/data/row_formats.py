@@ -29,6 +29,7 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "comparisons": (("prompt", "completions", "ranks"), ("chosen", "rejected")),
     "prompts": (("prompt",), ("messages",), ("chosen", "rejected")),
+    "text": (("text",),),
 }
 LAYOUTS["evaluate"] = LAYOUTS["prompts"]
 """Set -> the layouts that make a row usable for it, tried in this order."""
@@ -70,7 +71,7 @@ def examples(
 
     Args:
         rows: As `sources.read` gives them.
-        name: demonstrations, comparisons, prompts or evaluate.
+        name: demonstrations, comparisons, prompts, evaluate or text (read as prompts).
         chat: The tokenizer has a chat template.
         notes: Counts the rows that were converted, by kind of conversion, for the report.
         skips: Takes the rows that do not fit, if it may; None stands in their place.
@@ -108,31 +109,6 @@ def examples(
         what = "demonstrations are the chosen answers" if chosen else "prompts are those"
         notes[f"{what} of a comparison file"] += len(parsed) - parsed.count(None)
     return parsed
-
-
-def plain_texts(rows: list[Row], skips: Skips) -> list[str]:
-    """Return the column `text` of the rows of one source, in their order.
-
-    Raises:
-        DataError: A row holds no text there, and `skips` may take no more.
-    """
-    texts = []
-    for where, row in rows:
-        try:
-            if not isinstance(row.get("text"), str):
-                raise _Unfit(f"text: {row.get('text')!r:.80}")
-            texts.append(_valid(row["text"], "text"))
-        except _Unfit as error:
-            skips.take(
-                DataError(
-                    str(error),
-                    where=where,
-                    expected="a column `text` that holds text",
-                    remedy="map it with `columns: {text: the file's name}`, or skip so many rows "
-                    "with `skip_bad:`",
-                )
-            )
-    return texts
 
 
 def transcript(text: str) -> list[Message] | None:
@@ -180,7 +156,8 @@ def _from_sharegpt(row: dict[str, Any], notes: Counter[str]) -> dict[str, Any]:
 
 def _accepted(name: str) -> str:
     layouts = ", or ".join(" + ".join(layout) for layout in LAYOUTS[name])
-    return f"for {name}, the columns {layouts} (text or messages; chosen may include the prompt)"
+    kinds = "" if name == "text" else " (text or messages; chosen may include the prompt)"
+    return f"for {name}, the columns {layouts}{kinds}"
 
 
 def _shown(rows: list[tuple[str, str]]) -> str:
@@ -215,6 +192,10 @@ def _parse(
 ) -> Example:
     if layout == ("prompt",):
         example = Example(_turns(row, "prompt"))
+    elif layout == ("text",):
+        if not isinstance(row.get("text"), str):
+            raise _Unfit(f"column 'text' must be text: {excerpt(row.get('text'))}")
+        example = Example(_valid(row["text"], "text"))
     elif layout == ("messages",):
         messages = _turns(row, "messages")
         if isinstance(messages, str):

@@ -29,6 +29,7 @@ Row = tuple[str, dict[str, Any]]
 """(place, as `file:line` from 1, and columns)."""
 
 _ENOUGH = "at least a few dozen rows"
+_QUOTE = "quote cells that hold a comma, a quote or a line break"
 FORMATS = ".jsonl, .ndjson, .json, .csv, .tsv or .parquet, .gz allowed"
 _KNOWN_COLUMNS = {*COLUMNS, "conversations", "item", "text"}
 _MAX_UNREAD_COLUMNS = 20
@@ -164,7 +165,12 @@ def _file(path: Path, skips: Skips) -> list[Row]:
         if suffixes and suffixes[-1] == ".gz":
             raw, suffixes = _unpacked(path, raw), suffixes[:-1]
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"cannot be read: {error}", where=str(path), expected=FORMATS) from None
+        raise DataError(
+            f"the file cannot be read: {error}",
+            where=str(path),
+            expected=FORMATS,
+            remedy="check its permissions, and that it is complete",
+        ) from None
     kind = suffixes[-1] if suffixes else ""
     if not raw.removeprefix(codecs.BOM_UTF8).strip():
         raise DataError("the file is empty", where=str(path), expected=_ENOUGH)
@@ -176,7 +182,12 @@ def _file(path: Path, skips: Skips) -> list[Row]:
         raw = raw.removeprefix(codecs.BOM_UTF8)
         array = kind == ".json" and raw.lstrip().startswith(b"[")
         return _json(path, _decode(path, raw)) if array else list(_jsonl(path, raw, skips))
-    raise DataError(f"files ending in {kind!r} cannot be read", where=str(path), expected=FORMATS)
+    raise DataError(
+        f"files ending in {kind!r} cannot be read",
+        where=str(path),
+        expected=FORMATS,
+        remedy="convert the file, or rename it if its ending is wrong",
+    )
 
 
 def _unpacked(path: Path, raw: bytes) -> bytes:
@@ -229,7 +240,7 @@ def _jsonl(path: Path, raw: bytes, skips: Skips) -> Iterator[Row]:
 
 
 def _json(path: Path, text: str) -> list[Row]:
-    rows = _loads(path, text, 1, "a JSON array of objects")
+    rows = _loads(path, text, 1, "a JSON array of objects; in a .jsonl broken rows can be skipped")
     return [_object(row, f"{path} row {n}", row) for n, row in enumerate(rows, start=1)]
 
 
@@ -284,12 +295,16 @@ def _csv(path: Path, text: str, delimiter: str, skips: Skips) -> Iterator[Row]:
                         f"{len(cells)} cells under {len(header)} columns: {excerpt(cells)}",
                         where=where,
                         expected="as many cells as the header has",
-                        remedy="quote cells that hold a comma, a quote or a line break",
+                        remedy=_QUOTE,
                     )
                 )
     except csv.Error as error:
-        where = f"{path}:{max(1, reader.line_num)}"
-        raise DataError(f"not valid CSV: {error}", where=where, expected="quoted CSV") from None
+        raise DataError(
+            f"not valid CSV: {error}",
+            where=f"{path}:{max(1, reader.line_num)}",
+            expected="CSV with a header",
+            remedy=_QUOTE,
+        ) from None
     finally:
         csv.field_size_limit(limit)
 
@@ -301,7 +316,11 @@ def _parquet(path: Path, raw: bytes) -> list[Row]:
     try:
         rows = pyarrow.parquet.read_table(io.BytesIO(raw)).to_pylist()
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
-        raise DataError(f"not valid parquet: {excerpt(str(error))}", where=str(path)) from None
+        raise DataError(
+            f"not valid parquet: {excerpt(str(error))}",
+            where=str(path),
+            remedy="write the file again, or give the rows as .jsonl",
+        ) from None
     return [(f"{path} row {number}", row) for number, row in enumerate(rows, start=1)]
 
 
