@@ -41,7 +41,7 @@ from lora_rlhf.runs.record import Record
 from lora_rlhf.runtime import interrupts, paths
 from lora_rlhf.runtime.devices import hardware_limitations
 from lora_rlhf.training import checkpoint_callback, sft
-from lora_rlhf.training.reward import reward_stage
+from lora_rlhf.training.reward import reward_gate, reward_stage
 
 
 def run(
@@ -340,7 +340,7 @@ class _Work:
                 policy_stage.load(backbone, record)
             return
         if recipe.ppo.reward == "model" and recipe.algorithm != "dpo":  # DPO asks no reward model
-            reward_stage.gate(recipe, record, self.progress)
+            reward_gate.check(recipe, record, self.progress)
         if recipe.algorithm == "ppo":
             ppo_stage.run(
                 recipe, args, backbone, record, self.prompts.train, self.progress, self._texts

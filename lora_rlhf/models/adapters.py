@@ -2,7 +2,7 @@
 """Adapter folders: a role saved as a plain PEFT adapter that loads without this package.
 
 adapter_config.json, adapter_model.safetensors    at the folder's root, as PEFT expects
-tokenizer files                                   with the pad token the role was trained with
+tokenizer files                                   with the pad token of the role's training
 check.json                                        ids, and the outputs plain PEFT gives for them
 reward.json                                       reward roles: {"reward_offset", "pad_token_id",
                                                   "stacked" (adapters side by side in one), …}
@@ -10,6 +10,7 @@ reward.json                                       reward roles: {"reward_offset"
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -19,24 +20,25 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from lora_rlhf.data.tokenization import pad_left
 from lora_rlhf.errors import AdapterError, NonFiniteError
 from lora_rlhf.runtime import paths
 
 from . import fingerprints
 from .backbone import ADAPTERS, REWARDS, Backbone
-from .base_model import pad_left
 from .views import has_token_class
 
-_MOST = 1e30  # a score beyond it is none
+_LARGEST_OFFSET = 1e30
 _log = logging.getLogger(__name__)
+_OTHER_LORA = "use the lora: section of the adapter's training"
 _CHECK_TEXTS = ("The record does not say.", "Hello! How can I help you today?")
 
 
 def save_role(backbone: Backbone, role: str, folder: str | Path) -> Path:
-    """Save one role's adapter and head to `folder`, whole or not at all, and return the folder.
+    """Save one role's adapter and head to `folder` atomically, and return the folder.
 
     PEFT's own `save_pretrained` would write every role's LoRA into the file (it filters by the
     view's adapters, and other views' adapters live in the same layers) and put adapters that are
@@ -44,7 +46,7 @@ def save_role(backbone: Backbone, role: str, folder: str | Path) -> Path:
 
     Raises:
         NonFiniteError: A tensor holds NaN or infinity; nothing is written.
-        AdapterError: The number of tensors is not what the shape of the adapter implies.
+        AdapterError: The number of tensors does not fit the adapter's shape.
     """
     folder = Path(folder)
     tensors = {name: p.detach().cpu().contiguous() for name, p in backbone.role_parameters(role)}
@@ -61,49 +63,59 @@ def save_role(backbone: Backbone, role: str, folder: str | Path) -> Path:
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    weights = temporary / "adapter_model.safetensors"
-    save_file(tensors, weights, metadata={"format": "pt"})
-    weights.chmod(0o666 & ~_umask())  # safetensors makes it the owner's alone
-    config = backbone.views[role].peft_config[ADAPTERS[role]]
-    if backbone.model_section.hub_id:
-        # PEFT has put the local folder there; the name is what others can load.
-        config.base_model_name_or_path = backbone.model_section.hub_id
-    # What trackers are told names no home folder; on this disk, AutoPeft has to find the base.
-    told, where = config.base_model_name_or_path, getattr(backbone.causal, "loaded_from", None)
-    where = os.path.abspath(where) if where and os.path.isdir(where) else where
-    config.base_model_name_or_path = backbone.model_section.hub_id or where or told
-    inference, config.inference_mode = config.inference_mode, True
-    config.save_pretrained(str(temporary))
-    config.inference_mode, config.base_model_name_or_path = inference, told
+    # Not `save_file`, which makes a file that only its owner may read.
+    weights = save(tensors, metadata={"format": "pt"})
+    (temporary / "adapter_model.safetensors").write_bytes(weights)
+    _config(backbone, role).save_pretrained(str(temporary))
     backbone.tokenizer.save_pretrained(str(temporary))
     _write_json(temporary / "check.json", expected_outputs(backbone, role))
-    if role in REWARDS:
-        note = {
-            "reward_offset": backbone.reward_offset.get(role, 0.0),
-            "pad_token_id": backbone.tokenizer.pad_token_id,
-            "head": "score, no bias; reward = logits + reward_offset",
-            "stacked": backbone.stacked(role),
-        }
-        _write_json(temporary / "reward.json", note)
-    if role == "value":
-        head = "per token, with a bias"
-        if not has_token_class(backbone.causal):
-            head += "; this architecture has no token class, plain PEFT drops the bias"
-        note = {"pad_token_id": backbone.tokenizer.pad_token_id, "head": head}
+    if note := _head_note(backbone, role):
         _write_json(temporary / "reward.json", note)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.replace(folder)
     return folder
 
 
+def _config(backbone: Backbone, role: str) -> Any:
+    """The PEFT config to save: under the base's Hub id, else its folder on this disk."""
+    config = copy.copy(backbone.views[role].peft_config[ADAPTERS[role]])
+    where = getattr(backbone.causal, "loaded_from", None)
+    if where and os.path.isdir(where):
+        where = os.path.abspath(where)
+    # In memory the config names no home folder, because trackers read it.
+    config.base_model_name_or_path = (
+        backbone.model_section.hub_id or where or config.base_model_name_or_path
+    )
+    config.inference_mode = True
+    return config
+
+
+def _head_note(backbone: Backbone, role: str) -> dict[str, Any]:
+    """The content of `reward.json`; empty for a role without a head."""
+    note: dict[str, Any] = {"pad_token_id": backbone.tokenizer.pad_token_id}
+    if role in REWARDS:
+        return {
+            "reward_offset": backbone.reward_offset.get(role, 0.0),
+            **note,
+            "head": "score, no bias; reward = logits + reward_offset",
+            "stacked": backbone.stacked(role),
+        }
+    if role != "value":
+        return {}
+    head = "per token, with a bias"
+    if not has_token_class(backbone.causal):
+        head += "; this architecture has no token class, plain PEFT drops the bias"
+    return {**note, "head": head}
+
+
 @torch.no_grad()
 def load_role(backbone: Backbone, role: str, folder: str | Path) -> None:
-    """Load a folder written by `save_role` (or a plain PEFT adapter of the same shape) into a role.
+    """Load a folder of `save_role`, or a plain PEFT adapter of the same shape, into a role.
 
     Raises:
         AdapterError: The folder or a tensor is missing, broken, of another shape or scale, not
             finite, made on another base, or lacks the head that the role needs. The role is then
-            as it was before.
+            unchanged.
     """
     folder = Path(folder)
     path = folder / "adapter_model.safetensors"
@@ -121,45 +133,54 @@ def load_role(backbone: Backbone, role: str, folder: str | Path) -> None:
             f"{path} cannot be read: {error}", remedy="train the stage again"
         ) from None
     _check_base(backbone, folder)
+    stacked, offset = _read_note(folder, role)
+    _check_scale(backbone, folder, stacked)
+    is_new = not backbone.has(role)
+    if is_new:
+        backbone.add_role(role, stacked=stacked)
+    parameters = dict(backbone.role_parameters(role))
+    try:
+        _check_tensors(tensors, parameters, role, path)
+    except AdapterError:
+        if is_new:
+            backbone.drop_role(role)
+        raise
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[name])
+    if not any(bool(t.any()) for name, t in tensors.items() if "lora_B" in name):
+        _log.warning(
+            "%s changes nothing: every lora_B in it is 0, so the %s is the base model; was its "
+            "learning rate 0, or was it saved before its training?",
+            path,
+            role,
+        )
+    if offset is not None:
+        backbone.reward_offset[role] = offset
+
+
+def _read_note(folder: Path, role: str) -> tuple[int, float | None]:
+    """Read the width in adapters and the offset, where there is one, from `reward.json`."""
     note = _read_json(folder / "reward.json")
     stacked = note.get("stacked", 1) if role in REWARDS else 1
     if stacked not in range(1, len(REWARDS)):
         raise AdapterError(
             f"{folder}: reward.json has stacked {stacked}", expected=f"1 to {len(REWARDS) - 1}"
         )
-    offset = note.get("reward_offset", 0.0)
-    if isinstance(offset, bool) or not isinstance(offset, int | float) or not abs(offset) < _MOST:
+    if "reward_offset" not in note:
+        return stacked, None
+    offset = note["reward_offset"]
+    is_number = isinstance(offset, int | float) and not isinstance(offset, bool)
+    if not is_number or not abs(offset) < _LARGEST_OFFSET:
         raise AdapterError(
             f"{folder}: reward.json has reward_offset {offset!r:.80}",
             expected="a finite number",
-            remedy="put the file back as it was: it says what an answer's reward is counted from",
+            remedy="restore the original file: rewards are counted from this offset",
         )
-    _check_scale(backbone, folder, stacked)
-    fresh = not backbone.has(role)
-    if fresh:
-        backbone.add_role(role, stacked=stacked)
-    wanted = dict(backbone.role_parameters(role))
-    try:
-        _check_tensors(tensors, wanted, role, path)
-    except AdapterError:
-        if fresh:
-            backbone.drop_role(role)
-        raise
-    for name, parameter in wanted.items():
-        parameter.copy_(tensors[name])
-    if not any(bool(t.any()) for name, t in tensors.items() if "lora_B" in name):
-        _log.warning(
-            "%s changes nothing: every lora_B in it is 0, so the %s is the base model; was its "
-            "learning rate 0, or was it saved before it was trained?",
-            path,
-            role,
-        )
-    if "reward_offset" in note:
-        backbone.reward_offset[role] = float(offset)
+    return stacked, float(offset)
 
 
 def _check_base(backbone: Backbone, folder: Path) -> None:
-    """The adapter's base is this one; another dtype of it is allowed, another quantisation not."""
+    """Check that the adapter's base is this one, in any dtype but with the same quantisation."""
     check = read_check(folder)
     if check.get("base_fingerprint", backbone.fingerprint) == backbone.fingerprint:
         return
@@ -169,7 +190,7 @@ def _check_base(backbone: Backbone, folder: Path) -> None:
         raise AdapterError(
             f"{folder} was trained with load_in_4bit {then}, and this base has {now}",
             expected=f"model.load_in_4bit: {str(then).lower()}",
-            remedy="load the base as it was; on another quantisation it gives other outputs",
+            remedy="load the base with this setting; quantisation changes an adapter's outputs",
         )
     dtype = str(backbone.causal.dtype).removeprefix("torch.")
     known = check.get("base_sample")
@@ -183,34 +204,35 @@ def _check_base(backbone: Backbone, folder: Path) -> None:
 
 
 def _check_scale(backbone: Backbone, folder: Path, stacked: int) -> None:
-    """The same tensors mean another function under another alpha, which no shape tells."""
+    """Check the scale, which no tensor's shape shows."""
     config = _read_json(folder / "adapter_config.json")
     alpha = stacked * backbone.lora_section.alpha
-    wanted = {"lora_alpha": alpha, "use_rslora": False, "alpha_pattern": {}}
-    for key, value in wanted.items():
+    expected = {"lora_alpha": alpha, "use_rslora": False, "alpha_pattern": {}}
+    for key, value in expected.items():
         if (config.get(key) or value) != value:
             raise AdapterError(
                 f"{folder} has {key} {config[key]}",
                 expected=f"{key} {value}",
-                remedy="use the lora: section that it was trained with",
+                remedy=_OTHER_LORA,
             )
 
 
 def _check_tensors(
-    tensors: dict[str, Tensor], wanted: dict[str, nn.Parameter], role: str, path: Path
+    tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter], role: str, path: Path
 ) -> None:
-    missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
+    missing = sorted(parameters.keys() - tensors.keys())
+    extra = sorted(tensors.keys() - parameters.keys())
     if missing or extra:
         name, what = (missing[0], "lacks") if missing else (extra[0], "has an unknown")
         headless = bool(missing) and all("lora_" not in n for n in missing)
         raise AdapterError(
             f"{path} {what} {name}",
-            expected=f"the {len(wanted)} tensors of a {role} adapter",
+            expected=f"the {len(parameters)} tensors of a {role} adapter",
             remedy="a reward or value adapter must be saved with its head (modules_to_save)"
             if headless
-            else "use the lora: section that it was trained with",
+            else _OTHER_LORA,
         )
-    for name, parameter in wanted.items():
+    for name, parameter in parameters.items():
         if tensors[name].shape != parameter.shape:
             if "lora_" not in name and tensors[name].shape[1:] == parameter.shape[1:]:
                 raise AdapterError(
@@ -221,7 +243,7 @@ def _check_tensors(
             raise AdapterError(
                 f"{path}: {name} has shape {tuple(tensors[name].shape)}",
                 expected=f"{tuple(parameter.shape)}",
-                remedy="use the lora: section that it was trained with",
+                remedy=_OTHER_LORA,
             )
         if not bool(torch.isfinite(tensors[name]).all()):
             raise AdapterError(
@@ -231,7 +253,7 @@ def _check_tensors(
 
 @torch.no_grad()
 def expected_outputs(backbone: Backbone, role: str) -> dict[str, Any]:
-    """What `check.json` holds: ids, padded and not, and the outputs expected from plain PEFT."""
+    """Compute `check.json`: ids, padded and not, and the outputs expected from plain PEFT."""
     rows = [backbone.encode_completion(text) for text in _CHECK_TEXTS]
     ids, mask = pad_left(rows, backbone.tokenizer.pad_token_id)
     view = backbone.views[role]
@@ -261,18 +283,13 @@ def expected_outputs(backbone: Backbone, role: str) -> dict[str, Any]:
 
 
 def read_check(folder: Path) -> dict[str, Any]:
-    """The `check.json` of an adapter folder."""
+    """Read the `check.json` of an adapter folder."""
     return _read_json(folder / "check.json")
 
 
 def _adapted_modules(backbone: Backbone) -> int:
-    return len(
-        {
-            name.rsplit(".lora_", 1)[0]
-            for name, _ in backbone.causal.named_parameters()
-            if ".lora_" in name
-        }
-    )
+    names = [name for name, _ in backbone.causal.named_parameters() if ".lora_" in name]
+    return len({name.rsplit(".lora_", 1)[0] for name in names})
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
@@ -287,10 +304,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path} cannot be read: {error}") from None
     return data if isinstance(data, dict) else {}
-
-
-def _umask() -> int:
-    """The process's mask for new files; it can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

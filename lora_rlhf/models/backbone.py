@@ -2,7 +2,7 @@
 """Every role is a LoRA adapter with a small head on one frozen base model.
 
 A *view* is a Hugging Face head class over the shared backbone, wrapped by PEFT, so that TRL's
-trainers take it as it is and what is saved loads without this package:
+trainers accept it and what is saved loads without this package:
 
     policy, reference       AutoModelForCausalLM               adapters "default", "reference"
     reward, held_out        AutoModelForSequenceClassification  score head (no bias)
@@ -32,10 +32,11 @@ from lora_rlhf.errors import AdapterError
 from . import sampler
 from .base_model import BaseModel
 from .fingerprints import fingerprint
-from .views import build_view, head_wrapper, held_tensors, tensor_bytes, to_head_dtype
+from .memory import held_tensors, tensor_bytes
+from .views import build_view, head_wrapper, to_head_dtype
 
 MEMBERS = ("reward", *(f"reward_{i}" for i in range(1, 16)))
-"""The roles of a reward ensemble, in order; without one there is only the first."""
+"""Roles of a reward ensemble, in order; a single reward model is the first."""
 
 REWARDS = (*MEMBERS, "held_out")
 """Every role that scores."""
@@ -66,12 +67,12 @@ class Backbone(BaseModel):
         super().__post_init__()
         self.trained_roles: frozenset[str] = frozenset()
         self._bare_value: nn.Linear | None = None
-        self._known: dict[str, list[Any]] = {}  # found by walks over all modules
+        self._known: dict[str, list[Any]] = {}  # results of walks over all modules
 
     # ------------------------------------------------------------------ roles
 
     def has(self, role: str) -> bool:
-        """Whether `role` has been added."""
+        """Tell if `role` has been added."""
         return role in self.views
 
     def add_role(
@@ -81,8 +82,8 @@ class Backbone(BaseModel):
 
         A fresh LoRA is the identity (B = 0). A reward head is drawn with std 1/sqrt(d + 1)
         (2403.17031); a value head copied from a reward role carries that role's offset as its bias.
-        `stacked` adapters side by side are one of that many times the rank and alpha (the scale
-        stays); default: as many as `copy_from` has, else one.
+        `stacked` adapters side by side are one with that many times the rank and alpha, so the
+        scale stays; default: as many as `copy_from` has, else one.
         """
         if role in self.views:
             raise ValueError(f"role {role!r} exists")
@@ -100,47 +101,45 @@ class Backbone(BaseModel):
             fan_in_fan_out=any(isinstance(m, Conv1D) for m in self.layers.modules()),
             base_model_name_or_path=self.model_section.hub_id or self.causal.name_or_path,
         )
-        if task is TaskType.CAUSAL_LM and any(_TASKS[r] is task for r in self.views):
-            view = next(v for r, v in self.views.items() if _TASKS[r] is task)
+        shared = [v for r, v in self.views.items() if _TASKS[r] is task is TaskType.CAUSAL_LM]
+        if shared:
+            view = shared[0]
             view.add_adapter(adapter, config)
         else:
             base = self.causal
             if task is not TaskType.CAUSAL_LM:
                 base = build_view(self.causal, per_token=task is TaskType.TOKEN_CLS)
             with warnings.catch_warnings():
-                # Sharing the layers between views is the point; PEFT takes it for a mistake.
+                # Sharing the layers between views is intended; PEFT takes it for a mistake.
                 warnings.filterwarnings("ignore", message=".*modify a model with PEFT.*")
-                # PEFT asks for it by its old name.
+                # PEFT reads it under its old name.
                 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
                 view = get_peft_model(base, config, adapter_name=adapter)
         self.views[role] = view
         if task is not TaskType.CAUSAL_LM:
             head_wrapper(view).register_forward_pre_hook(to_head_dtype)
         if self.has("value") and self.has("policy"):
-            # Inside the policy's module tree the optimizer, zero_grad and state all see it.
+            # Inside the policy's module tree, optimizer, zero_grad and state all see it.
             self.views["policy"].add_module("value_head", self.head("value"))
-        # PEFT has just switched gradients and active adapters as it sees fit: back to the declared.
-        self._known.clear()
-        self.activate([])
-        self._apply_trainable()
+        # PEFT has just switched gradients and active adapters: back to the declared ones.
+        self._reset()
         if copy_from is not None:
             self._copy(copy_from, role)
         return view
 
     def stacked(self, role: str) -> int:
-        """How many adapters of the recipe's rank a role's adapter is as wide as."""
+        """Rank of a role's adapter, in multiples of the recipe's rank."""
         return int(self.views[role].peft_config[ADAPTERS[role]].r) // self.lora_section.r
 
     def head(self, role: str) -> nn.Linear:
-        """The linear head of a reward role or of the value, float32."""
+        """Return the linear head of a reward role or of the value, in float32."""
         if role == "value" and self._bare_value is not None:
             return self._bare_value
-        wrapper = head_wrapper(self.views[role])
-        head: nn.Linear = wrapper.modules_to_save[ADAPTERS[role]]
+        head: nn.Linear = head_wrapper(self.views[role]).modules_to_save[ADAPTERS[role]]
         return head
 
     def role_parameters(self, role: str) -> list[tuple[str, nn.Parameter]]:
-        """Names (as PEFT saves them, without the adapter's name) and parameters of one role."""
+        """List one role's parameters under the names that PEFT saves, without the adapter's."""
         if role not in self._known:
             self._known[role] = self._find_parameters(role)
         return self._known[role]
@@ -148,17 +147,17 @@ class Backbone(BaseModel):
     def _find_parameters(self, role: str) -> list[tuple[str, nn.Parameter]]:
         if role == "value" and self._bare_value is not None:
             return [(f"value_head.{n}", p) for n, p in self._bare_value.named_parameters()]
-        adapter, found = ADAPTERS[role], []
+        adapter, parameters = ADAPTERS[role], []
         for name, parameter in self.views[role].named_parameters():
             parts = name.split(".")
             if parts[0] == "value_head":
-                continue  # the same head, seen a second time from the policy's tree
+                continue  # the value's, listed a second time in the policy's tree
             if any(part.startswith("lora_") for part in parts) and parts[-2] == adapter:
-                found.append((".".join([*parts[:-2], parts[-1]]), parameter))
+                parameters.append((".".join([*parts[:-2], parts[-1]]), parameter))
             elif "modules_to_save" in parts and adapter in parts:
                 at = parts.index("modules_to_save")
-                found.append((".".join([*parts[:at], *parts[at + 2 :]]), parameter))
-        return found
+                parameters.append((".".join([*parts[:at], *parts[at + 2 :]]), parameter))
+        return parameters
 
     @torch.no_grad()
     def _copy(self, source: str, target: str) -> None:
@@ -179,23 +178,24 @@ class Backbone(BaseModel):
                 self.reward_offset[target] = self.reward_offset[source]
 
     def add_value_head(self, copy_from: str | None) -> None:
-        """A value that is one linear head on the policy's own states: no adapter, no second pass.
+        """Add a value that is one linear head on the policy's own states, without an adapter.
 
         It starts as the reward role's head and offset, or at 0, and belongs to the policy's view.
         """
         self._known.clear()
         hidden = self.causal.get_output_embeddings().weight.shape[1]
-        self._bare_value = nn.Linear(hidden, 1, device=self.device, dtype=torch.float32)
+        head = nn.Linear(hidden, 1, device=self.device, dtype=torch.float32)
         with torch.no_grad():
-            self._bare_value.weight.zero_()
-            self._bare_value.bias.zero_()
+            head.weight.zero_()
+            head.bias.zero_()
             if copy_from is not None:
-                self._bare_value.weight.copy_(self.head(copy_from).weight)
-                self._bare_value.bias.fill_(self.reward_offset.get(copy_from, 0.0))
-        self.views["policy"].add_module("value_head", self._bare_value)
+                head.weight.copy_(self.head(copy_from).weight)
+                head.bias.fill_(self.reward_offset.get(copy_from, 0.0))
+        self.views["policy"].add_module("value_head", head)
+        self._bare_value = head
 
     def drop_value(self) -> None:
-        """Forget the value, whichever of its two forms it has."""
+        """Remove the value, whichever of its two forms it has."""
         self._known.clear()
         if self._bare_value is not None:
             self._bare_value = None
@@ -211,12 +211,16 @@ class Backbone(BaseModel):
             self.add_role(target, copy_from=source)
 
     def drop_role(self, role: str) -> None:
-        """Forget a role's adapter and head, freeing their memory."""
-        _forget(self.views.pop(role), ADAPTERS[role])
-        self._known.clear()
+        """Remove a role's adapter and head, freeing their memory."""
+        _delete_adapter(self.views.pop(role), ADAPTERS[role])
         if role == "value" and self.has("policy"):
             del self.views["policy"].value_head
         self.reward_offset.pop(role, None)
+        self._reset()
+
+    def _reset(self) -> None:
+        """After a change of the adapters: none is active, and what trains is as declared."""
+        self._known.clear()
         self.activate([])
         self._apply_trainable()
 
@@ -224,11 +228,11 @@ class Backbone(BaseModel):
 
     @contextlib.contextmanager
     def role(self, role: str | None) -> Iterator[None]:
-        """Compute as `role`; None is the base model without any adapter.
+        """Activate `role` inside the context; None is the base model without any adapter.
 
         Sets the layers' active adapter directly: PEFT's `set_adapter` would turn off the other
-        adapters' gradients, and `disable_adapter` turns some back on (peft#3447). What was active
-        before is restored on any exit, so a failure inside leaves no stale adapter behind.
+        adapters' gradients, and `disable_adapter` turns some back on (peft#3447). The adapter that
+        was active before is restored on any exit, so a failure inside leaves no stale one behind.
         """
         before = [layer._active_adapter for layer in self._lora_layers()]
         self.activate([] if role is None else [ADAPTERS[role]])
@@ -239,15 +243,15 @@ class Backbone(BaseModel):
                 layer._active_adapter = active
 
     def active(self) -> str | None:
-        """The role whose adapter is active in every layer; None for the base model.
+        """Return the role whose adapter is active in every layer; None for the base model.
 
         Raises:
             AdapterError: The layers disagree.
         """
-        found = {tuple(layer.active_adapters) for layer in self._lora_layers()}
-        if len(found) > 1:
-            raise AdapterError(f"layers disagree on the active adapter: {sorted(found)}")
-        names = found.pop() if found else ()
+        active = {tuple(layer.active_adapters) for layer in self._lora_layers()}
+        if len(active) > 1:
+            raise AdapterError(f"layers disagree on the active adapter: {sorted(active)}")
+        names = active.pop() if active else ()
         return next((role for role, name in ADAPTERS.items() if (name,) == names), None)
 
     def _lora_layers(self) -> list[BaseTunerLayer]:
@@ -256,7 +260,7 @@ class Backbone(BaseModel):
         return self._known[""]
 
     def activate(self, names: list[str]) -> None:
-        """Make these adapters the layers' active ones, and nothing else; prefer `role`."""
+        """Set the layers' active adapters and nothing else; prefer `role`."""
         for layer in self._lora_layers():
             layer._active_adapter = list(names)
 
@@ -264,7 +268,7 @@ class Backbone(BaseModel):
 
     @contextlib.contextmanager
     def training(self, *roles: str) -> Iterator[None]:
-        """A stage that trains exactly these roles; the first one is active.
+        """Train exactly these roles inside the context; the first one is active.
 
         Declares `requires_grad` once, and cleans up what trainers leave behind: patched forwards,
         gradient checkpointing, a cache turned off, clones of the policy's adapter, training mode,
@@ -291,21 +295,19 @@ class Backbone(BaseModel):
             if use_cache is not None:
                 config.use_cache = use_cache
             for view in {id(v): v for v in self.views.values()}.values():
-                base = view.get_base_model()
-                base.activation_checkpointing_disable()
+                view.get_base_model().activation_checkpointing_disable()
                 view.zero_grad(set_to_none=True)
                 view.eval()
                 for foreign in view.peft_config.keys() - ADAPTERS.values():
-                    _forget(view, foreign)  # TRL's clone of the policy, "ref"
+                    _delete_adapter(view, foreign)  # TRL's clone of the policy, "ref"
             for base in bases:
                 del base.__dict__["enable_input_require_grads"]
 
     @contextlib.contextmanager
     def float32_kept(self) -> Iterator[None]:
-        """Around a TRL trainer's `__init__`, which rounds what a 4-bit model trains to bf16.
+        """Restore float32 values after a TRL trainer's `__init__`, which rounds to bf16 in 4-bit.
 
-        Rounding and casting back would lose bits (a KL of 1.6e-3 before any step), so the values
-        from before are put back.
+        Casting back would not do: rounding loses bits (a KL of 1.6e-3 before any step).
         """
         kept = [(p, p.data) for role in self.views for _, p in self.role_parameters(role)]
         try:
@@ -315,9 +317,17 @@ class Backbone(BaseModel):
                 parameter.data = data
 
     def _apply_trainable(self) -> None:
-        wanted = {id(p) for role in self.trained_roles for _, p in self.role_parameters(role)}
+        declared = self._declared()
         for parameter in self._all_parameters():
-            parameter.requires_grad_(id(parameter) in wanted)
+            parameter.requires_grad_(id(parameter) in declared)
+
+    def _declared(self) -> dict[int, str]:
+        """Id -> role and name of every parameter that the stage trains."""
+        return {
+            id(parameter): f"{role}: {name}"
+            for role in self.trained_roles
+            for name, parameter in self.role_parameters(role)
+        }
 
     def assert_trainable(self) -> None:
         """Check that `requires_grad` is exactly as the stage declared it.
@@ -325,14 +335,10 @@ class Backbone(BaseModel):
         Raises:
             AdapterError: Naming a parameter that is frozen or trainable against the declaration.
         """
-        wanted = {
-            id(p): f"{role}: {n}"
-            for role in self.trained_roles
-            for n, p in self.role_parameters(role)
-        }
+        declared = self._declared()
         for parameter in self._all_parameters():
-            if parameter.requires_grad != (id(parameter) in wanted):
-                name = wanted.get(id(parameter), "a parameter of no trained role")
+            if parameter.requires_grad != (id(parameter) in declared):
+                name = declared.get(id(parameter), "a parameter of no trained role")
                 state = "is trainable" if parameter.requires_grad else "is frozen"
                 raise AdapterError(
                     f"{name} {state}",
@@ -345,7 +351,7 @@ class Backbone(BaseModel):
         return list({id(p): p for model in models for p in model.parameters()}.values())
 
     def state_hash(self, role: str | None) -> str:
-        """sha256 over a role's tensors; None: over a sample of the frozen backbone's."""
+        """Hash a role's tensors by sha256; None: a sample of the frozen backbone's."""
         if role is None:
             return fingerprint(self.causal)
         digest = hashlib.sha256()
@@ -354,7 +360,7 @@ class Backbone(BaseModel):
         return digest.hexdigest()
 
     def memory_report(self) -> dict[str, Any]:
-        """Bytes that exist once (the backbone) and what each role adds to them."""
+        """Bytes of the backbone, which exists once, and those that each role adds."""
         shared = {id(p): p for p in [*self.causal.parameters(), *self.causal.buffers()]}
         roles = {}
         for role in self.views:
@@ -362,18 +368,16 @@ class Backbone(BaseModel):
             for parameter in own:
                 shared.pop(id(parameter), None)
             if _TASKS[role] is not TaskType.CAUSAL_LM:
-                # PEFT keeps the head as it was, beside the one that is trained.
+                # PEFT keeps the original head beside the trained one.
                 own += head_wrapper(self.views[role]).original_module.parameters()
             roles[role] = tensor_bytes([p.data for p in own])
         backbone = tensor_bytes([t for p in shared.values() for t in held_tensors(p)])
         return {"backbone": backbone, "roles": roles, "total": backbone + sum(roles.values())}
 
     def describe_lora(self) -> dict[str, Any]:
-        """What the record says of the adapters' shape."""
+        """Describe the adapters' shape for the record."""
         return {
-            "r": self.lora_section.r,
-            "alpha": self.lora_section.alpha,
-            "top_fraction": self.lora_section.top_fraction,
+            **self.lora_section.model_dump(include={"r", "alpha", "top_fraction"}),
             "target_modules": self.target_modules,
             "adapted_layers": len(self.adapted_layers),
             "total_layers": len(self.layers),
@@ -392,9 +396,9 @@ class Backbone(BaseModel):
         seed: int = 0,
         batch_size: int = 64,
     ) -> list[list[int]]:
-        """Completions as `role`, None being the base model; the rest as `sampler.sample`."""
+        """Generate completions as `role` by `sampler.sample`; None is the base model."""
         with self.role(role):
-            found = sampler.sample(
+            completions = sampler.sample(
                 self,
                 prompts,
                 max_new_tokens=max_new_tokens,
@@ -402,11 +406,11 @@ class Backbone(BaseModel):
                 seed=seed,
                 batch_size=batch_size,
             )
-        return [sampled.ids for sampled in found]
+        return [completion.ids for completion in completions]
 
 
-def _forget(view: PeftModel, adapter: str) -> None:
+def _delete_adapter(view: PeftModel, adapter: str) -> None:
     view.delete_adapter(adapter)
     if view.peft_config:
-        # The view lives on for its other role; PEFT looks its configuration up by this name.
+        # The view stays for its other role; PEFT looks its configuration up by this name.
         view.active_adapter = view.base_model.active_adapter = next(iter(view.peft_config))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which base model is this? An adapter on another one is silently wrong."""
+"""Fingerprints that tell base models apart: an adapter on another base is silently wrong."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Rounding to bfloat16 moves a number by at most 2^-9 of itself; another base diff
 
 @torch.no_grad()
 def fingerprint(causal: PreTrainedModel) -> str:
-    """sha256 over names, shapes and evenly spaced samples of the frozen tensors."""
+    """Hash names, shapes and evenly spaced samples of the frozen tensors by sha256."""
     digest = hashlib.sha256()
-    for name, tensor in _own(causal):
+    for name, tensor in _base_parameters(causal):
         flat = tensor.detach().reshape(-1)
-        # Odd, or a matrix with 4096 columns would be judged by one of them.
+        # Odd, because an even step would sample one column of a matrix with 4096.
         step = max(1, flat.numel() // 4096) | 1
         sample = flat[::step].float() if flat.is_floating_point() else flat[::step]
         digest.update(f"{name.replace('.base_layer', '')} {tuple(tensor.shape)}".encode())
@@ -35,25 +35,25 @@ def fingerprint(causal: PreTrainedModel) -> str:
 
 @torch.no_grad()
 def sample(causal: PreTrainedModel) -> list[float]:
-    """About 512 evenly spaced weights that are not quantised: nearly the same in every dtype."""
-    found = [p for _, p in _own(causal) if p.is_floating_point()]
-    each = max(1, _SAMPLE // max(len(found), 1))
+    """Sample about 512 weights that are not quantised: nearly the same in every dtype."""
+    tensors = [p for _, p in _base_parameters(causal) if p.is_floating_point()]
+    each = max(1, _SAMPLE // max(len(tensors), 1))
     values: list[float] = []
-    for tensor in found:
+    for tensor in tensors:
         flat = tensor.detach().reshape(-1)
         values += flat[:: max(1, flat.numel() // each) | 1][:each].float().tolist()
     return values
 
 
 def nearly_same(values: list[float], causal: PreTrainedModel) -> bool:
-    """Whether `sample` of another loading, in another dtype, was of this base."""
+    """Tell if `sample`d values, perhaps of another dtype, are those of this base."""
     before, now = np.array(values), np.array(sample(causal))
     if before.shape != now.shape:
         return False
     return bool(np.abs(before - now).sum() <= _SAME * np.abs(before).sum())
 
 
-def _own(causal: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+def _base_parameters(causal: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in causal.named_parameters():
         if "lora_" not in name and "value_head" not in name:
             yield name, tensor

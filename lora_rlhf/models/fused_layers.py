@@ -2,14 +2,14 @@
 """Adapted layers with fewer passes over memory: the same functions as PEFT's and transformers'.
 
 PEFT computes W x, then B A x, scales it and adds it: three tensors as large as the output, and as
-many again in backward. Here the low-rank product is accumulated into the output, and its gradient
-into the gradient of the input, by the matrix product itself. A gated MLP keeps for backward what
-its two projections gave and makes the rest again, which is two passes over it instead of two more
-tensors as wide as the MLP; an RMS norm keeps its input and a number a row. All differ from the
-originals by roundings.
+many again in backward. Here the matrix product itself accumulates the low-rank product into the
+output, and its gradient into the gradient of the input. A gated MLP keeps the outputs of its two
+projections for backward and recomputes the rest, which takes two passes over them instead of two
+more tensors as wide as the MLP; an RMS norm keeps its input and one number per row. All differ from
+the originals by rounding.
 
-Only for plain float32 layers: quantised ones and other dtypes keep the forward of their own. Hooks
-on the projections of such an MLP are not called, for it computes them itself.
+Only plain float32 layers are replaced, not quantised ones or other dtypes. Hooks on the projections
+of a replaced MLP are not called. docs/log.md says what it gains.
 
 N rows (batch times tokens), I and O features in and out, r rank, M width of the MLP.
 """
@@ -28,21 +28,21 @@ from . import trunk
 from .backbone import Backbone
 
 _MLPS = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP"}
-"""Classes whose forward is down(act(gate(x)) up(x)), each held to it in tests/test_fused.py."""
+"""Classes whose forward is down(act(gate(x)) up(x)); test_fused_layers.py compares each."""
 
 _NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm"}
-"""Classes whose forward is w x / sqrt(mean(x²) + ε), held to it likewise."""
+"""Classes whose forward is w x / sqrt(mean(x²) + ε), compared there, too."""
 
 
 @contextlib.contextmanager
 def layers(backbone: Backbone) -> Iterator[None]:
-    """Compute like this inside the context, whichever role is active."""
-    every = list(backbone.decoder.modules())
-    found = [(m, _lora(m)) for m in every if _is_plain(m)]
-    if found:  # else the backbone keeps the bits of its own
-        found += [(m, _mlp(m)) for m in every if _is_gated(m)]
-        found += [(m, _norm(m)) for m in every if _is_norm(m)]
-    with trunk.replaced(found):
+    """Replace the layers' forwards inside the context, whichever role is active."""
+    modules = list(backbone.decoder.modules())
+    forwards = [(m, _lora(m)) for m in modules if _is_plain(m)]
+    if forwards:  # a backbone without adapters keeps its exact outputs
+        forwards += [(m, _mlp(m)) for m in modules if _is_gated(m)]
+        forwards += [(m, _norm(m)) for m in modules if _is_norm(m)]
+    with trunk.replaced(forwards):
         yield
 
 
@@ -51,7 +51,7 @@ def _is_frozen(weight: Tensor) -> bool:
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether this is LoRA on a frozen float32 `nn.Linear`, and nothing more."""
+    """Tell if this is LoRA on a frozen float32 `nn.Linear`, without a variant such as DoRA."""
     if type(layer) is not LoraLinear or type(layer.base_layer) is not nn.Linear:
         return False
     return _is_frozen(layer.base_layer.weight) and not layer.lora_variant
@@ -71,7 +71,7 @@ def _is_norm(module: Any) -> bool:
 
 
 class _Factors(NamedTuple):
-    """A layer as it computes now: W x + b + s B A x, or without the last where A is None."""
+    """A layer with its active adapter: W x + b + s B A x, or W x + b where A is None."""
 
     weight: Tensor  # (O, I)
     bias: Tensor | None
@@ -81,7 +81,7 @@ class _Factors(NamedTuple):
 
 
 def _factors(layer: Any) -> _Factors | None:
-    """None: let PEFT compute it."""
+    """Return the layer's factors; None where only PEFT can compute it."""
     if type(layer) is nn.Linear:
         return _Factors(layer.weight, layer.bias, None, None, 0.0)
     active, base = layer._active_adapter, layer.base_layer
@@ -97,7 +97,7 @@ def _factors(layer: Any) -> _Factors | None:
 
 
 def _is_float32(x: Tensor) -> bool:
-    """Whether what is computed from it is float32 as well."""
+    """Tell if results computed from `x` are float32 as well."""
     return x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
 
 
@@ -105,12 +105,12 @@ def _lora(layer: Any) -> Callable[..., Tensor]:
     own = layer.forward
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        found = _factors(layer)
-        if args or kwargs or found is None or not _is_float32(x):
+        factors = _factors(layer)
+        if args or kwargs or factors is None or not _is_float32(x):
             return own(x, *args, **kwargs)  # type: ignore[no-any-return]
-        if found.a is None:
-            return nn.functional.linear(x, found.weight, found.bias)
-        return _Product.apply(x, *found)  # type: ignore[no-any-return]
+        if factors.a is None:
+            return nn.functional.linear(x, factors.weight, factors.bias)
+        return _Product.apply(x, *factors)  # type: ignore[no-any-return]
 
     return forward
 
@@ -120,11 +120,11 @@ def _mlp(mlp: Any) -> Callable[..., Tensor]:
 
     def forward(x: Tensor) -> Tensor:
         parts = [_factors(part) for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
-        found = [p for p in parts if p is not None and p.bias is None]
-        if len(found) < len(parts) or not _is_float32(x):
+        factors = [p for p in parts if p is not None and p.bias is None]
+        if len(factors) < len(parts) or not _is_float32(x):
             return own(x)  # type: ignore[no-any-return]
-        scales = tuple(f.s for f in found)
-        tensors = [t for f in found for t in (f.weight, f.a, f.b)]
+        scales = tuple(f.s for f in factors)
+        tensors = [t for f in factors for t in (f.weight, f.a, f.b)]
         return _Gated.apply(x, scales, *tensors)  # type: ignore[no-any-return]
 
     return forward
@@ -149,7 +149,7 @@ def _product(
     b: Tensor | None,
     s: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """(N, O) and, for backward, A x (N, r)."""
+    """Compute the output (N, O) and, for backward, A x (N, r)."""
     if a is None or b is None:
         return nn.functional.linear(rows_ni, weight, bias), None
     low_nr = rows_ni @ a.t()
@@ -160,7 +160,7 @@ def _product(
 def _by_factors(
     grad_no: Tensor, rows_ni: Tensor, low_nr: Tensor | None, b: Tensor | None, s: float
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradient that goes back through B (N, r), and those of A and B."""
+    """Compute the gradient that passes back through B (N, r), and those of A and B."""
     if low_nr is None or b is None:
         return None, None, None
     back_nr = (grad_no @ b).mul_(s)

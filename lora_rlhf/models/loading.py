@@ -1,59 +1,223 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the config of a base is found, without its weights."""
+"""Find a base model and load it once: config, tokenizer, weights, 4-bit quantisation, provenance.
+
+Only safetensors are read, and code beside the weights is never run.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from lora_rlhf import tiny
-from lora_rlhf.errors import BaseModelError, first_line
-from lora_rlhf.recipe.schema import Recipe
+from lora_rlhf.data import chat_template
+from lora_rlhf.errors import BaseModelError, SetupError, first_line
+from lora_rlhf.recipe.schema import ModelSection
+from lora_rlhf.redaction import safe
+from lora_rlhf.runtime import optional_packages, paths
+from lora_rlhf.runtime.devices import pick_device, pick_dtype
+
+from . import special_tokens
+
+_DROPOUTS = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout",
+             "dropout", "activation_dropout", "layerdrop", "attention_probs_dropout_prob",
+             "hidden_dropout_prob", "classifier_dropout", "token_dropout")  # fmt: skip
+"""Keys of configs that hold a dropout."""
 
 
-def find_config(recipe: Recipe, folder: Path | None = None) -> Any:
-    """The base's config: of the model itself, from the Hub's cache, beside the recipe, or the Hub.
+def load(model: ModelSection) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
+    """Load base model and tokenizer, quantised where the recipe says so.
 
-    Args:
-        recipe: Its `model.id` and `model.revision` are read.
-        folder: The recipe's own, whose `config.json` may stand in for a model that is not here.
+    Returns:
+        The model, its tokenizer (padding on the left, with a pad token apart from eos), and where
+        the weights came from.
+
+    Raises:
+        BaseModelError: The model cannot be found or read, or is no causal language model.
+        TokenizerError: There is no pad token apart from eos.
+        SetupError: 4-bit needs bitsandbytes, which cannot be used.
+    """
+    where = _locate(model)
+    source = _source(model)
+    device, dtype = pick_device(), pick_dtype(model.dtype)
+    plain: dict[str, Any] = {"revision": model.revision, "trust_remote_code": False}
+    options = {**plain, "use_safetensors": True}  # else pickles are read where there are no others
+    if model.load_in_4bit:
+        options["quantization_config"] = nf4(dtype)
+    try:
+        config = AutoConfig.from_pretrained(where, **plain)
+        tokenizer = AutoTokenizer.from_pretrained(where, padding_side="left", **plain)
+        disable_dropout(config)
+        causal = AutoModelForCausalLM.from_pretrained(
+            where, config=config, dtype=dtype, device_map={"": device}, **options
+        )
+    except torch.OutOfMemoryError:  # the model is fine
+        raise
+    except Exception as error:  # the libraries raise anything: a truncated file has its own class
+        raise _load_error(model, error) from error
+    chat_template.check(tokenizer)
+    for named in (causal, causal.config, tokenizer):  # trackers and the tokenizer write it down
+        named.name_or_path = safe(where)
+    causal.loaded_from = where  # for adapters on this disk, where ~ would be no path
+    if model.load_in_4bit:
+        _forbid_repacking(causal)
+    special_tokens.ensure_distinct_pad(tokenizer, causal)
+    special_tokens.check_embedding_rows(tokenizer, causal)
+    return causal, tokenizer, source
+
+
+def _load_error(model: ModelSection, error: Exception) -> BaseModelError:
+    if "gated repo" in str(error):
+        return BaseModelError(
+            f"{model.id} is gated, and this token is not on its list",
+            expected="a base that may be read, or whose terms were accepted",
+            remedy="accept its terms on its page on the Hub, then run `hf auth login`, or set "
+            "HF_TOKEN to a token of the account that did",
+        )
+    return BaseModelError(
+        f"cannot load {model.id}: {first_line(error)}",
+        expected="a causal language model, complete: `tiny`, a local folder, or a Hub id",
+        remedy="check model.id, and compare a folder's files with the original; a folder beside "
+        "the recipe is written ./folder; without a network, give a local folder; only "
+        "safetensors are read, and code beside them is never run",
+    )
+
+
+def local_folder(model: ModelSection) -> str | None:
+    """Return the base's folder; None where transformers looks its id up on the Hub."""
+    path = str(tiny.path()) if model.id == "tiny" else os.path.expanduser(model.id)
+    return path if os.path.isdir(path) else None
+
+
+def _locate(model: ModelSection) -> str:
+    """Return what transformers loads: a checked folder, or the id on the Hub."""
+    if model.id == "tiny":
+        return str(tiny.path())
+    path = Path(os.path.expanduser(model.id))
+    is_path = path.is_absolute() or model.id.startswith(".")
+    if is_path and not os.path.isfile(path / "config.json"):
+        raise BaseModelError(
+            f"{model.id} holds no config.json",
+            expected="a folder saved by transformers",
+            remedy="check model.id",
+        )
+    if local_folder(model):  # a relative id may be a folder, too
+        paths.reject_escaping_links(path, BaseModelError)
+        paths.reject_escaping_shards(path, BaseModelError)
+    return str(path) if is_path else model.id
+
+
+def _source(model: ModelSection) -> dict[str, Any]:
+    """Origin and licence of the weights, from SOURCE.json beside them where there is one."""
+    if model.id == "tiny":
+        return {"source": "the tiny model packaged with lora-rlhf", "license": "apache-2.0"}
+    folder = local_folder(model)
+    if folder is None:
+        return {"source": "Hub", "license": None}
+    note = Path(folder) / "SOURCE.json"
+    if not os.path.isfile(note):
+        return {"source": "local folder", "license": None}
+    try:
+        facts = json.loads(note.read_text(encoding="utf-8"))
+        if not isinstance(facts, dict):
+            raise ValueError(f"a JSON {type(facts).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise BaseModelError(
+            f"cannot be read: {first_line(error)}",
+            where=str(note),
+            expected="a JSON object with source and license, in UTF-8",
+            remedy="correct the file, or remove it: it only says where the weights came from",
+        ) from None
+    keys = ("source", "license", "sha256", "original")
+    return {"license": None, **{k: facts[k] for k in keys if k in facts}}
+
+
+def disable_dropout(config: Any) -> None:
+    """Set every dropout of a config to 0."""
+    for name in _DROPOUTS:
+        if isinstance(getattr(config, name, None), float):
+            setattr(config, name, 0.0)
+
+
+def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Quantisation of a 4-bit base: NF4 with double quantisation, computing in `dtype`.
+
+    Raises:
+        SetupError: bitsandbytes cannot be imported.
+    """
+    try:
+        import bitsandbytes  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+        raise SetupError(
+            f"model.load_in_4bit needs bitsandbytes: "
+            f"{optional_packages.BROKEN.get('bitsandbytes') or error}",
+            remedy="pip install bitsandbytes, or set model.load_in_4bit to false",
+        ) from error
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _forbid_repacking(causal: PreTrainedModel) -> None:
+    """Keep bitsandbytes from repacking weights on the first no-grad forward (its AVX512-BF16 path).
+
+    The repacked weights cannot be dequantised for backward: gradients after it are wrong, silently.
+    """
+    import bitsandbytes as bnb
+
+    for module in causal.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def find_config(model: ModelSection, recipe_folder: Path | None = None) -> Any:
+    """Find the base's config without its weights.
+
+    Looked for in the base's own folder, the Hub's cache, beside the recipe (a `config.json` there
+    may stand in for a base that is not on this machine), and last on the Hub.
 
     Raises:
         BaseModelError: None of them has it.
     """
-    model = recipe.model
-    where = str(tiny.path()) if model.id == "tiny" else str(Path(model.id).expanduser())
-    local = Path(where).is_dir()
+    folder = local_folder(model)
     options: dict[str, Any] = {"revision": model.revision, "trust_remote_code": False}
-    tries: list[tuple[str, dict[str, Any]]] = [
-        (where if local else model.id, {**options, "local_files_only": True})
-    ]
-    if folder is not None and not local and (folder / "config.json").is_file():
-        tries.append((str(folder), {"trust_remote_code": False}))
-    if not local:
+    tries = [(folder or model.id, {**options, "local_files_only": True})]
+    beside = None
+    if not folder:
+        if recipe_folder is not None and (recipe_folder / "config.json").is_file():
+            beside = str(recipe_folder)
+            tries.append((beside, {"trust_remote_code": False}))
         tries.append((model.id, options))
     why = ""
     for source, given in tries:
         try:
             config = AutoConfig.from_pretrained(source, **given)
-        except Exception as error:  # whatever the libraries raise for a file that is not there
+        except Exception as error:  # the libraries raise anything for a file that is not there
             why = why or first_line(error)
             continue
-        named = getattr(config, "_name_or_path", "")
-        if source != str(folder) or _names(source) in ("", model.id):
+        if source != beside:
             return config
-        why = f"{source}/config.json is that of {_names(source) or named}"
+        written = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
+        if (name := str(written.get("_name_or_path", ""))) in ("", model.id):
+            return config
+        why = f"{source}/config.json is that of {name}"
     raise BaseModelError(
         f"no config of {model.id} is here: {why}",
         expected="config.json of the base: in its folder, in the Hub's cache, or beside the recipe",
-        remedy="put the base's config.json beside the recipe, or let the Hub be reached once",
+        remedy="put the base's config.json beside the recipe, or allow access to the Hub once",
     )
-
-
-def _names(folder: str) -> str:
-    """The model that a config beside a recipe says it is of."""
-    found = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    return str(found.get("_name_or_path", ""))

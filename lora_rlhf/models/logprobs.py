@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Log-probabilities and entropies of tokens from hidden states, without logits of the vocabulary.
 
-The LM head is frozen, so a token's log-prob depends on nothing but its own hidden state, and the
-gradient of the loss is the upstream scalar times d logp / d state. That row is made in the very
-pass over the vocabulary that makes the log-prob, by the running maximum of online softmax
-(1805.02867): two products with the head in all, where recomputing the logits in backward takes
-three. TRL's kernels do the latter; on CUDA, where they are fused, they are used.
+The LM head is frozen, so a token's log-prob depends on its own hidden state only, and the gradient
+of the loss is the upstream scalar times d logp / d state. That row is computed in the same pass
+over the vocabulary as the log-prob, by the running maximum of online softmax (1805.02867): two
+products with the head in all, where recomputing the logits in backward takes three. TRL's kernels
+recompute; they are used on CUDA, where they are fused.
 
 N tokens, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -26,11 +26,20 @@ _TRL_COLUMNS = 32768
 
 
 class Transform(NamedTuple):
-    """What becomes of the head's product before the softmax: softcap(product * scale) / t."""
+    """Logits from the head's product: softcap(product * scale) / temperature."""
 
     temperature: float = 1.0
     softcap: float | None = None
     scale: float = 1.0
+
+    @classmethod
+    def of(cls, config: Any, temperature: float) -> Self:
+        """Read soft cap and scale, which Gemma 2, Cohere and Granite have, from a text config."""
+        softcap = getattr(config, "final_logit_softcapping", None)
+        scale = getattr(config, "logit_scale", None)
+        if scale is None and getattr(config, "logits_scaling", None):
+            scale = 1 / config.logits_scaling
+        return cls(temperature, softcap, 1.0 if scale is None else scale)
 
 
 def logprobs_and_entropy(
@@ -41,25 +50,21 @@ def logprobs_and_entropy(
     transform: Transform,
     entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Log-prob of each target, differentiable, and the entropy there; (N,) each and float32.
+    """Compute log-probs of the targets, differentiable, and entropies; (N,) each and float32.
 
     Args:
         states: (N, H) hidden states.
         weight: (V, H) of the LM head, frozen.
         bias: (V,) or None.
         targets: (N,) ids.
-        transform: Of the logits.
-        entropy_gradient: Whether the entropy is differentiable too, which takes a third product.
+        entropy_gradient: Make the entropy differentiable too, which takes a third product.
     """
-    if states.is_cuda:
-        return fused(states, weight, bias, targets, transform, entropy_gradient)
-    found: tuple[Tensor, Tensor] = _OnePass.apply(
-        states, weight, bias, targets, transform, entropy_gradient
-    )
-    return found
+    compute: Any = by_trl_kernels if states.is_cuda else _OnePass.apply
+    logprobs, entropy = compute(states, weight, bias, targets, transform, entropy_gradient)
+    return logprobs, entropy
 
 
-def fused(
+def by_trl_kernels(
     states: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -67,7 +72,7 @@ def fused(
     transform: Transform,
     entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The same by TRL's kernels, as on CUDA."""
+    """Compute the same by TRL's kernels, as on CUDA."""
     logprobs, entropy, *_ = ChunkedLogProbFunction.apply(
         states,
         weight,
@@ -97,7 +102,7 @@ class _OnePass(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         if ctx.needs_input_grad[1]:
             raise ValueError("the LM head must be frozen: it is given no gradient here")
-        # How many of the two outputs backward will ask about, the log-probs first.
+        # Number of outputs that backward needs, the log-probs first.
         wanted = (1 + entropy_gradient) if ctx.needs_input_grad[0] else 0
         parts = [
             _rows(part, weight, bias, ids, transform, wanted)
@@ -129,7 +134,7 @@ def _rows(
     transform: Transform,
     wanted: int,
 ) -> tuple[Tensor, ...]:
-    """Log-probs, entropies and the gradient of each by the states, of up to `_ROWS` tokens.
+    """Compute log-probs, entropies and their gradients by the states, of up to `_ROWS` tokens.
 
     Running sums over tiles, all relative to the running maximum m of the logits z:
     total = Σ e^(z-m) and moment = Σ e^(z-m) (z-m).
@@ -180,7 +185,7 @@ def _rows(
 def _logits(
     states: Tensor, tile: Tensor, bias: Tensor | None, transform: Transform
 ) -> tuple[Tensor, Tensor | None]:
-    """Transformed float32 logits of one tile, and d logit / d product where it is not constant."""
+    """Compute a tile's logits in float32, and d logit / d product where it is not constant."""
     z = (states @ tile.t()).float()
     if bias is not None:
         z += bias[: tile.shape[0]].float()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face head classes over a backbone that exists once: only the head is new.
+"""Hugging Face head classes over the shared backbone: only the head is new.
 
-    score        AutoModelForSequenceClassification   a linear head, no bias, read at the last token
-    value        AutoModelForTokenClassification      a linear head with a bias, at every token
+    score        AutoModelForSequenceClassification   linear head, no bias, read at the last token
+    value        AutoModelForTokenClassification      linear head with a bias, at every token
 
 Architectures without a token class (OPT) carry the value head in their sequence class.
 """
@@ -14,7 +14,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -28,12 +28,12 @@ _QUANTISATION = ("is_loaded_in_4bit", "is_quantized", "hf_quantizer", "quantizat
 
 
 def has_token_class(causal: PreTrainedModel) -> bool:
-    """Whether transformers has a per-token head class for this architecture."""
+    """Tell if transformers has a per-token head class for this architecture."""
     return type(causal.config) in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
 
 
 def build_view(causal: PreTrainedModel, *, per_token: bool) -> PreTrainedModel:
-    """A head class over the tensors of `causal`, built on the meta device; head in float32.
+    """Build a head class over the tensors of `causal` on the meta device; its head is float32.
 
     The head is drawn with std 1/sqrt(d + 1) (2403.17031), its bias is 0, and dropout is 0: token
     classes have 0.1 by default.
@@ -41,11 +41,15 @@ def build_view(causal: PreTrainedModel, *, per_token: bool) -> PreTrainedModel:
     Raises:
         BaseModelError: The architecture has no linear head called score or classifier.
     """
+    config = copy.deepcopy(causal.config)
+    config.num_labels = 1
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     token = per_token and has_token_class(causal)
     auto = AutoModelForTokenClassification if token else AutoModelForSequenceClassification
     try:
         with torch.device("meta"):
-            view: PreTrainedModel = auto.from_config(_one_label(causal.config))
+            view: PreTrainedModel = auto.from_config(config)
     except ValueError as error:
         raise BaseModelError(
             f"{type(causal).__name__} has no class with a head: {first_line(error)}",
@@ -70,38 +74,14 @@ def build_view(causal: PreTrainedModel, *, per_token: bool) -> PreTrainedModel:
 
 
 def head_wrapper(view: Any) -> Any:
-    """PEFT's wrapper of a view's head: `modules_to_save`, and the copy of before that it keeps."""
+    """Return PEFT's wrapper of a view's head: `modules_to_save`, and the original it keeps."""
     base = view.get_base_model()
     return base.score if hasattr(base, "score") else base.classifier
 
 
 def to_head_dtype(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Forward pre-hook: 16-bit hidden states meet a float32 head, and the head decides."""
+    """Cast 16-bit hidden states to the head's float32; a forward pre-hook."""
     return (args[0].float(), *args[1:])
-
-
-def tensor_bytes(tensors: list[Tensor]) -> int:
-    """Bytes of these tensors, memory that they share counted once."""
-    storages = [t.untyped_storage() for t in tensors]
-    return sum({s._cdata: s.nbytes() for s in storages}.values())
-
-
-def held_tensors(parameter: Tensor) -> list[Tensor]:
-    """A parameter and, in 4 bits, the scales and codes that it is read with."""
-    found = [parameter.data]
-    state = getattr(parameter, "quant_state", None)
-    while state is not None:
-        found += [t for t in vars(state).values() if isinstance(t, Tensor)]
-        state = state.state2
-    return found
-
-
-def _one_label(config: Any) -> Any:
-    config = copy.deepcopy(config)
-    config.num_labels = 1
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return config
 
 
 def _head_name(view: nn.Module) -> str:

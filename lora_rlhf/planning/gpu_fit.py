@@ -154,7 +154,7 @@ def remedies(recipe: Recipe) -> str:
     gpu = torch.cuda.is_available()
     total = torch.cuda.mem_get_info()[1] if gpu else None
     try:
-        made = planner(find_config(recipe), "cuda" if gpu else "cpu")
+        made = planner(find_config(recipe.model), "cuda" if gpu else "cpu")
         least = changed(recipe, _rows_at_once(made, recipe, total))  # so far halving has come
         plan = made.plan(least, total)
         rows = [("nothing, one row at once", size(plan.peak), plan.worst)]
@@ -277,7 +277,7 @@ def before_run(recipe: Recipe) -> tuple[Plan | None, str]:
     """
     gpu = torch.cuda.is_available()
     try:
-        made = planner(find_config(recipe), "cuda" if gpu else "cpu")
+        made = planner(find_config(recipe.model), "cuda" if gpu else "cpu")
         total = torch.cuda.mem_get_info()[1] if gpu else None
         plan = made.plan(recipe, total)
     except Exception as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +13,10 @@ from transformers.integrations import replace_with_bnb_linear
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 
-from lora_rlhf.models import base_model
 from lora_rlhf.models.backbone import Backbone
-from lora_rlhf.models.base_model import DROPOUTS, linear_names, nf4
-from lora_rlhf.models.views import held_tensors
+from lora_rlhf.models.base_model import linear_names
+from lora_rlhf.models.loading import disable_dropout, nf4
+from lora_rlhf.models.memory import held_tensors
 from lora_rlhf.recipe.schema import LoraSection, ModelSection
 
 META = torch.device("meta")
@@ -28,12 +27,6 @@ BLOCK, _NESTED_BLOCK = 64, 256
 
 class MetaBackbone(Backbone):
     """A backbone whose tensors have shapes only; roles are added to it as to any other."""
-
-    def __post_init__(self) -> None:
-        with mock.patch.object(
-            base_model, "fingerprint", lambda _: ""
-        ):  # there is nothing to take it of
-            super().__post_init__()
 
     def add_role(
         self, role: str, *, copy_from: str | None = None, stacked: int | None = None
@@ -53,9 +46,7 @@ def backbone(
         dtype: What the weights are computed in.
     """
     config = copy.deepcopy(config)
-    for name in DROPOUTS:
-        if isinstance(getattr(config, name, None), float):
-            setattr(config, name, 0.0)
+    disable_dropout(config)
     text = config.get_text_config()
     if getattr(text, "pad_token_id", None) is None:
         text.pad_token_id = 0  # whichever the tokenizer brings, there is one

@@ -22,7 +22,7 @@ from transformers import DynamicCache
 from lora_rlhf.algorithms import rollout, trainer_configs
 from lora_rlhf.algorithms.ppo import ppo_stage
 from lora_rlhf.models.backbone import MEMBERS
-from lora_rlhf.models.views import held_tensors, tensor_bytes
+from lora_rlhf.models.memory import held_tensors, tensor_bytes
 from lora_rlhf.recipe.schema import LoraSection, Recipe
 from lora_rlhf.recipe.stage_keys import has_reward_model
 from lora_rlhf.runtime.devices import pick_dtype

@@ -117,7 +117,7 @@ def report(recipe: Recipe, folder: Path, gpu: str | None, *, probe: bool) -> Rep
         UsageError: `gpu` is no size.
     """
     sizes = [capacity(gpu)] if gpu is not None else [n * 10**9 for n in GPUS]
-    config = find_config(recipe, folder)
+    config = find_config(recipe.model, folder)
     here = "cuda" if torch.cuda.is_available() else "cpu"
     cards = [fit(planner(config, "cuda"), recipe, one) for one in sizes]
     device = "cuda" if gpu is not None else here

@@ -8,19 +8,10 @@ import torch
 from ppo_run import roles
 
 from lora_rlhf.algorithms import identities
-from lora_rlhf.errors import GateError, IdentityError
-from lora_rlhf.training.reward import reward_gate
+from lora_rlhf.errors import IdentityError
 
 NAN = float("nan")
 MASK = torch.tensor([[1, 1, 0]])
-
-
-def accuracy(value, low, high, n=100):
-    return {"value": value, "low": low, "high": high, "n": n}
-
-
-GOOD = accuracy(0.7, 0.6, 0.79)
-BY_LENGTH = accuracy(0.55, 0.45, 0.65)
 
 
 def test_policy_equals_reference_looks_at_valid_tokens_only():
@@ -127,27 +118,3 @@ def test_the_check_sees_an_update_without_effect(made, moved, monkeypatch):
     monkeypatch.setattr(made, "role", lambda r: switch("reference" if r == "policy" else r))
     with pytest.raises(IdentityError, match="still equals the reference"):
         moved.check()
-
-
-# --------------------------------------------------------------------- reward gate
-
-
-def test_a_good_reward_model_passes():
-    assert reward_gate.gate_reward(GOOD, 1.0, BY_LENGTH) is None
-
-
-@pytest.mark.parametrize(
-    ("found", "spread", "by_length", "reason"),
-    [
-        (GOOD, 0.0, BY_LENGTH, "constant"),
-        (GOOD, NAN, BY_LENGTH, "constant"),
-        (accuracy(0.3, 0.2, 0.4), 1.0, BY_LENGTH, "swapped"),
-        (accuracy(0.6, 0.5, 0.7), 1.0, BY_LENGTH, "not clearly above chance"),
-        (accuracy(0.6, 0.41, 0.7, 20), 1.0, BY_LENGTH, r"0.600 \[0.410, 0.700\] on n=20"),
-        (accuracy(NAN, NAN, NAN, 0), 1.0, BY_LENGTH, "not clearly above chance"),
-        (GOOD, 1.0, accuracy(0.7, 0.6, 0.79), "longer completion"),
-    ],
-)
-def test_a_bad_reward_model_is_refused_with_its_reason(found, spread, by_length, reason):
-    with pytest.raises(GateError, match=reason):
-        raise reward_gate.refuse(reward_gate.gate_reward(found, spread, by_length))

@@ -15,6 +15,7 @@ from lora_rlhf.algorithms import identities, objectives
 from lora_rlhf.algorithms.ppo import minibatches, ppo_trainer
 from lora_rlhf.algorithms.ppo.ppo_metrics import METRICS, OPTIONAL
 from lora_rlhf.algorithms.ppo.ppo_trainer import PPOTrainer
+from lora_rlhf.data.tokenization import position_ids
 from lora_rlhf.errors import AdapterError, IdentityError, NonFiniteError
 from lora_rlhf.models import scoring
 
@@ -702,7 +703,7 @@ def test_a_value_head_gives_the_values_of_the_policys_states(tmp_path):
         ids, mask, tokens = minibatches.model_inputs(seen)
         with made.role("policy"):
             states = made.decoder(
-                input_ids=ids, attention_mask=mask, position_ids=scoring.position_ids(mask)
+                input_ids=ids, attention_mask=mask, position_ids=position_ids(mask)
             ).last_hidden_state[:, -tokens - 1 : -1]
     valid = seen["completion_mask"].bool()
     wanted = (states @ weight.T).squeeze(-1) + bias

@@ -134,3 +134,10 @@ def test_sets_loaded_together_equal_sets_loaded_alone(recipe):
         alone = dataset_builder.comparisons(recipe, tokenizer, part=part)
         assert together.report == alone.report
         assert list(together.train) == list(alone.train)
+
+
+def test_padding_is_on_the_left_and_masked_by_length():
+    """Rows that hold the pad id themselves keep it: masks never look at ids."""
+    ids, mask = tokenization.pad_left([[0, 5], [6, 0, 7, 0]], 0)
+    assert ids.tolist() == [[0, 0, 0, 5], [6, 0, 7, 0]]
+    assert mask.tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]

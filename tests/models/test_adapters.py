@@ -39,7 +39,7 @@ def saved(tmp_path_factory):
 
 
 def plain(role, folder, base=None):
-    """The role as anybody without this package would load it."""
+    """The role, loaded without this package."""
     options = {} if CLASSES[role] is AutoModelForCausalLM else {"num_labels": 1}
     model = CLASSES[role].from_pretrained(base or small.base_folder(), **options)
     model.config.pad_token_id = AutoTokenizer.from_pretrained(folder).pad_token_id
@@ -55,7 +55,7 @@ def run(model, check):
 
 
 def shown(role, logits):
-    """What check.json holds of these logits."""
+    """The entry of check.json for these logits."""
     if role in ("reward", "held_out"):
         return {"score": logits[:, 0].tolist()}
     if role == "value":
@@ -286,7 +286,7 @@ def garbled(folder):
 
 
 def last(tensors):
-    """The last LoRA tensor: all before it are in order when it is found wrong."""
+    """The last LoRA tensor: those before it have passed the checks when it fails."""
     return max(n for n in tensors if "lora_B" in n)
 
 
@@ -303,7 +303,7 @@ def write(path, changes):
 
 @pytest.fixture(scope="module")
 def untouched():
-    """Without the role, and with it: a failed load must leave both as they are."""
+    """Backbones without and with the role: a failed load must change neither."""
     return {True: small.backbone(), False: small.backbone("llama", "reward")}
 
 
@@ -330,7 +330,7 @@ def untouched():
 def test_a_folder_that_does_not_fit_is_one_clear_error(
     saved, untouched, tmp_path, damage, message, fresh
 ):
-    """And the role is as it was: neither half loaded nor there when it was not."""
+    """The role stays unchanged: not half loaded, and not added."""
     folder = Path(shutil.copytree(saved[1]["reward"], tmp_path / "reward"))
     damage(folder)
     backbone = untouched[fresh]
@@ -379,8 +379,8 @@ def test_the_offset_travels_with_the_reward_adapter(saved):
     assert scoring.scores(fresh, EPISODES) == scoring.scores(backbone, EPISODES)
 
 
-def test_an_adapter_that_changes_nothing_is_told(saved, tmp_path, caplog):
-    """All 0 is what a LoRA begins as; a reward's head may still be its own."""
+def test_an_adapter_that_changes_nothing_is_warned_about(saved, tmp_path, caplog):
+    """A LoRA starts at 0; the head of a reward may differ."""
     folder = Path(shutil.copytree(saved[1]["reward"], tmp_path / "reward"))
     load_role(small.backbone(), "reward", folder)
     assert not caplog.records

@@ -72,7 +72,7 @@ def test_what_is_replaced_is_what_is_compared(name):
         assert not norms and not mlps
 
 
-def test_what_trains_keeps_the_forward_of_its_own():
+def test_trainable_weights_keep_their_own_forward():
     made = small.backbone("llama", "policy")
     made.layers[0].mlp.up_proj.base_layer.weight.requires_grad_()
     made.layers[0].input_layernorm.weight.requires_grad_()
@@ -105,7 +105,7 @@ def test_the_norms_gradient_is_that_of_finite_differences():
     assert torch.autograd.gradcheck(lambda x: fused_layers._RMS.apply(x, weight, 1e-5), (x,))
 
 
-def test_less_is_kept_for_backward():
+def test_fewer_tensors_are_kept_for_backward():
     """Two tensors of an MLP's width fewer a layer."""
     made = small.backbone("llama", *ROLES)
     data = {"input_ids": torch.arange(64).view(2, 32), "attention_mask": torch.ones(2, 32)}
@@ -127,7 +127,7 @@ def test_less_is_kept_for_backward():
         assert own - wide() == 2 * len(made.layers)
 
 
-def test_what_is_more_than_lora_on_a_linear_layer_is_left_to_peft():
+def test_merged_layers_and_autocast_are_left_to_peft():
     made = small.backbone("llama", *ROLES)
     data = small.batch(made)
     layer = made.layers[0].mlp.up_proj
@@ -159,7 +159,7 @@ def test_dropout_and_bias_are_left_to_peft(option):
         assert fused_layers._factors(layer) is None
 
 
-def test_what_was_there_before_is_put_back():
+def test_an_earlier_override_is_restored():
     made = small.backbone("llama", *ROLES)
     norm = made.layers[0].input_layernorm
     norm.__dict__["forward"] = other = lambda x: x
@@ -176,7 +176,7 @@ def test_an_error_inside_leaves_pefts_layers():
     assert not any("forward" in m.__dict__ for m in made.decoder.modules())
 
 
-def test_second_derivatives_and_frozen_inputs_are_not_computed():
+def test_no_gradient_is_computed_for_a_frozen_input():
     """The lowest adapted layer's input needs no gradient: none is made for it."""
     layer = small.backbone("llama", "policy").layers[0].mlp.up_proj
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight

@@ -66,7 +66,7 @@ def test_the_entropy_is_not_differentiable_unless_asked():
     assert entropy.requires_grad
 
 
-def test_it_is_trls_function():
+def test_it_equals_trls_function():
     """What CUDA uses: equal numbers on both devices."""
     states, weight, offset, ids = inputs(bias=True)
     ours, entropy = logprobs_and_entropy(states, weight, offset, ids, Transform(0.7, 2.0, 0.5))

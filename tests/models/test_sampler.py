@@ -6,7 +6,7 @@ import small
 import torch
 from small import EOS
 
-from lora_rlhf.models import sampler, scoring, trunk
+from lora_rlhf.models import memory, sampler, scoring, trunk
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [15, 16]]
 
@@ -63,12 +63,12 @@ def test_log_probs_and_states_are_the_trainers(name, temperature):
         torch.testing.assert_close(mine.logprobs, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_who_leaves_when_changes_nothing_for_the_others(monkeypatch):
+def test_removing_ended_rows_does_not_change_the_others(monkeypatch):
     made = eos_often(halved())
     options = {"max_new_tokens": 12, "temperature": 1.0, "seed": 0}
     found = {}
     for leave in (0.0, 0.5, 2.0):  # at once, by halves, never
-        monkeypatch.setattr(sampler, "_LEAVE", leave)
+        monkeypatch.setattr(sampler, "_MIN_ENDED", leave)
         for keep in (False, True):
             with made.role("policy"):
                 rows = sampler.sample(made, PROMPTS * 4, keep_states=keep, **options)
@@ -105,7 +105,7 @@ def test_the_distribution_is_the_models():
     assert statistic < chi2.ppf(0.9999, int(often.sum()))
 
 
-def test_what_has_no_probability_is_never_drawn():
+def test_tokens_of_probability_0_are_never_drawn():
     logits = torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf]]).expand(4, -1)
     uniform = torch.tensor([0.0, 0.4999999, 0.5, 1 - 2**-24])
     tokens, logprobs = sampler.draw(logits, 1.0, uniform)
@@ -141,18 +141,18 @@ def test_the_bytes_of_the_cache_are_counted_right(name):
         out = made.causal(input_ids=torch.ones(1, length).long(), use_cache=True)
     cache = getattr(out, "cache", None) or out.past_key_values
     held = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
-    assert sampler.kv_bytes(made.causal) * length == held
+    assert memory.kv_bytes(made.causal) * length == held
 
 
 def test_how_many_rows_fit(monkeypatch):
     """Eight tenths of the free memory, one row at least; on a CPU there is no limit."""
     made = halved()
-    assert sampler.rows_that_fit(made, 100, 64) == 64
-    monkeypatch.setattr(type(made), "device", property(lambda self: torch.device("cuda", 0)))
-    row = 100 * sampler.kv_bytes(made.causal)
+    assert memory.rows_that_fit(made.causal, 100, 64) == 64
+    monkeypatch.setattr(type(made.causal), "device", property(lambda self: torch.device("cuda", 0)))
+    row = 100 * memory.kv_bytes(made.causal)
     for free, rows in ((10 * row, 8), (1000 * row, 64), (0, 1)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_, free=free: (free, free))
-        assert sampler.rows_that_fit(made, 100, 64) == rows
+        assert memory.rows_that_fit(made.causal, 100, 64) == rows
 
 
 def test_training_mode_is_put_back():
@@ -160,3 +160,16 @@ def test_training_mode_is_put_back():
     made.causal.train()
     sampler.sample(made, PROMPTS, max_new_tokens=2, temperature=1.0)
     assert made.causal.training and trunk.depth(made) == 2
+
+
+def test_sampling_is_plain_whatever_the_base_prefers():
+    """transformers' `generate` would fill every field that is left open from the base's config."""
+    base = small.base(small.base_folder())
+    options = {"max_new_tokens": 12, "temperature": 1.0, "seed": 3, "batch_size": 4}
+    prompts = [[5, 6], [7], [8, 9, 10]]
+    plain = sampler.sample(base, prompts, **options)
+    own = base.causal.generation_config
+    own.min_p, own.suppress_tokens, own.min_new_tokens = 0.9, list(range(20, 60)), 12
+    found = sampler.sample(base, prompts, **options)
+    assert [x.ids for x in found] == [x.ids for x in plain]
+    assert base.causal.generation_config is own

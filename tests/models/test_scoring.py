@@ -182,7 +182,7 @@ def test_sequence_log_probs_of_empty_prompts_and_completions(made):
     assert found[2] == 0
 
 
-def test_the_active_role_is_what_answers(made):
+def test_the_active_role_computes(made):
     backbone = made(ROPE)
     found = {
         tuple(scoring.sequence_logprobs(backbone, EPISODES, r)) for r in ("policy", "reference")

@@ -78,7 +78,7 @@ def test_an_error_inside_leaves_the_layers_as_they_were():
     ids, mask = rows(made)
     with torch.no_grad():
         before = scoring.hidden_states(made, ids, mask)
-    with pytest.raises(RuntimeError, match="stop"), trunk.kept(made, torch.zeros(1)):
+    with pytest.raises(RuntimeError, match="stop"), trunk.start_from(made, torch.zeros(1)):
         raise RuntimeError("stop")
     with pytest.raises(RuntimeError, match="stop"), trunk.alone(made):
         raise RuntimeError("stop")
@@ -134,7 +134,7 @@ def test_with_accumulation_and_a_value_head_too(tmp_path):
         torch.testing.assert_close(tensor, found["off"].weights()[name], rtol=1e-3, atol=2e-5)
 
 
-def test_an_architecture_that_looks_below_switches_it_off_and_says_so(tmp_path):
+def test_an_architecture_that_reads_lower_layers_switches_the_trunk_off(tmp_path):
     """A top layer that reads what the lowest one made, as some models do."""
     made = roles(top_fraction=0.5, num_hidden_layers=4)
     seen = {}
@@ -149,7 +149,7 @@ def test_an_architecture_that_looks_below_switches_it_off_and_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("name", small.ARCHITECTURES)
-def test_the_top_mlp_of_prompts_is_not_computed_and_not_missed(name):
+def test_skipping_the_top_mlp_of_prompts_changes_nothing(name):
     made = halved(name)
     ids, mask = rows(made)
     tokens, seen = 3, []

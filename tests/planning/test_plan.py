@@ -164,7 +164,7 @@ def recipe_of(name: str, checkpointing: bool, fraction: float, four_bit: bool, *
 )  # fmt: skip
 def test_a_probe_measures_what_was_planned(name, checkpointing, fraction, four_bit):
     recipe = recipe_of(name, checkpointing, fraction, four_bit)
-    planned = plan.Planner(loading.find_config(recipe), "cpu").plan(recipe)
+    planned = plan.Planner(loading.find_config(recipe.model), "cpu").plan(recipe)
     found = {p.phase: p for p in probe.run(recipe, planned)}
     assert set(found) == {"sft", "reward", "ppo sampling", "ppo scoring", "ppo update"}
     for phase in found.values():
@@ -177,7 +177,7 @@ def test_accumulation_keeps_the_gradients_of_an_earlier_micro_batch():
     once = recipe_of("tiny", True, 1.0, False)
     more = {}
     for device in ("cuda", "cpu"):  # on a CPU they lie in a block, there from the start
-        planner = plan.Planner(loading.find_config(recipe), device)
+        planner = plan.Planner(loading.find_config(recipe.model), device)
         both = (planner.plan(r).phases["ppo update"].total for r in (recipe, once))
         more[device] = next(both) - next(both)
     assert more["cuda"] > 0 == more["cpu"]
@@ -283,7 +283,7 @@ def test_every_shipped_recipe_plans_with_nothing_but_its_folder(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("the network was used"))
     recipe = load_recipe(folder)
-    config = loading.find_config(recipe, folder)
+    config = loading.find_config(recipe.model, folder)
     assert plan.Planner(config, "cuda").plan(recipe).peak > 1e7
 
 
@@ -291,13 +291,13 @@ def test_a_config_that_is_nowhere_is_told_with_its_remedy(tmp_path: Path):
     recipe = recipe_of("tiny", False, 1.0, False)
     recipe = recipe.model_copy(update={"model": ModelSection(id="nobody/nothing")})
     with pytest.raises(BaseModelError, match="beside the recipe"):
-        loading.find_config(recipe, tmp_path)
+        loading.find_config(recipe.model, tmp_path)
     other = {"model_type": "llama", "_name_or_path": "somebody/something"}
     (tmp_path / "config.json").write_text(json.dumps(other))
     with pytest.raises(BaseModelError, match="somebody/something"):
-        loading.find_config(recipe, tmp_path)
+        loading.find_config(recipe.model, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    assert loading.find_config(recipe, tmp_path).model_type == "llama"
+    assert loading.find_config(recipe.model, tmp_path).model_type == "llama"
 
 
 # ------------------------------------------------------------------------------------- advice

@@ -17,7 +17,7 @@ from recording import RecordingProgress
 from safetensors.torch import load_file
 
 from lora_rlhf import pipeline
-from lora_rlhf.models import base_model
+from lora_rlhf.models import loading
 from lora_rlhf.reports.cards import model_card
 from lora_rlhf.runs.record import Record
 from lora_rlhf.runtime import devices
@@ -51,7 +51,7 @@ def gpus(monkeypatch):
         fake.cuda = cuda(count, capability)
         fake.backends = SimpleNamespace(mps=SimpleNamespace(is_available=lambda: mps))
         monkeypatch.setattr(devices, "torch", fake)
-        monkeypatch.setattr(base_model, "pick_device", lambda: torch.device("cpu"))
+        monkeypatch.setattr(loading, "pick_device", lambda: torch.device("cpu"))
         monkeypatch.setattr(devices, "pick_device", lambda: torch.device("cpu"))
 
     return there
@@ -184,3 +184,21 @@ def test_without_bitsandbytes_all_but_4bit_works(error, tmp_path):
     code, text = without(error, "env")
     assert code == 0 and "trl fits         yes" in text
     assert error == "absent" or "libcudart.so.12" in text
+
+
+@pytest.mark.parametrize(
+    ("capability", "wanted"),
+    [((7, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16),
+     ((9, 0), torch.bfloat16)],
+)  # fmt: skip
+def test_auto_dtype_goes_by_compute_capability(monkeypatch, capability, wanted):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    assert devices.pick_dtype("auto") is wanted
+
+
+def test_auto_dtype_on_a_cpu_is_float32_and_an_explicit_one_wins(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert devices.pick_dtype("auto") is torch.float32
+    assert devices.pick_dtype("bfloat16") is torch.bfloat16

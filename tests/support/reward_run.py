@@ -3,6 +3,7 @@
 
 import random
 
+import numpy as np
 import torch
 from datasets import Dataset
 from small import backbone
@@ -12,6 +13,7 @@ from lora_rlhf.recipe.schema import ModelSection, Recipe
 from lora_rlhf.runs.progress import Progress
 from lora_rlhf.runs.record import Record
 from lora_rlhf.training.reward import reward_stage
+from lora_rlhf.training.reward.reward_metrics import Comparisons
 
 ARGS = {"per_device_train_batch_size": 4, "learning_rate": 2e-2, "warmup_steps": 0}
 
@@ -42,7 +44,7 @@ def rows(better, n, seed, k=3):
 
 
 def last_word(text):
-    """What these labelers like: a low number of the last word, however long the text."""
+    """Taste of these labelers: a low number of the last word, at any length."""
     return -int(text.split()[-1][1:])
 
 
@@ -63,3 +65,14 @@ def run(folder, data, other=None, **section):
     args = reward_stage.arguments(chosen, folder)
     reward_stage.run(chosen, args, made, record, data, DEMONSTRATIONS, Progress(quiet=True), other)
     return made, record
+
+
+def comparisons(longer, prompts=None, **more):
+    """N comparisons of 2 N completions; scores are given as [chosen, rejected] in turn."""
+    n = len(longer)
+    pairs = np.arange(2 * n).reshape(n, 2)
+    return Comparisons([], pairs, list(prompts or range(n)), np.array(longer, float), **more)
+
+
+def scores(margins):
+    return np.array([[m, 0.0] for m in margins], float).ravel()

@@ -11,7 +11,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from lora_rlhf.data.tokenization import pad_left
 from lora_rlhf.models.backbone import Backbone
+from lora_rlhf.models.base_model import BaseModel
 from lora_rlhf.recipe.schema import LoraSection, ModelSection
 
 VOCABULARY = 64
@@ -97,6 +99,18 @@ def base_folder(name: str = "llama", seed: int = 0, **overrides: object) -> Path
     return folder
 
 
+def with_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast, **overrides: object) -> Path:
+    """A base saved in `folder` with another tokenizer beside its weights."""
+    AutoModelForCausalLM.from_pretrained(base_folder(**overrides)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def base(folder: str | Path, **model: object) -> BaseModel:
+    """The base in a folder, without any role."""
+    return BaseModel.load(ModelSection(id=str(folder), **model), LoraSection())
+
+
 def backbone(
     name: str = "llama",
     *roles: str,
@@ -139,7 +153,5 @@ def nudge(made: Backbone, *roles: str, std: float = 0.1) -> None:
 
 def batch(made: Backbone, episodes=EPISODES) -> dict[str, torch.Tensor]:
     """The episodes as one left-padded batch."""
-    from lora_rlhf.models.base_model import pad_left
-
     ids, mask = pad_left([p + c for p, c in episodes], made.tokenizer.pad_token_id)
     return {"input_ids": ids, "attention_mask": mask}

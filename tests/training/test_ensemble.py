@@ -162,7 +162,7 @@ def test_a_wide_adapter_does_not_fit_another_role(made, tmp_path):
 
 
 @pytest.mark.parametrize(("combine", "accuracy"), [("min", 0.611), ("warm", 0.6789)])
-def test_a_card_publishes_the_accuracy_of_what_it_publishes(tmp_path, combine, accuracy):
+def test_a_card_states_the_accuracy_of_the_published_adapter(tmp_path, combine, accuracy):
     def change(data):
         data["stages"]["reward"]["ensemble"] = {
             "members": 2,

@@ -229,7 +229,7 @@ def test_rows_without_a_group_are_prompts_of_their_own(made):
 
 
 def test_a_prompt_with_too_many_completions_becomes_several(made, monkeypatch):
-    monkeypatch.setattr(ranking_trainer, "MOST_COMPLETIONS", 4)
+    monkeypatch.setattr(ranking_trainer, "MAX_COMPLETIONS", 4)
     elements = rankings(made, pairs_of((9,)))
     assert all(len(e["completions"]) <= 4 for e in elements)
     assert sum(len(e["pairs"]) for e in elements) == 36

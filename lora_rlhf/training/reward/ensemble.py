@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reward that everybody asks for: of one reward model, or of several that are combined.
+"""The reward of episodes, from one reward model or an ensemble of several.
 
     mean             mean over members
     min              the lowest: worst-case optimisation (2310.02743, section 3.2)
@@ -29,34 +29,26 @@ Floats = NDArray[np.float64]
 
 
 class Scores(NamedTuple):
-    """Rewards in the order of the episodes, and how far the members are apart on each."""
+    """Rewards in the order of the episodes, and the members' standard deviation on each."""
 
     rewards: list[float]
     std: list[float]
 
 
 def trained(section: RewardSection) -> tuple[str, ...]:
-    """The roles that the reward stage trains."""
+    """Roles that the reward stage trains."""
     return MEMBERS[: section.ensemble or 1]
 
 
 def roles(section: RewardSection) -> tuple[str, ...]:
-    """The roles that score once the stage is done: a merged ensemble is the role `reward`."""
+    """Roles that score after the stage: a merged ensemble is the role `reward`."""
     return MEMBERS[:1] if section.combine == "warm" else trained(section)
 
 
 def rewards_of(
-    backbone: Backbone,
-    episodes: Sequence[Episode],
-    section: RewardSection,
-    batch_size: int = 32,
+    backbone: Backbone, episodes: Sequence[Episode], section: RewardSection, batch_size: int = 32
 ) -> list[float]:
-    """The reward of each episode: offsets added, members combined. What is optimised and reported.
-
-    Args:
-        episodes: Ids of prompt and completion, without padding.
-        section: The recipe's `reward:`; it says how many members there are and how they combine.
-        batch_size: Episodes scored at once.
+    """Compute the reward of each episode: offsets added, members combined as the section says.
 
     Raises:
         AdapterError: The backbone lacks a member.
@@ -71,7 +63,7 @@ def scores(
     batch_size: int = 32,
     states: Sequence[Tensor] | None = None,
 ) -> Scores:
-    """As `rewards_of`, with the standard deviation over members; 0 where one model scores."""
+    """Compute `rewards_of` with the standard deviation over members; 0 for a single model."""
     each = member_scores(backbone, episodes, roles(section), batch_size, states)
     return Scores(combine(each, section).tolist(), each.std(axis=0).tolist())
 
@@ -83,43 +75,40 @@ def member_scores(
     batch_size: int = 32,
     states: Sequence[Tensor] | None = None,
 ) -> Floats:
-    """(M, N) rewards of N episodes by each of these roles, its own offset added."""
+    """Score N episodes by each of these roles, its own offset added; (M, N)."""
     missing = [role for role in members if not backbone.has(role)]
     if missing:
         raise AdapterError(
             f"the reward ensemble lacks {missing[0]}",
             expected=f"the roles {', '.join(members)}",
-            remedy="load the run with the recipe that it was trained with",
+            remedy="load the run with the recipe of its training",
         )
-    return np.array(
-        [
-            np.array(scoring.scores(backbone, episodes, role, batch_size, states))
-            + backbone.reward_offset.get(role, 0.0)
-            for role in members
-        ]
-    )
+    raw = [scoring.scores(backbone, episodes, role, batch_size, states) for role in members]
+    offsets = [[backbone.reward_offset.get(role, 0.0)] for role in members]
+    return np.asarray(np.array(raw) + np.array(offsets))
 
 
 def combine(each: ArrayLike, section: RewardSection) -> Floats:
-    """(N,) from (M, N) members' rewards; the std is over members, divided by M (2310.02743)."""
+    """Combine (M, N) members' rewards to (N,); the variance is divided by M (2310.02743)."""
     array = np.asarray(each, dtype=np.float64)
+    mean: Floats = array.mean(axis=0)
     if section.ensemble is None or section.combine in ("mean", "warm"):
-        return np.asarray(array.mean(axis=0))
+        return mean
     if section.combine == "min":
         return np.asarray(array.min(axis=0))
-    return np.asarray(array.mean(axis=0) - section.combine_std * array.std(axis=0))
+    return np.asarray(mean - section.combine_std * array.std(axis=0))
 
 
 @torch.no_grad()
 def average(backbone: Backbone, members: Sequence[str]) -> None:
-    """Replace the members by their average, as the role `reward`; the others are dropped.
+    """Replace the members by their average, as the role `reward`.
 
-    What is averaged is each layer's update B A (averages of B and of A apart would add cross terms
-    of different members). A sum of M products of rank r has rank up to M r, and side by side it is
-    exactly that: A stacked over A, B beside B, divided by M; alpha grows with the rank, so PEFT's
-    scale alpha / r stays. Cutting it back to rank r by SVD would give up exactness to save memory
-    that the members took anyway. Heads are averaged, which needs members that started with the
-    same head (2401.12187, section 3.1): heads drawn apart would average towards 0.
+    Each layer's update B A is averaged (separate averages of B and A would add cross terms of
+    different members). A sum of M products of rank r has rank up to M r, and is exactly A stacked
+    over A with B beside B, divided by M; alpha grows with the rank, so PEFT's scale alpha / r
+    stays. Truncating to rank r by SVD would give up exactness to save memory that the members took
+    anyway. Heads are averaged, which needs members that started with the same head (2401.12187,
+    section 3.1): heads drawn apart would average towards 0.
     """
     count = len(members)
     parts = [dict(backbone.role_parameters(role)) for role in members]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rankings of K completions as one batch element: the reward model's trainer.
+"""The reward model's trainer, with a ranking of K completions as one batch element.
 
 Source: InstructGPT (2203.02155), section 3.5 and eq. 1. All comparisons of a prompt are learned
 together and weigh 1 together. Shuffled over batches, each completion would be seen K - 1 times in
@@ -23,12 +23,15 @@ from lora_rlhf._trl import RewardTrainer
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.training.resumable_trainer import ResumableTrainer
 
-MOST_COMPLETIONS = 16
-"""Completions in one element at most: a prompt with more becomes several, to bound memory."""
+MAX_COMPLETIONS = 16
+"""Most completions in one element: a prompt with more becomes several, to bound memory."""
+
+_Pair = tuple[tuple[int, ...], tuple[int, ...], float]
+"""Ids of winner and loser, prompts included, and the margin."""
 
 
 def rankings(backbone: Backbone, rows: Dataset) -> Dataset:
-    """Rows of pairs as rows of prompts, in the order in which prompts first appear.
+    """Group rows of pairs by prompt, in the order in which prompts first appear.
 
     Args:
         rows: `prompt`, `chosen`, `rejected`, and perhaps `margin` and `group`, which is the same
@@ -36,52 +39,49 @@ def rankings(backbone: Backbone, rows: Dataset) -> Dataset:
 
     Returns:
         `completions`: ids of prompt + completion + eos, each completion once, as PPO scores them;
-        `pairs`: [winner, loser] as positions in it; `margins`: one a pair, 0 where none is given;
+        `pairs`: [winner, loser] as positions in it; `margins`: one per pair, 0 where none is given;
         `length`: of the longest, for batches of similar length.
     """
-    groups: dict[Any, list[tuple[tuple[int, ...], tuple[int, ...], float]]] = {}
+    groups: dict[Any, list[_Pair]] = {}
     for number, row in enumerate(rows):
         prompt = backbone.encode_prompt(row["prompt"])
         chosen, rejected = (
             tuple(prompt + backbone.encode_completion(row[side])) for side in ("chosen", "rejected")
         )
-        if chosen != rejected:  # other texts, the same ids: nothing tells them apart
+        if chosen != rejected:  # different texts may have the same ids
             pair = (chosen, rejected, float(row.get("margin") or 0.0))
             groups.setdefault(row.get("group", f"row {number}"), []).append(pair)
     return Dataset.from_list([element for pairs in groups.values() for element in _elements(pairs)])
 
 
-def _elements(
-    pairs: list[tuple[tuple[int, ...], tuple[int, ...], float]],
-) -> Iterator[dict[str, Any]]:
-    """One element of all pairs of a prompt, or several where they have too many completions."""
-    number: dict[tuple[int, ...], int] = {}
-    found: list[list[int]] = []
-    margins: list[float] = []
+def _elements(pairs: list[_Pair]) -> Iterator[dict[str, Any]]:
+    """Make one element of all pairs of a prompt, or several of at most `MAX_COMPLETIONS`."""
+    position: dict[tuple[int, ...], int] = {}
+    start = 0
+    for stop, (chosen, rejected, _) in enumerate(pairs):
+        if len(position.keys() | {chosen, rejected}) > MAX_COMPLETIONS:
+            yield _element(position, pairs[start:stop])
+            position, start = {}, stop
+        for ids in (chosen, rejected):
+            position.setdefault(ids, len(position))
+    yield _element(position, pairs[start:])
 
-    def element() -> dict[str, Any]:
-        return {
-            "completions": [list(ids) for ids in number],
-            "pairs": found,
-            "margins": margins,
-            "length": max(map(len, number)),
-        }
 
-    for chosen, rejected, margin in pairs:
-        if len(number.keys() | {chosen, rejected}) > MOST_COMPLETIONS:
-            yield element()
-            number, found, margins = {}, [], []
-        found.append([number.setdefault(ids, len(number)) for ids in (chosen, rejected)])
-        margins.append(margin)
-    yield element()
+def _element(position: dict[tuple[int, ...], int], pairs: list[_Pair]) -> dict[str, Any]:
+    return {
+        "completions": [list(ids) for ids in position],
+        "pairs": [[position[chosen], position[rejected]] for chosen, rejected, _ in pairs],
+        "margins": [margin for *_, margin in pairs],
+        "length": max(map(len, position)),
+    }
 
 
 @dataclass
 class RankingCollator:
-    """The completions of B prompts flattened into one batch, and which pairs they form.
+    """Collates the completions of B prompts into one flat batch, with the pairs they form.
 
-    Padding is on the right: models that count positions from the left edge (GPT-2, OPT) read the
-    same positions whatever else is in the batch, and the score is read at the last token.
+    Padding is on the right: models that count positions from the left edge (GPT-2, OPT) then read
+    the same positions in every batch, and the score is read at the last token.
     """
 
     pad_token_id: int
@@ -91,33 +91,30 @@ class RankingCollator:
         `margins` (P,); `weights` (P,), 1 / pairs of its prompt; `prompts` (B,), pairs of each.
         """
         rows: list[Tensor] = []
-        pairs: list[list[int]] = []
-        margins: list[float] = []
-        weights: list[float] = []
+        pairs: list[Tensor] = []
         for element in elements:
-            start = len(rows)
+            pairs.append(torch.tensor(element["pairs"]) + len(rows))
             rows += [torch.tensor(ids) for ids in element["completions"]]
-            pairs += [[start + winner, start + loser] for winner, loser in element["pairs"]]
-            margins += element["margins"]
-            weights += [1 / len(element["pairs"])] * len(element["pairs"])
         masks = [torch.ones_like(ids) for ids in rows]
+        margins = [margin for element in elements for margin in element["margins"]]
+        counts = torch.tensor([len(element["pairs"]) for element in elements])
         return {
             "input_ids": pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id),
             "attention_mask": pad_sequence(masks, batch_first=True),
-            "pairs": torch.tensor(pairs),
+            "pairs": torch.cat(pairs),
             "margins": torch.tensor(margins, dtype=torch.float32),
-            "weights": torch.tensor(weights, dtype=torch.float32),
-            "prompts": torch.tensor([len(element["pairs"]) for element in elements]),
+            "weights": (1 / counts.double()).float().repeat_interleave(counts),
+            "prompts": counts,
         }
 
 
 def ranking_loss(rewards: Tensor, pairs: Tensor, margins: Tensor, weights: Tensor) -> Tensor:
-    """Eq. 1 summed over prompts: -log sigmoid(r_w - r_l - margin), weights 1 / pairs of a prompt.
+    """Sum eq. 1 over prompts: -log sigmoid(r_w - r_l - margin), weights 1 / pairs of a prompt.
 
     Args:
-        rewards: (N,) scores; the loss is float32 whatever they are.
+        rewards: (N,) scores of any dtype; the loss is float32.
         pairs: (P, 2) positions of winner and loser.
-        margins: (P,) what the winner must be ahead by (2307.09288, section 3.2.2); 0: none.
+        margins: (P,) lead that the winner needs (2307.09288, section 3.2.2); 0: none.
         weights: (P,)
     """
     winners, losers = rewards.float()[pairs].unbind(dim=1)
@@ -127,14 +124,14 @@ def ranking_loss(rewards: Tensor, pairs: Tensor, margins: Tensor, weights: Tenso
 class RankingTrainer(ResumableTrainer, RewardTrainer):
     """TRL's RewardTrainer on rows of `rankings`: a batch counts prompts, not pairs.
 
-    Every prompt of an optimizer step has the same weight, however the step is cut into batches of
-    `per_device_train_batch_size` prompts.
+    Every prompt of an optimizer step has the same weight, however the step is split into batches
+    of `per_device_train_batch_size` prompts.
     """
 
     loss_is_scaled_for_ga = True  # `compute_loss` divides by the prompts of the whole step
 
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
-        """As it is: encoded, and what is too long was dropped and counted by data.py."""
+        """Return the dataset unchanged: `rankings` encoded it, and `data` dropped long rows."""
         return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -144,7 +141,7 @@ class RankingTrainer(ResumableTrainer, RewardTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """The batches of one optimizer step, and how many prompts they hold."""
+        """Return the batches of one optimizer step and the number of their prompts."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         prompts = torch.tensor([sum(len(b["prompts"]) for b in batches)], device=device)
         # Gradients are averaged over processes, so each divides by the mean of their counts.
@@ -153,7 +150,7 @@ class RankingTrainer(ResumableTrainer, RewardTrainer):
     def whole_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean over prompts of the mean over the pairs of each."""
+        """Average over prompts the mean over the pairs of each."""
         outputs = model(
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
         )
@@ -169,11 +166,11 @@ class RankingTrainer(ResumableTrainer, RewardTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def rows(self, inputs: Any) -> int:
-        """Prompts: a ranking is one element, and is not cut."""
+        """Number of prompts: a ranking is one element and is not split."""
         return len(inputs["prompts"])
 
     def part(self, inputs: Any, start: int, stop: int) -> Any:
-        """Some prompts, with their pairs and their completions; these stand in the same order."""
+        """Select some prompts with their pairs and completions, which are in the same order."""
         counts = inputs["prompts"].tolist()
         first, last = sum(counts[:start]), sum(counts[:stop])
         pairs = inputs["pairs"][first:last]
@@ -187,12 +184,13 @@ class RankingTrainer(ResumableTrainer, RewardTrainer):
         }
 
     def share(self, piece: Any, inputs: Any, num_items_in_batch: Any) -> float:
-        """1 where the loss is divided by the prompts of the whole step."""
-        known = num_items_in_batch is not None
-        return 1.0 if known else len(piece["prompts"]) / len(inputs["prompts"])
+        """Weight of a piece's loss: 1 where it is divided by the prompts of the whole step."""
+        if num_items_in_batch is not None:
+            return 1.0
+        return len(piece["prompts"]) / len(inputs["prompts"])
 
     def _note(self, inputs: Any, rewards: Tensor) -> None:
-        """What TRL logs under the same names, over prompts instead of pairs."""
+        """Log TRL's metrics under the same names, over prompts instead of pairs."""
         mode = "train" if self.model.training else "eval"
         if mode == "train":
             self._total_train_tokens += int(inputs["attention_mask"].sum())
@@ -200,11 +198,8 @@ class RankingTrainer(ResumableTrainer, RewardTrainer):
         weights = inputs["weights"] / len(inputs["prompts"])
         metrics = self._metrics[mode]
         metrics["num_tokens"] = [self._total_train_tokens]
-        for name, value in {
-            "min_reward": rewards.min(),
-            "mean_reward": rewards.mean(),
-            "max_reward": rewards.max(),
-            "accuracy": (weights * (gaps > 0)).sum(),
-            "margin": (weights * gaps).sum(),
-        }.items():
-            metrics[name].append(float(value))
+        metrics["min_reward"].append(float(rewards.min()))
+        metrics["mean_reward"].append(float(rewards.mean()))
+        metrics["max_reward"].append(float(rewards.max()))
+        metrics["accuracy"].append(float((weights * (gaps > 0)).sum()))
+        metrics["margin"].append(float((weights * gaps).sum()))

@@ -1,34 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a reward model may be optimised against: clearly better than chance, and than length."""
+"""The gate before PPO: a reward model must be clearly better than chance, and than length."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from lora_rlhf.errors import GateError
+from lora_rlhf.recipe.schema import Recipe
+from lora_rlhf.runs.progress import Progress
+from lora_rlhf.runs.record import Record
 
 
-def gate_reward(
-    accuracy: dict[str, Any],
-    spread: float,
-    length_accuracy: dict[str, Any],
-    by_length: dict[str, Any] | None = None,
-    gain: dict[str, Any] | None = None,
-) -> str | None:
-    """Why the reward model is not good enough to optimise against and what to do, or None.
+def check(recipe: Recipe, record: Record, progress: Progress) -> None:
+    """Stop PPO from optimising against a reward model that failed its gate.
+
+    Raises:
+        GateError: The gate failed and `reward.gate` is not `warn`.
+    """
+    entry = record.data["stages"]["reward"]
+    if entry["gate"] == "passed" or recipe.ppo.reward != "model":
+        return
+    if recipe.reward.gate == "stop":
+        raise GateError(
+            f"the reward model may not be optimised against: {entry['gate_reason']}",
+            expected="held-out accuracy whose 95 % interval excludes 0.5, and more than length",
+            remedy="improve the comparisons or train longer, in a new --out (this run keeps its "
+            "reward model); `reward.gate: warn` continues here, and the card says so",
+        )
+    entry["gate"] = "warned"
+    record.save()
+    progress.say(f"warning: the reward model is weak: {entry['gate_reason']}")
+
+
+def weakness(entry: dict[str, Any]) -> str | None:
+    """Say why a reward model is too weak to optimise against and what to do, or return None.
+
+    A model of length alone is right where the rule by length is, wrong where the rule is wrong
+    (both beyond chance), and not shown to know more. People may really like long answers, so a
+    model that leans on length and clearly beats the rule passes.
 
     Args:
-        accuracy: Held-out accuracy as {value, low, high, n}.
-        spread: Standard deviation of its scores on held-out completions.
-        length_accuracy: Accuracy of "the longer one is better" on the same comparisons.
-        by_length: Its accuracy where the chosen one is `longer`, and where it is `shorter`.
-        gain: Its accuracy less that of the better rule by length alone, paired.
-
-    Length alone: it is right where the rule is, wrong where the rule is wrong (both beyond chance),
-    and not shown to know more. People may really like long answers, so a model that leans on
-    length and clearly beats the rule passes.
+        entry: As `reward_metrics.report` makes it.
     """
-    if not spread > 1e-6:
+    accuracy, by_length = entry["accuracy"], entry["accuracy_by_length"]
+    if not entry["score_std"] > 1e-6:
         return (
             "its score is constant, so training did not reach it: raise the learning rate, and "
             "look for a frozen adapter"
@@ -44,23 +59,18 @@ def gate_reward(
             f"its held-out accuracy {accuracy['value']:.3f} [{low:.3f}, {high:.3f}] on "
             f"n={accuracy['n']} is not clearly above chance: more or cleaner comparisons are needed"
         )
-    longer = length_accuracy["value"]
-    rule, word = max((longer, "longer"), (1 - longer, "shorter"))
+    longer = entry["accuracy_length_baseline"]["value"]
+    rule, word, other = max((longer, "longer", "shorter"), (1 - longer, "shorter", "longer"))
     balance = "add comparisons in which the better completion is not the " + word
     if accuracy["value"] <= rule:
         return (
             f"it is no better ({accuracy['value']:.3f}) than preferring the {word} completion "
             f"({rule:.3f}) on the same comparisons: {balance}"
         )
-    other = "shorter" if word == "longer" else "longer"
-    with_rule, against = ((by_length or {}).get(key) for key in (word, other))
-    if (
-        with_rule
-        and against
-        and _lies_above(0.5, with_rule)
-        and _lies_below(0.5, against)
-        and not (gain and _lies_above(0.0, gain))
-    ):
+    with_rule, against = by_length.get(word), by_length.get(other)
+    follows_rule = with_rule and _lies_above(0.5, with_rule)
+    fails_without = against and _lies_below(0.5, against)
+    if follows_rule and fails_without and not _lies_above(0.0, entry["gain_over_length"]):
         return (
             f"it goes by length: right on {with_rule['value']:.3f} of the comparisons whose chosen "
             f"completion is {word} and on {against['value']:.3f} (n={against['n']}) of those where "
@@ -70,20 +80,10 @@ def gate_reward(
 
 
 def _lies_above(bound: float, estimate: dict[str, Any]) -> bool:
-    """Whether the whole interval lies above `bound`; never without an interval."""
+    """Tell if the whole interval lies above `bound`; never without an interval."""
     return estimate["low"] is not None and estimate["low"] > bound
 
 
 def _lies_below(bound: float, estimate: dict[str, Any]) -> bool:
-    """Whether the whole interval lies below `bound`; never without an interval."""
+    """Tell if the whole interval lies below `bound`; never without an interval."""
     return estimate["high"] is not None and estimate["high"] < bound
-
-
-def refuse(reason: str) -> GateError:
-    """The gate's error, with the remedy."""
-    return GateError(
-        f"the reward model may not be optimised against: {reason}",
-        expected="held-out accuracy whose 95 % interval excludes 0.5, and more than length",
-        remedy="mend the comparisons or train longer, in a new --out (this run keeps its reward "
-        "model); `reward.gate: warn` goes on here, and the card says so",
-    )

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How good a reward is on held-out comparisons: what the record says of it, every part with its n.
+"""Quality of a reward on held-out comparisons, for the record: every number with its n.
 
-The pairs of one prompt share completions, so they are no independent evidence: every interval here
-is clustered by prompt (`metrics.share_interval`; plain Wilson where each prompt has one pair).
+The pairs of one prompt share completions, so they are not independent: every interval here is
+clustered by prompt (`estimates.share_interval`; plain Wilson where each prompt has one pair).
 U completions, each scored once; N comparisons.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -36,10 +36,10 @@ class Comparisons:
     Attributes:
         episodes: U different completions with their prompts.
         pairs: (N, 2) positions of the chosen and the rejected one.
-        prompts: (N,) which prompt each comparison belongs to.
+        prompts: (N,) the prompt of each comparison, by any name.
         longer: (N,) tokens of the chosen completion less those of the rejected one.
-        margin: (N,) how much better the labeler said the chosen one is; None: nobody said.
-        gold: (N,) gold reward of chosen less rejected, on tasks with a checker; None elsewhere.
+        margin: (N,) by how much the labeler preferred the chosen one, where the data have it.
+        gold: (N,) gold reward of chosen less rejected, on tasks with a checker.
     """
 
     episodes: list[Episode]
@@ -51,9 +51,9 @@ class Comparisons:
 
     @classmethod
     def encode(cls, backbone: Backbone, rows: Dataset) -> Comparisons:
-        """From rows with `prompt`, `chosen`, `rejected`; `group`, `margin`, `gold_margin` if there.
+        """Encode rows with `prompt`, `chosen`, `rejected` and, where the data have them, others.
 
-        A row without `group` is a prompt of its own.
+        These are `group` (a row without it is a prompt of its own), `margin` and `gold_margin`.
         """
         number: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
         pairs = []
@@ -80,104 +80,86 @@ class Comparisons:
         )
 
     def margins(self, scores: Sequence[float] | Floats) -> Floats:
-        """(N,) score of the chosen less that of the rejected, from (U,) scores of `episodes`."""
+        """Score of the chosen less that of the rejected, (N,), from (U,) scores of `episodes`."""
         array = np.asarray(scores, dtype=np.float64)
         return np.asarray(array[self.pairs[:, 0]] - array[self.pairs[:, 1]])
 
     def share(self, outcomes: Floats, where: NDArray[np.bool_] | None = None) -> Estimate:
-        """A share of comparisons, or of those at `where`, with its interval."""
+        """Estimate a share of the comparisons, or of those at `where`."""
         rows = np.arange(len(self.prompts)) if where is None else np.flatnonzero(where)
         return share_interval(outcomes[rows], [self.prompts[i] for i in rows])
 
 
-@dataclass
-class Report:
-    """The numbers of one reward: `entry` for the record, `margin` (N,) to compare it by."""
+def report(held_out: Comparisons, scores: Sequence[float] | Floats) -> dict[str, Any]:
+    """Judge (U,) scores, for the record.
 
-    entry: dict[str, Any] = field(default_factory=dict)
-    margin: Floats = field(default_factory=lambda: np.empty(0))
+    A tie counts as half right, and so does a comparison of equal length for the rules by length.
 
-
-def report(found: Comparisons, scores: Sequence[float] | Floats) -> Report:
-    """Judge (U,) scores. A tie counts as half right; a comparison of equal length says nothing
-    for the rule "the longer one is better", and counts half there too.
-
-    Entry:
+    Returns:
         accuracy: Share of comparisons with the chosen completion ahead.
         accuracy_length_baseline: The same, of the rule "the longer one is better".
-        gain_over_length: accuracy less that of the better of the two rules that know nothing but
-            length (longer, or shorter), on the same comparisons; mean with clustered t interval.
+        gain_over_length: accuracy less that of the better rule by length alone (longer, or
+            shorter), on the same comparisons; mean with clustered t interval.
         accuracy_by_length: Where the chosen one is longer, shorter, equally long.
-        accuracy_by_score_margin: By thirds of |score margin|: it should rise with what it says.
-        accuracy_by_label_margin, accuracy_by_gold_margin: By thirds of the margin that the labeler
-            gave, or of the size of the gold margin, where there is one.
+        accuracy_by_score_margin: By thirds of |score margin|; it should rise.
+        accuracy_by_label_margin, accuracy_by_gold_margin: By thirds of the labeler's margin, or of
+            the size of the gold margin, where there is one.
         accuracy_against_gold: Share in which it prefers what gold does, whatever the label.
-        calibration, calibration_error: As in metrics.py.
+        calibration, calibration_error: As in `estimates`.
         score_std: Over the U completions.
     """
-    margin = found.margins(scores)
-    right, by_length = _won(margin), _won(found.longer)
+    margin = held_out.margins(scores)
+    right, by_length = _won(margin), _won(held_out.longer)
     rule = by_length if by_length.mean() >= 0.5 else 1 - by_length
-    bins = calibration(margin, clusters=found.prompts)
+    bins = calibration(margin, clusters=held_out.prompts)
+    signs = {"longer": 1, "shorter": -1, "equal": 0}
+    parts = {name: np.sign(held_out.longer) == sign for name, sign in signs.items()}
     entry: dict[str, Any] = {
-        "accuracy": found.share(right),
-        "accuracy_length_baseline": found.share(by_length),
-        "gain_over_length": mean_interval(right - rule, found.prompts),
+        "accuracy": held_out.share(right),
+        "accuracy_length_baseline": held_out.share(by_length),
+        "gain_over_length": mean_interval(right - rule, held_out.prompts),
         "accuracy_by_length": {
-            name: found.share(right, where)
-            for name, where in (
-                ("longer", found.longer > 0),
-                ("shorter", found.longer < 0),
-                ("equal", found.longer == 0),
-            )
-            if where.any()
+            name: held_out.share(right, where) for name, where in parts.items() if where.any()
         },
-        "accuracy_by_score_margin": _thirds(found, right, np.abs(margin)),
+        "accuracy_by_score_margin": _thirds(held_out, right, np.abs(margin)),
         "score_std": float(np.std(scores)),
         "mean_margin": float(margin.mean()),
         "calibration": bins,
         "calibration_error": calibration_error(bins),
     }
-    if found.margin is not None:
-        entry["accuracy_by_label_margin"] = _thirds(found, right, found.margin)
-    if found.gold is not None and found.gold.any():
-        entry["accuracy_by_gold_margin"] = _thirds(found, right, np.abs(found.gold))
-        agrees = _won(margin * np.sign(found.gold))
-        entry["accuracy_against_gold"] = found.share(agrees, found.gold != 0)
-    return Report(entry, margin)
+    if held_out.margin is not None:
+        entry["accuracy_by_label_margin"] = _thirds(held_out, right, held_out.margin)
+    if (gold := held_out.gold) is not None and gold.any():
+        entry["accuracy_by_gold_margin"] = _thirds(held_out, right, np.abs(gold))
+        agrees = _won(margin * np.sign(gold))
+        entry["accuracy_against_gold"] = held_out.share(agrees, gold != 0)
+    return entry
 
 
-def ceiling(agreement: Any) -> Estimate | None:
-    """How often two labelers agree, from the data's report: what accuracy is to be held against.
+def ceiling(agreement: dict[str, Any] | None) -> Estimate | None:
+    """Agreement of two labelers, from the data's report: the yardstick of accuracy.
 
-    It is the usual yardstick (InstructGPT: 69.6 % of the reward model against 72.6 % of labelers),
-    no strict bound: a model that gives the majority's answer can be right more often than one
-    labeler agrees with another.
+    It is the usual one (InstructGPT: 69.6 % of the reward model against 72.6 % of labelers) and no
+    strict bound: a model that gives the majority's answer can be right more often than one labeler
+    agrees with another.
     """
-    agreement = agreement or {}
-    if agreement.get("measured") is None:
+    if not agreement or agreement.get("measured") is None:
         return None
-    return {
-        "value": agreement["measured"],
-        "low": agreement.get("low"),
-        "high": agreement.get("high"),
-        "n": agreement["pairs"],
-    }
+    low, high = agreement.get("low"), agreement.get("high")
+    return {"value": agreement["measured"], "low": low, "high": high, "n": agreement["pairs"]}
 
 
 def _won(margin: Floats) -> Floats:
     return np.where(margin == 0, 0.5, (margin > 0).astype(np.float64))
 
 
-def _thirds(found: Comparisons, right: Floats, size: Floats) -> list[dict[str, Any]]:
+def _thirds(held_out: Comparisons, right: Floats, size: Floats) -> list[dict[str, Any]]:
     """Accuracy by thirds of `size`, smallest first; fewer parts where many sizes are equal."""
     edges = np.unique(np.quantile(size, [1 / 3, 2 / 3]))
     which = np.searchsorted(edges, size, side="left")
-    return [
-        {
-            "from": float(size[which == part].min()),
-            "to": float(size[which == part].max()),
-            **found.share(right, which == part),
-        }
-        for part in np.unique(which)
-    ]
+    parts = []
+    for part in np.unique(which):
+        where = which == part
+        low, high = float(size[where].min()), float(size[where].max())
+        parts.append({"from": low, "to": high, **held_out.share(right, where)})
+    return parts

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reward model from comparisons: one adapter, or an ensemble of them; offset, judgement, gate.
+"""The reward stage: train one adapter or an ensemble, fit the offset, judge on held-out data.
 
-Source: InstructGPT section 3.5, eq. 1 (loss, in ranking.py) and the bias that gives demonstrations
-mean score 0.
+Source: InstructGPT section 3.5, eq. 1 (loss, in ranking_trainer.py) and the bias that gives
+demonstrations mean score 0.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lora_rlhf.training.trl_config import build, effective, trainer_args
 
 from . import ensemble, reward_gate
 from .ranking_trainer import RankingCollator, RankingTrainer, rankings
-from .reward_metrics import Comparisons, Report, ceiling, report
+from .reward_metrics import Comparisons, ceiling, report
 
 _DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 8, "num_train_epochs": 1, "learning_rate": 2e-4,
@@ -39,7 +39,7 @@ _DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 
 _SEEDS = ("reward", "held_out", *MEMBERS[1:])
-"""Roles by what is added to the recipe's seed."""
+"""Roles; the position of one is added to the recipe's seed."""
 
 
 def run(
@@ -52,14 +52,14 @@ def run(
     progress: Progress,
     held_out_data: Prepared | None = None,
 ) -> None:
-    """Train the reward role (and the held-out one on other comparisons), fit its offset, judge it.
+    """Train the reward role (and a held-out one on other comparisons), fit its offset, judge it.
 
     Args:
         args: As `arguments` gives them.
         data: Comparisons: `prompt`, `chosen`, `rejected`, and `group` where prompts repeat.
         demonstrations: Those on which the offset gives mean score 0.
-        held_out_data: Other comparisons, for a reward model that only evaluates; its held-out rows
-            are those of `data`.
+        held_out_data: Other comparisons, for a reward model that only evaluates; it is judged on
+            the held-out rows of `data`.
     """
     with record.stage("reward") as entry:
         shown = _episodes(backbone, demonstrations)
@@ -74,60 +74,38 @@ def run(
         else:
             fit_offset(backbone, shown, "reward")
         entry |= {"offset": backbone.reward_offset["reward"], "offset_from": len(shown)}
-        found = report(held_out, ensemble.rewards_of(backbone, held_out.episodes, recipe.reward))
-        entry |= found.entry
+        rewards = ensemble.rewards_of(backbone, held_out.episodes, recipe.reward)
+        entry |= report(held_out, rewards)
         if limit := ceiling(data.report.get("labeler_agreement")):
             entry["labeler_agreement"] = limit
-        entry["adapter_sha256"] = _save(backbone, record, "reward")
+        roles = ensemble.roles(recipe.reward)
+        hashes = [_save(backbone, record, role) for role in roles]
+        entry["adapter_sha256"] = hashes[0]
         if "ensemble" in entry:
-            roles = ensemble.roles(recipe.reward)
-            hashes = [entry["adapter_sha256"], *(_save(backbone, record, r) for r in roles[1:])]
             entry["ensemble"] |= {"roles": list(roles), "adapter_sha256": hashes}
         if held_out_data is not None:
-            entry |= _judge(
-                recipe, args, backbone, record, held_out_data, progress, shown, held_out, found
-            )
-        reason = reward_gate.gate_reward(
-            entry["accuracy"],
-            entry["score_std"],
-            entry["accuracy_length_baseline"],
-            entry["accuracy_by_length"],
-            entry["gain_over_length"],
-        )
+            role = "held_out"
+            _train(recipe, args[role], backbone, record, held_out_data, progress, role)
+            entry |= _judge_held_out(backbone, record, shown, held_out, rewards)
+        reason = reward_gate.weakness(entry)
         entry["gate"] = "passed" if reason is None else "failed"
         if reason is not None:
             entry["gate_reason"] = reason
 
 
-def gate(recipe: Recipe, record: Record, progress: Progress) -> None:
-    """Let PPO start, or not: it may not optimise against a reward model that failed its gate.
-
-    Raises:
-        GateError: The gate failed and the recipe does not say `warn`.
-    """
-    entry = record.data["stages"]["reward"]
-    if entry["gate"] == "passed" or recipe.ppo.reward != "model":
-        return
-    if recipe.reward.gate == "stop":
-        raise reward_gate.refuse(entry["gate_reason"])
-    entry["gate"] = "warned"
-    record.save()
-    progress.say(f"warning: the reward model is weak: {entry['gate_reason']}")
-
-
 def load(backbone: Backbone, record: Record) -> None:
-    """The reward roles from the finished stage, every member of an ensemble included."""
-    found = record.data["stages"].get("reward", {}).get("ensemble", {})
-    for role in (*found.get("roles", ["reward"]), "held_out"):
+    """Load the reward roles of the finished stage, every member of an ensemble included."""
+    merged = record.data["stages"].get("reward", {}).get("ensemble", {})
+    for role in (*merged.get("roles", ["reward"]), "held_out"):
         if record.adapter(role).exists():
             adapters.load_role(backbone, role, record.adapter(role))
 
 
 def arguments(recipe: Recipe, out: Path) -> dict[str, RewardConfig]:
-    """TRL's config for each reward model that is trained, by role.
+    """Build TRL's config for each reward model that is trained, by role.
 
     Raises:
-        RecipeError: `reward.args` cannot be what it says.
+        RecipeError: `reward.args` are invalid.
     """
     configs = {}
     held_out = ("held_out",) if recipe.reward.held_out_model else ()
@@ -147,11 +125,11 @@ def _train(
     progress: Progress,
     role: str,
 ) -> dict[str, Any]:
-    """One epoch (by default) over the rankings; the role is added, starting from SFT."""
-    # A second model must differ in more than its data, or it would share the first one's uniforms.
-    seed = recipe.seed + _SEEDS.index(role)
-    # Weights are averaged only from a common start, heads included; the order still differs.
-    set_seed(recipe.seed if recipe.reward.combine == "warm" and role in MEMBERS else seed)
+    """Add the role, starting from SFT, and train it on the rankings."""
+    # A second model must differ in more than its data, or it would share the first one's draws.
+    # Averaging weights needs a common start, heads included; the order of rows still differs.
+    common = recipe.reward.combine == "warm" and role in MEMBERS
+    set_seed(recipe.seed if common else args.seed)
     backbone.add_role(role, copy_from="reference")
     train = rankings(backbone, data.train)
     build_trainer = functools.partial(
@@ -179,20 +157,21 @@ def _ensemble(
     held_out: Comparisons,
     trained: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """Judge the members one by one, then merge them (warm) or centre what they say together."""
+    """Judge the members one by one, then merge them (warm) or centre their combined reward."""
     section, members = recipe.reward, ensemble.trained(recipe.reward)
     for role in members:
         fit_offset(backbone, shown, role)
     each = ensemble.member_scores(backbone, held_out.episodes, members)
-    found = {
+    prompts = [tuple(prompt) for prompt, _ in held_out.episodes]
+    entry: dict[str, Any] = {
         "members": len(members),
         "combine": section.combine,
         "combine_std": section.combine_std,
-        "accuracy": [report(held_out, row).entry["accuracy"] for row in each],
-        "accuracy_of_mean": report(held_out, each.mean(axis=0)).entry["accuracy"],
-        "disagreement": _by_prompt(held_out, each.std(axis=0)),
-        "steps": [entry["steps"] for entry in trained],
-        "train_loss": [entry["train_loss"] for entry in trained],
+        "accuracy": [report(held_out, row)["accuracy"] for row in each],
+        "accuracy_of_mean": report(held_out, each.mean(axis=0))["accuracy"],
+        "disagreement": mean_interval(each.std(axis=0), prompts),
+        "steps": [member["steps"] for member in trained],
+        "train_loss": [member["train_loss"] for member in trained],
     }
     if section.combine == "warm":
         ensemble.average(backbone, members)
@@ -202,34 +181,23 @@ def _ensemble(
         mean = float(np.mean(ensemble.rewards_of(backbone, shown, section)))
         for role in members:
             backbone.reward_offset[role] -= mean
-        found["offsets"] = [backbone.reward_offset[role] for role in members]
-    return found
+        entry["offsets"] = [backbone.reward_offset[role] for role in members]
+    return entry
 
 
-def _by_prompt(held_out: Comparisons, values: Any) -> Any:
-    """The mean over completions, its interval clustered by prompt."""
-    return mean_interval(values, [tuple(prompt) for prompt, _ in held_out.episodes])
-
-
-def _judge(
-    recipe: Recipe,
-    args: Mapping[str, RewardConfig],
+def _judge_held_out(
     backbone: Backbone,
     record: Record,
-    data: Prepared,
-    progress: Progress,
     shown: list[Episode],
     held_out: Comparisons,
-    first: Report,
+    rewards: list[float],
 ) -> dict[str, Any]:
-    """The reward model that only evaluates: trained on other comparisons, from another seed."""
-    _train(recipe, args["held_out"], backbone, record, data, progress, "held_out")
+    """Judge the reward model that only evaluates, also by its agreement with `rewards`."""
     offset = fit_offset(backbone, shown, "held_out")
     [scores] = ensemble.member_scores(backbone, held_out.episodes, ["held_out"])
-    other = report(held_out, scores)
-    same = (first.margin > 0) == (other.margin > 0)
+    same = (held_out.margins(rewards) > 0) == (held_out.margins(scores) > 0)
     return {
-        "held_out_accuracy": other.entry["accuracy"],
+        "held_out_accuracy": report(held_out, scores)["accuracy"],
         "held_out_offset": offset,
         "held_out_adapter_sha256": _save(backbone, record, "held_out"),
         "agreement_with_held_out": held_out.share(same.astype(float)),
@@ -246,7 +214,7 @@ def _episodes(backbone: Backbone, demonstrations: Dataset) -> list[Episode]:
 def fit_offset(backbone: Backbone, demonstrations: list[Episode], role: str) -> float:
     """Set `backbone.reward_offset[role]` so that demonstrations score 0 on average; returns it.
 
-    The loss is invariant to a shift; PPO's missing-eos penalty and value are not (InstructGPT 3.5).
+    The loss does not depend on a shift; PPO's missing-eos penalty and value do (InstructGPT 3.5).
     """
     backbone.reward_offset[role] = -float(np.mean(scoring.scores(backbone, demonstrations, role)))
     return backbone.reward_offset[role]

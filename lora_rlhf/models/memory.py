@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes of tensors and of the KV cache, and how many rows fit a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of these tensors, memory that they share counted once."""
+    storages = [t.untyped_storage() for t in tensors]
+    return sum({s._cdata: s.nbytes() for s in storages}.values())
+
+
+def held_tensors(parameter: Any) -> list[Tensor]:
+    """A parameter and, in 4 bits, the scales and codes that it is read with."""
+    tensors = [parameter.data]
+    state = getattr(parameter, "quant_state", None)
+    while state is not None:
+        tensors += [t for t in vars(state).values() if isinstance(t, Tensor)]
+        state = state.state2
+    return tensors
+
+
+def kv_bytes(causal: PreTrainedModel) -> int:
+    """Bytes of keys and values of one token in all layers; sliding windows counted as whole."""
+    config = causal.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * width * causal.dtype.itemsize)
+
+
+def rows_that_fit(causal: PreTrainedModel, tokens: int, wanted: int) -> int:
+    """Rows of this length that the KV cache has room for, at most `wanted`; on a CPU all."""
+    if causal.device.type != "cuda" or not wanted:
+        return max(wanted, 1)
+    free, _ = torch.cuda.mem_get_info(causal.device)
+    return max(1, min(wanted, int(0.8 * free // (tokens * kv_bytes(causal)))))

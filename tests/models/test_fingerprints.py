@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A base is recognised by its tensors, in any dtype, whatever adapters it carries."""
+
+import pytest
+import small
+import torch
+from torch import nn
+
+from lora_rlhf.models.fingerprints import fingerprint, nearly_same, sample
+
+
+def test_the_fingerprint_knows_the_base_and_only_the_base():
+    backbone = small.backbone()
+    before = backbone.fingerprint
+    assert small.base(small.base_folder()).fingerprint == before
+    backbone.add_role("policy")
+    backbone.add_role("value")
+    small.nudge(backbone, "policy", "value")
+    assert fingerprint(backbone.causal) == before, "adapters are not the base"
+    assert small.base(small.base_folder(seed=1)).fingerprint != before
+    assert small.base(small.base_folder(), load_in_4bit=True).fingerprint != before
+    with torch.no_grad():
+        backbone.layers[1].mlp.up_proj.base_layer.weight += 1e-6
+    assert fingerprint(backbone.causal) != before
+
+
+def test_the_fingerprint_samples_every_column():
+    """A step that divides the row's length would sample only a few columns of a large matrix."""
+    matrix = nn.Linear(4096, 64, bias=False)
+    before = fingerprint(matrix)
+    with torch.no_grad():
+        matrix.weight[:, 3] += 1
+    assert fingerprint(matrix) != before
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_base_is_recognised_in_another_dtype(dtype):
+    here = sample(small.base(small.base_folder()).causal)
+    there = small.base(small.base_folder(), dtype=dtype)
+    assert there.fingerprint != small.base(small.base_folder()).fingerprint  # values are rounded
+    assert nearly_same(here, there.causal)
+    assert not nearly_same(here, small.base(small.base_folder(seed=1), dtype=dtype).causal)
