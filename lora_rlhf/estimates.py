@@ -230,13 +230,11 @@ def paired_difference(a: ArrayLike, b: ArrayLike, seed: int, resamples: int = 10
         stop = min(start + step, resamples)
         means[start:stop] = gaps[rng.integers(0, n, size=(stop - start, n))].mean(axis=1)
     below = (np.count_nonzero(means < value) + np.count_nonzero(means <= value)) / (2 * resamples)
-    bias = _NORMAL.inv_cdf(min(1 - 0.5 / resamples, max(0.5 / resamples, below)))
+    least = 0.5 / resamples
+    bias = _NORMAL.inv_cdf(min(1 - least, max(least, below)))
     # Jackknife acceleration; for a mean it is the skewness of the values over 6 sqrt(n).
     acceleration = float((centred**3).sum()) / (6 * spread**1.5)
-    shares = []
-    for z in (-_Z, _Z):
-        shifted = bias + z
-        shares.append(_NORMAL.cdf(bias + shifted / (1 - acceleration * shifted)))
+    shares = [_NORMAL.cdf(bias + z / (1 - acceleration * z)) for z in (bias - _Z, bias + _Z)]
     low, high = np.quantile(means, shares)
     return _estimate(value, low, high, n)
 

@@ -13,7 +13,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from datasets import Dataset
 
 from lora_rlhf import estimates
 from lora_rlhf.algorithms import best_of_n
@@ -21,6 +23,7 @@ from lora_rlhf.algorithms.ppo import ppo_stage
 from lora_rlhf.data.closed_world.checkers import Item, check
 from lora_rlhf.errors import DataError, NonFiniteError
 from lora_rlhf.estimates import Estimate
+from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.models.scoring import scores, sequence_logprobs
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.redaction import safe
@@ -30,11 +33,6 @@ from lora_rlhf.runs.samples import prompt_text
 from lora_rlhf.training.reward.ensemble import rewards_of
 
 from .answers import AnswerCache, Answers
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from lora_rlhf.models.backbone import Backbone
 
 MODELS: dict[str, str | None] = {
     "base": None, "sft": "reference", "policy": "policy", "best_of_n": "reference",

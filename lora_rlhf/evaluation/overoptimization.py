@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 
 
 class Fit(NamedTuple):
-    """Coefficients of a curve, and the share of the rewards' variance that it explains."""
+    """Coefficients of a curve, and the share of the variance of the rewards that it explains."""
 
     alpha: float
     beta: float
@@ -23,15 +23,15 @@ class Fit(NamedTuple):
 
 
 def best_of_n(proxy: ArrayLike, gold: ArrayLike, n: int) -> tuple[float, float]:
-    """Mean proxy and gold reward of the best of n, by the proxy, out of N samples per prompt.
+    """Mean proxy and gold reward of the best of n by the proxy, from N samples per prompt.
 
     Args:
         proxy: (P, N) rewards of N samples for each of P prompts.
         gold: (P, N) likewise.
         n: At most N.
 
-    Every subset of n samples counts alike (2112.09332, appendix I; 2210.10760, section 3): the
-    i-th lowest by the proxy is the best of C(i - 1, n - 1) of the C(N, n) subsets.
+    Unbiased estimate over all subsets of n samples (2112.09332, appendix I; 2210.10760, section
+    3): the i-th lowest by the proxy is the best of C(i - 1, n - 1) of the C(N, n) subsets.
     """
     scores, truth = np.asarray(proxy, dtype=np.float64), np.asarray(gold, dtype=np.float64)
     if scores.shape != truth.shape or scores.ndim != 2 or not 1 <= n <= scores.shape[1]:
@@ -46,13 +46,13 @@ def best_of_n(proxy: ArrayLike, gold: ArrayLike, n: int) -> tuple[float, float]:
 
 
 def fit_best_of_n(distance: Sequence[float], reward: Sequence[float]) -> Fit:
-    """Least squares of R(d) = d (alpha - beta d): section 1, for best-of-n."""
+    """Least squares of R(d) = d (alpha - beta d), for best-of-n (section 1)."""
     d = np.asarray(distance, dtype=np.float64)
     return _fit(np.column_stack((d, -(d**2))), reward)
 
 
 def fit_rl(distance: Sequence[float], reward: Sequence[float]) -> Fit:
-    """Least squares of R(d) = d (alpha - beta log d), for reinforcement learning; 0 at d = 0."""
+    """Least squares of R(d) = d (alpha - beta log d), 0 at d = 0, for RL (section 1)."""
     d = np.asarray(distance, dtype=np.float64)
     log = np.log(np.where(d > 0, d, 1.0))
     return _fit(np.column_stack((d, -d * log)), reward)
@@ -61,7 +61,7 @@ def fit_rl(distance: Sequence[float], reward: Sequence[float]) -> Fit:
 def _fit(columns: np.ndarray, reward: Sequence[float]) -> Fit:
     y = np.asarray(reward, dtype=np.float64)
     if len(y) != len(columns) or len(y) < 3:
-        raise ValueError(f"{len(y)} rewards at {len(columns)} distances; three or more are needed")
+        raise ValueError(f"{len(y)} rewards at {len(columns)} distances: three or more are needed")
     (alpha, beta), *_ = np.linalg.lstsq(columns, y, rcond=None)
     left = float(((y - columns @ np.array([alpha, beta])) ** 2).sum())
     spread = float(((y - y.mean()) ** 2).sum())

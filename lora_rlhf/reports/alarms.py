@@ -258,9 +258,8 @@ def _level(lines: Logged, name: str) -> float | None:
     return median(values) if len(values) == LATEST else None
 
 
-# --- the checks: each yields (name, the numbers) -------------------------------------------------
-
 _Seen = Iterator[tuple[str, str]]
+"""Name and numbers of the signs that a check sees."""
 
 
 def _nan(lines: Logged) -> _Seen:

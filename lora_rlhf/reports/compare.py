@@ -20,6 +20,8 @@ from lora_rlhf.recipe.stage_keys import ALGORITHMS, identity
 from lora_rlhf.runs import samples
 from lora_rlhf.runs.record import Record
 
+from .cards.card_markdown import at
+
 REWARDS = ("gold_reward", "held_out_reward", "proxy_reward")
 """Judges, the most reliable one first."""
 
@@ -55,10 +57,7 @@ class Run:
 
     def get(self, path: str) -> Any:
         """The record's value at a dotted path, or None."""
-        value: Any = self.record.data
-        for key in path.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        return value
+        return at(self.record.data, path)
 
     def evaluated(self, model: str | None = None) -> dict[str, Estimate]:
         """The evaluation of `model`, by default that of the policy."""
@@ -124,14 +123,8 @@ def _grouped(runs: list[Run]) -> list[list[Run]]:
     return list(groups.values())
 
 
-_NO_POLICY = {
-    "algorithm": "SFT",
-    "episodes": None,
-    "comparisons": None,
-    "samples_per_answer": 1,
-    "seconds": None,
-    "seconds_per_answer": None,
-}
+_COSTS = ("episodes", "comparisons", "seconds", "seconds_per_answer")
+_NO_POLICY = {"algorithm": "SFT", "samples_per_answer": 1, **dict.fromkeys(_COSTS)}
 
 
 def _row(group: list[Run], label: str, model: str | None = None) -> dict[str, Any]:
@@ -179,9 +172,6 @@ def _means(each: list[dict[str, Estimate]]) -> dict[str, Estimate]:
 def _average(values: list[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return round(sum(known) / len(known), 4) if known else None
-
-
-# --- differences ---------------------------------------------------------------------------------
 
 
 def _difference(group: list[Run], base: list[Run], metric: str) -> dict[str, Any]:

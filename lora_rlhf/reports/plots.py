@@ -8,19 +8,19 @@ is drawn, with its file renderer, so that no window system is needed.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_rlhf.recipe.stage_keys import ALGORITHMS
 from lora_rlhf.runs.record import Record
 
+from .cards.card_markdown import is_number
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Panel = Callable[["Axes"], None]
 """A function that draws one panel."""
@@ -82,8 +82,13 @@ def training(record: Record) -> Path | None:
             curves = {key: xy for key in keys if (xy := _series(lines, "step", key))[0]}
             if curves:
                 panels.append(_curves(title.format(stage.upper()), "step", unit, curves))
-    for stage in POLICY_STAGES:
-        if curves := _frontier(record.metrics(stage)):
+    for stage in POLICY_STAGES:  # as in Gao et al. 2022 (2210.10760, figure 1)
+        curves = {}
+        for key in ("reward/score", "rewards/gold"):
+            kl, reward = _series(record.metrics(stage), "kl/sequence", key)
+            if kl:
+                curves[key] = ([_root(x) for x in kl], reward)
+        if curves:
             title = f"{stage.upper()}: score against distance"
             panels.append(_curves(title, "sqrt(KL to SFT in nats)", "reward", curves, "."))
     return _save(record.folder / "plots" / "training.png", panels)
@@ -95,7 +100,7 @@ def evaluation(record: Record) -> Path | None:
     panels = []
     for metric, title in EVALUATION.items():
         estimates = {model: values.get(metric) or {} for model, values in models.items()}
-        bars = {m: e for m, e in estimates.items() if _number(e.get("value")) is not None}
+        bars = {m: e for m, e in estimates.items() if is_number(e.get("value"))}
         if bars:
             panels.append(_bars(title, bars, list(models)))
     return _save(record.folder / "plots" / "evaluation.png", panels)
@@ -175,40 +180,16 @@ def _whiskers(
     estimate: dict[str, Any], scale: Callable[[float], float] = float
 ) -> list[list[float]] | None:
     """Distances from the value down and up to the ends of its interval; None without one."""
-    value, low, high = (_number(estimate.get(key)) for key in ("value", "low", "high"))
-    if value is None or low is None or high is None:
+    ends = [estimate.get(key) for key in ("low", "value", "high")]
+    if not all(map(is_number, ends)):
         return None
-    middle = scale(value)
-    return [[max(0.0, middle - scale(low))], [max(0.0, scale(high) - middle)]]
+    low, value, high = (scale(float(end)) for end in ends if end is not None)
+    return [[max(0.0, value - low)], [max(0.0, high - value)]]
 
 
-# --- data --------------------------------------------------------------------------------------
-
-
-def _number(value: Any) -> float | None:
-    """A finite number, or None for text such as "nan", for NaN, and for a missing value."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if math.isfinite(value) else None
-
-
-def _series(lines: Sequence[dict[str, Any]], x_key: str, y_key: str) -> Series:
-    points = [(_number(line.get(x_key)), _number(line.get(y_key))) for line in lines]
-    kept = [(x, y) for x, y in points if x is not None and y is not None]
-    return [x for x, _ in kept], [y for _, y in kept]
-
-
-def _frontier(lines: Sequence[dict[str, Any]]) -> dict[str, Series]:
-    """Proxy and gold reward over sqrt(KL), as in Gao et al. 2022 (2210.10760, figure 1)."""
-    curves = {}
-    for key in ("reward/score", "rewards/gold"):
-        kl, reward = _series(lines, "kl/sequence", key)
-        if kl:
-            curves[key] = ([_root(x) for x in kl], reward)
-    return curves
-
-
-# --- drawing -----------------------------------------------------------------------------------
+def _series(lines: Sequence[dict[str, Any]], x: str, y: str) -> Series:
+    known = [line for line in lines if is_number(line.get(x)) and is_number(line.get(y))]
+    return [line[x] for line in known], [line[y] for line in known]
 
 
 def _curves(title: str, x: str, y: str, curves: dict[str, Series], style: str = "-") -> Panel:
@@ -251,19 +232,11 @@ def _label(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_axisbelow(True)
 
 
-@contextlib.contextmanager
-def _plain_style() -> Iterator[type[Figure]]:
-    """Use matplotlib's own defaults instead of the user's style, which is restored afterwards."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        yield Figure
-
-
 def _save(path: Path, panels: Sequence[Panel]) -> Path | None:
-    """Draw panels in a grid; without any, the file of an earlier attempt is removed."""
+    """Draw panels in a grid; without any, the file of an earlier attempt is removed.
+
+    Uses matplotlib's own defaults; the user's style is restored afterwards.
+    """
     if not panels:
         path.unlink(missing_ok=True)
         return None
@@ -271,8 +244,12 @@ def _save(path: Path, panels: Sequence[Panel]) -> Path | None:
     columns = min(_COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
     width, height = max(_WIDTH * columns, 4.5), _HEIGHT * rows + 0.3
-    with _plain_style() as figure_class:
-        figure = figure_class(figsize=(width, height))
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        figure = Figure(figsize=(width, height))
         # Margins in inches: matplotlib's layout engines take seconds for 15 panels.
         left, right = 0.65 / width, 1 - 0.15 / width
         bottom, top = 0.5 / height, 1 - 0.3 / height

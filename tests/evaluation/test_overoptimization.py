@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gao's curves: coefficients that are known come back; best-of-n against drawing every subset."""
+"""Gao's curves: known coefficients are recovered; best-of-n compared with all subsets."""
 
 import itertools
 import math
@@ -15,14 +15,14 @@ from lora_rlhf.evaluation import overoptimization as o
 D = [0.1, 0.5, 1.0, 1.7, 2.5, 3.0]
 
 
-def test_known_coefficients_come_back():
+def test_known_coefficients_are_recovered():
     bon = o.fit_best_of_n(D, [d * (0.7 - 0.2 * d) for d in D])
     assert (bon.alpha, bon.beta, bon.r_squared) == pytest.approx((0.7, 0.2, 1.0))
     rl = o.fit_rl([0.0, *D], [0.0, *(d * (0.7 - 0.2 * math.log(d)) for d in D)])
     assert (rl.alpha, rl.beta, rl.r_squared) == pytest.approx((0.7, 0.2, 1.0))
 
 
-def test_what_a_curve_does_not_explain_is_told():
+def test_a_poor_fit_has_a_low_r_squared():
     assert o.fit_rl(D, [0.1, -0.3, 0.2, -0.1, 0.3, -0.2]).r_squared < 0.5
     with pytest.raises(ValueError, match="three or more"):
         o.fit_rl([1.0, 2.0], [1.0, 2.0])

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,29 +34,19 @@ _KNOWN = {
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-@dataclass(frozen=True)
 class Facts:
-    """Everything that the card of `role` may state."""
+    """Everything that the card of `role` may state; any file of the run may be missing."""
 
-    record: Record
-    role: str
-    repo_ids: Mapping[str, str]
-    recipe: Mapping[str, Any]
-    config: Mapping[str, Any]
-    check: Mapping[str, Any]
-    head: Mapping[str, Any]
-
-    @classmethod
-    def gather(cls, record: Record, role: str, repo_ids: Mapping[str, str] | None = None) -> Facts:
-        """Read the run's files for the card of `role`; any of them may be missing."""
-        recipe = record.folder / "recipe.yaml"
+    def __init__(
+        self, record: Record, role: str, repo_ids: Mapping[str, str] | None = None
+    ) -> None:
+        self.record, self.role, self.repo_ids = record, role, dict(repo_ids or {})
+        recipe, adapter = record.folder / "recipe.yaml", record.adapter(role)
         loaded = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
-        files = [
-            _json(record.adapter(role) / name)
-            for name in ("adapter_config.json", "check.json", "reward.json")
-        ]
-        recipe_data = without_paths(loaded) if isinstance(loaded, dict) else {}
-        return cls(record, role, repo_ids or {}, recipe_data, *files)
+        self.recipe = without_paths(loaded) if isinstance(loaded, dict) else {}
+        self.config = _json(adapter / "adapter_config.json")
+        self.check = _json(adapter / "check.json")
+        self.head = _json(adapter / "reward.json")
 
     def get(self, path: str, default: Any = None) -> Any:
         """The value in `record.json` at a dotted path, without local folders."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a card writes numbers, intervals, tables and text that somebody else wrote."""
+"""Markdown for cards: numbers, intervals, tables, and text that somebody else wrote."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ MISSING = "not recorded"
 CUT = " … [cut]"
 _MAX_CHARS = 400
 
-# Everything with a meaning in Markdown, HTML or a table, as an entity: renderers differ in what a
-# backslash escapes, none in entities. `@`, `://` and `www.` would become mentions and links.
+# Characters with a meaning in Markdown, HTML or a table become entities: renderers differ in what a
+# backslash escapes, but not in entities. `@`, `://` and `www.` would become mentions and links.
 _ENTITIES = {ord(char): f"&#{ord(char)};" for char in "&<>|`*[]\\~$#@"}
 # Invisible, direction-changing and control characters are shown by their code, so that a text
-# cannot look like something that it is not.
+# cannot pass for another one.
 _UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
 )
@@ -25,27 +25,25 @@ _EMBEDDED = re.compile(r"(?<![\w/:.])(?:~?/(?:[\w.@+-]+/)+|[A-Za-z]:\\(?:[^\\\s\
 
 
 def at(data: Any, path: str, default: Any = None) -> Any:
-    """The value at `a.b.c` in nested dicts, or `default` where a key is missing or null."""
+    """The value at `a.b.c` in nested dicts, or `default` if a key is missing or null."""
     for key in path.split("."):
         data = data.get(key) if isinstance(data, Mapping) else None
     return default if data is None else data
 
 
 def is_number(value: Any) -> bool:
-    """Whether `value` is a finite number (the record keeps NaN and infinities as text)."""
+    """True for a finite number; the record keeps NaN and infinities as text."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def number(value: Any) -> str:
-    """A number with four significant digits, an integer with all; anything else as safe text."""
+    """Format a number with four significant digits, an integer with all; other values as text."""
     if value is None:
         return MISSING
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, float) and not math.isfinite(value):
+    if str(value).lower() in ("nan", "inf", "-inf"):
         return "not finite"
-    if isinstance(value, str):
-        return "not finite" if value.lower() in ("nan", "inf", "-inf") else cell(value)
     if not is_number(value):
         return cell(value)
     if float(value).is_integer() and abs(value) < 1e15:
@@ -54,9 +52,9 @@ def number(value: Any) -> str:
 
 
 def interval(value: Any, short: bool = False) -> str:
-    """`{value, low, high, n}` with its 95 % interval; a bare number says that it has none."""
+    """Format `{value, low, high, n}`; a missing interval is mentioned unless `short`."""
     if isinstance(value, Mapping) and value.get("n") == 0 and is_number(value.get("value")):
-        return f"{number(value['value'])} (bound)"  # from a formula: it rests on no sample
+        return f"{number(value['value'])} (bound)"  # from a formula, not from samples
     if not isinstance(value, Mapping):
         bare = value is None or short
         return number(value) if bare else f"{number(value)} (no interval recorded)"
@@ -72,12 +70,12 @@ def interval(value: Any, short: bool = False) -> str:
 
 
 def cut(text: str, limit: int = _MAX_CHARS) -> str:
-    """`text` up to `limit` characters, with a mark where something was taken off."""
+    """Shorten `text` to `limit` characters, with a mark."""
     return text if len(text) <= limit else text[:limit].rstrip() + CUT
 
 
 def cell(value: Any, limit: int = _MAX_CHARS) -> str:
-    """Any text as one harmless piece of a line: no markup, no break, nothing invisible."""
+    """Make any text harmless within a line: no markup, no line break, nothing invisible."""
     text = cut(str(value), limit).replace("\r\n", "\n").replace("\r", "\n")
     text = _UNSEEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", text)
     text = re.sub(r"(?<!\w)_|_(?!\w)", "\x00", text)  # inside a word it has no meaning
@@ -91,20 +89,20 @@ def cell(value: Any, limit: int = _MAX_CHARS) -> str:
 
 
 def paragraph(value: Any) -> str:
-    """A paragraph by the recipe's author: Markdown is theirs to use, HTML and fences are not."""
+    """A paragraph by the recipe's author, who may use Markdown, but no HTML, headings or fences."""
     text = _UNSEEN.sub("", str(value)).replace("<", "&lt;").strip()
     return re.sub(r"(?m)^\s*(`{3,}|~{3,}|-{3,}|#+)", "", text)
 
 
 def code(value: Any) -> str:
-    """An identifier as inline code; words where there is none."""
+    """An identifier as inline code."""
     if value is None:
         return MISSING
     return "`" + re.sub(r"[`<>|\s]+", " ", _UNSEEN.sub("", relative(str(value)))).strip() + "`"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; the cells must be safe already."""
+    """A Markdown table of cells that are safe already."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -115,14 +113,14 @@ def bullets(items: Iterable[str]) -> str:
 
 
 def relative(text: str) -> str:
-    """The same text with the folders of absolute local paths taken off: only file names remain."""
+    """Remove the folders of absolute local paths, so that only file names remain."""
     if _ABSOLUTE.fullmatch(text):
         return re.split(r"[\\/]", text.rstrip("\\/"))[-1]
     return _EMBEDDED.sub("", text)
 
 
 def without_paths(data: Any) -> Any:
-    """The same data with `relative` applied to every text in it, keys included."""
+    """Apply `relative` to every text in the data, keys included."""
     if isinstance(data, str):
         return relative(data)
     if isinstance(data, Mapping):

@@ -57,7 +57,7 @@ def render(record: Record, role: str, repo_ids: dict[str, str] | None = None) ->
     """
     if role not in ROLES:
         raise UsageError(f"the role {role!r}", expected=f"one of {', '.join(ROLES)}")
-    facts = Facts.gather(record, role, repo_ids)
+    facts = Facts(record, role, repo_ids)
     writes, after_rl = role in ("policy", "sft"), role in ("policy", "value")
     sections = {
         "": _summary(facts),
