@@ -214,10 +214,10 @@ def not_comparable(ours: Run, theirs: Run, metric: str) -> str | None:
         a, b = (r.get(f"stages.evaluate.{key}") for r in (ours, theirs))
         if a != b:
             return f"they were evaluated with different settings: {key} {a} and {b}"
-    asked = [{i: line["prompt"] for i, line in r.lines.items()} for r in (ours, theirs)]
-    if not asked[0] or not asked[1]:
+    prompts = [{i: line["prompt"] for i, line in r.lines.items()} for r in (ours, theirs)]
+    if not all(prompts):
         return "one of them has no answers in samples.jsonl"
-    if asked[0] != asked[1]:
+    if prompts[0] != prompts[1]:
         return "they were evaluated on different prompts"
     if metric in _JUDGED_BY and ours.get(_JUDGED_BY[metric]) != theirs.get(_JUDGED_BY[metric]):
         return f"their {metric.replace('_', ' ')} comes from different reward models"

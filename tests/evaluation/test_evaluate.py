@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The evaluation stage: against a scripted backbone, and against a tiny real one."""
+"""The evaluation stage with a scripted backbone."""
 
 import json
 import random
@@ -163,7 +163,7 @@ def test_win_rates_are_against_sft_only(plain):
     assert not [name for name in plain["sft"] if "win_rate" in name or "sft" in name]
 
 
-def test_what_does_not_apply_is_absent(plain):
+def test_metrics_that_do_not_apply_are_absent(plain):
     task_metrics = {"gold_reward", "success", "win_rate", "hallucination", "words", "constraint"}
     for values in plain.values():
         assert not task_metrics & set(values)
@@ -242,7 +242,7 @@ def task_run(record, n=32):
     return items, answers, record.data["evaluation"]
 
 
-def test_task_metrics_have_the_denominators_they_name(record, heads):
+def test_task_metrics_have_the_documented_denominators(record, heads):
     items, answers, found = task_run(record)
     judged = [checkers.check(i, text) for i, text in zip(items, answers[None], strict=True)]
     base = found["base"]
@@ -266,7 +266,7 @@ def test_incidents_are_per_thousand_harmful_prompts(record, heads):
     assert safe["high"] > 400, "no incident in four prompts proves little"
 
 
-def test_no_harmful_prompt_no_incident_rate(record, heads):
+def test_without_harmful_prompts_there_is_no_incident_rate(record, heads):
     items = generator.items(4, 3, "evaluate", ["polite"])
     rows = [{"prompt": i.prompt, "item": json.dumps(i.to_dict())} for i in items]
     answers = {role: ["x"] * 4 for role in (None, "reference", "policy")}
@@ -292,7 +292,7 @@ def test_gold_comparisons_are_paired_with_sft(record, heads):
     assert "gold_reward_minus_sft" not in found["sft"]
 
 
-def test_prompts_without_an_item_count_for_the_rest_only(record, heads):
+def test_prompts_without_an_item_count_only_for_other_metrics(record, heads):
     item = generator.items(1, 3, "evaluate", ["answer"])[0]
     rows = [
         {"prompt": "free", "item": None},
@@ -319,7 +319,7 @@ def test_times_are_under_clock_only(record, heads):
     assert read_samples(record) == samples
 
 
-def test_record_says_what_was_done(record, heads):
+def test_the_record_has_the_settings(record, heads):
     task_run(record)
     stage = Record.read(record.folder).data["stages"]["evaluate"]
     assert stage["status"] == "done"
@@ -356,7 +356,7 @@ def test_odd_line_separators_do_not_break_the_samples(record, heads):
     assert lines[0]["completion"] == "a\u2028b\x85c\nd"
 
 
-def test_sample_table_shows_the_worst_whatever_else(record, heads):
+def test_sample_table_shows_the_worst_answers(record, heads):
     task_run(record)
     table = samples.sample_table(record, 6)
     assert [row["why"] for row in table] == ["worst"] * 3 + ["first"] * 3
@@ -371,7 +371,7 @@ def test_sample_table_shows_the_worst_whatever_else(record, heads):
     assert len(samples.sample_table(record, 500)) == 32
 
 
-def test_sample_table_without_gold_goes_by_the_proxy(record, heads):
+def test_sample_table_without_gold_is_ranked_by_the_proxy(record, heads):
     assert samples.sample_table(record, 4) == []
     evaluate.run(recipe(), Scripted(PLAIN), record, plain_prompts())
     assert [row["index"] for row in samples.sample_table(record, 3)] == [2, 1, 0]
@@ -424,7 +424,7 @@ def test_cell(estimate, text):
         ((float("nan"), None, None, 3), "nan n=3"),
     ],
 )
-def test_a_small_difference_is_not_shown_as_none(estimate, text):
+def test_a_small_difference_is_not_shown_as_zero(estimate, text):
     given = dict(zip(("value", "low", "high", "n"), estimate, strict=True))
     assert tables.cell(given, difference=True) == text
     [[name, shown]] = tables.rows({"policy": {"gold_reward_minus_sft": given}})[1]
@@ -435,7 +435,7 @@ def test_a_small_difference_is_not_shown_as_none(estimate, text):
 
 
 def test_a_model_that_is_done_is_not_evaluated_again(tmp_path, heads, monkeypatch):
-    """Killed after the second of three models; the numbers are those of an evaluation in one go."""
+    """Killed after the second of three models, the evaluation ends with the same numbers."""
     answers = {
         None: ["ab", "c\0", "d"],
         "reference": ["abc", "d\0", "e"],
@@ -444,7 +444,7 @@ def test_a_model_that_is_done_is_not_evaluated_again(tmp_path, heads, monkeypatc
     run = {"base": "x", "evaluate.n": 3}
 
     def go(folder, identity, until=3):
-        backbone, said = Scripted(answers), []
+        backbone, messages = Scripted(answers), []
         real = Scripted.generate
 
         def generate(self, prompts, role, **options):
@@ -455,11 +455,11 @@ def test_a_model_that_is_done_is_not_evaluated_again(tmp_path, heads, monkeypatc
         monkeypatch.setattr(Scripted, "generate", generate)
         record = Record.open(folder, recipe())
         try:
-            evaluate.run(recipe(), backbone, record, plain_prompts(), identity, said.append)
+            evaluate.run(recipe(), backbone, record, plain_prompts(), identity, messages.append)
         except KeyboardInterrupt:
             pass
         monkeypatch.setattr(Scripted, "generate", real)
-        return [role for role, *_ in backbone.calls], said, record
+        return [role for role, *_ in backbone.calls], messages, record
 
     _, _, whole = go(tmp_path / "whole", run)
     assert not list((tmp_path / "whole").glob("checkpoints/*")), "a finished stage needs none"
@@ -468,12 +468,12 @@ def test_a_model_that_is_done_is_not_evaluated_again(tmp_path, heads, monkeypatc
         assert go(folder, run, until=2)[0] == [None, "reference"]
         path = folder / "checkpoints" / "evaluate" / "sft.json"
         if harm == "sum":
-            told = json.loads(path.read_text())
-            told["kept"]["ids"][0][0] += 1
-            path.write_text(json.dumps(told))
+            content = json.loads(path.read_text())
+            content["kept"]["ids"][0][0] += 1
+            path.write_text(json.dumps(content))
         elif harm == "text":
             path.write_text(path.read_text()[:-9])
-        calls, said, record = go(folder, {**run, "base": "y"} if harm == "run" else run)
+        calls, messages, record = go(folder, {**run, "base": "y"} if harm == "run" else run)
         wanted = {None: ["policy"], "run": [None, "reference", "policy"]}
         assert calls == wanted.get(harm, ["reference", "policy"])
         assert record.data["evaluation"] == whole.data["evaluation"]
@@ -483,7 +483,7 @@ def test_a_model_that_is_done_is_not_evaluated_again(tmp_path, heads, monkeypatc
             (whole.folder / n).read_bytes() for n in names
         ]
         if harm is None:
-            assert said == ["evaluate: base was done before", "evaluate: sft was done before"]
+            assert messages == ["evaluate: base was done before", "evaluate: sft was done before"]
             assert [r["from"] for r in record.data["clock"]["resumed"]] == ["base.json", "sft.json"]
         else:
-            assert any("is not used, sft is evaluated again" in line for line in said)
+            assert any("is not used, sft is evaluated again" in line for line in messages)

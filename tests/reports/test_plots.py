@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures: what is drawn, that nothing else is, and that the same run gives the same bytes."""
+"""Plots: the panels that are drawn, and that the same run gives the same bytes."""
 
 import math
 import subprocess
@@ -69,12 +69,12 @@ def fill(record):
     }
 
 
-def test_an_empty_run_has_no_pictures(record):
+def test_an_empty_run_has_no_plots(record):
     assert plots.run(record) == []
     assert not (record.folder / "plots").exists()
 
 
-def test_three_pictures_and_the_same_bytes_whatever_the_users_style(record):
+def test_three_plots_with_the_same_bytes_under_any_user_style(record):
     import matplotlib
 
     fill(record)
@@ -123,7 +123,7 @@ def test_score_is_drawn_over_the_root_of_kl(record, drawn):
     assert list(line.get_xdata()) == pytest.approx(expected)
 
 
-def test_what_was_not_logged_is_not_drawn(record, drawn):
+def test_metrics_that_were_not_logged_are_not_drawn(record, drawn):
     record.log("grpo", 0, {"reward": 0.5, "other": 3.0})
     assert plots.training(record) is not None
     assert list(drawn) == ["GRPO: score"]
@@ -143,7 +143,7 @@ def test_bars_are_the_models_with_their_intervals(record, drawn):
     assert whiskers == [pytest.approx([e["low"], e["high"]]) for e in shown]
 
 
-def test_no_interval_no_whiskers_and_no_bar_for_what_is_absent(record, drawn):
+def test_no_whiskers_without_an_interval_and_no_bar_without_a_value(record, drawn):
     fill(record)
     plots.evaluation(record)
     axes = drawn["KL to SFT (nats per sequence)"]
@@ -153,7 +153,7 @@ def test_no_interval_no_whiskers_and_no_bar_for_what_is_absent(record, drawn):
     assert axes.patches[0].get_facecolor() == color, "a model keeps its colour"
 
 
-def test_a_value_that_is_no_number_has_no_bar(record, drawn):
+def test_a_value_that_is_not_finite_has_no_bar(record, drawn):
     fill(record)
     for value in (float("nan"), "inf", None, True):
         record.data["evaluation"]["policy"]["gold_reward"]["value"] = value
@@ -171,14 +171,14 @@ def test_calibration_shows_what_was_observed(record, drawn):
     assert [text.get_text() for text in axes.texts] == [f"n={b['n']}" for b in bins]
 
 
-def test_calibration_without_intervals_is_drawn_too(record):
+def test_calibration_without_intervals_is_drawn(record):
     record.data["stages"]["reward"] = {
         "calibration": [{"low": 0.5, "high": 0.6, "predicted": 0.55, "observed": 0.5, "n": 9}]
     }
     assert plots.reward_calibration(record) is not None
 
 
-def test_a_picture_of_an_earlier_try_does_not_stay(record):
+def test_the_plot_of_an_earlier_attempt_is_removed(record):
     fill(record)
     path = plots.evaluation(record)
     record.data["evaluation"] = {}
