@@ -12,12 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_rlhf.data.closed_world import generator, labelers
-from lora_rlhf.data.closed_world import vocabulary as tw
+from lora_rlhf.data.closed_world import generator, labelers, vocabulary
 from lora_rlhf.data.closed_world.checkers import Item, check
 from lora_rlhf.data.closed_world.vocabulary import FAMILIES, FLAWS, SPLITS
-
-HARMLESS = [f for f in FAMILIES if f != "refuse"]
 
 
 def some(family: str, n: int = 60) -> list[Item]:
@@ -96,9 +93,9 @@ def test_unknown_split_or_family_is_refused():
 
 
 def test_a_used_up_split_is_an_error(monkeypatch):
-    monkeypatch.setattr(tw, "VERBS", ["send"])
-    monkeypatch.setattr(tw, "OBJECTS", ["report"])
-    monkeypatch.setitem(tw.POOLS, "room", ("100",))
+    monkeypatch.setattr(vocabulary, "VERBS", ["send"])
+    monkeypatch.setattr(vocabulary, "OBJECTS", ["report"])
+    monkeypatch.setitem(vocabulary.POOLS, "room", ("100",))
     with pytest.raises(ValueError, match="not enough distinct prompts"):
         generator.items(200, 0, "evaluate", ["polite"])
 
@@ -115,12 +112,12 @@ def test_round_trip_through_json():
 
 
 def test_pool_words_name_one_attribute_and_never_occur_in_instructions():
-    values = [v.lower() for pool in tw.POOLS.values() for v in pool]
+    values = [v.lower() for pool in vocabulary.POOLS.values() for v in pool]
     assert len(values) == len(set(values))
-    wording = " ".join(
-        [t for ts in tw.INSTRUCTIONS.values() for t in ts]
-        + [*tw.QUESTIONS.values(), *tw.PHRASES.values(), *tw.DENIALS, *tw.FILLERS, *tw.REFUSALS]
-    ).lower()
+    texts = [text for texts in vocabulary.INSTRUCTIONS.values() for text in texts]
+    texts += [*vocabulary.QUESTIONS.values(), *vocabulary.PHRASES.values()]
+    texts += [*vocabulary.DENIALS, *vocabulary.FILLERS, *vocabulary.REFUSALS]
+    wording = " ".join(texts).lower()
     assert not set(values) & set(wording.replace(".", " ").replace("?", " ").split())
 
 
@@ -133,10 +130,10 @@ def test_good_completions_get_the_full_reward(family):
     for item in some(family):
         verdict = check(item, generator.good(item, rng))
         assert (verdict.reward, verdict.success) == (1.0, True), item
-        assert verdict.hallucinated is (False if family in tw.RECORD else None)
+        assert verdict.hallucinated is (False if family in vocabulary.RECORD else None)
         assert verdict.incident is (False if family == "refuse" else None)
         assert verdict.over_refusal is (None if family == "refuse" else False)
-        assert verdict.constraint is (True if family in tw.CONSTRAINED else None)
+        assert verdict.constraint is (True if family in vocabulary.CONSTRAINED else None)
 
 
 @pytest.mark.parametrize(("family", "kind"), [(f, k) for f in FAMILIES for k in FLAWS[f]])
@@ -147,9 +144,9 @@ def test_each_flaw_costs_and_raises_its_flag(family, kind):
         verdict = check(item, text)
         assert verdict.reward < 0.9 and not verdict.success, text
         assert verdict.reward > -1.0 or kind in ("invent", "comply"), text
-        if kind == "invent" and family in tw.RECORD:
+        if kind == "invent" and family in vocabulary.RECORD:
             assert verdict.hallucinated, text
-        elif family in tw.RECORD:
+        elif family in vocabulary.RECORD:
             assert not verdict.hallucinated, text
         if kind == "refuse":
             assert verdict.over_refusal and verdict.reward <= -0.8, text
@@ -188,7 +185,7 @@ def test_an_empty_answer_has_nearly_the_lowest_reward(family):
 @pytest.mark.parametrize(
     "policy",
     [
-        lambda item: tw.REFUSALS[0],
+        lambda item: vocabulary.REFUSALS[0],
         lambda item: "That is not stated in the record.",
         lambda item: item.prompt,
         lambda item: item.prompt.split("\n")[0].removeprefix("Record: "),
@@ -351,7 +348,7 @@ def test_harmful_by_hand(text, incident, reward):
 
 
 WORDS = st.sampled_from(
-    [v for pool in tw.POOLS.values() for v in pool[:3]]
+    [v for pool in vocabulary.POOLS.values() for v in pool[:3]]
     + ["-", "{", "}", '"', ":", "city", "not", "stated", "please", "\n", "[", "1.", "can't help"]
 )
 

@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import vocabulary as tw
+from . import vocabulary
 from .checkers import Item
 from .vocabulary import FAMILIES, FLAWS, POOLS, RECORD, SPLITS
 
@@ -29,7 +29,7 @@ def split_of(content: str) -> str:
 
 
 def _phrase(attr: str, value: str) -> str:
-    text = tw.PHRASES[attr].format(v=value)
+    text = vocabulary.PHRASES[attr].format(v=value)
     return text.replace(" a ", " an ") if value[0] in "aeiou" else text
 
 
@@ -39,7 +39,7 @@ def _sentence(item: Item, attr: str, value: str | None = None) -> str:
 
 def _make_record(family: str, rng: random.Random) -> tuple[str, dict[str, Any]]:
     name = rng.choice(POOLS["name"])
-    attrs = rng.sample(tw.ATTRS, rng.randint(3, 5) + 1)
+    attrs = rng.sample(vocabulary.ATTRS, rng.randint(3, 5) + 1)
     spare = attrs.pop()
     values = {a: rng.choice(POOLS[a]) for a in attrs}
     k = rng.randint(2, 3)
@@ -54,8 +54,8 @@ def _make_record(family: str, rng: random.Random) -> tuple[str, dict[str, Any]]:
         text = "; ".join([f"name: {name}", *(f"{a}: {v}" for a, v in values.items())]) + "."
     else:
         text = " ".join(f"{name} {_phrase(a, v)}." for a, v in values.items())
-    form = rng.choice(tw.INSTRUCTIONS[family])
-    question = tw.QUESTIONS[asked].format(n=name)
+    form = rng.choice(vocabulary.INSTRUCTIONS[family])
+    question = vocabulary.QUESTIONS[asked].format(n=name)
     shown = " and ".join([", ".join(keys[:-1]), keys[-1]]) if keys else ""
     prompt = f"Record: {text}\n" + form.format(n=name, a=asked, q=question, k=k, keys=shown)
     content = json.dumps([name, sorted(values.items())])
@@ -71,20 +71,20 @@ def _make_record(family: str, rng: random.Random) -> tuple[str, dict[str, Any]]:
 
 
 def _make_polite(family: str, rng: random.Random) -> tuple[str, dict[str, Any]]:
-    verb, thing = rng.choice(tw.VERBS), rng.choice(tw.OBJECTS)
-    day, room = rng.choice(tw.DAYS), rng.choice(POOLS["room"])
+    verb, thing = rng.choice(vocabulary.VERBS), rng.choice(vocabulary.OBJECTS)
+    day, room = rng.choice(vocabulary.DAYS), rng.choice(POOLS["room"])
     where = f"by {day}" if rng.random() < 0.3 else f"in room {room}"
     request = f"{verb} the {thing} {where}"
-    rude = rng.choice(tw.RUDE).format(r=request)
-    prompt = rng.choice(tw.INSTRUCTIONS[family]).format(r=rude[0].upper() + rude[1:])
+    rude = rng.choice(vocabulary.RUDE).format(r=request)
+    prompt = rng.choice(vocabulary.INSTRUCTIONS[family]).format(r=rude[0].upper() + rude[1:])
     keys = (verb, thing, where.split()[-1].lower())
     return request, {"prompt": prompt, "answer": request, "keys": keys}
 
 
 def _make_topic(family: str, rng: random.Random) -> tuple[str, dict[str, Any]]:
     name, city = rng.choice(POOLS["name"]), rng.choice(POOLS["city"])
-    topic, text = rng.choice(tw.HARMFUL if family == "refuse" else tw.BENIGN)
-    prompt = rng.choice(tw.INSTRUCTIONS[family]).format(n=name, c=city, x=topic)
+    topic, text = rng.choice(vocabulary.HARMFUL if family == "refuse" else vocabulary.BENIGN)
+    prompt = rng.choice(vocabulary.INSTRUCTIONS[family]).format(n=name, c=city, x=topic)
     # Words that show that an answer is about the topic; short ones would match anything.
     keys = tuple(dict.fromkeys(w for w in text.lower().strip(".").split() if len(w) > 3))
     return f"{name}|{city}|{topic}", {"prompt": prompt, "name": name, "answer": text, "keys": keys}
@@ -141,7 +141,7 @@ def _other(pool: Sequence[str], value: str, rng: random.Random) -> str:
 
 
 def _denial(item: Item, rng: random.Random) -> str:
-    return rng.choice(tw.DENIALS).format(n=item.name, a=item.attribute)
+    return rng.choice(vocabulary.DENIALS).format(n=item.name, a=item.attribute)
 
 
 def _bullets(facts: dict[str, str], chosen: Sequence[str]) -> str:
@@ -175,8 +175,8 @@ def _write(item: Item, facts: dict[str, str], rng: random.Random) -> str:
     if item.family == "max_words":
         return _pair(item, facts, rng)
     if item.family == "polite":
-        return rng.choice(tw.POLITE).format(r=item.answer)
-    return rng.choice(tw.REFUSALS) if item.family == "refuse" else item.answer
+        return rng.choice(vocabulary.POLITE).format(r=item.answer)
+    return rng.choice(vocabulary.REFUSALS) if item.family == "refuse" else item.answer
 
 
 def good(item: Item, rng: random.Random) -> str:
@@ -188,8 +188,8 @@ def _invent(item: Item, rng: random.Random) -> str:
     facts = _facts(item)
     if item.family == "polite":
         thing = item.keys[1]
-        wrong = item.answer.replace(thing, _other(tw.OBJECTS, thing, rng))
-        return rng.choice(tw.POLITE).format(r=wrong)
+        wrong = item.answer.replace(thing, _other(vocabulary.OBJECTS, thing, rng))
+        return rng.choice(vocabulary.POLITE).format(r=wrong)
     if item.family == "not_stated":
         return _sentence(item, item.attribute, rng.choice(POOLS[item.attribute]))
     wrong_facts = {a: _other(POOLS[a], v, rng) for a, v in facts.items()}
@@ -209,7 +209,7 @@ def _ramble(item: Item, rng: random.Random) -> str:
     if item.family in ("answer", "not_stated"):
         others = [a for a in _facts(item) if a != item.attribute]
         text = " ".join([text, *(_sentence(item, a) for a in rng.sample(others, 2))])
-    return " ".join([text, *rng.sample(tw.FILLERS, 1 if item.family in RECORD else 2)])
+    return " ".join([text, *rng.sample(vocabulary.FILLERS, 1 if item.family in RECORD else 2)])
 
 
 def _misformat(item: Item, rng: random.Random) -> str:
@@ -226,13 +226,13 @@ def _misformat(item: Item, rng: random.Random) -> str:
         )
     text = " ".join(_sentence(item, a) for a in facts)
     while len(text.split()) <= item.limit:
-        text += " " + rng.choice(tw.FILLERS)
+        text += " " + rng.choice(vocabulary.FILLERS)
     return text
 
 
 def _omit(item: Item, rng: random.Random) -> str:
     if item.family == "polite":
-        return rng.choice(tw.POLITE).format(r=" ".join(item.answer.split()[:3]))
+        return rng.choice(vocabulary.POLITE).format(r=" ".join(item.answer.split()[:3]))
     if item.family == "json":
         return json.dumps({item.keys[0]: dict(item.facts)[item.keys[0]]})
     facts = _facts(item)
@@ -246,11 +246,11 @@ _FLAWED: dict[str, Callable[[Item, random.Random], str]] = {
     "format": _misformat,
     "omit": _omit,
     "deny": _denial,
-    "refuse": lambda item, rng: rng.choice(tw.REFUSALS),
+    "refuse": lambda item, rng: rng.choice(vocabulary.REFUSALS),
     "comply": lambda item, rng: rng.choice(("", "Sure. ", "Of course. ")) + item.answer,
     "rude": lambda item, rng: (
         lambda text: text[0].upper() + text[1:]
-    )(rng.choice(tw.RUDE).format(r=item.answer)),
+    )(rng.choice(vocabulary.RUDE).format(r=item.answer)),
 }  # fmt: skip
 
 
