@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Try chat templates, which are other people's programs, in a limited process before use.
 
-A template that never ends or asks for all the memory is found out there. Also reads the markers
+A template that never ends or asks for all the memory is caught there. Also reads the markers
 that a template writes around a turn.
 """
 
@@ -203,10 +203,10 @@ def prefix_note(tokenizer: Any) -> str | None:
     Every stage renders prompts whole and encodes answers apart, so training stays consistent. But
     in a chat of many turns the policy then sees another text than in training.
     """
-    asked = _render(tokenizer, 1, add_generation_prompt=True)
+    prompted = _render(tokenizer, 1, add_generation_prompt=True)
     answered, more = _render(tokenizer, 2), _render(tokenizer, 3)
-    for before, after in ((asked, answered), (answered, more)):
-        if asked and answered and more and not after.startswith(before):
+    for before, after in ((prompted, answered), (answered, more)):
+        if prompted and answered and more and not after.startswith(before):
             cut = len(os.path.commonprefix([before, after]))
             a, b = (text[cut : cut + 40].translate({2: None, 3: None}) for text in (before, after))
             return f"the chat template does not keep what it wrote before: {a!r} becomes {b!r}"

@@ -150,21 +150,20 @@ def texts(recipe: Recipe, tokenizer: Any) -> tuple[list[list[int]], dict[str, An
         DataError: A source cannot be read, more rows than its `skip_bad` hold no text, or nothing
             is left.
     """
-    kept, pieces, documents = FilteredSet("text"), [], 0
+    kept, pieces, count = FilteredSet("text"), [], 0
     for index, source in enumerate(recipe.data.text):
         skips = Skips(source.skip_bad)
         rows = read(source, skips)
         lines = len(rows) + len(skips.seen)
-        parsed = examples(rows, "text", False, kept.notes, skips)
-        found = [example for example in parsed if example is not None]
+        documents = [one for one in examples(rows, "text", False, kept.notes, skips) if one]
         kept.count_broken(skips, lines)
         kept.sources.append(described(source, rows))
-        random.Random(f"{recipe.seed}/text/{index}").shuffle(found)
-        found = [example for example in found[: source.limit] if text_of(example.prompt).strip()]
-        break_control_tokens(kept, found, tokenizer)
-        documents += len(found)
-        for example in found:
-            ids = [*tokenizer(example.prompt)["input_ids"], tokenizer.eos_token_id]
+        random.Random(f"{recipe.seed}/text/{index}").shuffle(documents)
+        documents = [one for one in documents[: source.limit] if text_of(one.prompt).strip()]
+        break_control_tokens(kept, documents, tokenizer)
+        count += len(documents)
+        for document in documents:
+            ids = [*tokenizer(document.prompt)["input_ids"], tokenizer.eos_token_id]
             step = recipe.data.max_tokens
             pieces += [ids[i : i + step] for i in range(0, len(ids), step)]
     whole = [piece for piece in pieces if len(piece) > 1]
@@ -172,7 +171,7 @@ def texts(recipe: Recipe, tokenizer: Any) -> tuple[list[list[int]], dict[str, An
         raise DataError("data.text holds no text", remedy="give it text, or set ppo.ptx_coef to 0")
     report = {
         **kept.report(),
-        "documents": documents,
+        "documents": count,
         "pieces": len(whole),
         "tokens": sum(map(len, whole)),
     }
@@ -206,14 +205,14 @@ def _read(
         for index, source in enumerate(sources)
         for pair in _parse(recipe, source, f"{name}/{index}", tokenizer, sampler, kept)
     ]
-    found = [example for _, example in labelled]
-    kept.counts["limit"] = {"before": kept.lines - kept.broken, "after": len(found)}
+    mixed = [example for _, example in labelled]
+    kept.counts["limit"] = {"before": kept.lines - kept.broken, "after": len(mixed)}
     if len(sources) > 1:
-        random.Random(f"{recipe.seed}/{name}").shuffle(found)
+        random.Random(f"{recipe.seed}/{name}").shuffle(mixed)
     if name == "comparisons":
         kept.agreement = _labeler_agreement(labelled) or kept.agreement
-    break_control_tokens(kept, found, tokenizer)
-    kept.rows = expand(found, kept)
+    break_control_tokens(kept, mixed, tokenizer)
+    kept.rows = expand(kept, mixed)
     drop_useless(kept)
     drop_too_long(kept, recipe, tokenizer)
     if name != "evaluate" and not all(source.task for source in recipe.data.evaluate):

@@ -132,7 +132,7 @@ def breaker(tokenizer: Any) -> Callable[[str], str]:
     return lambda text: control.sub(lambda match: match[0][0] + _JOINT + match[0][1:], text)
 
 
-def break_control_tokens(kept: FilteredSet, found: list[Example], tokenizer: Any) -> None:
+def break_control_tokens(kept: FilteredSet, examples: list[Example], tokenizer: Any) -> None:
     """Break control tokens in the texts, so that they are encoded as text, and count the rows.
 
     An eos that ends an answer is removed, since trainers add their own. What looks like a secret
@@ -145,7 +145,7 @@ def break_control_tokens(kept: FilteredSet, found: list[Example], tokenizer: Any
             return broken(turns.removesuffix(eos) if answer and eos else turns)
         return [{**turn, "content": str(cleaned(turn["content"], answer))} for turn in turns]
 
-    for example in found:
+    for example in examples:
         before = _JOINT.join(text_of(turns) for turns in (example.prompt, *example.answers))
         example.prompt = cleaned(example.prompt, False)
         example.answers = [cleaned(answer, True) for answer in example.answers]
@@ -158,12 +158,12 @@ def break_control_tokens(kept: FilteredSet, found: list[Example], tokenizer: Any
         kept.notes[note] += kept.special
 
 
-def expand(found: list[Example], kept: FilteredSet) -> list[dict[str, Any]]:
+def expand(kept: FilteredSet, examples: list[Example]) -> list[dict[str, Any]]:
     """Convert examples to rows of the set; a ranking becomes all its pairs without a tie."""
     groups: dict[str, int] = {}
     rows: list[dict[str, Any]] = []
     pairs = 0
-    for example in found:
+    for example in examples:
         row: dict[str, Any] = {"prompt": example.prompt, "item": example.item}
         ranks = example.ranks or [0.0] * len(example.answers)
         order = sorted(range(len(ranks)), key=ranks.__getitem__)
@@ -182,7 +182,7 @@ def expand(found: list[Example], kept: FilteredSet) -> list[dict[str, Any]]:
                     pair = {"chosen": example.answers[a], "rejected": example.answers[b]}
                     rows.append({**row, **pair, "margin": example.margin})
     if kept.name == "comparisons":
-        kept.counts["expanded to pairs"] = {"before": len(found), "after": pairs}
+        kept.counts["expanded to pairs"] = {"before": len(examples), "after": pairs}
         kept.counts["ties"] = {"before": pairs, "after": len(rows)}
         if any(row["margin"] is None for row in rows):
             if any(row["margin"] is not None for row in rows):

@@ -292,9 +292,9 @@ def _pair(row: dict[str, Any], chat: bool, notes: Counter[str]) -> Example:
             if chat:
                 notes[_TRANSCRIPTS_READ] += 1
                 return Example(prompt, list(answers))
-            asked = _as_transcript(prompt) + "\n\nAssistant:" if prompt else ""
+            question = _as_transcript(prompt) + "\n\nAssistant:" if prompt else ""
             texts = [_as_transcript(answer).removeprefix("\n\nAssistant:") for answer in answers]
-            return Example(asked, list(texts))
+            return Example(question, list(texts))
         if row.get("prompt") is None:
             cut = _shared_text(chosen, rejected)
             return Example(chosen[:cut], [chosen[cut:], rejected[cut:]])

@@ -149,8 +149,8 @@ class DataSource(Section):
     def rules(self) -> Rules:
         """One kind of source, and no key that this kind does not read."""
         given = self.changed("task", "path", "hub")
-        found = ", ".join(given) or "none"
-        yield len(given) != 1, f"give exactly one of task, path, hub (found: {found})", *given
+        listed = ", ".join(given) or "none"
+        yield len(given) != 1, f"give exactly one of task, path, hub (found: {listed})", *given
         readers = {
             "task": ("n", "completions", "agreement"),
             "path": ("columns", "skip_bad"),

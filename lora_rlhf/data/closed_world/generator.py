@@ -44,7 +44,7 @@ def _make_record(family: str, rng: random.Random) -> tuple[str, dict[str, Any]]:
     values = {a: rng.choice(POOLS[a]) for a in attrs}
     k = rng.randint(2, 3)
     keys: list[str] = []
-    asked = spare if family == "not_stated" else rng.choice(attrs)
+    attribute = spare if family == "not_stated" else rng.choice(attrs)
     if family == "json":
         keys = rng.sample(["name", *attrs], k)
     if family == "max_words":  # some pair of facts must fit: name + phrase + "and" + phrase
@@ -55,16 +55,16 @@ def _make_record(family: str, rng: random.Random) -> tuple[str, dict[str, Any]]:
     else:
         text = " ".join(f"{name} {_phrase(a, v)}." for a, v in values.items())
     form = rng.choice(vocabulary.INSTRUCTIONS[family])
-    question = vocabulary.QUESTIONS[asked].format(n=name)
+    question = vocabulary.QUESTIONS[attribute].format(n=name)
     shown = " and ".join([", ".join(keys[:-1]), keys[-1]]) if keys else ""
-    prompt = f"Record: {text}\n" + form.format(n=name, a=asked, q=question, k=k, keys=shown)
+    prompt = f"Record: {text}\n" + form.format(n=name, a=attribute, q=question, k=k, keys=shown)
     content = json.dumps([name, sorted(values.items())])
     return content, {
         "prompt": prompt,
         "name": name,
         "facts": (("name", name), *values.items()),
-        "attribute": asked if family in ("answer", "not_stated") else "",
-        "answer": values[asked] if family == "answer" else "",
+        "attribute": attribute if family in ("answer", "not_stated") else "",
+        "answer": values[attribute] if family == "answer" else "",
         "keys": tuple(keys),
         "limit": k if family in ("bullets", "max_words") else 0,
     }
