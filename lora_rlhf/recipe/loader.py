@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from pathlib import Path
 from typing import Any, get_args
@@ -53,13 +52,15 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 def parse_recipe(
     text: str, name: str, overrides: list[str] | None = None, folder: Path | None = None
 ) -> Recipe:
-    """Parse a recipe's text, named `name` in errors; paths are relative to `folder`."""
+    """Parse a recipe's text, named `name` in errors; paths are relative to `folder`.
+
+    Without a folder only `~` is expanded, which a run writes in place of the home directory.
+    """
     data, lines = parse_yaml(text, name)
     for override in overrides or []:
         _apply_override(data, lines, override)
-    _resolve_paths(data, folder)
     try:
-        return Recipe.model_validate(data)
+        return Recipe.model_validate(data, context={"folder": folder})
     except ValidationError as error:
         raise _recipe_error(error, name, lines) from None
 
@@ -91,42 +92,6 @@ def _apply_override(data: dict[str, Any], lines: Lines, override: str) -> None:
             reached = _short(".".join(map(str, parts[: index + 1])))
             raise RecipeError(f"--set {_short(override)}: there is no {reached}") from None
     lines[tuple(parts)] = 0
-
-
-def _resolve_paths(data: dict[str, Any], folder: Path | None) -> None:
-    """Make paths absolute, so that a run can start from any working directory.
-
-    Without a folder only `~` is expanded, which a run writes in place of the home directory.
-    """
-    model = data.get("model")
-    if isinstance(model, dict) and isinstance(model.get("id"), str) and model["id"] != "tiny":
-        model["id"] = _model_id(model["id"], folder)
-    sections = data.get("data")
-    for sources in sections.values() if isinstance(sections, dict) else ():
-        for source in sources if isinstance(sources, list) else ():
-            path = source.get("path") if isinstance(source, dict) else None
-            if isinstance(path, str) and not path.startswith("data://"):
-                source["path"] = _data_path(path, folder)
-
-
-def _model_id(given: str, folder: Path | None) -> str:
-    """Tell paths from Hub ids: `./x`, `~/x`, or a folder with a model beside the recipe."""
-    if "\0" in given:
-        return given  # not a path; loading the model will say so
-    path = (folder or Path()) / os.path.expanduser(given)
-    beside = folder is not None and os.path.isfile(path / "config.json")
-    if given.startswith("~") or beside or (folder is not None and given.startswith(".")):
-        return os.path.abspath(path)
-    return given
-
-
-def _data_path(given: str, folder: Path | None) -> str:
-    if "\0" in given or (folder is None and not given.startswith("~")):
-        return given
-    try:
-        return str(((folder or Path()) / os.path.expanduser(given)).resolve())
-    except (OSError, RuntimeError):  # the name is too long, or links form a circle
-        return given
 
 
 def _siblings(at: tuple[Key, ...]) -> list[str]:

@@ -7,11 +7,19 @@ is its description; docs/recipes.md is generated from these classes.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 COLUMNS = (
@@ -79,6 +87,17 @@ class ModelSection(Section):
     gradient_checkpointing: bool = False
     """Save memory by recomputing activations in the backward pass."""
 
+    @field_validator("id")
+    @classmethod
+    def _resolve(cls, given: str, info: ValidationInfo) -> str:
+        """Make paths absolute: `./x`, `~/x`, and the name of a model's folder beside the recipe."""
+        if info.context is None or given == "tiny" or "\0" in given:
+            return given
+        folder = info.context["folder"]
+        path = (folder or Path()) / os.path.expanduser(given)
+        beside = folder and (given.startswith(".") or os.path.isfile(path / "config.json"))
+        return os.path.abspath(path) if beside or given.startswith("~") else given
+
     def rules(self) -> Rules:
         """`revision` is for Hub ids only, `hub_id` for local base models only."""
         local = self.id == "tiny" or self.id.startswith((".", "~")) or Path(self.id).is_absolute()
@@ -145,6 +164,20 @@ class DataSource(Section):
     """Licence of the data, for the card."""
     labeler_instructions: str | None = None
     """Instructions given to the labelers, for the card (comparisons only)."""
+
+    @field_validator("path")
+    @classmethod
+    def _resolve(cls, given: str | None, info: ValidationInfo) -> str | None:
+        """Make the path absolute, so that a run can start in any working directory."""
+        if info.context is None or given is None or given.startswith("data://") or "\0" in given:
+            return given
+        folder = info.context["folder"]
+        if folder is None and not given.startswith("~"):
+            return given
+        try:
+            return str(((folder or Path()) / os.path.expanduser(given)).resolve())
+        except (OSError, RuntimeError):  # the name is too long, or links form a circle
+            return given
 
     def rules(self) -> Rules:
         """One kind of source, and no key that this kind does not read."""
