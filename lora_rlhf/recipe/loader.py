@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load and dump recipes: YAML, `--set` overrides, paths, and errors with lines and suggestions."""
+"""Load and dump recipes: YAML, `--set` overrides, and errors with lines and suggestions."""
 
 from __future__ import annotations
 
