@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -79,13 +78,9 @@ def save_role(backbone: Backbone, role: str, folder: str | Path) -> Path:
 def _config(backbone: Backbone, role: str) -> Any:
     """The PEFT config to save: under the base's Hub id, else its folder on this disk."""
     config = copy.copy(backbone.views[role].peft_config[ADAPTERS[role]])
-    where = getattr(backbone.causal, "loaded_from", None)
-    if where and os.path.isdir(where):
-        where = os.path.abspath(where)
-    # In memory the config names no home folder, because trackers read it.
-    config.base_model_name_or_path = (
-        backbone.model_section.hub_id or where or config.base_model_name_or_path
-    )
+    where = backbone.model_section.hub_id or getattr(backbone.causal, "loaded_from", None)
+    if where:  # in memory the config names no home folder, because trackers read it
+        config.base_model_name_or_path = where
     config.inference_mode = True
     return config
 

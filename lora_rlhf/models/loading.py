@@ -70,7 +70,8 @@ def load(model: ModelSection) -> tuple[PreTrainedModel, PreTrainedTokenizerBase,
     chat_template.check(tokenizer)
     for named in (causal, causal.config, tokenizer):  # trackers and the tokenizer write it down
         named.name_or_path = safe(where)
-    causal.loaded_from = where  # for adapters on this disk, where ~ would be no path
+    folder = local_folder(model)  # absolute, so that adapters on this disk find their base
+    causal.loaded_from = os.path.abspath(folder) if folder else where
     if model.load_in_4bit:
         _forbid_repacking(causal)
     special_tokens.ensure_distinct_pad(tokenizer, causal)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lora_rlhf._trl import ChunkedLogProbFunction
 
@@ -25,64 +26,50 @@ _ROWS, _COLUMNS = 1024, 2048
 _TRL_COLUMNS = 32768
 
 
-class Transform(NamedTuple):
-    """Logits from the head's product: softcap(product * scale) / temperature."""
+class Head(NamedTuple):
+    """A frozen LM head; logits are softcap(product * scale) / temperature."""
 
+    weight: Tensor  # (V, H)
+    bias: Tensor | None = None  # (V,)
     temperature: float = 1.0
     softcap: float | None = None
     scale: float = 1.0
 
     @classmethod
-    def of(cls, config: Any, temperature: float) -> Self:
-        """Read soft cap and scale, which Gemma 2, Cohere and Granite have, from a text config."""
+    def of(cls, causal: PreTrainedModel, temperature: float) -> Self:
+        """Read a model's head; Gemma 2, Cohere and Granite have a soft cap or a scale."""
+        layer, config = causal.get_output_embeddings(), causal.config.get_text_config()
         softcap = getattr(config, "final_logit_softcapping", None)
         scale = getattr(config, "logit_scale", None)
         if scale is None and getattr(config, "logits_scaling", None):
             scale = 1 / config.logits_scaling
-        return cls(temperature, softcap, 1.0 if scale is None else scale)
+        return cls(layer.weight, layer.bias, temperature, softcap, 1.0 if scale is None else scale)
 
 
 def logprobs_and_entropy(
-    states: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    transform: Transform,
-    entropy_gradient: bool = False,
+    states: Tensor, targets: Tensor, head: Head, entropy_gradient: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Compute log-probs of the targets, differentiable, and entropies; (N,) each and float32.
 
     Args:
         states: (N, H) hidden states.
-        weight: (V, H) of the LM head, frozen.
-        bias: (V,) or None.
         targets: (N,) ids.
         entropy_gradient: Make the entropy differentiable too, which takes a third product.
     """
+    if head.weight.requires_grad:
+        raise ValueError("the LM head must be frozen: it is given no gradient here")
     compute: Any = by_trl_kernels if states.is_cuda else _OnePass.apply
-    logprobs, entropy = compute(states, weight, bias, targets, transform, entropy_gradient)
+    logprobs, entropy = compute(states, targets, head, entropy_gradient)
     return logprobs, entropy
 
 
 def by_trl_kernels(
-    states: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    transform: Transform,
-    entropy_gradient: bool = False,
+    states: Tensor, targets: Tensor, head: Head, entropy_gradient: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Compute the same by TRL's kernels, as on CUDA."""
+    columns = min(_TRL_COLUMNS, head.weight.shape[0])
     logprobs, entropy, *_ = ChunkedLogProbFunction.apply(
-        states,
-        weight,
-        bias,
-        targets,
-        transform.temperature,
-        min(_TRL_COLUMNS, weight.shape[0]),
-        transform.softcap,
-        transform.scale,
-        ("entropy",),
+        states, head.weight, head.bias, targets, head.temperature, columns, *head[3:], ("entropy",)
     )
     return logprobs, entropy if entropy_gradient else entropy.detach()
 
@@ -92,20 +79,12 @@ class _OnePass(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        states: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        transform: Transform,
-        entropy_gradient: bool,
+        ctx: Any, states: Tensor, targets: Tensor, head: Head, entropy_gradient: bool
     ) -> tuple[Tensor, Tensor]:
-        if ctx.needs_input_grad[1]:
-            raise ValueError("the LM head must be frozen: it is given no gradient here")
         # Number of outputs that backward needs, the log-probs first.
         wanted = (1 + entropy_gradient) if ctx.needs_input_grad[0] else 0
         parts = [
-            _rows(part, weight, bias, ids, transform, wanted)
+            _rows(part, ids, head, wanted)
             for part, ids in zip(states.split(_ROWS), targets.split(_ROWS), strict=True)
         ]
         logprobs, entropy = (torch.cat([p[i] for p in parts]) for i in (0, 1))
@@ -123,17 +102,10 @@ class _OnePass(torch.autograd.Function):
             if upstream is not None:
                 part = upstream.unsqueeze(1) * rows
                 total = part if total is None else total + part
-        return (None if total is None else total.to(ctx.dtype), *[None] * 5)
+        return (None if total is None else total.to(ctx.dtype), None, None, None)
 
 
-def _rows(
-    states: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    transform: Transform,
-    wanted: int,
-) -> tuple[Tensor, ...]:
+def _rows(states: Tensor, targets: Tensor, head: Head, wanted: int) -> tuple[Tensor, ...]:
     """Compute log-probs, entropies and their gradients by the states, of up to `_ROWS` tokens.
 
     Running sums over tiles, all relative to the running maximum m of the logits z:
@@ -145,9 +117,9 @@ def _rows(
     slope = torch.ones_like(top)  # d z / d product at the target
     # Σ e^(z-m) d z / d state, and Σ e^(z-m) (z-m) d z / d state
     sums = [states.new_zeros(states.shape, dtype=torch.float32) for _ in range(wanted)]
-    for start in range(0, weight.shape[0], _COLUMNS):
-        tile = weight[start : start + _COLUMNS]
-        z, bend = _logits(states, tile, None if bias is None else bias[start:], transform)
+    for start in range(0, head.weight.shape[0], _COLUMNS):
+        tile = head.weight[start : start + _COLUMNS]
+        z, bend = _logits(states, tile, start, head)
         new = torch.maximum(top, z.amax(dim=1, keepdim=True))
         # The first tile has nothing to shift: e^-inf is 0, and 0 times an infinite shift is not.
         shift = torch.where(top.isinf(), 0.0, top - new)
@@ -174,27 +146,25 @@ def _rows(
     out = (logprobs.squeeze(1), entropy.squeeze(1))
     if not wanted:
         return out
-    factor = transform.scale / transform.temperature
+    factor = head.scale / head.temperature
     by_total = sums[0] / total
-    by_logprob = (slope * weight[targets].float() - by_total) * factor
+    by_logprob = (slope * head.weight[targets].float() - by_total) * factor
     if wanted == 1:
         return (*out, by_logprob)
     return (*out, by_logprob, (mean * by_total - sums[1] / total) * factor)
 
 
-def _logits(
-    states: Tensor, tile: Tensor, bias: Tensor | None, transform: Transform
-) -> tuple[Tensor, Tensor | None]:
+def _logits(states: Tensor, tile: Tensor, start: int, head: Head) -> tuple[Tensor, Tensor | None]:
     """Compute a tile's logits in float32, and d logit / d product where it is not constant."""
     z = (states @ tile.t()).float()
-    if bias is not None:
-        z += bias[: tile.shape[0]].float()
+    if head.bias is not None:
+        z += head.bias[start : start + tile.shape[0]].float()
     bend = None
-    if transform.scale != 1.0:
-        z *= transform.scale
-    if transform.softcap is not None:
-        bent = torch.tanh(z / transform.softcap)
-        z, bend = transform.softcap * bent, 1 - bent.square()
-    if transform.temperature != 1.0:
-        z /= transform.temperature
+    if head.scale != 1.0:
+        z *= head.scale
+    if head.softcap is not None:
+        bent = torch.tanh(z / head.softcap)
+        z, bend = head.softcap * bent, 1 - bent.square()
+    if head.temperature != 1.0:
+        z /= head.temperature
     return z, bend

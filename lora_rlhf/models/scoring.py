@@ -22,7 +22,7 @@ from lora_rlhf.data.tokenization import pad_left, position_ids
 
 from . import trunk
 from .backbone import Backbone
-from .logprobs import Transform, logprobs_and_entropy
+from .logprobs import Head, logprobs_and_entropy
 
 Episode = tuple[list[int], list[int]]
 """Ids of a prompt and of its completion, without padding."""
@@ -93,17 +93,10 @@ def logprobs_of(
     entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute the same from `completion_states` (B, T, H), through the LM head in tiles."""
-    tokens = states.shape[1]
-    head = backbone.causal.get_output_embeddings()
-    logprobs, entropy = logprobs_and_entropy(
-        states.reshape(-1, states.shape[-1]),
-        head.weight,
-        head.bias,
-        input_ids[:, -tokens:].reshape(-1),
-        Transform.of(backbone.causal.config.get_text_config(), temperature),
-        entropy_gradient,
-    )
-    shape = (input_ids.shape[0], tokens)
+    shape = states.shape[:2]
+    rows, targets = states.reshape(-1, states.shape[-1]), input_ids[:, -shape[1] :].reshape(-1)
+    head = Head.of(backbone.causal, temperature)
+    logprobs, entropy = logprobs_and_entropy(rows, targets, head, entropy_gradient)
     return logprobs.reshape(shape).float(), entropy.reshape(shape).float()
 
 

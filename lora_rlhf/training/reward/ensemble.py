@@ -16,16 +16,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from lora_rlhf.errors import AdapterError
+from lora_rlhf.estimates import Floats
 from lora_rlhf.models import scoring
 from lora_rlhf.models.backbone import MEMBERS, Backbone
 from lora_rlhf.models.scoring import Episode
 from lora_rlhf.recipe.schema import RewardSection
-
-Floats = NDArray[np.float64]
 
 
 class Scores(NamedTuple):

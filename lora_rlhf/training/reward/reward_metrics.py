@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from lora_rlhf.estimates import (
     Estimate,
+    Floats,
     calibration,
     calibration_error,
     mean_interval,
@@ -25,8 +26,6 @@ from lora_rlhf.estimates import (
 )
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.models.scoring import Episode
-
-Floats = NDArray[np.float64]
 
 
 @dataclass
