@@ -174,7 +174,7 @@ def test_a_card_states_the_accuracy_of_the_published_adapter(tmp_path, combine, 
     text = model_card.render(make_run(tmp_path, change), "reward")
     assert f"value: {accuracy}" in text
     assert "Ensemble: 2 reward models" in text and "0.622 [0.56, 0.68], n = 201" in text
-    assert ("the first member; alone it is not" in text) is (combine == "min")
+    assert ("only the first member, and not the whole reward" in text) is (combine == "min")
 
 
 # ---------------------------------------------------------------------------------- the stage
