@@ -48,6 +48,14 @@ def test_high_kl_and_longer_answers_are_stated(run):
     assert "grew longer" not in limits_of(run())
 
 
+def test_signs_of_alarm_are_stated(run):
+    """Under the key at which the PPO controller keeps them."""
+    sign = {"update": 9, "sign": "kl_high", "message": "KL to SFT is 38 nats per sequence"}
+    text = model_card.render(run(change(stages__ppo__signs=[sign])), "policy")
+    assert "alarm during training at update 9: KL to SFT is 38 nats" in section(text, "Limits")
+    assert "Alarm at update 9: KL" in section(text, "Reinforcement learning")
+
+
 def test_a_proxy_that_rises_alone_is_stated(run):
     gold = run(change(evaluation__policy__gold_reward=estimate(0.12, 0.03, 0.21, 128)))
     assert "may exploit the reward model" in limits_of(gold)

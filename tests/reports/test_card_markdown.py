@@ -78,7 +78,7 @@ def test_hostile_text_everywhere_else_leaves_the_card_whole(run):
             entry["sources"][0] |= {"name": HOSTILE, "license": HOSTILE}
             entry["counts"] = {HOSTILE: {"before": 3, "after": 2}}
         data["stages"]["reward"] |= {"gate": "warned", "gate_reason": HOSTILE}
-        data["stages"]["ppo"]["alarms"] = [HOSTILE]
+        data["stages"]["ppo"]["signs"] = [{"update": 3, "sign": HOSTILE, "message": HOSTILE}]
         data["evaluation"]["policy"][HOSTILE] = estimate(0.5, 0.4, 0.6, 9)
         data["clock"]["host"] = {HOSTILE: HOSTILE}
         data["model"] |= {"license": HOSTILE, "fingerprint": HOSTILE, "source": HOSTILE}

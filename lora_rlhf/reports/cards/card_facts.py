@@ -16,7 +16,7 @@ from lora_rlhf.recipe.stage_keys import ALGORITHMS
 from lora_rlhf.reports.alarms import series
 from lora_rlhf.runs.record import Record
 
-from .card_markdown import at, cell, interval, is_number, without_paths
+from .card_markdown import at, cell, interval, is_number, number, without_paths
 
 ROLES = ("policy", "reward", "value", "sft")
 RL_STAGES = tuple(ALGORITHMS)
@@ -95,6 +95,11 @@ class Facts:
             yield name, entry
             if "sources" in at(entry, "evaluate", {}):
                 yield "evaluate", entry["evaluate"]
+
+    def signs(self) -> list[str]:
+        """The signs of alarm that the record of the policy's stage holds, as safe text."""
+        seen = self.get(f"stages.{self.algorithm}.signs", [])
+        return [f"at update {number(s.get('update'))}: {cell(s.get('message'))}" for s in seen]
 
     def curve(self, *names: str) -> list[float]:
         """The finite values of the first of these metrics that the policy's stage logged."""

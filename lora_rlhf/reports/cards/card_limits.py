@@ -75,8 +75,8 @@ def _of_rl(facts: Facts) -> Iterator[str]:
         )
     elif kl is not None and not is_number(kl):
         yield "The KL at the end of training is not finite, so the policy may be broken."
-    for alarm in stage.get("alarms") or []:
-        yield f"There was an alarm during training: {cell(alarm)}."
+    for sign in facts.signs():
+        yield f"There was an alarm during training {sign}."
 
 
 def _of_win_rate(facts: Facts) -> Iterator[str]:

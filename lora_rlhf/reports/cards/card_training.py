@@ -243,7 +243,7 @@ def reinforcement(facts: Facts) -> str:
         f"Reward: {reward_source(facts)}",
         *(f"{label}: {interval(stage.get(key), short=True)}" for key, label in shown.items()),
         f"Settings, including defaults: {_listed(settings)}",
-        *(f"Alarm: {cell(alarm)}" for alarm in stage.get("alarms") or []),
+        *(f"Alarm {sign}" for sign in facts.signs()),
         f"Identities checked at the start: {_listed(stage.get('identities'))}",
     ]
     head, curves = ["curve", "first update", "last update"], _CURVES
