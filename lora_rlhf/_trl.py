@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one door to TRL: nothing else in the package imports it.
+"""The only module that imports TRL.
 
-TRL renames and deletes monthly. What this package subclasses or calls of TRL's inside is listed in
-`SEAMS` and checked when this module is imported, so that a version that does not fit is refused
-before a run and not in the middle of one.
+TRL renames and deletes monthly. The methods of TRL that this package overrides or calls are listed
+in `SEAMS` and checked on import, so that an unsupported version is refused before a run.
 """
 
 from __future__ import annotations
@@ -11,53 +10,32 @@ from __future__ import annotations
 import inspect
 import os
 
-# TRL's trainers report their use to the Hub; a library built on them must not do so unasked.
-# Other libraries may have read the variable before it is set here: `ResumableTrainer` asks again.
+# TRL's trainers report their use to the Hub; a library built on them must not do so by default.
+# Libraries may have read the variable before it is set here: `ResumableTrainer` checks again.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import trl
 from transformers import Trainer
-from trl import (
-    DPOConfig,
-    DPOTrainer,
-    GRPOConfig,
-    GRPOTrainer,
-    RewardConfig,
-    RewardTrainer,
-    RLOOConfig,
-    RLOOTrainer,
-    SFTConfig,
-    SFTTrainer,
-)
-from trl.kernels import ChunkedLogProbFunction, chunked_logprob
-from trl.trainer.utils import add_fused_lm_head, split_tensor_dict
+from trl import DPOConfig as DPOConfig
+from trl import DPOTrainer as DPOTrainer
+from trl import GRPOConfig as GRPOConfig
+from trl import GRPOTrainer as GRPOTrainer
+from trl import RewardConfig as RewardConfig
+from trl import RewardTrainer as RewardTrainer
+from trl import RLOOConfig as RLOOConfig
+from trl import RLOOTrainer as RLOOTrainer
+from trl import SFTConfig as SFTConfig
+from trl import SFTTrainer as SFTTrainer
+from trl.kernels import ChunkedLogProbFunction as ChunkedLogProbFunction
+from trl.kernels import chunked_logprob as chunked_logprob
+from trl.trainer.utils import add_fused_lm_head as add_fused_lm_head
+from trl.trainer.utils import split_tensor_dict as split_tensor_dict
 
 from lora_rlhf.errors import SetupError
 
-__all__ = [
-    "SEAMS",
-    "SUPPORTED",
-    "ChunkedLogProbFunction",
-    "DPOConfig",
-    "DPOTrainer",
-    "GRPOConfig",
-    "GRPOTrainer",
-    "RLOOConfig",
-    "RLOOTrainer",
-    "RewardConfig",
-    "RewardTrainer",
-    "SFTConfig",
-    "SFTTrainer",
-    "add_fused_lm_head",
-    "check_seams",
-    "chunked_logprob",
-    "split_tensor_dict",
-    "telemetry_asked",
-]
-
 SUPPORTED = ("1.16",)
-"""The minor versions of TRL on which tests/test_trl_seams.py passed."""
+"""The minor versions of TRL on which tests/contracts/test_trl_seams.py passed."""
 
 SEAMS: dict[type, dict[str, tuple[str, ...]]] = {
     Trainer: {
@@ -112,16 +90,16 @@ SEAMS: dict[type, dict[str, tuple[str, ...]]] = {
         "log": ("logs",),
     },
 }
-"""Methods that this package overrides or relies on, with the parameters it counts on."""
+"""Methods that this package overrides or calls, with the parameters that it uses."""
 
 
 def telemetry_asked() -> bool:
-    """Whether the user has said, with HF_HUB_DISABLE_TELEMETRY=0, that TRL may tell of its use."""
+    """Whether the user allows TRL's telemetry, with HF_HUB_DISABLE_TELEMETRY=0."""
     return os.environ.get("HF_HUB_DISABLE_TELEMETRY", "1").upper() in ("0", "FALSE", "NO", "OFF")
 
 
 def check_seams() -> None:
-    """Raise if the installed TRL lacks a seam.
+    """Check that the installed TRL has every seam.
 
     Raises:
         SetupError: Naming the missing method or parameter and the supported versions.
@@ -129,8 +107,8 @@ def check_seams() -> None:
     for owner, methods in SEAMS.items():
         for name, parameters in methods.items():
             method = getattr(owner, name, None)
-            found = inspect.signature(method).parameters if method is not None else {}
-            missing = [p for p in parameters if p not in found]
+            known = inspect.signature(method).parameters if method is not None else {}
+            missing = [p for p in parameters if p not in known]
             if method is None or missing:
                 lacks = f"has no parameter {missing[0]!r}" if method is not None else "is missing"
                 raise SetupError(

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """One recipe, executed: demonstrations → SFT → reward model → PPO → evaluation → cards → Hub.
 
-In the place of PPO stands what the recipe's `algorithm:` says.
-
-A finished stage is not run again; an interrupted one goes on from its newest checkpoint, so a run
-that was stopped between or inside stages ends with the same bits as one that was not.
+In place of PPO stands the recipe's `algorithm`. A finished stage is not run again, and an
+interrupted one continues from its newest checkpoint, so a run that was stopped between or inside
+stages ends with the same bits as one that was not.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import time
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,8 +42,12 @@ from lora_rlhf.runs.progress import Progress
 from lora_rlhf.runs.record import Record
 from lora_rlhf.runtime import interrupts, paths
 from lora_rlhf.runtime.devices import hardware_limitations
+from lora_rlhf.serving import loaded_run
 from lora_rlhf.training import checkpoint_callback, sft
 from lora_rlhf.training.reward import reward_gate, reward_stage
+
+_OFFSET_ROWS = 256
+"""Demonstrations to which the reward's offset is fitted: its error falls with their root."""
 
 
 def run(
@@ -53,18 +59,18 @@ def run(
     start_from: str | Path | None = None,
     warm_start: bool = False,
 ) -> Record:
-    """Run a recipe into a directory, or go on with the run that is there.
+    """Run a recipe in a directory, or continue the run that is there.
 
     Args:
         recipe: The whole run.
-        out: The run directory: new, empty, or holding a run of the same recipe.
+        out: The run directory: new, empty, or with a run of the same recipe.
         until: The last stage: sft, reward, policy (or the algorithm's name), evaluate or card.
-            Whatever it needs runs too.
+            The stages that it needs run too.
         progress: Where to report; default: nowhere.
-        start_from: Another run, whose finished SFT and reward stages are taken over where every
-            recipe key that they read is equal.
-        warm_start: Begin the stage that was interrupted again, from the adapters of its newest
-            checkpoint: another run than the one that was interrupted, and the record says so.
+        start_from: Another run, whose finished SFT and reward stages are copied if every recipe key
+            that they read is equal.
+        warm_start: Restart the interrupted stage from the adapters of its newest checkpoint. This
+            is not an exact resume, and the record says so.
 
     Returns:
         The record, with `evaluation` once that stage is done.
@@ -72,313 +78,299 @@ def run(
     Raises:
         LoraRlhfError: One of errors.py, with what to do.
     """
-    names = stage_names(recipe.algorithm)
+    out, progress = Path(out), progress or Progress(quiet=True)
+    stages = stage_names(recipe.algorithm)
     until = recipe.algorithm if until == "policy" else until
-    if until not in names:
+    if until not in stages:
         raise UsageError(
-            f"there is no stage {until!r} where the recipe says algorithm: {recipe.algorithm}",
-            expected=", ".join((*names, "policy")),
+            f"there is no stage {until!r} with algorithm: {recipe.algorithm}",
+            expected=", ".join((*stages, "policy")),
         )
-    progress = progress or Progress(quiet=True)
-    preflight.setup(recipe)
-    configs = preflight.every_argument(recipe, out)
-    paths.reject_escaping_links(
-        Path(out), UsageError
-    )  # or what is written here would be written there
-    if Path(out).is_dir() or not Path(out).exists():
-        with run_lock.locked(Path(out)), interrupts.time_budget(recipe.checkpoint.max_minutes):
-            try:
-                return _run(recipe, configs, out, names, until, progress, start_from, warm_start)
-            except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-                    raise disk.no_room(Path(error.filename or out), error) from error
-                raise
-            except (RuntimeError, MemoryError, MemoryLimitError) as error:
-                if (limit := gpu_fit.memory_limit(recipe, error)) is None:
-                    raise
-                raise limit from error
-    return Record.open(out, recipe)  # a file: it says so
+    preflight.check_launch(recipe)
+    configs = preflight.trainer_configs(recipe, out)
+    paths.reject_escaping_links(out, UsageError)
+    if out.exists() and not out.is_dir():
+        return Record.open(out, recipe)  # raises: it is a file
+    with (
+        run_lock.locked(out),
+        interrupts.time_budget(recipe.checkpoint.max_minutes),
+        _disk_and_memory_errors(recipe, out),
+    ):
+        source = reuse.check(start_from, recipe, out) if start_from is not None else None
+        remote = backup.prepare(recipe, out, progress, warm_start=warm_start)
+        record = Record.open(out, recipe, warm_start=warm_start)
+        if source is not None and (copied := reuse.copy_stages(source, record)):
+            progress.say(f"copied from {source.folder}: {', '.join(copied)}")
+        if until == "card":  # before hours of training, not after them
+            for note in publishing.check_pushes(recipe, record):
+                progress.say(note)
+        with backup.uploading(remote, recipe, record, progress):
+            _run_stages(recipe, configs, record, stages[: stages.index(until) + 1], progress)
+    return record
 
 
-def _run(
-    recipe: Recipe,
-    configs: TrainerConfigs,
-    out: str | Path,
-    names: tuple[str, ...],
-    until: str,
-    progress: Progress,
-    start_from: str | Path | None,
-    warm_start: bool,
-) -> Record:
-    """`run` in a directory that nobody else works in."""
-    source = reuse.check(start_from, recipe, out) if start_from is not None else None
-    remote = backup.prepare(recipe, Path(out), progress, warm_start=warm_start)
-    record = Record.open(out, recipe, warm_start=warm_start)
-    if source is not None and (taken := reuse.copy_stages(source, record)):
-        progress.say(f"copied from {source.folder}: {', '.join(taken)}")
-    if until == "card":
-        for note in publishing.check_pushes(recipe, record):  # before hours of training, not after
-            progress.say(note)
-    with backup.uploading(remote, recipe, record, progress):
-        return _work(recipe, configs, record, names[: names.index(until) + 1], progress)
+@contextlib.contextmanager
+def _disk_and_memory_errors(recipe: Recipe, out: Path) -> Iterator[None]:
+    """Turn a full disk and a lack of memory into errors with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise disk.no_room(Path(error.filename or out), error) from error
+        raise
+    except (RuntimeError, MemoryError, MemoryLimitError) as error:
+        if (limit := gpu_fit.memory_limit(recipe, error)) is None:
+            raise
+        raise limit from error
 
 
-def _work(
+def _run_stages(
     recipe: Recipe,
     configs: TrainerConfigs,
     record: Record,
-    names: tuple[str, ...],
+    stages: tuple[str, ...],
     progress: Progress,
-) -> Record:
-    """Those of these stages that are not finished."""
-    wanted = [stage for stage in names if not preflight.finished(recipe, record, stage)]
+) -> None:
+    """Run those of the stages that are not finished; within the time budget."""
+    wanted = [stage for stage in stages if not _finished(recipe, record, stage)]
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    if set(wanted) - {"card"}:
+    if computed := [stage for stage in wanted if stage != "card"]:
         try:
-            _Work(recipe, configs, record, progress).run(wanted)
+            _compute(recipe, configs, record, computed, progress)
         except interrupts.OutOfTime:
             progress.say("Time budget reached; run the same command to continue.")
-            return record
+            return
     if "card" in wanted:
-        with record.stage("card"):  # to its very end: what is not sealed cannot be pushed
+        with record.stage("card"):  # up to the seal: only a sealed run can be pushed
             plots.run(record)
             record.finish()
             model_card.write(record)
             record.seal()
-    if "card" in names:
+    if "card" in stages:
         _push(recipe, record, progress)
-    return record
+
+
+def _finished(recipe: Recipe, record: Record, stage: str) -> bool:
+    """Whether a stage need not run; a skipped reward model may be needed now."""
+    needed = stage == "reward" and has_reward_model(recipe)
+    return record.done(stage) and not (needed and "skipped" in record.data["stages"][stage])
 
 
 def _push(recipe: Recipe, record: Record, progress: Progress) -> None:
-    """Push what `hub:` names and is not pushed yet; a failure does not undo a run that is done."""
-    targets = {} if repository.offline() else publishing.pending_pushes(recipe, record)
-    for role, repo_id in targets.items():
+    """Push what `hub:` names and is not pushed yet; a failure does not undo a finished run."""
+    if repository.offline():
+        return
+    for role, repo_id in publishing.pending_pushes(recipe, record).items():
         try:
             pushed = publishing.push(record, role, repo_id, public=recipe.hub.public)
         except HubError as error:
-            progress.say(f"the run is done and saved, the {role} adapter is not pushed: {error}")
-            continue
-        progress.say(f"pushed {role} to {pushed['url']}")
-
-
-_OFFSET_ROWS = 256
-"""Demonstrations on which the reward's offset is fitted: its error falls with the root of it."""
-
-
-class _Work:
-    """The stages of one run that need the backbone, in order."""
-
-    def __init__(
-        self, recipe: Recipe, configs: TrainerConfigs, record: Record, progress: Progress
-    ) -> None:
-        self.configs = configs
-        self.recipe, self.record, self.progress = recipe, record, progress
-        planned, line = gpu_fit.before_run(recipe)
-        if planned is not None:
-            progress.say(line)
-            record.data["plan"] = planned.as_dict()
-        self._peak = gpu_fit.PeakMemory()
-        started = time.perf_counter()
-        self.backbone = Backbone.load(recipe.model, recipe.lora)
-        if planned is None:  # said only now: a base that is not there is one error, not two
-            progress.say(line)
-        self.backbone.backoff.say = progress.say
-        record.data["clock"]["host"]["makes_do"] = notes = hardware_limitations(
-            self.backbone.causal.dtype
-        )
-        for note in notes:
-            progress.say(note)
-        self.tokenizer = self.backbone.tokenizer
-        self._samples: dict[str, list[list[str]]] = {}
-        self._loaded: dataset_builder.Loaded = {}
-        self._found: tuple[Prepared, Prepared | None] | None = None
-        self._texts: list[list[int]] | None = None
-        # `push --base` names the base's repository in the record; going on must not forget it.
-        pushed = {k: v for k, v in record.data["model"].items() if k in ("hub_id", "hub_revision")}
-        found = self.backbone.describe() | {k: v for k, v in pushed.items() if v}
-        if found.get("source") == "Hub" and not found.get("license"):
-            found["license"] = record.data["model"].get("license") or repository.base_licence(found)
-        record.data["model"] = found
-        record.data["clock"]["load_seconds"] = round(time.perf_counter() - started, 3)
-        record.save()
-
-    def run(self, wanted: list[str]) -> None:
-        """Run the wanted stages and load the others that they stand on."""
-        self._check_data(wanted)
-        self.record.on_done = self._describe
-        steps = (self._sft, self._reward, self._policy, self._evaluate)
-        names = stage_names(self.recipe.algorithm)[: len(steps)]
-        last = max(names.index(stage) for stage in wanted if stage != "card")
-        for stage, step in list(zip(names, steps, strict=True))[: last + 1]:
-            step(run=stage in wanted)
-            # Asked after what was done: the shortest budget, too, gets a little further each time.
-            if stage in wanted and stage != names[last]:
-                interrupts.stop_if_requested()
-        if (measured := self._peak.read()) is not None:
-            self.progress.say(f"measured: {gpu_fit.size(measured)} at the peak ({self._peak.what})")
-
-    def _describe(self) -> None:
-        """With the stage itself, or a run that is killed between the two would never say it."""
-        record, found = self.record, self.backbone.describe_lora()
-        # A role that an earlier process trained (the value) need not be loaded any more.
-        known = record.data["lora"].get("parameters_per_role", {})
-        found["parameters_per_role"] = known | found["parameters_per_role"]
-        record.data["lora"] = found
-        record.data["clock"]["memory"] = self.backbone.memory_report()
-        if self.backbone.backoff.limits:  # since then not every sum is rounded as on a larger card
-            record.data["clock"]["rows_at_once"] = dict(self.backbone.backoff.limits)
-        if (measured := self._peak.read()) is None:
-            return
-        # The highest of this run, whichever of its sittings had it.
-        clock = record.data["clock"]
-        if measured / 1e6 >= clock.get("peak_memory_mb", 0):
-            clock |= {"peak_memory_mb": round(measured / 1e6, 1), "peak_memory_is": self._peak.what}
-
-    def _note(self, name: str, prepared: Prepared) -> Prepared:
-        preflight.same_data(self.record, name, prepared.report)
-        self.record.data["data"][name] = prepared.report
-        for note in prepared.report["notes"]:
-            if note.startswith(SECRET):
-                self.progress.say(f"warning: data.{name}: {note}")
-        return prepared
-
-    def _check_data(self, wanted: list[str]) -> None:
-        """Read what can be read before anything is trained: a missing file must not cost hours."""
-        recipe, tokenizer = self.recipe, self.tokenizer
-        if set(wanted) & {"sft", "reward"}:
-            self.demonstrations = self._note(
-                "demonstrations", dataset_builder.demonstrations(recipe, tokenizer, self._loaded)
-            )
-        if set(wanted) & {recipe.algorithm, "evaluate"}:
-            self.prompts = dataset_builder.prompts(recipe, tokenizer, self._loaded)
-            few = list(findings.few_prompts(min(recipe.evaluate.n, len(self.prompts.held_out))))
-            self.prompts.report["notes"] += [f"{found.what}: {found.why}" for found in few]
-            self._note("prompts", self.prompts)
-            for found in few:
-                self.progress.say(found.line())
-        if recipe.algorithm in wanted:
-            self._check_policy()
-        if set(wanted) & {"reward", "dpo"} and not any(s.task for s in recipe.data.comparisons):
-            self._comparisons()
-
-    def _check_policy(self) -> None:
-        """The prompts and the texts of the stage that makes the policy."""
-        recipe, record = self.recipe, self.record
-        if recipe.algorithm not in ("dpo", "best_of_n"):
-            policy_stage.check(recipe, self.configs.policy, self.prompts.train)
-        if recipe.algorithm == "ppo" and recipe.ppo.ptx_coef:
-            self._texts, report = dataset_builder.texts(recipe, self.tokenizer)
-            preflight.same_data(record, "text", report)
-            record.data["data"]["text"] = report
-
-    def _comparisons(self) -> tuple[Prepared, Prepared | None] | None:
-        """Those of the reward model and of the held-out one; None where none is needed.
-
-        Raises:
-            DataError: They are no longer those that the finished reward stage learned from.
-        """
-        recipe, tokenizer = self.recipe, self.tokenizer
-        if not has_reward_model(recipe):
-            return None
-        if self._found is None:  # read once, though checked first and used later
-            parts: tuple[Literal["all", "proxy", "held_out_model"], ...] = ("all",)
-            if recipe.reward.held_out_model:
-                parts = ("proxy", "held_out_model")
-            found = [
-                dataset_builder.comparisons(recipe, tokenizer, self._sample, part, self._loaded)
-                for part in parts
-            ]
-            self._note("comparisons", found[0])
-            if len(found) > 1:
-                self._note("comparisons_held_out_model", found[1])
-            self._found = found[0], found[1] if len(found) > 1 else None
-        return self._found
-
-    def _sft(self, *, run: bool) -> None:
-        if run:
-            sft.run(
-                self.recipe,
-                self.configs.sft,
-                self.backbone,
-                self.record,
-                self.demonstrations,
-                self.progress,
-            )
+            progress.say(f"the {role} adapter is not pushed, but the run is saved: {error}")
         else:
-            sft.load(self.backbone, self.record)
+            progress.say(f"pushed {role} to {pushed['url']}")
 
-    def _reward(self, *, run: bool) -> None:
-        if not run:
-            reward_stage.load(self.backbone, self.record)
-            return
-        found = self._comparisons()
-        if found is None:
-            with self.record.stage("reward") as entry:
+
+def _compute(
+    recipe: Recipe,
+    configs: TrainerConfigs,
+    record: Record,
+    wanted: list[str],
+    progress: Progress,
+) -> None:
+    """Run the wanted stages that need the backbone, and load the finished ones before them."""
+    backbone, peak = _load_backbone(recipe, record, progress)
+    data = _Data(recipe, record, backbone, progress)
+    data.check(wanted, configs)
+    record.on_done = lambda: _describe(record, backbone, peak)
+    stages = stage_names(recipe.algorithm)
+    for stage in stages[: stages.index(wanted[-1]) + 1]:
+        if stage not in wanted:
+            loaded_run.load_stage(stage, backbone, record)
+            continue
+        _run_stage(stage, recipe, configs, backbone, record, data, progress)
+        # After the stage: even the shortest budget makes some progress each time.
+        if stage != wanted[-1]:
+            interrupts.stop_if_requested()
+    if (measured := peak.read()) is not None:
+        progress.say(f"measured: {gpu_fit.size(measured)} at the peak ({peak.what})")
+
+
+def _run_stage(
+    stage: str,
+    recipe: Recipe,
+    configs: TrainerConfigs,
+    backbone: Backbone,
+    record: Record,
+    data: _Data,
+    progress: Progress,
+) -> None:
+    if stage == "sft":
+        sft.run(recipe, configs.sft, backbone, record, data.demonstrations, progress)
+    elif stage == "reward":
+        if data.comparisons is None:
+            with record.stage("reward") as entry:
                 entry["skipped"] = "ppo.reward is gold, and there are no comparisons"
             return
-        main, other = found
-        rows = self.demonstrations.train
+        main, held_out = data.comparisons
+        rows = data.demonstrations.train
         rows = rows.select(range(min(_OFFSET_ROWS, len(rows))))
-        reward_stage.run(
-            self.recipe,
-            self.configs.reward,
-            self.backbone,
-            self.record,
-            main,
-            rows,
-            self.progress,
-            other,
-        )
-
-    def _policy(self, *, run: bool) -> None:
-        recipe, backbone, record = self.recipe, self.backbone, self.record
-        args = self.configs.policy
-        if not run:
-            if recipe.algorithm != "best_of_n":  # it trains nothing
-                policy_stage.load(backbone, record)
-            return
-        if recipe.ppo.reward == "model" and recipe.algorithm != "dpo":  # DPO asks no reward model
-            reward_gate.check(recipe, record, self.progress)
-        if recipe.algorithm == "ppo":
-            ppo_stage.run(
-                recipe, args, backbone, record, self.prompts.train, self.progress, self._texts
-            )
-        elif recipe.algorithm == "dpo":
-            found = self._comparisons()
-            assert found is not None  # the recipe was refused without comparisons
-            dpo.run(recipe, args, backbone, record, found[0].train, self.progress)
-        elif recipe.algorithm == "best_of_n":
+        reward_stage.run(recipe, configs.reward, backbone, record, main, rows, progress, held_out)
+    elif stage == "evaluate":
+        models = "best of n" if recipe.algorithm == "best_of_n" else "policy"
+        progress.say(f"evaluate: base, sft and {models} on the held-out prompts")
+        same = checkpoint_callback.identity(backbone, record, "evaluate")
+        evaluate.run(recipe, backbone, record, data.prompts.held_out, same, progress.say)
+    elif stage == "dpo":
+        assert data.comparisons is not None  # the recipe was refused without comparisons
+        rows = data.comparisons[0].train
+        dpo.run(recipe, configs.policy, backbone, record, rows, progress)
+    else:
+        if recipe.ppo.reward == "model":
+            reward_gate.check(recipe, record, progress)
+        if stage == "best_of_n":
             best_of_n.run(recipe, record)
+            return
+        rows = data.prompts.train
+        if stage == "ppo":
+            ppo_stage.run(recipe, configs.policy, backbone, record, rows, progress, data.texts)
         else:
-            grpo_rloo.run(recipe, args, backbone, record, self.prompts.train, self.progress)
+            grpo_rloo.run(recipe, configs.policy, backbone, record, rows, progress)
 
-    def _evaluate(self, *, run: bool) -> None:
-        if run:
-            last = "best of n" if self.recipe.algorithm == "best_of_n" else "policy"
-            self.progress.say(f"evaluate: base, sft and {last} on the held-out prompts")
-            parts = self.recipe, self.backbone, self.record
-            same = checkpoint_callback.identity(self.backbone, self.record, "evaluate")
-            evaluate.run(*parts, self.prompts.held_out, same, self.progress.say)
 
-    def _sample(self, prompts: list[Any], k: int, seed: int) -> list[list[str]]:
-        """K completions of the SFT model for each prompt: what the simulated labelers rank."""
-        # The held-out model's half comes from the same draw; another source has prompts of its own.
-        asked = json.dumps([seed, k, prompts])
-        if asked in self._samples:
-            return self._samples[asked]
-        self.progress.say(
-            f"reward: {k} completions of the SFT model for each of {len(prompts)} prompts"
+def _load_backbone(
+    recipe: Recipe, record: Record, progress: Progress
+) -> tuple[Backbone, gpu_fit.PeakMemory]:
+    """Load the base model; record the plan, the model and the limits of the hardware."""
+    planned, line = gpu_fit.before_run(recipe)
+    if planned is not None:
+        progress.say(line)
+        record.data["plan"] = planned.as_dict()
+    peak, clock, started = gpu_fit.PeakMemory(), record.data["clock"], time.perf_counter()
+    backbone = Backbone.load(recipe.model, recipe.lora)
+    if planned is None:  # only now: a missing base is one error, not two
+        progress.say(line)
+    backbone.backoff.say = progress.say
+    clock["host"]["makes_do"] = hardware_limitations(backbone.causal.dtype)
+    for limitation in clock["host"]["makes_do"]:
+        progress.say(limitation)
+    before, model = record.data["model"], backbone.describe()
+    # `push --base` adds the base's repository to the record, which a resume must keep.
+    model |= {key: before[key] for key in ("hub_id", "hub_revision") if before.get(key)}
+    if model.get("source") == "Hub" and not model.get("license"):
+        model["license"] = before.get("license") or repository.base_licence(model)
+    record.data["model"] = model
+    clock["load_seconds"] = round(time.perf_counter() - started, 3)
+    record.save()
+    return backbone, peak
+
+
+def _describe(record: Record, backbone: Backbone, peak: gpu_fit.PeakMemory) -> None:
+    """Record adapters and memory, together with the stage that is done."""
+    lora, clock = backbone.describe_lora(), record.data["clock"]
+    # A role that an earlier process trained (the value) may not be loaded any more.
+    known = record.data["lora"].get("parameters_per_role", {})
+    lora["parameters_per_role"] = known | lora["parameters_per_role"]
+    record.data["lora"] = lora
+    clock["memory"] = backbone.memory_report()
+    if backbone.backoff.limits:  # since then sums are rounded otherwise than on a larger GPU
+        clock["rows_at_once"] = dict(backbone.backoff.limits)
+    # The highest of this run, in whichever process it was.
+    measured = peak.read()
+    if measured is not None and measured / 1e6 >= clock.get("peak_memory_mb", 0):
+        clock |= {"peak_memory_mb": round(measured / 1e6, 1), "peak_memory_is": peak.what}
+
+
+class _Data:
+    """The datasets of one run, each read once and compared with what finished stages read."""
+
+    def __init__(
+        self, recipe: Recipe, record: Record, backbone: Backbone, progress: Progress
+    ) -> None:
+        self.recipe, self.record, self.backbone, self.say = recipe, record, backbone, progress.say
+        self._loaded: dataset_builder.Loaded = {}
+        self._samples: dict[str, list[list[str]]] = {}
+
+    def check(self, wanted: list[str], configs: TrainerConfigs) -> None:
+        """Read what can be read before anything is trained: a missing file must not cost hours."""
+        recipe, stages = self.recipe, set(wanted)
+        if stages & {"sft", "reward"}:
+            _ = self.demonstrations
+        if stages & {recipe.algorithm, "evaluate"}:
+            _ = self.prompts
+        if recipe.algorithm in stages:
+            if recipe.algorithm not in ("dpo", "best_of_n"):
+                policy_stage.check(recipe, configs.policy, self.prompts.train)
+            if recipe.algorithm == "ppo":
+                _ = self.texts
+        if stages & {"reward", "dpo"} and not any(s.task for s in recipe.data.comparisons):
+            _ = self.comparisons
+
+    @cached_property
+    def demonstrations(self) -> Prepared:
+        """The demonstrations of SFT, and of the reward's offset."""
+        rows = dataset_builder.demonstrations(self.recipe, self.backbone.tokenizer, self._loaded)
+        return self._recorded("demonstrations", rows)
+
+    @cached_property
+    def prompts(self) -> Prepared:
+        """The prompts of the policy, and the held-out ones of the evaluation."""
+        rows = dataset_builder.prompts(self.recipe, self.backbone.tokenizer, self._loaded)
+        few = list(findings.few_prompts(min(self.recipe.evaluate.n, len(rows.held_out))))
+        rows.report["notes"] += [f"{finding.what}: {finding.why}" for finding in few]
+        self._recorded("prompts", rows)
+        for finding in few:
+            self.say(finding.line())
+        return rows
+
+    @cached_property
+    def texts(self) -> list[list[int]] | None:
+        """Token ids of PPO's language-model loss; None without one."""
+        if not self.recipe.ppo.ptx_coef:
+            return None
+        texts, report = dataset_builder.texts(self.recipe, self.backbone.tokenizer)
+        reuse.check_data(self.record, "text", report)
+        self.record.data["data"]["text"] = report
+        return texts
+
+    @cached_property
+    def comparisons(self) -> tuple[Prepared, Prepared | None] | None:
+        """Comparisons of the reward model and of the held-out one; None if neither is trained."""
+        if not has_reward_model(self.recipe):
+            return None
+
+        def read(name: str, part: Literal["all", "proxy", "held_out_model"]) -> Prepared:
+            tokenizer, loaded = self.backbone.tokenizer, self._loaded
+            rows = dataset_builder.comparisons(self.recipe, tokenizer, self.sample, part, loaded)
+            return self._recorded(name, rows)
+
+        if not self.recipe.reward.held_out_model:
+            return read("comparisons", "all"), None
+        return (
+            read("comparisons", "proxy"),
+            read("comparisons_held_out_model", "held_out_model"),
         )
-        ids = [self.backbone.encode_prompt(p) for p in prompts for _ in range(k)]
-        answers = self.backbone.generate(
-            ids,
-            "reference",
-            seed=seed,
-            batch_size=self.recipe.evaluate.batch_size,
-            max_new_tokens=ppo_stage.sampled_tokens(self.recipe),
-        )
-        texts = [self.backbone.decode(a) for a in answers]
-        self._samples[asked] = [texts[i : i + k] for i in range(0, len(texts), k)]
-        return self._samples[asked]
+
+    def _recorded(self, name: str, rows: Prepared) -> Prepared:
+        reuse.check_data(self.record, name, rows.report)
+        self.record.data["data"][name] = rows.report
+        for note in rows.report["notes"]:
+            if note.startswith(SECRET):
+                self.say(f"warning: data.{name}: {note}")
+        return rows
+
+    def sample(self, prompts: list[Any], k: int, seed: int) -> list[list[str]]:
+        """K completions of the SFT model for each prompt, which simulated labelers rank."""
+        # Both halves of the comparisons share one draw; another source has other prompts.
+        key = json.dumps([seed, k, prompts])
+        if key not in self._samples:
+            self.say(f"reward: {k} completions of the SFT model for each of {len(prompts)} prompts")
+            answers = self.backbone.generate(
+                [self.backbone.encode_prompt(p) for p in prompts for _ in range(k)],
+                "reference",
+                seed=seed,
+                batch_size=self.recipe.evaluate.batch_size,
+                max_new_tokens=ppo_stage.sampled_tokens(self.recipe),
+            )
+            texts = [self.backbone.decode(a) for a in answers]
+            self._samples[key] = [texts[i : i + k] for i in range(0, len(texts), k)]
+        return self._samples[key]

@@ -63,32 +63,28 @@ class _Known(NamedTuple):
 
 def hide(value: Any, key: str = "") -> Any:
     """Mask plain data: values under secret-like keys, and shapes of tokens."""
-    return _hidden(value, key, _known())
+    return _masked(value, _known(), key)
 
 
 def safe(value: T) -> T:
     """Mask plain data or text for a file or a screen, by shape alone, whatever the keys."""
-    masked: T = _masked(value, _known())
+    masked: T = _masked(value, _known(), None)
     return masked
 
 
-def _hidden(value: Any, key: str, known: _Known) -> Any:
+def _masked(value: Any, known: _Known, key: str | None) -> Any:
+    """Mask a value; with a key of None, keys mean nothing and are masked themselves."""
+    secret = _by_key(key or "")
     if isinstance(value, dict):
-        return {k: _hidden(v, key if _by_key(key) else str(k), known) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_hidden(v, key, known) for v in value]
+        if key is None:
+            return {_masked(k, known, None): _masked(v, known, None) for k, v in value.items()}
+        return {k: _masked(v, known, key if secret else str(k)) for k, v in value.items()}
+    if isinstance(value, list) or (key is None and isinstance(value, tuple)):
+        return [_masked(v, known, key) for v in value]
     if isinstance(value, str):
-        return HIDDEN if value and _by_key(key) else _without_secrets(value, known)
+        return HIDDEN if value and secret else _without_secrets(value, known)
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return HIDDEN if number and _by_key(key) and _NUMBER_TOO.search(key) else value
-
-
-def _masked(value: Any, known: _Known) -> Any:
-    if isinstance(value, str):
-        return _without_secrets(value, known)
-    if isinstance(value, dict):
-        return {_masked(k, known): _masked(v, known) for k, v in value.items()}
-    return [_masked(v, known) for v in value] if isinstance(value, list | tuple) else value
+    return HIDDEN if number and secret and _NUMBER_TOO.search(key or "") else value
 
 
 def count_secrets(text: str) -> Counter[str]:

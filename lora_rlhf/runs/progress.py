@@ -37,12 +37,12 @@ class Progress:
         self.console = Console(stderr=True)
         self._live: Live | None = None
         self.stage, self.phase_name, self.total, self.step_count = "", "", 0, 0
-        self._told = -1  # the step of the last plain line
+        self._last_printed = -1  # step
         self._shown: dict[str, float] = {}
         self._started = self._printed = time.monotonic()
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         if not self.quiet:
             self.console.print(safe(text), highlight=False, markup=False)
 
@@ -50,7 +50,7 @@ class Progress:
         """Start a stage of `total` steps."""
         self.stage, self.total, self.step_count, self._shown = stage, total, 0, {}
         self._started = self._printed = time.monotonic()
-        self.phase_name, self._told = "", -1
+        self.phase_name, self._last_printed = "", -1
         if not self.quiet and self.console.is_terminal:
             self._live = Live(
                 self._line(), console=self.console, transient=True, refresh_per_second=4
@@ -58,14 +58,14 @@ class Progress:
             self._live.start()
 
     def phase(self, name: str) -> None:
-        """Name what the stage is doing: rollout, score, update."""
+        """Show the phase of the stage: rollout, score, update."""
         self.phase_name = name
         self._refresh()
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
-        """Show that `step` of the total is done, with its most telling metrics.
+        """Show a finished step with its main metrics.
 
-        A step may be logged again, as by the evaluation at the end: one plain line tells of it.
+        A step may be logged again, as by the evaluation at the end, but has one plain line.
         """
         self.step_count = step
         names = _SHOWN.get(self.stage, ())
@@ -74,14 +74,14 @@ class Progress:
         )
         if self._live is not None:
             self._refresh()
-        elif (not self.quiet and step != self._told) and (
+        elif (not self.quiet and step != self._last_printed) and (
             time.monotonic() - self._printed > _PLAIN_SECONDS or step >= self.total
         ):
-            self._printed, self._told = time.monotonic(), step
+            self._printed, self._last_printed = time.monotonic(), step
             self.console.print(self._line().plain, highlight=False, markup=False, soft_wrap=True)
 
     def end(self) -> None:
-        """Close the stage's live line."""
+        """Close the live line of the stage."""
         if self._live is not None:
             self._live.stop()
             self._live = None

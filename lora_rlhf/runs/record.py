@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_rlhf.errors import LoraRlhfError, SetupError, UsageError
+from lora_rlhf.errors import LoraRlhfError, UsageError
 from lora_rlhf.recipe.loader import dump_recipe, parse_recipe
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.recipe.stage_keys import (
@@ -81,7 +81,6 @@ class Record:
         Raises:
             UsageError: The folder holds a run of another recipe, or files that are no run; there
                 is no stage to restart.
-            SetupError: The folder cannot be written.
         """
         folder = Path(folder)
         text, digest = dump_recipe(recipe), identity(recipe)
@@ -102,14 +101,28 @@ class Record:
             raise UsageError(
                 f"{folder} exists and is not a run", remedy="give an empty or new --out"
             )
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / "recipe.yaml", text)
-        except OSError as error:
-            raise SetupError(
-                f"cannot write to {folder}: {error.strerror}", remedy="give another --out"
-            ) from None
-        record = cls(folder, _new(recipe, digest))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "recipe.yaml", text)
+        data: dict[str, Any] = {
+            "schema": SCHEMA,
+            "name": recipe.name,
+            "seed": recipe.seed,
+            "algorithm": recipe.algorithm,
+            "recipe_sha256": digest,
+            "versions": versions(),
+            **{part: {} for part in _PARTS},
+            "clock": {
+                "started": _now(),
+                "host": {
+                    "python": platform.python_version(),
+                    "machine": platform.machine(),
+                    "system": platform.system(),
+                    "cores": os.cpu_count(),
+                },
+                "stages": {},
+            },
+        }
+        record = cls(folder, data)
         record.save()
         return record
 
@@ -351,34 +364,6 @@ def finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     return [finite(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _new(recipe: Recipe, digest: str) -> dict[str, Any]:
-    """The data of a run that has not done anything yet."""
-    return {
-        "schema": SCHEMA,
-        "name": recipe.name,
-        "seed": recipe.seed,
-        "algorithm": recipe.algorithm,
-        "recipe_sha256": digest,
-        "versions": versions(),
-        "model": {},
-        "lora": {},
-        "data": {},
-        "stages": {},
-        "evaluation": {},
-        "files": {},
-        "clock": {
-            "started": _now(),
-            "host": {
-                "python": platform.python_version(),
-                "machine": platform.machine(),
-                "system": platform.system(),
-                "cores": os.cpu_count(),
-            },
-            "stages": {},
-        },
-    }
 
 
 def _misshapen(data: Any) -> str:

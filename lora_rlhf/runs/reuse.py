@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finished stages copied from another run: `lora-rlhf run RECIPE --out B --from A`.
+"""Finished stages, reused in the same run or copied: `lora-rlhf run RECIPE --out B --from A`.
 
 SFT and the reward model are the expensive part that runs with other algorithms (or settings) share.
 They are copied only if every recipe key that they read is equal, so that run B ends with the same
@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
-from lora_rlhf.errors import AdapterError, UsageError
+from lora_rlhf.errors import AdapterError, DataError, UsageError
 from lora_rlhf.recipe.schema import Recipe
-from lora_rlhf.recipe.stage_keys import ALGORITHMS, differences, first_reader
+from lora_rlhf.recipe.stage_keys import ALGORITHMS, READS, differences, first_reader
 from lora_rlhf.runtime.environment import changed_versions
 
 from .disk import sha256
@@ -22,6 +23,34 @@ from .record import Record
 _SHARED = ("sft", "reward")
 _DATA = {"sft": ("demonstrations",), "reward": ("comparisons", "comparisons_held_out_model")}
 """Stage -> the sets that only it reads; a later stage reads the others itself."""
+
+
+def check_data(record: Record, name: str, report: dict[str, Any]) -> None:
+    """Refuse a dataset that has changed since a finished stage read it.
+
+    Args:
+        report: The dataset's report now.
+
+    Raises:
+        DataError: Its sources have other hashes.
+    """
+    before = record.data["data"].get(name, {})
+    parts = {name: (before, report, READS[name])}
+    if "evaluate" in before or "evaluate" in report:  # every set leaves its prompts out
+        readers = ("sft", "reward", *ALGORITHMS, "evaluate")
+        parts["evaluate"] = before.get("evaluate", {}), report.get("evaluate", {}), readers
+    for part, (old, new, readers) in parts.items():
+        stage = next((s for s in readers if record.done(s)), None)
+        if before and stage and _fingerprints(old) != _fingerprints(new):
+            raise DataError(
+                f"data.{part} has changed since {stage}, which read it",
+                expected="the same rows, by their sha256 in record.json",
+                remedy="restore the data, or give another --out",
+            )
+
+
+def _fingerprints(report: dict[str, Any]) -> list[Any]:
+    return [source.get("sha256") for source in report.get("sources", [])]
 
 
 def check(source: str | Path, recipe: Recipe, out: str | Path) -> Record:

@@ -19,8 +19,6 @@ from lora_rlhf.errors import MemoryLimitError, first_line
 
 T = TypeVar("T")
 
-KINDS = ("generation", "scoring", "training")
-
 _CUDA_MESSAGES = ("CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
 """Messages of CUDA, cuBLAS and cuDNN that accelerate does not know."""
 

@@ -7,9 +7,7 @@ machine, though a run without 4-bit does not need it. Import this before peft an
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import importlib.util
 import sys
 
 from lora_rlhf.errors import first_line
@@ -20,14 +18,11 @@ BROKEN: dict[str, str] = {}
 
 def hide_if_broken(name: str) -> None:
     """Import a package if it is installed; if that fails, hide it and keep the error."""
-    spec = None
-    with contextlib.suppress(ImportError, ValueError):
-        spec = importlib.util.find_spec(name)
-    if spec is None:
-        return
     try:
         importlib.import_module(name)
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == name:
+            return
         BROKEN[name] = first_line(error)
         for module in [m for m in sys.modules if m.split(".")[0] == name]:
             del sys.modules[module]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run, loaded again: its backbone with every finished role, and what each model answers."""
+"""Load a finished run and generate with each of its models."""
 
 from __future__ import annotations
 
@@ -12,29 +12,36 @@ from lora_rlhf.algorithms.ppo import ppo_stage
 from lora_rlhf.data.filters import breaker
 from lora_rlhf.errors import UsageError
 from lora_rlhf.models.backbone import Backbone
-from lora_rlhf.recipe.loader import load_recipe
 from lora_rlhf.runs.record import Record
 from lora_rlhf.training import sft
 from lora_rlhf.training.reward import ensemble, reward_stage
 
 
 def load(folder: str | Path) -> tuple[Backbone, Record]:
-    """The backbone of a run with every role that it finished.
+    """Load the backbone of a run with the roles of all finished stages.
 
     Raises:
-        UsageError: The folder is no run, or no stage of it is finished.
+        UsageError: The folder is no run, or has no finished stage.
     """
     record = Record.read(folder)
     if not record.done("sft"):
-        raise UsageError(f"{folder} has no finished stage", remedy="go on with `lora-rlhf run`")
-    recipe = load_recipe(Path(folder) / "recipe.yaml")
+        raise UsageError(f"{folder} has no finished stage", remedy="continue with `lora-rlhf run`")
+    recipe = record.recipe()
     backbone = Backbone.load(recipe.model, recipe.lora)
-    sft.load(backbone, record)
-    if record.done("reward"):
-        reward_stage.load(backbone, record)
-    if record.done(record.algorithm) and record.algorithm != "best_of_n":
-        policy_stage.load(backbone, record)
+    for stage in ("sft", "reward", record.algorithm):
+        if record.done(stage):
+            load_stage(stage, backbone, record)
     return backbone, record
+
+
+def load_stage(stage: str, backbone: Backbone, record: Record) -> None:
+    """Load the roles that a finished stage trained; best of n and the evaluation train none."""
+    if stage == "sft":
+        sft.load(backbone, record)
+    elif stage == "reward":
+        reward_stage.load(backbone, record)
+    elif stage not in ("best_of_n", "evaluate"):
+        policy_stage.load(backbone, record)
 
 
 def generate(
@@ -45,40 +52,34 @@ def generate(
     seed: int = 0,
     max_new_tokens: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Answers of base, SFT and policy (or best of n) to one prompt, with the reward of each.
+    """Answer one prompt with base, SFT and policy (or best of n), with the reward of each answer.
 
     Returns:
-        One dict for each model that the run has: `model`, `text`, `tokens`, and `reward` where
-        there is a reward model.
+        One dict for each model of the run: `model`, `text`, `tokens`, and `reward` if there is a
+        reward model.
     """
     backbone, record = load(folder)
-    recipe = load_recipe(Path(folder) / "recipe.yaml")
-    text = breaker(backbone.tokenizer)(text)  # what a user writes is text
+    recipe = record.recipe()
+    text = breaker(backbone.tokenizer)(text)  # no special tokens: a user writes text
     prompt: Any = [{"role": "user", "content": text}] if backbone.tokenizer.chat_template else text
     ids = backbone.encode_prompt(prompt)
-    limit = max_new_tokens or ppo_stage.longest(recipe)
-    models: list[tuple[str, str | None]] = [("base", None), ("sft", "reference")]
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens or ppo_stage.longest(recipe),
+        "temperature": temperature,
+        "seed": seed,
+    }
+    answers = {
+        "base": backbone.generate([ids], None, **options),
+        "sft": backbone.generate([ids], "reference", **options),
+    }
     if record.done(recipe.algorithm):
-        models.append(("policy", "policy"))
-        if recipe.algorithm == "best_of_n":  # greedy answers are all the same: none is best
-            models[-1:] = [("best_of_n", "reference")] if temperature > 0 else []
-    rows = []
-    for model, role in models:
-        options: dict[str, Any] = {
-            "max_new_tokens": limit,
-            "temperature": temperature,
-            "seed": seed,
-        }
-        if model == "best_of_n":
-            [answer] = best_of_n.choose(backbone, [ids], recipe, **options)
-        else:
-            [answer] = backbone.generate([ids], role, **options)
-        row: dict[str, Any] = {
-            "model": model,
-            "text": backbone.decode(answer),
-            "tokens": len(answer),
-        }
+        if recipe.algorithm != "best_of_n":
+            answers["policy"] = backbone.generate([ids], "policy", **options)
+        elif temperature > 0:  # greedy answers are all the same
+            answers["best_of_n"] = best_of_n.choose(backbone, [ids], recipe, **options)
+    rows: list[dict[str, Any]] = []
+    for model, [answer] in answers.items():
+        rows.append({"model": model, "text": backbone.decode(answer), "tokens": len(answer)})
         if backbone.has("reward"):
-            [row["reward"]] = ensemble.rewards_of(backbone, [(ids, answer)], recipe.reward)
-        rows.append(row)
+            [rows[-1]["reward"]] = ensemble.rewards_of(backbone, [(ids, answer)], recipe.reward)
     return rows

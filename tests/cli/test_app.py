@@ -366,7 +366,7 @@ def test_silence_does_not_override_the_user(monkeypatch):
 # --- the end of a run ----------------------------------------------------------------------------
 
 
-def test_end_of_a_run_is_plain_when_nobody_watches(recipe, fake, finished):
+def test_summary_is_plain_without_a_terminal(recipe, fake, finished):
     fake.record = finished
     result = invoke("run", recipe, "--out", finished.folder)
     assert result.exit_code == 0

@@ -31,7 +31,9 @@ def out(half: Path, tmp_path: Path) -> Path:
      ("ppo.args.learning_rate=1e-4", "ppo, which has begun"),
      ("ppo.updates=9", "ppo, which has begun"), ("algorithm=dpo", "ppo, which has begun")],
 )  # fmt: skip
-def test_another_seed_or_rate_is_a_table(half: Path, out: Path, change: str, stage: str):
+def test_changed_seed_or_rate_is_refused_with_a_table(
+    half: Path, out: Path, change: str, stage: str
+):
     with pytest.raises(UsageError, match=f"(?s){change.split('=')[0]}: .* -> .*{stage}") as caught:
         pipeline.run(killed.recipe(half.parent, change), out, until="policy")
     for free in ("threads", "checkpoint", "report_to"):
@@ -41,7 +43,7 @@ def test_another_seed_or_rate_is_a_table(half: Path, out: Path, change: str, sta
 
 
 @pytest.mark.slow
-def test_keys_that_may_change_may(half: Path, out: Path):
+def test_free_keys_may_change(half: Path, out: Path):
     changed = killed.recipe(half.parent, "checkpoint.keep=5", "card.title=x", "evaluate.n=8")
     assert pipeline.run(changed, out, until="ppo").done("ppo")
 
@@ -58,7 +60,7 @@ def tampered(out: Path, **changes) -> None:
 @pytest.mark.parametrize(
     "key", ["base", "base.dtype", "tokenizer.template", "data.prompts", "adapter.reward"]
 )
-def test_another_base_template_or_adapter_is_a_table(half: Path, out: Path, key: str):
+def test_changed_base_template_or_adapter_is_refused_with_a_table(half: Path, out: Path, key: str):
     tampered(out, **{key: "another"})
     with pytest.raises(CheckpointError, match=f"(?s)of another run:\n  {key}: 'another' -> "):
         pipeline.run(killed.recipe(half.parent), out, until="ppo")

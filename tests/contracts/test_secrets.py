@@ -299,8 +299,8 @@ def test_kinds_of_secrets_are_counted():
     assert not redaction.count_secrets("hf_smoke sk-learn ghp_x")
 
 
-def test_told_arguments_are_arguments_all_the_same(tmp_path, monkeypatch):
-    """Hidden is only what is told: the folder that the trainer works in is as it was."""
+def test_only_reported_arguments_are_masked(tmp_path, monkeypatch):
+    """The folder that the trainer works in stays as it was."""
     monkeypatch.setenv("HOME", str(tmp_path))
     args = broken_runs_args(tmp_path)
     assert args.output_dir == str(tmp_path / "run" / "checkpoints" / "sft")

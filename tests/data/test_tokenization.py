@@ -3,6 +3,7 @@
 
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import jinja2
 import pytest
@@ -116,8 +117,9 @@ def test_a_run_reads_every_set_once(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(dataset_builder, "read", counting)
     out = tmp_path / "run"
     configs, record = trainer_configs.build(recipe, out), Record.open(out, recipe)
-    work = pipeline._Work(recipe, configs, record, Progress(quiet=True))
-    work._check_data(["sft", "reward", "ppo", "evaluate"])
+    made = SimpleNamespace(tokenizer=small.tokenizer())
+    data = pipeline._Data(recipe, record, made, Progress(quiet=True))
+    data.check(["sft", "reward", "ppo", "evaluate"], configs)
     assert has_reward_model(recipe)
     # Demonstrations, comparisons and prompts are three sets of one file.
     assert sorted(reads.values()) == [1, 3]

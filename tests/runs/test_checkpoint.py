@@ -40,7 +40,7 @@ def put(parent: Path, step: int, **notes) -> Path:
 # --- the format ----------------------------------------------------------------------------------
 
 
-def test_what_goes_in_comes_out_with_its_bits():
+def test_round_trip_is_bit_exact():
     rows = torch.arange(12.0).view(4, 3)
     data = {
         "a": rows[1:3],
@@ -88,7 +88,7 @@ def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path: Path):
         load_file(path)
 
 
-def test_the_newest_complete_one_is_used_and_only_so_many_are_kept(tmp_path: Path):
+def test_newest_complete_checkpoint_is_used_and_old_ones_are_pruned(tmp_path: Path):
     for step in (9, 10, 100):
         put(tmp_path, step)
     checkpoint.prune(tmp_path, 2)
@@ -133,7 +133,7 @@ def test_every_damaged_file_is_named_and_never_loaded(tmp_path: Path, name: str,
      ('{"schema": 9, "step": 1, "run": {}, "notes": {}, "files": {}}', "schema 9"),
      ('{"schema": 1, "step": 1, "run": {}, "notes": {}, "files": {}}', "lacks roles.json")],
 )  # fmt: skip
-def test_a_manifest_that_says_too_little(tmp_path: Path, content: str | None, why: str):
+def test_incomplete_manifest_is_refused(tmp_path: Path, content: str | None, why: str):
     path = put(tmp_path, 1) / "manifest.json"
     path.unlink() if content is None else path.write_text(content)
     assert why in str(checkpoint.verify(path.parent))
@@ -274,7 +274,7 @@ def test_exact_resume_is_refused_without_all_its_parts(half, tmp_path: Path, har
     assert not (tmp_path / "run" / "adapters" / "policy").exists()
 
 
-def test_a_log_that_lost_lines_is_no_log_to_go_on_with(half: Path, tmp_path: Path):
+def test_resume_is_refused_if_the_log_lost_lines(half: Path, tmp_path: Path):
     out = tmp_path / "run"
     shutil.copytree(half, out)
     (out / "metrics.jsonl").write_text("")

@@ -37,7 +37,7 @@ def put(parent: Path, step: int, numbers: int) -> Path:
     return checkpoint.write(parent, step, parts, {TRAINER_STATE: "{}"}, {}, {})
 
 
-def test_a_full_disk_keeps_the_old_ones(small_disk: Path):
+def test_full_disk_keeps_older_checkpoints(small_disk: Path):
     put(small_disk / "ppo", 1, 10_000)
     (small_disk / "other").write_bytes(b"x" * 300_000)
     with pytest.raises(DiskError, match="cannot write to .*ppo: .*MB free") as caught:
@@ -50,7 +50,7 @@ def test_a_full_disk_keeps_the_old_ones(small_disk: Path):
     assert newest(small_disk / "ppo")[0].step == 2
 
 
-def test_room_for_two_is_looked_for_first(small_disk: Path):
+def test_disk_room_for_two_checkpoints_is_checked_first(small_disk: Path):
     checkpoint.check_room(small_disk, {"x": torch.ones(60_000)})
     with pytest.raises(DiskError, match="two checkpoints take 0.8 MB"):
         checkpoint.check_room(small_disk, {"x": torch.ones(100_000)})
@@ -68,7 +68,7 @@ def run(asked, out: Path, told: Path) -> int:
 
 
 @pytest.mark.parametrize("looks", [pytest.param(True, marks=pytest.mark.slow), False])
-def test_a_run_on_a_full_disk_ends_in_one_error_and_goes_on_with_room(
+def test_run_on_a_full_disk_ends_in_one_error_and_continues_with_room(
     runs: killed.Runs, tmp_path: Path, small_disk: Path, monkeypatch, looks: bool
 ):
     """With everything on it; found out by looking first, or by a write that fails."""

@@ -46,7 +46,7 @@ def screen(*, terminal=False, quiet=False):
     return progress, progress.console.file
 
 
-def test_without_a_terminal_a_line_comes_now_and_then_and_at_the_end(clock):
+def test_without_a_terminal_lines_are_printed_at_intervals_and_at_the_end(clock):
     progress, out = screen()
     progress.begin("ppo", 10)
     for step in range(1, 10):
@@ -62,7 +62,7 @@ def test_without_a_terminal_a_line_comes_now_and_then_and_at_the_end(clock):
     assert "reward/score 5" in lines[2] and "0:00 left" in lines[2]
 
 
-def test_without_a_terminal_a_step_that_is_logged_twice_is_told_once(clock, record):
+def test_without_a_terminal_a_step_that_is_logged_twice_is_printed_once(clock, record):
     """SFT's held-out loss is logged at the last step, after that step itself."""
     progress, out = screen()
     for stage in ("sft", "reward"):  # the next stage may end at the same step
@@ -107,7 +107,7 @@ def test_a_terminal_shows_stage_phase_and_metrics_and_leaves_nothing(clock):
     assert "\x1b[2K" in out.getvalue(), "the live line stays on the screen"
 
 
-def test_nothing_is_known_before_the_first_step(clock):
+def test_no_rate_is_shown_before_the_first_step(clock):
     progress, _ = screen()
     progress.begin("sft", 5)
     assert progress._line().plain == "sft      0/5"

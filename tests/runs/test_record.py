@@ -68,7 +68,7 @@ def test_an_interrupted_stage_keeps_no_result(tmp_path):
     assert again.data["stages"]["sft"] == {"status": "interrupted"} and not again.done("sft")
 
 
-def test_metrics_of_an_interrupted_try_are_forgotten(tmp_path):
+def test_metrics_of_an_interrupted_stage_are_dropped(tmp_path):
     record = Record.open(tmp_path / "run", recipe())
     record.log("sft", 1, {"loss": 1.0})
     record.log("ppo", 1, {"loss": 2.0})
@@ -108,7 +108,7 @@ def test_a_record_of_another_shape_is_one_clear_error(tmp_path, text, told):
             call(tmp_path / "run")
 
 
-def test_stages_that_are_no_mappings_are_told(tmp_path):
+def test_stages_that_are_no_mappings_are_refused(tmp_path):
     record = with_done(tmp_path / "run")
     record.data["stages"]["sft"] = "done"
     record.save()
@@ -135,7 +135,7 @@ def test_a_last_line_that_was_cut_off_is_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("bad", ["{", "[]", '{"step": 1}', '{"stage": 1, "step": 1}', ""])
-def test_any_other_bad_line_is_told_with_its_number(tmp_path, bad):
+def test_bad_line_of_the_log_is_reported_with_its_number(tmp_path, bad):
     record = with_done(tmp_path / "run")
     record.log("sft", 1, {})
     log = tmp_path / "run" / "metrics.jsonl"
@@ -147,7 +147,7 @@ def test_any_other_bad_line_is_told_with_its_number(tmp_path, bad):
 # --- what a stage leaves -------------------------------------------------------------------------
 
 
-def test_a_stage_keeps_why_it_stopped_if_the_error_is_ours(tmp_path):
+def test_interrupted_stage_keeps_the_message_of_our_errors(tmp_path):
     record = Record.open(tmp_path / "run", recipe())
     with pytest.raises(GateError), record.stage("ppo"):
         raise GateError("no", remedy="mend it")
@@ -159,7 +159,7 @@ def test_a_stage_keeps_why_it_stopped_if_the_error_is_ours(tmp_path):
     assert Record.read(tmp_path / "run").data["stages"]["ppo"] == {"status": "interrupted"}
 
 
-def test_a_stage_names_the_versions_that_are_not_those_of_the_start(tmp_path, monkeypatch):
+def test_stage_records_changed_versions(tmp_path, monkeypatch):
     record = with_done(tmp_path / "run", "sft")
     monkeypatch.setattr(module, "versions", lambda: {**record.data["versions"], "trl": "9.9"})
     with record.stage("reward"):
@@ -186,7 +186,7 @@ def test_a_run_is_finished_once_it_is_sealed(tmp_path):
     assert not record.done("card") and record.done("ppo")
 
 
-def test_a_new_card_vouches_for_no_changed_weights(tmp_path):
+def test_rewriting_a_card_does_not_reseal_changed_weights(tmp_path):
     record = sealed(tmp_path / "run")
     before, log = dict(record.data["files"]), record.data["clock"]["metrics_sha256"]
     for name in ("README.md", "adapter_model.safetensors"):
@@ -206,7 +206,7 @@ def test_a_new_card_vouches_for_no_changed_weights(tmp_path):
     assert record.data["clock"]["metrics_sha256"] != log
 
 
-def test_a_free_key_that_changes_asks_for_new_cards(tmp_path):
+def test_changed_free_key_requires_new_cards(tmp_path):
     record = sealed(tmp_path / "run")
     record.data["model"] = {"id": "tiny", "hub_id": "a/old", "hub_revision": "c0ffee"}
     record.save()
@@ -218,7 +218,7 @@ def test_a_free_key_that_changes_asks_for_new_cards(tmp_path):
     assert not Record.read(tmp_path / "run").done("card")
 
 
-def test_a_run_killed_before_it_had_a_record_begins_again(tmp_path):
+def test_run_killed_before_its_record_starts_again(tmp_path):
     for name in ("recipe.yaml.tmp", "recipe.yaml", "record.json.tmp"):
         (tmp_path / name).write_text("half")
         assert Record.open(tmp_path, recipe()).data["stages"] == {}

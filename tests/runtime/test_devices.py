@@ -72,7 +72,7 @@ def gpus(monkeypatch):
         (2, (8, 6), False, torch.bfloat16, ["2 GPUs are visible: only the first is used"]),
     ],
 )  # fmt: skip
-def test_what_is_missing_is_named(gpus, count, capability, mps, dtype, told):
+def test_hardware_limitations_are_named(gpus, count, capability, mps, dtype, told):
     gpus(count, capability, mps)
     assert devices.hardware_limitations(dtype) == told
 
@@ -97,7 +97,7 @@ def test_a_t4_trains_in_float16_with_float32_adapters(gpus, tmp_path):
     assert len(record.metrics("ppo")) == 2 and "skipped" not in json.dumps(record.data["stages"])
 
 
-def test_an_apple_gpu_is_left_alone(monkeypatch, tmp_path):
+def test_apple_gpu_is_not_used(monkeypatch, tmp_path):
     """transformers would take it by itself, and the backbone would be on the CPU."""
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.mps, "empty_cache", lambda: None)  # accelerate's, and harmless there

@@ -110,7 +110,7 @@ def test_a_second_signal_is_immediate(runs: killed.Runs, whole: Path, tmp_path: 
     assert killed.bits(out) == killed.bits(whole)
 
 
-def test_a_budget_of_minutes_is_kept_and_gone_on_with(
+def test_time_budget_stops_a_run_that_then_continues(
     runs: killed.Runs, whole: Path, tmp_path: Path
 ):
     def out_at_fifth_look() -> None:
@@ -125,7 +125,9 @@ def test_a_budget_of_minutes_is_kept_and_gone_on_with(
 
 
 @pytest.mark.slow
-def test_the_shortest_budget_gets_to_the_end(runs: killed.Runs, whole: Path, tmp_path: Path):
+def test_shortest_time_budget_finishes_after_many_runs(
+    runs: killed.Runs, whole: Path, tmp_path: Path
+):
     """The shortest there is: every session gets at least to its next boundary, and exits with 0."""
     out, sessions = tmp_path / "run", 0
     recipe = asked(runs, "checkpoint.max_minutes=0.0001")
@@ -154,7 +156,7 @@ def test_signals_at_random_moments(runs: killed.Runs, whole: Path, tmp_path: Pat
 
 @pytest.mark.hub
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_while_it_pushes_leaves_nothing_half_done(tmp_path: Path, name: str):
+def test_signal_during_a_push_leaves_no_partial_repository(tmp_path: Path, name: str):
     """The Hub is busy, the client waits to try again; then the user has had enough."""
     number = getattr(signal, name)
     folder = make_finished(tmp_path)
@@ -200,7 +202,7 @@ def test_outside_of_a_training_a_signal_raises_at_once():
     interrupts.sleep(0)
 
 
-def test_inside_it_waits_and_raises_at_the_end():
+def test_deferred_signal_is_raised_at_the_end():
     said = []
     with pytest.raises(interrupts.Interrupted, match="SIGINT"):
         with interrupts.deferred(said.append):

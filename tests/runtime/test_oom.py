@@ -24,6 +24,7 @@ from lora_rlhf.runs.record import Record
 from lora_rlhf.runtime import oom
 from lora_rlhf.training import checkpoint_callback, microbatch_splitting
 
+PASSES = ("generation", "scoring", "training")
 TOLD = "CUDA out of memory. Tried to allocate 2.00 GiB"
 
 
@@ -36,7 +37,7 @@ class Room:
 
     def __init__(self, **most: int) -> None:
         self.most, self.short = most, dict.fromkeys(most, 0)
-        self.rows: dict[str, set[int]] = {kind: set() for kind in (*oom.KINDS, "backward")}
+        self.rows: dict[str, set[int]] = {kind: set() for kind in (*PASSES, "backward")}
         self.open = False
 
     def take(self, kind: str, rows: int) -> None:
@@ -195,7 +196,7 @@ def test_the_gradient_of_every_algorithm_is_the_same(start, algorithm, more, whe
 
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
-def test_groups_are_sampled_and_scored_by_fewer_at_once(start, algorithm):
+def test_groups_are_sampled_and_scored_in_smaller_batches(start, algorithm):
     """The same tokens, and so the same gradient."""
     options = {"algorithm": algorithm, "start": start / "start"}
     _, wanted = one(start, f"{algorithm}-rows-all", algorithm, None, **options)
@@ -214,7 +215,7 @@ def test_groups_are_sampled_and_scored_by_fewer_at_once(start, algorithm):
        (("grpo", "grpo.args={top_entropy_quantile: 0.5}"), ("dpo", "dpo.args={loss_type: [aot]}"),
         ("dpo", "dpo.args={loss_type: [sft]}")))],
 )  # fmt: skip
-def test_a_loss_that_is_no_sum_over_rows_is_not_cut(start, algorithm, more):
+def test_loss_that_is_no_sum_over_rows_is_not_split(start, algorithm, more):
     """Pieces would give another gradient: it stops, and says so."""
     asked = killed.recipe(start, *SETS, f"algorithm={algorithm}", more)
     out = start / f"whole-{algorithm}-{len(more)}"
@@ -222,7 +223,7 @@ def test_a_loss_that_is_no_sum_over_rows_is_not_cut(start, algorithm, more):
         pipeline.run(asked, out, start_from=start / "start", until="policy")
 
 
-def test_a_check_that_found_no_room_is_made_in_the_step_that_is_done_again(start):
+def test_identity_check_runs_again_in_the_repeated_step(start):
     """PPO takes the reference's log-probs while the policy's graph is there."""
     room = Room(scoring=2)
     record, _ = one(start, "moved", "none", room, "ppo.updates=1", start=start / "start")
@@ -231,7 +232,7 @@ def test_a_check_that_found_no_room_is_made_in_the_step_that_is_done_again(start
     assert identities["mean_abs_log_ratio_after_first_update"] > 0
 
 
-def test_what_a_step_that_was_done_again_has_logged_is_logged_once(start):
+def test_repeated_step_is_logged_once(start):
     whole, _ = one(start, "log-all", "none", None, "ppo.updates=1", start=start / "start")
     room = Room(backward=2)
     half, _ = one(start, "log-half", "none", room, "ppo.updates=1", start=start / "start")
@@ -276,7 +277,7 @@ def test_samples_and_scores_are_the_same(start):
     assert room.short == {"generation": 2, "scoring": 2}
 
 
-def test_a_resume_goes_on_with_the_halved_rows(start):
+def test_resume_keeps_the_halved_limits(start):
     """Sums of other batches round otherwise: the same bits need the same cuts."""
     asked = killed.recipe(start, *SETS, "algorithm=ppo")
     pipeline.run(asked, start / "kept", start_from=start / "start", until="reward")
@@ -306,7 +307,7 @@ def test_a_resume_goes_on_with_the_halved_rows(start):
 
 @pytest.mark.parametrize(
     "kind",
-    ["backward", *(pytest.param(k, marks=pytest.mark.slow) for k in oom.KINDS)],
+    ["backward", *(pytest.param(k, marks=pytest.mark.slow) for k in PASSES)],
 )
 def test_no_room_for_one_row_ends_with_a_table_of_remedies(start, kind, monkeypatch):
     asked = killed.recipe(start, *SETS, "algorithm=ppo")
@@ -325,7 +326,7 @@ def test_no_room_for_one_row_ends_with_a_table_of_remedies(start, kind, monkeypa
 
 
 @pytest.mark.slow
-def test_the_command_says_it_without_a_traceback(start):
+def test_command_reports_a_lack_of_memory_without_a_traceback(start):
     (start / "recipe.yaml").write_text(
         killed.broken_runs.RECIPE.format(base=killed.base_folder("llama"))
     )
@@ -339,7 +340,7 @@ def test_the_command_says_it_without_a_traceback(start):
     json.loads((start / "said" / "record.json").read_text())
 
 
-def test_gradients_lie_in_one_block_and_what_gets_none_has_none():
+def test_gradients_share_one_block_and_unused_parameters_have_none():
     """A parameter whose gradient is 0 would be moved by what the optimizer remembers."""
     a, b, idle = (torch.nn.Parameter(torch.randn(3, 2)) for _ in range(3))
     half, frozen = torch.nn.Parameter(torch.randn(4).half()), torch.nn.Parameter(torch.ones(1))
@@ -355,7 +356,7 @@ def test_gradients_lie_in_one_block_and_what_gets_none_has_none():
     assert torch.equal(half.grad, torch.full((4,), 2.0).half())
 
 
-def test_no_room_for_a_block_lends_nothing(monkeypatch):
+def test_failed_block_leaves_no_gradients(monkeypatch):
     a, half = (torch.nn.Parameter(torch.ones(2, dtype=t)) for t in (torch.float32, torch.half))
     zeros = torch.zeros
 
@@ -393,7 +394,7 @@ def test_a_stage_keeps_its_gradients_in_blocks(start, stage):
     assert len(found) == (1 if stage == "sft" else 2) and all(len(blocks) == 1 for blocks in found)
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_memory():
+def test_other_errors_are_not_out_of_memory():
     for error in (RuntimeError("shape mismatch"), ValueError(" out of memory."), KeyError("x")):
         assert not oom.is_out_of_memory(error)
         with pytest.raises(type(error)):

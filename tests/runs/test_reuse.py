@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finished stages are reused only with the data that they read."""
+
+from pathlib import Path
+
+import pytest
+
+from lora_rlhf.errors import DataError
+from lora_rlhf.recipe.loader import parse_recipe
+from lora_rlhf.runs import reuse
+from lora_rlhf.runs.record import Record
+
+TEXT = "name: x\nmodel: {id: tiny}\ndata: {prompts: [{task: closed-world}]}\n"
+
+
+def test_data_may_not_change_between_stages_that_read_them(tmp_path: Path):
+    def said(sha, evaluate="e"):
+        return {"sources": [{"sha256": sha}], "evaluate": {"sources": [{"sha256": evaluate}]}}
+
+    record = Record.open(tmp_path / "run", parse_recipe(TEXT, "r.yaml"))
+    record.data["data"] = {"demonstrations": said("a"), "prompts": said("a")}
+    reuse.check_data(record, "demonstrations", said("b"))  # no stage has read them
+    with record.stage("sft"):
+        pass
+    reuse.check_data(record, "demonstrations", said("a"))
+    reuse.check_data(record, "prompts", said("b"))
+    with pytest.raises(DataError, match="data.demonstrations has changed since sft"):
+        reuse.check_data(record, "demonstrations", said("b"))
+    with pytest.raises(DataError, match="data.evaluate has changed since sft"):
+        reuse.check_data(record, "prompts", said("a", "f"))
+    with record.stage("ppo"):
+        pass
+    with pytest.raises(DataError, match="data.prompts has changed since ppo"):
+        reuse.check_data(record, "prompts", said("b"))
