@@ -204,6 +204,7 @@ def _run_stage(
     data: _Data,
     progress: Progress,
 ) -> None:
+    """Run one stage that needs the backbone."""
     if stage == "sft":
         sft.run(recipe, configs.sft, backbone, record, data.demonstrations, progress)
     elif stage == "reward":
