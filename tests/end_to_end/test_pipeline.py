@@ -222,7 +222,7 @@ def test_stages_are_shared_only_between_equal_recipes(started: str, tmp_path: Pa
 
 def test_what_cannot_end_well_is_refused_before_anything(tmp_path: Path, monkeypatch):
     out = tmp_path / "run"
-    with pytest.raises(UsageError, match="no stage 'ppo' where the recipe says algorithm: grpo"):
+    with pytest.raises(UsageError, match="no stage 'ppo' with algorithm: grpo"):
         pipeline.run(recipe("algorithm=grpo"), out, until="ppo")
     with pytest.raises(RecipeError, match="hub.value is set, and GRPO trains no value adapter"):
         pipeline.run(recipe("algorithm=grpo", "hub.value=a/b"), out)
