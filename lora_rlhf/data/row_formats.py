@@ -101,8 +101,8 @@ def examples(
             f"{len(bad)} of {len(rows)} rows do not fit {' + '.join(layout)}{_shown(bad)}",
             where=bad[0][0],
             expected=_accepted(name),
-            remedy="correct or remove these rows, skip so many with `skip_bad:`, or map the right "
-            "columns with `columns:`",
+            remedy=f"correct or remove these rows, skip them by `skip_bad: "
+            f"{len(skips.seen) + len(bad)}`, or map the right columns with `columns:`",
         )
     if name != "comparisons" and layout == ("chosen", "rejected"):
         chosen = name == "demonstrations"
@@ -220,9 +220,11 @@ def _turns(row: dict[str, Any], column: str) -> Turns:
     value = row.get(column)
     if isinstance(value, str):
         return _valid(value, column)
+    if value is None:
+        raise _Unfit(f"column {column!r} is missing")
     if not isinstance(value, list) or not value:
-        what = "missing" if value is None else f"a {type(value).__name__}: {excerpt(value)}"
-        raise _Unfit(f"column {column!r} is {what}, not text or messages")
+        kind = type(value).__name__
+        raise _Unfit(f"column {column!r} must be text or messages, not {kind}: {excerpt(value)}")
     turns = []
     for turn in value:
         content = turn.get("content") if isinstance(turn, dict) else None

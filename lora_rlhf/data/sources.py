@@ -51,7 +51,7 @@ class Skips:
             DataError: The error itself, if no more rows may be left out.
         """
         if len(self.seen) >= self.most:
-            remedy = error.remedy or "correct or remove it, or skip so many rows with `skip_bad:`"
+            remedy = error.remedy or "correct or remove it, or skip N broken rows by `skip_bad: N`"
             if self.most:
                 remedy += f"; {self.most} before it were skipped (skip_bad: {self.most})"
             raise DataError(
