@@ -45,6 +45,7 @@ from lora_rlhf.runtime.devices import hardware_limitations
 from lora_rlhf.serving import loaded_run
 from lora_rlhf.training import checkpoint_callback, sft
 from lora_rlhf.training.reward import reward_gate, reward_stage
+from lora_rlhf.training.stage_context import StageContext
 
 _OFFSET_ROWS = 256
 """Demonstrations to which the reward's offset is fitted: its error falls with their root."""
@@ -179,6 +180,7 @@ def _compute(
 ) -> None:
     """Run the wanted stages that need the backbone, and load the finished ones before them."""
     backbone, peak = _load_backbone(recipe, record, progress)
+    context = StageContext(recipe, backbone, record, progress)
     data = _Data(recipe, record, backbone, progress)
     data.check(wanted, configs)
     record.on_done = lambda: _describe(record, backbone, peak)
@@ -187,7 +189,7 @@ def _compute(
         if stage not in wanted:
             loaded_run.load_stage(stage, backbone, record)
             continue
-        _run_stage(stage, recipe, configs, backbone, record, data, progress)
+        _run_stage(stage, context, configs, data)
         # After the stage: even the shortest budget makes some progress each time.
         if stage != wanted[-1]:
             interrupts.stop_if_requested()
@@ -195,18 +197,11 @@ def _compute(
         progress.say(f"measured: {gpu_fit.size(measured)} at the peak ({peak.what})")
 
 
-def _run_stage(
-    stage: str,
-    recipe: Recipe,
-    configs: TrainerConfigs,
-    backbone: Backbone,
-    record: Record,
-    data: _Data,
-    progress: Progress,
-) -> None:
+def _run_stage(stage: str, context: StageContext, configs: TrainerConfigs, data: _Data) -> None:
     """Run one stage that needs the backbone."""
+    recipe, backbone, record, progress = context
     if stage == "sft":
-        sft.run(recipe, configs.sft, backbone, record, data.demonstrations, progress)
+        sft.run(context, configs.sft, data.demonstrations)
     elif stage == "reward":
         if data.comparisons is None:
             with record.stage("reward") as entry:
@@ -215,7 +210,7 @@ def _run_stage(
         main, held_out = data.comparisons
         rows = data.demonstrations.train
         rows = rows.select(range(min(_OFFSET_ROWS, len(rows))))
-        reward_stage.run(recipe, configs.reward, backbone, record, main, rows, progress, held_out)
+        reward_stage.run(context, configs.reward, main, rows, held_out)
     elif stage == "evaluate":
         models = "best of n" if recipe.algorithm == "best_of_n" else "policy"
         progress.say(f"evaluate: base, sft and {models} on the held-out prompts")
@@ -223,19 +218,17 @@ def _run_stage(
         evaluate.run(recipe, backbone, record, data.prompts.held_out, same, progress.say)
     elif stage == "dpo":
         assert data.comparisons is not None  # the recipe was refused without comparisons
-        rows = data.comparisons[0].train
-        dpo.run(recipe, configs.policy, backbone, record, rows, progress)
+        dpo.run(context, configs.policy, data.comparisons[0].train)
     else:
         if recipe.ppo.reward == "model":
             reward_gate.check(recipe, record, progress)
         if stage == "best_of_n":
             best_of_n.run(recipe, record)
             return
-        rows = data.prompts.train
         if stage == "ppo":
-            ppo_stage.run(recipe, configs.policy, backbone, record, rows, progress, data.texts)
+            ppo_stage.run(context, configs.policy, data.prompts.train, data.texts)
         else:
-            grpo_rloo.run(recipe, configs.policy, backbone, record, rows, progress)
+            grpo_rloo.run(context, configs.policy, data.prompts.train)
 
 
 def _load_backbone(
@@ -370,7 +363,7 @@ class _Data:
                 "reference",
                 seed=seed,
                 batch_size=self.recipe.evaluate.batch_size,
-                max_new_tokens=ppo_stage.sampled_tokens(self.recipe),
+                max_new_tokens=ppo_stage.completion_limit(self.recipe, "ppo"),
             )
             texts = [self.backbone.decode(a) for a in answers]
             self._samples[key] = [texts[i : i + k] for i in range(0, len(texts), k)]

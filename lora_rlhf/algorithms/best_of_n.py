@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Best of n in the place of PPO: of n SFT samples the one with the highest reward; no training.
+"""Best of n: of n SFT samples the one with the highest reward, without training.
 
 Sources: Stiennon et al. 2020 (2009.01325, appendix G.3) for KL = log n - (n - 1)/n, shown to be an
 upper bound, not an equality, by Beirami et al. (2401.01879).
@@ -27,15 +27,15 @@ def best_of_n_kl(n: int) -> float:
 
 
 def analytic(value: float) -> Estimate:
-    """A number from a formula in the place of a measured one: no interval, and n = 0."""
+    """Present a number from a formula like a measured one: no interval, and n = 0."""
     return {"value": value, "low": None, "high": None, "n": 0}
 
 
 def check(recipe: Recipe) -> None:
-    """What can be known before anything is trained.
+    """Refuse greedy answers: they are all the same, so none is best.
 
     Raises:
-        RecipeError: Greedy answers are all the same, so there is no best one.
+        RecipeError: The evaluation's temperature is 0.
     """
     if recipe.evaluate.temperature == 0:
         raise RecipeError(
@@ -46,8 +46,7 @@ def check(recipe: Recipe) -> None:
 
 
 def run(recipe: Recipe, record: Record) -> None:
-    """Note what the evaluation will do: there is nothing to train."""
-    check(recipe)
+    """Write the stage's entry: there is nothing to train."""
     n = recipe.best_of_n.n
     with record.stage("best_of_n") as entry:
         entry |= {
@@ -67,9 +66,9 @@ def choose(
     temperature: float,
     seed: int,
 ) -> list[list[int]]:
-    """For each prompt, of n samples of SFT, the one that the reward model scores highest.
+    """Choose for each prompt, of n SFT samples, the first that the reward model scores highest.
 
-    The first of equals. The samples share no draw with SFT's own answers of the same seed.
+    The samples share no draw with SFT's own answers of the same seed.
 
     Args:
         prompts: Ids of each prompt.
@@ -78,9 +77,9 @@ def choose(
         Ids of one completion for each prompt.
     """
     n, size = recipe.best_of_n.n, recipe.evaluate.batch_size
-    asked = [list(prompt) for prompt in prompts for _ in range(n)]
-    found = backbone.generate(
-        asked,
+    repeated = [list(prompt) for prompt in prompts for _ in range(n)]
+    samples = backbone.generate(
+        repeated,
         "reference",
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -89,10 +88,10 @@ def choose(
         batch_size=size,
     )
     rewards = ensemble.rewards_of(
-        backbone, list(zip(asked, found, strict=True)), recipe.reward, size
+        backbone, list(zip(repeated, samples, strict=True)), recipe.reward, size
     )
     best = []
-    for start in range(0, len(found), n):
-        here = rewards[start : start + n]
-        best.append(found[start + here.index(max(here))])
+    for start in range(0, len(samples), n):
+        group = rewards[start : start + n]
+        best.append(samples[start + group.index(max(group))])
     return best

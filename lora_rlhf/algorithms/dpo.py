@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DPO in the place of PPO: TRL's trainer on the comparisons that the reward model learned from.
+"""DPO: TRL's trainer on the comparisons that the reward model learned from.
 
-Source: 2305.18290, eq. 7. The reference is the frozen SFT adapter. TRL tokenises nothing: rows are
-ids from `encode_prompt` and `encode_completion`, as SFT and the reward model see them, so the eos
-that ends a completion is trained on, and prompt and completion never merge into one token.
+Source: 2305.18290, eq. 7. The reference is the frozen SFT adapter. Rows are ids from
+`encode_prompt` and `encode_completion`, as SFT and the reward model see them: the eos that ends a
+completion is trained on, and prompt and completion never merge into one token.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from lora_rlhf.errors import IdentityError
 from lora_rlhf.models import scoring
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.recipe.schema import Recipe
-from lora_rlhf.runs.progress import Progress
-from lora_rlhf.runs.record import Record
 from lora_rlhf.training.fit import fit
+from lora_rlhf.training.stage_context import StageContext
 from lora_rlhf.training.trl_config import build, effective, trainer_args
 
 from . import identities, policy_stage
@@ -34,7 +33,7 @@ from .policy_trainer import TiedReferenceTrainer
 from .ppo import ppo_stage
 
 _DEFAULTS: dict[str, Any] = {
-    # Not PPO's rate: whitened advantages and log-ratios of whole answers are of different sizes.
+    # Not PPO's rate: whitened advantages and log-ratios of whole answers differ in size.
     "num_train_epochs": 1, "logging_steps": 1, "learning_rate": 5e-5,
 }  # fmt: skip
 
@@ -47,28 +46,22 @@ _BY_ROW = {
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard",
     "apo_zero", "apo_down", "discopop", "sigmoid_norm",
 }  # fmt: skip
-"""DPO's losses that are a mean over comparisons; `aot` sorts them, `sft` is a mean over tokens."""
+"""Losses of DPO that are a mean over comparisons; `aot` sorts them, `sft` is a mean over tokens."""
 
 _ROWS = 8
 """Comparisons on which policy and reference are compared before the first update."""
 
 
-def run(
-    recipe: Recipe,
-    args: DPOConfig,
-    backbone: Backbone,
-    record: Record,
-    comparisons: Dataset,
-    progress: Progress,
-) -> None:
+def run(context: StageContext, args: DPOConfig, comparisons: Dataset) -> None:
     """Train the policy on comparisons; saves `adapters/policy`.
 
     Args:
-        comparisons: The rows that the reward model trains on: `prompt`, `chosen`, `rejected`.
+        comparisons: Rows of `prompt`, `chosen` and `rejected`.
 
     Raises:
         IdentityError: A start-up identity does not hold.
     """
+    recipe, backbone, record, _ = context
     with record.stage("dpo") as entry:
         set_seed(recipe.seed)
         backbone.copy_role("reference", "policy")
@@ -77,7 +70,7 @@ def run(
             ResumableDPOTrainer, backbone, args=args, train_dataset=rows
         )
         with backbone.training("policy"):
-            trainer, result = fit(build_trainer, recipe, backbone, record, progress, "dpo")
+            trainer, result = fit(context, build_trainer, "dpo")
         entry |= {
             "reward": "comparisons",
             "beta": args.beta,
@@ -87,15 +80,15 @@ def run(
             "train_loss": result.training_loss,
             "identities": trainer.identities,
             "args": effective(args),
+            "adapter_sha256": context.save_adapter("policy"),
         }
-        entry |= policy_stage.save_policy(backbone, record)
 
 
 def arguments(recipe: Recipe, out: Path) -> DPOConfig:
-    """TRL's config of this stage; batch size, learning rate and the like are PPO's by default.
+    """Build TRL's config of this stage; batch size, optimizer and the like are PPO's by default.
 
     Raises:
-        RecipeError: A key that has its home elsewhere, or is none of TRL's.
+        RecipeError: A key that is set elsewhere, or is unknown to TRL.
     """
     policy_stage.refuse(
         "dpo",
@@ -114,15 +107,13 @@ def arguments(recipe: Recipe, out: Path) -> DPOConfig:
 
 
 def tokenize(backbone: Backbone, rows: Dataset) -> Dataset:
-    """`prompt_ids`, `chosen_ids` and `rejected_ids`, the eos included, as the reward model's."""
+    """Encode as for the reward model: `prompt_ids`, `chosen_ids` and `rejected_ids` with eos."""
     return Dataset.from_list(
         [
             {
                 "prompt_ids": backbone.encode_prompt(row["prompt"]),
-                **{
-                    f"{side}_ids": backbone.encode_completion(row[side])
-                    for side in ("chosen", "rejected")
-                },
+                "chosen_ids": backbone.encode_completion(row["chosen"]),
+                "rejected_ids": backbone.encode_completion(row["rejected"]),
             }
             for row in rows
         ]
@@ -159,30 +150,29 @@ class ResumableDPOTrainer(TiedReferenceTrainer, DPOTrainer):
         return loss
 
     def rows(self, inputs: Any) -> int:
-        """Comparisons: the chosen completions stand first, then the rejected ones."""
+        """Count comparisons: the chosen completions stand first, then the rejected ones."""
         return len(inputs["input_ids"]) // 2
 
     def part(self, inputs: Any, start: int, stop: int) -> Any:
-        """Some comparisons, both sides of each."""
+        """Take some comparisons, both sides of each."""
         n = self.rows(inputs)
         both = [*range(start, stop), *range(n + start, n + stop)]
         return {k: v[both] if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
     def can_be_cut(self) -> bool:
-        """Losses that compare rows with each other, or are means over tokens, are not."""
+        """Allow splitting only with losses that are means over comparisons."""
         return super().can_be_cut() and set(self.loss_types) <= _BY_ROW
 
     def share(self, piece: Any, inputs: Any, num_items_in_batch: Any) -> float:
-        """The loss is a mean over comparisons."""
+        """Return the piece's share of the comparisons."""
         return self.rows(piece) / self.rows(inputs)
 
     def _check_first(self, loss: float) -> None:
-        """With policy and reference equal every margin is 0, and -log sigmoid(0) is ln 2."""
+        """Check the first loss: with policy and reference equal it is -log sigmoid(0) = ln 2."""
         self.identities["loss_at_start"] = loss
         tolerance = RATIO_TOLERANCE[self.backbone.causal.dtype]
         plain = self.loss_types == ["sigmoid"] and not self.args.loss_weights
-        plain = plain and not self.warm_started
-        if plain and not abs(loss - math.log(2)) <= tolerance:
+        if plain and not self.warm_started and not abs(loss - math.log(2)) <= tolerance:
             raise IdentityError(
                 f"the first loss of DPO is {loss:.4f}",
                 expected=f"ln 2 = {math.log(2):.4f}: policy and reference are both SFT",
@@ -190,5 +180,5 @@ class ResumableDPOTrainer(TiedReferenceTrainer, DPOTrainer):
             )
 
     def renamed(self, metrics: dict[str, list[float]]) -> dict[str, list[float]]:
-        """TRL's lists under PPO's names where they mean the same."""
+        """Use PPO's names where they mean the same."""
         return {_RENAMED.get(name, name): values for name, values in metrics.items()}

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GRPO and RLOO in the place of PPO: TRL's trainers with TRL's losses, on our backbone and reward.
+"""GRPO and RLOO: TRL's trainers and losses, on our backbone and reward.
 
-What is added: the reward view as reward function, PPO's penalty for a missing eos, the frozen SFT
-adapter as reference, PPO's names in the log, and the identities. Sources: GRPO 2402.03300, RLOO
-2402.14740. Where the KL acts differs by design: PPO and RLOO take it off the reward (k1), GRPO adds
-it to the loss (k3), so equal coefficients are not equal strengths.
+Added are PPO's penalty for a missing eos, the frozen SFT adapter as reference, PPO's names in the
+log, and the identities. Sources: GRPO 2402.03300, RLOO 2402.14740. The KL acts differently by
+design: PPO and RLOO subtract it from the reward (k1), GRPO adds it to the loss (k3), so equal
+coefficients are not equal strengths.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from lora_rlhf.models import fused_layers, sampler, scoring
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.runs.progress import Progress
-from lora_rlhf.runs.record import Record
 from lora_rlhf.training.fit import fit
+from lora_rlhf.training.stage_context import StageContext
 from lora_rlhf.training.trl_config import build, effective, trainer_args
 
 from . import identities, policy_stage, reward_functions
@@ -39,27 +39,21 @@ _RENAMED = {"entropy": "policy/entropy", "clip_ratio/region_mean": "policy/clip_
 """TRL's name -> ours, where both mean the same."""
 
 METRICS = {"reward/groups_without_spread": "share of prompts whose completions all score the same"}
-"""What is logged beside PPO's names: a group without spread teaches nothing."""
+"""Logged beside PPO's names: from a group without spread nothing is learned."""
 
 _SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty", "generation_kwargs")
 
 
-def run(
-    recipe: Recipe,
-    args: GRPOConfig | RLOOConfig,
-    backbone: Backbone,
-    record: Record,
-    prompts: Dataset,
-    progress: Progress,
-) -> None:
+def run(context: StageContext, args: GRPOConfig | RLOOConfig, prompts: Dataset) -> None:
     """Optimise the policy with the recipe's algorithm; saves `adapters/policy`.
 
     Args:
-        prompts: Column `prompt`, and `item` where a task's gold checker is to be used or logged.
+        prompts: Column `prompt`, and `item` where a task's gold checker is used or logged.
 
     Raises:
         IdentityError: A start-up identity does not hold.
     """
+    recipe, backbone, record, progress = context
     name = recipe.algorithm
     with record.stage(name) as entry:
         set_seed(recipe.seed)
@@ -77,16 +71,8 @@ def run(
             progress=progress,
         )
         with backbone.training("policy"):
-            trainer, result = fit(
-                build_trainer,
-                recipe,
-                backbone,
-                record,
-                progress,
-                name,
-                unit=per_update,
-                around=fused_layers.layers(backbone),
-            )
+            fused = fused_layers.layers(backbone)
+            trainer, result = fit(context, build_trainer, name, unit=per_update, around=fused)
         updates = result.global_step // per_update
         entry |= {
             "updates": updates,
@@ -99,18 +85,19 @@ def run(
             "identities": trainer.identities,
             "args": effective(args),
         }
-        entry |= policy_stage.last_kl(record, name) | policy_stage.save_policy(backbone, record)
+        entry |= policy_stage.last_kl(record, name)
+        entry["adapter_sha256"] = context.save_adapter("policy")
 
 
 def arguments(recipe: Recipe, out: Path) -> Any:
-    """TRL's config of this stage: PPO's budget and sampling, then the algorithm's own `args:`.
+    """Build TRL's config of this stage: PPO's budget, overridden by the algorithm's own `args:`.
 
     Raises:
-        RecipeError: A key that has its home elsewhere, or batch sizes that do not fit together.
+        RecipeError: A key that is set elsewhere, or batch sizes that do not fit together.
     """
     name = recipe.algorithm
     section = getattr(recipe, name)
-    bent = "leave it out: all algorithms sample from the whole distribution"
+    whole = "leave it out: all algorithms sample from the whole distribution"
     policy_stage.refuse(
         name,
         section.args,
@@ -123,7 +110,7 @@ def arguments(recipe: Recipe, out: Path) -> Any:
             "generation_batch_size": "use per_device_train_batch_size and steps_per_generation",
             "sync_ref_model": "leave it out: the reference is the frozen SFT adapter",
             "reward_weights": "use ppo.reward",
-            **dict.fromkeys(_SAMPLING, bent),
+            **dict.fromkeys(_SAMPLING, whole),
         },
     )
     shared = ppo_stage.budget(recipe, out, rollouts=True)
@@ -136,12 +123,14 @@ def arguments(recipe: Recipe, out: Path) -> Any:
 
 
 class _GroupTrainer(RolloutTrainer, TiedReferenceTrainer):
-    """GRPO and RLOO on our backbone; use it inside `backbone.training("policy")`.
+    """GRPO and RLOO on our backbone.
 
     Args:
-        progress: Shows the phases of an update.
         options: Of TRL's trainer. The last of `reward_funcs` is the penalty for a missing eos.
     """
+
+    _ids_alone = False
+    """Whether TRL's `_generate_single_turn` returns ids without log-probs beside them."""
 
     def __init__(self, backbone: Backbone, *, progress: Progress, **options: Any) -> None:
         self.progress = progress
@@ -155,8 +144,9 @@ class _GroupTrainer(RolloutTrainer, TiedReferenceTrainer):
         self._prompt_ids = out[0]
         return out
 
-    def _sample(self, prompt_ids: list[list[int]]) -> list[list[int]]:
-        """Completions of the policy by sampler.py, whose log-probs `_observe` will check."""
+    def _generate_single_turn(self, prompt_ids: Any, *rest: Any, **options: Any) -> Any:
+        if not self.samples_itself:
+            return super()._generate_single_turn(prompt_ids, *rest, **options)
         with self.backbone.role("policy"):
             self._sampled = sampler.sample(
                 self.backbone,
@@ -164,12 +154,13 @@ class _GroupTrainer(RolloutTrainer, TiedReferenceTrainer):
                 max_new_tokens=self.max_completion_length,
                 temperature=self.temperature,
             )
-        return [sampled.ids for sampled in self._sampled]
+        ids = [sampled.ids for sampled in self._sampled]
+        return ids if self._ids_alone else (ids, None)
 
     def _get_per_token_logps_and_entropies(
         self, *args: Any, batch_size: int | None = None, **options: Any
     ) -> Any:
-        """TRL's; where it takes no gradient, fewer rows at once where memory runs out."""
+        """Compute as TRL does; without a gradient, on fewer rows at once where memory runs out."""
         compute = super()._get_per_token_logps_and_entropies
         if torch.is_grad_enabled():
             return compute(*args, batch_size=batch_size, **options)
@@ -185,10 +176,10 @@ class _GroupTrainer(RolloutTrainer, TiedReferenceTrainer):
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
     ) -> Tensor:
         self.progress.phase("score")
-        # The very ids that were sampled are scored; nothing is tokenised twice.
-        asked = [{**row, "prompt_ids": p} for row, p in zip(inputs, self._prompt_ids, strict=True)]
+        # The sampled ids themselves are scored: nothing is tokenised twice.
+        rows = [{**row, "prompt_ids": p} for row, p in zip(inputs, self._prompt_ids, strict=True)]
         rewards: Tensor = super()._calculate_rewards(
-            asked, prompts, completions, completion_ids_list
+            rows, prompts, completions, completion_ids_list
         )
         scores_b = self.checked_rewards(rewards, prompts)[:, :-1].sum(dim=1)
         shares = [share for share in repetition(completion_ids_list) if share is not None]
@@ -212,30 +203,15 @@ class _GroupTrainer(RolloutTrainer, TiedReferenceTrainer):
 
     @torch.no_grad()
     def _observe(self, out: dict[str, Any]) -> None:
-        """KL to the SFT role as PPO measures it, whatever the algorithm does with its own."""
-        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-        size, found = self.args.per_device_train_batch_size, {}
-        for role in ("policy", "reference"):
-            found[role] = torch.zeros(out["completion_mask"].shape, device=self.backbone.device)
-
-            def visit(index: Sequence[int], into: Tensor = found[role]) -> None:
-                rows = slice(index[0], index[-1] + 1)
-                ids, mask, tokens = model_inputs({k: out[k][rows] for k in names})
-                into[rows] = scoring.completion_logprobs(
-                    self.backbone, ids, mask, tokens, self.temperature
-                )[0]
-
-            with self.backbone.role(role):
-                self.backbone.backoff.for_each_batch(
-                    "scoring", range(len(out["prompt_ids"])), size, visit
-                )
+        """Check and log the KL to SFT as PPO measures it, whatever the algorithm's own is."""
+        policy_bt, reference_bt = (self._logprobs(out, role) for role in ("policy", "reference"))
         mask_bt = out["completion_mask"]
         if self.state.global_step == 0 and not self.warm_started:
             self.identities["kl_at_start"] = identities.policy_equals_reference(
-                found["policy"], found["reference"], mask_bt
+                policy_bt, reference_bt, mask_bt
             )
-        self._check_sampler(found["policy"], mask_bt)
-        kl = kl_estimates(found["policy"], found["reference"], mask_bt)
+        self._check_sampler(policy_bt, mask_bt)
+        kl = kl_estimates(policy_bt, reference_bt, mask_bt)
         self.note(
             {
                 "kl/sequence": float(kl.k1.sum(dim=1).mean()),
@@ -245,44 +221,61 @@ class _GroupTrainer(RolloutTrainer, TiedReferenceTrainer):
             }
         )
 
+    def _logprobs(self, out: dict[str, Any], role: str) -> Tensor:
+        """Compute log-probs (B, T) of a rollout's completions under a role."""
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+        logprobs_bt = torch.zeros(out["completion_mask"].shape, device=self.backbone.device)
+
+        def visit(index: Sequence[int]) -> None:
+            rows = slice(index[0], index[-1] + 1)
+            ids, mask, tokens = model_inputs({k: out[k][rows] for k in names})
+            logprobs_bt[rows], _ = scoring.completion_logprobs(
+                self.backbone, ids, mask, tokens, self.temperature
+            )
+
+        with self.backbone.role(role):
+            self.backbone.backoff.for_each_batch(
+                "scoring", range(len(logprobs_bt)), self.args.per_device_train_batch_size, visit
+            )
+        return logprobs_bt
+
     def _check_sampler(self, policy_bt: Tensor, mask_bt: Tensor) -> None:
-        """On the first rollout the sampler's log-probs are those of the training forward.
+        """Check on the first rollout that the sampler's log-probs are the trainer's.
 
         Raises:
             IdentityError: They are not.
         """
         sampled, self._sampled = self._sampled, []
-        if not sampled or "sampler_difference" in self.identities:
+        if "sampler_difference" in self.identities:
             return
-        gaps = [
+        differences = [
             (drawn.logprobs.to(row.device) - row[mask.bool()]).abs()
-            for drawn, row, mask in zip(sampled, policy_bt, mask_bt, strict=True)
-            if int(mask.sum()) == len(drawn.ids)  # not where what was cut off is masked
+            for drawn, row, mask in zip(sampled, policy_bt, mask_bt, strict=False)
+            if int(mask.sum()) == len(drawn.ids)  # TRL may mask completions that were cut off
         ]
-        if not gaps:
-            return
-        self.identities["sampler_difference"] = identities.sampler_is_the_policy(
-            torch.cat(gaps), self.backbone.causal.dtype
-        )
+        if differences:
+            self.identities["sampler_difference"] = identities.sampler_is_the_policy(
+                torch.cat(differences), self.backbone.causal.dtype
+            )
 
     def can_be_cut(self) -> bool:
-        """GRPO's entropy bonus and quantile are taken over all rows together."""
+        """Forbid splitting with GRPO's entropy bonus or quantile: they are over all rows."""
         bonus = getattr(self, "_entropy_bonus_enabled", False)
         quantile = getattr(self, "top_entropy_quantile", 1.0)
         return super().can_be_cut() and not bonus and quantile == 1.0
 
     def share(self, piece: Any, inputs: Any, num_items_in_batch: Any) -> float:
-        """By what TRL's loss is a mean of; 1 where it is divided by the whole window's tokens."""
+        """Return the share of what TRL's loss is a mean of; 1 where it is a sum over a window."""
         kind = getattr(self, "loss_type", None)  # RLOO has none: a mean over completions
         if kind in ("dapo", "cispo", "vespo"):
             return 1.0
         if kind == "bnpo":
-            mine, whole = (max(int(x["completion_mask"].sum()), 1) for x in (piece, inputs))
-            return mine / whole
+            tokens, total = (max(int(x["completion_mask"].sum()), 1) for x in (piece, inputs))
+            return tokens / total
         return self.rows(piece) / self.rows(inputs)
 
     def renamed(self, metrics: dict[str, list[float]]) -> dict[str, list[float]]:
-        """TRL's lists under PPO's names where they mean the same; the rest is left out."""
+        """Use PPO's names where they mean the same; the rest is left out."""
         ours = {_RENAMED.get(name, name): values for name, values in metrics.items()}
         kept = ppo_metrics.kept(ours)
         kept["reward/groups_without_spread"] = ours.get("frac_reward_zero_std", [])
@@ -294,21 +287,12 @@ class GroupGRPO(_GroupTrainer, GRPOTrainer):
 
     _tag_names = ["lora-rlhf", "grpo"]
 
-    def _generate_single_turn(self, prompt_ids: Any, *rest: Any, **options: Any) -> Any:
-        if not self.samples_itself:
-            return super()._generate_single_turn(prompt_ids, *rest, **options)
-        return self._sample(prompt_ids), None
-
 
 class GroupRLOO(_GroupTrainer, RLOOTrainer):
     """TRL's RLOO on our backbone."""
 
     _tag_names = ["lora-rlhf", "rloo"]
-
-    def _generate_single_turn(self, prompt_ids: Any, *rest: Any, **options: Any) -> Any:
-        if not self.samples_itself:
-            return super()._generate_single_turn(prompt_ids, *rest, **options)
-        return self._sample(prompt_ids)
+    _ids_alone = True
 
 
 _KINDS: dict[str, tuple[Any, Any]] = {

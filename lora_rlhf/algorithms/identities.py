@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Identities that must hold at the start of every PPO run, and stop it when they do not.
+"""Identities that must hold at the start of every run, and stop it when they do not.
 
-Each failure names the stage at fault, which is what users cannot find out from a reward curve that
-does not rise. Every check returns what it measured, for the record.
+Each error names the stage at fault, which a reward curve that does not rise would not show. Each
+check returns what it measured, for the record.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ from lora_rlhf.models import scoring
 from lora_rlhf.models.backbone import REWARDS, Backbone
 
 from .objectives import masked_mean
+from .ppo.minibatches import model_inputs
 
 RATIO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
-"""|ratio - 1| on unchanged weights: padding and batch size change the order of sums.
+"""Bound on |ratio - 1| with unchanged weights: padding and batch size change the order of sums.
 
-In float32 the largest over the tokens, in half precision their mean: one rounding of a large logit
-is worth 0.1 nats or more in bfloat16, and among thousands of tokens one is always far off.
+In float32 it is on the largest over the tokens, in half precision on their mean: rounding one large
+logit in bfloat16 makes 0.1 nats or more, and among thousands of tokens some are always far off.
 """
 SAMPLER_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
-"""The same for the sampler's log-probs (cached, one token at a time) against ours, in nats."""
+"""The same for |sampler's log-prob - trainer's log-prob|, in nats: the sampler goes by token."""
 
 
 def _typical(difference_bt: Tensor, mask_bt: Tensor, dtype: torch.dtype) -> float:
-    """The largest difference in float32, the mean one in half precision."""
+    """The largest difference in float32, the mean in half precision."""
     if dtype == torch.float32:
         return float(torch.where(mask_bt.bool(), difference_bt, 0.0).max())
     return float(masked_mean(difference_bt, mask_bt))
@@ -65,12 +66,15 @@ def policy_equals_reference(policy: Tensor, reference: Tensor, mask: Tensor) -> 
 
 
 def ratio_off_one(ratio_bt: Tensor, mask_bt: Tensor, dtype: torch.dtype) -> float:
-    """|ratio - 1| on a rollout's first minibatch, as `RATIO_TOLERANCE` measures it."""
+    """Measure |ratio - 1| on a rollout's first micro-batch, as `RATIO_TOLERANCE` bounds it."""
     return _typical((ratio_bt - 1).abs(), mask_bt, dtype)
 
 
 def ratio_is_one(ratio_bt: Tensor, mask_bt: Tensor, dtype: torch.dtype) -> float:
-    """The ratio on the first minibatch, against log-probs of a separate forward: how far off 1.
+    """Check that the ratio is 1 on the first micro-batch, against a separate forward's log-probs.
+
+    Returns:
+        |ratio - 1|.
 
     Raises:
         IdentityError: Dropout is on, the temperature differs, or another adapter was active.
@@ -89,10 +93,10 @@ def ratio_is_one(ratio_bt: Tensor, mask_bt: Tensor, dtype: torch.dtype) -> float
 def sampler_agrees(
     backbone: Backbone, prompts: list[list[int]], sampler: GenerationConfig, temperature: float
 ) -> float:
-    """Log-probs while sampling against those of the training forward; the difference in nats.
+    """Check transformers' sampler against the training forward; returns the difference in nats.
 
-    The sampler is the rollouts' own, so its log-probs are those *after* every processor and warper.
-    The global random state is left as it was.
+    The sampler's log-probs are taken after every processor and warper. The global random state is
+    left as it was.
 
     Raises:
         IdentityError: Padding, positions, temperature or a logits processor differ between the two.
@@ -112,7 +116,7 @@ def sampler_agrees(
         sampled = scores.log_softmax(-1).gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
         eos = torch.tensor(config.eos_token_id, device=chosen.device)
         ended = torch.isin(chosen, eos).int()
-        valid = ended.cumsum(dim=1) - ended == 0  # up to the first eos, and with it
+        valid = ended.cumsum(dim=1) - ended == 0  # up to and including the first eos
         full = torch.cat([mask, valid.to(mask.dtype)], dim=1)
         trained, _ = scoring.completion_logprobs(backbone, out.sequences, full, tokens, temperature)
     backbone.causal.train(was_training)
@@ -120,10 +124,10 @@ def sampler_agrees(
 
 
 def sampler_is_the_policy(difference: Tensor, dtype: torch.dtype) -> float:
-    """|log-prob while sampling less that of the training forward| over tokens, as one number.
+    """Check |sampler's log-prob - trainer's log-prob| over tokens; returns it as one number.
 
     Raises:
-        IdentityError: Padding, positions, temperature or a logits processor differ between the two.
+        IdentityError: It is above `SAMPLER_TOLERANCE`.
     """
     worst = _typical(difference, torch.ones_like(difference), dtype)
     if not worst <= SAMPLER_TOLERANCE[dtype]:
@@ -176,15 +180,13 @@ class FrozenRolesCheck:
         return made
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint between `take` and `check`."""
+        """Return what was taken, for a checkpoint between `take` and `check`."""
         names = ("frozen", "moving", "batch", "temperature", "reference_bt")
         return {name: getattr(self, name) for name in names}
 
     @torch.no_grad()
     def _logprobs(self, batch: dict[str, Tensor], role: str) -> Tensor:
-        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-        tokens = batch["completion_ids"].shape[1]
+        ids, mask, tokens = model_inputs(batch)
         with self.backbone.role(role):
             logprobs_bt, _ = scoring.completion_logprobs(
                 self.backbone, ids, mask, tokens, self.temperature

@@ -22,7 +22,7 @@ MAX_LOG_RATIO = 20.0
 
 
 def masked_sum(x_bt: Tensor, mask_bt: Tensor) -> Tensor:
-    """Sum over valid tokens; padding may hold anything, NaN included. Shape ()."""
+    """Sum over valid tokens; padding may hold NaN. Shape ()."""
     return torch.where(mask_bt.bool(), x_bt, torch.zeros_like(x_bt)).sum()
 
 
@@ -73,7 +73,7 @@ def token_rewards(scores_b: Tensor, kl_bt: Tensor, mask_bt: Tensor, kl_coef: flo
     """Per-token reward: -kl_coef · KL everywhere, plus the score at the last valid token. (B, T).
 
     Source: InstructGPT eq. 2 without its ptx term; the score's place: lm-human-preferences. An
-    episode with no valid token has no place for a score and gets none.
+    episode without a valid token gets no score.
     """
     rewards_bt = torch.where(mask_bt.bool(), -kl_coef * kl_bt, torch.zeros_like(kl_bt))
     length_b = mask_bt.sum(dim=1).long()
@@ -180,13 +180,13 @@ def adapted_kl_coef(kl_coef: float, kl: float, target: float, horizon: int, epis
 
 
 class RunningMoments:
-    """Count, mean and variance of all numbers seen, joined batch by batch (Chan et al. 1979)."""
+    """Count, mean and variance of all numbers so far, updated by batch (Chan et al. 1979)."""
 
     def __init__(self) -> None:
         self.count, self.mean, self.squares = 0, 0.0, 0.0
 
     def add(self, x_b: Tensor) -> None:
-        """Take in a batch of numbers, shape (B,)."""
+        """Add a batch of numbers, shape (B,)."""
         n, mean = x_b.numel(), float(x_b.double().mean())
         squares = float(((x_b.double() - mean) ** 2).sum())
         gap, total = mean - self.mean, self.count + n
@@ -195,12 +195,12 @@ class RunningMoments:
         self.count = total
 
     def state_dict(self) -> dict[str, float]:
-        """For a checkpoint: the three numbers."""
+        """Return count, mean and sum of squares."""
         return dict(vars(self))
 
-    def load_state_dict(self, found: dict[str, float]) -> None:
-        """Put back what `state_dict` gave."""
-        vars(self).update(found)
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Restore what `state_dict` returned."""
+        vars(self).update(state)
 
     @property
     def std(self) -> float:
@@ -212,11 +212,11 @@ class RunningMoments:
 def scaled_scores(scores_b: Tensor, moments: RunningMoments | None, clip: float | None) -> Tensor:
     """Scores over their running standard deviation, then clipped. Shape (B,).
 
-    The mean is never shifted: a shift would change the sign of the pressure against the KL penalty
+    The mean is never shifted: a shift could turn the sign of a score against the KL penalty
     (2307.04964, section 4.2.2; 2403.17031).
     """
     if moments is not None:
-        if bool(torch.isfinite(scores_b).all()):  # one NaN would stay in them for ever
+        if bool(torch.isfinite(scores_b).all()):  # one NaN would stay in them
             moments.add(scores_b)
         scores_b = scores_b / moments.std
     return scores_b if clip is None else scores_b.clamp(-clip, clip)

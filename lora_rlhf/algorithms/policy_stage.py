@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps that the stages of all algorithms share: checks of recipe and prompts, the saved policy."""
+"""Steps that the stages of all algorithms share: checks of arguments and prompts, loading."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from lora_rlhf.models import adapters
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.recipe.stage_keys import ALGORITHMS
-from lora_rlhf.runs.disk import sha256
 from lora_rlhf.runs.record import Record
 
 from .reward_functions import has_checker
@@ -61,7 +60,7 @@ def refuse(algorithm: str, given: Mapping[str, Any], owned: Mapping[str, str]) -
 
 
 def rollout_steps(algorithm: str, args: Mapping[str, Any], updates: int) -> dict[str, Any]:
-    """TRL's arguments for a number of updates, each of one rollout and logged once.
+    """Return TRL's arguments for a number of updates, each of one rollout and logged once.
 
     Raises:
         RecipeError: An optimizer step would take micro-batches of two rollouts.
@@ -82,7 +81,7 @@ def rollout_steps(algorithm: str, args: Mapping[str, Any], updates: int) -> dict
 
 
 def steps_per_update(args: Any) -> int:
-    """Optimizer steps that one rollout is used for."""
+    """Count the optimizer steps that one rollout is used for."""
     return int(args.num_iterations * args.steps_per_generation // args.gradient_accumulation_steps)
 
 
@@ -91,13 +90,7 @@ def load(backbone: Backbone, record: Record) -> None:
     adapters.load_role(backbone, "policy", record.adapter("policy"))
 
 
-def save_policy(backbone: Backbone, record: Record) -> dict[str, str]:
-    """Save `adapters/policy`; returns its part of the stage's entry."""
-    folder = adapters.save_role(backbone, "policy", record.adapter("policy"))
-    return {"adapter_sha256": sha256(folder / "adapter_model.safetensors")}
-
-
 def last_kl(record: Record, stage: str) -> dict[str, float]:
-    """`kl_last` for a stage's entry, where its log has one."""
+    """Return `kl_last` for a stage's entry, where its log has one."""
     lines = record.metrics(stage)
     return {"kl_last": lines[-1]["kl/sequence"]} if lines and "kl/sequence" in lines[-1] else {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the trainers of all algorithms share, placed before TRL's: log, clipping, identities.
+"""Base classes of all algorithms' trainers, placed before TRL's: log, clipping, identities.
 
 `RolloutTrainer` adds what PPO, GRPO and RLOO need for their rollouts.
 """
@@ -86,7 +86,7 @@ class PolicyTrainer(ResumableTrainer):
 
 
 class TiedReferenceTrainer(PolicyTrainer):
-    """A trainer of TRL's with a KL to its own reference, which becomes the frozen SFT adapter."""
+    """A TRL trainer with a KL to its own reference, which is tied to the frozen SFT adapter."""
 
     def __init__(self, backbone: Backbone, **options: Any) -> None:
         super().__init__(backbone, **options)
@@ -94,7 +94,7 @@ class TiedReferenceTrainer(PolicyTrainer):
         self.frozen_check = FrozenRolesCheck.take(backbone, self._name.lower(), ("policy",))
 
     def state_dict(self) -> dict[str, Any]:
-        """As `ResumableTrainer`, and whether the first step was checked."""
+        """Return the state of `ResumableTrainer`, and whether the first step was checked."""
         return super().state_dict() | {"untouched": {"done": self.frozen_check is None}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -152,7 +152,7 @@ class RolloutTrainer(PolicyTrainer):
 
     @property
     def samples_itself(self) -> bool:
-        """Whether our sampler samples; a recipe may ask for one of transformers' own ways."""
+        """True where our sampler samples; a recipe may choose one of transformers' own ways."""
         args = self.args
         return not (args.use_transformers_continuous_batching or args.cache_implementation)
 

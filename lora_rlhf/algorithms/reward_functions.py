@@ -20,7 +20,7 @@ RewardFunction = Callable[..., list[float]]
 def of_recipe(
     recipe: Recipe, backbone: Backbone, prompts: Dataset
 ) -> tuple[list[RewardFunction], list[float]]:
-    """Reward functions and their weights; one of weight 0 is only logged.
+    """Build the reward functions and their weights; one of weight 0 is only logged.
 
     The gold checker is logged where the prompts have one.
     """
@@ -72,5 +72,5 @@ def eos_penalty(backbone: Backbone, penalty: float) -> RewardFunction:
 
 
 def has_checker(prompts: Dataset) -> bool:
-    """Whether every prompt is of a task, whose checker gives the gold reward."""
+    """Check that every prompt is of a task, whose checker gives the gold reward."""
     return "item" in prompts.column_names and all(prompts["item"])

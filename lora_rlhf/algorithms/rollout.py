@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A rollout's episodes and what the roles say of them; nothing that is known is computed again.
+"""Sample and score a rollout, reusing log-probs and trunk states from generation.
 
-While it samples, the policy has already computed the log-prob of every token and the states that
-leave the frozen trunk. Both are used where a comparison with the training forward, on the first
-rollout, finds no difference that matters; elsewhere (half precision) the training forward computes
-them, once. Each role then runs its adapted layers over the episodes, sorted by length.
+While it samples, the policy computes the log-prob of every token and the states that leave the
+frozen trunk. Both are reused if they agree with the training forward on the first rollout; if not
+(half precision), the training forward computes them once. Each role then runs its adapted layers
+over the episodes, sorted by length.
 
 N episodes, P and T tokens of the longest prompt and completion, H hidden size.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,13 +29,13 @@ from lora_rlhf.runtime import oom
 from . import identities
 
 PARITY = 1e-4
-"""Largest difference in nats, at any token, up to which the sampler's numbers are the trainer's."""
+"""Largest difference in nats, at any token, up to which the sampler's numbers are reused."""
 
 _COMPARED = 16
-"""Episodes of the first rollout on which they are compared."""
+"""Episodes of the first rollout that are compared."""
 
 MORE = 2
-"""Scoring keeps no activations, so this many training micro-batches go at once."""
+"""Training micro-batches that are scored at once: scoring keeps no activations."""
 
 
 @dataclass
@@ -43,10 +44,10 @@ class Scorer:
 
     Attributes:
         size: Episodes of a training micro-batch.
-        identities: Where what was compared is noted.
+        identities: Gets what was measured.
         say: Tells the user what was switched off, and why.
-        trunk: Whether passes start from kept trunk states; settled on the first rollout.
-        trusted: Whether the sampler's log-probs and states are used; settled there too.
+        trunk: Whether passes start from kept trunk states; decided on the first rollout.
+        trusted: Whether the sampler's log-probs and states are reused; decided there too.
     """
 
     backbone: Backbone
@@ -66,15 +67,15 @@ class Scorer:
             self.trunk = False
 
     def state_dict(self) -> dict[str, bool | None]:
-        """What was settled on the first rollout, for a checkpoint."""
+        """Return the decisions of the first rollout."""
         return {"trunk": self.trunk, "trusted": self.trusted}
 
-    def load_state_dict(self, found: dict[str, bool | None]) -> None:
-        """Put back what `state_dict` gave."""
-        self.trunk, self.trusted = found["trunk"], found["trusted"]
+    def load_state_dict(self, state: dict[str, bool | None]) -> None:
+        """Restore what `state_dict` returned."""
+        self.trunk, self.trusted = state["trunk"], state["trusted"]
 
     def sample(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-        """Completions of the active role, and their log-probs and states kept for `begin`."""
+        """Sample completions of the active role; log-probs and states are kept for `begin`."""
         self._sampled = sampler.sample(
             self.backbone,
             prompts,
@@ -85,7 +86,7 @@ class Scorer:
         return [sampled.ids for sampled in self._sampled]
 
     def begin(self, episodes: list[Episode]) -> list[Tensor] | None:
-        """Take up a rollout: settle what may be reused, and find the trunk states of each episode.
+        """Begin a rollout: decide what is reused, and get the trunk states of each episode.
 
         Returns:
             (L, H) of each episode, for the reward functions; None without a trunk.
@@ -95,13 +96,13 @@ class Scorer:
         """
         self.episodes, self.states = episodes, None
         if self.trunk is None:
-            self._settle_trunk()
+            self._compare_trunk()
         if self.trusted is None and self._sampled is not None:
-            self._settle_sampler(self._sampled)
+            self._compare_sampler(self._sampled)
         if self.trunk:
-            found = [s.states for s in self._sampled or () if s.states is not None]
-            use = self.trusted and len(found) == len(episodes)
-            self.states = found if use else self._trunk_pass()
+            sampled = [s.states for s in self._sampled or () if s.states is not None]
+            reuse = self.trusted and len(sampled) == len(episodes)
+            self.states = sampled if reuse else self._trunk_pass()
             if self.ppo.trunk_states == "cpu":
                 self.states = [states.cpu() for states in self.states]
         return self.states
@@ -110,9 +111,9 @@ class Scorer:
         """Add old log-probs, old values and trunk states to a rollout.
 
         Args:
-            out: Padded ids and masks; what is added is `old_logprobs` and `old_values` (N, T),
-                `prompt_states` (N, P, H) and `completion_states` (N, T, H).
-            exact: Compute the policy's log-probs as the reference's are, whatever is known of them.
+            out: Padded ids and masks; `old_logprobs` and `old_values` (N, T), `prompt_states`
+                (N, P, H) and `completion_states` (N, T, H) are added.
+            exact: Compute the policy's log-probs as the reference's, reusing none.
 
         Returns:
             The reference's log-probs, (N, T).
@@ -141,13 +142,13 @@ class Scorer:
 
     @torch.no_grad()
     def _policy_and_values(self, size: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Where the value is a head on the policy's states: both from one pass."""
+        """Compute both in one pass, where the value is a head on the policy's states."""
         logprobs, values = ([torch.empty(0)] * len(self.episodes) for _ in range(2))
 
         def visit(batch: scoring.Batch) -> None:
             states = scoring.completion_states(self.backbone, *batch.inputs, batch.states)
-            found, _ = scoring.logprobs_of(self.backbone, states, batch.ids, self.temperature)
-            batch.scatter(found, self.episodes, logprobs)
+            logprobs_bt, _ = scoring.logprobs_of(self.backbone, states, batch.ids, self.temperature)
+            batch.scatter(logprobs_bt, self.episodes, logprobs)
             batch.scatter(scoring.values_of(self.backbone, states), self.episodes, values)
 
         with self.backbone.role("policy"):
@@ -155,7 +156,7 @@ class Scorer:
         return logprobs, values
 
     def _trunk_pass(self) -> list[Tensor]:
-        """The trunk's states of every episode, (L, H) each, in one pass over its layers."""
+        """Compute the trunk's states of every episode, (L, H) each, in one pass over its layers."""
         out: list[Tensor] = [torch.empty(0)] * len(self.episodes)
 
         def visit(batch: scoring.Batch) -> None:
@@ -169,7 +170,7 @@ class Scorer:
         return scoring.trunk_states(self.backbone, batch.ids, batch.mask)
 
     def _padded_states(self, out: dict[str, Any]) -> dict[str, Tensor]:
-        """As the rollout's ids are padded: prompts on the left, completions on the right."""
+        """Pad as the rollout's ids are: prompts on the left, completions on the right."""
         assert self.states is not None
         like = self.states[0]
         (n, p), t = out["prompt_ids"].shape, out["completion_ids"].shape[1]
@@ -181,22 +182,20 @@ class Scorer:
             completions[i, : len(completion)] = states[len(prompt) :]
         return {"prompt_states": prompts, "completion_states": completions}
 
-    # -------------------------------------------------------------- settling
-
     @torch.no_grad()
-    def _settle_trunk(self) -> None:
-        """Keep states only if passes that start from them give the very bits of whole ones."""
+    def _compare_trunk(self) -> None:
+        """Keep states only if passes that start from them have the bits of whole passes."""
         first = scoring.by_length(self.episodes)[: self.size]
-        self.backbone.backoff.for_each_batch("scoring", first, len(first), self._settle_trunk_on)
+        self.backbone.backoff.for_each_batch("scoring", first, len(first), self._compare_trunk_on)
 
-    def _settle_trunk_on(self, index: Sequence[int]) -> None:
+    def _compare_trunk_on(self, index: Sequence[int]) -> None:
         if self.trunk is False:
             return
         batch = scoring.batch(self.backbone, self.episodes, index)
         whole = scoring.hidden_states(self.backbone, batch.ids, batch.mask)
         try:
             part = scoring.hidden_states(self.backbone, batch.ids, batch.mask, self._trunk(batch))
-        except Exception as error:  # whatever an unknown architecture makes of it
+        except Exception as error:  # an unknown architecture may raise anything
             if oom.is_out_of_memory(error):
                 raise
             reason = f"{type(error).__name__}: {error}"
@@ -210,12 +209,14 @@ class Scorer:
         name = type(self.backbone.causal).__name__
         self.say(f"ppo: {name} cannot start from kept trunk states ({reason}): every pass is whole")
 
-    def _settle_sampler(self, sampled: list[Sampled]) -> None:
-        """Compare the sampler's log-probs and states with the training forward's."""
+    def _compare_sampler(self, sampled: list[Sampled]) -> None:
+        """Reuse the sampler's log-probs and states only if the training forward agrees."""
         rows = range(min(_COMPARED, len(sampled)))
         episodes = [self.episodes[i] for i in rows]
-        asked = (self.backbone, episodes, "policy", self.size, self.temperature)
-        whole = torch.cat(scoring.episode_logprobs(*asked)).cpu()
+        pass_over = functools.partial(
+            scoring.episode_logprobs, self.backbone, episodes, "policy", self.size, self.temperature
+        )
+        whole = torch.cat(pass_over()).cpu()
         drawn = torch.cat([sampled[i].logprobs[-len(self.episodes[i][1]) :] for i in rows])
         if len(drawn) != len(whole):  # an empty prompt: nothing predicts its first token
             self.trusted = False
@@ -227,18 +228,18 @@ class Scorer:
         worst = float(gap.max())
         states = [s.states for s in sampled[: len(rows)]]
         if self.trunk and states[0] is not None:
-            caught = torch.cat(scoring.episode_logprobs(*asked, states)).cpu()  # type: ignore[arg-type]
-            worst = max(worst, float((caught - whole).abs().max()))
+            reused = torch.cat(pass_over(states)).cpu()  # type: ignore[arg-type]
+            worst = max(worst, float((reused - whole).abs().max()))
         self.trusted = worst <= PARITY
         if not self.trusted:
             self.say(
                 f"ppo: the sampler's numbers differ from the trainer's by up to {worst:.2g} nats "
-                f"(more than {PARITY:g}): log-probs and trunk states are computed once more"
+                f"(more than {PARITY:g}): log-probs and trunk states are computed again"
             )
 
 
 def _pad(rows: list[Tensor], mask_nt: Tensor) -> Tensor:
-    """(N, T) from rows that end where each mask ends; 0 elsewhere."""
+    """Pad rows, each ending where its mask ends, with 0 to (N, T)."""
     out = torch.zeros(mask_nt.shape, dtype=torch.float32, device=mask_nt.device)
     for i, (row, end) in enumerate(zip(rows, mask_nt.sum(dim=1).tolist(), strict=True)):
         out[i, end - len(row) : end] = row

@@ -67,7 +67,7 @@ def run(
     with record.stage("evaluate") as entry:
         max_new_tokens = recipe.evaluate.max_new_tokens
         if max_new_tokens is None:
-            max_new_tokens = ppo_stage.longest(recipe)
+            max_new_tokens = ppo_stage.completion_limit(recipe, recipe.algorithm)
         encoded = [backbone.encode_prompt(row["prompt"]) for row in rows]
         cache = AnswerCache(record, identity, say)
         earlier = {model: cache.take(model) for model in models}

@@ -143,7 +143,7 @@ class Work:
         self.sft, self.policy = configs.sft, configs.policy
         self.reward: Any = configs.reward.get("reward")
         self.prompt = recipe.data.max_prompt_tokens
-        self.completion = ppo_stage.longest(recipe)
+        self.completion = ppo_stage.completion_limit(recipe, recipe.algorithm)
         text = planner.config.get_text_config()
         self.layers, self.hidden = int(text.num_hidden_layers), int(text.hidden_size)
         self.adapted = math.ceil(self.layers * recipe.lora.top_fraction)

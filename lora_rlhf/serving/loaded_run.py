@@ -64,7 +64,7 @@ def generate(
     prompt: Any = [{"role": "user", "content": text}] if backbone.tokenizer.chat_template else text
     ids = backbone.encode_prompt(prompt)
     options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens or ppo_stage.longest(recipe),
+        "max_new_tokens": max_new_tokens or ppo_stage.completion_limit(recipe, recipe.algorithm),
         "temperature": temperature,
         "seed": seed,
     }

@@ -17,20 +17,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from lora_rlhf.errors import CheckpointError
 from lora_rlhf.models.backbone import Backbone
-from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.recipe.stage_keys import READS, fingerprints, keys_read
 from lora_rlhf.runs import checkpoint
 from lora_rlhf.runs.checkpoint import Checkpoint
 from lora_rlhf.runs.disk import sync
-from lora_rlhf.runs.progress import Progress
 from lora_rlhf.runs.record import Record
 from lora_rlhf.runtime import interrupts
 
 from .nonfinite_guard import NonFiniteGuard
+from .stage_context import StageContext
 
 _LOOP_STATE = (
     "_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step",
@@ -59,22 +58,13 @@ class CheckpointCallback(TrainerCallback):
         paused: Whether it stopped for a signal or its time budget, and is not done.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        backbone: Backbone,
-        record: Record,
-        progress: Progress,
-        stage: str,
-        name: str | None = None,
-        unit: int = 1,
-    ) -> None:
+    def __init__(self, context: StageContext, stage: str, name: str, unit: int = 1) -> None:
+        recipe, self.backbone, self.record, self.progress = self.context = context
         self.section = recipe.checkpoint
-        self.backbone, self.record, self.progress = backbone, record, progress
-        self.stage, self.name, self.unit = stage, name or stage, unit
-        self.folder = record.checkpoints(self.name)
+        self.stage, self.name, self.unit = stage, name, unit
+        self.folder = self.record.checkpoints(name)
         self.resumed: Checkpoint | None = None
-        self.run = identity(backbone, record, stage)
+        self.run = identity(self.backbone, self.record, stage)
         self.paused = self._room_checked = False
         self._replaced = list[Any]()  # checkpoints from before a warm start
         self._epoch: dict[str, Any] = {}  # random states at the beginning of this epoch
@@ -89,9 +79,7 @@ class CheckpointCallback(TrainerCallback):
             Interrupted, OutOfTime: What was done is saved.
         """
         trainer.checkpoints, trainer.backoff = self, self.backbone.backoff
-        trainer.guard = NonFiniteGuard(
-            trainer, self.backbone, self.record, self.progress, self.name, self.unit
-        )
+        trainer.guard = NonFiniteGuard(trainer, self.context, self.name, self.unit)
         if self.record.warm_start and self.record.in_flight(self.stage):
             self._start_warm(trainer)
             return self._train(trainer)
@@ -167,9 +155,7 @@ class CheckpointCallback(TrainerCallback):
             _set_random_states(self.resumed.part("random")["epoch"], train_dataloader)
         self._epoch = _random_states(train_dataloader)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_step_end(self, _: Any, state: TrainerState, control: TrainerControl, **__: Any) -> None:
         """Request a checkpoint where one is due; the end of the training saves one of its own."""
         if state.global_step >= state.max_steps:
             return

@@ -9,13 +9,10 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from lora_rlhf.errors import NonFiniteError
-from lora_rlhf.models.backbone import Backbone
-from lora_rlhf.recipe.schema import Recipe
-from lora_rlhf.runs.progress import Progress
-from lora_rlhf.runs.record import Record
 
 from .checkpoint_callback import CheckpointCallback, Result
 from .resumable_trainer import ResumableTrainer
+from .stage_context import StageContext
 from .stage_log import StageLog
 from .trl_config import complaints
 
@@ -23,11 +20,8 @@ T = TypeVar("T", bound=ResumableTrainer)
 
 
 def fit(
+    context: StageContext,
     build: Callable[..., T],
-    recipe: Recipe,
-    backbone: Backbone,
-    record: Record,
-    progress: Progress,
     stage: str,
     *,
     name: str | None = None,
@@ -52,9 +46,9 @@ def fit(
     """
     name = name or stage
     with complaints(stage):
-        trainer = build(callbacks=[StageLog(record, name, progress, unit)])
-    backbone.assert_trainable()
-    checkpoints = CheckpointCallback(recipe, backbone, record, progress, stage, name, unit)
+        trainer = build(callbacks=[StageLog(context.record, name, context.progress, unit)])
+    context.backbone.assert_trainable()
+    checkpoints = CheckpointCallback(context, stage, name, unit)
     try:
         trainer.before_training()
         with around or contextlib.nullcontext():
@@ -62,7 +56,7 @@ def fit(
         check_loss(name, result.training_loss)
         trainer.after_training()
     finally:
-        progress.end()
+        context.progress.end()
     return trainer, result
 
 

@@ -83,15 +83,15 @@ class MicrobatchSplitting(_Base):
         }
 
     def share(self, piece: Any, inputs: Any, num_items_in_batch: Any) -> float:
-        """Weight of a piece's loss in that of its micro-batch: 1 where both are sums."""
+        """Return the weight of a piece's loss in that of its micro-batch: 1 where both are sums."""
         return 1.0
 
     def can_be_cut(self) -> bool:
-        """Whether the loss of a micro-batch is the weighted sum of its pieces' losses."""
+        """Return True if the loss of a micro-batch is the weighted sum of its pieces' losses."""
         return not getattr(self, "aux_loss_enabled", False)  # of a mixture of experts: a mean
 
     def moved_by_loss(self) -> Iterable[torch.nn.Parameter]:
-        """Parameters that get a gradient from the loss."""
+        """Return the parameters that get a gradient from the loss."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def in_pieces(

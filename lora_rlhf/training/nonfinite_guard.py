@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from lora_rlhf.errors import IdentityError, NonFiniteError
-from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.redaction import safe
-from lora_rlhf.runs.progress import Progress
-from lora_rlhf.runs.record import Record
+
+from .stage_context import StageContext
 
 MOST = 3
 """Skipped updates in a row that stop a training."""
@@ -42,17 +41,9 @@ class NonFiniteGuard(TrainerCallback):
         skipped: Whether the current optimizer step moves nothing.
     """
 
-    def __init__(
-        self,
-        trainer: Any,
-        backbone: Backbone,
-        record: Record,
-        progress: Progress,
-        name: str,
-        unit: int,
-    ) -> None:
-        self.trainer, self.backbone = trainer, backbone
-        self.record, self.progress = record, progress
+    def __init__(self, trainer: Any, context: StageContext, name: str, unit: int) -> None:
+        self.trainer = trainer
+        _, self.backbone, self.record, self.progress = context
         self.name, self.unit = name, unit
         self.skipped = False
         self._why: str | None = None  # of this optimizer step
@@ -63,7 +54,7 @@ class NonFiniteGuard(TrainerCallback):
         self._sum, self._logged = 0.0, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts, so that a resumed training continues them."""
+        """Return the counts, which a resumed training continues."""
         return {name: getattr(self, name) for name in _STATE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -85,9 +76,7 @@ class NonFiniteGuard(TrainerCallback):
             self._set_back()
             self.note(NonFiniteError(f"the adapter of the {bad} held NaN or infinity"))
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, _: Any, state: TrainerState, *__: Any, **___: Any) -> None:
         """Drop the gradients of a non-finite step: an optimizer ignores parameters without one.
 
         Raises:
@@ -116,9 +105,7 @@ class NonFiniteGuard(TrainerCallback):
         else:
             self._copy()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_step_end(self, _: Any, state: TrainerState, *__: Any, **___: Any) -> None:
         """Check at the end of an update that no frozen role moved.
 
         Raises:
@@ -135,9 +122,7 @@ class NonFiniteGuard(TrainerCallback):
                     "delete the checkpoints of this stage, which may hold them",
                 )
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_log(self, _: Any, state: TrainerState, *__: Any, **___: Any) -> None:
         """Leave a line whose loss is NaN out of the mean loss of the training."""
         if math.isfinite(self.trainer._total_loss_scalar):
             self._sum = self.trainer._total_loss_scalar
@@ -222,7 +207,7 @@ class NonFiniteGuard(TrainerCallback):
 
 
 def _finite(tensors: list[Any]) -> bool:
-    """Whether all numbers are finite, with one transfer from the device."""
+    """Check that all numbers are finite, with one transfer from the device."""
     return not tensors or bool(
         torch.stack([torch.isfinite(t.detach()).all() for t in tensors]).all()
     )

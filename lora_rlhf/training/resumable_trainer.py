@@ -35,7 +35,7 @@ _ENTRIES = {
 
 
 class ResumableTrainer(MicrobatchSplitting):
-    """A trainer on one role of a backbone, which can go on from a checkpoint.
+    """A trainer on one role of a backbone, which can be resumed from a checkpoint.
 
     Args:
         role: Whose view is trained.
@@ -77,7 +77,7 @@ class ResumableTrainer(MicrobatchSplitting):
             super()._send_telemetry()
 
     def state_dict(self) -> dict[str, Any]:
-        """What decides later steps, beside roles, optimizer and random states."""
+        """Collect what decides later steps, beside roles, optimizer and random states."""
         state: dict[str, Any] = {}
         for entry, name in (_ENTRIES | dict(self.entries)).items():
             if hasattr(self, name):
@@ -102,13 +102,13 @@ class ResumableTrainer(MicrobatchSplitting):
                 setattr(self, names[entry], value)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """TRL's step; its inputs are kept for a report on a non-finite update."""
+        """Run TRL's step; its inputs are kept for a report on a non-finite update."""
         self.seen = inputs
         return super().training_step(model, inputs, num_items_in_batch)
 
     @property
     def skipped(self) -> bool:
-        """Whether the current optimizer step moves nothing."""
+        """True if the current optimizer step moves nothing."""
         return self.guard is not None and self.guard.skipped
 
     def skip_update(self, error: NonFiniteError, *, rollout: bool = False) -> None:
@@ -118,7 +118,7 @@ class ResumableTrainer(MicrobatchSplitting):
         self.guard.note(error, rollout=rollout)
 
     def check_finite(self, what: str, *tensors: Tensor, rollout: bool = False) -> bool:
-        """Whether all numbers are finite; skips the update if not."""
+        """Check that all numbers are finite; skip the update if not."""
         finite = all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
         if not finite:
             self.skip_update(NonFiniteError(f"{what} are no numbers"), rollout=rollout)

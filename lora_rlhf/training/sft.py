@@ -20,12 +20,11 @@ from lora_rlhf.errors import IdentityError
 from lora_rlhf.models import adapters
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.recipe.schema import Recipe
-from lora_rlhf.runs.disk import sha256
-from lora_rlhf.runs.progress import Progress
 from lora_rlhf.runs.record import Record
 
 from .fit import fit
 from .resumable_trainer import ResumableTrainer
+from .stage_context import StageContext
 from .trl_config import build, effective, trainer_args
 
 _DEFAULTS: dict[str, Any] = {
@@ -43,7 +42,7 @@ class ResumableSFTTrainer(ResumableTrainer, SFTTrainer):
     held_out_loss: float
 
     def share(self, piece: Any, inputs: Any, num_items_in_batch: Any) -> float:
-        """1 where the loss is divided by the tokens of the whole step."""
+        """Return the share of tokens; 1 where the loss is divided by those of the whole step."""
         if num_items_in_batch is not None:
             return 1.0
         tokens, total = (int((x["labels"] != -100).sum()) for x in (piece, inputs))
@@ -54,14 +53,7 @@ class ResumableSFTTrainer(ResumableTrainer, SFTTrainer):
         self.held_out_loss = self.evaluate()["eval_loss"]
 
 
-def run(
-    recipe: Recipe,
-    args: SFTConfig,
-    backbone: Backbone,
-    record: Record,
-    data: Prepared,
-    progress: Progress,
-) -> None:
+def run(context: StageContext, args: SFTConfig, data: Prepared) -> None:
     """Train the policy's adapter on demonstrations; leaves roles `policy` and `reference`, equal.
 
     The loss is on completion tokens only, the eos included.
@@ -69,6 +61,7 @@ def run(
     Raises:
         IdentityError: The saved adapter does not give the same outputs when it is loaded again.
     """
+    recipe, backbone, record, _ = context
     with record.stage("sft") as entry:
         set_seed(recipe.seed)
         backbone.add_role("policy")
@@ -81,14 +74,13 @@ def run(
             eval_dataset=tokenize(backbone, data.held_out),
         )
         with backbone.training("policy"):
-            trainer, result = fit(build_trainer, recipe, backbone, record, progress, "sft")
-        folder = adapters.save_role(backbone, "policy", record.adapter("sft"))
+            trainer, result = fit(context, build_trainer, "sft")
         entry |= {
             "held_out_loss": trainer.held_out_loss,
             "steps": result.global_step,
             "train_loss": result.training_loss,
             "args": effective(args),
-            "adapter_sha256": sha256(folder / "adapter_model.safetensors"),
+            "adapter_sha256": context.save_adapter("policy", "sft"),
         }
         load(backbone, record)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from lora_rlhf.runs.progress import Progress
 from lora_rlhf.runs.record import Record
@@ -15,7 +15,7 @@ _CLOCK = ("runtime", "per_second", "step_time", "total_flos", "preparation_time"
 
 
 class StageLog(TrainerCallback):
-    """Logs one training.
+    """Log of one training.
 
     Everything that depends on the clock goes under `clock`, so that equal runs log equal lines.
 
@@ -30,19 +30,12 @@ class StageLog(TrainerCallback):
         self.steps_per_unit = steps_per_unit
         self._last = time.perf_counter()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, _: Any, state: TrainerState, *__: Any, **___: Any) -> None:
         """Open the progress line; only the trainer knows the number of steps before that."""
         self.progress.begin(self.stage, -(-state.max_steps // self.steps_per_unit))
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
+        self, _: Any, state: TrainerState, *__: Any, logs: dict[str, Any] | None = None, **___: Any
     ) -> None:
         """Write one line; the trainer's closing summary is not a step and is left out."""
         logs = dict(logs or {})

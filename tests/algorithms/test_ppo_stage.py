@@ -1,22 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The PPO stage: its arguments, rewards and roles, and what it leaves behind."""
 
-import json
-import random
-
 import pytest
 import small
 import torch
-from datasets import Dataset
 from ppo_run import prompts, recipe, roles
 
-from lora_rlhf.algorithms import identities, policy_stage, reward_functions
+from lora_rlhf.algorithms import identities, policy_stage
 from lora_rlhf.algorithms.ppo import ppo_stage
-from lora_rlhf.data.closed_world import checkers, generator
 from lora_rlhf.errors import DataError, IdentityError, RecipeError
 from lora_rlhf.models import scoring
 from lora_rlhf.runs.progress import Progress
 from lora_rlhf.runs.record import Record
+from lora_rlhf.training.stage_context import StageContext
 
 EPISODES = [([5, 6], [7, 8, 1]), ([9], [10, 11])]
 
@@ -36,7 +32,7 @@ def test_updates_become_optimizer_steps(tmp_path):
     assert found.generation_batch_size == 4 * 6 and found.num_generations == 1
 
 
-def test_defaults_are_the_checklists(tmp_path):
+def test_defaults_are_those_of_the_details(tmp_path):
     asked = recipe().model_copy(update={"ppo": recipe().ppo.model_copy(update={"args": {}})})
     found = ppo_stage.arguments(asked, tmp_path / "run")
     assert (found.top_k, found.top_p, found.min_p, found.temperature) == (0, 1.0, None, 1.0)
@@ -52,11 +48,11 @@ def test_defaults_are_the_checklists(tmp_path):
     [
         ({"steps_per_generation": 3, "gradient_accumulation_steps": 2}, "steps_per_generation 3"),
         ({"steps_per_generation": 2, "gradient_accumulation_steps": 4}, "accumulation_steps 4"),
-        ({"top_k": 50}, "top_k: 50 bends"),
-        ({"top_p": 0.9}, "top_p: 0.9 bends"),
-        ({"min_p": 0.05}, "min_p: 0.05 bends"),
-        ({"repetition_penalty": 1.1}, "repetition_penalty: 1.1 bends"),
-        ({"generation_kwargs": {"top_k": 5}}, "generation_kwargs: .* bends"),
+        ({"top_k": 50}, "top_k: 50 changes the distribution"),
+        ({"top_p": 0.9}, "top_p: 0.9 changes the distribution"),
+        ({"min_p": 0.05}, "min_p: 0.05 changes the distribution"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty: 1.1 changes the distribution"),
+        ({"generation_kwargs": {"top_k": 5}}, "generation_kwargs: .* changes the distribution"),
         ({"temperature": 0}, "temperature: 0"),
         ({"temperature": float("nan")}, "temperature: nan"),
         ({"learning_rate": "fast"}, "learning_rate: 'fast'"),
@@ -83,7 +79,7 @@ def test_what_ppo_cannot_do_is_refused_before_it_starts(tmp_path, args, message)
 
 def test_keys_without_effect_are_keys_of_trl():
     known = set(ppo_stage.PPOConfig.__dataclass_fields__)
-    assert ppo_stage._TAKEN | set(ppo_stage._INSTEAD) <= known
+    assert ppo_stage._READ | set(ppo_stage._INSTEAD) <= known
 
 
 def test_a_run_in_which_the_policy_never_moves_is_refused(tmp_path):
@@ -120,7 +116,7 @@ def test_policy_starts_as_sft_and_value_as_the_reward(name):
     assert value == pytest.approx(score + 0.25, abs=1e-5)
 
 
-def test_roles_start_afresh_when_the_stage_is_run_again():
+def test_roles_start_anew_when_the_stage_is_run_again():
     made = roles()
     ppo_stage.start_roles(made, recipe())
     small.nudge(made, "policy", "value", std=1.0)
@@ -141,39 +137,6 @@ def test_without_a_reward_model_the_value_starts_from_sft():
 # ------------------------------------------------------------------------- rewards
 
 
-def task_prompts(n=8):
-    items = generator.items(n, 0, "prompts")
-    return items, Dataset.from_list(
-        [{"prompt": i.prompt, "item": json.dumps(i.to_dict())} for i in items]
-    )
-
-
-def test_the_models_reward_is_its_score_and_its_offset():
-    made = roles()
-    [function], weights = reward_functions.of_recipe(recipe(), made, prompts())
-    found = function(
-        completion_ids=[c for _, c in EPISODES], prompt_ids=[p for p, _ in EPISODES], other=1
-    )
-    expected = [s + 0.25 for s in scoring.scores(made, EPISODES, "reward")]
-    assert found == expected and weights == [1.0] and function.__name__ == "model"
-
-
-def test_gold_is_logged_beside_the_model_and_used_where_it_is_asked_for():
-    made, (items, rows) = roles(), task_prompts()
-    functions, weights = reward_functions.of_recipe(recipe(), made, rows)
-    assert [f.__name__ for f in functions] == ["model", "gold"] and weights == [1.0, 0.0]
-    [gold], weights = reward_functions.of_recipe(recipe(reward="gold"), made, rows)
-    assert weights == [1.0]
-    texts = [
-        generator.good(i, random.Random(0)) if k % 2 else "Nonsense." for k, i in enumerate(items)
-    ]
-    chats = [[{"role": "assistant", "content": text}] for text in texts]
-    expected = [checkers.check(i, text).reward for i, text in zip(items, texts, strict=True)]
-    assert len(set(expected)) > 1
-    assert gold(completions=texts, item=rows["item"]) == expected
-    assert gold(completions=chats, item=rows["item"]) == expected
-
-
 def test_gold_without_a_checker_is_refused(tmp_path):
     asked = recipe(reward="gold")
     with pytest.raises(DataError, match="no checker"):
@@ -183,24 +146,22 @@ def test_gold_without_a_checker_is_refused(tmp_path):
 # ----------------------------------------------------------------------- the stage
 
 
+def run(asked, made, record):
+    context = StageContext(asked, made, record, Progress(quiet=True))
+    ppo_stage.run(context, ppo_stage.arguments(asked, record.folder), prompts())
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One run of the stage: backbone, recipe, record."""
     asked = recipe({"steps_per_generation": 2}, updates=3, value_warmup_updates=1)
     made = roles()
     record = Record.open(tmp_path_factory.mktemp("ppo") / "run", asked)
-    ppo_stage.run(
-        asked,
-        ppo_stage.arguments(asked, record.folder),
-        made,
-        record,
-        prompts(),
-        Progress(quiet=True),
-    )
+    run(asked, made, record)
     return made, asked, record
 
 
-def test_the_record_says_what_was_done(finished):
+def test_the_entry_holds_results_and_identities(finished):
     _, _, record = finished
     entry = Record.read(record.folder).data["stages"]["ppo"]
     assert entry["status"] == "done"
@@ -239,9 +200,7 @@ def test_nothing_of_the_stage_stays_switched_on(finished):
 def test_a_second_run_with_the_same_seed_gives_the_same_bits(finished, tmp_path):
     made, asked, record = finished
     again = Record.open(tmp_path / "run", asked)
-    ppo_stage.run(
-        asked, ppo_stage.arguments(asked, tmp_path), made, again, prompts(), Progress(quiet=True)
-    )
+    run(asked, made, again)
     first, second = (r.data["stages"]["ppo"] for r in (record, again))
     assert first["adapter_sha256"] == second["adapter_sha256"]
     assert first["value_adapter_sha256"] == second["value_adapter_sha256"]
@@ -256,6 +215,6 @@ def test_a_failure_leaves_an_interrupted_stage_and_a_closed_line(tmp_path, monke
     monkeypatch.setattr(progress, "end", lambda: ended.append(True))
     monkeypatch.setattr(identities, "RATIO_TOLERANCE", {torch.float32: -1.0})
     with pytest.raises(IdentityError):
-        ppo_stage.run(asked, args, roles(), record, prompts(), progress)
+        ppo_stage.run(StageContext(asked, roles(), record, progress), args, prompts())
     assert not Record.read(record.folder).done("ppo") and ended
     assert record.metrics("ppo") == [] and not record.adapter("policy").exists()

@@ -26,6 +26,7 @@ from lora_rlhf.runs.progress import Progress
 from lora_rlhf.runs.record import Record
 from lora_rlhf.training import sft
 from lora_rlhf.training.reward import reward_stage
+from lora_rlhf.training.stage_context import StageContext
 from lora_rlhf.training.trl_config import trainer_args
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -265,14 +266,8 @@ def test_rloos_baseline_leaves_the_sample_out(tmp_path, monkeypatch, name):
         kind, "_observe", lambda self, out: (found.append(out["advantages"]), real(self, out))[1]
     )
     record = Record.open(tmp_path / "run", asked)
-    grpo_rloo.run(
-        asked,
-        grpo_rloo.arguments(asked, tmp_path),
-        roles(),
-        record,
-        prompts(),
-        Progress(quiet=True),
-    )
+    context = StageContext(asked, roles(), record, Progress(quiet=True))
+    grpo_rloo.run(context, grpo_rloo.arguments(asked, tmp_path), prompts())
     groups = torch.tensor(given).reshape(-1, 4)
     others = (groups.sum(1, keepdim=True) - groups) / 3
     mean, std = groups.mean(1, keepdim=True), groups.std(1, keepdim=True)

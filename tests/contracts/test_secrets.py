@@ -131,8 +131,8 @@ def test_no_canary_leaves_its_place(home, monkeypatch, caplog):
     caplog.set_level(logging.WARNING)
     project, out = home / "project", home / "runs" / "x"
 
-    def fails(recipe, args, backbone, record, prepared, progress):
-        with record.stage("sft"):
+    def fails(context, *_):
+        with context.record.stage("sft"):
             raise DataError(f"cannot use {CANARIES['exception']} in {home}/project")
 
     told = ""

@@ -21,6 +21,7 @@ from lora_rlhf.runs.progress import Progress
 from lora_rlhf.runs.record import Record
 from lora_rlhf.serving import loaded_run
 from lora_rlhf.training.reward import reward_stage
+from lora_rlhf.training.stage_context import StageContext
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +58,8 @@ def test_few_prompts_of_the_evaluation_are_told_before_anything_is_trained(
     class Training(Exception):
         pass
 
-    def train(_recipe, _args, _backbone, record, *_):
-        record.save()
+    def train(context, *_):
+        context.record.save()
         raise Training
 
     said = []
@@ -318,7 +319,8 @@ def test_two_task_sources_get_answers_of_their_own(tmp_path: Path):
 def test_a_reward_model_that_nobody_needs_is_done(tmp_path: Path):
     asked = recipe("ppo.reward=gold", "data.comparisons=[]")
     record = Record.open(tmp_path / "run", asked)
-    pipeline._run_stage("reward", asked, None, None, record, data(record, asked), None)
+    context = StageContext(asked, None, record, Progress(quiet=True))
+    pipeline._run_stage("reward", context, None, data(record, asked))
     assert record.done("reward") and "gold" in record.data["stages"]["reward"]["skipped"]
     assert pipeline._finished(asked, record, "reward")
     assert not pipeline._finished(recipe("data.comparisons=[]"), record, "reward")

@@ -131,7 +131,7 @@ def test_at_most_n_prompts(record, heads):
 
 
 def test_answers_may_be_as_long_as_in_the_rollouts(record, heads, monkeypatch):
-    monkeypatch.setattr(ppo_stage, "longest", lambda recipe: 48)
+    monkeypatch.setattr(ppo_stage, "completion_limit", lambda recipe, algorithm: 48)
     for given, used in ((None, 48), (7, 7)):
         backbone = Scripted(PLAIN)
         evaluate.run(recipe(max_new_tokens=given), backbone, record, plain_prompts())

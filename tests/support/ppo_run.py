@@ -14,6 +14,7 @@ from lora_rlhf.recipe.schema import ModelSection, PpoSection, Recipe
 from lora_rlhf.runs.progress import Progress
 from lora_rlhf.runs.record import Record
 from lora_rlhf.training.checkpoint_callback import CheckpointCallback
+from lora_rlhf.training.stage_context import StageContext
 from lora_rlhf.training.stage_log import StageLog
 
 ARGS = {
@@ -100,10 +101,8 @@ class Run:
     def kept(self):
         """The same as a stage does it: with checkpoints, and bad updates skipped."""
         unit = policy_stage.steps_per_update(self.trainer.args)
-        progress = self.trainer.progress
-        keeper = CheckpointCallback(
-            self.recipe, self.backbone, self.record, progress, "ppo", unit=unit
-        )
+        context = StageContext(self.recipe, self.backbone, self.record, self.trainer.progress)
+        keeper = CheckpointCallback(context, "ppo", "ppo", unit)
         with self.stage:
             keeper.train(self.trainer)
         return self

@@ -14,6 +14,7 @@ from lora_rlhf.runs.progress import Progress
 from lora_rlhf.runs.record import Record
 from lora_rlhf.training.reward import reward_stage
 from lora_rlhf.training.reward.reward_metrics import Comparisons
+from lora_rlhf.training.stage_context import StageContext
 
 ARGS = {"per_device_train_batch_size": 4, "learning_rate": 2e-2, "warmup_steps": 0}
 
@@ -63,7 +64,8 @@ def run(folder, data, other=None, **section):
     chosen = recipe(held_out_model=other is not None, **section)
     record = Record.open(folder, chosen)
     args = reward_stage.arguments(chosen, folder)
-    reward_stage.run(chosen, args, made, record, data, DEMONSTRATIONS, Progress(quiet=True), other)
+    context = StageContext(chosen, made, record, Progress(quiet=True))
+    reward_stage.run(context, args, data, DEMONSTRATIONS, other)
     return made, record
 
 

@@ -15,6 +15,7 @@ from lora_rlhf.recipe.loader import parse_recipe
 from lora_rlhf.runs.progress import Progress
 from lora_rlhf.runs.record import Record
 from lora_rlhf.training import sft
+from lora_rlhf.training.stage_context import StageContext
 
 ROWS = [{"prompt": f"w{i} w{i + 1}", "completion": f" w{i + 2} w{i + 3}"} for i in range(5, 25)]
 
@@ -40,7 +41,7 @@ def test_training_makes_demonstrations_likelier_and_leaves_two_equal_roles(tmp_p
     rows = Dataset.from_list(ROWS)
     args = sft.arguments(recipe, kept.folder)
     data = Prepared(rows, rows.select(range(4)), {})
-    sft.run(recipe, args, made, kept, data, Progress(quiet=True))
+    sft.run(StageContext(recipe, made, kept, Progress(quiet=True)), args, data)
     losses = [line["loss"] for line in kept.metrics("sft") if "loss" in line]
     assert losses[-1] < losses[0] - 0.1
     policy, reference = dict(made.role_parameters("policy")), made.role_parameters("reference")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From one rollout to the micro-batches of a PPO epoch: shuffled, cut, trimmed, tokens counted."""
+"""Micro-batches of a PPO epoch from one rollout: shuffled, split, trimmed, tokens counted."""
 
 from __future__ import annotations
 
@@ -15,28 +15,27 @@ from .ptx import TextMix
 
 
 def model_inputs(batch: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
-    """Ids and mask (B, L) of prompt and completion, and T, the number of completion columns."""
+    """Join prompt and completion: ids and mask (B, L), and T, the number of completion columns."""
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
     return ids, mask, batch["completion_ids"].shape[1]
 
 
 def trunk_states(batch: dict[str, Any], device: torch.device) -> Tensor | None:
-    """What leaves the trunk for prompt and completion, (B, L, H), where the rollout keeps it."""
+    """Join the trunk's states of prompt and completion, (B, L, H), where the rollout keeps them."""
     if "prompt_states" not in batch:
         return None
     return torch.cat([batch["prompt_states"], batch["completion_states"]], dim=1).to(device)
 
 
 def split(rollout: dict[str, Tensor], micro_batches: int, window: int) -> list[dict[str, Any]]:
-    """One epoch's micro-batches, in a fresh order.
+    """Split a rollout into one epoch's micro-batches, in a fresh order.
 
-    Which episodes share an optimizer step is drawn; inside it they are sorted by length, which
-    changes nothing but the padding.
+    Which episodes share an optimizer step is drawn; within it they are sorted by length, which
+    changes only the padding.
 
     Args:
         rollout: Tensors of N episodes, on the first dimension.
-        micro_batches: How many to cut it into.
         window: Micro-batches of one optimizer step. Each gets `window_tokens`, the valid tokens of
             its whole window: dividing by them makes gradient accumulation exact.
     """
@@ -66,20 +65,16 @@ def add_text(batches: list[dict[str, Any]], mix: TextMix, window: int, backbone:
 
 
 def part(batch: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
-    """Some episodes of a micro-batch; what is said of its window stays."""
-    cut = {k: v[start:stop] if isinstance(v, Tensor) else v for k, v in batch.items()}
-    return trim(cut)
+    """Take some episodes of a micro-batch; the counts of its window stay."""
+    return trim({k: v[start:stop] if isinstance(v, Tensor) else v for k, v in batch.items()})
 
 
 def trim(batch: dict[str, Any]) -> dict[str, Any]:
-    """Without the padding columns that are padding in every row."""
+    """Drop the columns that are padding in every row."""
     skip = int((batch["prompt_mask"].sum(dim=0) > 0).int().argmax())
     keep = max(int(batch["completion_mask"].sum(dim=1).max()), 1)
+    prompt, completion = slice(skip, None), slice(keep)
     return {
-        k: v
-        if not isinstance(v, Tensor)
-        else v[:, skip:]
-        if k.startswith("prompt")
-        else v[:, :keep]
+        k: v[:, prompt if k.startswith("prompt") else completion] if isinstance(v, Tensor) else v
         for k, v in batch.items()
     }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What acts on PPO between its updates: KL control, the watch, and which policy is the result.
+"""KL controller, early stopping and policy selection, run after each update of PPO.
 
 Sources: adaptive KL 1909.08593; moving average of the policy InstructGPT (2203.02155, C.4), here
 over the adapter only; early stopping by KL and by a held-out reward model 2210.10760.
@@ -21,21 +21,21 @@ from lora_rlhf.recipe.schema import PpoSection
 from lora_rlhf.reports import alarms
 from lora_rlhf.runs.progress import Progress
 
-_KEPT = ("kl_coef", "entry", "lines", "_before", "_kept", "_best_reward", "_average")
+_STATE = ("kl_coef", "entry", "lines", "_before", "_kept", "_best_reward", "_average")
 
 _SMOOTHED = 3
-"""Rollouts over which the held-out reward is averaged before policies are compared by it."""
+"""Rollouts over which the held-out reward is averaged to compare policies."""
 
 
 class PPOController(TrainerCallback):
-    """Sets the KL coefficient, watches the log, stops, and settles on a policy.
+    """Sets the KL coefficient, acts on alarms, stops training, and selects the final policy.
 
     Args:
         episodes: Of one update.
 
     Attributes:
-        kl_coef: beta for the next rollout.
-        entry: For the record: why it stopped, which update's policy was kept, the signs seen.
+        kl_coef: beta of the next rollout.
+        entry: For the record: why it stopped, which update's policy was kept, the alarms.
     """
 
     def __init__(
@@ -55,13 +55,13 @@ class PPOController(TrainerCallback):
             self._average = self._policy()
 
     def before_update(self, update: int) -> None:
-        """Called with every rollout: the policy that made it is the one that it measures."""
+        """Copy the policy that made the rollout, which is the one that its log line measures."""
         if self.section.kl_budget is not None or self.section.watch == "best":
             self._before = (update, self._policy())
 
     @torch.no_grad()
     def after_policy_step(self) -> None:
-        """Move the average towards the policy."""
+        """Update the moving average of the policy."""
         if self._average is not None and self.section.ema is not None:
             for mean, now in zip(self._average, self._parameters(), strict=True):
                 mean.lerp_(now.detach(), 1 - self.section.ema)
@@ -74,7 +74,7 @@ class PPOController(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """One update is over, and all that is known of it is here."""
+        """Act on the log line of an update."""
         line = {k: v for k, v in (logs or {}).items() if isinstance(v, int | float)}
         if "kl/sequence" not in line:
             return
@@ -84,22 +84,21 @@ class PPOController(TrainerCallback):
             self.kl_coef = adapted_kl_coef(
                 self.kl_coef, kl, target, self.section.kl_horizon, self.episodes
             )
-        stop = self._over_budget(kl) or self._watch()
-        if stop:
+        if self._over_budget(kl) or self._act_on_alarms():
             control.should_training_stop = True
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint: coefficient, log, and the policies that may become the result."""
-        return {name: getattr(self, name) for name in _KEPT} | {"_warned": sorted(self._warned)}
+        """Return coefficient, log, and the policies that may become the result."""
+        return {name: getattr(self, name) for name in _STATE} | {"_warned": sorted(self._warned)}
 
-    def load_state_dict(self, found: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave."""
-        for name in _KEPT:
-            setattr(self, name, found[name])
-        self._warned = set(found["_warned"])
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        for name in _STATE:
+            setattr(self, name, state[name])
+        self._warned = set(state["_warned"])
 
     def finish(self) -> None:
-        """Put the policy in place that the run settles on; call it when training is over."""
+        """Load the selected policy when training is over."""
         weights = self._average
         if self._kept is not None and ("stopped" in self.entry or self.section.watch == "best"):
             update, weights = self._kept
@@ -124,8 +123,8 @@ class PPOController(TrainerCallback):
         self.progress.say(f"ppo: stopped, {self.entry['stopped']}; an earlier policy is kept")
         return True
 
-    def _watch(self) -> bool:
-        """Speak of new signs, and act as `ppo.watch` says; whether to stop."""
+    def _act_on_alarms(self) -> bool:
+        """Report new alarms, and act on them as `ppo.watch` says; returns whether to stop."""
         action = self.section.watch
         if action == "off":
             return False
@@ -134,8 +133,8 @@ class PPOController(TrainerCallback):
         new = [s for s in alarms.signs(self.lines) if s.name not in self._warned]
         for sign in new:
             self._warned.add(sign.name)
-            found = {"update": len(self.lines) - 1, "sign": sign.name, "message": sign.message}
-            self.entry.setdefault("signs", []).append(found)
+            line = {"update": len(self.lines) - 1, "sign": sign.name, "message": sign.message}
+            self.entry.setdefault("signs", []).append(line)
             self.progress.say(f"watch: {sign.message}")
         serious = [s for s in new if s.serious]
         if not serious or action == "warn":
@@ -143,14 +142,14 @@ class PPOController(TrainerCallback):
         if action == "raise_kl":
             self.kl_coef = max(2 * self.kl_coef, 0.01)
             self.progress.say(f"watch: kl_coef is now {self.kl_coef:.3g}")
-            self._warned -= {s.name for s in serious}  # to be heard again if it goes on
+            self._warned -= {s.name for s in serious}  # to be reported again if it continues
             return False
         self.entry["stopped"] = f"{serious[0].name} at update {len(self.lines) - 1}"
         return True
 
     def _keep_best(self) -> None:
-        found = [line.get("rewards/held_out") for line in self.lines[-_SMOOTHED:]]
-        rewards = [x for x in found if x is not None]
+        lines = self.lines[-_SMOOTHED:]
+        rewards = [x for line in lines if (x := line.get("rewards/held_out")) is not None]
         if rewards and fmean(rewards) > self._best_reward:
             self._best_reward, self._kept = fmean(rewards), self._before
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What PPO logs: every name with its meaning, and where its number comes from."""
+"""Metrics of PPO: every name with its meaning, and how it is computed."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ METRICS = {
     "completions/eos_rate": "share of completions that ended by themselves",
     "completions/repetition": "mean share of 4-grams of tokens that the completion held before",
 }
-"""What a line of `metrics.jsonl` holds of PPO, beside the `rewards/NAME` of each reward function,
-`loss` (the policy's) and `learning_rate`. While only the value learns there is nothing of the
-policy but its gradient's norm, 0."""
+"""Names in PPO's lines of `metrics.jsonl`, beside the `rewards/NAME` of each reward function,
+`loss` (the policy's) and `learning_rate`. While only the value learns, the policy has only its
+gradient's norm, 0."""
 
 OPTIONAL = {"reward/scale", "policy/ptx_loss"}
-"""Names that are logged only where the recipe switches on what they measure."""
+"""Names that are logged only with the recipe key that they measure."""
 
 
 def rollout(
@@ -63,7 +63,7 @@ def rollout(
     kl: KlEstimates,
     rewards_bt: Tensor,
 ) -> dict[str, float]:
-    """Numbers of one rollout; `batch` has completion ids and mask, old values and returns."""
+    """Measure one rollout; `batch` has completion ids and mask, old values and returns."""
     mask_bt, valid_bt = batch["completion_mask"], batch["completion_mask"].bool()
     ids = [row[valid_bt[i]].tolist() for i, row in enumerate(batch["completion_ids"])]
     shares = [share for share in repetition(ids) if share is not None]
@@ -96,7 +96,7 @@ def policy(
     entropy_bt: Tensor,
     mask_bt: Tensor,
 ) -> dict[str, float]:
-    """Numbers of the policy's loss on one micro-batch."""
+    """Measure the policy's loss on one micro-batch."""
     change = kl_estimates(logprobs_bt, old_logprobs_bt, mask_bt)
     return {
         "policy/entropy": float(masked_mean(entropy_bt, mask_bt)),
@@ -106,10 +106,10 @@ def policy(
     }
 
 
-def kept(found: Mapping[str, list[float]]) -> dict[str, list[float]]:
-    """What of TRL's running lists is PPO's: GRPO's twins go, a largest stays a largest."""
+def kept(metrics: Mapping[str, list[float]]) -> dict[str, list[float]]:
+    """Keep the lists that are PPO's, not GRPO's; of a maximum, the largest value."""
     out = {}
-    for key, values in found.items():
+    for key, values in metrics.items():
         if key.startswith("rewards/") and key.endswith("/mean"):
             out[key.removesuffix("/mean")] = values
         elif key in METRICS or key == "step_time":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The PPO stage: rewards, arguments, roles, finished adapters. The trainer is ppo_trainer.py."""
+"""The PPO stage: its arguments, roles, entry of the record and finished adapters."""
 
 from __future__ import annotations
 
@@ -13,14 +13,12 @@ from transformers import set_seed
 
 from lora_rlhf.algorithms import policy_stage, reward_functions
 from lora_rlhf.errors import RecipeError
-from lora_rlhf.models import adapters, fused_layers
+from lora_rlhf.models import fused_layers
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.recipe import trl_args
 from lora_rlhf.recipe.schema import Recipe
-from lora_rlhf.runs.disk import sha256
-from lora_rlhf.runs.progress import Progress
-from lora_rlhf.runs.record import Record
 from lora_rlhf.training.fit import fit
+from lora_rlhf.training.stage_context import StageContext
 from lora_rlhf.training.trl_config import PPOConfig, build, effective, trainer_args
 
 from .ppo_trainer import PPOTrainer
@@ -34,20 +32,19 @@ _DEFAULTS: dict[str, Any] = {
     "top_k": 0, "top_p": 1.0, "disable_dropout": True, "beta": 0.0,
 }  # fmt: skip
 
-_COUNTS = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation",
-           "num_iterations", "num_generations", "max_completion_length")  # fmt: skip
-
 _MOST_EPOCHS = 4
-"""Passes over one rollout: 1 in InstructGPT, 4 in 2403.17031."""
+"""Most passes over one rollout: 1 in InstructGPT, 4 in 2403.17031."""
 
-_PLAIN: dict[str, tuple[Any, ...]] = {
+_UNFILTERED: dict[str, tuple[Any, ...]] = {
     "top_k": (0, None), "top_p": (1, None), "min_p": (None, 0), "repetition_penalty": (1, None),
     "generation_kwargs": (None,),
 }  # fmt: skip
-"""Keys of the sampler and the values that leave the distribution as it is."""
+"""Keys of the sampler and the values with which it draws from the whole distribution."""
 
-_TAKEN = {
-    *_COUNTS, *_PLAIN, "learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay",
+_READ = {
+    "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation",
+    "num_iterations", "num_generations", "max_completion_length",
+    *_UNFILTERED, "learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay",
     "optim", "optim_args", "optim_target_modules", "lr_scheduler_type", "lr_scheduler_kwargs",
     "warmup_steps", "max_grad_norm", "epsilon", "epsilon_high", "temperature", "shuffle_dataset",
     "cache_implementation", "use_transformers_continuous_batching",
@@ -55,7 +52,7 @@ _TAKEN = {
     "dataloader_persistent_workers", "dataloader_prefetch_factor", "full_determinism", "tf32",
     "torch_empty_cache_steps", "log_level", "project", "trackio_space_id",
 }  # fmt: skip
-"""Keys of GRPO's config that PPO reads; the others belong to losses and rollouts of GRPO's own."""
+"""Keys of GRPO's config that PPO reads; the others belong to GRPO's own losses and rollouts."""
 
 _FIELDS = {field.name for field in dataclasses.fields(PPOConfig)}
 
@@ -69,25 +66,23 @@ _INSTEAD = {
 
 
 def run(
-    recipe: Recipe,
+    context: StageContext,
     args: PPOConfig,
-    backbone: Backbone,
-    record: Record,
     prompts: Dataset,
-    progress: Progress,
     text: list[list[int]] | None = None,
 ) -> None:
     """Optimise the policy against the reward; saves `adapters/policy` and `adapters/value`.
 
-    With `ppo.value: head` there is no value adapter to save: its head is of use to PPO alone.
+    With `ppo.value: head` no value adapter is saved: only PPO needs its head.
 
     Args:
-        prompts: Column `prompt`, and `item` where a task's gold checker is to be used or logged.
+        prompts: Column `prompt`, and `item` where a task's gold checker is used or logged.
         text: Token ids of the texts that PPO-ptx mixes in.
 
     Raises:
         IdentityError: A start-up identity does not hold.
     """
+    recipe, backbone, record, progress = context
     with record.stage("ppo") as entry:
         set_seed(recipe.seed)
         start_roles(backbone, recipe)
@@ -101,16 +96,8 @@ def run(
             PPOTrainer, backbone, args, recipe.ppo, functions, prompts, progress, text=mix
         )
         with backbone.training("policy", "value"):
-            trainer, result = fit(
-                build_trainer,
-                recipe,
-                backbone,
-                record,
-                progress,
-                "ppo",
-                unit=per_update,
-                around=fused_layers.layers(backbone),
-            )
+            fused = fused_layers.layers(backbone)
+            trainer, result = fit(context, build_trainer, "ppo", unit=per_update, around=fused)
         updates = result.global_step // per_update
         entry |= {
             "updates": updates,
@@ -123,14 +110,13 @@ def run(
             **({"steering": trainer.controller.entry} if trainer.controller.entry else {}),
         }
         entry |= policy_stage.last_kl(record, "ppo")
-        roles = [("policy", "adapter_sha256"), ("value", "value_adapter_sha256")]
-        for role, key in roles if backbone.has("value") else roles[:1]:
-            folder = adapters.save_role(backbone, role, record.adapter(role))
-            entry[key] = sha256(folder / "adapter_model.safetensors")
+        entry["adapter_sha256"] = context.save_adapter("policy")
+        if backbone.has("value"):
+            entry["value_adapter_sha256"] = context.save_adapter("value")
 
 
 def start_roles(backbone: Backbone, recipe: Recipe) -> None:
-    """The policy as a copy of SFT, the value as one of the reward (or of SFT, its head fresh)."""
+    """Start the policy as a copy of SFT, the value as one of the reward (without it, of SFT)."""
     backbone.copy_role("reference", "policy")
     backbone.drop_value()
     scored = recipe.ppo.reward == "model"
@@ -141,15 +127,15 @@ def start_roles(backbone: Backbone, recipe: Recipe) -> None:
 
 
 def arguments(recipe: Recipe, out: Path) -> PPOConfig:
-    """TRL's config of this stage; `updates` becomes `max_steps`.
+    """Build TRL's config of this stage; `updates` becomes `max_steps`.
 
     Raises:
-        RecipeError: Batch sizes that do not divide, a sampler that PPO's ratio would be wrong for,
-            or a key that PPO does not read.
+        RecipeError: Batch sizes that do not divide, a sampler for which PPO's ratio is wrong, or a
+            key that PPO does not read.
     """
     merged = trainer_args(recipe, out, "ppo", _DEFAULTS, recipe.ppo.args)
     for key in recipe.ppo.args:
-        if key in _FIELDS and key not in _TAKEN:
+        if key in _FIELDS and key not in _READ:
             raise RecipeError(
                 f"ppo.args.{key} would do nothing", remedy=_INSTEAD.get(key, "leave it out")
             )
@@ -164,10 +150,10 @@ def arguments(recipe: Recipe, out: Path) -> PPOConfig:
             f"ppo.args.max_grad_norm: {merged['max_grad_norm']!r}", expected="a number above 0"
         )
     steps = policy_stage.rollout_steps("ppo", merged, recipe.ppo.updates)
-    for key, allowed in _PLAIN.items():
+    for key, allowed in _UNFILTERED.items():
         if merged.get(key) not in allowed:
             raise RecipeError(
-                f"ppo.args.{key}: {merged[key]!r} bends the distribution",
+                f"ppo.args.{key}: {merged[key]!r} changes the distribution that is sampled",
                 expected="plain sampling: log-probs are those of the whole distribution",
                 remedy="leave it out",
             )
@@ -176,7 +162,7 @@ def arguments(recipe: Recipe, out: Path) -> PPOConfig:
         raise RecipeError(
             f"ppo.updates is {recipe.ppo.updates}, ppo.value_warmup_updates "
             f"{recipe.ppo.value_warmup_updates}",
-            expected="more updates than those in which the value only learns",
+            expected="more updates than those in which only the value learns",
         )
     return build("ppo", PPOConfig, {**merged, **steps})
 
@@ -186,7 +172,7 @@ _BUDGET = (
     "adam_beta2", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "weight_decay",
     "disable_dropout",
 )  # fmt: skip
-"""TRL arguments that the other algorithms take from `ppo.args` where their own do not say."""
+"""Arguments that other algorithms take from `ppo.args` where their own `args:` lack them."""
 
 _ROLLOUT_BUDGET = (
     "steps_per_generation", "num_iterations", "epsilon", "temperature", "max_completion_length",
@@ -195,10 +181,10 @@ _ROLLOUT_BUDGET = (
 
 
 def budget(recipe: Recipe, out: Path, *, rollouts: bool) -> dict[str, Any]:
-    """Arguments with which another algorithm gets the same budget as PPO by the same recipe.
+    """Return the arguments that give another algorithm PPO's budget by the same recipe.
 
     Args:
-        rollouts: With those of sampling and of PPO's epochs; DPO has neither.
+        rollouts: Include those of sampling and of PPO's epochs; DPO has neither.
 
     Raises:
         RecipeError: PPO could not run with `ppo.args`.
@@ -208,22 +194,15 @@ def budget(recipe: Recipe, out: Path, *, rollouts: bool) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
-def sampled_tokens(recipe: Recipe) -> int:
-    """Most tokens of a completion that the reward model's comparisons are sampled with.
+def completion_limit(recipe: Recipe, algorithm: str) -> int:
+    """Return the most tokens of a completion in an algorithm's rollouts.
 
-    `ppo.args.max_completion_length`, whatever the algorithm: they are the same for all.
+    Completions for the reward model's comparisons have PPO's limit, whatever the algorithm.
+
+    Raises:
+        RecipeError: It is not a whole number from 1.
     """
-    return _checked_length("ppo", {**_DEFAULTS, **recipe.ppo.args})
-
-
-def longest(recipe: Recipe) -> int:
-    """Most tokens of a completion in the rollouts of the recipe's algorithm."""
-    own = getattr(getattr(recipe, recipe.algorithm), "args", {})
-    if recipe.algorithm == "ppo" or own.get("max_completion_length") is None:
-        return sampled_tokens(recipe)
-    return _checked_length(recipe.algorithm, own)
-
-
-def _checked_length(stage: str, args: dict[str, Any]) -> int:
-    trl_args.refuse(stage, {"max_completion_length": args["max_completion_length"]})
+    own = getattr(getattr(recipe, algorithm), "args", {})
+    args = {**_DEFAULTS, **recipe.ppo.args, **own}
+    trl_args.refuse(algorithm, {"max_completion_length": args["max_completion_length"]})
     return int(args["max_completion_length"])

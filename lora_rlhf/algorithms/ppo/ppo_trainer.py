@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PPO on TRL's rollout machinery: GRPOTrainer samples, batches and logs; what PPO adds is here.
+"""PPO on TRL's rollout machinery: GRPOTrainer samples, batches and logs.
 
-Added: the value role, a per-token KL penalty in the reward, GAE, the clipped value loss, shuffling
-per epoch, separate gradient clips, and the start-up identities. A rollout is `steps_per_generation`
-micro-batches; each PPO epoch (`num_iterations`) shuffles and splits it anew; an optimizer step
-takes `gradient_accumulation_steps` micro-batches and divides by their valid tokens.
+Added here: the value role, a per-token KL penalty in the reward, GAE, the clipped value loss,
+shuffling per epoch, separate gradient clips, and the start-up identities. A rollout is
+`steps_per_generation` micro-batches; each PPO epoch (`num_iterations`) shuffles and splits it anew;
+an optimizer step takes `gradient_accumulation_steps` micro-batches and divides by their valid
+tokens.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from .ppo_controller import PPOController
 from .ptx import TextMix
 
 MAX_MEAN_RATIO = 10.0
-"""A micro-batch (or piece) whose mean ratio is above this moves nothing: it is left out."""
+"""A micro-batch (or piece) whose mean ratio is above this is left out of the update."""
 
 
 class PPOTrainer(RolloutTrainer, GRPOTrainer):
@@ -62,7 +63,7 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
         ppo: The PPO section of the recipe.
         reward_funcs: Called as TRL calls reward functions, with `prompt_ids` beside
             `completion_ids`; one whose weight in `args.reward_weights` is 0 is only logged.
-        text: What PPO-ptx mixes in, where `ppo.ptx_coef` is above 0.
+        text: Batches of text for PPO-ptx, where `ppo.ptx_coef` is above 0.
     """
 
     _tag_names = ["lora-rlhf", "ppo"]
@@ -120,10 +121,8 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
             self.frozen_check = FrozenRolesCheck(self.backbone, "ppo", **check)
 
     def after_training(self) -> None:
-        """Settle on a policy."""
+        """Load the selected policy."""
         self.controller.finish()
-
-    # ------------------------------------------------------------------ rollout
 
     @property
     def update(self) -> int:
@@ -132,7 +131,7 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
 
     @property
     def warming_up(self) -> bool:
-        """Whether only the value learns for now."""
+        """True while only the value learns."""
         return self.update < self.ppo.value_warmup_updates
 
     def _generate(self, prompts: list[Any]) -> Any:
@@ -140,10 +139,11 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
         out = super()._generate(prompts)
         prompt_ids, completion_ids, extra_fields = out[0], out[1], out[5]
         states = self.scorer.begin(list(zip(prompt_ids, completion_ids, strict=True)))
-        # TRL hands extra fields on to the reward functions: they score the very ids that were
-        # sampled, and nothing is tokenised twice.
-        extra_fields |= {"prompt_ids": prompt_ids}
-        extra_fields |= {} if states is None else {"trunk_states": states}
+        # TRL passes extra fields to the reward functions, which then score the sampled ids
+        # themselves: nothing is tokenised twice.
+        extra_fields["prompt_ids"] = prompt_ids
+        if states is not None:
+            extra_fields["trunk_states"] = states
         return out
 
     def _generate_single_turn(self, prompt_ids: Any, *rest: Any, **options: Any) -> Any:
@@ -181,8 +181,8 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
             rewards_bt, out["old_values"], mask_bt, self.ppo.gamma, self.ppo.lam
         )
         out["advantages"] = whiten(advantages_bt, mask_bt)
-        noted = ppo_metrics.rollout(out, self._scores_b, ended_b, kl, rewards_bt)
-        self.note(noted | {"kl/coef": self.controller.kl_coef})
+        self.note(ppo_metrics.rollout(out, self._scores_b, ended_b, kl, rewards_bt))
+        self.note({"kl/coef": self.controller.kl_coef})
         if self._moments is not None:
             self.note({"reward/scale": self._moments.std})
         self.controller.before_update(self.update)
@@ -190,12 +190,12 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
         return out
 
     def _score_roles(self, out: dict[str, Any]) -> Tensor:
-        """Add to the rollout what the roles say of it; returns the reference's log-probs."""
-        # Until the policy has moved, its log-probs must be the reference's, to the bit.
+        """Add the roles' log-probs and values to the rollout; returns the reference's log-probs."""
+        # Until the policy has moved, its log-probs must have the reference's bits.
         return self.scorer.score(out, exact=self.policy_updates == 0)
 
     def _ended(self, batch: dict[str, Tensor]) -> Tensor:
-        """Which episodes end with an eos, by their last valid token. Shape (B,)."""
+        """Mark the episodes whose last valid token is an eos. Shape (B,)."""
         last_b = (batch["completion_mask"].sum(dim=1) - 1).clamp(min=0).long().unsqueeze(1)
         eos = torch.tensor(self.eos_token_ids, device=last_b.device)
         return torch.isin(batch["completion_ids"].gather(1, last_b).squeeze(1), eos)
@@ -209,16 +209,16 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
         *_: Any,
         **__: Any,
     ) -> tuple[Tensor, Tensor, None]:
-        # TRL asks for old log-probs here when it thinks it needs them; ours are computed once,
-        # above, so that they never depend on that. What it gets is thrown away: no forward.
+        # TRL calls this where its own loss needs old log-probs. Ours are computed once, above, and
+        # what is returned here is not used: no forward.
         empty = torch.zeros(input_ids.shape[0], logits_to_keep, device=input_ids.device)
         return empty, empty, None
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-        """One micro-batch: a new rollout when the last is used up, a new shuffle every epoch."""
+        """Return a micro-batch: of a new rollout when the last is used up, shuffled each epoch."""
         micro = self.args.steps_per_generation
         if self._step % (micro * self.num_iterations) == 0 or not self._rollout:
-            # Trunk states are large: those of the last rollout go before new ones are made.
+            # Trunk states are large: free those of the last rollout before the next is made.
             self._rollout, self._buffered_inputs = {}, None
             self._rollout = self._generate_and_score_completions(generation_batch)
         if self._step % micro == 0 or self._buffered_inputs is None:
@@ -233,10 +233,8 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
             minibatches.add_text(batches, self.text, window, self.backbone)
         return batches
 
-    # ------------------------------------------------------------------- update
-
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """The policy's clipped loss over the valid tokens of the whole minibatch."""
+        """Compute the policy's clipped loss over the valid tokens of the whole minibatch."""
         self._policy_states = None
         if self.warming_up:
             return self._no_loss()
@@ -255,11 +253,11 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
             dtype = self.backbone.causal.dtype
             off = identities.ratio_off_one(result.ratio_bt, mask_bt, dtype)
             self.note({"policy/ratio_start": off})
-            # Later rollouts of half precision are logged only: a run is not lost to a rounding.
+            # In half precision later rollouts are only logged: a rounding must not stop a run.
             if dtype == torch.float32 or "ratio_at_start" not in self.identities:
                 identities.ratio_is_one(result.ratio_bt, mask_bt, dtype)
             if "ratio_at_start" not in self.identities:
-                # First what may run out of memory: done again, the step must come here again.
+                # This first, since it may run out of memory and then the step is done again.
                 self.frozen_check = FrozenRolesCheck.take(
                     self.backbone, "ppo", ("policy", "value"), inputs, self.temperature
                 )
@@ -275,22 +273,22 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
         return self._scale * loss_sum / inputs["window_tokens"]
 
     def part(self, inputs: Any, start: int, stop: int) -> Any:
-        """Some episodes, without the padding that only the others needed."""
+        """Take some episodes, without the padding that only the others needed."""
         return minibatches.part(inputs, start, stop)
 
     def moved_by_loss(self) -> list[torch.nn.Parameter]:
-        """The policy's: the value has a loss of its own."""
+        """Parameters of the policy: the value has its own loss."""
         return [p for _, p in self.backbone.role_parameters("policy")]
 
     def _no_loss(self) -> Tensor:
-        """Zero without a graph to the policy: it gets no gradient and cannot move."""
+        """Return 0 without a graph to the policy, which gets no gradient and cannot move."""
         return torch.zeros((), device=self.backbone.device, requires_grad=True)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """The policy's forward and backward, then the value's, each inside its own role.
+        """Run forward and backward of the policy, then of the value, each inside its own role.
 
-        One backward per role: with gradient checkpointing the recomputation runs under whichever
-        adapter is active then, and a common backward would recompute one of them wrongly.
+        One backward per role: with gradient checkpointing the recomputation runs under the active
+        adapter, so a common backward would recompute one of the two wrongly.
         """
         warming_up = self.warming_up
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
@@ -311,23 +309,19 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
         return loss / self._scale
 
     def _ptx(self, text: ptx.TextBatch, window_tokens: int) -> None:
-        """The language-model loss on this micro-batch's text, with a backward of its own."""
+        """Run forward and backward of the language-model loss on this micro-batch's text."""
         with self.backbone.role("policy"):
             loss_sum = ptx.loss_sum(self.backbone, text)
             self.accelerator.backward(self._scale * self.ppo.ptx_coef * loss_sum / window_tokens)
         self.note({"policy/ptx_loss": float(loss_sum.detach()) / text.tokens})
 
     def _value_step(self, batch: dict[str, Any]) -> None:
-        """The value's forward and backward."""
+        """Run forward and backward of the value."""
         mask_bt = batch["completion_mask"]
         with self.backbone.role("policy" if self.ppo.value == "head" else "value"):
-            result = value_loss(
-                self._values(batch),
-                batch["old_values"],
-                batch["returns"],
-                mask_bt,
-                self.ppo.clip_value,
-            )
+            old_bt, returns_bt = batch["old_values"], batch["returns"]
+            values_bt = self._values(batch)
+            result = value_loss(values_bt, old_bt, returns_bt, mask_bt, self.ppo.clip_value)
             loss_value = self.ppo.vf_coef * result.loss_sum / batch["window_tokens"]
             self.accelerator.backward(self._scale * loss_value)
         self.note(
@@ -338,20 +332,19 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
         )
 
     def _values(self, batch: dict[str, Any]) -> Tensor:
-        """Values (B, T) of the active role's states; those of the policy carry no gradient."""
+        """Compute values (B, T) of the active role's states; the policy's carry no gradient."""
         ids, mask, tokens = model_inputs(batch)
         kept_blh = trunk_states(batch, ids.device)
         if self.ppo.value == "adapter":
             return scoring.token_values(self.backbone, ids, mask, tokens, trunk_states=kept_blh)
-        known = self._policy_states
-        if known is not None and known[0] is batch:
-            return scoring.values_of(self.backbone, known[1])
-        with torch.no_grad():  # no forward of the policy while only the value learns
+        if self._policy_states is not None and self._policy_states[0] is batch:
+            return scoring.values_of(self.backbone, self._policy_states[1])
+        with torch.no_grad():  # while only the value learns, the policy had no forward
             states_bth = scoring.completion_states(self.backbone, ids, mask, tokens, kept_blh)
         return scoring.values_of(self.backbone, states_bth)
 
     def _clip_grad_norm(self, model: Any) -> Tensor:
-        """Clip policy and value apart: their norms differ by more than an order of magnitude."""
+        """Clip policy and value separately: their norms differ by an order of magnitude or more."""
         self.backbone.assert_trainable()
         norms = {}
         limits = {"policy": self.args.max_grad_norm, "value": self.ppo.max_grad_norm_value}
@@ -365,13 +358,13 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
         return norms["policy"]
 
     def after_optimizer_step(self) -> None:
-        """Average the policy, and check after its first step that it and the value moved."""
+        """Update the policy's average; check after its first step that it and the value moved."""
         if self.policy_updates:
             self.controller.after_policy_step()
         super().after_optimizer_step()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """One optimizer, two groups: the policy's adapter; the value's adapter and head."""
+        """Create one optimizer with two groups: the policy's adapter; the value's, and its head."""
         if self.optimizer is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             groups = param_groups.groups(self.backbone, self.args, self.ppo)
@@ -380,7 +373,7 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Warm-up from a tenth of the rate, not from 0 (2203.02155, C.4); else as asked."""
+        """Create a warm-up from a tenth of the rate (2203.02155, C.4), or TRL's schedule."""
         warmup = self.args.get_warmup_steps(num_training_steps)
         if self.args.lr_scheduler_type != "constant_with_warmup" or not warmup:
             return super().create_scheduler(num_training_steps, optimizer)
@@ -389,5 +382,5 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
         return self.lr_scheduler
 
     def renamed(self, metrics: dict[str, list[float]]) -> dict[str, list[float]]:
-        """PPO's own of TRL's lists; what GRPO logs and PPO has no use for is left out."""
+        """Keep the lists that are PPO's and drop GRPO's."""
         return ppo_metrics.kept(metrics)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """PPO-ptx: plain text mixed into PPO's updates, so that the policy keeps what it knew.
 
-Source: InstructGPT (2203.02155), eq. 2, third term. There the coefficient 27.8 goes with a loss
-that is scaled in OpenAI's own way and diverges elsewhere; here the loss is a mean over the text
-tokens of an optimizer step: 1 weighs a token of text as PPO's loss weighs one of an episode.
+Source: InstructGPT (2203.02155), eq. 2, third term. Its coefficient 27.8 belongs to OpenAI's own
+scaling of the loss and diverges elsewhere. Here the loss is a mean over the text tokens of an
+optimizer step: with 1, a token of text weighs as much as a token of an episode.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class TextBatch(NamedTuple):
     tokens: int
 
     def part(self, start: int, stop: int) -> TextBatch:
-        """Some of the texts."""
+        """Take some of the texts."""
         mask = self.mask[start:stop]
         return TextBatch(self.ids[start:stop], mask, int((mask.sum(dim=1) - 1).sum()))
 
 
 class TextMix:
-    """Batches of texts in a shuffled order, begun anew when it is through.
+    """Batches of texts in shuffled order, which is drawn anew when it is used up.
 
     Args:
         rows: Token ids of each text, two or more each.
@@ -49,16 +49,16 @@ class TextMix:
         self._order: list[int] = []
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint: the place in the order, and what the next order is drawn from."""
+        """Return the rest of the order, and the state that the next one is drawn from."""
         return {"order": self._order, "random": self._random.getstate()}
 
-    def load_state_dict(self, found: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave."""
-        self._order = found["order"]
-        self._random.setstate(found["random"])
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self._order = state["order"]
+        self._random.setstate(state["random"])
 
     def next(self, backbone: Backbone) -> TextBatch:
-        """The next batch, on the backbone's device."""
+        """Return the next batch, on the backbone's device."""
         while len(self._order) < self.size:
             fresh = list(range(len(self.rows)))
             self._random.shuffle(fresh)
@@ -70,9 +70,9 @@ class TextMix:
 
 
 def loss_sum(backbone: Backbone, batch: TextBatch) -> Tensor:
-    """Negative log-likelihood under the active role, summed over predicted tokens. Shape ()."""
+    """Sum the negative log-likelihood of predicted tokens under the active role. Shape ()."""
     tokens = batch.ids.shape[1] - 1
     logprobs_bt, _ = scoring.completion_logprobs(backbone, batch.ids, batch.mask, tokens, 1.0)
-    # The first token of a text has no context: what would predict it is padding.
+    # The first token of a text has no context: only padding precedes it.
     predicted_bt = batch.mask[:, 1:] * batch.mask[:, :-1]
     return -masked_sum(logprobs_bt, predicted_bt)

@@ -23,10 +23,9 @@ from lora_rlhf.models import adapters, scoring
 from lora_rlhf.models.backbone import MEMBERS, Backbone
 from lora_rlhf.models.scoring import Episode
 from lora_rlhf.recipe.schema import Recipe
-from lora_rlhf.runs.disk import sha256
-from lora_rlhf.runs.progress import Progress
 from lora_rlhf.runs.record import Record
 from lora_rlhf.training.fit import fit
+from lora_rlhf.training.stage_context import StageContext
 from lora_rlhf.training.trl_config import build, effective, trainer_args
 
 from . import ensemble, reward_gate
@@ -43,13 +42,10 @@ _SEEDS = ("reward", "held_out", *MEMBERS[1:])
 
 
 def run(
-    recipe: Recipe,
+    context: StageContext,
     args: Mapping[str, RewardConfig],
-    backbone: Backbone,
-    record: Record,
     data: Prepared,
     demonstrations: Dataset,
-    progress: Progress,
     held_out_data: Prepared | None = None,
 ) -> None:
     """Train the reward role (and a held-out one on other comparisons), fit its offset, judge it.
@@ -61,13 +57,12 @@ def run(
         held_out_data: Other comparisons, for a reward model that only evaluates; it is judged on
             the held-out rows of `data`.
     """
+    recipe, backbone, record, _ = context
     with record.stage("reward") as entry:
         shown = _episodes(backbone, demonstrations)
         held_out = Comparisons.encode(backbone, data.held_out)
         members = ensemble.trained(recipe.reward)
-        trained = [
-            _train(recipe, args[role], backbone, record, data, progress, role) for role in members
-        ]
+        trained = [_train(context, args[role], data, role) for role in members]
         entry |= trained[0]
         if len(members) > 1:
             entry["ensemble"] = _ensemble(recipe, backbone, shown, held_out, trained)
@@ -79,14 +74,13 @@ def run(
         if limit := ceiling(data.report.get("labeler_agreement")):
             entry["labeler_agreement"] = limit
         roles = ensemble.roles(recipe.reward)
-        hashes = [_save(backbone, record, role) for role in roles]
+        hashes = [context.save_adapter(role) for role in roles]
         entry["adapter_sha256"] = hashes[0]
         if "ensemble" in entry:
             entry["ensemble"] |= {"roles": list(roles), "adapter_sha256": hashes}
         if held_out_data is not None:
-            role = "held_out"
-            _train(recipe, args[role], backbone, record, held_out_data, progress, role)
-            entry |= _judge_held_out(backbone, record, shown, held_out, rewards)
+            _train(context, args["held_out"], held_out_data, "held_out")
+            entry |= _judge_held_out(context, shown, held_out, rewards)
         reason = reward_gate.weakness(entry)
         entry["gate"] = "passed" if reason is None else "failed"
         if reason is not None:
@@ -116,16 +110,9 @@ def arguments(recipe: Recipe, out: Path) -> dict[str, RewardConfig]:
     return configs
 
 
-def _train(
-    recipe: Recipe,
-    args: RewardConfig,
-    backbone: Backbone,
-    record: Record,
-    data: Prepared,
-    progress: Progress,
-    role: str,
-) -> dict[str, Any]:
+def _train(context: StageContext, args: RewardConfig, data: Prepared, role: str) -> dict[str, Any]:
     """Add the role, starting from SFT, and train it on the rankings."""
+    recipe, backbone = context.recipe, context.backbone
     # A second model must differ in more than its data, or it would share the first one's draws.
     # Averaging weights needs a common start, heads included; the order of rows still differs.
     common = recipe.reward.combine == "warm" and role in MEMBERS
@@ -141,7 +128,7 @@ def _train(
         data_collator=RankingCollator(backbone.tokenizer.pad_token_id),
     )
     with backbone.training(role):
-        _, result = fit(build_trainer, recipe, backbone, record, progress, "reward", name=role)
+        _, result = fit(context, build_trainer, "reward", name=role)
     return {
         "steps": result.global_step,
         "train_loss": result.training_loss,
@@ -186,20 +173,17 @@ def _ensemble(
 
 
 def _judge_held_out(
-    backbone: Backbone,
-    record: Record,
-    shown: list[Episode],
-    held_out: Comparisons,
-    rewards: list[float],
+    context: StageContext, shown: list[Episode], held_out: Comparisons, rewards: list[float]
 ) -> dict[str, Any]:
     """Judge the reward model that only evaluates, also by its agreement with `rewards`."""
+    backbone = context.backbone
     offset = fit_offset(backbone, shown, "held_out")
     [scores] = ensemble.member_scores(backbone, held_out.episodes, ["held_out"])
     same = (held_out.margins(rewards) > 0) == (held_out.margins(scores) > 0)
     return {
         "held_out_accuracy": report(held_out, scores)["accuracy"],
         "held_out_offset": offset,
-        "held_out_adapter_sha256": _save(backbone, record, "held_out"),
+        "held_out_adapter_sha256": context.save_adapter("held_out"),
         "agreement_with_held_out": held_out.share(same.astype(float)),
     }
 
@@ -218,8 +202,3 @@ def fit_offset(backbone: Backbone, demonstrations: list[Episode], role: str) -> 
     """
     backbone.reward_offset[role] = -float(np.mean(scoring.scores(backbone, demonstrations, role)))
     return backbone.reward_offset[role]
-
-
-def _save(backbone: Backbone, record: Record, role: str) -> str:
-    folder = adapters.save_role(backbone, role, record.adapter(role))
-    return sha256(folder / "adapter_model.safetensors")
