@@ -58,11 +58,11 @@ _HOMES = {
 def demo(
     out: str | Path = "runs/demo", *, seed: int = 0, progress: Progress | None = None
 ) -> Record:
-    """Run the packaged recipe: the whole pipeline on the tiny model, with no network.
+    """Run the packaged recipe: the whole pipeline on the tiny model, offline.
 
     Args:
         out: The run directory.
-        seed: Of everything that draws.
+        seed: Random seed for the whole run.
         progress: Where to report; default: nowhere.
 
     Returns:

@@ -94,7 +94,7 @@ SEAMS: dict[type, dict[str, tuple[str, ...]]] = {
 
 
 def telemetry_asked() -> bool:
-    """Whether the user allows TRL's telemetry, with HF_HUB_DISABLE_TELEMETRY=0."""
+    """Return whether the user allows TRL's telemetry, with HF_HUB_DISABLE_TELEMETRY=0."""
     return os.environ.get("HF_HUB_DISABLE_TELEMETRY", "1").upper() in ("0", "FALSE", "NO", "OFF")
 
 

@@ -39,7 +39,7 @@ INTERRUPTED = {"SIGINT": 130, "SIGTERM": 143}
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its class if there is none."""
+    """Return the first line of an error's message, or its class if there is none."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[0].strip() if lines else type(error).__name__
 

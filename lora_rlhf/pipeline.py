@@ -153,7 +153,7 @@ def _run_stages(
 
 
 def _finished(recipe: Recipe, record: Record, stage: str) -> bool:
-    """Whether a stage need not run; a skipped reward model may be needed now."""
+    """Return whether a stage need not run; a skipped reward model may be needed now."""
     needed = stage == "reward" and has_reward_model(recipe)
     return record.done(stage) and not (needed and "skipped" in record.data["stages"][stage])
 

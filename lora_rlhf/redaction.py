@@ -93,7 +93,7 @@ def count_secrets(text: str) -> Counter[str]:
 
 
 def variables() -> dict[str, str]:
-    """Value -> name of environment variables whose name says that they hold a secret.
+    """Map value to name of environment variables whose name says that they hold a secret.
 
     Except values that are an existing path or `org/name`, which would be masked everywhere.
     """

@@ -72,7 +72,7 @@ RepoId = Annotated[str | None, typer.Option(metavar="ORG/NAME")]
 
 
 def main() -> None:
-    """The console script."""
+    """Run the command line."""
     app(prog_name="lora-rlhf")
 
 

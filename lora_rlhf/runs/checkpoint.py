@@ -60,7 +60,7 @@ class Checkpoint:
     notes: dict[str, Any] = field(default_factory=dict)
 
     def part(self, name: str) -> Any:
-        """The data of one part, tensors on the CPU.
+        """Read the data of one part, tensors on the CPU.
 
         Raises:
             CheckpointError: It cannot be read.
@@ -74,7 +74,7 @@ class Checkpoint:
 
 
 def lacking(folder: Path, what: str) -> CheckpointError:
-    """The error for a folder from which the run cannot continue exactly."""
+    """Return the error for a folder from which the run cannot continue exactly."""
     return CheckpointError(
         f"{folder}: {what}",
         expected="a complete checkpoint: adapters, heads, optimizer, random states, statistics",
@@ -84,7 +84,7 @@ def lacking(folder: Path, what: str) -> CheckpointError:
 
 
 def changed(folder: Path, rows: list[str]) -> CheckpointError:
-    """The error for a checkpoint of another run.
+    """Return the error for a checkpoint of another run.
 
     Args:
         rows: `  key: before -> now` of everything that differs.
@@ -177,7 +177,7 @@ def prune(parent: Path, keep: int) -> None:
 
 
 def newest(parent: Path) -> tuple[Checkpoint | None, list[Skipped]]:
-    """The newest complete checkpoint, and every newer folder that was passed over.
+    """Find the newest complete checkpoint, and every newer folder that was passed over.
 
     Raises:
         CheckpointError: There are checkpoints, and none is complete.
@@ -198,7 +198,7 @@ def newest(parent: Path) -> tuple[Checkpoint | None, list[Skipped]]:
 
 
 def newest_adapters(parent: Path) -> Checkpoint | None:
-    """The newest folder whose adapters are whole, whatever else of it is not."""
+    """Find the newest folder with whole adapters, whatever else is damaged."""
     for folder in folders(parent):
         try:
             manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -211,7 +211,7 @@ def newest_adapters(parent: Path) -> Checkpoint | None:
 
 
 def verify(folder: Path) -> Checkpoint | str:
-    """The checkpoint in a folder, every hash checked; or what is wrong, naming the file."""
+    """Check every hash of a folder; return its checkpoint, or the fault, naming the file."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         files = {str(k): dict(v) for k, v in manifest["files"].items()}
@@ -239,6 +239,6 @@ def verify(folder: Path) -> Checkpoint | str:
 
 
 def folders(parent: Path) -> list[Path]:
-    """The step folders, newest first."""
+    """List the step folders, newest first."""
     steps = [p for p in parent.glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir()]
     return sorted(steps, reverse=True)

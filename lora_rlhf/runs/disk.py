@@ -12,7 +12,7 @@ from lora_rlhf.errors import DiskError
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file."""
+    """Return the hex digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -43,7 +43,7 @@ def sync(path: Path) -> None:
 
 
 def no_room(folder: Path, error: Exception) -> DiskError:
-    """The one-line error for a disk that is full or may not be written."""
+    """Return the error for a disk that is full or may not be written."""
     free = shutil.disk_usage(folder).free if folder.exists() else 0
     return DiskError(
         f"cannot write to {folder}: {getattr(error, 'strerror', None) or error} "

@@ -25,7 +25,7 @@ METRICS = {
     "kl_bound": "the same, an upper bound: log n - (n - 1) / n, from a formula, not measured",
     "length": "mean completion tokens, the end token included",
     "eos_rate": "share of completions that ended by themselves",
-    "repetition": "mean share of 4-grams of tokens said before; n: completions with 4 tokens",
+    "repetition": "mean share of 4-grams that occurred before; n: completions with 4 tokens",
 }
 """Every metric with its unit and denominator, in the order of tables."""
 

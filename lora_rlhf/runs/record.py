@@ -221,7 +221,7 @@ class Record:
         write_atomically(self.folder / "record.json", text + "\n")
 
     def done(self, stage: str) -> bool:
-        """Whether `stage` is finished; `card` is, once the run is sealed."""
+        """Return whether `stage` is finished; `card` is, once the run is sealed."""
         done = self.data["stages"].get(stage, {}).get("status") == "done"
         return bool(done and (stage != "card" or self.data["files"]))
 
@@ -274,11 +274,11 @@ class Record:
         return True
 
     def checkpoints(self, training: str) -> Path:
-        """The folder of a training's checkpoints."""
+        """Return the folder of a training's checkpoints."""
         return self.folder / "checkpoints" / training
 
     def in_flight(self, stage: str) -> bool:
-        """Whether `stage` was interrupted and left a checkpoint."""
+        """Return whether `stage` was interrupted and left a checkpoint."""
         manifests = self.checkpoints("").glob("*/step-*/manifest.json")
         return not self.done(stage) and any(stage_of(p.parts[-3]) == stage for p in manifests)
 
@@ -298,7 +298,7 @@ class Record:
             file.write(json.dumps(safe(line)) + "\n")
 
     def metrics(self, stage: str | None = None) -> list[dict[str, Any]]:
-        """The logged lines, of one stage or of all.
+        """Return the logged lines, of one stage or of all.
 
         Raises:
             UsageError: A line that no run wrote, with its number.
@@ -306,7 +306,7 @@ class Record:
         return [line for _, line in self._logged() if stage is None or line["stage"] == stage]
 
     def _logged(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The lines of `metrics.jsonl` as text and as data.
+        """Read the lines of `metrics.jsonl`, as text and as data.
 
         A last line without an end was not finished by a killed process, and is left out.
         """
@@ -328,7 +328,7 @@ class Record:
             yield line + "\n", data
 
     def adapter(self, role: str) -> Path:
-        """The folder of a role's adapter: sft, reward, policy or value."""
+        """Return the folder of a role's adapter: sft, reward, policy or value."""
         return self.folder / "adapters" / role
 
     def finish(self) -> None:
@@ -358,7 +358,7 @@ class Record:
 
 
 def finite(value: Any) -> Any:
-    """Plain data with NaN and infinities as text, which JSON cannot hold as numbers."""
+    """Turn NaN and infinities into text, since JSON has no numbers for them."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
@@ -367,7 +367,7 @@ def finite(value: Any) -> Any:
 
 
 def _misshapen(data: Any) -> str:
-    """The first fault in the shape of a parsed `record.json`; empty if there is none."""
+    """Name the first fault in the shape of a parsed `record.json`; empty if there is none."""
     if not isinstance(data, dict):
         return f"it holds a {type(data).__name__}"
     if data.get("schema") != SCHEMA:

@@ -139,14 +139,14 @@ def copy_stages(other: Record, record: Record) -> list[str]:
 
 
 def _logged_by(stage: str, name: str) -> bool:
-    """Whether a log line belongs to the stage; every reward model logs under a name of its own."""
+    """Tell whether a log line is of the stage; every reward model logs under its own name."""
     if stage == "sft":
         return name == "sft"
     return name != "sft" and name not in ALGORITHMS
 
 
 def _adapters(other: Record, stage: str) -> list[Path]:
-    """The folders that the stage left: adapters/sft, or those of all reward models."""
+    """List the folders that the stage left: adapters/sft, or those of all reward models."""
     folders = [p for p in sorted((other.folder / "adapters").iterdir()) if p.is_dir()]
     if stage == "sft":
         return [p for p in folders if p.name == "sft"]

@@ -32,7 +32,7 @@ def read(folder: Path, name: str) -> Any:
 
 
 def files(name: str, data: Any) -> dict[str, bytes]:
-    """The contents of `name.json`, and of `name.safetensors` where there are tensors."""
+    """Return the contents of `name.json`, and of `name.safetensors` if there are tensors."""
     tensors: dict[str, Tensor] = {}
     contents = {f"{name}.json": json.dumps(pack(data, tensors)).encode()}
     if tensors:
@@ -41,7 +41,7 @@ def files(name: str, data: Any) -> dict[str, bytes]:
 
 
 def tensor_bytes(data: Any) -> int:
-    """Bytes of all tensors in the data."""
+    """Count the bytes of all tensors in the data."""
     tensors: dict[str, Tensor] = {}
     pack(data, tensors)
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

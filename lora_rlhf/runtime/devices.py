@@ -7,12 +7,12 @@ import torch
 
 
 def pick_device() -> torch.device:
-    """The first CUDA device, else the CPU."""
+    """Pick the first CUDA device, else the CPU."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def pick_dtype(name: str) -> torch.dtype:
-    """The compute dtype: `auto` is float32 on a CPU, bfloat16 from capability 8.0, else float16.
+    """Pick the compute dtype; `auto`: float32 on a CPU, bfloat16 from capability 8.0, else float16.
 
     `torch.cuda.is_bf16_supported()` is true on a T4, by emulation, and must not be used.
     """
@@ -25,7 +25,7 @@ def pick_dtype(name: str) -> torch.dtype:
 
 
 def hardware_limitations(dtype: torch.dtype) -> list[str]:
-    """What this machine cannot use, or only in part; empty if nothing is missing.
+    """List what this machine cannot use, or only in part.
 
     Args:
         dtype: Dtype in which the base was loaded.

@@ -17,7 +17,7 @@ _PACKAGES = ("lora-rlhf", "torch", "transformers", "peft", "trl", "bitsandbytes"
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of the packages that determine a run's results."""
+    """Return the versions of the packages that determine a run's results."""
     installed = {}
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -26,12 +26,12 @@ def versions() -> dict[str, str]:
 
 
 def changed_versions(before: dict[str, str], now: dict[str, str]) -> dict[str, str]:
-    """The versions in `now` that differ from those in `before`."""
+    """Return the versions in `now` that differ from those in `before`."""
     return {name: version for name, version in now.items() if before.get(name) != version}
 
 
 def describe() -> dict[str, str]:
-    """Versions, device, dtype, 4-bit support, and environment variables that matter."""
+    """List versions, device, dtype, 4-bit support, and environment variables that matter."""
     return {
         **versions(),
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",

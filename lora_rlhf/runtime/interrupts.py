@@ -50,12 +50,12 @@ def receive(name: str) -> None:
 
 
 def stop_requested() -> bool:
-    """Whether to stop at the next boundary."""
+    """Return whether to stop at the next boundary."""
     return _state.waiting is not None or out_of_time()
 
 
 def out_of_time() -> bool:
-    """Whether the time budget is used up."""
+    """Return whether the time budget is used up."""
     return _state.deadline is not None and time.monotonic() >= _state.deadline
 
 

@@ -24,7 +24,7 @@ _CUDA_MESSAGES = ("CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device or the host ran out of memory."""
+    """Return whether the device or the host ran out of memory."""
     from accelerate.utils.memory import should_reduce_batch_size
 
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -60,7 +60,7 @@ class BatchSizeBackoff:
         self.say: Callable[[str], None] = lambda _: None
 
     def state_dict(self) -> dict[str, int]:
-        """The limits, for a checkpoint: sums over other batches round differently."""
+        """Return the limits, for a checkpoint: sums over other batches round differently."""
         return dict(self.limits)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -68,7 +68,7 @@ class BatchSizeBackoff:
         self.limits = dict(state)
 
     def rows(self, kind: str, wanted: int) -> int:
-        """How many of `wanted` rows to take at once."""
+        """Cap `wanted` rows at the limit."""
         return min(wanted, self.limits.get(kind, wanted))
 
     def halve(self, kind: str, rows: int, why: str) -> None:
