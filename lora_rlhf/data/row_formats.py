@@ -31,8 +31,14 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "prompts": (("prompt",), ("messages",), ("chosen", "rejected")),
     "text": (("text",),),
 }
+"""Set -> the layouts that make a row usable for it, tried in this order.
+
+{"prompt": "2 + 2?", "completion": "4"}
+{"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
+{"prompt": "2 + 2?", "completions": ["5", "4"], "ranks": [2, 1]}
+{"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}
+"""
 LAYOUTS["evaluate"] = LAYOUTS["prompts"]
-"""Set -> the layouts that make a row usable for it, tried in this order."""
 
 ROLES = ("system", "user", "assistant", "tool")
 _SHAREGPT = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant",

@@ -72,19 +72,15 @@ def read(source: DataSource, skips: Skips) -> list[Row]:
     """
     rows = _hub(source) if source.hub else _file(locate(source.path or ""), skips)
     if not rows:
-        raise DataError("there are no rows", where=title(source), expected=_ENOUGH)
+        where = str(source.hub or source.path)
+        raise DataError("there are no rows", where=where, expected=_ENOUGH)
     if source.columns:
         rows = [(where, _rename(where, row, source.columns)) for where, row in rows]
     return rows
 
 
-def title(source: DataSource) -> str:
-    """Return the source's name in reports, without a folder of this machine."""
-    return source.task or source.hub or Path(source.path or "").name
-
-
 def described(source: DataSource, rows: list[Row]) -> dict[str, Any]:
-    """Describe a source and all its rows for a report, as plain JSON.
+    """Describe a source and all its rows for a report: plain JSON, no folder of this machine.
 
     `sha256` is of the canonical JSON of the rows, so that it is the same on every machine.
     """
@@ -93,7 +89,7 @@ def described(source: DataSource, rows: list[Row]) -> dict[str, Any]:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
     report: dict[str, Any] = {
         "kind": "task" if source.task else "hub" if source.hub else "file",
-        "name": title(source),
+        "name": source.task or source.hub or Path(source.path or "").name,
         "license": source.license or ("Apache-2.0" if source.task else None),
         "rows": len(rows),
         "sha256": digest.hexdigest(),
