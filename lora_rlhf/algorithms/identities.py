@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from lora_rlhf.data.tokenization import pad_left
+from lora_rlhf.data.padding import pad_left
 from lora_rlhf.errors import IdentityError
 from lora_rlhf.models import scoring
 from lora_rlhf.models.backbone import REWARDS, Backbone

@@ -13,9 +13,6 @@ from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 Turns = str | list[dict[str, str]]
 """A text, or messages with `role` and `content`."""
 
@@ -58,19 +55,6 @@ def completion_ids(tokenizer: Any, texts: Sequence[str]) -> list[array[int]]:
         )
 
     return _cached(tokenizer, "completion", texts, encode)
-
-
-def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Pad ids on the left; ids and mask, (B, longest). The mask is by length, never by id."""
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return ids, mask
-
-
-def position_ids(attention_mask: Tensor) -> Tensor:
-    """Count 0, 1, 2 … over valid tokens, at any padding (2403.17031, detail 2); (B, L)."""
-    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
 def _cached(

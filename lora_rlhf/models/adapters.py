@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from lora_rlhf.data.tokenization import pad_left
+from lora_rlhf.data.padding import pad_left
 from lora_rlhf.errors import AdapterError, NonFiniteError
 from lora_rlhf.runtime import paths
 

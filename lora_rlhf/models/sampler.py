@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from lora_rlhf.data.tokenization import pad_left, position_ids
+from lora_rlhf.data.padding import pad_left, position_ids
 
 from . import trunk
 from .base_model import BaseModel

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lora_rlhf.data.tokenization import pad_left, position_ids
+from lora_rlhf.data.padding import pad_left, position_ids
 
 from . import trunk
 from .backbone import Backbone

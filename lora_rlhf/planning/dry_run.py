@@ -31,7 +31,7 @@ from transformers import DynamicCache, masking_utils
 
 from lora_rlhf._trl import add_fused_lm_head, chunked_logprob
 from lora_rlhf.algorithms.objectives import masked_sum
-from lora_rlhf.data import tokenization
+from lora_rlhf.data.padding import position_ids
 from lora_rlhf.models import fused_layers, logprobs, sampler, scoring, trunk
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.training import microbatch_splitting
@@ -281,7 +281,7 @@ def _next(made: Backbone, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Non
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     names = inspect.signature(type(made.causal).forward).parameters
     if "position_ids" in names:
-        inputs["position_ids"] = tokenization.position_ids(mask)[:, -ids.shape[1] :]
+        inputs["position_ids"] = position_ids(mask)[:, -ids.shape[1] :]
     inputs["cache" if "cache" in names else "past_key_values"] = cache
     out = made.causal(**inputs, use_cache=True, logits_to_keep=1)
     logits = out.logits[:, -1].float()

@@ -15,7 +15,7 @@ from lora_rlhf.algorithms import identities, objectives
 from lora_rlhf.algorithms.ppo import minibatches, ppo_trainer
 from lora_rlhf.algorithms.ppo.ppo_metrics import METRICS, OPTIONAL
 from lora_rlhf.algorithms.ppo.ppo_trainer import PPOTrainer
-from lora_rlhf.data.tokenization import position_ids
+from lora_rlhf.data.padding import position_ids
 from lora_rlhf.errors import AdapterError, IdentityError, NonFiniteError
 from lora_rlhf.models import scoring
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bad data as people have it: each kind gives an error with its place, or is counted.
 
-test_dataset_builder.py covers broken JSON and CSV, latin-1, surrogates, wrong types, missing
-columns, duplicates, equal pairs, contradictions, leakage and control tokens.
+Its neighbours cover broken JSON and CSV, latin-1 and surrogates (test_sources.py), wrong types and
+missing columns (test_row_formats.py), duplicates, equal pairs, contradictions and control tokens
+(test_filters.py), and leakage (test_dataset_builder.py).
 """
 
 import csv
@@ -34,17 +35,6 @@ from lora_rlhf.recipe.loader import parse_recipe
 from lora_rlhf.recipe.schema import LoraSection, ModelSection
 from lora_rlhf.reports.cards.card_markdown import cell
 from lora_rlhf.serving import loaded_run
-
-
-@pytest.fixture(scope="module")
-def chat():
-    return make_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def plain():
-    return make_tokenizer(None)
-
 
 GOOD = [json.dumps(row).encode() for row in PAIRS]
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lora_rlhf import pipeline
 from lora_rlhf.algorithms import trainer_configs
-from lora_rlhf.data import dataset_builder, tokenization
+from lora_rlhf.data import dataset_builder, padding, tokenization
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.recipe.stage_keys import has_reward_model
 from lora_rlhf.runs.progress import Progress
@@ -140,6 +140,6 @@ def test_sets_loaded_together_equal_sets_loaded_alone(recipe):
 
 def test_padding_is_on_the_left_and_masked_by_length():
     """Rows that hold the pad id themselves keep it: masks never look at ids."""
-    ids, mask = tokenization.pad_left([[0, 5], [6, 0, 7, 0]], 0)
+    ids, mask = padding.pad_left([[0, 5], [6, 0, 7, 0]], 0)
     assert ids.tolist() == [[0, 0, 0, 5], [6, 0, 7, 0]]
     assert mask.tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from lora_rlhf.data.tokenization import pad_left
+from lora_rlhf.data.padding import pad_left
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.models.base_model import BaseModel
 from lora_rlhf.recipe.schema import LoraSection, ModelSection

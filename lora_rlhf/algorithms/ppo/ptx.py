@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lora_rlhf.algorithms.objectives import masked_sum
-from lora_rlhf.data.tokenization import pad_left
+from lora_rlhf.data.padding import pad_left
 from lora_rlhf.models import scoring
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.runs.tensor_tree import checkpointable_tuple

@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layouts of rows: the columns that are understood, and what they become."""
+
+import pytest
+from data_sources import (
+    PAIRS,
+    PREFS,
+    all_rows,
+    answer,
+    jsonl,
+    recipe,
+    removed,
+    user,
+)
+
+from lora_rlhf.data import dataset_builder, filters
+from lora_rlhf.errors import DataError, TokenizerError
+
+
+def test_unknown_columns_suggest_a_mapping_that_works(tmp_path, plain):
+    rows = [{"instruction": f"q{i}", "response": f"a{i}"} for i in range(40)]
+    path = jsonl(tmp_path / "d.jsonl", rows)
+    with pytest.raises(DataError) as caught:
+        dataset_builder.demonstrations(recipe(demonstrations=path), plain)
+    assert "columns: {prompt: instruction, completion: response}" in caught.value.remedy
+    assert caught.value.given.count("d.jsonl:") == 5
+    columns = {"prompt": "instruction", "completion": "response"}
+    prepared = dataset_builder.demonstrations(
+        recipe(demonstrations={"path": str(path), "columns": columns}), plain
+    )
+    assert {r["completion"] for r in all_rows(prepared)} == {f"a{i}" for i in range(40)}
+    with pytest.raises(DataError, match="no column 'answer'.*\n.*instruction, response"):
+        columns = {"prompt": "instruction", "completion": "answer"}
+        dataset_builder.demonstrations(
+            recipe(demonstrations={"path": str(path), "columns": columns}), plain
+        )
+
+
+@pytest.mark.parametrize("bad", [None, 3, ["x"], [{"role": "human", "content": "x"}], [], {}])
+def test_rows_of_a_wrong_type_are_listed_with_their_lines(tmp_path, chat, bad):
+    rows = [*PAIRS[:2], *[{"prompt": "q", "completion": bad}] * 7, {"prompt": "q"}]
+    with pytest.raises(DataError) as caught:
+        dataset_builder.demonstrations(
+            recipe(demonstrations=jsonl(tmp_path / "d.jsonl", rows)), chat
+        )
+    assert caught.value.where.endswith("d.jsonl:3")
+    assert caught.value.given.startswith("8 of 10 rows do not fit prompt + completion")
+    listed = caught.value.given.splitlines()[1:]
+    assert [line.split(":")[1] for line in listed] == list("34567")
+    assert all("column 'completion'" in line for line in listed)
+    assert "messages" in caught.value.expected
+
+
+def test_messages_need_a_chat_template(tmp_path, plain):
+    rows = [{"messages": user("q") + answer("a")}]
+    with pytest.raises(TokenizerError, match="no chat template") as caught:
+        dataset_builder.demonstrations(
+            recipe(demonstrations=jsonl(tmp_path / "d.jsonl", rows)), plain
+        )
+    assert caught.value.where.endswith("d.jsonl:1")
+
+
+CONVERSATION = [*user("q%d"), *answer("hm?"), *user("more")]
+
+
+def filled(turns, i):
+    return [{**t, "content": t["content"].replace("%d", str(i))} for t in turns]
+
+
+def demonstration_layouts(i):
+    prompt = filled(CONVERSATION, i)
+    yield {"prompt": prompt, "completion": answer("good")}
+    yield {"messages": prompt + answer("good"), "prompt_id": 7}
+    yield {"prompt": prompt, "chosen": answer("good"), "rejected": answer("bad")}
+    yield {"chosen": prompt + answer("good"), "rejected": prompt + answer("bad")}
+    # UltraFeedback: the prompt as a column of its own, and again in chosen
+    yield {"prompt": f"q{i}", "chosen": prompt + answer("good"), "rejected": prompt + answer("bad")}
+    yield {"prompt": prompt, "completions": ["bad", "good", "bad"], "ranks": [3, 1, 2]}
+    yield {
+        f: f"\n\nHuman: q{i}\n\nAssistant: hm?\n\nHuman: more\n\nAssistant: {a}"
+        for f, a in (("chosen", "good"), ("rejected", "bad"))
+    }
+
+
+@pytest.mark.parametrize("layout", range(7))
+def test_every_layout_gives_the_same_conversation(tmp_path, chat, layout):
+    rows = [list(demonstration_layouts(i))[layout] for i in range(40)]
+    path = jsonl(tmp_path / "d.jsonl", rows)
+    prepared = dataset_builder.demonstrations(recipe(demonstrations=path), chat)
+    wanted = [{"prompt": filled(CONVERSATION, i), "completion": answer("good")} for i in range(40)]
+    assert sorted(all_rows(prepared), key=str) == sorted(wanted, key=str)
+    if layout == 4:  # there the explicit prompt is the first turn only
+        return
+    prepared = dataset_builder.prompts(recipe(prompts=path), chat)
+    assert sorted(map(str, all_rows(prepared))) == sorted(
+        str({"prompt": w["prompt"]}) for w in wanted
+    )
+
+
+@pytest.mark.parametrize("layout", [2, 3, 4, 6])
+def test_every_preference_layout_gives_the_same_pair(tmp_path, chat, layout):
+    rows = [list(demonstration_layouts(i))[layout] for i in range(40)]
+    prepared = dataset_builder.comparisons(
+        recipe(comparisons=jsonl(tmp_path / "d.jsonl", rows)), chat
+    )
+    by_prompt = {row["prompt"][0]["content"]: row for row in all_rows(prepared)}
+    assert len(by_prompt) == 40
+    assert by_prompt["q7"]["prompt"] == filled(CONVERSATION, 7)
+    assert by_prompt["q7"]["chosen"] == answer("good")
+    assert by_prompt["q7"]["rejected"] == answer("bad")
+
+
+def test_conversations_that_diverge_early_share_their_first_turns_as_prompt(tmp_path, chat):
+    tails = {"chosen": [*answer("hello"), *user("go on"), *answer("yes")], "rejected": answer("no")}
+    rows = [{key: user(f"q{i}") + tail for key, tail in tails.items()} for i in range(40)]
+    path = jsonl(tmp_path / "d.jsonl", rows)
+    row = dataset_builder.comparisons(recipe(comparisons=path), chat).train[0]
+    assert [t["role"] for t in row["prompt"]] == ["user"]
+    assert (row["chosen"], row["rejected"]) == (tails["chosen"], tails["rejected"])
+    row = dataset_builder.demonstrations(recipe(demonstrations=path), chat).train[0]
+    assert row["completion"] == answer("yes")
+    assert row["prompt"][1:] == tails["chosen"][:-1]
+
+
+def test_a_shared_prompt_ends_with_a_question_even_if_the_answer_is_shared_too(tmp_path, chat):
+    tails = {
+        key: answer("same") + user(f"about {key}?") + answer(key) for key in ("chosen", "rejected")
+    }
+    rows = [{key: user(f"q{i}") + tail for key, tail in tails.items()} for i in range(40)]
+    prepared = dataset_builder.comparisons(
+        recipe(comparisons=jsonl(tmp_path / "d.jsonl", rows)), chat
+    )
+    for row in all_rows(prepared):
+        assert [turn["role"] for turn in row["prompt"]] == ["user"]
+        assert {key: row[key] for key in tails} == tails
+
+
+def test_plain_text_is_wrapped_only_with_a_chat_template(tmp_path, chat, plain):
+    path = jsonl(tmp_path / "d.jsonl", PREFS)
+    prepared = dataset_builder.comparisons(recipe(comparisons=path), chat)
+    row = prepared.train[0]
+    assert row["prompt"][0]["role"] == "user" and row["chosen"][0]["role"] == "assistant"
+    assert prepared.report["notes"] == [
+        "plain text was wrapped into one user and one assistant message (60 rows)"
+    ]
+    prepared = dataset_builder.comparisons(recipe(comparisons=path), plain)
+    row = prepared.train[0]
+    assert (row["chosen"], row["rejected"]) == tuple(
+        row["prompt"].replace("q", name) for name in ("good", "bad")
+    )
+    assert prepared.report["notes"] == []
+
+
+def test_texts_with_a_common_beginning_are_cut_between_words(tmp_path, plain):
+    rows = [
+        {"chosen": f"Line {i}: the sky is blue", "rejected": f"Line {i}: the sky is black"}
+        for i in range(40)
+    ]
+    prepared = dataset_builder.comparisons(
+        recipe(comparisons=jsonl(tmp_path / "d.jsonl", rows)), plain
+    )
+    row = prepared.train[0]
+    assert row["prompt"].endswith("the sky is")
+    assert (row["chosen"], row["rejected"]) == (" blue", " black")
+
+
+def test_transcripts_stay_transcripts_without_a_chat_template(tmp_path, plain):
+    rows = [list(demonstration_layouts(i))[6] for i in range(40)]
+    prepared = dataset_builder.comparisons(
+        recipe(comparisons=jsonl(tmp_path / "d.jsonl", rows)), plain
+    )
+    row = min(all_rows(prepared), key=lambda row: row["group"])
+    assert row["prompt"].endswith("\n\nHuman: more\n\nAssistant:")
+    assert (row["chosen"], row["rejected"]) == (" good", " bad")
+    assert filters.first_turn(row["prompt"]).startswith("q")
+
+
+def test_rankings_become_all_strict_pairs_of_one_group(tmp_path, plain):
+    rows = [
+        {"prompt": f"q{i}", "completions": ["c", "a", "b", "b2"], "ranks": [3, 1, 2, 2]}
+        for i in range(40)
+    ]
+    prepared = dataset_builder.comparisons(
+        recipe(comparisons=jsonl(tmp_path / "d.jsonl", rows)), plain
+    )
+    pairs = {}
+    for row in all_rows(prepared):
+        pairs.setdefault((row["prompt"], row["group"]), set()).add(row["chosen"] + row["rejected"])
+    assert len(pairs) == 40
+    assert all(p == {"ab", "ab2", "ac", "bc", "b2c"} for p in pairs.values())
+    assert prepared.report["counts"]["expanded to pairs"] == {"before": 40, "after": 240}
+    assert removed(prepared, "ties") == 40
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"ranks": [1]}, "a list of 2 numbers"), ({"ranks": [1, "2"]}, "a list of 2 numbers"),
+     ({"completions": ["a"]}, "two or more"), ({"completions": "ab"}, "two or more"),
+     ({"completions": ["a", None]}, "column 'completions' is missing")],
+)  # fmt: skip
+def test_broken_rankings_are_refused(tmp_path, plain, change, message):
+    row = {"prompt": "q", "completions": ["a", "b"], "ranks": [1, 2]}
+    path = jsonl(tmp_path / "d.jsonl", [row, {**row, **change}])
+    with pytest.raises(DataError, match=message) as caught:
+        dataset_builder.comparisons(recipe(comparisons=path), plain)
+    assert caught.value.where.endswith(":2")
+
+
+def test_margins_are_kept_when_every_row_has_one(tmp_path, plain):
+    rows = [{**row, "margin": i} for i, row in enumerate(PREFS)]
+    prepared = dataset_builder.comparisons(
+        recipe(comparisons=jsonl(tmp_path / "d.jsonl", rows)), plain
+    )
+    assert all(row["prompt"] == f"q{row['margin']:.0f}" for row in all_rows(prepared))
+    del rows[3]["margin"]
+    prepared = dataset_builder.comparisons(
+        recipe(comparisons=jsonl(tmp_path / "d.jsonl", rows)), plain
+    )
+    assert "margin" not in prepared.train.column_names
+    assert prepared.report["notes"] == ["margin left out: not every row has one (60 rows)"]
+
+
+@pytest.mark.parametrize("bad", ["NaN", "Infinity", "-Infinity", "1e999", "1" + "0" * 400, "true"])
+def test_a_number_that_is_not_finite_is_refused_with_its_line(tmp_path, plain, bad):
+    row = '{"prompt": "q", "chosen": "a", "rejected": "b", "margin": %s}\n'
+    (tmp_path / "m.jsonl").write_text(row % 1 + row % bad)
+    with pytest.raises(DataError, match="column 'margin' must be a finite number") as caught:
+        dataset_builder.comparisons(recipe(comparisons=tmp_path / "m.jsonl"), plain)
+    assert caught.value.where.endswith("m.jsonl:2")
+    row = '{"prompt": "q", "completions": ["a", "b"], "ranks": [1, %s]}\n'
+    (tmp_path / "r.jsonl").write_text(row % 2 + row % bad)
+    with pytest.raises(DataError, match="column 'ranks' must be a list of 2 numbers") as caught:
+        dataset_builder.comparisons(recipe(comparisons=tmp_path / "r.jsonl"), plain)
+    assert caught.value.where.endswith("r.jsonl:2")
+
+
+def test_margins_of_a_csv_are_numbers(tmp_path, plain):
+    lines = [f"q{i},good{i},bad{i},{i / 2}" for i in range(40)]
+    path = tmp_path / "d.csv"
+    path.write_text("\n".join(["prompt,chosen,rejected,margin", *lines]))
+    prepared = dataset_builder.comparisons(recipe(comparisons=path), plain)
+    assert all(row["prompt"] == f"q{2 * row['margin']:.0f}" for row in all_rows(prepared))
+    path.write_text("\n".join(["prompt,chosen,rejected,margin", *lines, "q,a,b, "]))
+    prepared = dataset_builder.comparisons(recipe(comparisons=path), plain)
+    assert prepared.report["notes"] == ["margin left out: not every row has one (41 rows)"]
+    path.write_text("\n".join(["prompt,chosen,rejected,margin", *lines, "q,a,b,much"]))
+    with pytest.raises(DataError, match="a finite number: much"):
+        dataset_builder.comparisons(recipe(comparisons=path), plain)
+
+
+def sharegpt(turns):
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    return [{"from": names[turn["role"]], "value": turn["content"]} for turn in turns]
+
+
+def test_sharegpt_conversations_are_messages(tmp_path, chat):
+    turns = [{"role": "system", "content": "be kind"}, *CONVERSATION]
+    rows = [{"conversations": sharegpt(filled(turns, i) + answer("good"))} for i in range(40)]
+    path = jsonl(tmp_path / "d.jsonl", rows)
+    prepared = dataset_builder.demonstrations(recipe(demonstrations=path), chat)
+    wanted = [{"prompt": filled(turns, i), "completion": answer("good")} for i in range(40)]
+    assert sorted(all_rows(prepared), key=str) == sorted(wanted, key=str)
+    note = "turns of from and value (ShareGPT) were read as messages (40 rows)"
+    assert prepared.report["notes"] == [note]
+    assert len(all_rows(dataset_builder.prompts(recipe(prompts=path), chat))) == 40
+    rows = [
+        {
+            "conversations": sharegpt(filled(turns, i)),
+            "chosen": sharegpt(answer("good"))[0],
+            "rejected": sharegpt(answer("bad"))[0],
+        }
+        for i in range(40)
+    ]
+    prepared = dataset_builder.comparisons(
+        recipe(comparisons=jsonl(tmp_path / "c.jsonl", rows)), chat
+    )
+    row = min(all_rows(prepared), key=lambda row: row["group"])
+    assert row["prompt"][0] == turns[0] and len(row["prompt"]) == 4
+    assert (row["chosen"], row["rejected"]) == (answer("good"), answer("bad"))
+    with pytest.raises(DataError, match="no message with text"):
+        rows = [{"conversations": [{"from": "alien", "value": "x"}]}]
+        dataset_builder.demonstrations(
+            recipe(demonstrations=jsonl(tmp_path / "e.jsonl", rows)), chat
+        )
+
+
+def test_conversations_may_hold_messages(tmp_path, chat):
+    rows = [{"conversations": filled(CONVERSATION, i) + answer("good")} for i in range(40)]
+    prepared = dataset_builder.demonstrations(
+        recipe(demonstrations=jsonl(tmp_path / "d.jsonl", rows)), chat
+    )
+    assert len(all_rows(prepared)) == 40 and prepared.report["notes"] == []
+
+
+def test_a_files_own_column_item_is_not_a_task_item(tmp_path, plain):
+    rows = [{**row, "item": "sku-7"} for row in PREFS]
+    prepared = dataset_builder.comparisons(
+        recipe(comparisons=jsonl(tmp_path / "d.jsonl", rows)), plain
+    )
+    assert "gold_margin" not in prepared.held_out.column_names
+    prepared = dataset_builder.prompts(recipe(prompts=str(tmp_path / "d.jsonl")), plain)
+    assert prepared.train.column_names == ["prompt"]
