@@ -69,14 +69,12 @@ def interval(value: Any, short: bool = False) -> str:
     return shown if short else shown + ")"
 
 
-def cut(text: str, limit: int = _MAX_CHARS) -> str:
-    """Shorten `text` to `limit` characters, with a mark."""
-    return text if len(text) <= limit else text[:limit].rstrip() + CUT
-
-
 def cell(value: Any, limit: int = _MAX_CHARS) -> str:
     """Make any text harmless within a line: no markup, no line break, nothing invisible."""
-    text = cut(str(value), limit).replace("\r\n", "\n").replace("\r", "\n")
+    text = str(value)
+    if len(text) > limit:
+        text = text[:limit].rstrip() + CUT
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     text = _UNSEEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", text)
     text = re.sub(r"(?<!\w)_|_(?!\w)", "\x00", text)  # inside a word it has no meaning
     text = (

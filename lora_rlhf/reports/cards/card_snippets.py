@@ -24,22 +24,38 @@ _ROWS = 16
 
 
 def how_to_load(facts: Facts) -> str:
-    """The section with the loading code, and with code that checks the loaded model."""
+    """The section with code that loads the adapter and uses it once, and checks its outputs."""
+    four_bit = bool(facts.get("model.load_in_4bit"))
+    use = {"reward": _use_reward, "value": _use_value}.get(facts.role, _use_policy)
     need = "`lora-rlhf` is not needed"
     if facts.packaged:
         need = "`lora-rlhf` is needed only for the base model that is shipped with it"
-    text = f"With plain `transformers` and `peft`; {need}.\n\n```python\n{loading(facts)}\n```"
-    if check := checking(facts):
-        text += (
-            "\n\nTo check that it loaded correctly, continue with the code below: `check.json` "
-            "holds token ids and the outputs of the adapter for them when it was saved.\n\n"
-            f"```python\n{check}\n```"
-        )
-    return text
+    check = _check(facts)
+    if check:
+        check = f"""
+
+To check that it loaded correctly, continue with the code below: `check.json` holds token ids and \
+the outputs of the adapter for them when it was saved.
+
+```python
+{check}
+```"""
+    return f"""\
+With plain `transformers` and `peft`; {need}.
+
+```python
+{_start(facts, four_bit)}
+
+tokenizer = AutoTokenizer.from_pretrained(adapter_id)
+{_base(facts, four_bit)}
+model = PeftModel.from_pretrained(base, adapter_id).eval()
+
+{use(facts)}
+```{check}"""
 
 
 def how_to_merge(facts: Facts) -> str:
-    """The section with the merging code."""
+    """The section with code that merges the adapter into an unquantised base."""
     why = "Merging combines base and adapter into one model."
     if facts.get("model.load_in_4bit"):
         why = (
@@ -49,7 +65,17 @@ def how_to_merge(facts: Facts) -> str:
         )
     if facts.role == "reward":
         why += " The reward offset is not part of the weights: keep it beside them."
-    return f"{why}\n\n```python\n{merging(facts)}\n```"
+    return f"""\
+{why}
+
+```python
+{_start(facts, four_bit=False)}
+
+{_base(facts, four_bit=False)}
+merged = PeftModel.from_pretrained(base, adapter_id).merge_and_unload()
+merged.save_pretrained("merged")
+AutoTokenizer.from_pretrained(adapter_id).save_pretrained("merged")
+```"""
 
 
 def how_to_reproduce(facts: Facts) -> str:
@@ -72,33 +98,8 @@ def how_to_reproduce(facts: Facts) -> str:
     return f"```bash\nlora-rlhf run recipe.yaml\n```\n\n{bullets(items)}"
 
 
-def loading(facts: Facts) -> str:
-    """Python that loads the adapter with plain transformers and peft, and uses it once."""
-    four_bit = bool(facts.get("model.load_in_4bit"))
-    use = {"reward": _use_reward, "value": _use_value}.get(facts.role, _use_policy)
-    return f"""\
-{_start(facts, four_bit)}
-
-tokenizer = AutoTokenizer.from_pretrained(adapter_id)
-{_base(facts, four_bit)}
-model = PeftModel.from_pretrained(base, adapter_id).eval()
-
-{use(facts)}"""
-
-
-def merging(facts: Facts) -> str:
-    """Python that merges the adapter into an unquantised base and saves the whole model."""
-    return f"""\
-{_start(facts, four_bit=False)}
-
-{_base(facts, four_bit=False)}
-merged = PeftModel.from_pretrained(base, adapter_id).merge_and_unload()
-merged.save_pretrained("merged")
-AutoTokenizer.from_pretrained(adapter_id).save_pretrained("merged")"""
-
-
-def checking(facts: Facts) -> str:
-    """Python that continues `loading` and compares with check.json; empty without that file."""
+def _check(facts: Facts) -> str:
+    """Code that compares the loaded model with check.json; empty without that file."""
     expected = at(facts.check, "expected", {})
     key = next((k for k in ("logits_last", "value_last", "score") if k in expected), None)
     if key is None or "input_ids" not in facts.check:
@@ -152,7 +153,6 @@ adapter_id = {adapter}"""
 
 
 def _base(facts: Facts, four_bit: bool) -> str:
-    """The lines that load the base model."""
     model_class = _model_class(facts)
     causal = model_class == _CLASSES["CAUSAL_LM"]
     dtype = str(facts.get("model.dtype", "")).removeprefix("torch.")

@@ -32,7 +32,6 @@ _WHAT = {
     "sft": "the supervised start, which is the base fine-tuned on demonstrations before any reward",
 }
 _TITLES = {"policy": "policy", "reward": "reward model", "value": "value model", "sft": "SFT"}
-_METHODS = {"dpo": "Preference optimisation"}
 _START = {
     "sft": ("a new LoRA on the base", None),
     "reward": ("a copy of the SFT adapter", "sft"),
@@ -59,6 +58,7 @@ def render(record: Record, role: str, repo_ids: dict[str, str] | None = None) ->
         raise UsageError(f"the role {role!r}", expected=f"one of {', '.join(ROLES)}")
     facts = Facts(record, role, repo_ids)
     writes, after_rl = role in ("policy", "sft"), role in ("policy", "value")
+    method = "Preference optimisation" if facts.algorithm == "dpo" else "Reinforcement learning"
     sections = {
         "": _summary(facts),
         "Lineage": _lineage(facts),
@@ -66,9 +66,7 @@ def render(record: Record, role: str, repo_ids: dict[str, str] | None = None) ->
         "Data": training.data(facts),
         "Supervised fine-tuning": training.sft(facts) if role == "sft" else "",
         "Reward model": training.reward(facts) if role != "sft" else "",
-        _METHODS.get(facts.algorithm, "Reinforcement learning"): training.reinforcement(facts)
-        if after_rl
-        else "",
+        method: training.reinforcement(facts) if after_rl else "",
         "Evaluation": _evaluation(facts) if writes else "",
         "Samples": _samples(facts) if writes else "",
         "Limits": bullets(limits(facts)),

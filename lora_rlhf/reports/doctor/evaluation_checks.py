@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from lora_rlhf.runs.record import Record
 
 from .findings import Findings, Lines, above, below, few_prompts, finding, rate
@@ -39,12 +37,10 @@ def check(record: Record, lines: Lines) -> Findings:
             yield finding("worse", what, name)
         elif not above(won, 0.5):
             yield finding("undecided", what, name)
-        elif _by_length(won, controlled):
+        elif (
+            # A wide interval alone is no sign that the gain is one of length.
+            controlled
+            and not above(controlled, 0.5)
+            and controlled["value"] - 0.5 <= (1 - MATERIAL) * (won["value"] - 0.5)
+        ):
             yield finding("length", f"{what}, but {rate(controlled)} at the length of SFT", name)
-
-
-def _by_length(won: dict[str, Any], controlled: dict[str, Any] | None) -> bool:
-    """True if much of the gain vanishes at equal length; a wide interval alone is no sign."""
-    if not controlled or above(controlled, 0.5):
-        return False
-    return bool(controlled["value"] - 0.5 <= (1 - MATERIAL) * (won["value"] - 0.5))
