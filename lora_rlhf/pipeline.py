@@ -31,7 +31,8 @@ from lora_rlhf.errors import HubError, MemoryLimitError, UsageError
 from lora_rlhf.evaluation import evaluate
 from lora_rlhf.hub import backup, publishing, repository
 from lora_rlhf.models.backbone import Backbone
-from lora_rlhf.planning import gpu_fit
+from lora_rlhf.planning import run_memory
+from lora_rlhf.planning.memory_budget import format_bytes
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.recipe.stage_keys import has_reward_model, stage_names
 from lora_rlhf.reports import plots
@@ -120,7 +121,7 @@ def _disk_and_memory_errors(recipe: Recipe, out: Path) -> Iterator[None]:
             raise disk.no_room(Path(error.filename or out), error) from error
         raise
     except (RuntimeError, MemoryError, MemoryLimitError) as error:
-        if (limit := gpu_fit.memory_limit(recipe, error)) is None:
+        if (limit := run_memory.memory_limit(recipe, error)) is None:
             raise
         raise limit from error
 
@@ -193,8 +194,7 @@ def _compute(
         # After the stage: even the shortest budget makes some progress each time.
         if stage != wanted[-1]:
             interrupts.stop_if_requested()
-    if (measured := peak.read()) is not None:
-        progress.say(f"measured: {gpu_fit.size(measured)} at the peak ({peak.what})")
+    progress.say(f"measured: {format_bytes(peak.read())} at the peak ({peak.what})")
 
 
 def _run_stage(stage: str, context: StageContext, configs: TrainerConfigs, data: _Data) -> None:
@@ -233,13 +233,13 @@ def _run_stage(stage: str, context: StageContext, configs: TrainerConfigs, data:
 
 def _load_backbone(
     recipe: Recipe, record: Record, progress: Progress
-) -> tuple[Backbone, gpu_fit.PeakMemory]:
+) -> tuple[Backbone, run_memory.PeakMemory]:
     """Load the base model; record the plan, the model and the limits of the hardware."""
-    planned, line = gpu_fit.before_run(recipe)
+    planned, line = run_memory.before_run(recipe)
     if planned is not None:
         progress.say(line)
         record.data["plan"] = planned.as_dict()
-    peak, clock, started = gpu_fit.PeakMemory(), record.data["clock"], time.perf_counter()
+    peak, clock, started = run_memory.PeakMemory(), record.data["clock"], time.perf_counter()
     backbone = Backbone.load(recipe.model, recipe.lora)
     if planned is None:  # only now: a missing base is one error, not two
         progress.say(line)
@@ -258,7 +258,7 @@ def _load_backbone(
     return backbone, peak
 
 
-def _describe(record: Record, backbone: Backbone, peak: gpu_fit.PeakMemory) -> None:
+def _describe(record: Record, backbone: Backbone, peak: run_memory.PeakMemory) -> None:
     """Record adapters and memory, together with the stage that is done."""
     lora, clock = backbone.describe_lora(), record.data["clock"]
     # A role that an earlier process trained (the value) may not be loaded any more.
@@ -270,7 +270,7 @@ def _describe(record: Record, backbone: Backbone, peak: gpu_fit.PeakMemory) -> N
         clock["rows_at_once"] = dict(backbone.backoff.limits)
     # The highest of this run, in whichever process it was.
     measured = peak.read()
-    if measured is not None and measured / 1e6 >= clock.get("peak_memory_mb", 0):
+    if measured / 1e6 >= clock.get("peak_memory_mb", 0):
         clock |= {"peak_memory_mb": round(measured / 1e6, 1), "peak_memory_is": peak.what}
 
 

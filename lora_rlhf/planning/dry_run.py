@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The phases of a run, gone through on the meta device: every byte is counted, none is allocated.
+"""Run the phases of a recipe on the meta device, and count the bytes that they would allocate.
 
 A tensor on the meta device has a shape and no memory. So the backbone, the roles and the very
-functions that score and train are run from the config alone, and what they would allocate is
-added up: what autograd saves, the transients of a forward, the KV cache, gradients. No formula
-per architecture can go stale. What the meta device cannot know is set here, each once: the
-attention kernel (`_Attention`), a 4-bit weight unpacked, whether a batch has padding (`_as_on`).
+functions that score and train are run from the config alone, and their allocations are added up:
+what autograd saves, the transients of a forward, the KV cache, gradients. No formula per
+architecture can go stale. What the meta device cannot know is set here, each once: the attention
+kernel (`_attention`), an unpacked 4-bit weight, whether a batch has padding (`_as_on`).
 
 B rows, L tokens of prompt and completion, T completion tokens, V vocabulary.
 """
@@ -40,7 +40,7 @@ from .meta_backbone import BLOCK, tensors
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages that are born inside it and still alive; views cost nothing."""
+    """Counts the bytes of storages created inside it and still alive; views cost nothing."""
 
     def __init__(self, existing: Iterable[Tensor] = ()) -> None:
         super().__init__()
@@ -54,13 +54,17 @@ class LiveBytes(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
-                self._see(leaf)
-        gemm = getattr(torch.ops.bitsandbytes, "gemm_4bit", None)  # there where it is installed
+                self._add(leaf)
+        gemm = getattr(torch.ops.bitsandbytes, "gemm_4bit", None)  # None if not installed
         if gemm is not None and func is gemm.default:
-            self.passing(_dequantised(args[2], args[0].dtype))
+            # The weight is unpacked whole, with float32 scales: CUDA kernels that never unpack it
+            # serve small batches only. These bytes exist inside the kernel only.
+            weights = math.prod(args[2])
+            inside = weights * args[0].dtype.itemsize + 4 * (weights // BLOCK)
+            self.peak = max(self.peak, self.now + inside)
         return out
 
-    def _see(self, tensor: Tensor) -> None:
+    def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._existing or key in self._alive:
@@ -68,85 +72,61 @@ class LiveBytes(TorchDispatchMode):
         self._alive[key] = storage.nbytes()
         self.now += self._alive[key]
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._gone, key)
+        weakref.finalize(storage, self._remove, key)
 
-    def _gone(self, key: int) -> None:
+    def _remove(self, key: int) -> None:
         self.now -= self._alive.pop(key)
-
-    def passing(self, count: int) -> None:
-        """Count bytes that exist inside one kernel only."""
-        self.peak = max(self.peak, self.now + count)
-
-
-def _dequantised(shape: Any, dtype: torch.dtype) -> int:
-    """Bytes of a 4-bit weight as the matrix product reads it: whole, and its float32 scales.
-
-    bitsandbytes' CUDA kernels that never unpack it serve small batches only.
-    """
-    count = int(shape[0]) * int(shape[1])
-    return count * dtype.itemsize + 4 * (count // BLOCK)
 
 
 # --------------------------------------------------------------------------- the attention kernel
 
 
-class _Attention:
-    """What `scaled_dot_product_attention` picks on a device; on the meta device it never does.
+def _attention(
+    device: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """The kernel that `scaled_dot_product_attention` picks on a device, but not on the meta device.
 
     Both kernels save queries, keys, values, their output and one float32 per row and head for the
     backward, and never hold the (B, heads, L, L) scores. A mask becomes a float one in each call.
     """
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            attn_mask = torch.where(attn_mask, 0.0, -math.inf).to(query.dtype)
-        ops = torch.ops.aten
-        out: Tensor
-        if self.device == "cpu":
-            out = ops._scaled_dot_product_flash_attention_for_cpu(
-                query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
-            )[0]
-        else:
-            if enable_gqa:  # flash attention's backward makes them as wide as the queries
-                groups = query.shape[1] // key.shape[1]
-                key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-            if attn_mask is not None:
-                attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
-            out = ops._scaled_dot_product_efficient_attention(
-                query,
-                key,
-                value,
-                attn_mask,
-                torch.is_grad_enabled(),
-                dropout_p,
-                is_causal,
-                scale=scale,
-            )[0]
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.where(attn_mask, 0.0, -math.inf).to(query.dtype)
+    ops = torch.ops.aten
+    out: Tensor
+    if device == "cpu":
+        out = ops._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+        )[0]
         return out
+    if enable_gqa:  # flash attention's backward makes them as wide as the queries
+        groups = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
+    grad = torch.is_grad_enabled()
+    out = ops._scaled_dot_product_efficient_attention(
+        query, key, value, attn_mask, grad, dropout_p, is_causal, scale=scale
+    )[0]
+    return out
 
 
 @contextlib.contextmanager
 def _as_on(device: str, *, padded: bool) -> Iterator[None]:
-    """Inside, kernels are those of `device`, and masks are built as for batches with padding."""
+    """Use the kernels of `device`, and build masks as for batches with padding, if there is any."""
     with contextlib.ExitStack() as stack:
 
         def put(owner: Any, name: str, new: Any) -> None:
             stack.enter_context(mock.patch.object(owner, name, new))
 
-        put(nn.functional, "scaled_dot_product_attention", _Attention(device))
+        put(nn.functional, "scaled_dot_product_attention", functools.partial(_attention, device))
         # The meta device cannot say whether a mask is all ones, which lets transformers drop it,
         # nor which targets lie in a tile of the vocabulary, and it knows no autocast.
         put(masking_utils, "fast_all", lambda _: not padded)
@@ -154,7 +134,7 @@ def _as_on(device: str, *, padded: bool) -> Iterator[None]:
         put(torch, "is_autocast_enabled", lambda *_: False)
         if device != "cpu":
             put(scoring, "logprobs_and_entropy", logprobs.by_trl_kernels)
-            # Triton folds a tile where it lies; in torch, as here, each step would be a copy.
+            # Triton folds a tile in place; in torch, as here, each step would be a copy.
             for name in ("_forward_tile", "_backward_tile", "_addmm_fp32"):
                 put(chunked_logprob, name, lambda *_, **__: None)
         yield
@@ -168,8 +148,8 @@ class Batch:
     """Rows of one length: a prompt and a completion of this many tokens each.
 
     Attributes:
-        kept: Whether passes start from the trunk's states of them, kept from the rollout.
-        rollout: Whether they are of a stage of rollouts, whose adapters fused.py computes.
+        kept: Whether passes start from their trunk states, kept from the rollout.
+        rollout: Whether their stage has rollouts: its adapters are computed by fused_layers.
     """
 
     rows: int
@@ -180,212 +160,210 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a row."""
+        """Tokens per row."""
         return self.prompt + self.completion
 
 
-def count(made: Backbone, device: str, batch: Batch, phase: Phase) -> int:
-    """Go through a phase as on `device`; the bytes it holds at its peak beside what it finds."""
-    adapters = fused_layers.layers(made) if batch.rollout else contextlib.nullcontext()
-    with adapters, _as_on(device, padded=batch.rows > 1), LiveBytes(tensors(made)) as live:
-        with microbatch_splitting.in_one_block(trained(made) if device == "cpu" else ()):
-            phase(made, batch)
-    for model in (made.causal, *made.views.values()):
+def count(backbone: Backbone, device: str, batch: Batch, phase: Phase) -> int:
+    """Run a phase as on `device`; return the bytes at its peak beyond backbone and roles."""
+    adapters = fused_layers.layers(backbone) if batch.rollout else contextlib.nullcontext()
+    with adapters, _as_on(device, padded=batch.rows > 1), LiveBytes(tensors(backbone)) as live:
+        with microbatch_splitting.in_one_block(trained(backbone) if device == "cpu" else ()):
+            phase(backbone, batch)
+    for model in (backbone.causal, *backbone.views.values()):
         model.zero_grad(set_to_none=True)
     return live.peak
 
 
-def trained(made: Backbone) -> list[nn.Parameter]:
-    """What the stage at hand moves; nothing where none is begun."""
-    return [p for role in sorted(made.trained_roles) for _, p in made.role_parameters(role)]
+def trained(backbone: Backbone) -> list[nn.Parameter]:
+    """List the parameters that the current stage trains; none outside a stage."""
+    return [p for role in sorted(backbone.trained_roles) for _, p in backbone.role_parameters(role)]
 
 
 Phase = Callable[[Backbone, Batch], None]
 
 
 @contextlib.contextmanager
-def stage(made: Backbone, trained: tuple[str, ...], *, checkpointing: bool) -> Iterator[None]:
-    """As a stage that trains these roles finds the backbone; its gradients go at the end."""
+def stage(backbone: Backbone, trained: tuple[str, ...], *, checkpointing: bool) -> Iterator[None]:
+    """Prepare the backbone as for a stage that trains these roles."""
     if not trained:
         yield
         return
-    with made.training(*trained):
-        for view in made.views.values():
+    with backbone.training(*trained):
+        for view in backbone.views.values():
             view.train()
         if checkpointing:
-            made.views["policy"].activation_checkpointing_enable(
+            backbone.views["policy"].activation_checkpointing_enable(
                 activation_checkpointing_kwargs={"use_reentrant": False}
             )
         if trained == ("policy",):
-            add_fused_lm_head(made.causal, outputs=("log_probs", "entropy", "is_top1"))
+            add_fused_lm_head(backbone.causal, outputs=("log_probs", "entropy", "is_top1"))
         yield
 
 
-def _ids(made: Backbone, rows: int, tokens: int) -> tuple[Tensor, Tensor]:
-    """Ids and mask (B, L); of several rows the first is one token shorter: there is padding."""
-    ids = torch.zeros((rows, tokens), dtype=torch.long, device=made.device)
-    mask = torch.ones((rows, tokens), dtype=torch.long, device=made.device)
+def _ids(backbone: Backbone, rows: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """Return ids and mask, (B, L); of several rows the first is padded by one token."""
+    ids = torch.zeros((rows, tokens), dtype=torch.long, device=backbone.device)
+    mask = torch.ones((rows, tokens), dtype=torch.long, device=backbone.device)
     if rows > 1:
         mask[0, 0] = 0
     return ids, mask
 
 
-def _states(made: Backbone, batch: Batch) -> Tensor | None:
-    """The micro-batch's own copy of the kept trunk states, (B, L, H); None without a trunk."""
+def _states(backbone: Backbone, batch: Batch) -> Tensor | None:
+    """Return the micro-batch's copy of the kept trunk states, (B, L, H); None if none are kept."""
     if not batch.kept:
         return None
-    width = made.causal.config.get_text_config().hidden_size
+    width = backbone.causal.config.get_text_config().hidden_size
     return torch.zeros(
-        (batch.rows, batch.tokens, width), dtype=made.causal.dtype, device=made.device
+        (batch.rows, batch.tokens, width), dtype=backbone.causal.dtype, device=backbone.device
     )
 
 
 @torch.no_grad()
-def prefill(made: Backbone, batch: Batch) -> None:
-    """Sampling: all prompts at once, and the first token of each completion."""
-    ids, mask = _ids(made, batch.rows, batch.prompt)
-    with made.role("policy"):
-        _next(made, ids, mask, DynamicCache(config=made.causal.config))
+def prefill(backbone: Backbone, batch: Batch) -> None:
+    """Sample the first token of each completion, all prompts in one pass."""
+    ids, mask = _ids(backbone, batch.rows, batch.prompt)
+    with backbone.role("policy"):
+        _next(backbone, ids, mask, DynamicCache(config=backbone.causal.config))
 
 
 @torch.no_grad()
-def decode(made: Backbone, batch: Batch) -> None:
-    """Sampling: the last token of the completions, when the cache is full."""
-    config, dtype = made.causal.config, made.causal.dtype
+def decode(backbone: Backbone, batch: Batch) -> None:
+    """Sample the last token of each completion, with a full KV cache."""
+    config, dtype = backbone.causal.config, backbone.causal.dtype
     cache = DynamicCache(config=config)
-    ids, mask = _ids(made, batch.rows, batch.tokens)
+    ids, mask = _ids(backbone, batch.rows, batch.tokens)
     shape = (batch.rows, kv_heads(config), batch.tokens - 1, head_width(config))
-    for index in range(len(made.layers)):
-        full = torch.zeros(shape, dtype=dtype, device=made.device)
+    for index in range(len(backbone.layers)):
+        full = torch.zeros(shape, dtype=dtype, device=backbone.device)
         cache.update(full, full.clone(), index)
         del full
-    with made.role("policy"):
-        _next(made, ids[:, -1:], mask, cache)
+    with backbone.role("policy"):
+        _next(backbone, ids[:, -1:], mask, cache)
 
 
 def kv_heads(config: Any) -> int:
-    """Heads of keys and values."""
+    """Return the number of key and value heads."""
     config = config.get_text_config()
     return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
 def head_width(config: Any) -> int:
-    """Dimensions of a head."""
+    """Return the dimension of a head."""
     config = config.get_text_config()
     own = getattr(config, "head_dim", None)
     return int(own or config.hidden_size // config.num_attention_heads)
 
 
-def _next(made: Backbone, ids: Tensor, mask: Tensor, cache: DynamicCache) -> None:
-    """One step of sampler.py: a forward with the cache, and a draw for each row."""
+def _next(backbone: Backbone, ids: Tensor, mask: Tensor, cache: DynamicCache) -> None:
+    """Take one step of the sampler: a forward with the cache, and a draw for each row."""
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-    names = inspect.signature(type(made.causal).forward).parameters
+    names = inspect.signature(type(backbone.causal).forward).parameters
     if "position_ids" in names:
         inputs["position_ids"] = position_ids(mask)[:, -ids.shape[1] :]
     inputs["cache" if "cache" in names else "past_key_values"] = cache
-    out = made.causal(**inputs, use_cache=True, logits_to_keep=1)
+    out = backbone.causal(**inputs, use_cache=True, logits_to_keep=1)
     logits = out.logits[:, -1].float()
     del out
-    sampler.draw(logits, 1.0, torch.zeros(len(ids), device=made.device))
+    sampler.draw(logits, 1.0, torch.zeros(len(ids), device=backbone.device))
 
 
 @torch.no_grad()
-def score(made: Backbone, batch: Batch) -> None:
-    """Log-probs and values of a batch of episodes, without gradients."""
-    ids, mask = _ids(made, batch.rows, batch.tokens)
-    kept = _states(made, batch)
-    with made.role("policy"):
-        scoring.completion_logprobs(made, ids, mask, batch.completion, 1.0, kept)
-    if made.has("value"):
-        with made.role("value"):
-            scoring.token_values(made, ids, mask, batch.completion, trunk_states=kept)
+def score(backbone: Backbone, batch: Batch) -> None:
+    """Compute log-probs and values of a batch of episodes, without gradients."""
+    ids, mask = _ids(backbone, batch.rows, batch.tokens)
+    kept = _states(backbone, batch)
+    with backbone.role("policy"):
+        scoring.completion_logprobs(backbone, ids, mask, batch.completion, 1.0, kept)
+    if backbone.has("value"):
+        with backbone.role("value"):
+            scoring.token_values(backbone, ids, mask, batch.completion, trunk_states=kept)
 
 
 @torch.no_grad()
-def rewards(made: Backbone, batch: Batch) -> None:
-    """Scores of a batch of episodes by a reward role."""
-    ids, mask = _ids(made, batch.rows, batch.tokens)
-    with made.role("reward"):
-        scoring.last_token_scores(made, ids, mask, "reward", _states(made, batch))
+def rewards(backbone: Backbone, batch: Batch) -> None:
+    """Score a batch of episodes with a reward role."""
+    ids, mask = _ids(backbone, batch.rows, batch.tokens)
+    with backbone.role("reward"):
+        scoring.last_token_scores(backbone, ids, mask, "reward", _states(backbone, batch))
 
 
 @torch.no_grad()
-def trunk_pass(made: Backbone, batch: Batch) -> None:
-    """The states that leave the trunk, for a batch of episodes."""
-    ids, mask = _ids(made, batch.rows, batch.tokens)
-    if trunk.depth(made):
-        scoring.trunk_states(made, ids, mask)
+def trunk_pass(backbone: Backbone, batch: Batch) -> None:
+    """Compute the trunk states of a batch of episodes."""
+    ids, mask = _ids(backbone, batch.rows, batch.tokens)
+    if trunk.depth(backbone):
+        scoring.trunk_states(backbone, ids, mask)
 
 
-def language_model(made: Backbone, batch: Batch) -> None:
-    """Forward and backward of SFT, through the LM head that TRL puts on the policy's view."""
-    ids, mask = _ids(made, batch.rows, batch.tokens)
-    with made.role("policy"):
-        made.views["policy"](
+def language_model(backbone: Backbone, batch: Batch) -> None:
+    """Run forward and backward of SFT, through TRL's LM head on the policy's view."""
+    ids, mask = _ids(backbone, batch.rows, batch.tokens)
+    with backbone.role("policy"):
+        backbone.views["policy"](
             input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True, use_cache=False
         ).loss.backward()
 
 
-def ranking(made: Backbone, batch: Batch) -> None:
-    """Forward and backward of the reward model; rows are completions, whatever their prompts."""
-    ids, mask = _ids(made, batch.rows, batch.tokens)
-    with made.role("reward"):
-        out = made.views["reward"](input_ids=ids, attention_mask=mask, use_cache=False)
+def ranking(backbone: Backbone, batch: Batch) -> None:
+    """Run forward and backward of the reward model; rows are completions of any prompts."""
+    ids, mask = _ids(backbone, batch.rows, batch.tokens)
+    with backbone.role("reward"):
+        out = backbone.views["reward"](input_ids=ids, attention_mask=mask, use_cache=False)
         out.logits.float().sum().backward()
 
 
-def policy_step(made: Backbone, batch: Batch) -> None:
-    """Forward and backward of the policy on a micro-batch."""
-    _policy(made, batch, lambda: None)
+def policy_step(
+    backbone: Backbone, batch: Batch, before_backward: Callable[[], None] = lambda: None
+) -> None:
+    """Run forward and backward of the policy on a micro-batch."""
+    ids, mask = _ids(backbone, batch.rows, batch.tokens)
+    with backbone.role("policy"):
+        logps, _ = scoring.completion_logprobs(
+            backbone, ids, mask, batch.completion, 1.0, _states(backbone, batch)
+        )
+        before_backward()
+        masked_sum(logps, mask[:, -batch.completion :]).backward()
 
 
-def update(made: Backbone, batch: Batch) -> None:
-    """A micro-batch of PPO: forward and backward of the policy, then those of the value."""
-    ids, mask = _ids(made, batch.rows, batch.tokens)
+def update(backbone: Backbone, batch: Batch) -> None:
+    """Run a micro-batch of PPO: forward and backward of the policy, then of the value."""
+    ids, mask = _ids(backbone, batch.rows, batch.tokens)
 
-    def watch() -> None:
-        # On the very first, FrozenRolesCheck takes the reference's log-probs in between.
-        with torch.no_grad():
-            scoring.completion_logprobs(made, ids, mask, batch.completion, 1.0)
+    @torch.no_grad()
+    def score_reference() -> None:
+        # FrozenRolesCheck takes the reference's log-probs between the two of the first update.
+        scoring.completion_logprobs(backbone, ids, mask, batch.completion, 1.0)
 
-    _policy(made, batch, watch)
-    if made.has("value"):
-        with made.role("value"):
+    policy_step(backbone, batch, score_reference)
+    if backbone.has("value"):
+        with backbone.role("value"):
             values = scoring.token_values(
-                made, ids, mask, batch.completion, trunk_states=_states(made, batch)
+                backbone, ids, mask, batch.completion, trunk_states=_states(backbone, batch)
             )
             masked_sum(values, mask[:, -batch.completion :]).backward()
 
 
-def _policy(made: Backbone, batch: Batch, between: Callable[[], None]) -> None:
-    ids, mask = _ids(made, batch.rows, batch.tokens)
-    with made.role("policy"):
-        found, _ = scoring.completion_logprobs(
-            made, ids, mask, batch.completion, 1.0, _states(made, batch)
-        )
-        between()
-        masked_sum(found, mask[:, -batch.completion :]).backward()
-
-
-def lm_head(made: Backbone, batch: Batch) -> None:
-    """The LM head of `policy_step` alone, from hidden states on."""
-    config = made.causal.config.get_text_config()
-    ids, _ = _ids(made, batch.rows, batch.completion)
+def lm_head(backbone: Backbone, batch: Batch) -> None:
+    """Run the LM head of `policy_step` alone, from hidden states on."""
+    config = backbone.causal.config.get_text_config()
+    ids, _ = _ids(backbone, batch.rows, batch.completion)
     states = torch.zeros(
         (batch.rows, batch.completion, config.hidden_size),
-        dtype=made.causal.dtype,
-        device=made.device,
+        dtype=backbone.causal.dtype,
+        device=backbone.device,
         requires_grad=True,
     )
-    scoring.logprobs_of(made, states, ids, 1.0)[0].sum().backward()
+    scoring.logprobs_of(backbone, states, ids, 1.0)[0].sum().backward()
 
 
 @functools.cache
 def twice(phase: Phase) -> Phase:
-    """The phase with gradients of an earlier micro-batch there: accumulation adds to them."""
+    """Repeat a phase, so that gradients of an earlier micro-batch are there to be added to."""
 
-    def both(made: Backbone, batch: Batch) -> None:
-        phase(made, batch)
-        phase(made, batch)
+    def both(backbone: Backbone, batch: Batch) -> None:
+        phase(backbone, batch)
+        phase(backbone, batch)
 
     return both

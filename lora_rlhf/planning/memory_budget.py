@@ -1,50 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes of a recipe on a device: its phases, the worst of them, and what a card must have."""
+"""Bytes of a recipe on a device: phases, their peak, and the memory that a GPU needs for it."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 CUDA_CONTEXT = 800 * 2**20
-"""Assumed bytes of a GPU that CUDA's context, its kernels and cuBLAS' workspaces take."""
+"""Assumed bytes of GPU memory for CUDA's context, its kernels and cuBLAS' workspaces."""
 
 FRAGMENTATION = 0.05
-"""Assumed share of the peak that the caching allocator holds beside what tensors use."""
+"""Assumed share of the peak that the caching allocator reserves beyond what tensors use."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """What one phase holds at its peak, in bytes."""
+    """Bytes that one phase holds at its peak."""
 
     resident: int
     kv_cache: int = 0
-    trunk: int = 0
+    trunk_states: int = 0
     activations: int = 0
 
     @property
     def total(self) -> int:
-        """The sum."""
-        return self.resident + self.kv_cache + self.trunk + self.activations
+        """Sum of all parts."""
+        return self.resident + self.kv_cache + self.trunk_states + self.activations
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe takes on a device.
+    """Memory of a recipe on a device, in bytes.
 
     Attributes:
         device: cpu or cuda.
-        dtype: What the weights are computed in.
-        backbone: Bytes of the frozen base.
-        roles: Bytes of each role's adapter and head.
-        optimizer: Adam's moments of the stage that trains most; half of it are the gradients.
-        logits: Of the activations of an update, what the LM head holds.
-        phases: In their order.
-        sampled: Rows of a rollout that are sampled at once; 0 where there is none.
+        dtype: Compute dtype of the weights.
+        backbone: The frozen base.
+        roles: Adapter and head of each role.
+        optimizer: Adam's moments of the stage that trains most; half as much are the gradients.
+        logits: Share of the LM head in the activations of an update.
+        sampled_at_once: Rows of a rollout sampled in one batch; 0 without rollouts.
         micro_batch: per_device_train_batch_size of the policy's updates.
         prompt: Tokens of the longest prompt.
         completion: Tokens of the longest completion of a rollout.
+        phases: In the order of the run.
     """
 
     device: str
@@ -53,15 +53,15 @@ class Plan:
     roles: dict[str, int]
     optimizer: int
     logits: int
-    phases: dict[str, Phase]
-    sampled: int
+    sampled_at_once: int
     micro_batch: int
     prompt: int
     completion: int
+    phases: dict[str, Phase]
 
     @property
     def worst(self) -> str:
-        """The phase at which memory peaks."""
+        """Name of the phase at which memory peaks."""
         return max(self.phases, key=lambda name: self.phases[name].total)
 
     @property
@@ -71,40 +71,27 @@ class Plan:
 
     @property
     def needed(self) -> int:
-        """Bytes that a card must have: the peak, its fragmentation, and CUDA's own."""
+        """Memory that a GPU needs: the peak, fragmentation, and CUDA's context."""
         if self.device == "cpu":
             return self.peak
         return math.ceil(self.peak * (1 + FRAGMENTATION)) + CUDA_CONTEXT
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON and for the record."""
-        return {
-            "device": self.device,
-            "dtype": self.dtype,
-            "peak": self.peak,
-            "phase": self.worst,
-            "needed": self.needed,
-            "backbone": self.backbone,
-            "roles": self.roles,
-            "optimizer": self.optimizer,
-            "logits": self.logits,
-            "sampled_at_once": self.sampled,
-            "micro_batch": self.micro_batch,
-            "prompt": self.prompt,
-            "completion": self.completion,
-            "phases": {
-                name: {
-                    "resident": p.resident,
-                    "kv_cache": p.kv_cache,
-                    "trunk_states": p.trunk,
-                    "activations": p.activations,
-                    "total": p.total,
-                }
-                for name, p in self.phases.items()
-            },
-        }
+        """Return the plan for JSON and for the record."""
+        head: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
+        head |= {"peak": self.peak, "phase": self.worst, "needed": self.needed}
+        phases = {name: asdict(p) | {"total": p.total} for name, p in self.phases.items()}
+        return head | asdict(self) | {"phases": phases}
 
 
-def largest(card: int) -> int:
-    """The highest peak, in bytes, whose `needed` a card has."""
-    return max(0, int((card - CUDA_CONTEXT) / (1 + FRAGMENTATION)) - 1)
+def largest_peak(capacity: int) -> int:
+    """Return the highest peak whose `needed` fits a GPU of `capacity` bytes."""
+    return max(0, int((capacity - CUDA_CONTEXT) / (1 + FRAGMENTATION)) - 1)
+
+
+def format_bytes(count: int) -> str:
+    """Format bytes with two decimals, in powers of ten: "1.25 GB"."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.2f} {name}"
+    return f"{count} B"

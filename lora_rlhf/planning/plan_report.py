@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `lora-rlhf plan` says: the phases, the cards, and planned against measured."""
+"""Output of `lora-rlhf plan`: the phases, the GPUs, and planned against measured bytes."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -16,171 +16,157 @@ from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.reports.tables import aligned
 
 from . import probe as probing
-from .gpu_fit import Fit, as_yaml, capacity, fit, planner, size
-from .memory_budget import CUDA_CONTEXT, FRAGMENTATION, Plan
+from .gpu_fit import Fit, as_options, capacity, fit
+from .memory_budget import CUDA_CONTEXT, FRAGMENTATION, Plan, format_bytes
+from .plan import planner_for
 from .probe import Probed
 
 GPUS = (8, 12, 16, 24)
-"""Cards of the table, in GB."""
+"""GPUs of the table, in GB."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `lora-rlhf plan` says.
+    """A planned recipe.
 
     Attributes:
-        plan: For the card, or for the device that is here.
-        cards: The card that was asked about, or those of the table.
-        asked: Whether one was.
-        probed: Planned against measured, where that was asked for.
+        plan: For the GPU that was named, or for the device of this machine.
+        gpus: The GPU that was named, or those of the table.
+        named: Whether one was.
+        probed: Planned against measured, with --probe.
     """
 
     plan: Plan
-    cards: list[Fit]
-    asked: bool
+    gpus: list[Fit]
+    named: bool
     probed: list[Probed]
 
     @property
     def fits(self) -> bool:
-        """Whether the recipe fits every card as it is."""
-        return all(card.changes == {} for card in self.cards)
+        """Whether the recipe fits every GPU as it is."""
+        return all(one.unchanged for one in self.gpus)
 
     def as_json(self) -> str:
-        """For machines; bytes are whole numbers."""
-        told = {
-            "plan": self.plan.as_dict(),
-            "cards": [
-                {
-                    "bytes": c.capacity,
-                    "fits": c.changes == {},
-                    "changes": c.changes,
-                    "needed": c.plan.needed,
-                    "largest_micro_batch": c.micro_batch,
-                }
-                for c in self.cards
-            ],
-            "probe": [
-                {"phase": p.phase, "planned": p.planned, "measured": p.measured}
-                for p in self.probed
-            ],
-        }
-        return json.dumps(told, indent=1)
+        """Return the report for machines; bytes are whole numbers."""
+        gpus = [
+            {
+                "bytes": one.capacity,
+                "fits": one.unchanged,
+                "changes": one.changes,
+                "needed": one.plan.needed,
+                "largest_micro_batch": one.micro_batch,
+            }
+            for one in self.gpus
+        ]
+        probed = [asdict(phase) for phase in self.probed]
+        return json.dumps({"plan": self.plan.as_dict(), "cards": gpus, "probe": probed}, indent=1)
 
     def as_text(self) -> str:
-        """For people."""
+        """Return the report for people."""
         return "\n".join(self._lines())
 
     def _lines(self) -> Iterator[str]:
         plan = self.plan
-        parts = [f"backbone {size(plan.backbone)}"]
-        parts += [f"{role} {size(count)}" for role, count in plan.roles.items()]
-        yield f"planned for {plan.device} in {plan.dtype}: {', '.join(parts)}"
+        parts = {"backbone": plan.backbone, **plan.roles}
+        sizes = ", ".join(f"{name} {format_bytes(count)}" for name, count in parts.items())
+        yield f"planned for {plan.device} in {plan.dtype}: {sizes}"
+        moments, gradients = format_bytes(plan.optimizer), format_bytes(plan.optimizer // 2)
         yield (
-            f"Adam's moments {size(plan.optimizer)}, gradients {size(plan.optimizer // 2)} and "
-            f"the LM head {size(plan.logits)} among the activations of an update"
+            f"Adam's moments {moments}; in the activations of an update: gradients {gradients}, "
+            f"LM head {format_bytes(plan.logits)}"
         )
         yield ""
         yield from aligned(*_phases(plan))
         yield ""
         if plan.device != "cpu":
             yield (
-                f"{size(plan.peak)} at the peak take a card of {size(plan.needed)}: "
-                f"{100 * FRAGMENTATION:g} % for fragmentation and {size(CUDA_CONTEXT)} for CUDA's "
-                "context are assumed"
+                f"a peak of {format_bytes(plan.peak)} needs a GPU of {format_bytes(plan.needed)}, "
+                f"assuming {100 * FRAGMENTATION:g} % for fragmentation and "
+                f"{format_bytes(CUDA_CONTEXT)} for CUDA's context"
             )
-        if self.asked:
-            yield from _verdict(self.cards[0])
+        if self.named:
+            yield from _verdict(self.gpus[0])
         else:
-            yield from aligned(*_cards(self.cards))
+            yield from aligned(*_gpus(self.gpus))
         if self.probed:
             yield ""
-            yield from aligned(
-                ["phase", "planned", "measured", "planned/measured"],
-                [
-                    [p.phase, size(p.planned), size(p.measured), f"{1 + p.error:.3f}"]
-                    for p in self.probed
-                ],
-            )
+            rows = [
+                [p.phase, *map(format_bytes, (p.planned, p.measured)), f"{1 + p.error:.3f}"]
+                for p in self.probed
+            ]
+            yield from aligned(["phase", "planned", "measured", "planned/measured"], rows)
 
 
 def report(recipe: Recipe, folder: Path, gpu: str | None, *, probe: bool) -> Report:
-    """Plan a recipe: for one card, or for the device that is here and a table of cards.
+    """Plan a recipe for one GPU, or for the device of this machine and a table of GPUs.
 
     Args:
-        recipe: Any algorithm.
-        folder: The recipe's own.
-        gpu: Memory of the card.
-        probe: Whether to load the base and measure, on the device that is here.
+        folder: The recipe's own; a config.json in it is used.
+        gpu: Memory of the GPU.
+        probe: Whether to load the base and measure, on the device of this machine.
 
     Raises:
-        BaseModelError: The base's config is not to be found, or it is no causal language model.
-        UsageError: `gpu` is no size.
+        BaseModelError: The base's config is not found, or it is not a causal language model.
+        UsageError: `gpu` is not a size.
     """
-    sizes = [capacity(gpu)] if gpu is not None else [n * 10**9 for n in GPUS]
+    capacities = [capacity(gpu)] if gpu is not None else [n * 10**9 for n in GPUS]
     config = find_config(recipe.model, folder)
     here = "cuda" if torch.cuda.is_available() else "cpu"
-    cards = [fit(planner(config, "cuda"), recipe, one) for one in sizes]
-    device = "cuda" if gpu is not None else here
-    plan = planner(config, device).plan(recipe, sizes[0] if gpu is not None else None)
+    gpus = [fit(planner_for(config, "cuda"), recipe, one) for one in capacities]
+    if gpu is not None:
+        plan = planner_for(config, "cuda").plan(recipe, capacities[0])
+    else:
+        plan = planner_for(config, here).plan(recipe)
     probed: list[Probed] = []
     if probe:
-        room = torch.cuda.mem_get_info()[1] if here == "cuda" else None
-        probed = probing.run(recipe, planner(config, here).plan(recipe, room))
-    return Report(plan, cards, gpu is not None, probed)
+        total = torch.cuda.mem_get_info()[1] if here == "cuda" else None
+        probed = probing.run(recipe, planner_for(config, here).plan(recipe, total))
+    return Report(plan, gpus, gpu is not None, probed)
 
 
 def _phases(plan: Plan) -> tuple[list[str], list[list[str]]]:
     rows = []
     for name, phase in plan.phases.items():
-        parts = (phase.resident, phase.kv_cache, phase.trunk, phase.activations)
+        parts = (phase.resident, phase.kv_cache, phase.trunk_states, phase.activations)
         mark = "  <- peak" if name == plan.worst else ""
-        rows.append(
-            [name, *(size(part) if part else "-" for part in parts), size(phase.total) + mark]
-        )
+        cells = [format_bytes(part) if part else "-" for part in parts]
+        rows.append([name, *cells, format_bytes(phase.total) + mark])
     return ["phase", "resident", "KV cache", "trunk states", "activations", "total"], rows
 
 
-def _cards(found: list[Fit]) -> tuple[list[str], list[list[str]]]:
-    header = [
-        "GPU",
-        "as it is",
-        "needs",
-        "batch",
-        "prompt+completion",
-        "rank",
-        "checkpointing",
-        "adapted",
-        "4-bit",
-        "largest micro-batch",
-    ]
+def _gpus(gpus: list[Fit]) -> tuple[list[str], list[list[str]]]:
     rows = []
-    for one in found:
+    for one in gpus:
         recipe, plan = one.recipe, one.plan
-        name = f"{one.capacity / 10**9:g} GB"
-        settings = [
-            str(plan.micro_batch),
-            f"{plan.prompt}+{plan.completion}",
-            str(recipe.lora.r),
-            "yes" if recipe.model.gradient_checkpointing else "no",
-            f"{recipe.lora.top_fraction:g}",
-            "yes" if recipe.model.load_in_4bit else "no",
-            "-" if one.micro_batch is None else str(one.micro_batch),
-        ]
-        told = "fits" if one.changes == {} else "fits with" if one.changes else "does not fit"
-        rows.append([name, told, size(plan.needed), *settings])
-    return header, rows
+        verdict = "fits" if one.unchanged else "fits with" if one.changes else "does not fit"
+        rows.append(
+            [
+                f"{one.capacity / 10**9:g} GB",
+                verdict,
+                format_bytes(plan.needed),
+                str(plan.micro_batch),
+                f"{plan.prompt}+{plan.completion}",
+                str(recipe.lora.r),
+                "yes" if recipe.model.gradient_checkpointing else "no",
+                f"{recipe.lora.top_fraction:g}",
+                "yes" if recipe.model.load_in_4bit else "no",
+                "-" if one.micro_batch is None else str(one.micro_batch),
+            ]
+        )
+    head = ["GPU", "as it is", "needs", "batch", "prompt+completion", "rank", "checkpointing"]
+    return [*head, "adapted", "4-bit", "largest micro-batch"], rows
 
 
 def _verdict(one: Fit) -> Iterator[str]:
-    """Whether a recipe fits a card, and what to change where it does not."""
-    card = f"{one.capacity / 10**9:g} GB"
+    """Say whether a recipe fits a GPU, and what to change where it does not."""
+    gpu, needed = f"{one.capacity / 10**9:g} GB", format_bytes(one.plan.needed)
     if one.changes is None:
-        yield f"does not fit {card}, not even as far as it could be cut: {size(one.plan.needed)}"
+        yield f"does not fit {gpu}, even with every change that is tried: it needs {needed}"
         return
     if one.changes:
-        yield f"does not fit {card} as it is; with these changes it takes {size(one.plan.needed)}:"
-        yield from (f"  --set {key}={as_yaml(value)}" for key, value in one.changes.items())
+        yield f"does not fit {gpu} as it is; with these changes it needs {needed}:"
+        yield from (f"  {option}" for option in as_options(one.changes))
     else:
-        yield f"fits {card}"
+        yield f"fits {gpu}"
     if one.micro_batch is not None:
         yield f"largest per_device_train_batch_size of the policy's updates: {one.micro_batch}"

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lora-rlhf plan RECIPE --probe`: the longest batches, once, for real: measured against planned.
+"""`lora-rlhf plan RECIPE --probe`: run the longest batches for real, and compare with the plan.
 
 PPO's phases are two updates of the real trainer on prompts and completions of the longest length:
-two, since Adam's moments, half of what is trained twice over, are there from the second on. SFT and
-reward model are one step each.
+two, because Adam's moments exist from the second on. SFT and reward model are one step each.
 
-What is measured. On a GPU `torch.cuda.max_memory_allocated`, phase by phase. On a CPU the bytes of
-live tensors, from the allocator's own events as torch's profiler reports them: each allocation and
-each release with its size, scratch space inside kernels included, which counting tensors in Python
-would miss. Resident set size is no measure of it: it holds Python, pages never touched are left
-out, and what is released stays in it.
+On a GPU `torch.cuda.max_memory_allocated` is measured, phase by phase. On a CPU the bytes of live
+tensors, from the allocator's events in torch's profiler: every allocation and release with its
+size, scratch space inside kernels included, which counting tensors in Python would miss. Resident
+set size is not comparable: it includes Python and released memory, and omits pages never touched.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -36,13 +34,13 @@ from lora_rlhf.runs.progress import Progress
 from lora_rlhf.training import microbatch_splitting
 
 from . import dry_run
-from . import plan as planning
 from .memory_budget import Plan
+from .plan import Estimate, Planner
 
 
 @dataclass(frozen=True)
 class Probed:
-    """One phase, planned and measured, in bytes."""
+    """Bytes of one phase, planned and measured."""
 
     phase: str
     planned: int
@@ -50,19 +48,19 @@ class Probed:
 
     @property
     def error(self) -> float:
-        """Planned over measured, less 1."""
+        """Relative error of the plan."""
         return self.planned / self.measured - 1
 
 
 class Meter:
-    """The highest number of tensor bytes between two laps."""
+    """Measures the peak of tensor bytes, lap by lap."""
 
     def __init__(self, device: torch.device, resident: int) -> None:
         self.device, self.now = device, resident
         self._profile: Any = None
 
     def start(self) -> None:
-        """Begin a lap."""
+        """Start a lap."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -71,15 +69,15 @@ class Meter:
             self._profile.start()
 
     def lap(self) -> int:
-        """End the lap; its peak."""
+        """End the lap and return its peak."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             return int(torch.cuda.max_memory_allocated(self.device))
         self._profile.stop()
-        found = self._profile.profiler.kineto_results.events()
-        events = sorted((e for e in found if e.name() == "[memory]"), key=lambda e: e.start_ns())
+        events = self._profile.profiler.kineto_results.events()
+        memory = [event for event in events if event.name() == "[memory]"]
         peak = self.now
-        for event in events:
+        for event in sorted(memory, key=lambda event: event.start_ns()):
             self.now += event.nbytes()
             peak = max(peak, self.now)
         self._profile = None
@@ -87,7 +85,7 @@ class Meter:
 
 
 class _Laps(Progress):
-    """Turns the phases that a trainer announces into laps of the meter."""
+    """Measures each phase that a trainer announces as a lap."""
 
     def __init__(self, meter: Meter) -> None:
         super().__init__(quiet=True)
@@ -95,7 +93,7 @@ class _Laps(Progress):
         self._open = ""
 
     def phase(self, name: str) -> None:
-        """The trainer begins rollout, score or update; an empty name ends the last."""
+        """Start rollout, score or update; an empty name ends the last."""
         if self._open:
             self.peaks[self._open] = max(self.peaks.get(self._open, 0), self.meter.lap())
         self._open = name
@@ -104,42 +102,41 @@ class _Laps(Progress):
 
 
 class _Endless(Backbone):
-    """A backbone whose completions end at the longest only."""
+    """A backbone without end-of-sequence tokens: all completions have the full length."""
 
     @property
     def eos_ids(self) -> list[int]:
-        """None."""
+        """Return none."""
         return []
 
 
 class _Trainer(PPOTrainer):
-    """PPO on prompts of the longest length, whatever their text."""
+    """PPO on prompts of the full length, whatever their text."""
 
     longest = 0
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         token = self.backbone.tokenizer.eos_token_id
-        # One is a token shorter: batches have padding, as real ones have.
+        # One is a token shorter, so that batches have padding, as real ones have.
         rows = [[token] * max(1, self.longest - (i == 0)) for i in range(len(prompts))]
         return rows, None, {}
 
 
 def run(recipe: Recipe, planned: Plan) -> list[Probed]:
-    """Load the base, add the roles, and go through the phases once.
+    """Load the base, add the roles, and run each phase once.
 
     Args:
-        recipe: One of PPO.
-        planned: Its plan for the device that is here.
+        planned: The recipe's plan for the device of this machine.
 
     Raises:
-        UsageError: The recipe's algorithm is another.
+        UsageError: The recipe's algorithm is not PPO.
         BaseModelError: The base cannot be loaded.
     """
     if recipe.algorithm != "ppo":
         raise UsageError(
-            f"--probe of a recipe whose algorithm is {recipe.algorithm}",
-            expected="ppo",
-            remedy="--set algorithm=ppo",
+            f"--probe cannot measure a recipe whose algorithm is {recipe.algorithm}",
+            expected="algorithm: ppo",
+            remedy="add --set algorithm=ppo",
         )
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
@@ -147,21 +144,20 @@ def run(recipe: Recipe, planned: Plan) -> list[Probed]:
     backbone.add_role("policy")
     meter = Meter(backbone.device, backbone.memory_report()["total"])
     measured = {}
-    work = planning.Work(planning.Planner(backbone.causal.config, planned.device), recipe, None)
-    measured["sft"] = _step(recipe, backbone, meter, dry_run.language_model, work.sft_batch)
+    planner = Planner(backbone.causal.config, planned.device)
+    batches = Estimate(planner, recipe, None)
+    measured["sft"] = _step(recipe, backbone, meter, dry_run.language_model, batches.sft_batch)
     backbone.copy_role("policy", "reference")
     for role in [r for r in planned.roles if r in MEMBERS or r == "held_out"]:
         backbone.add_role(role, copy_from="reference")
     meter.now = backbone.memory_report()["total"]
     if "reward" in planned.phases:
-        measured["reward"] = _step(recipe, backbone, meter, dry_run.ranking, work.reward_batch)
+        measured["reward"] = _step(recipe, backbone, meter, dry_run.ranking, batches.reward_batch)
     ppo_stage.start_roles(backbone, recipe)
     meter.now = backbone.memory_report()["total"]
     peaks = _updates(recipe, backbone, meter)
-    measured |= {
-        f"ppo {name}": peaks[phase]
-        for name, phase in (("sampling", "rollout"), ("scoring", "score"), ("update", "update"))
-    }
+    measured |= {"ppo sampling": peaks["rollout"], "ppo scoring": peaks["score"]}
+    measured |= {"ppo update": peaks["update"]}
     return [
         Probed(name, phase.total, measured[name])
         for name, phase in planned.phases.items()
@@ -176,7 +172,7 @@ def _step(
     phase: dry_run.Phase,
     batch: dry_run.Batch,
 ) -> int:
-    """Forward and backward of one batch, Adam's moments being there."""
+    """Run forward and backward of one batch, with Adam's moments allocated."""
     role = "reward" if phase is dry_run.ranking else "policy"
     checkpointing = recipe.model.gradient_checkpointing
     with (
@@ -198,7 +194,7 @@ def _moments(backbone: Backbone, role: str, meter: Meter) -> Iterator[None]:
 
 
 def _updates(recipe: Recipe, backbone: Backbone, meter: Meter) -> dict[str, int]:
-    """The peaks of two PPO updates by phase; every start-up identity is checked on the way."""
+    """Return the peaks of two PPO updates by phase; start-up identities are checked on the way."""
     section = recipe.ppo.model_copy(
         update={"updates": 2, "value_warmup_updates": 0, "watch": "off", "kl_budget": None}
     )
@@ -210,7 +206,7 @@ def _updates(recipe: Recipe, backbone: Backbone, meter: Meter) -> dict[str, int]
         functions, args.reward_weights = reward_functions.of_recipe(recipe, backbone, prompts)
         laps = _Laps(meter)
         with backbone.training("policy", "value"):
-            trainer = _Trainer(backbone, args, section, functions, prompts, cast(Progress, laps))
+            trainer = _Trainer(backbone, args, section, functions, prompts, laps)
             trainer.longest = recipe.data.max_prompt_tokens
             with fused_layers.layers(backbone):
                 trainer.train()

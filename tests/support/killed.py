@@ -20,7 +20,7 @@ from filelock import FileLock
 from small import base_folder
 
 from lora_rlhf import pipeline
-from lora_rlhf.planning import gpu_fit
+from lora_rlhf.planning import run_memory
 from lora_rlhf.recipe.loader import parse_recipe
 from lora_rlhf.runs.record import Record
 from lora_rlhf.training import checkpoint_callback
@@ -59,7 +59,7 @@ def recipe(folder: Path, *sets: str):
     base = folder / "base" if (folder / "base").is_dir() else base_folder("llama")
     text = broken_runs.RECIPE.format(base=base)
     asked = parse_recipe(text, "recipe.yaml", [*SETS, *sets], folder)
-    gpu_fit.before_run(asked)  # what it counts is kept, and would be counted by every child
+    run_memory.before_run(asked)  # what it counts is kept, and would be counted by every child
     return asked
 
 

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory of a run: its plan before it starts, its measured peak, and remedies when it runs out."""
+
+from __future__ import annotations
+
+import sys
+
+import psutil
+import torch
+
+from lora_rlhf.errors import MemoryLimitError, first_line
+from lora_rlhf.models.loading import find_config
+from lora_rlhf.recipe.schema import Recipe
+from lora_rlhf.runtime.oom import is_out_of_memory
+
+from . import gpu_fit
+from .memory_budget import Plan, format_bytes
+from .plan import Planner, planner_for
+
+_REMEDY_KEYS = (
+    "model.gradient_checkpointing, ppo.trunk_states: cpu, evaluate.batch_size, shorter lengths, "
+    "lora.r, lora.top_fraction, model.load_in_4bit"
+)
+
+
+def _planner_here(recipe: Recipe) -> tuple[Planner, int | None]:
+    """Return a planner for the device of this machine, and the bytes of its GPU if it has one."""
+    if not torch.cuda.is_available():
+        return planner_for(find_config(recipe.model), "cpu"), None
+    return planner_for(find_config(recipe.model), "cuda"), torch.cuda.mem_get_info()[1]
+
+
+def before_run(recipe: Recipe) -> tuple[Plan | None, str]:
+    """Plan a run for the device of this machine, and describe the plan in one line.
+
+    A plan is a help: an error while making it does not stop the run.
+    """
+    try:
+        planner, total = _planner_here(recipe)
+        plan = planner.plan(recipe, total)
+    except Exception as error:
+        return None, f"plan: none ({type(error).__name__}: {first_line(error):.120})"
+    peak = f"{format_bytes(plan.peak)} at the peak ({plan.worst}, with the longest texts allowed)"
+    if total is None:
+        return plan, f"plan: {peak} in tensors, on the CPU"
+    free = torch.cuda.mem_get_info()[0]
+    line = f"plan: {peak}, {format_bytes(plan.needed)} with CUDA's own, {format_bytes(free)} free"
+    if plan.needed > free:
+        line = f"warning: {line}: it may not fit; `lora-rlhf plan` says what to change"
+    return plan, line
+
+
+class PeakMemory:
+    """Peak memory of this process from now on; cheap enough for every run."""
+
+    def __init__(self) -> None:
+        self._gpu = torch.cuda.is_available()
+        self._before = 0
+        if self._gpu:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            self._before = psutil.Process().memory_info().rss
+
+    @property
+    def what(self) -> str:
+        """Name of what is measured."""
+        if self._gpu:
+            return "torch.cuda.max_memory_allocated"
+        return "highest resident set of the process, above that before the model was loaded"
+
+    def read(self) -> int:
+        """Return the peak in bytes."""
+        if self._gpu:
+            return int(torch.cuda.max_memory_allocated())
+        return _highest_resident_set() - self._before
+
+
+def _highest_resident_set() -> int:
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(highest) * (1 if sys.platform == "darwin" else 1024)
+
+
+def memory_limit(recipe: Recipe, error: BaseException) -> MemoryLimitError | None:
+    """Add remedies to an error of memory that ran out with one row at once; None for any other."""
+    if isinstance(error, MemoryLimitError):
+        given, expected = error.given, error.expected
+    elif is_out_of_memory(error):
+        given, expected = f"memory ran out: {first_line(error)}", ""
+    else:
+        return None
+    return MemoryLimitError(
+        given,
+        expected=expected,
+        remedy="in a new --out, change one or more of these; what is saved stays\n"
+        + remedies(recipe),
+    )
+
+
+def remedies(recipe: Recipe) -> str:
+    """Tabulate recipe changes for a run that ran out of memory with one row at once.
+
+    Each change by itself, with the planned peak of this recipe on the device of this machine.
+    """
+    try:
+        planner, total = _planner_here(recipe)
+        least = gpu_fit.changed(recipe, gpu_fit.one_row(planner, recipe, total))
+        plan = planner.plan(least, total)
+        rows = [("nothing, one row at once", format_bytes(plan.peak), plan.worst)]
+        steps = (gpu_fit.checkpointing, gpu_fit.trunk_on_cpu, gpu_fit.lengths, gpu_fit.rank)
+        for step in (*steps, gpu_fit.fraction, gpu_fit.four_bit):
+            if changes := step(planner, least, plan):
+                other = planner.plan(gpu_fit.changed(least, changes), total)
+                options = " ".join(gpu_fit.as_options(changes))
+                rows.append((options, format_bytes(other.peak), other.worst))
+    except Exception:  # without a plan the keys still help
+        return f"    {_REMEDY_KEYS}"
+    width = max(len(options) for options, _, _ in rows)
+    lines = [f"    {options:{width}}  {peak:>9}  {phase}" for options, peak, phase in rows]
+    return "\n".join([f"    {'change':{width}}  planned peak, in tensors", *lines])
