@@ -13,7 +13,7 @@ from reduced_run import REDUCED, recipe
 
 import lora_rlhf
 from lora_rlhf import pipeline
-from lora_rlhf.algorithms.ppo import ppo_trainer
+from lora_rlhf.algorithms.ppo import ppo_stage, ppo_trainer
 from lora_rlhf.errors import DataError, GateError, RecipeError, SetupError, UsageError
 from lora_rlhf.reports.doctor import doctor, findings
 from lora_rlhf.runs.disk import sha256
@@ -25,8 +25,23 @@ from lora_rlhf.training.stage_context import StageContext
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Record:
-    return pipeline.run(recipe(), tmp_path_factory.mktemp("run") / "a")
+def rewarded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `finished` as it was when PPO began."""
+    return tmp_path_factory.mktemp("run") / "rewarded"
+
+
+@pytest.fixture(scope="module")
+def finished(rewarded: Path) -> Record:
+    """The whole run, not interrupted."""
+    real = ppo_stage.run
+
+    def run(*args, **kwargs):
+        shutil.copytree(rewarded.parent / "a", rewarded)
+        return real(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo_stage, "run", run)
+        return pipeline.run(recipe(), rewarded.parent / "a")
 
 
 @pytest.fixture
@@ -125,10 +140,10 @@ def test_a_run_of_another_recipe_is_refused(finished: Record):
 
 @pytest.mark.usefixtures("no_pictures")
 def test_an_interrupted_run_ends_with_the_same_bits(
-    finished: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Record, rewarded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Stopped in the middle of PPO, then the same command again."""
-    out, real = tmp_path / "b", ppo_trainer.PPOTrainer.training_step
+    out, real = shutil.copytree(rewarded, tmp_path / "b"), ppo_trainer.PPOTrainer.training_step
 
     def stop(self, *args, **kwargs):
         if self.update == 1:
@@ -247,11 +262,12 @@ def test_comparisons_of_a_file_are_read_once(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(
         pipeline.dataset_builder, "comparisons", lambda *a, **k: reads.append(k) or real(*a, **k)
     )
-    asked = recipe(f"data.comparisons=[{{path: {path}}}]")
+    short = ("sft.args.max_steps=1", "reward.args.max_steps=1")
+    asked = recipe(f"data.comparisons=[{{path: {path}}}]", *short)
     record = pipeline.run(asked, tmp_path / "run", until="reward")
     assert len(reads) == 1 and record.done("reward")
     path.write_text(path.read_text().replace("no", "nay"))
-    changed = recipe(f"data.comparisons=[{{path: {path}}}]", "algorithm=dpo")
+    changed = recipe(f"data.comparisons=[{{path: {path}}}]", "algorithm=dpo", *short)
     with pytest.raises(DataError, match="changed since reward, which read it"):
         pipeline.run(changed, record.folder)
 
@@ -338,8 +354,6 @@ def test_another_seed_gives_other_numbers(finished: Record, tmp_path: Path):
 def test_ppo_is_refused_behind_a_failed_gate(finished: Record, tmp_path: Path):
     data = json.loads((finished.folder / "record.json").read_text())
     out = tmp_path / "gated"
-    import shutil
-
     shutil.copytree(finished.folder, out)
     data["stages"] = {k: data["stages"][k] for k in ("sft", "reward")}
     data["stages"]["reward"] |= {"gate": "failed", "gate_reason": "it is a test"}
