@@ -19,7 +19,7 @@ demo: $(BIN)/lora-rlhf ## the whole pipeline on the packaged tiny model, offline
 	$(BIN)/lora-rlhf demo --out $(OUT)
 
 test: $(BIN)/lora-rlhf ## the default tests: offline, no GPU
-	PYTEST_ADDOPTS="$(PYTEST_ADDOPTS)" $(BIN)/python -m pytest -n 2 --dist loadfile
+	PYTEST_ADDOPTS="$(PYTEST_ADDOPTS)" $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: ## formatting, lint and types (needs the extra `dev`)
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy

@@ -2,6 +2,7 @@
 """Tiny random models for tests: a base folder per architecture, and backbones on it."""
 
 import atexit
+import copy
 import functools
 import shutil
 import tempfile
@@ -111,6 +112,9 @@ def base(folder: str | Path, **model: object) -> BaseModel:
     return BaseModel.load(ModelSection(id=str(folder), **model), LoraSection())
 
 
+_BACKBONES: dict[tuple[object, ...], Backbone] = {}
+
+
 def backbone(
     name: str = "llama",
     *roles: str,
@@ -124,16 +128,31 @@ def backbone(
     hub_id: str | None = None,
     **overrides: object,
 ) -> Backbone:
-    """A backbone with these roles, each of them nudged off the identity so that all differ."""
-    made = Backbone.load(
-        ModelSection(
-            id=str(folder or base_folder(name, **overrides)),
-            dtype=dtype,
-            load_in_4bit=load_in_4bit,
-            hub_id=hub_id,
-        ),
-        LoraSection(r=r, alpha=alpha, top_fraction=top_fraction, target_modules=target_modules),
+    """A backbone with these roles, each of them nudged off the identity so that all differ.
+
+    Adding a role takes PEFT longer than copying the whole: backbones on the bases of this file are
+    made once for each last `torch.manual_seed`, from which their adapters are drawn, and copied.
+    """
+    model = ModelSection(
+        id=str(folder or base_folder(name, **overrides)),
+        dtype=dtype,
+        load_in_4bit=load_in_4bit,
+        hub_id=hub_id,
     )
+    lora = LoraSection(r=r, alpha=alpha, top_fraction=top_fraction, target_modules=target_modules)
+    if folder or load_in_4bit:
+        return _backbone(model, lora, roles)
+    seed = torch.initial_seed()
+    key = (model.model_dump_json(), lora.model_dump_json(), roles, seed)
+    if key not in _BACKBONES:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            _BACKBONES[key] = _backbone(model, lora, roles)
+    return copy.deepcopy(_BACKBONES[key])
+
+
+def _backbone(model: ModelSection, lora: LoraSection, roles: tuple[str, ...]) -> Backbone:
+    made = Backbone.load(model, lora)
     for role in roles:
         made.add_role(role)
     nudge(made, *roles)
