@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-# What tests make is small, and a full collection goes through all of torch.
+# Collect seldom: tests make little garbage, and a full collection goes through all of torch.
 gc.set_threshold(50_000, 50, 50)
 
 

@@ -271,10 +271,10 @@ def test_only_the_hub_module_talks_to_the_hub():
         "hub.backup": {"utils"},  # none of them across a stage's line
     }
     for name in set(FILES) - {"hub.repository"}:
-        found = {
+        names = {
             n for module, n in TREE.outside_imports(name) if module.startswith("huggingface_hub")
         }
-        assert found <= allowed.get(name, set()), name
+        assert names <= allowed.get(name, set()), name
         calls = {node.attr for node in TREE.nodes[name] if isinstance(node, ast.Attribute)}
         assert not calls & {"push_to_hub", "upload_folder", "create_repo", "create_commit"}, name
     for library in ("requests", "httpx", "urllib", "aiohttp", "socket", "http"):
@@ -293,23 +293,23 @@ SAFE_LOADERS = ("yaml.SafeLoader", "_Loader")
 
 def dangers(tree: ast.AST) -> list[str]:
     """What could run, or unpickle, something that a file says."""
-    found = []
+    dangerous = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [alias.name for alias in node.names]
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            found += [f"import {name}" for name in names if name.split(".")[0] in PICKLES]
-            found += [
+            dangerous += [f"import {name}" for name in names if name.split(".")[0] in PICKLES]
+            dangerous += [
                 f"from {node.module} import {name}"
                 for name in names
                 if isinstance(node, ast.ImportFrom) and f"{node.module}.{name}" in FORBIDDEN
             ]
         elif isinstance(node, ast.Attribute | ast.Name):
             bases = ("yaml.Loader", "yaml.UnsafeLoader", "yaml.FullLoader")
-            found += [dotted(node)] if dotted(node) in bases else []
+            dangerous += [dotted(node)] if dotted(node) in bases else []
         if not isinstance(node, ast.Call):
             continue
-        found += [dotted(node.func)] if dotted(node.func) in FORBIDDEN else []
+        dangerous += [dotted(node.func)] if dotted(node.func) in FORBIDDEN else []
         allowed = {
             "trust_remote_code": ("False",),
             "shell": ("False",),
@@ -319,7 +319,7 @@ def dangers(tree: ast.AST) -> list[str]:
             "Loader": SAFE_LOADERS,
         }
         keys = [(k.arg, ast.unparse(k.value)) for k in node.keywords]
-        found += [
+        dangerous += [
             f"{key}={value}" for key, value in keys if value not in allowed.get(key, (value,))
         ]
     for node in ast.walk(tree):  # options that are handed on as a dict
@@ -327,10 +327,10 @@ def dangers(tree: ast.AST) -> list[str]:
             for key, value in zip(node.keys, node.values, strict=True):
                 name = key.value if isinstance(key, ast.Constant) else None
                 if name in ("trust_remote_code", "shell") and not isinstance(value, ast.Constant):
-                    found.append(f"{name}: {ast.unparse(value)}")
+                    dangerous.append(f"{name}: {ast.unparse(value)}")
                 elif name in ("trust_remote_code", "shell") and value.value is True:
-                    found.append(f"{name}: True")
-    return found
+                    dangerous.append(f"{name}: True")
+    return dangerous
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -396,8 +396,9 @@ def test_every_recipe_key_is_read_somewhere():
 
 
 def test_every_recipe_key_is_described():
-    found = sections(recipe_sections.Recipe)
-    keys = {(s, key): f for s in found for key, f in s.model_fields.items()}
+    keys = {
+        (s, key): f for s in sections(recipe_sections.Recipe) for key, f in s.model_fields.items()
+    }
     undescribed = [
         f"{section.__name__}.{key}"
         for (section, key), field in keys.items()

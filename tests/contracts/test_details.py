@@ -86,12 +86,12 @@ def test_every_place_in_the_code_exists():
 def resolves(module, path):
     if module not in MODULES:
         return False
-    found = importlib.import_module(MODULES[module])
+    place = importlib.import_module(MODULES[module])
     for name in path:
-        fields = getattr(found, "__dataclass_fields__", {})
-        if not hasattr(found, name) and name not in fields:
+        fields = getattr(place, "__dataclass_fields__", {})
+        if not hasattr(place, name) and name not in fields:
             return False
-        found = getattr(found, name, None)
+        place = getattr(place, name, None)
     return True
 
 
@@ -105,8 +105,8 @@ def is_key(section, path):
 
 @functools.cache
 def functions_of(path):
-    [found] = (ROOT / "tests").rglob(path)
-    tree = ast.parse(found.read_text(encoding="utf-8"))
+    [file] = (ROOT / "tests").rglob(path)
+    tree = ast.parse(file.read_text(encoding="utf-8"))
     return {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
 
 
@@ -118,7 +118,7 @@ def test_every_test_exists():
         assert name.startswith("test_") and name in functions_of(path), f"{path}::{name}"
 
 
-def test_what_is_not_done_is_said_at_the_top():
+def test_what_is_not_done_is_listed_at_the_top():
     marks = {
         word: [n for n, text in items().items() if text.startswith(f"**{word}")]
         for word in ("Not done", "Partly")
@@ -221,12 +221,12 @@ def test_sampler_and_log_probs_share_the_temperature(tmp_path, temperature):
 
 
 def test_more_than_four_passes_over_a_rollout_are_refused(tmp_path):
-    asked = recipe({"num_iterations": 5})
+    little = recipe({"num_iterations": 5})
     with pytest.raises(RecipeError, match="num_iterations: 5") as caught:
-        ppo_stage.arguments(asked, tmp_path)
+        ppo_stage.arguments(little, tmp_path)
     assert "at most 4" in caught.value.expected and "ppo.updates" in caught.value.remedy
-    asked = recipe({"num_iterations": 4})
-    assert ppo_stage.arguments(asked, tmp_path).num_iterations == 4
+    little = recipe({"num_iterations": 4})
+    assert ppo_stage.arguments(little, tmp_path).num_iterations == 4
 
 
 def test_no_penalty_is_allowed_and_less_than_none_is_not():
@@ -241,7 +241,7 @@ def test_no_penalty_is_allowed_and_less_than_none_is_not():
 @pytest.mark.parametrize("name", ["rloo", "grpo"])
 def test_rloos_baseline_leaves_the_sample_out(tmp_path, monkeypatch, name):
     """RLOO: reward less the mean of the others of its group. GRPO keeps the group's own mean."""
-    asked = Recipe(
+    little = Recipe(
         name="little",
         algorithm=name,
         model=ModelSection(id="tiny"),
@@ -253,7 +253,7 @@ def test_rloos_baseline_leaves_the_sample_out(tmp_path, monkeypatch, name):
             args={**ARGS, "steps_per_generation": 2},
         ),
     )
-    given, found = [], []
+    given, advantages = [], []
 
     def score(completion_ids, **_):
         given.extend(float(sum(ids) % 11) for ids in completion_ids)
@@ -263,17 +263,19 @@ def test_rloos_baseline_leaves_the_sample_out(tmp_path, monkeypatch, name):
     kind = grpo_rloo._KINDS[name][1]
     real = kind._observe
     monkeypatch.setattr(
-        kind, "_observe", lambda self, out: (found.append(out["advantages"]), real(self, out))[1]
+        kind,
+        "_observe",
+        lambda self, out: (advantages.append(out["advantages"]), real(self, out))[1],
     )
-    record = Record.open(tmp_path / "run", asked)
-    context = StageContext(asked, roles(), record, Progress(quiet=True))
-    grpo_rloo.run(context, grpo_rloo.arguments(asked, tmp_path), prompts())
+    record = Record.open(tmp_path / "run", little)
+    context = StageContext(little, roles(), record, Progress(quiet=True))
+    grpo_rloo.run(context, grpo_rloo.arguments(little, tmp_path), prompts())
     groups = torch.tensor(given).reshape(-1, 4)
     others = (groups.sum(1, keepdim=True) - groups) / 3
     mean, std = groups.mean(1, keepdim=True), groups.std(1, keepdim=True)
     wanted = groups - others if name == "rloo" else (groups - mean) / (std + 1e-4)
     assert groups.std() > 0.5, "the test could not tell"
-    torch.testing.assert_close(found[0].reshape(-1, 4).cpu(), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(advantages[0].reshape(-1, 4).cpu(), wanted, rtol=1e-4, atol=1e-4)
     if name == "rloo":  # the mean with the sample itself in it is short by the factor (k - 1) / k
         torch.testing.assert_close((groups - mean), wanted * 3 / 4)
 
@@ -318,7 +320,7 @@ def test_openais_published_formulas_on_one_episode():
     assert o.adapted_kl_coef(0.2, sequence, 6.0, 10_000, 64) == pytest.approx(0.199744)
 
 
-def close(found, wanted):
+def close(actual, wanted):
     torch.testing.assert_close(
-        found, torch.tensor([wanted], dtype=torch.float32), rtol=0, atol=1e-5
+        actual, torch.tensor([wanted], dtype=torch.float32), rtol=0, atol=1e-5
     )

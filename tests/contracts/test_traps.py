@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes wrong, silently for the most part, when several adapters share one backbone.
+"""Faults, mostly silent, of several adapters on one backbone.
 
 One test or more per trap; each was seen to fail with its guard taken out. The traps that belong to
 the PPO update (two roles under gradient checkpointing, gradient clips, the optimizer's groups) are
@@ -206,7 +206,7 @@ def test_a_reward_adapter_reloads_unaided(tmp_path):
 def test_trl_finds_the_policy_by_the_name_it_looks_for(tmp_path):
     """DPO always, GRPO with beta != 0, look up "default": a KeyError for an adapter called policy.
 
-    They clone it as `ref`, which must neither be saved nor stay in memory for ever.
+    They clone it as `ref`, which must neither be saved nor stay in memory.
     """
     backbone = small.backbone("llama", "reference", "policy", "reward")
     size = backbone.memory_report()["total"]
@@ -321,7 +321,7 @@ def test_the_reward_trainer_trains_the_rewards_adapter(tmp_path, stale):
 
 
 def test_no_stale_adapter_is_left_after_an_error():
-    """A stale adapter makes the reference equal the policy: KL = 0 for ever, and no error."""
+    """A stale adapter makes the reference equal the policy: KL = 0 from then on, and no error."""
     backbone = small.backbone("llama", *ROLES)
     policy = scoring.sequence_logprobs(backbone, EPISODES, "policy")
     reference = scoring.sequence_logprobs(backbone, EPISODES, "reference")

@@ -65,10 +65,10 @@ def bits(record: Record) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(
-    ("n", "rows", "told"), [(24, 24, 24), (512, 24, 24), (3, 24, 3), (100, 100, 0)]
+    ("n", "rows", "reported"), [(24, 24, 24), (512, 24, 24), (3, 24, 3), (100, 100, 0)]
 )
-def test_few_prompts_of_the_evaluation_are_told_before_anything_is_trained(
-    tmp_path, monkeypatch, n, rows, told
+def test_few_evaluation_prompts_are_reported_before_training(
+    tmp_path, monkeypatch, n, rows, reported
 ):
     class Training(Exception):
         pass
@@ -77,27 +77,27 @@ def test_few_prompts_of_the_evaluation_are_told_before_anything_is_trained(
         context.record.save()
         raise Training
 
-    said = []
+    printed = []
     progress = Progress(quiet=True)
-    monkeypatch.setattr(progress, "say", said.append)
+    monkeypatch.setattr(progress, "say", printed.append)
     monkeypatch.setattr(pipeline.sft, "run", train)
     changes = [f"evaluate.n={n}", f"data.evaluate.0.n={rows}"]
     with pytest.raises(Training):
         pipeline.run(recipe(*changes), tmp_path / "run", progress=progress)
-    lines = [line for line in said if "evaluation rests" in line]
+    lines = [line for line in printed if "evaluation rests" in line]
     notes = Record.read(tmp_path / "run").data["data"]["prompts"]["notes"]
-    if not told:
+    if not reported:
         assert not lines and not notes
         return
-    [finding] = findings.few_prompts(told)
+    [finding] = findings.few_prompts(reported)
     assert lines == [finding.line()] and "\n" not in finding.line()
-    assert f"rests on {told} prompts" in finding.line() and "evaluate.n" in finding.line()
-    assert notes == [f"the evaluation rests on {told} prompts: only large differences show"]
+    assert f"rests on {reported} prompts" in finding.line() and "evaluate.n" in finding.line()
+    assert notes == [f"the evaluation rests on {reported} prompts: only large differences show"]
 
 
-def test_the_doctor_says_of_few_prompts_what_the_run_said(finished: Record):
-    [told] = [found for found in doctor.examine(finished) if found.name == "few_prompts"]
-    assert [told] == list(findings.few_prompts(12))
+def test_doctor_and_run_agree_on_few_prompts(finished: Record):
+    [finding] = [f for f in doctor.examine(finished) if f.name == "few_prompts"]
+    assert [finding] == list(findings.few_prompts(12))
 
 
 def test_a_run_leaves_everything_a_user_was_promised(finished: Record):
@@ -236,7 +236,7 @@ def test_stages_are_shared_only_between_equal_recipes(started: str, tmp_path: Pa
         pipeline.run(recipe(), other.folder, start_from=started)
 
 
-def test_what_cannot_end_well_is_refused_before_anything(tmp_path: Path, monkeypatch):
+def test_runs_that_cannot_finish_are_refused_before_anything(tmp_path: Path, monkeypatch):
     out = tmp_path / "run"
     with pytest.raises(UsageError, match="no stage 'ppo' with algorithm: grpo"):
         pipeline.run(recipe("algorithm=grpo"), out, until="ppo")
@@ -263,8 +263,8 @@ def test_comparisons_of_a_file_are_read_once(tmp_path: Path, monkeypatch):
         pipeline.dataset_builder, "comparisons", lambda *a, **k: reads.append(k) or real(*a, **k)
     )
     short = ("sft.args.max_steps=1", "reward.args.max_steps=1")
-    asked = recipe(f"data.comparisons=[{{path: {path}}}]", *short)
-    record = pipeline.run(asked, tmp_path / "run", until="reward")
+    with_file = recipe(f"data.comparisons=[{{path: {path}}}]", *short)
+    record = pipeline.run(with_file, tmp_path / "run", until="reward")
     assert len(reads) == 1 and record.done("reward")
     path.write_text(path.read_text().replace("no", "nay"))
     changed = recipe(f"data.comparisons=[{{path: {path}}}]", "algorithm=dpo", *short)
@@ -311,34 +311,34 @@ def test_a_free_key_that_changes_reaches_cards_and_seal(copied):
     ["sft.args.per_device_train_batch_size=0", "reward.args.lr_scheduler_kwargs={min_lr: 1}",
      "ppo.args.learning_rate=fast", "report_to=[foo]", "sft.args.activation_offloading=true"],
 )  # fmt: skip
-def test_bad_args_are_told_before_anything(change: str, tmp_path: Path):
+def test_bad_args_are_refused_before_anything(change: str, tmp_path: Path):
     with pytest.raises(RecipeError, match=change.split("=")[0].rsplit(".", 1)[0]):
         pipeline.run(recipe(change), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def data(record: Record, asked, **backbone) -> pipeline._Data:
+def data(record: Record, parsed, **backbone) -> pipeline._Data:
     made = SimpleNamespace(tokenizer=None, **backbone)
-    return pipeline._Data(asked, record, made, Progress(quiet=True))
+    return pipeline._Data(parsed, record, made, Progress(quiet=True))
 
 
 def test_two_task_sources_get_answers_of_their_own(tmp_path: Path):
-    asked, drawn = recipe(), []
-    record = Record.open(tmp_path / "run", asked)
+    parsed, drawn = recipe(), []
+    record = Record.open(tmp_path / "run", parsed)
     generate = lambda ids, *_, **__: drawn.append(ids) or ids  # noqa: E731
-    made = data(record, asked, encode_prompt=str, decode=str, generate=generate)
+    made = data(record, parsed, encode_prompt=str, decode=str, generate=generate)
     assert made.sample(["a", "b"], 2, 0) == [["a", "a"], ["b", "b"]]
     assert made.sample(["c"], 3, 0) == [["c", "c", "c"]]
     assert made.sample(["a", "b"], 2, 0) == [["a", "a"], ["b", "b"]] and len(drawn) == 2
 
 
 def test_a_reward_model_that_nobody_needs_is_done(tmp_path: Path):
-    asked = recipe("ppo.reward=gold", "data.comparisons=[]")
-    record = Record.open(tmp_path / "run", asked)
-    context = StageContext(asked, None, record, Progress(quiet=True))
-    pipeline._run_stage("reward", context, None, data(record, asked))
+    parsed = recipe("ppo.reward=gold", "data.comparisons=[]")
+    record = Record.open(tmp_path / "run", parsed)
+    context = StageContext(parsed, None, record, Progress(quiet=True))
+    pipeline._run_stage("reward", context, None, data(record, parsed))
     assert record.done("reward") and "gold" in record.data["stages"]["reward"]["skipped"]
-    assert pipeline._finished(asked, record, "reward")
+    assert pipeline._finished(parsed, record, "reward")
     assert not pipeline._finished(recipe("data.comparisons=[]"), record, "reward")
 
 
@@ -362,7 +362,7 @@ def test_ppo_is_refused_behind_a_failed_gate(finished: Record, tmp_path: Path):
         pipeline.run(recipe("reward.gate=stop"), out)
 
 
-def test_missing_data_is_found_before_anything_is_trained(tmp_path: Path):
+def test_missing_data_is_reported_before_training(tmp_path: Path):
     with pytest.raises(DataError):
         pipeline.run(recipe("data.prompts=[{path: nowhere.jsonl}]"), tmp_path / "d")
     assert not Record.read(tmp_path / "d").data["stages"]

@@ -19,13 +19,13 @@ from lora_rlhf.runs.record import Record
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_at_random_moments(runs: Runs, stage: str, tmp_path: Path):
     """One run, killed again and again wherever it has got to: each update is logged once."""
-    wanted, asked = killed.bits(runs.after(stage)), runs.recipe(stage)
+    wanted, recipe = killed.bits(runs.after(stage)), runs.recipe(stage)
     rng, hit = random.Random(os.environ.get("KILL_SEED")), []
     for attempt in range(8):  # a machine that is faster than when it was timed is over too soon
         out = runs.copy(stage, tmp_path / str(attempt))
         moments = [rng.uniform(0.1, 0.6) * 0.7**attempt * runs.seconds(stage) for _ in range(2)]
-        hit = [killed.kill(asked, out, stage, after) for after in moments]
-        killed.finish(asked, out, stage)
+        hit = [killed.kill(recipe, out, stage, after) for after in moments]
+        killed.finish(recipe, out, stage)
         assert killed.bits(out) == wanted, f"killed after {moments} s"
         assert not list((out / "checkpoints").glob("*/step-*")), "a finished stage needs none"
         if any(hit):
@@ -38,17 +38,17 @@ def test_killed_at_random_moments(runs: Runs, stage: str, tmp_path: Path):
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_at_twenty_moments(runs: Runs, stage: str, tmp_path: Path):
     """Every one of them a run of its own, so that none hides behind another."""
-    wanted, asked = killed.bits(runs.after(stage)), runs.recipe(stage)
+    wanted, recipe = killed.bits(runs.after(stage)), runs.recipe(stage)
     # Timed again: files are warm now, and moments after the end would hit nothing.
-    seconds = killed.finish(asked, runs.copy(stage, tmp_path / "timed"), stage)
+    seconds = killed.finish(recipe, runs.copy(stage, tmp_path / "timed"), stage)
     assert killed.bits(tmp_path / "timed") == wanted
     rng, hits, gone_on, tries = random.Random(os.environ.get("KILL_SEED")), 0, 0, 0
     while hits < 22:
         tries += 1
         out = runs.copy(stage, tmp_path / str(tries))
         after = rng.uniform(0.2, 0.95) * seconds
-        killed_it = killed.kill(asked, out, stage, after)
-        killed.finish(asked, out, stage)
+        killed_it = killed.kill(recipe, out, stage, after)
+        killed.finish(recipe, out, stage)
         assert killed.bits(out) == wanted, f"killed after {after} s"
         hits += killed_it
         gone_on += killed_it and "resumed" in Record.read(out).data["clock"]
@@ -57,7 +57,7 @@ def test_killed_at_twenty_moments(runs: Runs, stage: str, tmp_path: Path):
     assert gone_on or stage == "evaluate"
 
 
-def test_killed_between_a_stage_and_what_is_said_of_it(runs: Runs, tmp_path: Path, monkeypatch):
+def test_killed_between_a_stage_and_its_record(runs: Runs, tmp_path: Path, monkeypatch):
     """The record's `lora` counts the value, which nothing loads again once PPO is done."""
     out, real = runs.copy("ppo", tmp_path / "run"), Record._drop_checkpoints
 
@@ -66,10 +66,10 @@ def test_killed_between_a_stage_and_what_is_said_of_it(runs: Runs, tmp_path: Pat
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(Record, "_drop_checkpoints", die)
-    asked = runs.recipe("ppo")
-    assert killed.wait(killed.start(killed.go, asked, out, "ppo")) == -signal.SIGKILL
+    recipe = runs.recipe("ppo")
+    assert killed.wait(killed.start(killed.go, recipe, out, "ppo")) == -signal.SIGKILL
     monkeypatch.undo()
-    killed.finish(asked, out, "ppo")
+    killed.finish(recipe, out, "ppo")
     assert killed.bits(out) == killed.bits(runs.after("ppo"))
     assert "value" in Record.read(out).data["lora"]["parameters_per_role"]
 
@@ -78,23 +78,23 @@ def test_killed_between_a_stage_and_what_is_said_of_it(runs: Runs, tmp_path: Pat
 def test_killed_between_two_models_of_the_evaluation(runs: Runs, tmp_path: Path, model: str):
     """What is done is not done again, whether or not the value is still in memory."""
     whole = runs.after("evaluate")
-    out, asked = runs.copy("evaluate", tmp_path / "run"), runs.recipe("evaluate")
+    out, recipe = runs.copy("evaluate", tmp_path / "run"), runs.recipe("evaluate")
 
-    def die(asked, out: Path) -> None:
+    def die(recipe, out: Path) -> None:
         real = AnswerCache.put
 
-        def put(self, name, found):
-            real(self, name, found)
+        def put(self, name, answers):
+            real(self, name, answers)
             if name == model:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         AnswerCache.put = put
-        pipeline.run(asked, out, until="evaluate")
+        pipeline.run(recipe, out, until="evaluate")
 
-    assert killed.wait(killed.start(die, asked, out)) == -signal.SIGKILL
+    assert killed.wait(killed.start(die, recipe, out)) == -signal.SIGKILL
     done = ["base.json", "sft.json"][: 1 + (model == "sft")]
     assert sorted(p.name for p in (out / "checkpoints" / "evaluate").iterdir()) == done
-    killed.finish(asked, out, "evaluate")
+    killed.finish(recipe, out, "evaluate")
     assert killed.bits(out) == killed.bits(whole)
     resumed = Record.read(out).data["clock"]["resumed"]
     assert [line["from"] for line in resumed if line["training"] == "evaluate"] == done

@@ -71,8 +71,8 @@ def write(folder: Path, fault: str | None, n: int) -> None:
         "prompts": [{"prompt": prompt(rng)} for _ in range(n)],
     }
     folder.mkdir(parents=True, exist_ok=True)
-    for name, found in rows.items():
-        text = "".join(json.dumps(row) + "\n" for row in found)
+    for name, lines in rows.items():
+        text = "".join(json.dumps(row) + "\n" for row in lines)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 

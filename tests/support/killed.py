@@ -58,9 +58,9 @@ def write(folder: Path, n: int = 40) -> None:
 def recipe(folder: Path, *sets: str):
     base = folder / "base" if (folder / "base").is_dir() else base_folder("llama")
     text = broken_runs.RECIPE.format(base=base)
-    asked = parse_recipe(text, "recipe.yaml", [*SETS, *sets], folder)
-    run_memory.before_run(asked)  # what it counts is kept, and would be counted by every child
-    return asked
+    parsed = parse_recipe(text, "recipe.yaml", [*SETS, *sets], folder)
+    run_memory.before_run(parsed)  # what it counts is kept, and would be counted by every child
+    return parsed
 
 
 def start(run, *args, **kwargs) -> int:
@@ -88,28 +88,28 @@ def wait(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def go(asked, out: Path, until: str) -> None:
-    pipeline.run(asked, out, until=until)
+def go(recipe, out: Path, until: str) -> None:
+    pipeline.run(recipe, out, until=until)
 
 
-def finish(asked, out: Path, until: str) -> float:
+def finish(recipe, out: Path, until: str) -> float:
     """Run to the end in a child; seconds it took."""
     started, log = time.monotonic(), out.with_suffix(".error")
     os.environ["KILLED_LOG"] = str(log)
-    code = wait(start(go, asked, out, until))
+    code = wait(start(go, recipe, out, until))
     assert code == 0, log.read_text()
     return time.monotonic() - started
 
 
-def kill(asked, out: Path, until: str, after: float) -> bool:
+def kill(recipe, out: Path, until: str, after: float) -> bool:
     """Run in a child and kill it after so many seconds; False where it was done before."""
-    child = start(go, asked, out, until)
+    child = start(go, recipe, out, until)
     time.sleep(after)
     os.kill(child, signal.SIGKILL)
     return wait(child) == -signal.SIGKILL
 
 
-def die_after_save(asked, out: Path, name: str, step: int) -> None:
+def die_after_save(recipe, out: Path, name: str, step: int) -> None:
     """Run PPO, and kill this process when the stage `name` has saved its checkpoint of `step`."""
     real = checkpoint_callback.CheckpointCallback.save
 
@@ -119,7 +119,7 @@ def die_after_save(asked, out: Path, name: str, step: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     checkpoint_callback.CheckpointCallback.save = save
-    pipeline.run(asked, out, until="ppo")
+    pipeline.run(recipe, out, until="ppo")
 
 
 def bits(folder: Path) -> dict[str, object]:
@@ -139,7 +139,7 @@ def bits(folder: Path) -> dict[str, object]:
 
 
 class Runs:
-    """Undisturbed runs of one recipe up to each stage, made when first asked for.
+    """Undisturbed runs of one recipe up to each stage, made at the first use.
 
     They lie in one folder for both workers of `pytest -n 2`; a lock keeps them from making the same
     run twice.

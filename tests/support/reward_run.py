@@ -30,18 +30,18 @@ def words(rng, n):
 
 def rows(better, n, seed, k=3):
     """Rankings of k random completions by `better`, as data.py leaves them; ties are out."""
-    rng, found = random.Random(seed), []
+    rng, pairs = random.Random(seed), []
     for group in range(n):
         prompt = words(rng, 2) + f" w{10 + group % 40}"
         texts = [words(rng, rng.choice((1, 2, 7, 8))) + f" w{50 + i}" for i in range(k)]
         rng.shuffle(texts)
-        found += [
+        pairs += [
             {"prompt": prompt, "chosen": a, "rejected": b, "group": group}
             for a in texts
             for b in texts
             if better(a) > better(b)
         ]
-    return Dataset.from_list(found)
+    return Dataset.from_list(pairs)
 
 
 def last_word(text):

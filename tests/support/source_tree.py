@@ -71,7 +71,7 @@ class SourceTree:
         return parts[: len(parts) + 1 - level]
 
     def _strings(self, name: str, node: ast.AST) -> Iterator[str]:
-        """What a string imports: `"lora_rlhf.runs.record.Record"`, `shell.room("pipeline")`.
+        """Modules named in a string: `"lora_rlhf.runs.record.Record"`, `shell.room("pipeline")`.
 
         A function that calls `import_module` opens what its callers name in their first argument.
         """
