@@ -46,7 +46,7 @@ def load(model: ModelSection) -> tuple[PreTrainedModel, PreTrainedTokenizerBase,
 
     Raises:
         BaseModelError: The model cannot be found or read, or is no causal language model.
-        TokenizerError: There is no pad token apart from eos.
+        TokenizerError: There is no eos, no unused token to pad with, or a token without a row.
         SetupError: 4-bit needs bitsandbytes, which cannot be used.
     """
     where = _locate(model)

@@ -11,11 +11,7 @@ _PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_
 
 
 def ensure_distinct_pad(tokenizer: PreTrainedTokenizerBase, causal: PreTrainedModel) -> None:
-    """Give tokenizer and model a pad token that is no eos, without resizing the vocabulary.
-
-    Raises:
-        TokenizerError: There is no eos, or no unused token to pad with.
-    """
+    """Give tokenizer and model a pad token that is no eos, without resizing the vocabulary."""
     if tokenizer.eos_token_id is None:
         raise TokenizerError(
             "the tokenizer has no eos token", remedy="use a base whose tokenizer has one"
@@ -49,9 +45,6 @@ def check_embedding_rows(tokenizer: PreTrainedTokenizerBase, causal: PreTrainedM
     """Reject tokens that can occur but were added behind the last row of the embedding.
 
     A special token that no template writes does no harm: texts are kept free of special tokens.
-
-    Raises:
-        TokenizerError: Naming such a token.
     """
     rows, template = causal.get_input_embeddings().num_embeddings, _template_text(tokenizer)
     bad = [
