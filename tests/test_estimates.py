@@ -332,3 +332,29 @@ def test_calibration_of_ties_and_empty_bins():
     assert [b["observed"] for b in bins] == [0.5, pytest.approx(2 / 3)]
     assert bins[1]["observed_low"] == estimates.wilson(2, 3)["low"]
     assert estimates.calibration_error(bins) == pytest.approx(3 / 5 * (1 - 2 / 3))
+
+
+def test_share_interval_covers():
+    rng, inside, runs = np.random.default_rng(0), 0, 400
+    for _ in range(runs):
+        p = rng.beta(7, 3, size=40)  # 40 prompts, six pairs each, mean 0.7
+        outcomes = (rng.random((40, 6)) < p[:, None]).astype(float).ravel()
+        found = estimates.share_interval(outcomes, np.repeat(np.arange(40), 6).tolist())
+        inside += found["low"] <= 0.7 <= found["high"]
+    assert 0.93 <= inside / runs <= 0.98
+
+
+def test_share_interval_at_its_edges():
+    assert estimates.share_interval([1, 0, 1], "abc") == estimates.wilson(2, 3)
+    assert estimates.share_interval([1, 0], "aa") == {
+        "value": 0.5,
+        "low": None,
+        "high": None,
+        "n": 2,
+    }
+    sure = estimates.share_interval([1.0] * 8, list("aabbccdd"))
+    assert sure["high"] == 1.0 and sure["low"] < estimates.wilson(4, 4)["low"]
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        estimates.share_interval([2.0], "a")
+    with pytest.raises(ValueError, match="2 outcomes but 1"):
+        estimates.share_interval([1, 0], "a")
