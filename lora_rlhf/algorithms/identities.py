@@ -65,22 +65,17 @@ def policy_equals_reference(policy: Tensor, reference: Tensor, mask: Tensor) -> 
     return worst
 
 
-def ratio_off_one(ratio_bt: Tensor, mask_bt: Tensor, dtype: torch.dtype) -> float:
-    """Measure |ratio - 1| on a rollout's first micro-batch, as `RATIO_TOLERANCE` bounds it."""
-    return _typical((ratio_bt - 1).abs(), mask_bt, dtype)
-
-
-def ratio_is_one(ratio_bt: Tensor, mask_bt: Tensor, dtype: torch.dtype) -> float:
-    """Check that the ratio is 1 on the first micro-batch, against a separate forward's log-probs.
-
-    Returns:
-        |ratio - 1|.
+def ratio_is_one(
+    ratio_bt: Tensor, mask_bt: Tensor, dtype: torch.dtype, *, enforce: bool = True
+) -> float:
+    """Measure |ratio - 1| on a rollout's first micro-batch, against a separate forward's log-probs.
 
     Raises:
-        IdentityError: Dropout is on, the temperature differs, or another adapter was active.
+        IdentityError: It is above `RATIO_TOLERANCE`: dropout is on, the temperature differs, or
+            another adapter was active.
     """
-    off = ratio_off_one(ratio_bt, mask_bt, dtype)
-    if not off <= RATIO_TOLERANCE[dtype]:
+    off = _typical((ratio_bt - 1).abs(), mask_bt, dtype)
+    if enforce and not off <= RATIO_TOLERANCE[dtype]:
         raise IdentityError(
             f"before any update, the ratio of new to old probabilities is off 1 by {off:.3g}",
             expected=f"at most {RATIO_TOLERANCE[dtype]} in {dtype}",

@@ -89,17 +89,20 @@ class CheckpointCallback(TrainerCallback):
         if self.resumed is None:
             self.record.truncate_log(self.name)
             return self._train(trainer)
-        notes = self.resumed.notes
+        notes, folder = self.resumed.notes, self.resumed.folder
         if not self.record.truncate_log(self.name, notes["lines"]):
-            raise checkpoint.lacking(self.resumed.folder, "metrics.jsonl has fewer lines than then")
+            raise checkpoint.lacking(folder, "metrics.jsonl has fewer lines than then")
         if rows := _differences(self.resumed.run, self.run):
-            raise checkpoint.changed(self.resumed.folder, rows)
+            raise checkpoint.changed(folder, rows)
         self._seconds = float(notes["seconds"])
-        self._note_resumed(self.resumed)
+        self.progress.say(f"{self.name}: continuing from {folder.name}")
+        clock = self.record.data["clock"]
+        clock.setdefault("resumed", []).append({"training": self.name, "from": folder.name})
+        clock.setdefault("before", {})[self.name] = self._seconds
+        self.record.save()
         if "finished" in notes:
             self.load(trainer)
-            state = self.resumed.folder / checkpoint.TRAINER_STATE
-            trainer.state = TrainerState.load_from_json(str(state))
+            trainer.state = TrainerState.load_from_json(str(folder / checkpoint.TRAINER_STATE))
             return Result(*notes["finished"])
         return self._train(trainer)
 
@@ -140,14 +143,6 @@ class CheckpointCallback(TrainerCallback):
         }
         self.record.save()
         self.progress.say(f"{self.name}: restarting from the adapters of {start.folder.name}")
-
-    def _note_resumed(self, start: Checkpoint) -> None:
-        self.progress.say(f"{self.name}: continuing from {start.folder.name}")
-        clock = self.record.data["clock"]
-        line = {"training": self.name, "from": start.folder.name}
-        clock["resumed"] = [*clock.get("resumed", []), line]
-        clock.setdefault("before", {})[self.name] = self._seconds
-        self.record.save()
 
     def on_epoch_begin(self, *_: Any, train_dataloader: Any = None, **__: Any) -> None:
         """Note the random states that this epoch's order is drawn from; restore them on resume."""

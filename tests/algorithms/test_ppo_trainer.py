@@ -686,14 +686,14 @@ def test_a_value_head_gives_the_values_of_the_policys_states(tmp_path):
     made = roles()
     run = Run(tmp_path / "r", made=made, value="head", kl_coef=0.0)
     seen = {}
-    score = run.trainer._score_roles
+    score = run.trainer.scorer.score
 
-    def keep(out):
-        result = score(out)
+    def keep(out, *, exact):
+        result = score(out, exact=exact)
         seen.update(out)
         return result
 
-    run.trainer._score_roles = keep
+    run.trainer.scorer.score = keep
     weight, bias = (p.detach().clone() for p in made.head("value").parameters())
     before = {n: p.detach().clone() for n, p in made.role_parameters("policy")}
     run.go()

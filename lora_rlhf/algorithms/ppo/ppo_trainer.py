@@ -101,14 +101,8 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
             train_dataset=train_dataset,
             callbacks=callbacks,
         )
-        self.scorer = Scorer(
-            backbone,
-            ppo,
-            self.temperature,
-            args.per_device_train_batch_size,
-            self.identities,
-            progress.say,
-        )
+        size = args.per_device_train_batch_size
+        self.scorer = Scorer(backbone, ppo, self.temperature, size, self.identities, progress.say)
         self.controller = PPOController(backbone, ppo, progress, args.generation_batch_size)
         self.add_callback(self.controller)
 
@@ -166,7 +160,8 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
             k: out[k] for k in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
         }
         mask_bt, ended_b = out["completion_mask"], self._ended(out)
-        reference_bt = self._score_roles(out)
+        # Until the policy has moved, its log-probs must have the reference's bits.
+        reference_bt = self.scorer.score(out, exact=self.policy_updates == 0)
         finite = self.check_finite("log-probs", out["old_logprobs"], reference_bt, rollout=True)
         finite = self.check_finite("values", out["old_values"], rollout=True) and finite
         if finite and self.policy_updates == 0 and not self.warm_started:
@@ -189,11 +184,6 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
         self.progress.phase("update")
         return out
 
-    def _score_roles(self, out: dict[str, Any]) -> Tensor:
-        """Add the roles' log-probs and values to the rollout; returns the reference's log-probs."""
-        # Until the policy has moved, its log-probs must have the reference's bits.
-        return self.scorer.score(out, exact=self.policy_updates == 0)
-
     def _ended(self, batch: dict[str, Tensor]) -> Tensor:
         """Mark the episodes whose last valid token is an eos. Shape (B,)."""
         last_b = (batch["completion_mask"].sum(dim=1) - 1).clamp(min=0).long().unsqueeze(1)
@@ -201,37 +191,26 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
         return torch.isin(batch["completion_ids"].gather(1, last_b).squeeze(1), eos)
 
     def _get_per_token_logps_and_entropies(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        logits_to_keep: int,
-        *_: Any,
-        **__: Any,
+        self, model: Any, input_ids: Tensor, mask: Tensor, tokens: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor, None]:
         # TRL calls this where its own loss needs old log-probs. Ours are computed once, above, and
         # what is returned here is not used: no forward.
-        empty = torch.zeros(input_ids.shape[0], logits_to_keep, device=input_ids.device)
+        empty = torch.zeros(len(input_ids), tokens, device=input_ids.device)
         return empty, empty, None
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         """Return a micro-batch: of a new rollout when the last is used up, shuffled each epoch."""
-        micro = self.args.steps_per_generation
+        micro, window = self.args.steps_per_generation, self.args.gradient_accumulation_steps
         if self._step % (micro * self.num_iterations) == 0 or not self._rollout:
             # Trunk states are large: free those of the last rollout before the next is made.
             self._rollout, self._buffered_inputs = {}, None
             self._rollout = self._generate_and_score_completions(generation_batch)
         if self._step % micro == 0 or self._buffered_inputs is None:
-            self._buffered_inputs = self._split()
+            self._buffered_inputs = minibatches.split(self._rollout, micro, window)
+            if self.text is not None:
+                minibatches.add_text(self._buffered_inputs, self.text, window, self.backbone)
         batch: dict[str, Any] = self._buffered_inputs[self._step % micro]
         return batch
-
-    def _split(self) -> list[dict[str, Any]]:
-        window = self.args.gradient_accumulation_steps
-        batches = minibatches.split(self._rollout, self.args.steps_per_generation, window)
-        if self.text is not None:
-            minibatches.add_text(batches, self.text, window, self.backbone)
-        return batches
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Compute the policy's clipped loss over the valid tokens of the whole minibatch."""
@@ -250,13 +229,12 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
         result = policy_loss(logprobs_bt, old_bt, inputs["advantages"], mask_bt, *clip)
         per_rollout = self.args.steps_per_generation * self.num_iterations
         if self.check_finite("log-probs", logprobs_bt) and self._step % per_rollout == 0:
-            dtype = self.backbone.causal.dtype
-            off = identities.ratio_off_one(result.ratio_bt, mask_bt, dtype)
-            self.note({"policy/ratio_start": off})
+            dtype, first = self.backbone.causal.dtype, "ratio_at_start" not in self.identities
             # In half precision later rollouts are only logged: a rounding must not stop a run.
-            if dtype == torch.float32 or "ratio_at_start" not in self.identities:
-                identities.ratio_is_one(result.ratio_bt, mask_bt, dtype)
-            if "ratio_at_start" not in self.identities:
+            enforce = first or dtype == torch.float32
+            off = identities.ratio_is_one(result.ratio_bt, mask_bt, dtype, enforce=enforce)
+            self.note({"policy/ratio_start": off})
+            if first:
                 # This first, since it may run out of memory and then the step is done again.
                 self.frozen_check = FrozenRolesCheck.take(
                     self.backbone, "ppo", ("policy", "value"), inputs, self.temperature
