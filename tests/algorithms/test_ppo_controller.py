@@ -116,7 +116,7 @@ def test_best_returns_to_the_peak_of_the_held_out_reward(monkeypatch):
 
 
 @pytest.mark.parametrize("action", ["off", "warn", "raise_kl", "stop"])
-def test_a_serious_sign_is_acted_upon_as_the_recipe_says(monkeypatch, action):
+def test_the_recipe_decides_what_a_serious_alarm_does(monkeypatch, action):
     sick = alarms.Sign("made_up", "it is sick")
     monkeypatch.setattr(alarms, "signs", lambda lines: [sick])
     steered = steering(watch=action, kl_coef=0.05)
@@ -126,7 +126,7 @@ def test_a_serious_sign_is_acted_upon_as_the_recipe_says(monkeypatch, action):
     assert signs is None if action == "off" else signs[0]["message"] == "it is sick"
 
 
-def test_a_sign_is_told_once(monkeypatch):
+def test_an_alarm_is_reported_once(monkeypatch):
     sick = alarms.Sign("made_up", "it is sick", serious=False)
     monkeypatch.setattr(alarms, "signs", lambda lines: [sick])
     steered = steering(watch="stop")

@@ -189,7 +189,7 @@ def test_the_saved_policy_is_the_trained_one(finished):
     assert (record.adapter("value") / "adapter_model.safetensors").is_file()
 
 
-def test_nothing_of_the_stage_stays_switched_on(finished):
+def test_the_stage_leaves_nothing_active(finished):
     made, _, _ = finished
     assert made.active() is None
     assert not any(p.requires_grad for v in made.views.values() for p in v.parameters())

@@ -485,7 +485,7 @@ def test_nan_reward_names_the_prompt(tmp_path):
         Run(tmp_path / "none", rewards=[lambda prompts, **_: [None] * len(prompts)]).go()
 
 
-def test_nan_of_a_reward_that_is_only_logged_is_let_through(tmp_path):
+def test_nan_of_a_reward_that_is_only_logged_is_ignored(tmp_path):
     def absent(prompts, **_):
         return [float("nan"), *[2.0] * (len(prompts) - 1)]
 
@@ -572,7 +572,7 @@ def test_the_log_holds_exactly_what_is_listed(tmp_path):
     assert run.lines[0]["policy/ratio_max"] > 1
 
 
-def test_the_largest_ratio_is_a_largest_and_not_a_mean(tmp_path):
+def test_the_logged_largest_ratio_is_not_averaged(tmp_path):
     run = Run(tmp_path / "r", {"steps_per_generation": 3}, updates=1)
     log = run.trainer._metrics["train"]
     log["policy/ratio_max"] += [1.0, 4.0, 1.0]

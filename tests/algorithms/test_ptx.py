@@ -41,7 +41,7 @@ def test_every_text_comes_once_before_any_comes_again():
     assert seen[:4] == [int(row[0]) for row in again.next(made).ids]
 
 
-def test_fewer_texts_than_a_batch_are_not_said_twice():
+def test_fewer_texts_than_a_batch_are_not_repeated():
     assert TextMix(ROWS, 99, 0, pad_id=0).size == 4
 
 
@@ -131,7 +131,7 @@ def test_long_documents_are_cut_and_nothing_is_lost(tmp_path):
     assert report["special_tokens_in_text"] == 1
 
 
-def test_text_without_the_column_is_told_with_file_and_line(tmp_path):
+def test_text_without_its_column_is_an_error_with_file_and_line(tmp_path):
     path = tmp_path / "text.jsonl"
     path.write_text('{"text": "fine"}\n{"content": "no"}\n')
     with pytest.raises(DataError) as error:

@@ -66,7 +66,7 @@ def test_after_the_first_update_each_role_makes_one_pass_over_its_own_layers(tmp
 
 
 @pytest.mark.parametrize("top_fraction", [1.0, 0.5])
-def test_what_the_sampler_knew_is_what_a_pass_finds(tmp_path, top_fraction):
+def test_the_samplers_numbers_equal_those_of_a_pass(tmp_path, top_fraction):
     made = run(tmp_path / "r", top_fraction=top_fraction)
     scorer, found = made.trainer.scorer, []
     score = scorer.score
@@ -94,7 +94,7 @@ def test_what_the_sampler_knew_is_what_a_pass_finds(tmp_path, top_fraction):
     assert made.trainer.identities["kl_at_start"] == 0
 
 
-def test_a_sampler_that_is_a_little_off_is_not_trusted_and_said_so(tmp_path, monkeypatch):
+def test_a_sampler_that_is_slightly_off_is_reported_and_not_reused(tmp_path, monkeypatch):
     plain = run(tmp_path / "plain").go()
     draw = sampler.draw
 
@@ -138,7 +138,7 @@ def test_other_precisions_keep_every_identity(tmp_path, monkeypatch, options, pa
     assert made.trainer.identities["mean_abs_log_ratio_after_first_update"] > 0
 
 
-def test_transformers_own_sampling_can_be_asked_for(tmp_path):
+def test_a_recipe_can_choose_transformers_sampling(tmp_path):
     """`cache_implementation` is an argument of its `generate`: log-probs are then computed."""
     made = run(tmp_path / "r", args={"cache_implementation": "dynamic"})
     assert not made.trainer.samples_itself

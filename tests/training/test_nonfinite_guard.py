@@ -114,7 +114,7 @@ KINDS = ["reward", "logit", "gradient", "adapter"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_bad_update_is_skipped_and_told(tmp_path: Path, kind: str, bad_logits):
+def test_one_bad_update_is_skipped_and_reported(tmp_path: Path, kind: str, bad_logits):
     made = run(tmp_path / "r", kind, {2})
     if kind == "logit":
         bad_logits(made)

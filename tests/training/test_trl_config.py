@@ -54,13 +54,13 @@ def test_checkpointing_comes_from_the_model_section(tmp_path):
 
 
 @pytest.mark.parametrize("key", sorted(trl_args.OWNED))
-def test_a_key_with_another_home_is_refused_and_sent_there(key, recipe, tmp_path):
+def test_a_key_that_is_set_elsewhere_is_refused_with_its_place(key, recipe, tmp_path):
     with pytest.raises(RecipeError, match=f"ppo.args.{key} cannot be set there") as error:
         trl_config.trainer_args(recipe, tmp_path, "ppo", {}, {key: 1})
     assert error.value.remedy == f"use {trl_args.OWNED[key]}"
 
 
-def test_every_home_exists(recipe):
+def test_every_place_that_a_refusal_names_exists(recipe):
     """A home that is spelt like a key is one; TRL still knows the keys that are sent away."""
     known = {f.name for config in CONFIGS.values() for f in dataclasses.fields(config)}
     for key, home in trl_args.OWNED.items():
@@ -120,7 +120,7 @@ def test_one_completion_a_prompt_fits_every_batch(batch, recipe, tmp_path):
     [("lr_scheduler_kwargs", {"min_lr": 1}), ("lr_scheduler_type", "bent"), ("optim", "magic"),
      ("logging_strategy", 7)],
 )  # fmt: skip
-def test_what_would_fail_only_when_training_begins_fails_at_once(key, value, recipe, tmp_path):
+def test_arguments_that_would_fail_in_training_fail_at_once(key, value, recipe, tmp_path):
     merged = trl_config.trainer_args(recipe, tmp_path, "sft", {}, {key: value})
     with pytest.raises(RecipeError, match=r"^sft\.args: "):
         trl_config.build("sft", SFTConfig, merged)
@@ -147,7 +147,7 @@ def test_trackers_are_known_and_installed(monkeypatch):
 
 
 @pytest.mark.parametrize("stage", CONFIGS)
-def test_what_took_effect_is_told_with_its_defaults(stage, recipe, tmp_path):
+def test_effective_arguments_include_defaults(stage, recipe, tmp_path):
     given = {"learning_rate": 0.5, "num_train_epochs": 2.5}
     if stage == "ppo":
         given |= {"max_steps": 8, "num_generations": 1, "beta": 0.0}
