@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from lora_rlhf.errors import NonFiniteError
+from lora_rlhf.recipe.trl_args import section
 
 from .checkpoint_callback import CheckpointCallback, Result
 from .resumable_trainer import ResumableTrainer
@@ -70,5 +71,5 @@ def check_loss(name: str, loss: float) -> None:
         raise NonFiniteError(
             f"{name}: the loss is {loss}",
             expected="a finite number",
-            remedy=f"lower {name}.args.learning_rate; nothing was saved",
+            remedy=f"lower {section(name)}.args.learning_rate; nothing was saved",
         )
