@@ -27,7 +27,7 @@ from lora_rlhf.training.fit import fit
 from lora_rlhf.training.stage_context import StageContext
 from lora_rlhf.training.trl_config import build, effective, trainer_args
 
-from . import identities, policy_stage
+from . import identities
 from .identities import RATIO_TOLERANCE
 from .policy_trainer import TiedReferenceTrainer
 from .ppo import ppo_stage
@@ -90,16 +90,6 @@ def arguments(recipe: Recipe, out: Path) -> DPOConfig:
     Raises:
         RecipeError: A key that is set elsewhere, or is unknown to TRL.
     """
-    policy_stage.refuse(
-        "dpo",
-        recipe.dpo.args,
-        {
-            "beta": "use dpo.beta",
-            "sync_ref_model": "leave it out: the reference is the frozen SFT adapter",
-            "precompute_ref_log_probs": "leave it out: the reference costs no memory",
-            "max_prompt_length": "use data.max_prompt_tokens",
-        },
-    )
     defaults = {**ppo_stage.budget(recipe, out, rollouts=False), **_DEFAULTS}
     merged = trainer_args(recipe, out, "dpo", defaults, recipe.dpo.args)
     config: DPOConfig = build("dpo", DPOConfig, {**merged, "beta": recipe.dpo.beta})

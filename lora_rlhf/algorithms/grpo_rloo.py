@@ -41,8 +41,6 @@ _RENAMED = {"entropy": "policy/entropy", "clip_ratio/region_mean": "policy/clip_
 METRICS = {"reward/groups_without_spread": "share of prompts whose completions all score the same"}
 """Logged beside PPO's names: from a group without spread nothing is learned."""
 
-_SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty", "generation_kwargs")
-
 
 def run(context: StageContext, args: GRPOConfig | RLOOConfig, prompts: Dataset) -> None:
     """Optimise the policy with the recipe's algorithm; saves `adapters/policy`.
@@ -97,22 +95,6 @@ def arguments(recipe: Recipe, out: Path) -> Any:
     """
     name = recipe.algorithm
     section = getattr(recipe, name)
-    whole = "leave it out: all algorithms sample from the whole distribution"
-    policy_stage.refuse(
-        name,
-        section.args,
-        {
-            "beta": f"use {name}.kl_coef",
-            "num_generations": f"use {name}.num_generations",
-            "max_steps": f"use {name}.updates",
-            "num_train_epochs": f"use {name}.updates",
-            "logging_steps": "leave it out: every update is logged",
-            "generation_batch_size": "use per_device_train_batch_size and steps_per_generation",
-            "sync_ref_model": "leave it out: the reference is the frozen SFT adapter",
-            "reward_weights": "use ppo.reward",
-            **dict.fromkeys(_SAMPLING, whole),
-        },
-    )
     shared = ppo_stage.budget(recipe, out, rollouts=True)
     merged = trainer_args(recipe, out, name, shared, section.args)
     updates = recipe.ppo.updates if section.updates is None else section.updates

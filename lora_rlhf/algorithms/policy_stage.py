@@ -45,20 +45,6 @@ def check(recipe: Recipe, args: Any, prompts: Dataset) -> None:
         )
 
 
-def refuse(algorithm: str, given: Mapping[str, Any], owned: Mapping[str, str]) -> None:
-    """Refuse `args:` that are set elsewhere in the recipe.
-
-    Args:
-        owned: Key of TRL's config -> what to do instead.
-
-    Raises:
-        RecipeError: Naming the key and its home.
-    """
-    for key in given:
-        if key in owned:
-            raise RecipeError(f"{algorithm}.args.{key} is not set there", remedy=owned[key])
-
-
 def rollout_steps(algorithm: str, args: Mapping[str, Any], updates: int) -> dict[str, Any]:
     """Return TRL's arguments for a number of updates, each of one rollout and logged once.
 

@@ -39,6 +39,22 @@ OWNED_BETA = {"ppo": "ppo.kl_coef", "grpo": "grpo.kl_coef", "rloo": "rloo.kl_coe
               "dpo": "dpo.beta"}  # fmt: skip
 """What to use instead of `beta`, by stage; SFT and reward model have none."""
 
+_REFERENCE = "leave it out: the reference is the frozen SFT adapter"
+_GROUPS = {
+    "num_generations": "use {}.num_generations", "max_steps": "use {}.updates",
+    "num_train_epochs": "use {}.updates", "logging_steps": "leave it out: every update is logged",
+    "generation_batch_size": "use per_device_train_batch_size and steps_per_generation",
+    "sync_ref_model": _REFERENCE,
+    **dict.fromkeys(("top_k", "top_p", "min_p", "repetition_penalty", "generation_kwargs"),
+                    "leave it out: all algorithms sample from the whole distribution"),
+}  # fmt: skip
+OWNED_BY_STAGE: dict[str, dict[str, str]] = {
+    "grpo": _GROUPS, "rloo": _GROUPS,
+    "dpo": {"sync_ref_model": _REFERENCE, "max_prompt_length": "use data.max_prompt_tokens",
+            "precompute_ref_log_probs": "leave it out: the reference costs no memory"},
+}  # fmt: skip
+"""Keys that one stage does not take -> what to do; `{}` is the stage."""
+
 UNREAD = {
     **dict.fromkeys(("eos_token", "pad_token", "chat_template_path"),
                     "all roles share one tokenizer, which is fixed when the base is loaded"),
@@ -101,6 +117,8 @@ def refuse(stage: str, given: dict[str, Any]) -> None:
         at = f"{section(stage)}.args.{key}"
         if key in elsewhere:
             raise RecipeError(f"{at} cannot be set there", remedy=f"use {elsewhere[key]}")
+        if remedy := OWNED_BY_STAGE.get(stage, {}).get(key):
+            raise RecipeError(f"{at} cannot be set there", remedy=remedy.format(stage))
         if key in UNREAD and stage != "ppo":  # the PPO stage refuses them with reasons of its own
             raise RecipeError(f"{at} cannot be set: {UNREAD[key]}", remedy="leave it out")
         if expected := _expected(key, value):
