@@ -237,7 +237,7 @@ def test_unknown_key_names_file_line_and_suggestion(recipe):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["run", "nowhere.yaml"], "there is no recipe at nowhere.yaml"),
         (["run", "RECIPE", "--set", "seed"], "key=value"),
@@ -250,10 +250,10 @@ def test_unknown_key_names_file_line_and_suggestion(recipe):
         (["run", "RECIPE", "--outt", "x"], "--outt"),
     ],
 )
-def test_wrong_usage_exits_with_2(arguments, told, recipe):
+def test_wrong_usage_exits_with_2(arguments, message, recipe):
     result = invoke(*(recipe if part == "RECIPE" else part for part in arguments))
     assert result.exit_code == 2
-    assert told in result.stderr
+    assert message in result.stderr
     assert "Traceback" not in result.output
 
 
@@ -283,7 +283,7 @@ class OutOfMemoryError(RuntimeError):
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "told"),
+    ("error", "code", "message"),
     [
         (GateError("accuracy 0.5", expected="more", remedy="label more"), 5, "  to do: label more"),
         (NonFiniteError("the loss is nan"), 5, "the loss is nan"),
@@ -294,11 +294,11 @@ class OutOfMemoryError(RuntimeError):
         (KeyboardInterrupt(), 130, "Interrupted; run the same command to continue."),
     ],
 )
-def test_exceptions_become_text_and_exit_code(error, code, told, recipe, fake, tmp_path):
+def test_exceptions_become_text_and_exit_code(error, code, message, recipe, fake, tmp_path):
     fake.raises = error
     result = invoke("run", recipe, "--out", tmp_path / "out")
     assert (result.exit_code, result.stdout) == (code, "")
-    assert told in result.stderr
+    assert message in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -345,8 +345,8 @@ def test_signals(name, times, code, recipe, tmp_path):
         [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stdout) == (code, "cleaning\n")
-    told = "Interrupted; run the same command to continue.\n"
-    assert done.stderr == (told if times == 1 else "")
+    message = "Interrupted; run the same command to continue.\n"
+    assert done.stderr == (message if times == 1 else "")
 
 
 def test_handlers_are_put_back(recipe, fake, tmp_path):
@@ -404,7 +404,7 @@ def test_table_fits_a_terminal(width, monkeypatch, finished):
 
 
 @pytest.mark.parametrize(
-    ("interval", "said"),
+    ("interval", "verdict"),
     [
         ((0.58, 0.53, 0.63), "PPO beat SFT: win rate 58.0 % [53.0, 63.0]"),
         ((0.41, 0.33, 0.49), "PPO did worse than SFT: win rate 41.0 %"),
@@ -414,8 +414,8 @@ def test_table_fits_a_terminal(width, monkeypatch, finished):
         ((0.9, None, None), "It is unknown whether PPO beat SFT"),
     ],
 )
-def test_verdict_says_no_more_than_the_interval(interval, said):
-    assert tables.verdict({"policy": {"win_rate": estimate(*interval)}}).startswith(said)
+def test_verdict_says_no_more_than_the_interval(interval, verdict):
+    assert tables.verdict({"policy": {"win_rate": estimate(*interval)}}).startswith(verdict)
 
 
 def test_verdict_names_its_judge():

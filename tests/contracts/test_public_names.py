@@ -24,9 +24,9 @@ def test_no_module_shadows_a_public_name():
 
 def test_every_public_name_is_documented():
     for name in lora_rlhf.__all__:
-        found = getattr(lora_rlhf, name)
-        assert name == "__version__" or (found.__doc__ or "").strip(), name
-        assert name == "__version__" or found.__name__ == name
+        value = getattr(lora_rlhf, name)
+        assert name == "__version__" or (value.__doc__ or "").strip(), name
+        assert name == "__version__" or value.__name__ == name
 
 
 def test_unknown_name():

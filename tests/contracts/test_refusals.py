@@ -88,7 +88,7 @@ def test_prompts_that_changed_in_between_are_refused(half: Path, tmp_path: Path)
     (folder / "prompts.jsonl").write_text(
         (folder / "prompts.jsonl").read_text().replace("w5", "w6")
     )
-    # The paths in the recipe are those of the copy, so it is asked of the checkpoint alone.
+    # The paths in the recipe are those of the copy, so only the checkpoint is asked.
     text = (folder / "run" / "recipe.yaml").read_text().replace(str(half.parent), str(folder))
     (folder / "run" / "recipe.yaml").write_text(text)
     with pytest.raises(CheckpointError, match=r"data.prompts: "):

@@ -135,19 +135,19 @@ def test_no_canary_leaves_its_place(home, monkeypatch, caplog):
         with context.record.stage("sft"):
             raise DataError(f"cannot use {CANARIES['exception']} in {home}/project")
 
-    told = ""
+    shown = ""
     with monkeypatch.context() as patched:
         patched.setattr(sft, "run", fails)
         for flags in ([], ["--debug"]):
             result = invoke(*flags, "run", project / "recipe.yaml", "--out", out)
             assert result.exit_code == 3 and "cannot use *** in ~/project" in result.output
-            told += result.output
+            shown += result.output
     error = Record.read(out).data["stages"]["sft"]["error"]["message"]
     assert error == "cannot use *** in ~/project"
     assert in_files(out, home) == {}
     result = invoke("run", project / "recipe.yaml", "--out", out)
     assert result.exit_code == 0, result.output
-    told += result.output
+    shown += result.output
 
     # the run did use what it hides
     record = Record.read(out)
@@ -157,15 +157,15 @@ def test_no_canary_leaves_its_place(home, monkeypatch, caplog):
     samples = (out / "samples.jsonl").read_text()
     assert "***" in samples and "~/" in samples
     assert in_files(out, home) == {}
-    assert leaks(told + caplog.text, home) == []
+    assert leaks(shown + caplog.text, home) == []
     assert len(seen_by_tracker) > 5 and "~/runs/x/checkpoints" in "".join(seen_by_tracker)
     assert leaks("".join(seen_by_tracker), home) == []
     config = json.loads((record.adapter("policy") / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(project / "base")
     assert AutoPeftModelForCausalLM.from_pretrained(record.adapter("policy")).peft_config
 
-    # a hit in the data is said aloud, and counted
-    assert "warning: data.prompts: the text holds what looks like a GitHub token" in told
+    # a hit in the data is printed, and counted
+    assert "warning: data.prompts: the text holds what looks like a GitHub token" in shown
     notes = record.data["data"]["prompts"]["notes"]
     assert any("a GitHub token" in note and "(16 rows)" in note for note in notes)
     pushes_nothing_secret(out, home, monkeypatch)
@@ -304,9 +304,9 @@ def test_only_reported_arguments_are_masked(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     args = broken_runs_args(tmp_path)
     assert args.output_dir == str(tmp_path / "run" / "checkpoints" / "sft")
-    told = [args.to_dict(), args.to_sanitized_dict(), json.loads(args.to_json_string())]
-    assert {found["output_dir"] for found in told} == {"~/run/checkpoints/sft"}
-    assert {found["run_name"] for found in told} == {"***"}
+    shown = [args.to_dict(), args.to_sanitized_dict(), json.loads(args.to_json_string())]
+    assert {found["output_dir"] for found in shown} == {"~/run/checkpoints/sft"}
+    assert {found["run_name"] for found in shown} == {"***"}
 
 
 def broken_runs_args(folder: Path):

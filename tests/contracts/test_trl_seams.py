@@ -71,7 +71,7 @@ def test_every_method_of_trls_that_is_overridden_is_a_seam():
 
 
 def test_import_disables_telemetry():
-    """TRL's trainers report their use to the Hub unless told otherwise."""
+    """TRL's trainers report their use to the Hub by default."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRL_"))}
     text = (PACKAGE / "_trl.py").read_text()
     before = text[: text.index("import trl")]
@@ -125,8 +125,8 @@ def test_a_rollout_is_split_by_rows():
 def test_generate_returns_what_the_trainer_picks_from_by_position():
     """`PPOTrainer._generate` takes the prompts' ids first and the extra fields sixth."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(GRPOTrainer._generate)))
-    found = [n.value for n in ast.walk(tree) if isinstance(n, ast.Return)]
-    returns = [value for value in found if isinstance(value, ast.Tuple)]
+    all_returns = [n.value for n in ast.walk(tree) if isinstance(n, ast.Return)]
+    returns = [value for value in all_returns if isinstance(value, ast.Tuple)]
     assert returns
     for value in returns:
         names = [getattr(e, "id", "") for e in value.elts]

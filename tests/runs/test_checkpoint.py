@@ -93,9 +93,9 @@ def test_newest_complete_checkpoint_is_used_and_old_ones_are_pruned(tmp_path: Pa
         put(tmp_path, step)
     checkpoint.prune(tmp_path, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010", "step-00000100"]
-    found, skipped = checkpoint.newest(tmp_path)
-    assert found is not None and found.step == 100 and skipped == []
-    assert found.part("roles")["x"].tolist() == [100, 100, 100]
+    newest, skipped = checkpoint.newest(tmp_path)
+    assert newest is not None and newest.step == 100 and skipped == []
+    assert newest.part("roles")["x"].tolist() == [100, 100, 100]
     assert checkpoint.newest(tmp_path / "nowhere") == (None, [])
 
 
@@ -118,8 +118,8 @@ def unlink(path: Path) -> None:
 def test_every_damaged_file_is_named_and_never_loaded(tmp_path: Path, name: str, harm, why: str):
     put(tmp_path, 1)
     harm(put(tmp_path, 2) / name)
-    found, [skipped] = checkpoint.newest(tmp_path)
-    assert found is not None and found.step == 1
+    newest, [skipped] = checkpoint.newest(tmp_path)
+    assert newest is not None and newest.step == 1
     assert skipped.name == "step-00000002" and name in skipped.why and why in skipped.why
     harm(tmp_path / "step-00000001" / name)
     with pytest.raises(CheckpointError, match=f"no checkpoint is complete.*{name}") as caught:
@@ -163,9 +163,9 @@ def again(half: Path, out: Path, *sets: str, harm=None) -> RecordingProgress:
     shutil.copytree(half, out)
     if harm is not None:
         harm(out / "checkpoints" / "ppo")
-    said = RecordingProgress()
-    pipeline.run(killed.recipe(half.parent, *sets), out, until="ppo", progress=said)
-    return said
+    progress = RecordingProgress()
+    pipeline.run(killed.recipe(half.parent, *sets), out, until="ppo", progress=progress)
+    return progress
 
 
 @pytest.fixture(scope="module")
@@ -183,10 +183,10 @@ def gone_on(runs: killed.Runs, tmp_path_factory) -> SimpleNamespace:
 
     checkpoint_callback.CheckpointCallback.on_step_end = look
     try:
-        said = again(runs.half(), out)
+        progress = again(runs.half(), out)
     finally:
         checkpoint_callback.CheckpointCallback.on_step_end = real
-    return SimpleNamespace(folder=out, steps=steps, said=said.lines)
+    return SimpleNamespace(folder=out, steps=steps, lines=progress.lines)
 
 
 def test_finished_updates_are_not_done_again(half: Path, gone_on):
@@ -195,7 +195,7 @@ def test_finished_updates_are_not_done_again(half: Path, gone_on):
     held = json.loads((folder / "trainer.json").read_text())
     assert held["kept"]["_buffered_inputs"] and held["kept"]["_rollout"]
     assert gone_on.steps == list(range(7, 13))
-    assert "ppo: continuing from step-00000006" in gone_on.said
+    assert "ppo: continuing from step-00000006" in gone_on.lines
     record = Record.read(gone_on.folder)
     assert [line["step"] for line in record.metrics("ppo")] == [1, 2, 3]
     assert record.data["clock"]["resumed"] == [{"training": "ppo", "from": "step-00000006"}]
@@ -205,15 +205,15 @@ def test_finished_updates_are_not_done_again(half: Path, gone_on):
 
 
 def test_an_older_one_is_used_where_the_newest_is_broken(half: Path, gone_on, tmp_path: Path):
-    said = again(
+    progress = again(
         half, tmp_path / "a", harm=lambda p: flip_bit(p / "step-00000006" / "optimizer.safetensors")
     )
-    told = [line for line in said.lines if "is not used" in line]
-    assert told == [
+    unused = [line for line in progress.lines if "is not used" in line]
+    assert unused == [
         "ppo: checkpoint step-00000006 is not used: optimizer.safetensors has another "
         "sha256 than its manifest says"
     ]
-    assert "ppo: continuing from step-00000005" in said.lines
+    assert "ppo: continuing from step-00000005" in progress.lines
     assert killed.bits(tmp_path / "a") == killed.bits(gone_on.folder)
 
 
@@ -308,8 +308,8 @@ def test_killed_at_22_offsets_of_a_write(tmp_path: Path, at: int, share: float):
     """4 parts of 2 files, 2 files more, and the rename."""
     put(tmp_path, 1)
     assert killed.wait(killed.start(die_in_write, tmp_path, at, share)) == -signal.SIGKILL
-    found, [skipped] = checkpoint.newest(tmp_path)
-    assert found is not None and found.step == 1
+    newest, [skipped] = checkpoint.newest(tmp_path)
+    assert newest is not None and newest.step == 1
     assert skipped == ("step-00000002.tmp", "it was not finished")
     put(tmp_path, 2)
     assert checkpoint.newest(tmp_path)[0].step == 2
@@ -318,15 +318,15 @@ def test_killed_at_22_offsets_of_a_write(tmp_path: Path, at: int, share: float):
 # --- one run at a time (fault 6 of the issue) ----------------------------------------------------
 
 
-def hold(folder: Path, told: int) -> None:
+def hold(folder: Path, tells: int) -> None:
     with run_lock.locked(folder):
-        os.write(told, b".")
+        os.write(tells, b".")
         signal.pause()
 
 
 def test_two_runs_in_one_directory(tmp_path: Path, half: Path):
-    hears, told = os.pipe()
-    child = killed.start(hold, tmp_path / "run", told)
+    hears, tells = os.pipe()
+    child = killed.start(hold, tmp_path / "run", tells)
     os.read(hears, 1)
     with pytest.raises(BusyError, match="another process works in") as caught:
         pipeline.run(killed.recipe(half.parent), tmp_path / "run")

@@ -56,12 +56,12 @@ def test_disk_room_for_two_checkpoints_is_checked_first(small_disk: Path):
         checkpoint.check_room(small_disk, {"x": torch.ones(100_000)})
 
 
-def run(asked, out: Path, told: Path) -> int:
+def run(recipe, out: Path, stderr_file: Path) -> int:
     """As the command line does; what it says goes to a file."""
-    with told.open("w") as sys.stderr:
+    with stderr_file.open("w") as sys.stderr:
         try:
             with shell.errors_as_text(False):
-                pipeline.run(asked, out, until="ppo")
+                pipeline.run(recipe, out, until="ppo")
         except typer.Exit as error:
             return error.exit_code
     return 0
@@ -71,33 +71,33 @@ def run(asked, out: Path, told: Path) -> int:
 def test_run_on_a_full_disk_ends_in_one_error_and_continues_with_room(
     runs: killed.Runs, tmp_path: Path, small_disk: Path, monkeypatch, looks: bool
 ):
-    """With everything on it; found out by looking first, or by a write that fails."""
+    """With the run on it; noticed by checking first, or by a write that fails."""
     if not looks:
         monkeypatch.setattr(checkpoint, "check_room", lambda *_: None)
-    asked, told = runs.recipe(), tmp_path / "told"
-    assert killed.wait(killed.start(run, asked, small_disk / "run", told)) == 4
-    said = told.read_text()
-    assert "\ncannot write to " in said and "MB free" in said
-    assert "Traceback" not in said and "unexpected" not in said
-    assert ("two checkpoints take" in said) == looks
+    recipe, stderr_file = runs.recipe(), tmp_path / "stderr_file"
+    assert killed.wait(killed.start(run, recipe, small_disk / "run", stderr_file)) == 4
+    stderr = stderr_file.read_text()
+    assert "\ncannot write to " in stderr and "MB free" in stderr
+    assert "Traceback" not in stderr and "unexpected" not in stderr
+    assert ("two checkpoints take" in stderr) == looks
     folder = small_disk / "run" / "checkpoints" / "sft"
     for path in folder.glob("step-*"):
         assert isinstance(checkpoint.verify(path), checkpoint.Checkpoint)
     moved = Path(shutil.copytree(small_disk / "run", tmp_path / "moved"))
     monkeypatch.undo()
-    killed.finish(asked, moved, "ppo")
+    killed.finish(recipe, moved, "ppo")
     assert killed.bits(moved) == killed.bits(runs.after("ppo"))
 
 
 def test_a_read_only_folder_is_one_error(runs: killed.Runs, tmp_path: Path, small_disk: Path):
-    asked, told = runs.recipe(), tmp_path / "told"
+    recipe, stderr_file = runs.recipe(), tmp_path / "stderr_file"
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     try:
-        assert killed.wait(killed.start(run, asked, small_disk / "run", told)) == 4
+        assert killed.wait(killed.start(run, recipe, small_disk / "run", stderr_file)) == 4
     finally:
         subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
-    assert told.read_text().startswith("cannot write to ")
-    assert "Read-only file system" in told.read_text()
+    assert stderr_file.read_text().startswith("cannot write to ")
+    assert "Read-only file system" in stderr_file.read_text()
 
 
 def test_a_folder_that_becomes_read_only_while_it_trains(
@@ -105,9 +105,9 @@ def test_a_folder_that_becomes_read_only_while_it_trains(
 ):
     """Told at the next write; what is there stays as it is."""
     subprocess.run(["mount", "-o", "remount,size=40m", str(small_disk)], check=True)
-    asked, told = runs.recipe(), tmp_path / "told"
+    recipe, stderr_file = runs.recipe(), tmp_path / "stderr_file"
 
-    def closing(asked, out, told) -> int:
+    def closing(recipe, out, stderr_file) -> int:
         real = checkpoint_callback.CheckpointCallback.save
 
         def save(self, trainer, notes=None):
@@ -116,11 +116,11 @@ def test_a_folder_that_becomes_read_only_while_it_trains(
                 subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
 
         checkpoint_callback.CheckpointCallback.save = save
-        return run(asked, out, told)
+        return run(recipe, out, stderr_file)
 
     try:
-        code = killed.wait(killed.start(closing, asked, small_disk / "run", told))
+        code = killed.wait(killed.start(closing, recipe, small_disk / "run", stderr_file))
     finally:
         subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
-    assert code == 4 and "Read-only file system" in told.read_text()
+    assert code == 4 and "Read-only file system" in stderr_file.read_text()
     assert newest(small_disk / "run" / "checkpoints" / "sft")[0].step == 3

@@ -16,7 +16,7 @@ from lora_rlhf.training.stage_log import StageLog
 
 
 class Clock:
-    """Stands still until told otherwise."""
+    """A clock that stands still until it is moved."""
 
     def __init__(self):
         self.now = 100.0
@@ -29,10 +29,10 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch):
-    found = Clock()
-    monkeypatch.setattr(module, "time", found)
-    monkeypatch.setattr(stage_log, "time", found)
-    return found
+    fake = Clock()
+    monkeypatch.setattr(module, "time", fake)
+    monkeypatch.setattr(stage_log, "time", fake)
+    return fake
 
 
 @pytest.fixture
@@ -87,8 +87,8 @@ def test_a_line_is_never_wrapped_or_read_as_markup(clock):
         ("reward/score", "rewards/gold", "kl/sequence", "completions/length"), 1.0
     )
     progress.step(1, metrics)
-    said, line = out.getvalue().split("ppo ", 1)
-    assert "[red]adapters/x[/red]" in said
+    lasting, line = out.getvalue().split("ppo ", 1)
+    assert "[red]adapters/x[/red]" in lasting
     assert len(line.splitlines()) == 1 and "completions/length 1" in line
 
 

@@ -96,15 +96,15 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [("[]", "holds a list"), ("{}", "schema None"), ('{"schema": 2}', "schema 2"),
      ('{"schema": 1}', "model is missing"), ("{", "cannot be read")],
 )  # fmt: skip
-def test_a_record_of_another_shape_is_one_clear_error(tmp_path, text, told):
+def test_a_record_of_another_shape_is_one_clear_error(tmp_path, text, message):
     with_done(tmp_path / "run")
     (tmp_path / "run" / "record.json").write_text(text)
     for call in (Record.read, lambda folder: Record.open(folder, recipe())):
-        with pytest.raises(UsageError, match=told):
+        with pytest.raises(UsageError, match=message):
             call(tmp_path / "run")
 
 
@@ -152,8 +152,8 @@ def test_interrupted_stage_keeps_the_message_of_our_errors(tmp_path):
     with pytest.raises(GateError), record.stage("ppo"):
         raise GateError("no", remedy="mend it")
     kept = Record.read(tmp_path / "run").data["stages"]["ppo"]
-    told = {"type": "GateError", "message": "no\n  to do: mend it"}
-    assert kept == {"status": "interrupted", "error": told}
+    message = {"type": "GateError", "message": "no\n  to do: mend it"}
+    assert kept == {"status": "interrupted", "error": message}
     with pytest.raises(ValueError), record.stage("ppo"):
         raise ValueError("odd")
     assert Record.read(tmp_path / "run").data["stages"]["ppo"] == {"status": "interrupted"}

@@ -14,21 +14,21 @@ TEXT = "name: x\nmodel: {id: tiny}\ndata: {prompts: [{task: closed-world}]}\n"
 
 
 def test_data_may_not_change_between_stages_that_read_them(tmp_path: Path):
-    def said(sha, evaluate="e"):
+    def report(sha, evaluate="e"):
         return {"sources": [{"sha256": sha}], "evaluate": {"sources": [{"sha256": evaluate}]}}
 
     record = Record.open(tmp_path / "run", parse_recipe(TEXT, "r.yaml"))
-    record.data["data"] = {"demonstrations": said("a"), "prompts": said("a")}
-    reuse.check_data(record, "demonstrations", said("b"))  # no stage has read them
+    record.data["data"] = {"demonstrations": report("a"), "prompts": report("a")}
+    reuse.check_data(record, "demonstrations", report("b"))  # no stage has read them
     with record.stage("sft"):
         pass
-    reuse.check_data(record, "demonstrations", said("a"))
-    reuse.check_data(record, "prompts", said("b"))
+    reuse.check_data(record, "demonstrations", report("a"))
+    reuse.check_data(record, "prompts", report("b"))
     with pytest.raises(DataError, match="data.demonstrations has changed since sft"):
-        reuse.check_data(record, "demonstrations", said("b"))
+        reuse.check_data(record, "demonstrations", report("b"))
     with pytest.raises(DataError, match="data.evaluate has changed since sft"):
-        reuse.check_data(record, "prompts", said("a", "f"))
+        reuse.check_data(record, "prompts", report("a", "f"))
     with record.stage("ppo"):
         pass
     with pytest.raises(DataError, match="data.prompts has changed since ppo"):
-        reuse.check_data(record, "prompts", said("b"))
+        reuse.check_data(record, "prompts", report("b"))

@@ -40,7 +40,7 @@ def cuda(count: int, capability=(9, 0)) -> SimpleNamespace:
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """What `base` is told of GPUs; everything else of torch, and the tensors, are of this CPU."""
+    """Fake GPUs; everything else of torch, and the tensors, are of this CPU."""
 
     def there(count: int, capability=(9, 0), mps: bool = False) -> None:
         class Torch:
@@ -58,7 +58,7 @@ def gpus(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("count", "capability", "mps", "dtype", "told"),
+    ("count", "capability", "mps", "dtype", "limitations"),
     [
         (1, (9, 0), False, torch.bfloat16, []),
         (0, None, False, torch.float32, ["no CUDA GPU: everything runs on the CPU"]),
@@ -72,21 +72,21 @@ def gpus(monkeypatch):
         (2, (8, 6), False, torch.bfloat16, ["2 GPUs are visible: only the first is used"]),
     ],
 )  # fmt: skip
-def test_hardware_limitations_are_named(gpus, count, capability, mps, dtype, told):
+def test_hardware_limitations_are_named(gpus, count, capability, mps, dtype, limitations):
     gpus(count, capability, mps)
-    assert devices.hardware_limitations(dtype) == told
+    assert devices.hardware_limitations(dtype) == limitations
 
 
 def test_a_t4_trains_in_float16_with_float32_adapters(gpus, tmp_path):
-    """All stages that train; the numbers are those of a CPU that is told it has a T4."""
+    """All stages that train, on a CPU that is presented as a T4."""
     gpus(1, (7, 5))
     killed.write(tmp_path)
-    said = RecordingProgress()
+    progress = RecordingProgress()
     recipe = killed.recipe(tmp_path, *LITTLE)
-    record = pipeline.run(recipe, tmp_path / "run", until="ppo", progress=said)
+    record = pipeline.run(recipe, tmp_path / "run", until="ppo", progress=progress)
     note = "the GPU (compute capability 7.5) has no bfloat16"
     assert record.data["model"]["dtype"] == "float16" and record.done("ppo")
-    assert [line for line in said.lines if line.startswith(note)]
+    assert [line for line in progress.lines if line.startswith(note)]
     assert record.data["clock"]["host"]["makes_do"][0].startswith(note)
     for role in ("sft", "reward", "policy", "value"):
         assert f"Limitation of the machine: {note}" in model_card.render(record, role)
@@ -102,12 +102,14 @@ def test_apple_gpu_is_not_used(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.mps, "empty_cache", lambda: None)  # accelerate's, and harmless there
     killed.write(tmp_path)
-    said, recipe = RecordingProgress(), killed.recipe(tmp_path, *LITTLE)
+    progress, recipe = RecordingProgress(), killed.recipe(tmp_path, *LITTLE)
     config = sft.arguments(recipe, tmp_path)
     assert config.device.type == "cpu"
-    record = pipeline.run(recipe, tmp_path / "run", until="sft", progress=said)
+    record = pipeline.run(recipe, tmp_path / "run", until="sft", progress=progress)
     assert record.done("sft")
-    assert "no CUDA GPU: an Apple GPU (MPS) is not used, everything runs on the CPU" in said.lines
+    assert (
+        "no CUDA GPU: an Apple GPU (MPS) is not used, everything runs on the CPU" in progress.lines
+    )
 
 
 def test_of_two_gpus_a_trainer_sees_one():

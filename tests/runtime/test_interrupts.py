@@ -30,8 +30,8 @@ def whole(runs: killed.Runs) -> Path:
     return runs.after("ppo")
 
 
-def asked(runs: killed.Runs, *sets: str):
-    """Saves only when it is told to: what is on disk is there because of the signal."""
+def unsaved_recipe(runs: killed.Runs, *sets: str):
+    """A recipe without regular checkpoints: those on disk come from the signal."""
     return runs.recipe("ppo", "checkpoint.every_steps=null", *sets)
 
 
@@ -90,12 +90,12 @@ def test_a_signal_saves_at_the_next_boundary(
 ):
     owner, function, call, step = PHASES[phase]
     number, out = getattr(signal, name), runs.copy("ppo", tmp_path / "run")
-    recipe = asked(runs, *(["checkpoint.every_steps=1"] if phase == "save" else []))
+    recipe = unsaved_recipe(runs, *(["checkpoint.every_steps=1"] if phase == "save" else []))
     child = killed.start(run, recipe, out, at(owner, function, number, call=call))
     assert killed.wait(child) == 128 + number
     if step is not None:
-        found, skipped = checkpoint.newest(out / "checkpoints" / "ppo")
-        assert found is not None and (found.step, skipped) == (step, [])
+        newest, skipped = checkpoint.newest(out / "checkpoints" / "ppo")
+        assert newest is not None and (newest.step, skipped) == (step, [])
     assert killed.wait(killed.start(run, recipe, out)) == 0
     assert killed.bits(out) == killed.bits(whole)
 
@@ -105,8 +105,8 @@ def test_a_second_signal_is_immediate(runs: killed.Runs, whole: Path, tmp_path: 
     number = getattr(signal, name)
     second = at(ppo_trainer.PPOTrainer, "_generate", number, times=2)
     out = runs.copy("ppo", tmp_path / "run")
-    assert killed.wait(killed.start(run, asked(runs), out, second)) == -number
-    assert killed.wait(killed.start(run, asked(runs), out)) == 0
+    assert killed.wait(killed.start(run, unsaved_recipe(runs), out, second)) == -number
+    assert killed.wait(killed.start(run, unsaved_recipe(runs), out)) == 0
     assert killed.bits(out) == killed.bits(whole)
 
 
@@ -118,9 +118,9 @@ def test_time_budget_stops_a_run_that_then_continues(
         interrupts.out_of_time = lambda: next(looks) >= 5
 
     out = runs.copy("ppo", tmp_path / "run")
-    assert killed.wait(killed.start(run, asked(runs), out, out_at_fifth_look)) == 0
+    assert killed.wait(killed.start(run, unsaved_recipe(runs), out, out_at_fifth_look)) == 0
     assert Record.read(out).in_flight("ppo") and not Record.read(out).done("ppo")
-    assert killed.wait(killed.start(run, asked(runs), out)) == 0
+    assert killed.wait(killed.start(run, unsaved_recipe(runs), out)) == 0
     assert killed.bits(out) == killed.bits(whole)
 
 
@@ -130,7 +130,7 @@ def test_shortest_time_budget_finishes_after_many_runs(
 ):
     """The shortest there is: every session gets at least to its next boundary, and exits with 0."""
     out, sessions = tmp_path / "run", 0
-    recipe = asked(runs, "checkpoint.max_minutes=0.0001")
+    recipe = unsaved_recipe(runs, "checkpoint.max_minutes=0.0001")
     while not (out / "record.json").exists() or not Record.read(out).done("ppo"):
         assert killed.wait(killed.start(run, recipe, out)) == 0
         sessions += 1
@@ -146,11 +146,11 @@ def test_signals_at_random_moments(runs: killed.Runs, whole: Path, tmp_path: Pat
     number, rng, wanted = getattr(signal, name), random.Random(), killed.bits(whole)
     for turn in range(20):
         out = tmp_path / str(turn)
-        child = killed.start(run, asked(runs), out)
+        child = killed.start(run, unsaved_recipe(runs), out)
         time.sleep(rng.uniform(0.3, 4))
         os.kill(child, number)
         assert killed.wait(child) in (128 + number, 0)
-        assert killed.wait(killed.start(run, asked(runs), out)) == 0
+        assert killed.wait(killed.start(run, unsaved_recipe(runs), out)) == 0
         assert killed.bits(out) == wanted
 
 
@@ -178,9 +178,9 @@ def test_signal_during_a_push_leaves_no_partial_repository(tmp_path: Path, name:
         while not any(r.method == "PUT" for r in server.requests) and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(number)
-        _, told = process.communicate(timeout=180)
-        assert process.returncode == 128 + number, told
-        assert b"Traceback" not in told and b"same command" in told
+        _, stderr = process.communicate(timeout=180)
+        assert process.returncode == 128 + number, stderr
+        assert b"Traceback" not in stderr and b"same command" in stderr
         repo = server.repos.get("acme/little")
         assert repo is None or set(repo.files) <= {".gitattributes"}, "a repository without a card"
         server._faults.clear()
@@ -203,13 +203,15 @@ def test_outside_of_a_training_a_signal_raises_at_once():
 
 
 def test_deferred_signal_is_raised_at_the_end():
-    said = []
+    lines = []
     with pytest.raises(interrupts.Interrupted, match="SIGINT"):
-        with interrupts.deferred(said.append):
+        with interrupts.deferred(lines.append):
             assert not interrupts.stop_requested()
             interrupts.receive("SIGINT")
             assert interrupts.stop_requested()
-    assert said == ["Ctrl-C: finishing this step, then saving. Press again to quit without saving."]
+    assert lines == [
+        "Ctrl-C: finishing this step, then saving. Press again to quit without saving."
+    ]
     assert not interrupts.stop_requested()
 
 

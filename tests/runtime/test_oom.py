@@ -25,14 +25,14 @@ from lora_rlhf.runtime import oom
 from lora_rlhf.training import checkpoint_callback, microbatch_splitting
 
 PASSES = ("generation", "scoring", "training")
-TOLD = "CUDA out of memory. Tried to allocate 2.00 GiB"
+MESSAGE = "CUDA out of memory. Tried to allocate 2.00 GiB"
 
 
 class Room:
     """Room for so many rows of each kind of pass; counts how often there was too little.
 
     Args:
-        most: Kind -> rows; `backward` is found out after the forward.
+        most: Kind -> rows; `backward` fails after the forward.
     """
 
     def __init__(self, **most: int) -> None:
@@ -43,7 +43,7 @@ class Room:
     def take(self, kind: str, rows: int) -> None:
         if self.open and rows > self.most.get(kind, rows):
             self.short[kind] += 1
-            raise torch.OutOfMemoryError(TOLD)
+            raise torch.OutOfMemoryError(MESSAGE)
         self.rows[kind].add(rows)
 
     def watch(self, made: Backbone) -> None:
@@ -121,11 +121,11 @@ SETS = (
 
 
 def one(folder, out, stage, room=None, *sets, algorithm="ppo", start=None):
-    asked = killed.recipe(folder, *SETS, f"algorithm={algorithm}", *sets)
+    recipe = killed.recipe(folder, *SETS, f"algorithm={algorithm}", *sets)
     with watched(room, stage) as seen:
         with contextlib.suppress(IndexError):
             record = pipeline.run(
-                asked,
+                recipe,
                 folder / out,
                 start_from=start,
                 until=stage if stage in ("sft", "reward") else "policy",
@@ -217,10 +217,10 @@ def test_groups_are_sampled_and_scored_in_smaller_batches(start, algorithm):
 )  # fmt: skip
 def test_loss_that_is_no_sum_over_rows_is_not_split(start, algorithm, more):
     """Pieces would give another gradient: it stops, and says so."""
-    asked = killed.recipe(start, *SETS, f"algorithm={algorithm}", more)
+    recipe = killed.recipe(start, *SETS, f"algorithm={algorithm}", more)
     out = start / f"whole-{algorithm}-{len(more)}"
     with watched(Room(training=2), "none"), pytest.raises(MemoryLimitError, match="no sum over"):
-        pipeline.run(asked, out, start_from=start / "start", until="policy")
+        pipeline.run(recipe, out, start_from=start / "start", until="policy")
 
 
 def test_identity_check_runs_again_in_the_repeated_step(start):
@@ -247,11 +247,11 @@ def test_samples_and_scores_are_the_same(start):
     """Whoever is in the batch: each row has its own uniforms."""
     made = backbone("llama", "policy", "reference", "reward", top_fraction=0.5)
     prompts = [prompt for prompt, _ in EPISODES] * 4
-    asked = {"max_new_tokens": 8, "temperature": 1.0, "seed": 3, "keep_states": True}
+    options = {"max_new_tokens": 8, "temperature": 1.0, "seed": 3, "keep_states": True}
 
     def look():
         with made.role("policy"):
-            drawn = sampler.sample(made, prompts, **asked)
+            drawn = sampler.sample(made, prompts, **options)
         return (
             drawn,
             scoring.episode_logprobs(made, EPISODES, "policy"),
@@ -262,8 +262,8 @@ def test_samples_and_scores_are_the_same(start):
     room = Room(generation=5, scoring=1)
     room.watch(made)
     room.open = True
-    told: list[str] = []
-    made.backoff.say = told.append
+    messages: list[str] = []
+    made.backoff.say = messages.append
     half = look()
     assert [s.ids for s in half[0]] == [s.ids for s in whole[0]]
     for a, b in zip(half[0], whole[0], strict=True):
@@ -272,15 +272,15 @@ def test_samples_and_scores_are_the_same(start):
     assert half[2] == pytest.approx(whole[2], abs=1e-5)
     assert made.backoff.limits == {"generation": 3, "scoring": 1}
     assert room.short == {"generation": 2, "scoring": 2}, "12 -> 6 -> 3, 3 -> 2 -> 1, never again"
-    assert len(told) == 4 and "memory ran out in generation at 12 rows" in told[0]
+    assert len(messages) == 4 and "memory ran out in generation at 12 rows" in messages[0]
     look()
     assert room.short == {"generation": 2, "scoring": 2}
 
 
 def test_resume_keeps_the_halved_limits(start):
     """Sums of other batches round otherwise: the same bits need the same cuts."""
-    asked = killed.recipe(start, *SETS, "algorithm=ppo")
-    pipeline.run(asked, start / "kept", start_from=start / "start", until="reward")
+    recipe = killed.recipe(start, *SETS, "algorithm=ppo")
+    pipeline.run(recipe, start / "kept", start_from=start / "start", until="reward")
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         real = checkpoint_callback.CheckpointCallback.save
@@ -292,7 +292,7 @@ def test_resume_keeps_the_halved_limits(start):
 
         patch.setattr(checkpoint_callback.CheckpointCallback, "save", save)
         with watched(Room(training=2), "none"), pytest.raises(SystemExit):
-            pipeline.run(asked, start / "kept", until="ppo")
+            pipeline.run(recipe, start / "kept", until="ppo")
     with pytest.MonkeyPatch.context() as patch:
         real_load = checkpoint_callback.CheckpointCallback.load
 
@@ -301,7 +301,7 @@ def test_resume_keeps_the_halved_limits(start):
             seen.append(dict(self.backbone.backoff.limits))
 
         patch.setattr(checkpoint_callback.CheckpointCallback, "load", load)
-        pipeline.run(asked, start / "kept", until="ppo")
+        pipeline.run(recipe, start / "kept", until="ppo")
     assert seen == [{"training": 2}]
 
 
@@ -310,12 +310,12 @@ def test_resume_keeps_the_halved_limits(start):
     ["backward", *(pytest.param(k, marks=pytest.mark.slow) for k in PASSES)],
 )
 def test_no_room_for_one_row_ends_with_a_table_of_remedies(start, kind, monkeypatch):
-    asked = killed.recipe(start, *SETS, "algorithm=ppo")
+    recipe = killed.recipe(start, *SETS, "algorithm=ppo")
     out = start / f"none-{kind}"
     with watched(Room(**{kind: 0}), "none"), pytest.raises(MemoryLimitError) as error:
-        pipeline.run(asked, out, start_from=start / "start", until="ppo")
+        pipeline.run(recipe, out, start_from=start / "start", until="ppo")
     named = "training" if kind == "backward" else kind
-    assert f"memory ran out in {named}, with one row at once: {TOLD}" in str(error.value)
+    assert f"memory ran out in {named}, with one row at once: {MESSAGE}" in str(error.value)
     table = str(error.value).splitlines()
     assert any(line.split()[:3] == ["nothing,", "one", "row"] for line in table)
     assert any("--set model.gradient_checkpointing=true" in line and "MB" in line for line in table)
@@ -362,7 +362,7 @@ def test_failed_block_leaves_no_gradients(monkeypatch):
 
     def short(size, dtype, **options):
         if dtype == torch.half:
-            raise torch.OutOfMemoryError(TOLD)
+            raise torch.OutOfMemoryError(MESSAGE)
         return zeros(size, dtype=dtype, **options)
 
     monkeypatch.setattr(torch, "zeros", short)
@@ -404,7 +404,7 @@ def test_other_errors_are_not_out_of_memory():
         RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ]
-    for error in (torch.OutOfMemoryError(TOLD), MemoryError(), host, *others):
+    for error in (torch.OutOfMemoryError(MESSAGE), MemoryError(), host, *others):
         assert oom.attempt(lambda error=error: raises(error))[1]
 
 
@@ -421,11 +421,11 @@ def real_limit(out):
     alone = scoring.episode_logprobs(made, episodes, "policy", batch_size=1)
     now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + 50 * 10**6, resource.RLIM_INFINITY))
-    told = []
-    made.backoff.say = told.append
+    messages = []
+    made.backoff.say = messages.append
     found = scoring.episode_logprobs(made, episodes, "policy", batch_size=48)
     off = max(float((a - b).abs().max()) for a, b in zip(found, alone, strict=True))
-    out.write_text(json.dumps({"off": off, "told": told, "most": made.backoff.limits}))
+    out.write_text(json.dumps({"off": off, "messages": messages, "most": made.backoff.limits}))
 
 
 @pytest.mark.slow
@@ -434,5 +434,5 @@ def test_the_real_allocator(tmp_path):
     out = tmp_path / "found.json"
     assert killed.wait(killed.start(real_limit, out)) == 0
     found = json.loads(out.read_text())
-    assert "DefaultCPUAllocator: can't allocate memory" in found["told"][0]
+    assert "DefaultCPUAllocator: can't allocate memory" in found["messages"][0]
     assert 1 <= found["most"]["scoring"] < 48 and found["off"] < 1e-4
