@@ -45,9 +45,7 @@ app = typer.Typer(
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file, or its folder.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The --out of an earlier run.")]
-Out = Annotated[
-    Path | None, typer.Option("--out", help="Run directory; default: runs/<recipe name>.")
-]
+Out = Annotated[Path | None, typer.Option(help="Run directory; default: runs/<recipe name>.")]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key; repeatable."),
@@ -57,9 +55,7 @@ DryRun = Annotated[
 ]
 From = Annotated[
     Path | None,
-    typer.Option(
-        "--from", metavar="RUN", help="Copy the SFT and reward stages of a run, if they match."
-    ),
+    typer.Option("--from", metavar="RUN", help="Copy SFT and reward of a run, if they match."),
 ]
 Warm = Annotated[
     bool,
@@ -186,7 +182,7 @@ _recipe_verb(
 
 @_command("demo")
 def _demo_verb(
-    out: Out = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Run directory.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(min=0, help="Random seed for the whole run.")] = 0,
     overrides: Set = None,
     dry_run: DryRun = False,
@@ -362,7 +358,7 @@ def _compare_verb(
 ) -> None:
     """Compare finished runs: is PPO worth it here?
 
-    Reward, win rate, KL, length and cost of each, and paired differences if prompts are the same.
+    Reward, win rate, KL, length and cost, and paired differences if runs share SFT and prompts.
 
     Runs of one recipe that differ only in the seed are one row: the mean over seeds.
     """
