@@ -104,9 +104,13 @@ def largest_micro_batch(planner: Planner, recipe: Recipe, gpu: int) -> int | Non
     few, more = 2, 4  # a batch of one has no padding, and so no mask
     low, high = (estimate.update(rows).total for rows in (few, more))
     rows = few + max(0, (room - low) * (more - few) // max(1, high - low))
-    while rows > 1 and estimate.update(rows).total > room:
-        rows -= 1
-    return rows
+    if estimate.update(rows).total <= room:
+        return rows
+    fits = 1
+    while rows - fits > 1:
+        middle = (fits + rows) // 2
+        fits, rows = (middle, rows) if estimate.update(middle).total <= room else (fits, middle)
+    return fits
 
 
 def changed(recipe: Recipe, *changes: Changes) -> Recipe:

@@ -5,6 +5,7 @@ import contextlib
 import json
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import small
@@ -387,3 +388,23 @@ def test_the_command_says_whether_a_gpu_is_enough():
 def test_the_command_reports_errors_of_recipe_and_options():
     assert invoke(tiny.recipe(), "--set", "ppo.args.nothing=1").exit_code == RecipeError.exit_code
     assert invoke(tiny.recipe(), "--gpu", "wide").exit_code == UsageError.exit_code
+
+
+@pytest.mark.parametrize("most", [1, 2, 37, 4999])
+def test_the_largest_micro_batch_is_searched_by_halves(monkeypatch, most):
+    """Two small batches say little of large ones; one row less at a time took half an hour."""
+    counted = []
+
+    class Estimate:
+        def __init__(self, *_):
+            pass
+
+        def update(self, rows):
+            counted.append(rows)
+            return SimpleNamespace(total=rows if rows <= 4 and most > 4 else 10**6 * rows // most)
+
+    monkeypatch.setattr(gpu_fit, "Estimate", Estimate)
+    monkeypatch.setattr(gpu_fit, "largest_peak", lambda gpu: 10**6)
+    recipe = load_recipe(tiny.recipe())
+    assert gpu_fit.largest_micro_batch(None, recipe, 10**9) == most
+    assert len(counted) < 30
