@@ -93,33 +93,26 @@ class Planner:
         total = int(self.config.get_text_config().num_hidden_layers)
         adapted = math.ceil(total * recipe.lora.top_fraction)
         below = min(total - adapted, 1)
-        if not trained or adapted <= _MOST_LAYERS:
-            # Without gradients no layer leaves anything for the next: two layers show as much.
-            shown = adapted if trained else min(adapted, 2)
-            return self._count(recipe, phase, batch, trained, below, shown)
-        few, more = (
-            self._count(recipe, phase, batch, trained, below, n)
-            for n in (_MOST_LAYERS - 2, _MOST_LAYERS)
-        )
-        return more + (more - few) * (adapted - _MOST_LAYERS) // 2
-
-    def _count(
-        self,
-        recipe: Recipe,
-        phase: dry_run.Phase,
-        batch: Batch,
-        trained: tuple[str, ...],
-        below: int,
-        adapted: int,
-    ) -> int:
-        made = self.backbone(recipe, below + adapted, adapted)
         checkpointing = bool(trained) and recipe.model.gradient_checkpointing
-        key = (id(made), phase, batch, trained, checkpointing)
-        if key not in self._counts:
-            held = self.kv_cache(made.causal.config, batch, made.causal.dtype, phase)
-            with dry_run.stage(made, trained, checkpointing=checkpointing):
-                self._counts[key] = dry_run.count(made, self.device, batch, phase) - held
-        return self._counts[key]
+
+        def count_with(layers: int) -> int:
+            backbone = self.backbone(recipe, below + layers, layers)
+            key = (id(backbone), phase, batch, trained, checkpointing)
+            if key not in self._counts:
+                causal = backbone.causal
+                cached = self.kv_cache(causal.config, batch, causal.dtype, phase)
+                with dry_run.stage(backbone, trained, checkpointing=checkpointing):
+                    count = dry_run.count(backbone, self.device, batch, phase)
+                self._counts[key] = count - cached
+            return self._counts[key]
+
+        if not trained:
+            # Without gradients no layer leaves anything for the next: two layers show as much.
+            return count_with(min(adapted, 2))
+        if adapted <= _MOST_LAYERS:
+            return count_with(adapted)
+        few, more = count_with(_MOST_LAYERS - 2), count_with(_MOST_LAYERS)
+        return more + (more - few) * (adapted - _MOST_LAYERS) // 2
 
     @staticmethod
     def kv_cache(config: Any, batch: Batch, dtype: torch.dtype, phase: Any) -> int:

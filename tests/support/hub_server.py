@@ -211,9 +211,9 @@ class HubServer:
                 return Reply(self._whoami(member))
             case ["POST", "api", "validate-yaml"]:
                 errors, warnings, _ = card_problems(data["content"])
-                found = {"errors": [{"message": m} for m in errors]}
-                found |= {"warnings": [{"message": m} for m in warnings]}
-                return Reply(found, 400 if errors else 200)
+                report = {"errors": [{"message": m} for m in errors]}
+                report |= {"warnings": [{"message": m} for m in warnings]}
+                return Reply(report, 400 if errors else 200)
             case ["POST" | "DELETE", "api", "repos", "create" | "delete" as verb]:
                 kind = "" if data.get("type", "model") == "model" else f"{data['type']}s/"
                 key = f"{kind}{data.get('organization') or self.user}/{data['name']}"
@@ -227,7 +227,7 @@ class HubServer:
                 return Reply(status=200 if there else 404)
             case ["POST", *prefix, "info", "lfs", "objects", "batch"]:
                 self._owned("/".join(prefix).removesuffix(".git"), member)
-                objects = [self._lfs_object(asked) for asked in data["objects"]]
+                objects = [self._lfs_object(entry) for entry in data["objects"]]
                 return Reply({"transfer": "basic", "objects": objects})
             case [_, "api", "models" | "datasets" | "spaces" as kind, ns, name, *rest]:
                 key = f"{ns}/{name}" if kind == "models" else f"{kind}/{ns}/{name}"
@@ -284,14 +284,14 @@ class HubServer:
                 top = "".join(f"{part}/" for part in "/".join(folder).split("/") if part)
                 deep = query.get("recursive", "").lower() == "true"
                 commit = repo.at(revision)
-                found = list_tree(commit.tree, top, deep)
-                if top and not found:
+                entries = list_tree(commit.tree, top, deep)
+                if top and not entries:
                     raise HubError(404, f"{top} does not exist", "EntryNotFound", "", commit.sha)
-                return Reply(found)
+                return Reply(entries)
             case ["paths-info", revision]:
                 entries = list_tree(repo.at(revision).tree, "", True)
-                asked = {path.strip("/") for path in parse_qs(body.decode()).get("paths", [])}
-                return Reply([entry for entry in entries if entry["path"] in asked])
+                paths = {path.strip("/") for path in parse_qs(body.decode()).get("paths", [])}
+                return Reply([entry for entry in entries if entry["path"] in paths])
         raise HubError(404, f"no such endpoint here: GET {rest}")
 
     def _info(self, repo: Repo, commit: Commit, blobs: bool) -> dict:
@@ -326,9 +326,9 @@ class HubServer:
         match [method, *rest]:
             case ["POST", "preupload", revision]:
                 tree, files = repo.at(revision).tree, []
-                for asked in data["files"]:
-                    path, sample = asked["path"], base64.b64decode(asked["sample"])
-                    mode = "lfs" if is_lfs(path, sample, asked["size"]) else "regular"
+                for entry in data["files"]:
+                    path, sample = entry["path"], base64.b64decode(entry["sample"])
+                    mode = "lfs" if is_lfs(path, sample, entry["size"]) else "regular"
                     oid = tree[path].info("")["oid"] if path in tree else None
                     file = {"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid}
                     files.append(file)
@@ -344,11 +344,11 @@ class HubServer:
                 return Reply({"private": repo.private})
         raise HubError(404, f"no such endpoint here: {method} {rest}")
 
-    def _lfs_object(self, asked: dict) -> dict:
-        got = {"oid": asked["oid"], "size": asked["size"]}
-        if asked["oid"] in self.lfs:
+    def _lfs_object(self, wanted: dict) -> dict:
+        got = {"oid": wanted["oid"], "size": wanted["size"]}
+        if wanted["oid"] in self.lfs:
             return got  # there already: nothing to upload
-        hrefs = {"upload": f"{self.url}/_lfs/{asked['oid']}", "verify": f"{self.url}/_lfs/verify"}
+        hrefs = {"upload": f"{self.url}/_lfs/{wanted['oid']}", "verify": f"{self.url}/_lfs/verify"}
         return got | {"actions": {action: {"href": href} for action, href in hrefs.items()}}
 
     def _commit(self, repo: Repo, lines: list[dict]) -> Commit:
@@ -382,14 +382,14 @@ def is_lfs(path: str, sample: bytes, size: int | None = None) -> bool:
 
 
 def list_tree(tree: dict[str, Blob], top: str, deep: bool) -> list[dict]:
-    found = {}
+    entries = {}
     for path, blob in tree.items():
         folders = [str(folder) for folder in PurePosixPath(path).parents if folder.name]
         for folder in folders:
             oid = hashlib.sha1(folder.encode()).hexdigest()
-            found[folder] = {"type": "directory", "path": folder, "size": 0, "oid": oid}
-        found[path] = blob.info(path)
-    under = [entry for path, entry in sorted(found.items()) if path.startswith(top)]
+            entries[folder] = {"type": "directory", "path": folder, "size": 0, "oid": oid}
+        entries[path] = blob.info(path)
+    under = [entry for path, entry in sorted(entries.items()) if path.startswith(top)]
     return [entry for entry in under if deep or "/" not in entry["path"][len(top) :]]
 
 
