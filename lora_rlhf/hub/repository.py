@@ -44,7 +44,7 @@ _TRANSPORT: type[Exception] = HfHubHTTPError.__mro__[1]
 
 
 def offline() -> bool:
-    """Whether the network is off by choice (HF_HUB_OFFLINE=1)."""
+    """Return True if the network is turned off (HF_HUB_OFFLINE=1)."""
     return bool(constants.is_offline_mode())
 
 

@@ -60,7 +60,7 @@ class Fit:
 
     @property
     def unchanged(self) -> bool:
-        """Whether the recipe fits as it is."""
+        """True if the recipe fits as it is."""
         return self.changes == {}
 
 

@@ -43,7 +43,7 @@ class Report:
 
     @property
     def fits(self) -> bool:
-        """Whether the recipe fits every GPU as it is."""
+        """True if the recipe fits every GPU as it is."""
         return all(one.unchanged for one in self.gpus)
 
     def as_json(self) -> str:

@@ -54,7 +54,7 @@ def keys_read(recipe: Recipe, stage: str) -> dict[str, Any]:
 
 
 def has_reward_model(recipe: Recipe) -> bool:
-    """Whether the reward stage trains anything: not for gold without comparisons."""
+    """Return True if the reward stage trains: not for a gold reward without comparisons."""
     return bool(recipe.data.comparisons) or recipe.ppo.reward == "model"
 
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What people read, made from the run directory alone."""
+"""Cards, doctor, plots, tables and comparisons, made from the run directory alone."""

@@ -84,7 +84,7 @@ class NonFiniteGuard(TrainerCallback):
         """
         parameters = [entry[-1] for entry in self._parameters()]
         if not _finite([p.grad for p in parameters if p.grad is not None]):
-            self.note(NonFiniteError("a gradient is no number"))
+            self.note(NonFiniteError("a gradient is not finite"))
         why, self._why = self._why or self._rollout, None
         self.skipped = why is not None
         if why is not None:

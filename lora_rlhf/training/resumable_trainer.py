@@ -121,7 +121,7 @@ class ResumableTrainer(MicrobatchSplitting):
         """Check that all numbers are finite; skip the update if not."""
         finite = all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
         if not finite:
-            self.skip_update(NonFiniteError(f"{what} are no numbers"), rollout=rollout)
+            self.skip_update(NonFiniteError(f"{what} are not finite"), rollout=rollout)
         return finite
 
     def checked_norm(self, stage: str, norm: float, role: str = "policy") -> float:

@@ -286,7 +286,7 @@ def test_a_gated_base_says_where_to_request_access(server, here):
     server.gated.add("acme/shy")
     with pytest.raises(BaseModelError, match="acme/shy is gated") as caught:
         BaseModel.load(ModelSection(id="acme/shy"), LoraSection())
-    assert "accept them on its page" in caught.value.remedy and caught.value.exit_code == 4
+    assert "accept its terms on its page" in caught.value.remedy and caught.value.exit_code == 4
 
 
 # --- visibility -------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def alive():
 def test_memory_report_is_the_sum_of_all_tensors_that_exist(kind):
     """Measured from outside: every storage that came into being with the backbone."""
     before = alive()
-    backbone = small.backbone("llama", *ROLES, **kind)
+    backbone = small.backbone("llama", *ROLES, folder=small.base_folder(), **kind)
     new = {at: size for at, size in alive().items() if at not in before}
     report = backbone.memory_report()
     # One table of the 4-bit format, 1 KiB, belongs to bitsandbytes and is there once per process.
