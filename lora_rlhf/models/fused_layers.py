@@ -110,7 +110,7 @@ def _lora(layer: Any) -> Callable[..., Tensor]:
             return own(x, *args, **kwargs)  # type: ignore[no-any-return]
         if factors.a is None:
             return nn.functional.linear(x, factors.weight, factors.bias)
-        return _Product.apply(x, *factors)  # type: ignore[no-any-return]
+        return _Product.apply(x, *factors)  # type: ignore[no-untyped-call]
 
     return forward
 
@@ -125,7 +125,7 @@ def _mlp(mlp: Any) -> Callable[..., Tensor]:
             return own(x)  # type: ignore[no-any-return]
         scales = tuple(f.s for f in factors)
         tensors = [t for f in factors for t in (f.weight, f.a, f.b)]
-        return _Gated.apply(x, scales, *tensors)  # type: ignore[no-any-return]
+        return _Gated.apply(x, scales, *tensors)  # type: ignore[no-untyped-call]
 
     return forward
 
@@ -136,7 +136,7 @@ def _norm(module: Any) -> Callable[..., Tensor]:
     def forward(x: Tensor) -> Tensor:
         if not _is_float32(x):
             return own(x)  # type: ignore[no-any-return]
-        return _RMS.apply(x, module.weight, module.variance_epsilon)  # type: ignore[no-any-return]
+        return _RMS.apply(x, module.weight, module.variance_epsilon)  # type: ignore[no-untyped-call]
 
     return forward
 

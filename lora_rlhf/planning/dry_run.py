@@ -43,7 +43,7 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of storages created inside it and still alive; views cost nothing."""
 
     def __init__(self, existing: Iterable[Tensor] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._existing = {t.untyped_storage()._cdata for t in existing}
         self._alive: dict[int, int] = {}
         self.now = self.peak = 0
