@@ -4,8 +4,8 @@
 Shapes: N prompts (or comparisons), one number each. Two models are compared on the same prompts:
 position i of both lists belongs to the same prompt.
 
-Everything here ends in the record, which must not depend on the version of a library: scipy, from
-whose functions these differ in the last digits only, is the oracle of the tests.
+The results go into the record, which must not depend on the version of a library. The tests compare
+them with scipy's, which differ in the last digits only.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 _NORMAL = NormalDist()
 _Z = _NORMAL.inv_cdf(0.975)
-_CHUNK = 2_000_000
-"""Bootstrap draws in memory at once."""
+_CHUNK = 2_000_000  # bootstrap draws in memory at once
 
 Floats = NDArray[np.float64]
 
@@ -83,15 +82,15 @@ def wilson(successes: float, n: int) -> Estimate:
     """
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"{successes} of {n} is not a share")
-    return _score_interval(successes / n, n, ties=0.0)
+    return _score_interval(successes / n, n)
 
 
-def _score_interval(p: float, n: float, ties: float) -> Estimate:
+def _score_interval(p: float, n: float, ties: float = 0.0) -> Estimate:
     """Solve `n (p - q)^2 = z^2 (q (1 - q) - ties / 4)` for the limits q; Wilson's at ties = 0."""
     middle = (2 * n * p + _Z**2) / (2 * (n + _Z**2))
     inside = 4 * n * p * (1 - p) - n * ties + _Z**2 * (1 - ties)
     half = _Z * math.sqrt(max(0.0, inside)) / (2 * (n + _Z**2))
-    # Without rounding errors, an extreme share is exactly the limit on its side.
+    # Rounding errors must not move the limit away from a share of exactly 0 or 1.
     low = 0.0 if p == 0 else min(p, max(0.0, middle - half))
     high = 1.0 if p == 1 else max(p, min(1.0, middle + half))
     return _estimate(p, low, high, int(n))
@@ -131,7 +130,7 @@ def mean_interval(values: ArrayLike, clusters: Sequence[Hashable] | None = None)
 
     Args:
         values: (N,) any unit.
-        clusters: (N,) names of what values share, such as a prompt answered several times;
+        clusters: (N,) the cluster of each value, such as a prompt that is answered several times;
             default: every value is its own cluster.
 
     The standard error is the clustered one of Miller 2024 (2411.00640, section 2.2), times
@@ -155,17 +154,17 @@ def mean_interval(values: ArrayLike, clusters: Sequence[Hashable] | None = None)
 
 
 def share_interval(outcomes: ArrayLike, clusters: Sequence[Hashable]) -> Estimate:
-    """The share of N outcomes that come in clusters, such as pairs of one prompt.
+    """The mean of N clustered outcomes, such as pairs of completions with the prompt as cluster.
 
     Args:
         outcomes: (N,) from 0 to 1; a tie is one half.
-        clusters: (N,) names of what the outcomes share.
+        clusters: (N,) the cluster of each outcome.
 
     Wilson's interval at the effective sample size: N over the design effect (the clustered variance
     of `mean_interval` over p (1 - p) / N, at least 1), corrected for the C - 1 degrees of freedom
     of C clusters (Korn and Graubard 1998; Dean and Pagano 2015 compare such intervals). If all
     outcomes are equal, the variance is unknown and each cluster counts once. One outcome per
-    cluster: `wilson`. One cluster in all: no interval. `n` is N.
+    cluster: `wilson`. A single cluster: no interval. `n` is N.
     """
     array = _floats(outcomes)
     if array.min() < 0 or array.max() > 1:
@@ -180,17 +179,17 @@ def share_interval(outcomes: ArrayLike, clusters: Sequence[Hashable]) -> Estimat
     half, t = (mean_interval(array, clusters)["high"] or 0.0) - value, t_quantile(count - 1)
     binomial = value * (1 - value) / n
     effect = max(1.0, (half / t) ** 2 / binomial) if binomial > 0 else n / count
-    return {**_score_interval(value, n / effect * (_Z / t) ** 2, ties=0.0), "n": n}
+    return {**_score_interval(value, n / effect * (_Z / t) ** 2), "n": n}
 
 
 def mean_of_shares(values: ArrayLike) -> Estimate:
-    """The mean of N shares from 0 to 1, with an interval within the same limits.
+    """The mean of N shares from 0 to 1, with an interval that lies within [0, 1].
 
     Wilson's interval at the effective sample size p (1 - p) / s^2, with s the standard error of the
     mean, corrected for N - 1 degrees of freedom (Korn and Graubard 1998), as in `share_interval`.
     Shares vary less than outcomes of 0 and 1, so this size mostly exceeds N. For 64 to 128 texts of
-    which 2 to 5 % loop it covers 88 to 91 %, the interval of the plain mean 59 to 80 %. If all
-    shares are equal, each counts once: `wilson`. One share: no interval.
+    which 2 to 5 % loop, it covers 88 to 91 %, and that of `mean_interval` 59 to 80 %. If all shares
+    are equal, each counts once: `wilson`. One share: no interval.
     """
     array = _floats(values)
     if array.min() < 0 or array.max() > 1:
@@ -202,7 +201,7 @@ def mean_of_shares(values: ArrayLike) -> Estimate:
     if np.ptp(array) < 1e-12:  # equal but for rounding errors
         return {**wilson(n * value, n), "value": value}
     effective = value * (1 - value) * (_Z / (mean["high"] - value)) ** 2
-    return {**_score_interval(value, effective, ties=0.0), "n": n}
+    return {**_score_interval(value, effective), "n": n}
 
 
 # --- two models on the same prompts ------------------------------------------------------------
@@ -212,7 +211,7 @@ def paired_difference(a: ArrayLike, b: ArrayLike, seed: int, resamples: int = 10
     """The mean of a - b over prompts, with a seeded BCa bootstrap interval (Efron 1987).
 
     Both scores of a prompt are drawn together, so that its difficulty cancels (Miller 2024,
-    section 4). One prompt: no interval. No variation at all: an interval of width 0.
+    section 4). One prompt: no interval. All differences equal: an interval of width 0.
     """
     first, second = _pair(a, b)
     gaps = first - second
@@ -250,8 +249,8 @@ def win_rate(a: ArrayLike, b: ArrayLike, tie: float = 1e-9) -> Estimate:
     """The share of prompts on which score a beats score b; a tie (within `tie`) counts half.
 
     Wilson's interval with the variance of an outcome with ties: p (1 - p) - t / 4 for a share t of
-    ties. For t the lower Wilson limit of the observed share is used, so that ties narrow the
-    interval, yet ten ties out of ten do not prove a draw.
+    ties. The lower Wilson limit of the observed share is used for t, so that ties narrow the
+    interval, but ten ties out of ten do not prove a draw.
     """
     outcomes = _outcomes(a, b, tie)
     n = outcomes.size
@@ -265,8 +264,8 @@ def length_controlled_win_rate(
     """The win rate of a if its answers were as long as b's, after AlpacaEval-LC (2404.04475).
 
     `logit P(a wins) = theta + phi tanh(d / std(d))`, with d the length difference in tokens; the
-    value is `sigmoid(theta)`, the prediction at d = 0. This is their regression without the terms
-    for the difficulty of an instruction. Ties count half. Each coefficient has a log-F(1, 1) prior
+    value is `sigmoid(theta)`, the prediction at d = 0. The paper's terms for the difficulty of an
+    instruction are left out. Ties count half. Each coefficient has a log-F(1, 1) prior
     (Greenland and Mansournia 2015), so that a model that always wins has a finite estimate. The
     interval is Wald's on the logit scale with binomial variance, which is conservative with ties.
     """
@@ -296,7 +295,7 @@ def length_controlled_win_rate(
 
 
 def repetition(texts: Sequence[str | Sequence[int]], n: int = 4) -> list[float | None]:
-    """For each text the share of its n-grams that repeat an earlier one; None if it has no n-gram.
+    """The share of each text's n-grams that repeat an earlier one; None without any n-gram.
 
     seq-rep-n of Welleck et al. 2020 (1908.04319, section 6): 1 - distinct n-grams / n-grams.
 
@@ -314,27 +313,26 @@ def repetition(texts: Sequence[str | Sequence[int]], n: int = 4) -> list[float |
 def calibration(
     margins: ArrayLike, bins: int = 10, clusters: Sequence[Hashable] | None = None
 ) -> list[dict[str, Any]]:
-    """The accuracy of a reward model by its stated confidence.
+    """The accuracy of a reward model by its confidence, sigmoid(|margin|) (Bradley-Terry).
 
     Args:
-        margins: (N,) score of the chosen completion minus that of the rejected one.
-        bins: Equal steps of the stated confidence, from 0.5 to 1.
+        margins: (N,) score of the chosen completion minus score of the rejected one.
+        bins: Number of equal bins of the confidence, from 0.5 to 1.
         clusters: (N,) the prompt of each comparison; default: all prompts differ.
 
     Returns:
         One dict per bin that is not empty: `low` and `high` (its edges), `predicted` (mean
-        stated confidence, sigmoid(|margin|), Bradley-Terry), `observed` (share with the chosen
-        completion ahead, a margin of 0 counts half), `observed_low`, `observed_high`
-        (of `share_interval`) and `n`.
+        confidence), `observed` (accuracy; a margin of 0 counts half), `observed_low`,
+        `observed_high` (interval of `share_interval`) and `n`.
     """
     array = _floats(margins)
     names = list(range(array.size)) if clusters is None else list(clusters)
     confidence = 1 / (1 + np.exp(-np.abs(array)))
     right = np.where(array == 0, 0.5, (array > 0).astype(np.float64))
-    which = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    bin_of = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
     rows = []
-    for index in np.unique(which).tolist():
-        inside = which == index
+    for index in np.unique(bin_of).tolist():
+        inside = bin_of == index
         share = share_interval(right[inside], [names[i] for i in np.flatnonzero(inside)])
         rows.append(
             {

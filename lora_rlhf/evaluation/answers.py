@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One model's answers in the evaluation, and a cache of them until all models are done.
+"""The answers of one model, and their cache on disk until all models are evaluated.
 
 checkpoints/evaluate/MODEL.json holds the answers and scores with their sha256 and the identity of
-the run, so that an interrupted evaluation repeats only the models that are missing.
+the run, so that an interrupted evaluation goes on with the models that are missing.
 """
 
 from __future__ import annotations
@@ -44,29 +44,28 @@ class Answers:
         return {"seconds": round(self.seconds, 3), "tokens_per_second": tokens_per_second}
 
 
-_KEPT = ("ids", "texts", "finished", "seconds", "scores", "kl")
-"""All fields but the verdicts, which take no time to compute again."""
+_KEPT = ("ids", "texts", "finished", "seconds", "scores", "kl")  # verdicts are fast to recompute
 
 
 class AnswerCache:
     """The finished answers of one evaluation, on disk.
 
     Args:
-        identity: Flat description of the run; answers of a different run are not used. None: keep
-            nothing.
-        say: Called with messages on what is used, and on what is not and why.
+        identity: Flat description of the run; answers of a different run are not used. None: no
+            cache.
+        say: Called with a message on each cached file: it is used, or why it is not.
     """
 
     def __init__(
         self, record: Record, identity: dict[str, Any] | None, say: Callable[[str], object]
     ) -> None:
         self.record, self.say = record, say
-        self.identity = json.loads(json.dumps(identity))  # as it will be read back
+        self.identity = json.loads(json.dumps(identity))  # equal to what is read from a file
         self.folder: Path = record.checkpoints("evaluate")
         self._started, self._before = time.perf_counter(), 0.0
 
     def take(self, model: str) -> Answers | None:
-        """The answers of a model that an earlier process finished, if there are any."""
+        """Return the answers that an earlier process saved for a model, if they are valid."""
         path = self.folder / f"{model}.json"
         if self.identity is None or not path.exists():
             return None
@@ -90,7 +89,7 @@ class AnswerCache:
         return answers
 
     def put(self, model: str, answers: Answers) -> None:
-        """Keep the answers of a model that is done."""
+        """Save the answers of a model."""
         if self.identity is None:
             return
         spent = self._before + time.perf_counter() - self._started

@@ -54,12 +54,12 @@ def run(
     """Evaluate every model; `prompts` has a column `prompt` and, for tasks, `item` (JSON).
 
     Args:
-        identity: Flat description of the run. Models that an earlier process of the same run
-            finished are not evaluated again. None: evaluate all, and keep nothing.
-        say: Called with messages on the models that were finished before.
+        identity: Flat description of the run: models that an earlier process of the same run
+            finished are not evaluated again. None: evaluate all models, without a cache.
+        say: Called with messages on cached answers.
 
     Raises:
-        DataError: No prompts, or items that cannot be read.
+        DataError: There are no prompts, or an item cannot be read.
         NonFiniteError: A score or a log-probability is NaN or infinite.
     """
     rows, items = _read(prompts, recipe.evaluate.n)
@@ -102,14 +102,14 @@ def run(
 
 
 def _models(recipe: Recipe, backbone: Backbone) -> list[str]:
-    """The models of this run; best of n, chosen from samples of SFT, replaces the policy."""
+    """The models of this run; best of n, which samples from SFT, takes the place of a policy."""
     skipped = "policy" if recipe.algorithm == "best_of_n" else "best_of_n"
     known = [m for m, role in MODELS.items() if role is None or backbone.has(role)]
     return [model for model in known if model != skipped]
 
 
 def _read(prompts: Dataset, n: int) -> tuple[list[dict[str, Any]], list[Item | None]]:
-    """The first n rows, and the task item of each row that has one."""
+    """The first n rows and their task items; None for a row without item."""
     rows = [dict(prompts[i]) for i in range(min(n, len(prompts)))]
     if not rows or "prompt" not in rows[0]:
         raise DataError(
@@ -134,7 +134,7 @@ def _read(prompts: Dataset, n: int) -> tuple[list[dict[str, Any]], list[Item | N
 def _answer(
     recipe: Recipe, backbone: Backbone, model: str, prompts: list[list[int]], max_new_tokens: int
 ) -> Answers:
-    """Answer with one model, and score the answers with reward models and SFT."""
+    """Answer with one model; score the answers with reward models, and log-ratios to SFT."""
     section, role = recipe.evaluate, MODELS[model]
     size, temperature = section.batch_size, section.temperature
     options: dict[str, Any] = {
@@ -158,7 +158,7 @@ def _answer(
         raw = scores(backbone, sequences, role="held_out", batch_size=size)
         offset = backbone.reward_offset.get("held_out", 0.0)
         answers.scores["held_out"] = _finite([s + offset for s in raw], "held_out score")
-    # Greedy answers are no samples of the model: their mean log-ratio is no KL.
+    # KL is an expectation over samples; greedy answers are none.
     if role != "reference" and backbone.has("reference") and temperature > 0:
         own, sft = (
             sequence_logprobs(
@@ -213,16 +213,16 @@ def measure(answers: Answers, sft: Answers | None, seed: int) -> dict[str, Estim
 
 def _against(answers: Answers, sft: Answers, seed: int) -> dict[str, Estimate | None]:
     """The paired comparisons with SFT."""
-    every = range(len(answers.ids))
+    all_rows = range(len(answers.ids))
     out: dict[str, Estimate | None] = {
         "longer_than_sft": estimates.win_rate(answers.lengths, sft.lengths)
     }
     pairs: dict[str, tuple[Sequence[int], list[float], list[float]]] = {
-        f"win_rate_{name}": (every, answers.scores[role], sft.scores[role])
+        f"win_rate_{name}": (all_rows, answers.scores[role], sft.scores[role])
         for name, role in (("proxy", "reward"), ("held_out", "held_out"))
         if role in answers.scores
     }
-    if tasks := [i for i in every if answers.verdicts[i] is not None]:
+    if tasks := [i for i in all_rows if answers.verdicts[i] is not None]:
         gold, gold_sft = ([v.reward for v in one.verdicts if v] for one in (answers, sft))
         pairs["win_rate"] = (tasks, gold, gold_sft)
         out["gold_reward_minus_sft"] = estimates.paired_difference(gold, gold_sft, seed)
@@ -253,7 +253,7 @@ def _write_samples(
     items: list[Item | None],
     answers: dict[str, Answers],
 ) -> None:
-    """Write `samples.jsonl`: for each prompt one line per model, side by side.
+    """Write `samples.jsonl`: the lines of all models for a prompt follow each other.
 
     `score` ranks answers: the gold reward, otherwise the held-out, otherwise the proxy reward.
     """

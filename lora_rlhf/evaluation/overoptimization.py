@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Proxy and gold reward against the distance from SFT: the curves of Gao et al. (2210.10760).
 
-d is the square root of the KL divergence from SFT, in nats. Rewards are measured from SFT's own.
+d is the square root of the KL divergence from SFT, in nats. Rewards are differences from SFT's.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ class Fit(NamedTuple):
 
 
 def best_of_n(proxy: ArrayLike, gold: ArrayLike, n: int) -> tuple[float, float]:
-    """Mean proxy and gold reward of the best of n by the proxy, from N samples per prompt.
+    """Mean proxy and gold reward of the best of n samples by the proxy.
 
     Args:
         proxy: (P, N) rewards of N samples for each of P prompts.
-        gold: (P, N) likewise.
+        gold: (P, N) rewards of the same samples.
         n: At most N.
 
     Unbiased estimate over all subsets of n samples (2112.09332, appendix I; 2210.10760, section
-    3): the i-th lowest by the proxy is the best of C(i - 1, n - 1) of the C(N, n) subsets.
+    3): the sample with the i-th lowest proxy reward is the best one in C(i - 1, n - 1) of the
+    C(N, n) subsets.
     """
     scores, truth = np.asarray(proxy, dtype=np.float64), np.asarray(gold, dtype=np.float64)
     if scores.shape != truth.shape or scores.ndim != 2 or not 1 <= n <= scores.shape[1]:
@@ -63,6 +64,6 @@ def _fit(columns: np.ndarray, reward: Sequence[float]) -> Fit:
     if len(y) != len(columns) or len(y) < 3:
         raise ValueError(f"{len(y)} rewards at {len(columns)} distances: three or more are needed")
     (alpha, beta), *_ = np.linalg.lstsq(columns, y, rcond=None)
-    left = float(((y - columns @ np.array([alpha, beta])) ** 2).sum())
+    residual = float(((y - columns @ np.array([alpha, beta])) ** 2).sum())
     spread = float(((y - y.mean()) ** 2).sum())
-    return Fit(float(alpha), float(beta), 1 - left / spread if spread else float("nan"))
+    return Fit(float(alpha), float(beta), 1 - residual / spread if spread else float("nan"))

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signs of over-optimisation and of failing training in PPO's log, in plain words.
+"""Signs of over-optimisation and of failing training in PPO's log, with their meaning and remedy.
 
-No sign rests on a single rollout: its mean over B episodes has a standard error of
-`reward/score_std` / sqrt(B), which is seldom small beside a step of training. Levels are medians of
-the last few lines. Changes are judged in standard errors, estimated from the scatter of the lines
-themselves, which covers the sampling of both prompts and completions and exists for every metric.
-Gold rewards are for measuring only: nothing here reads `rewards/gold`.
+No sign rests on a single rollout: the standard error of its mean over B episodes,
+`reward/score_std` / sqrt(B), is seldom small compared with the effect of one update. Levels are
+medians of the last lines. Changes are judged in standard errors, estimated from the scatter of the
+lines, which covers the sampling of both prompts and completions and exists for every metric.
+Gold rewards are for measuring only: no sign reads `rewards/gold`.
 """
 
 from __future__ import annotations
@@ -19,50 +19,50 @@ from typing import NamedTuple
 from lora_rlhf.estimates import UNDEFINED
 
 LATEST = 3
-"""Lines whose median is a level: one odd rollout is no sign, two of three are."""
+"""Number of lines whose median is a level, so that one unusual rollout is no sign."""
 
 ENDS = 5
-"""Lines at each end of the log between which a change is judged. The first ones show SFT itself:
-the learning rate warms up, and at first only the value model learns."""
+"""Lines at each end of the log between which a change is judged. The first lines show SFT: the
+learning rate warms up, and at first only the value model is trained."""
 
 WINDOW = 12, 50
-"""Fewest and most lines of a trend, which is that of the latter half of the log: a past peak must
-not hide a decline (2210.10760: rewards rise first, then fall)."""
+"""Fewest and most lines of a trend. It covers the latter half of the log: rewards first rise and
+then fall (2210.10760), and the rise must not hide the fall."""
 
 SIGMAS = 4.0
-"""Standard errors that make a change. With the 8 degrees of freedom of 2 * ENDS lines, Student's t
-exceeds 4 by chance in 1 of 500 tests, and there is a test at every update."""
+"""Standard errors above which a difference is a change. With the 8 degrees of freedom of 2 * ENDS
+lines, Student's t exceeds 4 by chance in 1 of 500 tests, and there is a test at every update."""
 
 EFFECT = 0.2
-"""Fall of the reward that counts, in standard deviations of the score: Cohen's small effect."""
+"""Smallest relevant fall of the reward, in standard deviations of the score: Cohen's small
+effect."""
 
 STAGNANT = 1 / 3
-"""Share of the proxy's gain; a held-out reward that certainly gains less than this stagnates."""
+"""Share of the proxy's gain below which a held-out reward stagnates, beyond statistical doubt."""
 
 KL_SEQUENCE = 30.0
-"""Nats per sequence. A rule of thumb: no paper gives a bound, and the distance at which the gold
-reward falls grows with the reward model (2210.10760). Twice the usual value of docs/metrics.md."""
+"""Nats per sequence. A rule of thumb, twice the usual value of docs/metrics.md: no paper gives a
+bound, and the KL at which the gold reward falls grows with the reward model (2210.10760)."""
 
 KL_TOKEN = 0.5
-"""Nats per token: the same for short completions. The entropy of text under a language model is
-2 to 3 nats per token, and healthy runs of ours stay below 0.2."""
+"""Nats per token, the limit for short completions. The entropy of text under a language model is
+2 to 3 nats per token, and our healthy runs stay below 0.2."""
 
 KL_RUNAWAY = 5.0
-"""Nats per sequence above which accelerating growth is a sign; below it, training just began."""
+"""Nats per sequence above which accelerating growth is a sign; a run starts with such growth."""
 
 KL_NEGATIVE = -1.0
-"""Nats per sequence. KL is never negative; noise takes its k1 estimate a few tenths below 0."""
+"""Nats per sequence. KL is never negative, but its k1 estimate may be a few tenths below 0."""
 
 LENGTH = 0.5, 1.3
-"""Ratio of the mean length to that of the first lines, below and above which it drifted.
-2310.03716: length accounts for most of what PPO gains on several reward models."""
+"""Ratios of the mean length to that of the first lines below and above which it has drifted.
+2310.03716: length accounts for most of PPO's gain on several reward models."""
 
 EOS = 0.5
 """Share of the first lines' eos rate below which it has collapsed."""
 
 REPETITION = 0.2
-"""Share of repeated 4-grams. 1908.04319: below 0.01 in people's text, about 0.4 in greedy text that
-loops."""
+"""Share of repeated 4-grams. 1908.04319: below 0.01 in human text, 0.4 in looping greedy text."""
 
 ENTROPY = 0.3
 """Share of the first lines' entropy below which it has collapsed; healthy runs keep 0.7."""
@@ -71,24 +71,24 @@ CLIP_FRACTION = 0.2
 """Share of clipped tokens. 2402.14740: below 0.05 as a rule; several epochs may reach 0.2."""
 
 APPROX_KL = 0.1
-"""Nats per token between the policies before and after one update. Early stopping in PPO
-implementations is at 0.01 to 0.03; healthy runs of ours are below 0.004."""
+"""Nats per token between the policies before and after one update. PPO implementations stop early
+at 0.01 to 0.03; our healthy runs are below 0.004."""
 
 RATIO_MAX = 20.0
 """Largest ratio of a token: rare tokens reach 5 in healthy runs, and more in bfloat16."""
 
 RATIO_START = 0.1
-"""|ratio - 1| on unchanged weights: half of what `identities` allows in bfloat16, its widest."""
+"""|ratio - 1| on unchanged weights: half of the tolerance of `identities` in bfloat16."""
 
 VALUE_LINES = 20
-"""Lines after which the values must predict better than a constant (explained variance)."""
+"""Lines after which values must predict returns better than a constant (explained variance)."""
 
 VALUE_LOSS = 10.0
-"""Factor by which the value loss may exceed that of the first line before it has diverged; it must
-also exceed the variance of the score."""
+"""Factor over the value loss of the first line above which it has diverged, if it also exceeds the
+variance of the score."""
 
 SPREAD = 1e-6
-"""Standard deviation of the score below which all episodes are alike: as in `reward_gate`."""
+"""Standard deviation of the score below which all episodes score alike, as in `reward_gate`."""
 
 _RATE = "lower ppo.args.learning_rate (to a third) or num_iterations"
 _KL = "raise ppo.kl_coef, or set ppo.kl_target or ppo.kl_budget"
@@ -111,7 +111,7 @@ MEANINGS = {
     "length_up": ("usually the reward depends on length",
                   "read stages.reward.accuracy_by_length in the record; add comparisons in which "
                   "the shorter completion is better"),
-    "length_down": ("completions shrink to what is safe, or the reward favours short ones",
+    "length_down": ("the policy avoids risk with short answers, or the reward favours them",
                     "read the samples; raise ppo.kl_coef"),
     "eos_collapse": ("completions are cut off at max_completion_length instead of ending",
                      "raise ppo.missing_eos_penalty or ppo.kl_coef"),
@@ -122,7 +122,7 @@ MEANINGS = {
     "clip_fraction": ("updates are too large, so that clipping discards much of them", _RATE),
     "update_too_large": ("one update moves the policy too far from the one that made its samples",
                          _RATE),
-    "ratio_max": ("one update changes single tokens out of all proportion", _RATE),
+    "ratio_max": ("one update changes the probability of single tokens far too much", _RATE),
     "ratio_start": ("log-probs of unchanged weights differ between two forwards, so that every "
                     "ratio is wrong",
                     "set model.dtype to float32 or bfloat16; report it with record.json"),
@@ -136,13 +136,13 @@ MEANINGS = {
     "no_spread": ("all episodes have the same score, so there is nothing to learn from",
                   "use a reward that distinguishes completions, and more varied prompts"),
 }  # fmt: skip
-"""For every sign: what it means, and what to do."""
+"""Sign -> meaning and remedy."""
 
 SERIOUS = {
     "nan", "over_optimised", "kl_high", "kl_accelerating", "eos_collapse", "repetition",
     "entropy_collapse", "update_too_large",
 }  # fmt: skip
-"""Signs that further training only makes worse, so that it is right to stop or to pull back."""
+"""Signs that get worse with further training: stop, or return to an earlier policy."""
 
 _HIGHEST = {
     "clip_fraction": ("policy/clip_fraction", CLIP_FRACTION),
@@ -150,19 +150,19 @@ _HIGHEST = {
     "ratio_max": ("policy/ratio_max", RATIO_MAX),
     "ratio_start": ("policy/ratio_start", RATIO_START),
 }
-"""Sign -> the metric that it is about, and the highest level of a healthy run."""
+"""Sign -> its metric, and the highest level of a healthy run."""
 
 Logged = Sequence[dict[str, float]]
 """Lines of PPO's log, one per update."""
 
 
 class Sign(NamedTuple):
-    """A sign of trouble; `ppo.watch` says how a run reacts to serious ones.
+    """A sign of trouble; `ppo.watch` decides how a run reacts to serious ones.
 
     Attributes:
         name: A key of `MEANINGS`.
-        message: The numbers, what they mean, what to do.
-        what: The numbers alone.
+        message: The numbers, their meaning and the remedy.
+        what: Only the numbers.
     """
 
     name: str
@@ -180,7 +180,7 @@ class Change(NamedTuple):
 
 
 class Trend(NamedTuple):
-    """The gain of a straight line through a series from end to end, and its standard error."""
+    """The gain of a fitted line from its first to its last point, with its standard error."""
 
     gain: float
     error: float
@@ -188,7 +188,7 @@ class Trend(NamedTuple):
 
     @property
     def sigmas(self) -> float:
-        """The gain in standard errors; infinite for a perfect line."""
+        """The gain in standard errors; infinite without residuals."""
         return _sigmas(self.gain, self.error)
 
 
@@ -203,7 +203,7 @@ def signs(lines: Logged) -> list[Sign]:
 
 
 def history(lines: Logged) -> list[tuple[int, Sign]]:
-    """Every sign that held at some update, with the first such update (from 0)."""
+    """Every sign that ever held, with its first update (from 0)."""
     first: dict[str, tuple[int, Sign]] = {}
     for update in range(len(lines)):
         for sign in signs(lines[: update + 1]):
@@ -218,7 +218,7 @@ def series(lines: Logged, name: str) -> list[float]:
 
 
 def change(values: Sequence[float], ends: int = ENDS) -> Change | None:
-    """Compare the means of the first and the last lines: Student's t for two equal samples."""
+    """Compare the means of the first and last values: Student's t, equal sample sizes."""
     if len(values) < 2 * ends:
         return None
     first, last = values[:ends], values[-ends:]
@@ -228,10 +228,10 @@ def change(values: Sequence[float], ends: int = ENDS) -> Change | None:
 
 
 def trend(values: Sequence[float]) -> Trend | None:
-    """Least squares over the latter half of the series; its error from the residuals.
+    """Fit a line to the latter half of the series; the standard error is that of the residuals.
 
-    The noise is taken to be at least what the differences of neighbours show over the whole series
-    (von Neumann 1941): ten points that happen to lie on a line do not prove one.
+    The variance of the noise is at least the one estimated from differences of neighbours over the
+    whole series (von Neumann 1941), because a few points may lie on a line by chance.
     """
     least, most = WINDOW
     if len(values) < least:
@@ -258,11 +258,11 @@ def _level(lines: Logged, name: str) -> float | None:
     return median(values) if len(values) == LATEST else None
 
 
-_Seen = Iterator[tuple[str, str]]
-"""Name and numbers of the signs that a check sees."""
+_Signs = Iterator[tuple[str, str]]
+"""Name and numbers of each sign."""
 
 
-def _nan(lines: Logged) -> _Seen:
+def _nan(lines: Logged) -> _Signs:
     bad = [
         f"{key} = {value}"
         for key, value in (lines[-1] if lines else {}).items()
@@ -273,8 +273,8 @@ def _nan(lines: Logged) -> _Seen:
         yield "nan", ", ".join(bad)
 
 
-def _rewards(lines: Logged) -> _Seen:
-    """The proxy rises; the held-out reward, which nothing optimises, does not follow."""
+def _rewards(lines: Logged) -> _Signs:
+    """The proxy rises, but the held-out reward, which is not optimised, does not."""
     proxy = trend(series(lines, "reward/score"))
     other = trend(series(lines, "rewards/held_out"))
     spread = _level(lines, "reward/score_std")
@@ -292,7 +292,7 @@ def _rewards(lines: Logged) -> _Seen:
         yield "no_spread", f"reward/score_std was {spread:.2g} over the last {LATEST} updates"
 
 
-def _kl(lines: Logged) -> _Seen:
+def _kl(lines: Logged) -> _Signs:
     sequence, token = _level(lines, "kl/sequence"), _level(lines, "kl/k1")
     if sequence is not None and (sequence > KL_SEQUENCE or (token or 0.0) > KL_TOKEN):
         per_token = f" ({token:.2g} per token)" if token is not None else ""
@@ -304,13 +304,13 @@ def _kl(lines: Logged) -> _Seen:
     values = series(lines[-4 * LATEST :], "kl/sequence")
     if len(values) == 4 * LATEST:
         a, b, c = (median(values[i : i + 4]) for i in (0, 4, 8))
-        # Exponential growth passes, a straight line or a parabola from 0 does not.
+        # True for exponential growth, false for a straight line or a parabola from 0.
         if c > KL_RUNAWAY and c > 2 * b and c - b > 2 * (b - a):
             what = f"KL to SFT went from {a:.3g} to {b:.3g} to {c:.3g} (medians of 4 updates)"
             yield "kl_accelerating", what
 
 
-def _completions(lines: Logged) -> _Seen:
+def _completions(lines: Logged) -> _Signs:
     keys = ("completions/length", "completions/eos_rate", "completions/repetition")
     length, ended, looped = (change(series(lines, key)) for key in keys)
     least, most = LENGTH
@@ -329,7 +329,7 @@ def _completions(lines: Logged) -> _Seen:
         yield "repetition", what
 
 
-def _policy(lines: Logged) -> _Seen:
+def _policy(lines: Logged) -> _Signs:
     entropy = change(series(lines, "policy/entropy"))
     if entropy and entropy.sigmas < -SIGMAS and entropy.after < ENTROPY * entropy.before:
         what = f"entropy fell from {entropy.before:.3g} to {entropy.after:.3g} nats per token"
@@ -343,7 +343,7 @@ def _policy(lines: Logged) -> _Seen:
         yield "skipped", f"{skipped[0]:.0%} of the last update's micro-batches were left out"
 
 
-def _value(lines: Logged) -> _Seen:
+def _value(lines: Logged) -> _Signs:
     losses, spread = series(lines, "value/loss"), _level(lines, "reward/score_std")
     if len(losses) > LATEST and spread is not None:
         before, after = losses[0], fmean(losses[-LATEST:])

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finished runs side by side: one table, and paired differences where they are valid.
+"""Comparison of finished runs: one table, and paired differences where they are valid.
 
-Reads the records and samples of the runs only. Two runs are paired prompt by prompt if both started
-from the same SFT adapter and answered the same prompts with the same seed and settings; otherwise
-the report says why not. Runs of one recipe that differ only in the seed are one row: the mean over
-seeds, with an interval over seeds.
+Reads only records and samples. Two runs are paired prompt by prompt if both started from the same
+SFT adapter and answered the same prompts with the same seed and settings; otherwise the report
+gives the reason. Runs that differ only in the seed are one row: mean and interval over seeds.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ REWARDS = ("gold_reward", "held_out_reward", "proxy_reward")
 
 _JUDGED_BY = {"held_out_reward": "stages.reward.held_out_adapter_sha256",
               "proxy_reward": "stages.reward.adapter_sha256"}  # fmt: skip
-"""Reward -> path of the judge's hash in the record; scores of two judges cannot be compared."""
+"""Reward -> path of the hash of its reward model in the record: two models' scores differ."""
 
 _WIN_RATES = ("win_rate", "win_rate_held_out", "win_rate_proxy")
 _SHOWN = (*REWARDS, "gold_reward_minus_sft", *_WIN_RATES, "kl", "kl_bound", "length")
@@ -42,13 +41,9 @@ class Run:
 
     name: str
     record: Record
+    model: str  # name of its policy in the evaluation
     lines: dict[int, dict[str, Any]]
     recipe: str
-
-    @property
-    def model(self) -> str:
-        """Name of its policy in the evaluation."""
-        return "best_of_n" if self.record.algorithm == "best_of_n" else "policy"
 
     @property
     def seed(self) -> int:
@@ -83,7 +78,7 @@ def run(folders: Sequence[str | Path]) -> dict[str, Any]:
     runs = [_read(folder, folders) for folder in folders]
     groups = _grouped(runs)
     metric = next((m for m in REWARDS if all(m in r.evaluated() for r in runs)), None)
-    # The evaluation of SFT, where all runs start, is that of the first ones.
+    # The row of SFT, from which all runs start, is taken from the first group.
     rows = [_row(groups[0], "SFT", "sft") | _NO_POLICY, *map(_policy_row, groups)]
     differences = [] if metric is None else [_difference(g, groups[0], metric) for g in groups[1:]]
     notes = _notes(groups, metric)
@@ -97,11 +92,10 @@ def _read(folder: str | Path, all_folders: Sequence[str | Path]) -> Run:
     names = [Path(f).resolve().name for f in all_folders]
     name = Path(folder).resolve().name
     label = name if names.count(name) == 1 else str(folder)
-    one = Run(label, record, {}, identity(record.recipe(), without=("seed", "name")))
-    for index, answers in samples.read(record).items():
-        if one.model in answers:
-            one.lines[index] = answers[one.model]
-    return one
+    model = "best_of_n" if record.algorithm == "best_of_n" else "policy"
+    answers = samples.read(record)
+    lines = {index: line[model] for index, line in answers.items() if model in line}
+    return Run(label, record, model, lines, identity(record.recipe(), without=("seed", "name")))
 
 
 def _grouped(runs: list[Run]) -> list[list[Run]]:
@@ -158,9 +152,9 @@ def _policy_row(group: list[Run]) -> dict[str, Any]:
 
 
 def _means(each: list[dict[str, Estimate]]) -> dict[str, Estimate]:
-    """The estimates of one run; with several seeds the means over seeds, n counting seeds."""
+    """The estimates of one run, or their means over several seeds; then n counts seeds."""
     names = [name for name in _SHOWN if all(name in estimates for estimates in each)]
-    # A number from a formula has n = 0, and no spread over seeds.
+    # A number from a formula has n = 0 and does not vary with the seed.
     return {
         name: mean_interval([estimates[name]["value"] for estimates in each])
         if len(each) > 1 and each[0][name]["n"]
@@ -180,12 +174,11 @@ def _difference(group: list[Run], base: list[Run], metric: str) -> dict[str, Any
     pairs = [(r, by_seed[r.seed]) for r in group if r.seed in by_seed]
     why_not = next((why for pair in pairs if (why := not_comparable(*pair, metric))), None)
     if not pairs:
-        why_not = "no seed in common: {} and {}".format(
-            *(sorted(r.seed for r in side) for side in (group, base))
-        )
+        ours, theirs = (sorted(r.seed for r in side) for side in (group, base))
+        why_not = f"no seed in common: {ours} and {theirs}"
     estimate = None
     if why_not is None:
-        each = [_paired(ours, theirs, metric) for ours, theirs in pairs]
+        each = [_paired(*pair, metric) for pair in pairs]
         estimate = each[0] if len(each) == 1 else mean_interval([e["value"] for e in each])
     return {
         "of": _label(group),

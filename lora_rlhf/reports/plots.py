@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plots of a run, from its record and log: `plots/*.png`.
 
-The same record gives the same bytes: no date, version or user's style enters. Metrics that were not
-logged are not drawn, and an empty plot is not written. matplotlib is imported when the first plot
-is drawn, with its file renderer, so that no window system is needed.
+The same record gives the same bytes: files do not depend on date, version or the user's style.
+Metrics that were not logged are not drawn, and an empty plot is not written. matplotlib is imported
+when the first plot is drawn, with its file renderer, so that no window system is needed.
 """
 
 from __future__ import annotations
@@ -22,11 +22,8 @@ from .cards.card_markdown import is_number
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Panel = Callable[["Axes"], None]
-"""A function that draws one panel."""
-
-Series = tuple[list[float], list[float]]
-"""x and y of one curve: finite, of equal length."""
+Panel = Callable[["Axes"], None]  # draws one panel
+Series = tuple[list[float], list[float]]  # x and y of one curve: finite, of equal length
 
 POLICY_STAGES = tuple(name for name in ALGORITHMS if name != "best_of_n")
 
@@ -172,7 +169,7 @@ def comparison(report: dict[str, Any], path: Path) -> Path | None:
 
 
 def _root(kl: float) -> float:
-    """The distance from SFT; a sampled KL may fall below 0 near the start, and is drawn at 0."""
+    """The distance from SFT; a sampled KL may be slightly negative and is then drawn at 0."""
     return math.sqrt(max(0.0, kl))
 
 
@@ -233,10 +230,7 @@ def _label(axes: Axes, title: str, x: str, y: str) -> None:
 
 
 def _save(path: Path, panels: Sequence[Panel]) -> Path | None:
-    """Draw panels in a grid; without any, the file of an earlier attempt is removed.
-
-    Uses matplotlib's own defaults; the user's style is restored afterwards.
-    """
+    """Draw panels in a grid with matplotlib's defaults; without panels, remove an older file."""
     if not panels:
         path.unlink(missing_ok=True)
         return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text that commands print at their end: rich tables on a terminal, plain text elsewhere."""
+"""Results that commands print: rich tables on a terminal, plain text elsewhere."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ _JUDGES = {
 }
 """Win rate -> its judge, the most reliable one first."""
 
-
 _COMPARED = (
     "algorithm", "seeds", "episodes", "comparisons", "samples_per_answer", "seconds",
     "seconds_per_answer",
@@ -34,7 +33,7 @@ _COMPARED = (
 
 
 def show(record: Record, console: Console | None = None) -> None:
-    """Print the end of a run: evaluation, verdict, KL, and the paths of the results."""
+    """Print the results of a run: evaluation, verdict, KL, and paths."""
     console = console or Console(highlight=False)
     evaluation = record.data["evaluation"]
     if evaluation and record.done("evaluate"):
@@ -153,8 +152,8 @@ def _print_table(console: Console, header: list[str], table: list[list[str]]) ->
         say(console, "\nBrackets hold the 95 % interval; n is the number of observations.")
         return
     wide = _rich_table(header, table, " ")
-    endless = console.options.update(max_width=10_000)  # otherwise rich never exceeds the width
-    fits = console.measure(wide, options=endless).minimum <= console.width
+    unlimited = console.options.update(max_width=10_000)  # rich caps its measure at the width
+    fits = console.measure(wide, options=unlimited).minimum <= console.width
     console.print(wide if fits else _rich_table(header, table, "\n"))
 
 
@@ -193,10 +192,10 @@ def rows(evaluation: dict[str, dict[str, Estimate]]) -> tuple[list[str], list[li
 
 
 def cell(estimate: Estimate | None, *, difference: bool = False) -> str:
-    """`0.41 [0.35, 0.47] n=128`; without an interval `0.41 n=1`; empty for None.
+    """Format as `0.41 [0.35, 0.47] n=128`; without an interval `0.41 n=1`; None is empty.
 
-    A number from a formula has n = 0 and is shown as `0.41 (bound)`. The numbers of a difference
-    have at least three significant digits, so that a small one is not shown as 0.00.
+    A number from a formula has n = 0 and is shown as `0.41 (bound)`. A difference has at least
+    three significant digits, so that a small one is not shown as 0.00.
     """
     if estimate is None:
         return ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Facts for one card: the record, the recipe beside it, the adapter's files; its front matter."""
+"""Facts for one card, from record, recipe and the adapter's files; the card's front matter."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _KNOWN = {
     "gpl-3.0", "agpl-3.0", "lgpl-3.0", "mpl-2.0", "openrail", "bigscience-openrail-m", "openrail++",
     "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "gemma", "other", "unknown",
 }  # fmt: skip
-"""Identifiers of licences that the Hub knows."""
+"""Licence identifiers of the Hub."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class Facts:
-    """Everything that the card of `role` may state; any file of the run may be missing."""
+    """Source of everything that the card of `role` states; any file of the run may be missing."""
 
     def __init__(
         self, record: Record, role: str, repo_ids: Mapping[str, str] | None = None
@@ -49,22 +49,22 @@ class Facts:
         self.head = _json(adapter / "reward.json")
 
     def get(self, path: str, default: Any = None) -> Any:
-        """The value in `record.json` at a dotted path, without local folders."""
+        """Return the value in `record.json` at a dotted path, without local folders."""
         return without_paths(at(self.record.data, path, default))
 
     def own(self, key: str) -> Any:
-        """A value of the recipe's `card` section, which only a person can know."""
+        """Return a value of the recipe's `card` section, which the author wrote."""
         return at(self.recipe, f"card.{key}")
 
     @property
     def algorithm(self) -> str:
-        """The stage that made the policy, by default ppo."""
+        """The stage that trained the policy, by default ppo."""
         stages = (stage for stage in RL_STAGES if self.get(f"stages.{stage}"))
         return next(stages, None) or str(self.get("algorithm", "ppo"))
 
     @property
     def algorithm_name(self) -> str:
-        """Its usual name: PPO, GRPO, RLOO, DPO."""
+        """The algorithm's usual name, such as PPO."""
         return ALGORITHMS.get(self.algorithm, self.algorithm.upper())
 
     @property
@@ -74,35 +74,35 @@ class Facts:
 
     @property
     def packaged(self) -> bool:
-        """True if the base is the tiny model that is shipped with the package."""
+        """True if the base is the tiny model in the package."""
         source = str(self.get("model.source", "")).lower()
         return not self.base and ("packaged" in source or self.get("model.id") == "tiny")
 
     @property
     def published(self) -> str | None:
-        """The repository that the card is for, if any."""
+        """The Hub repository of the adapter, if any."""
         return self.repo_ids.get(self.role)
 
     def sources(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Every data source of the record with the name of its set."""
+        """Yield every data source of the record with the name of its set."""
         for name, entry in self.sets():
             for source in at(entry, "sources", []):
                 yield name, source
 
     def sets(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Every data set of the record, and separate evaluation prompts as one more."""
+        """Yield every data set of the record; separate evaluation prompts are one more."""
         for name, entry in self.get("data", {}).items():
             yield name, entry
             if "sources" in at(entry, "evaluate", {}):
                 yield "evaluate", entry["evaluate"]
 
     def signs(self) -> list[str]:
-        """The signs of alarm that the record of the policy's stage holds, as safe text."""
+        """Return the alarms that the policy's stage recorded, as safe text."""
         seen = self.get(f"stages.{self.algorithm}.signs", [])
         return [f"at update {number(s.get('update'))}: {cell(s.get('message'))}" for s in seen]
 
     def curve(self, *names: str) -> list[float]:
-        """The finite values of the first of these metrics that the policy's stage logged."""
+        """Return the finite values of the first of these metrics that was logged."""
         lines = self.record.metrics(self.algorithm)
         return next((values for name in names if (values := series(lines, name))), [])
 
@@ -122,7 +122,7 @@ def hub_base(model: Mapping[str, Any]) -> str | None:
 
 
 def licence(facts: Facts) -> tuple[str | None, str]:
-    """The card's licence, if known, and a sentence with the reason."""
+    """Return the card's licence, or None, and the reason in one sentence."""
     if own := facts.own("license"):
         return str(own), "Chosen by the author of the recipe."
     parts = {"the base model": facts.get("model.license")}
@@ -148,7 +148,7 @@ def slug(text: Any) -> str:
 
 
 def front_matter(facts: Facts) -> str:
-    """The YAML block with metadata for the Hub."""
+    """Return the YAML block with metadata for the Hub."""
     chosen, _ = licence(facts)
     known = chosen is None or slug(chosen) in _KNOWN
     stage = facts.role if facts.role in ("sft", "reward") else facts.algorithm
@@ -176,7 +176,7 @@ def front_matter(facts: Facts) -> str:
 
 def _eval_results(facts: Facts) -> list[EvalResult]:
     if facts.role == "reward":
-        # One adapter is published: of an ensemble that is not merged, the first member.
+        # Of an ensemble that is not merged, only the first member is published.
         merged = facts.get("stages.reward.ensemble.combine", "warm") == "warm"
         members = facts.get("stages.reward.ensemble.accuracy") or [None]
         metrics = {"accuracy": facts.get("stages.reward.accuracy") if merged else members[0]}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Limits that a card states on its own: sentences that follow from the numbers of the record."""
+"""Limits that follow from the numbers of the record, one sentence each."""
 
 from __future__ import annotations
 
@@ -9,20 +9,14 @@ from typing import Any
 from .card_facts import Facts
 from .card_markdown import at, cell, interval, is_number, number, paragraph
 
-HIGH_KL = 15.0
-"""KL in nats per sequence above which a policy is called far from SFT."""
-
-_LONGER = 1.2
-"""Ratio of last to first mean length above which answers are said to have grown."""
-
-_FEW = 100
-"""Number of prompts below which the reader is referred to the intervals."""
-
+HIGH_KL = 15.0  # nats per sequence
+_LONGER = 1.2  # ratio of last to first mean length
+_FEW = 100  # prompts
 LENGTH_KEYS = ("completions/length", "completions/mean_length", "length")
 
 
 def limits(facts: Facts) -> list[str]:
-    """At least one sentence; those of the recipe's author come last."""
+    """Return at least one sentence; the author's own limits are last."""
     sentences = [*_of_data(facts)]
     if facts.role != "sft":
         sentences += _of_reward(facts)

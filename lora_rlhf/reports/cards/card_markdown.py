@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Markdown for cards: numbers, intervals, tables, and text that somebody else wrote."""
+"""Markdown for cards: numbers, intervals, tables, and text from untrusted sources."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ MISSING = "not recorded"
 CUT = " … [cut]"
 _MAX_CHARS = 400
 
-# Characters with a meaning in Markdown, HTML or a table become entities: renderers differ in what a
-# backslash escapes, but not in entities. `@`, `://` and `www.` would become mentions and links.
+# Characters with a meaning in Markdown, HTML or a table become entities, because renderers differ
+# in their backslash escapes. `@`, `://` and `www.` would become mentions and links.
 _ENTITIES = {ord(char): f"&#{ord(char)};" for char in "&<>|`*[]\\~$#@"}
-# Invisible, direction-changing and control characters are shown by their code, so that a text
-# cannot pass for another one.
+# Invisible, direction-changing and control characters are shown by their code, because they can
+# make a text look like another.
 _UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
 )
@@ -25,14 +25,14 @@ _EMBEDDED = re.compile(r"(?<![\w/:.])(?:~?/(?:[\w.@+-]+/)+|[A-Za-z]:\\(?:[^\\\s\
 
 
 def at(data: Any, path: str, default: Any = None) -> Any:
-    """The value at `a.b.c` in nested dicts, or `default` if a key is missing or null."""
+    """Return the value at `a.b.c` in nested dicts, or `default` if a key is missing or null."""
     for key in path.split("."):
         data = data.get(key) if isinstance(data, Mapping) else None
     return default if data is None else data
 
 
 def is_number(value: Any) -> bool:
-    """True for a finite number; the record keeps NaN and infinities as text."""
+    """True for a finite number; NaN and infinities are text in the record."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -70,13 +70,13 @@ def interval(value: Any, short: bool = False) -> str:
 
 
 def cell(value: Any, limit: int = _MAX_CHARS) -> str:
-    """Make any text harmless within a line: no markup, no line break, nothing invisible."""
+    """Escape any text for use within a line: no markup, line breaks or invisible characters."""
     text = str(value)
     if len(text) > limit:
         text = text[:limit].rstrip() + CUT
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     text = _UNSEEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", text)
-    text = re.sub(r"(?<!\w)_|_(?!\w)", "\x00", text)  # inside a word it has no meaning
+    text = re.sub(r"(?<!\w)_|_(?!\w)", "\x00", text)  # no markup inside a word
     text = (
         text.translate(_ENTITIES)
         .replace("\x00", "&#95;")
@@ -87,26 +87,26 @@ def cell(value: Any, limit: int = _MAX_CHARS) -> str:
 
 
 def paragraph(value: Any) -> str:
-    """A paragraph by the recipe's author, who may use Markdown, but no HTML, headings or fences."""
+    """Clean a paragraph by the recipe's author: Markdown without HTML, headings or fences."""
     text = _UNSEEN.sub("", str(value)).replace("<", "&lt;").strip()
     return re.sub(r"(?m)^\s*(`{3,}|~{3,}|-{3,}|#+)", "", text)
 
 
 def code(value: Any) -> str:
-    """An identifier as inline code."""
+    """Format an identifier as inline code."""
     if value is None:
         return MISSING
     return "`" + re.sub(r"[`<>|\s]+", " ", _UNSEEN.sub("", relative(str(value)))).strip() + "`"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table of cells that are safe already."""
+    """Make a Markdown table of escaped cells."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def bullets(items: Iterable[str]) -> str:
-    """A Markdown list."""
+    """Make a Markdown list."""
     return "\n".join(f"- {item}" for item in items)
 
 

@@ -24,7 +24,7 @@ _ROWS = 16
 
 
 def how_to_load(facts: Facts) -> str:
-    """The section with code that loads the adapter and uses it once, and checks its outputs."""
+    """Write the section with code that loads, uses and checks the adapter."""
     four_bit = bool(facts.get("model.load_in_4bit"))
     use = {"reward": _use_reward, "value": _use_value}.get(facts.role, _use_policy)
     need = "`lora-rlhf` is not needed"
@@ -55,7 +55,7 @@ model = PeftModel.from_pretrained(base, adapter_id).eval()
 
 
 def how_to_merge(facts: Facts) -> str:
-    """The section with code that merges the adapter into an unquantised base."""
+    """Write the section with code that merges the adapter into an unquantised base."""
     why = "Merging combines base and adapter into one model."
     if facts.get("model.load_in_4bit"):
         why = (
@@ -79,7 +79,7 @@ AutoTokenizer.from_pretrained(adapter_id).save_pretrained("merged")
 
 
 def how_to_reproduce(facts: Facts) -> str:
-    """The section with the command, the recipe and the versions."""
+    """Write the section with the command, the recipe and the versions."""
     versions = [f"`{name}=={version}`" for name, version in facts.get("versions", {}).items()]
     place = "in this repository" if facts.published else "in the folder of the run"
     entries = {name: facts.get(f"stages.{name}", {}) for name in ("sft", "reward", *RL_STAGES)}
@@ -131,7 +131,7 @@ def _model_class(facts: Facts) -> str:
 
 
 def _start(facts: Facts, four_bit: bool) -> str:
-    """Imports, and the addresses of base and adapter."""
+    """Imports, and the paths or Hub ids of base and adapter."""
     names = sorted([_model_class(facts), "AutoTokenizer", *["BitsAndBytesConfig"] * four_bit])
     imports = "from importlib.resources import files\n\n" if facts.packaged else ""
     adapter = '"."  # the folder of this card'
@@ -157,7 +157,7 @@ def _base(facts: Facts, four_bit: bool) -> str:
     causal = model_class == _CLASSES["CAUSAL_LM"]
     dtype = str(facts.get("model.dtype", "")).removeprefix("torch.")
     dtype = dtype if dtype in _DTYPES else "float32"
-    # The revision belongs to model.id; a base that was pushed under another id has its own.
+    # The revision belongs to model.id; a base that was pushed under another id has hub_revision.
     pinned = facts.get("model.revision") if facts.base == facts.get("model.id") else None
     pinned = pinned or facts.get("model.hub_revision")
     options = [f"revision={json.dumps(pinned)}"] if pinned and facts.base else []
@@ -183,7 +183,7 @@ quantization = BitsAndBytesConfig(
 
 
 def _literal(text: str) -> str:
-    """A Python string on one line that cannot end a code block, whatever the text is."""
+    """A Python string literal on one line, in which no text can end the code block."""
     return ascii(text).replace("`", r"\x60")
 
 
@@ -207,7 +207,7 @@ def _example(facts: Facts) -> tuple[str, str]:
 
 
 def _use_policy(facts: Facts) -> str:
-    # As evaluated, otherwise as in the rollouts: PPO's, unless the algorithm has its own length.
+    # Length of the evaluation, otherwise of the rollouts: the algorithm's own, otherwise PPO's.
     rollout = at(facts.recipe, "ppo.args.max_completion_length")
     rollout = at(facts.recipe, f"{facts.algorithm}.args.max_completion_length", rollout)
     rollout = facts.get(f"stages.{facts.algorithm}.args.max_completion_length", rollout)
@@ -215,7 +215,7 @@ def _use_policy(facts: Facts) -> str:
     tokens = facts.get("stages.evaluate.max_new_tokens", tokens)
     temperature = at(facts.recipe, "evaluate.temperature", 1.0)
     options = "do_sample=False"
-    if temperature:  # the generation config of the base may cut to the top 50 tokens
+    if temperature:  # top_k=0, because the base's generation config may have top_k=50
         options = f"do_sample=True, temperature={temperature}, top_k=0"
     options += f", max_new_tokens={tokens}" if is_number(tokens) else ""
     inputs = 'tokenizer(prompt, return_tensors="pt")'
@@ -235,7 +235,7 @@ print(tokenizer.decode(answer, skip_special_tokens=True))"""
 
 
 def _tokenized(facts: Facts) -> str:
-    """A conversation as scored in training: prompt and answer tokenised apart, then eos."""
+    """Code that tokenises as in training: prompt and answer separately, then eos."""
     prompt, answer = _example(facts)
     prompt_ids = 'tokenizer(prompt)["input_ids"]'
     if _chat(facts):

@@ -16,7 +16,7 @@ _SHOWN = {
     "dpo": {"comparisons": "Comparisons", "epochs": "Epochs", "optimizer_steps": "Optimizer steps",
             "beta": "beta of the implicit KL to SFT", "train_loss": "Training loss"},
 }  # fmt: skip
-"""Values of the stage's entry and their labels: for DPO, and for all algorithms with rollouts."""
+"""Values of the stage's entry and their labels; `ppo` stands for all algorithms with rollouts."""
 
 _CURVES: dict[str, tuple[str, ...]] = {
     "KL to SFT, nats per sequence": ("kl/sequence", "kl"),
@@ -35,11 +35,11 @@ _REWARD_DETAILS = {
     "accuracy_against_gold": "Agreement with the exact checker",
     "gain_over_length": "Accuracy minus that of the better length rule",
 }
-"""Values of the reward stage that not every run has."""
+"""Optional values of the reward stage and their labels."""
 
 
 def gate_verdict(facts: Facts) -> str | None:
-    """Say that the reward model did not pass its gate, and why; None if it passed."""
+    """Explain why the reward model did not pass its gate; None if it passed."""
     if facts.get("stages.reward.gate") not in ("warned", "failed"):
         return None
     reason = facts.get("stages.reward.gate_reason")
@@ -56,16 +56,16 @@ def _gold(facts: Facts) -> bool:
 
 
 def digest(facts: Facts, role: str) -> str:
-    """The sha256 of a role's weights, from its stage or from the sealed files."""
+    """Return the sha256 of a role's weights, from its stage or the hashes of the run's files."""
     stage = {"policy": facts.algorithm, "value": facts.algorithm}.get(role, role)
     key = "value_adapter_sha256" if role == "value" else "adapter_sha256"
-    # Not by a dotted path, because the file name has dots of its own.
+    # Not by a dotted path, because the file name contains dots.
     sealed = facts.record.data.get("files", {}).get(f"adapters/{role}/adapter_model.safetensors")
     return f"sha256 {code(facts.get(f'stages.{stage}.{key}') or sealed)}"
 
 
 def reward_source(facts: Facts) -> str:
-    """The source of the policy's reward."""
+    """Describe the source of the policy's reward."""
     if _gold(facts):
         return "the gold reward, an exact checker; not the reward model"
     if facts.algorithm == "dpo":
@@ -74,7 +74,7 @@ def reward_source(facts: Facts) -> str:
 
 
 def lora(facts: Facts) -> str:
-    """Shape and size of the adapter."""
+    """Describe shape and size of the adapter."""
     get = facts.get("lora", {}).get
     trained = get("parameters_per_role")
     if isinstance(trained, Mapping):  # the frozen SFT adapter is recorded as the reference
@@ -93,7 +93,7 @@ def lora(facts: Facts) -> str:
 
 
 def data(facts: Facts) -> str:
-    """Sources with licences, rows before and after each filter that changed them, labelers."""
+    """List sources with licences, the rows before and after each filter, and labelers."""
     rows, filters, notes = [], [], []
     for name, source in facts.sources():
         sha = str(at(source, "sha256", ""))[:16]
@@ -119,7 +119,7 @@ def data(facts: Facts) -> str:
 
 
 def _notes(name: str, entry: Mapping[str, Any]) -> list[str]:
-    """Lines on the split of one data set, its labelers, and what was noted when it was read."""
+    """Lines on the split of one data set, its labelers, and notes of the loader."""
     notes = []
     if name != "evaluate":
         train, held_out = number(at(entry, "train")), number(at(entry, "held_out"))
@@ -149,7 +149,7 @@ def _listed(values: Any) -> str:
 
 
 def sft(facts: Facts) -> str:
-    """The supervised stage."""
+    """Describe the supervised stage."""
     get = facts.get("stages.sft", {}).get
     if not get("status"):
         return "The record has no SFT stage."
@@ -164,7 +164,7 @@ def sft(facts: Facts) -> str:
 
 
 def reward(facts: Facts) -> str:
-    """Accuracy and calibration of the reward model, and the result of its gate."""
+    """Describe accuracy and calibration of the reward model, and the result of its gate."""
     stage = facts.get("stages.reward", {})
     if not stage.get("status"):
         return "The record has no reward-model stage, so its accuracy is unknown."
@@ -229,7 +229,7 @@ def _reward_details(stage: Mapping[str, Any]) -> list[str]:
 
 
 def reinforcement(facts: Facts) -> str:
-    """Settings, checks and curves of the stage that made the policy."""
+    """Describe settings, checks and curves of the stage that trained the policy."""
     stage = facts.get(f"stages.{facts.algorithm}", {})
     if not stage.get("status"):
         return "The record has no reinforcement-learning stage."

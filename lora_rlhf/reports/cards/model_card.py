@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model card of one adapter, from the record alone.
-
-Every number comes from the run. Missing values are shown as not recorded, never made up.
-"""
+"""The model card of one adapter, from the record alone; missing values are "not recorded"."""
 
 from __future__ import annotations
 
@@ -38,7 +35,7 @@ _START = {
     "policy": ("a trainable copy of the SFT adapter", "sft"),
     "value": ("a copy of the reward adapter", "reward"),
 }
-"""Role -> what it was before its training, and the role that this was taken from."""
+"""Role -> its state before training, and the role that it was copied from."""
 
 
 def render(record: Record, role: str, repo_ids: dict[str, str] | None = None) -> str:
@@ -48,11 +45,11 @@ def render(record: Record, role: str, repo_ids: dict[str, str] | None = None) ->
         record: The run; `samples.jsonl`, `metrics.jsonl`, `recipe.yaml` and the adapter's small
             JSON files are read from its folder, if they exist.
         role: policy, reward, value or sft.
-        repo_ids: Hub ids by role, and by `base`; without an id for `role`, the code on the card
-            reads the folder of the card.
+        repo_ids: Hub ids by role, and of `base`; without an id for `role`, the code on the card
+            loads the adapter from the folder of the card.
 
     Raises:
-        UsageError: There is no such role.
+        UsageError: The role is unknown.
     """
     if role not in ROLES:
         raise UsageError(f"the role {role!r}", expected=f"one of {', '.join(ROLES)}")
@@ -85,7 +82,7 @@ def render(record: Record, role: str, repo_ids: dict[str, str] | None = None) ->
 
 
 def write(record: Record, repo_ids: dict[str, str] | None = None) -> list[Path]:
-    """Write README.md into the folder of every adapter of the run; returns the paths."""
+    """Write README.md into the folder of every adapter of the run; return the paths."""
     written = []
     for role in ROLES:
         if (record.adapter(role) / "adapter_config.json").is_file():
@@ -225,7 +222,7 @@ def _cost(facts: Facts) -> str:
         ),
         f"Started: {cell(get('started') or MISSING)}",
     ]
-    # A card written during the run knows no end yet, and some machines report no peak.
+    # Unknown on a card that is written during the run, and on machines without a peak.
     known = {
         "Finished": get("finished"),
         "Peak memory, MB": get("peak_memory_mb"),

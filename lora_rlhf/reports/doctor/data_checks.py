@@ -18,7 +18,7 @@ AGREEMENT = 0.6
 
 
 def check(record: Record, lines: Lines) -> Findings:
-    """Padding token, rows dropped by filters, agreement of labelers."""
+    """Check the padding token, the rows dropped by filters and the agreement of labelers."""
     model = record.data["model"]
     if model.get("pad_id") is not None and model["pad_id"] in model.get("eos_ids", []):
         yield finding("pad_is_eos", f"the padding token {model['pad_id']} is also an end token")

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lora-rlhf doctor RUN`: which stage of a run is at fault, and what to do.
+"""`lora-rlhf doctor RUN`: the stage of a run that is at fault, and the remedy.
 
-Reads `record.json` and `metrics.jsonl` only, and loads no model and no torch. A reward that does
-not rise looks the same whether the data, SFT, the reward model or PPO is to blame, and each stage
-hides the faults of the stage before: findings come in the order of the stages, and the first
-fault is the one to fix first.
+Reads only `record.json` and `metrics.jsonl`, without a model or torch. A reward that does not rise
+may be due to the data, SFT, the reward model or PPO, and faults of one stage cause symptoms in the
+next. Therefore findings are in the order of the stages, and the first fault is to be fixed first.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _IN_VAIN = {
 
 
 def examine(record: Record) -> list[Finding]:
-    """All findings about a run, ordered by stage and then by severity."""
+    """Return all findings about a run, ordered by stage and then by severity."""
     lines: Lines = {}
     for line in record.metrics():
         lines.setdefault(line["stage"], []).append(_numbers(line))
@@ -45,7 +44,7 @@ def examine(record: Record) -> list[Finding]:
 
 
 def verdict(findings: list[Finding]) -> str:
-    """One sentence that names the stage at fault, if there is one."""
+    """Name the stage at fault in one sentence, or count the warnings."""
     faults = [f for f in findings if f.severity == "fault"]
     if faults:
         return f"stage at fault: {faults[0].stage} ({faults[0].what})"
@@ -66,7 +65,7 @@ def show(record: Record, findings: list[Finding], console: Console | None = None
 
 
 def as_json(record: Record, findings: list[Finding]) -> str:
-    """Name, verdict and findings as JSON."""
+    """Return name, verdict and findings as JSON."""
     rows = [asdict(f) for f in findings]
     for row in rows:
         row["try"] = row.pop("remedy")
@@ -75,7 +74,7 @@ def as_json(record: Record, findings: list[Finding]) -> str:
 
 
 def _numbers(line: dict[str, Any]) -> Line:
-    """The metrics of a log line; the log keeps numbers that are not finite as text."""
+    """The metrics of a log line, in which NaN and infinities are text."""
     return {
         key: float(value)
         for key, value in line.items()
@@ -85,7 +84,7 @@ def _numbers(line: dict[str, Any]) -> Line:
 
 
 def _stopped(record: Record) -> Findings:
-    """Stages that an exception ended; the message of an identity names the stage at fault."""
+    """Stages that ended early; the message of an IdentityError names the stage at fault."""
     again = "run the same command again; it repeats this stage"
     for name, entry in record.data["stages"].items():
         if entry["status"] != "interrupted":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Doctor checks of the evaluation: win rates over SFT, their judges and number of prompts."""
+"""Doctor checks of the evaluation: win rates over SFT, their judges and their prompts."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ JUDGES = {"win_rate": "the exact checker", "win_rate_held_out": "the held-out re
 """Win rates by judges that PPO did not optimise."""
 
 MATERIAL = 0.5
-"""Share of a gain in win rate that must vanish at equal length before it is called length."""
+"""Share of a gain in win rate that must vanish at equal length to be attributed to length."""
 
 
 def check(record: Record, lines: Lines) -> Findings:
-    """Win rates of the policy over SFT."""
+    """Check the win rates of the policy over SFT."""
     policy = record.data["evaluation"].get("policy", {})
     proxy = policy.get("win_rate_proxy")
     judged = [name for name in JUDGES if policy.get(name)]
@@ -38,7 +38,7 @@ def check(record: Record, lines: Lines) -> Findings:
         elif not above(won, 0.5):
             yield finding("undecided", what, name)
         elif (
-            # A wide interval alone is no sign that the gain is one of length.
+            # A wide interval alone does not show that the gain is due to length.
             controlled
             and not above(controlled, 0.5)
             and controlled["value"] - 0.5 <= (1 - MATERIAL) * (won["value"] - 0.5)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Findings of the doctor: every finding by name, with its stage, severity, reason and remedy."""
+"""Findings of the doctor: stage, severity, reason and remedy of each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Finding:
 
     Attributes:
         stage: One of `STAGES`.
-        severity: fault: the result cannot be trusted; warning: look at it; note: good to know.
+        severity: fault (the result cannot be trusted), warning or note.
         name: Identifier that does not change between versions.
         what: The problem, with its numbers.
         why: Why it matters.
@@ -35,15 +35,14 @@ class Finding:
     remedy: str
 
     def line(self) -> str:
-        """The whole finding on one line, as a run reports it while it goes."""
+        """Return the whole finding on one line, for messages during a run."""
         return f"{self.severity}: {self.what}: {self.why}; to do: {self.remedy}"
 
 
 Findings = Iterator[Finding]
 Line = dict[str, float]
 Lines = dict[str, list[Line]]
-"""The numbers of every line of `metrics.jsonl`, by stage."""
-
+"""The metrics of every line of `metrics.jsonl`, by stage."""
 
 _EXPLOITED = "PPO increases whatever the reward model rewards, right or wrong"
 _SHUFFLED = "read twenty comparisons to see whether their labels are shuffled; add comparisons; "
@@ -57,7 +56,7 @@ KNOWN: dict[str, tuple[str, str, str, str]] = {
         "data", "warning", "contradictory labels limit what a reward model can learn",
         "give labelers clearer instructions; check the order of `ranks` (1 is best)"),
     "dropped": (
-        "data", "note", "the rows that are left may differ from what the model will be asked",
+        "data", "note", "the remaining rows may differ from the prompts of users",
         "raise data.max_tokens or data.max_prompt_tokens, if memory allows"),
     "agreement": (
         "data", "warning", "a reward model is seldom more consistent than its labelers",
@@ -99,7 +98,7 @@ KNOWN: dict[str, tuple[str, str, str, str]] = {
     "reward_gate": (
         "reward", "fault", _EXPLOITED, "improve the comparisons, or train longer"),
     "reward_is_length": (
-        "reward", "fault", "PPO will change the length of answers and nothing else (2310.03716)",
+        "reward", "fault", "PPO will only change the length of answers (2310.03716)",
         ""),
     "labels_lean_on_length": (
         "reward", "note", "length is the easiest thing to learn from these comparisons",
@@ -133,7 +132,7 @@ KNOWN: dict[str, tuple[str, str, str, str]] = {
         "evaluate", "fault", "PPO made the model worse",
         "resolve the findings above; until then SFT is the better model of this run"),
     "length": (
-        "evaluate", "warning", "the gain may only be one of length",
+        "evaluate", "warning", "the gain may come from length alone",
         "add comparisons in which the shorter answer is preferred"),
     "undecided": (
         "evaluate", "note", "it was not shown that PPO helped",
@@ -145,18 +144,18 @@ KNOWN: dict[str, tuple[str, str, str, str]] = {
         "evaluate", "note", "only large differences show",
         "use more prompts (data.prompts or data.held_out) and a larger evaluate.n"),
 }  # fmt: skip
-"""First part of the name -> stage, severity, why, remedy. Stopped stages and the signs of `alarms`
-bring their own."""
+"""Kind of finding -> stage, severity, why, remedy. Findings on stopped stages and on the signs of
+`alarms` are made without this table."""
 
 
 def finding(kind: str, what: str, about: str = "", severity: str = "", more: str = "") -> Finding:
-    """The finding of this kind.
+    """Make a finding of a kind in `KNOWN`.
 
     Args:
         what: The problem, with its numbers.
-        about: Data set or metric that the finding is about, which ends its name.
+        about: Data set or metric of the finding, appended to its name.
         severity: Replaces the usual severity.
-        more: Text added to the remedy.
+        more: Text appended to the remedy.
     """
     stage, usual, why, remedy = KNOWN[kind]
     name = f"{kind}_{about}" if about else kind
@@ -164,13 +163,13 @@ def finding(kind: str, what: str, about: str = "", severity: str = "", more: str
 
 
 def few_prompts(n: int) -> Findings:
-    """Too few prompts in the evaluation; a run reports it before it trains."""
+    """Check the number of evaluation prompts; a run does so before training."""
     if n < SMALL:
         yield finding("few_prompts", f"the evaluation rests on {n} prompt{'s' * (n != 1)}")
 
 
 def rate(estimate: dict[str, Any]) -> str:
-    """`0.412 [0.350, 0.470], n=128`."""
+    """Format as `0.412 [0.350, 0.470], n=128`."""
     low, high = estimate["low"], estimate["high"]
     interval = "" if low is None or high is None else f" [{low:.3f}, {high:.3f}]"
     return f"{estimate['value']:.3f}{interval}, n={estimate['n']}"

@@ -9,20 +9,20 @@ from lora_rlhf.runs.record import Record
 from .findings import Finding, Findings, Line, Lines, finding
 
 FAST = 2
-"""Rollouts after the policy's first update within which a KL above `alarms.KL_TOKEN` comes from
-the learning rate and not from a weak penalty, which acts through the reward only."""
+"""Rollouts after the policy's first update within which a KL above `alarms.KL_TOKEN` is due to the
+learning rate: a weak KL penalty acts more slowly, through the reward."""
 
 STILL = 0.01
-"""KL to SFT, nats per sequence, below which no reader can tell the policy from SFT."""
+"""KL to SFT, nats per sequence, below which the policy's answers look the same as SFT's."""
 
 _STEP_SIZE = {"nan", "update_too_large", "ratio_max", "skipped", "clip_fraction", "value_loss"}
-"""Signs that updates are too large: they have one cause, so that they make one finding."""
+"""Signs that updates are too large, reported as one finding because their cause is the same."""
 
 _AWAY = ("kl_high", "kl_accelerating")
 
 
 def check(record: Record, lines: Lines) -> Findings:
-    """A policy that did not move, and the signs of alarm with their common causes."""
+    """Check whether the policy moved, and find the causes of the signs in its log."""
     entry = record.data["stages"].get(record.algorithm, {})
     last, updates = entry.get("kl_last"), entry.get("updates", 0)
     if last is not None and updates >= 2 * alarms.ENDS and abs(last) < STILL:
@@ -55,7 +55,7 @@ def _signs(ppo: list[Line]) -> Findings:
 
 
 def _fast(lines: list[Line]) -> str:
-    """Description of a KL that is high as soon as the policy moves; else empty."""
+    """Describe a KL that is high right after the policy's first updates; empty if it is not."""
     start = next((i for i, line in enumerate(lines) if "policy/entropy" in line), len(lines))
     for updates, line in enumerate(lines[start + 1 :][:FAST], start=1):
         token = line.get("kl/k1", 0.0)

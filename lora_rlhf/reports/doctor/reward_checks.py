@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Doctor checks of the reward model: accuracy, length, and what PPO made of its score."""
+"""Doctor checks of the reward model: accuracy, dependence on length, exploitation by PPO."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lora_rlhf.runs.record import Record
 from .findings import Finding, Findings, Lines, above, below, finding, rate
 
 UNTRAINED = 1e-2, 1e-6
-"""Standard deviation of the scores, and learning rate, below which nothing was learned."""
+"""Standard deviation of the scores, and learning rate, below which the model was hardly trained."""
 
 MEMORISED = 0.75
-"""Accuracy on training batches above which a model that is at chance elsewhere has memorised."""
+"""Accuracy on training batches above which a model with held-out accuracy at chance memorised."""
 
 
 def check(record: Record, lines: Lines) -> Findings:
-    """Accuracy on held-out comparisons, dependence on length, and the course of PPO."""
+    """Check the accuracy on held-out comparisons, dependence on length, and the log of PPO."""
     entry = record.data["stages"].get("reward", {})
     if entry.get("status") == "done" and "accuracy" in entry:
         yield from _accuracy(entry, lines.get("reward", []))
@@ -47,30 +47,26 @@ def _accuracy(entry: dict[str, Any], lines: list[dict[str, float]]) -> Findings:
 def _unlearned(
     entry: dict[str, Any], lines: list[dict[str, float]], held_out: str, severity: str
 ) -> Finding:
-    """The reason why a reward model is at chance, as far as its log shows it."""
+    """Say why a reward model is at chance, from its log."""
     accuracies = alarms.series(lines, "accuracy")
     late = fmean(accuracies[-max(1, len(accuracies) // 3) :]) if accuracies else 0.0
     fastest = max(alarms.series(lines, "learning_rate"), default=1.0)
     if not entry["score_std"] > UNTRAINED[0] or fastest < UNTRAINED[1]:
-        name, cause = (
-            "reward_untrained",
-            (
-                f"the model was hardly trained: the standard deviation of its scores is "
-                f"{entry['score_std']:.2g}, its highest learning rate {fastest:.2g}"
-            ),
+        name = "reward_untrained"
+        cause = (
+            f"the model was hardly trained: the standard deviation of its scores is "
+            f"{entry['score_std']:.2g}, its highest learning rate {fastest:.2g}"
         )
     elif late > MEMORISED:
         name, cause = "reward_memorised", f"{late:.2f} on training batches: it memorised them"
     else:
-        name, cause = (
-            "reward_at_chance",
-            (f"not clearly above chance; {late:.2f} on the last training batches"),
-        )
+        name = "reward_at_chance"
+        cause = f"not clearly above chance; {late:.2f} on the last training batches"
     return finding(name, f"{held_out}; {cause}", severity=severity)
 
 
 def _length(entry: dict[str, Any], accuracy: dict[str, Any], length: dict[str, Any]) -> Findings:
-    """Dependence of labels and reward model on the length of completions."""
+    """Check how far labels and reward model depend on the length of completions."""
     if not (above(length, 0.5) or below(length, 0.5)):
         return
     longer = length["value"]
@@ -88,9 +84,9 @@ def _length(entry: dict[str, Any], accuracy: dict[str, Any], length: dict[str, A
 
 
 def _exploited(ppo: list[dict[str, float]]) -> Findings:
-    """A score that rises in PPO while the gold reward falls or completions grow.
+    """Check for a score that rises in PPO while the gold reward falls or completions grow.
 
-    The doctor steers nothing, so it may read the gold reward.
+    The gold reward may be read here, because the doctor does not influence training.
     """
     proxy, gold, score, length = (
         alarms.change(alarms.series(ppo, name))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Doctor checks of SFT: its loss, the base, the ends of completions, and the start of PPO."""
+"""Doctor checks of SFT: loss, comparison with the base, end tokens, and the start of PPO."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ CUT = 0.5
 """Share of completions with an end token below which the reward mostly scores fragments."""
 
 NEVER_ENDS = 0.02
-"""Share of completions with an end token below which the model does not know that token."""
+"""Share of completions with an end token below which the model never learned that token."""
 
 OVERFIT = 0.5
 """Nats by which the held-out loss may exceed the training loss."""
 
 KL_AT_START = 1e-4
-"""Nats per token to the reference, before the first update, that rounding can explain."""
+"""Largest KL to the reference before the first update, in nats per token, due to rounding."""
 
 
 def check(record: Record, lines: Lines) -> Findings:
-    """Loss, comparison with the base, and the first rollouts, in which the policy is still SFT."""
+    """Check the loss, the base, and the first rollouts, in which the policy is still SFT."""
     early = lines["ppo"][: alarms.LATEST]
     kl = alarms.series(early[:1], "kl/k3")
     if kl and record.algorithm == "ppo" and abs(kl[0]) > KL_AT_START:
