@@ -58,15 +58,10 @@ _HOMES = {
 def demo(
     out: str | Path = "runs/demo", *, seed: int = 0, progress: Progress | None = None
 ) -> Record:
-    """Run the packaged recipe: the whole pipeline on the tiny model, offline.
+    """Run the packaged recipe, the whole pipeline on the tiny model, offline; return the record.
 
     Args:
-        out: The run directory.
-        seed: Random seed for the whole run.
-        progress: Where to report; default: nowhere.
-
-    Returns:
-        The record, as from `run`.
+        progress: The progress line; default: none.
     """
     from lora_rlhf import pipeline, tiny
     from lora_rlhf.recipe import loader

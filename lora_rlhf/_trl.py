@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The only module that imports TRL.
 
-TRL renames and deletes monthly. The methods of TRL that this package overrides or calls are listed
-in `SEAMS` and checked on import, so that an unsupported version is refused before a run.
+TRL changes its internal methods often. Those that this package overrides or calls are listed in
+`SEAMS` and checked on import, so that an unsupported version is refused before a run.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import inspect
 import os
 
-# TRL's trainers report their use to the Hub; a library built on them must not do so by default.
-# Libraries may have read the variable before it is set here: `ResumableTrainer` checks again.
+# TRL's trainers report their use to the Hub, which this package turns off by default. A library may
+# have read the variable before it is set here, so `ResumableTrainer` checks it again.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
@@ -93,7 +93,7 @@ SEAMS: dict[type, dict[str, tuple[str, ...]]] = {
 """Methods that this package overrides or calls, with the parameters that it uses."""
 
 
-def telemetry_asked() -> bool:
+def telemetry_allowed() -> bool:
     """Return whether the user allows TRL's telemetry, with HF_HUB_DISABLE_TELEMETRY=0."""
     return os.environ.get("HF_HUB_DISABLE_TELEMETRY", "1").upper() in ("0", "FALSE", "NO", "OFF")
 
@@ -102,7 +102,7 @@ def check_seams() -> None:
     """Check that the installed TRL has every seam.
 
     Raises:
-        SetupError: Naming the missing method or parameter and the supported versions.
+        SetupError: A method or a parameter is missing.
     """
     for owner, methods in SEAMS.items():
         for name, parameters in methods.items():

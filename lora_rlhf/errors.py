@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors that a user can cause and cure, one class for each kind.
+"""Errors that a user can cause and correct, one class for each kind.
 
 LoraRlhfError                 exit code 1
 ├── UsageError                exit code 2
@@ -72,7 +72,7 @@ class LoraRlhfError(Exception):
 
 
 class UsageError(LoraRlhfError):
-    """A command or an option that makes no sense.
+    """A command or an option that cannot be carried out.
 
     `lora-rlhf card notes/`: the folder holds no run. Give the --out of a `lora-rlhf run`.
     """
@@ -90,7 +90,7 @@ class RecipeError(UsageError):
 class DataError(LoraRlhfError):
     """A dataset with a missing column, a broken line or no rows left.
 
-    A line of `data.jsonl` that is no JSON. Fix that line, or remove it.
+    A line of `data.jsonl` that is not JSON. Fix that line, or remove it.
     """
 
     exit_code = 3
@@ -141,28 +141,28 @@ class BusyError(SetupError):
 
 
 class DiskError(SetupError):
-    """The disk is full, or the run directory may not be written; what is there is intact.
+    """The disk is full, or the run directory is not writable; saved files are intact.
 
     Make room, then run the same command.
     """
 
 
 class MemoryLimitError(SetupError):
-    """The device runs out of memory even with one row at once; what was saved is intact.
+    """The device runs out of memory even with one row at once; saved files are intact.
 
     Choose a remedy from the printed table, such as `--set model.load_in_4bit=true`.
     """
 
 
 class HubError(SetupError):
-    """The Hub refused or could not be reached; nothing that was trained is lost.
+    """The Hub refused a request or could not be reached; nothing that was trained is lost.
 
     A token without write access. Log in with one, then run `lora-rlhf push` again.
     """
 
 
 class DivergedError(LoraRlhfError):
-    """Base of errors of a training whose result cannot be used."""
+    """Base of errors of trainings whose result cannot be used."""
 
     exit_code = 5
 
@@ -178,7 +178,7 @@ class IdentityError(DivergedError):
 class GateError(DivergedError):
     """The reward model is not good enough to optimise against.
 
-    Its held-out accuracy may be chance. Add comparisons, or train it for longer.
+    Its held-out accuracy may be that of chance. Add comparisons, or train it for longer.
     """
 
 

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One recipe, executed: demonstrations → SFT → reward model → PPO → evaluation → cards → Hub.
 
-In place of PPO stands the recipe's `algorithm`. A finished stage is not run again, and an
-interrupted one continues from its newest checkpoint, so a run that was stopped between or inside
-stages ends with the same bits as one that was not.
+The recipe's `algorithm` may replace PPO. A finished stage is not run again, and an interrupted one
+continues from its newest checkpoint, so an interrupted run ends with the same bits as any other.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ from lora_rlhf.training.reward import reward_gate, reward_stage
 from lora_rlhf.training.stage_context import StageContext
 
 _OFFSET_ROWS = 256
-"""Demonstrations to which the reward's offset is fitted: its error falls with their root."""
+"""Demonstrations to which the reward's offset is fitted; its error falls with their square root."""
 
 
 def run(
@@ -64,21 +63,20 @@ def run(
     """Run a recipe in a directory, or continue the run that is there.
 
     Args:
-        recipe: The whole run.
         out: The run directory: new, empty, or with a run of the same recipe.
         until: The last stage: sft, reward, policy (or the algorithm's name), evaluate or card.
             The stages that it needs run too.
-        progress: Where to report; default: nowhere.
+        progress: The progress line; default: none.
         start_from: Another run, whose finished SFT and reward stages are copied if every recipe key
             that they read is equal.
         warm_start: Restart the interrupted stage from the adapters of its newest checkpoint. This
             is not an exact resume, and the record says so.
 
     Returns:
-        The record, with `evaluation` once that stage is done.
+        The record, with `evaluation` if that stage is done.
 
     Raises:
-        LoraRlhfError: One of errors.py, with what to do.
+        LoraRlhfError: An error that the user can correct; see errors.py.
     """
     out, progress = Path(out), progress or Progress(quiet=True)
     stages = stage_names(recipe.algorithm)
@@ -113,7 +111,7 @@ def run(
 
 @contextlib.contextmanager
 def _disk_and_memory_errors(recipe: Recipe, out: Path) -> Iterator[None]:
-    """Turn a full disk and a lack of memory into errors with a remedy."""
+    """Turn errors of a full disk or full memory into errors with a remedy."""
     try:
         yield
     except OSError as error:
@@ -133,7 +131,7 @@ def _run_stages(
     stages: tuple[str, ...],
     progress: Progress,
 ) -> None:
-    """Run those of the stages that are not finished; within the time budget."""
+    """Run the unfinished stages, within the time budget."""
     wanted = [stage for stage in stages if not _finished(recipe, record, stage)]
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
@@ -144,7 +142,7 @@ def _run_stages(
             progress.say("Time budget reached; run the same command to continue.")
             return
     if "card" in wanted:
-        with record.stage("card"):  # up to the seal: only a sealed run can be pushed
+        with record.stage("card"):  # the seal included, because only a sealed run can be pushed
             plots.run(record)
             record.finish()
             model_card.write(record)
@@ -154,13 +152,13 @@ def _run_stages(
 
 
 def _finished(recipe: Recipe, record: Record, stage: str) -> bool:
-    """Return whether a stage need not run; a skipped reward model may be needed now."""
+    """Return whether a stage need not run; a reward model that was skipped may be needed now."""
     needed = stage == "reward" and has_reward_model(recipe)
     return record.done(stage) and not (needed and "skipped" in record.data["stages"][stage])
 
 
 def _push(recipe: Recipe, record: Record, progress: Progress) -> None:
-    """Push what `hub:` names and is not pushed yet; a failure does not undo a finished run."""
+    """Make the pushes of `hub:` that are not done; the run stays finished if one fails."""
     if repository.offline():
         return
     for role, repo_id in publishing.pending_pushes(recipe, record).items():
@@ -179,7 +177,7 @@ def _compute(
     wanted: list[str],
     progress: Progress,
 ) -> None:
-    """Run the wanted stages that need the backbone, and load the finished ones before them."""
+    """Run the wanted stages that need the backbone; load the finished stages before them."""
     backbone, peak = _load_backbone(recipe, record, progress)
     context = StageContext(recipe, backbone, record, progress)
     data = _Data(recipe, record, backbone, progress)
@@ -191,7 +189,7 @@ def _compute(
             loaded_run.load_stage(stage, backbone, record)
             continue
         _run_stage(stage, context, configs, data)
-        # After the stage: even the shortest budget makes some progress each time.
+        # Checked after a stage, so that even the shortest budget makes some progress each time.
         if stage != wanted[-1]:
             interrupts.stop_if_requested()
     progress.say(f"measured: {format_bytes(peak.read())} at the peak ({peak.what})")
@@ -217,7 +215,7 @@ def _run_stage(stage: str, context: StageContext, configs: TrainerConfigs, data:
         same = checkpoint_callback.identity(backbone, record, "evaluate")
         evaluate.run(recipe, backbone, record, data.prompts.held_out, same, progress.say)
     elif stage == "dpo":
-        assert data.comparisons is not None  # the recipe was refused without comparisons
+        assert data.comparisons is not None  # a DPO recipe without comparisons is refused
         dpo.run(context, configs.policy, data.comparisons[0].train)
     else:
         if recipe.ppo.reward == "model":
@@ -241,7 +239,7 @@ def _load_backbone(
         record.data["plan"] = planned.as_dict()
     peak, clock, started = run_memory.PeakMemory(), record.data["clock"], time.perf_counter()
     backbone = Backbone.load(recipe.model, recipe.lora)
-    if planned is None:  # only now: a missing base is one error, not two
+    if planned is None:  # said after loading, so that a missing base is reported once
         progress.say(line)
     backbone.backoff.say = progress.say
     clock["host"]["makes_do"] = hardware_limitations(backbone.causal.dtype)
@@ -261,21 +259,20 @@ def _load_backbone(
 def _describe(record: Record, backbone: Backbone, peak: run_memory.PeakMemory) -> None:
     """Record adapters and memory, together with the stage that is done."""
     lora, clock = backbone.describe_lora(), record.data["clock"]
-    # A role that an earlier process trained (the value) may not be loaded any more.
+    # A role that an earlier process trained (the value) may not be loaded in this one.
     known = record.data["lora"].get("parameters_per_role", {})
     lora["parameters_per_role"] = known | lora["parameters_per_role"]
     record.data["lora"] = lora
     clock["memory"] = backbone.memory_report()
-    if backbone.backoff.limits:  # since then sums are rounded otherwise than on a larger GPU
+    if backbone.backoff.limits:  # with these limits sums round differently than on a larger GPU
         clock["rows_at_once"] = dict(backbone.backoff.limits)
-    # The highest of this run, in whichever process it was.
-    measured = peak.read()
+    measured = peak.read()  # the record keeps the highest of all processes of this run
     if measured / 1e6 >= clock.get("peak_memory_mb", 0):
         clock |= {"peak_memory_mb": round(measured / 1e6, 1), "peak_memory_is": peak.what}
 
 
 class _Data:
-    """The datasets of one run, each read once and compared with what finished stages read."""
+    """The datasets of one run, each read once and compared with the data of finished stages."""
 
     def __init__(
         self, recipe: Recipe, record: Record, backbone: Backbone, progress: Progress
@@ -285,7 +282,7 @@ class _Data:
         self._samples: dict[str, list[list[str]]] = {}
 
     def check(self, wanted: list[str], configs: TrainerConfigs) -> None:
-        """Read what can be read before anything is trained: a missing file must not cost hours."""
+        """Read data before any training, so that a missing file is noticed before hours of work."""
         recipe, stages = self.recipe, set(wanted)
         if stages & {"sft", "reward"}:
             _ = self.demonstrations
@@ -353,8 +350,8 @@ class _Data:
         return rows
 
     def sample(self, prompts: list[Any], k: int, seed: int) -> list[list[str]]:
-        """K completions of the SFT model for each prompt, which simulated labelers rank."""
-        # Both halves of the comparisons share one draw; another source has other prompts.
+        """Return k completions of the SFT model for each prompt, for simulated labelers to rank."""
+        # The proxy's and the held-out model's comparisons share these samples.
         key = json.dumps([seed, k, prompts])
         if key not in self._samples:
             self.say(f"reward: {k} completions of the SFT model for each of {len(prompts)} prompts")

@@ -15,15 +15,15 @@ from lora_rlhf.recipe.stage_keys import ALGORITHMS
 from lora_rlhf.training import trl_config
 
 _PROCESSES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-"""Variables in which launchers give the number of processes; accelerate would join them."""
+"""Variables in which launchers give the number of processes, which accelerate would use."""
 
 
 def check_launch(recipe: Recipe) -> None:
     """Reject several processes, and pushes of adapters that the run does not train.
 
     Raises:
-        SetupError: Several processes.
-        RecipeError: `hub:` names a repository for such an adapter.
+        SetupError: Several processes were launched.
+        RecipeError: `hub:` names a repository for an adapter that is not trained.
     """
     for name in _PROCESSES:
         if (count := os.environ.get(name, "1")) not in ("", "0", "1"):

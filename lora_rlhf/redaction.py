@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mask secrets, by their shape or by the name of their key.
-
-A home folder is a secret too, because it names a person: it becomes `~`.
-"""
+"""Mask secrets by their shape or their key, and home folders, which name a person."""
 
 from __future__ import annotations
 
@@ -21,25 +18,25 @@ TOKENS = {
     "a GitLab token": re.compile(r"(?<![A-Za-z0-9])glpat-[\w-]{16,}"),
     "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*"),
 }
-"""Shapes of secrets that cannot be words, wherever they stand.
+"""Shapes of secrets that cannot be words, at any place in a text.
 
-The search takes linear time: whatever may precede a required part is bounded, or cannot hold the
-start of another match. A key's first digit is looked for in its first 65 characters.
+The search takes linear time: a part before a required one is bounded, or cannot hold the start of
+another match. An API key must have a digit within its first 65 characters.
 """
 
 HIDDEN = "***"
 
 SHORTEST = 12
-"""Characters; the value of a variable below it could be a word of any text."""
+"""Characters; a shorter value of a variable could be an ordinary word."""
 
 _VARIABLE = re.compile(
     r"(TOKEN|SECRET(_?KEY)?|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY)S?(?![A-Za-z])"
     r"(?!.*_(PATH|FILE|DIR|NAME|ID)S?$)",
     re.IGNORECASE,
 )
-"""Names that end in such a word, or have `_` or a digit after it: not TOKENIZERS_PARALLELISM.
+"""Names of variables with secrets: the word ends the name, or `_` or a digit follows.
 
-The name of a place or a thing (HF_TOKEN_PATH) is not masked.
+TOKENIZERS_PARALLELISM is not one, nor is the name of a place or a thing, such as HF_TOKEN_PATH.
 """
 _MODEL = re.compile(r"[A-Za-z._-]{1,24}/[A-Za-z._-]{1,24}")
 
@@ -51,7 +48,7 @@ _NO_SECRET = re.compile(
     r"tokenizer\w*|include_num_input_tokens_seen|num_assistant_tokens_schedule",
     re.IGNORECASE,
 )
-"""Keys of trainers about tokens of text."""
+"""Keys of trainers that are about tokens of text."""
 
 
 class _Known(NamedTuple):
@@ -62,19 +59,19 @@ class _Known(NamedTuple):
 
 
 def hide(value: Any, key: str = "") -> Any:
-    """Mask plain data: values under secret-like keys, and shapes of tokens."""
+    """Mask plain data: values under secret-like keys, and secrets by their shape."""
     return _masked(value, _known(), key)
 
 
 def safe(value: T) -> T:
-    """Mask plain data or text for a file or a screen, by shape alone, whatever the keys."""
+    """Mask plain data or text for a file or a screen, by shape alone."""
     masked: T = _masked(value, _known(), None)
     return masked
 
 
 def _masked(value: Any, known: _Known, key: str | None) -> Any:
-    """Mask a value; with a key of None, keys mean nothing and are masked themselves."""
-    secret = _by_key(key or "")
+    """Mask a value by shape and key; with a key of None by shape alone, in keys as well."""
+    secret = key is not None and _SECRET.search(key) and not _NO_SECRET.fullmatch(key)
     if isinstance(value, dict):
         if key is None:
             return {_masked(k, known, None): _masked(v, known, None) for k, v in value.items()}
@@ -93,9 +90,9 @@ def count_secrets(text: str) -> Counter[str]:
 
 
 def variables() -> dict[str, str]:
-    """Map value to name of environment variables whose name says that they hold a secret.
+    """Map value to name of environment variables with secrets, by their names.
 
-    Except values that are an existing path or `org/name`, which would be masked everywhere.
+    Values that are an existing path or `org/name` are left out, since all texts may hold them.
     """
     return {
         value: name
@@ -106,12 +103,8 @@ def variables() -> dict[str, str]:
 
 def _names_a_thing(value: str) -> bool:
     if not any(mark in value for mark in {"/", os.sep}):
-        return False  # a file with the name of a password does not reveal it
+        return False  # a secret, even if a file has that name
     return bool(_MODEL.fullmatch(value)) or os.path.exists(value)
-
-
-def _by_key(key: str) -> bool:
-    return bool(_SECRET.search(key)) and not _NO_SECRET.fullmatch(key)
 
 
 def _known() -> _Known:

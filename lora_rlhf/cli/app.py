@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command `lora-rlhf`: verbs over recipes and over runs.
 
-Results go to stdout, progress and errors to stderr. Exit codes: 0; those of errors.py; 130 and 143
-for an interrupted run; 1 for an unexpected error. A verb imports heavy libraries itself.
+Results go to stdout, progress and errors to stderr. Exit codes: 0; the codes of errors.py; 130 and
+143 for an interrupted run; 1 for an unexpected error. Heavy libraries are imported inside verbs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _debug = False
 
 
 class _Group(TyperGroup):
-    """Accepts `--debug` anywhere, so that it can be added to the end of a command."""
+    """Command group that accepts `--debug` anywhere, also at the end of a command."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         end = args.index("--") if "--" in args else len(args)
@@ -263,10 +263,7 @@ def _card_verb(
 
 
 @_command("doctor")
-def _doctor_verb(
-    run: RunPath,
-    as_json: Json = False,
-) -> None:
+def _doctor_verb(run: RunPath, as_json: Json = False) -> None:
     """Find the stage of a run that is at fault, and what to try.
 
     From the record and the log alone. The exit code is always 0.
@@ -335,7 +332,7 @@ def _generate_verb(
     """
     from lora_rlhf.runs.record import Record
 
-    Record.read(run)  # refuses a wrong folder before seconds of importing
+    Record.read(run)  # refuses a wrong folder before the slow imports
     loaded = shell.room("serving.loaded_run", _debug)
     from lora_rlhf.reports import tables
 

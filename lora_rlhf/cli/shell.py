@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Between a verb and the shell: errors as text and exit codes, signals, quiet libraries."""
+"""Shell side of the command line: errors as text and exit codes, signals, quiet libraries."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _fail(debug: bool, message: str, code: int) -> NoReturn:
 
 @contextlib.contextmanager
 def signals_raise() -> Iterator[None]:
-    """Let the first SIGINT or SIGTERM stop at a boundary, and a second one at once."""
+    """Stop at the next boundary after the first SIGINT or SIGTERM, and at once after a second."""
 
     def stop_once(number: int, frame: FrameType | None) -> None:
         for each in before:
@@ -76,7 +76,7 @@ def signals_raise() -> Iterator[None]:
     before = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and the like
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
                 before[number] = signal.signal(number, stop_once)
     try:
         yield
@@ -86,25 +86,22 @@ def signals_raise() -> Iterator[None]:
 
 
 def quieten() -> None:
-    """Silence library messages that are not about the user's run; errors still come through."""
+    """Silence library messages that are not about the user's run, except errors."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore")
-    # It warns about a missing optional kernel on every CPU with bfloat16 instructions.
+    # bitsandbytes warns about a missing optional kernel on CPUs with bfloat16 instructions.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def room(name: str, debug: bool) -> Any:
-    """Import a module that needs the heavy libraries: `pipeline`, or `serving.loaded_run`.
-
-    Progress bars stay for downloads only.
-    """
+    """Import a module that needs the heavy libraries, and hide progress bars except downloads'."""
     import importlib
 
     from huggingface_hub import utils
     from transformers.utils import logging
 
     if not debug:
-        logging.disable_progress_bar()  # transformers' own, and the Hub's as well
+        logging.disable_progress_bar()  # bars of transformers and of the Hub
         utils.enable_progress_bars()  # type: ignore[attr-defined]
     return importlib.import_module(f"lora_rlhf.{name}")

@@ -2,12 +2,13 @@
 """Back a run up on the Hub while it trains (`checkpoint.hub`), and fetch it on another machine.
 
 The private repository holds the run directory with the newest checkpoint of each training, and
-`backup.json`: which run it is, how far, which process wrote it, and the sha256 of every file. Local
-paths are replaced by placeholders (`@@home@@`), for which another machine fills in its own.
+`backup.json`: the identity and progress of the run, the process that wrote it, and the sha256 of
+every file. Local paths are replaced by placeholders (`@@home@@`), which another machine replaces by
+its own paths.
 
-Each upload is one commit, built on the one before, so the repository is always one consistent
-snapshot; a process that finds another's commit there stops uploading. A thread uploads from a copy:
-nothing that happens to it can stop or change the run.
+Each upload is one commit on top of the previous one, so the repository is always a consistent
+snapshot. If another process has committed there, uploading stops. A thread uploads from a copy, so
+that no failure can stop or change the run.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from lora_rlhf.runs.progress import Progress
 
 FETCHED = "fetched.tmp"
-"""Folder in the run directory during a fetch; while it exists, files beside it may be partial."""
+"""Folder in the run directory during a fetch; while it exists, the run may be incomplete."""
 
 INDEX = "backup.json"
 SCHEMA = 1
@@ -57,7 +58,7 @@ _TEXTS = ("recipe.yaml", "record.json", "metrics.jsonl", "samples.jsonl", "skipp
 _OF_DATA = ("samples.jsonl", "skipped.jsonl", "checkpoints/")
 """Files with rows of the data, which may contain any path."""
 _BEFORE, _AFTER = r"(?:(?<![\w.~-])|(?<=\\[nrt]))", r"(?![\w-]|\.\w)"
-"""Around a whole path: /home/ann is not in /home/anna, and is after an escaped newline."""
+"""Ends of a path: /home/ann is not a match in /home/anna, but is one after an escaped newline."""
 
 
 def prepare(
@@ -66,10 +67,10 @@ def prepare(
     """Check `checkpoint.hub` before training, and fetch the run it holds into an empty `out`.
 
     Returns:
-        The repository to upload to; None if the recipe names none, or the network is off by choice.
+        The repository to upload to; None if the recipe names none, or with HF_HUB_OFFLINE=1.
 
     Raises:
-        HubError: It cannot be written to, is public, or holds another run, or a damaged one.
+        HubError: The repository is public, not writable, or holds another or a damaged run.
     """
     exists, repo_id = (out / "record.json").exists(), recipe.checkpoint.hub
     if (out / FETCHED).exists():
@@ -87,7 +88,7 @@ def prepare(
         repo_id, None, False, again if exists else "lora-rlhf run", "the checkpoint backup", _PAUSES
     )
     remote.check_access()
-    info = remote.info(repo_id)  # before the index is read: a later commit is then another's
+    info = remote.info(repo_id)  # before the index is read, so that a commit in between is noticed
     if info is not None and not info.private:
         raise HubError(
             f"{repo_id} is a public repository, and checkpoints must stay private",
@@ -109,7 +110,7 @@ def prepare(
 def uploading(
     remote: Repository | None, recipe: Recipe, record: Record, progress: Progress
 ) -> Iterator[None]:
-    """Upload what the run saves inside; on leaving, in whatever way, upload the rest."""
+    """Upload snapshots while the run saves; upload the rest at the end, after an error as well."""
     if remote is None:
         yield
         return
@@ -137,14 +138,14 @@ class _Uploader:
         self.writer, self.taken = uuid.uuid4().hex, False
 
     def saved(self, whole_stage: bool) -> None:
-        """Start an upload of what was saved, if one is due and none is under way."""
+        """Start an upload if one is due and none is under way."""
         self._unsent = not self.taken
         self._due |= whole_stage or time.monotonic() - self._started >= self.seconds
         if self._due and self._unsent and (self._thread is None or not self._thread.is_alive()):
             self._start()
 
     def finish(self) -> None:
-        """Upload what is not there yet, and wait for it."""
+        """Wait for the upload under way, then upload what was saved since."""
         self._wait()
         if self._unsent and not self.taken:
             self._start()
@@ -200,11 +201,7 @@ class _Uploader:
         self.counts["sent"] += 1
 
     def _check_parent(self, newest: str) -> None:
-        """Check that the commit to build on is our last one, whether or not we got its answer.
-
-        Raises:
-            HubError: It is another process's.
-        """
+        """Refuse to build on a commit of another process, but not on our own with a lost answer."""
         if newest == self.remote.head:
             return
         index = _remote_index(self.remote, newest)
@@ -216,7 +213,7 @@ class _Uploader:
             )
 
     def _failed(self, folder: Path, error: Exception) -> None:
-        """Report the first of several failures: a Hub outage of hours must not fill the screen."""
+        """Report the first of several failures, so that a long outage does not fill the screen."""
         shutil.rmtree(folder, ignore_errors=True)
         self._unsent = not self.taken
         self.counts["failed"] += 1
@@ -246,10 +243,7 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def _copy(run: Path, folder: Path) -> None:
-    """Copy the files of a run that another machine needs to continue it.
-
-    Weights are hard-linked, since they never change in place.
-    """
+    """Copy the files needed to continue a run; hard-link weights, which never change in place."""
     sources = [*(run / name for name in _TEXTS), *run.glob("plots/*.png")]
     for adapter in run.glob("adapters/*"):
         if adapter.suffix != ".tmp":
@@ -271,15 +265,7 @@ def _copy(run: Path, folder: Path) -> None:
 
 
 def _make_ready(folder: Path, recipe: Recipe, run: Path, repo_id: str, writer: str) -> list[str]:
-    """Hide local paths, refuse secrets, write card and index; return all names.
-
-    Args:
-        writer: Id of the process that uploads it.
-
-    Raises:
-        HubError: A file holds what looks like a secret.
-        CheckpointError: None of a training's checkpoints is complete.
-    """
+    """Hide local paths, refuse secrets, write card and index; return all names."""
     names = file_names(folder)
     sealed = Record.read(folder).data["files"]
     whole = {name for name in names if name in sealed and sealed[name] == sha256(folder / name)}
@@ -324,10 +310,9 @@ def _placeholders(recipe: Recipe, run: Path) -> dict[str, str]:
 
 
 def _swap(path: Path, name: str, words: dict[str, str]) -> bool:
-    """Replace paths by placeholders, or the reverse, in a small text file; True if any was there.
+    """Replace paths by placeholders, or the reverse, in a text file; return whether it changed.
 
-    Args:
-        name: Of the file in the run: rows of the data and tokenizers are left as they are.
+    Tokenizers and files with rows of the data are left as they are.
     """
     if not name.endswith((".json", ".yaml", ".md")) or name.endswith("tokenizer.json"):
         return False
@@ -351,20 +336,13 @@ def _swap(path: Path, name: str, words: dict[str, str]) -> bool:
 
 
 def _identity(record: Record) -> dict[str, Any]:
-    """Tell one run from another of the same recipe."""
+    """Return facts that differ between two runs of one recipe."""
     data = record.data
     return {"name": data["name"], "seed": data["seed"], "started": data["clock"]["started"]}
 
 
 def _steps(run: Path, *, strict: bool = True) -> dict[str, int]:
-    """Map each training to the step of its newest complete checkpoint.
-
-    Args:
-        strict: Whether a training without a complete checkpoint is an error, or left out.
-
-    Raises:
-        CheckpointError: None of a training's checkpoints is complete.
-    """
+    """Map training to step of its newest complete checkpoint; with `strict`, each must have one."""
     steps: dict[str, int] = {}
     for training in sorted(run.glob("checkpoints/*")):
         try:
@@ -378,9 +356,9 @@ def _steps(run: Path, *, strict: bool = True) -> dict[str, int]:
 
 
 def _progress(record: Record, steps: dict[str, int]) -> list[int]:
-    """Count finished stages, then steps (and parts) of the one in flight; to be compared.
+    """Return finished stages, then steps and parts of the next one; larger means further.
 
-    Without the card stage, which is run again where only a card changes.
+    The card stage does not count: it runs again whenever a card changes.
     """
     stages = stage_names(record.algorithm)[:-1]
     done = next((n for n, name in enumerate(stages) if not record.done(name)), len(stages))
@@ -410,11 +388,7 @@ def _remote_index(remote: Repository, commit: str | None = None) -> dict[str, An
 
 
 def _read_index(folder: Path, repo_id: str) -> dict[str, Any] | None:
-    """Read `backup.json`; None if the repository has none yet.
-
-    Raises:
-        HubError: It is not one of this version.
-    """
+    """Read and check `backup.json`; None if the repository has none yet."""
     path = folder / INDEX
     if not path.exists():
         return None
@@ -441,11 +415,7 @@ def _damaged(repo_id: str, what: str) -> HubError:
 
 
 def _check_not_behind(repo_id: str, index: dict[str, Any], record: Record) -> None:
-    """Check that the local run may replace the one on the Hub.
-
-    Raises:
-        HubError: That is another run, or the same one further ahead.
-    """
+    """Refuse to replace another run on the Hub, or the same run at a later step."""
     run, steps = index["run"], _steps(record.folder, strict=False)
     if run != _identity(record):
         raise HubError(
@@ -465,11 +435,7 @@ def _check_not_behind(repo_id: str, index: dict[str, Any], record: Record) -> No
 
 
 def _fetch(recipe: Recipe, out: Path, remote: Repository, warm_start: bool) -> None:
-    """Fetch the run into the empty `out`, whole or not at all, every hash checked first.
-
-    Raises:
-        HubError: A file is missing or changed, or it is a run of another recipe.
-    """
+    """Fetch the run into the empty `out`, whole or not at all, after every hash is checked."""
     folder = out / FETCHED
     try:
         remote.download(folder)
@@ -483,12 +449,12 @@ def _fetch(recipe: Recipe, out: Path, remote: Repository, warm_start: bool) -> N
         for name in index["hidden"]:
             _swap(folder / name, name, local_paths)
         _steps(folder)
-        if index["sealed"]:  # these were as sealed; only this machine's paths differ now
+        if index["sealed"]:  # unchanged since the seal but for the paths of this machine
             record = Record.read(folder)
             record.data["files"] |= {name: sha256(folder / name) for name in index["sealed"]}
             record.save()
         Record.open(folder, recipe, warm_start=warm_start)
-        # The record last: without it the folder is no run, and is fetched again.
+        # The record is moved last: a folder without it is not a run, and is fetched again.
         for name in sorted(index["files"], key=lambda name: name == "record.json"):
             if (folder / name).exists():  # Record.open drops another algorithm's checkpoints
                 (out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -504,7 +470,7 @@ def _fetch(recipe: Recipe, out: Path, remote: Repository, warm_start: bool) -> N
 
 
 def _clear(out: Path, *, everything: bool) -> None:
-    """Remove the folder of a fetch, and if it was cut off, what it had put in place as well."""
+    """Remove the folder of a fetch; with `everything`, also the files moved out of it."""
     for path in sorted(out.iterdir(), key=lambda path: path.name == FETCHED):
         if path.name == FETCHED or everything:
             shutil.rmtree(path) if path.is_dir() else path.unlink()

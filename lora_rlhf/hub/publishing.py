@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Publish adapters and bases: one repository and one commit each, private unless asked otherwise.
+"""Publish adapters and bases: one repository and one commit each, private by default.
 
-Whatever can be refused is refused before the first byte is sent. The run itself is not touched
-when a push fails, and a push can be repeated: files that are there already are not sent again.
+All checks come before the first byte is sent. A failed push leaves the run as it was, and can be
+repeated: files that are on the Hub already are not sent again.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ def push(
     """Publish the adapter of `role` with its card, in one commit.
 
     Args:
-        record: The run, its last stage finished.
+        record: A finished run.
         role: policy, reward, value or sft.
         repo_id: organisation/name; the repository is created if there is none.
         public: Whether a new repository is public; an existing one keeps its visibility.
-        token: Default: that of `hf auth login` or HF_TOKEN.
+        token: By default the token of `hf auth login` or HF_TOKEN.
 
     Returns:
         `url`, `commit`, `files`, `private`, and `notes` for the user.
 
     Raises:
-        UsageError: No such role.
-        HubError: Refused before anything was sent, or the Hub could not be reached; the message
-            holds the command that tries again.
+        UsageError: There is no such role.
+        HubError: A check failed before anything was sent, or the Hub could not be reached; the
+            message holds the command that tries again.
     """
     again = f"lora-rlhf push {shlex.quote(str(record.folder))} --{role} {repo_id}"
     hub = Repository(repo_id, token, public, again, f"the push of the {role} adapter")
@@ -62,21 +62,14 @@ def push(
     return result
 
 
-def push_base(
-    record: Record, repo_id: str, *, public: bool = False, token: str | None = None
-) -> dict[str, Any]:
+def push_base(record: Record, repo_id: str, *, public: bool = False) -> dict[str, Any]:
     """Publish the run's base, packaged or a local folder, as a repository of its own.
 
-    The record then names it (`model.hub_id`), so that adapters pushed later refer to it.
-
-    Returns:
-        The same as `push`.
-
-    Raises:
-        HubError: As `push`.
+    The record then names the repository (`model.hub_id`), and adapters pushed later refer to it.
+    Returns and raises the same as `push`.
     """
     again = f"lora-rlhf push {shlex.quote(str(record.folder))} --base {repo_id}"
-    hub = Repository(repo_id, token, public, again, "the push of the base model")
+    hub = Repository(repo_id, None, public, again, "the push of the base model")
     with tempfile.TemporaryDirectory(prefix="lora-rlhf-push-") as name:
         files = stage_base(record, Path(name))
         hub.check_access()
@@ -90,10 +83,10 @@ def push_base(
 def push_targets(
     record: Record, named: dict[str, str | None], *, public: bool, base: str | None
 ) -> tuple[dict[str, str], bool]:
-    """Map role to repository for a `push`: those named, else those of the recipe; and `public`.
+    """Map role to repository for a push, from the options or else the recipe; also return `public`.
 
     Raises:
-        UsageError: There are none.
+        UsageError: Neither names a repository.
     """
     targets = {role: repo_id for role, repo_id in named.items() if repo_id}
     if targets or base:
@@ -110,7 +103,7 @@ def push_targets(
 
 
 def pending_pushes(recipe: Recipe, record: Record | None) -> dict[str, str]:
-    """Map role to repository for what `hub:` names and the run has not pushed there yet."""
+    """Map role to repository for the pushes that `hub:` asks for and that are not done."""
     done = record.data["clock"].get("pushed", {}) if record is not None else {}
     targets = {role: getattr(recipe.hub, role) for role in ROLES}
     return {
@@ -120,18 +113,15 @@ def pending_pushes(recipe: Recipe, record: Record | None) -> dict[str, str]:
     }
 
 
-def check_pushes(
-    recipe: Recipe, record: Record | None = None, token: str | None = None
-) -> list[str]:
-    """Check before training that the recipe's `hub:` section can be carried out after it.
+def check_pushes(recipe: Recipe, record: Record | None = None) -> list[str]:
+    """Check before training that the pushes of the recipe's `hub:` section can be made after it.
 
     Args:
-        record: The run to continue: what it has pushed is done, and it names the repository of a
-            base that `push --base` published.
+        record: The run to continue, with its earlier pushes and the Hub id of its base.
 
     Returns:
-        Notes for the user; empty if there is nothing to push. Offline by choice (HF_HUB_OFFLINE=1)
-        training may start, and the note says what is skipped.
+        Notes for the user; empty if there is nothing to push. With HF_HUB_OFFLINE=1 training may
+        start, and the note lists the skipped pushes.
 
     Raises:
         HubError: No token, no write access, a bad repository id, or a base that others cannot load.
@@ -152,7 +142,7 @@ def check_pushes(
     notes = []
     for role, repo_id in targets.items():
         what = f"the push of the {role} adapter"
-        hub = Repository(repo_id, token, recipe.hub.public, "lora-rlhf run", what)
+        hub = Repository(repo_id, None, recipe.hub.public, "lora-rlhf run", what)
         hub.check_access()
         if hub.info(base) is None:
             raise _no_base(base, "push the base first, or correct model.hub_id")

@@ -37,14 +37,14 @@ PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
 _LONGEST_PAUSE = 60.0
 _LICENCE_SECONDS = 10.0
 _SILENCE_SECONDS = 60.0  # huggingface_hub sets no timeout: a dead connection would block for good
-# 409, 412: somebody else committed meanwhile; a retry builds on their commit, if it may.
+# 409, 412: somebody else committed meanwhile; a retry builds on that commit, if allowed.
 _TRANSIENT = frozenset({408, 409, 412, 425, 429, 500, 502, 503, 504})
 # The base class of connection errors and time-outs, whichever HTTP library huggingface_hub uses.
 _TRANSPORT: type[Exception] = HfHubHTTPError.__mro__[1]
 
 
 def offline() -> bool:
-    """Return True if the network is turned off (HF_HUB_OFFLINE=1)."""
+    """Return whether the network is turned off (HF_HUB_OFFLINE=1)."""
     return bool(constants.is_offline_mode())
 
 
@@ -52,7 +52,7 @@ def base_licence(model: dict[str, Any], token: str | None = None) -> str | None:
     """Read the licence from a base's card on the Hub; None if it is unknown or out of reach.
 
     Args:
-        model: `id` and `revision`, as in the record.
+        model: A dict with `id` and `revision`, as in the record.
     """
     if offline():
         return None
@@ -61,7 +61,7 @@ def base_licence(model: dict[str, Any], token: str | None = None) -> str | None:
             str(model["id"]), revision=model.get("revision"), timeout=_LICENCE_SECONDS
         )
     except (HFValidationError, _TRANSPORT, OSError):
-        return None  # needed for the card only, which can say "not recorded"
+        return None  # only the card needs it, and can say "not recorded"
     card: Any = info.card_data or {}
     licence = card.get("license")
     licence = card.get("license_name") or licence if licence == "other" else licence
@@ -69,7 +69,7 @@ def base_licence(model: dict[str, Any], token: str | None = None) -> str | None:
 
 
 class Repository:
-    """One repository and the purpose it is opened for; transient faults are retried.
+    """One repository, opened for one operation; transient errors are retried.
 
     Args:
         again: The command that repeats the whole operation, for messages.
@@ -118,7 +118,7 @@ class Repository:
         """Check that the token may write to the repository's namespace.
 
         Raises:
-            HubError: It may not, or is not valid.
+            HubError: The token is not valid, or lacks write access.
         """
         me = self.call(self.api.whoami)
         namespace = self.repo_id.split("/")[0]
@@ -152,7 +152,7 @@ class Repository:
         return info
 
     def check_visibility(self) -> list[str]:
-        """Refuse a private push to a public repository; note where `public` has no effect.
+        """Refuse a private push to a public repository; return a note if `public` has no effect.
 
         Raises:
             HubError: The repository exists and is public, but the push is private.
@@ -171,8 +171,8 @@ class Repository:
     def upload(self, folder: Path, files: list[str], message: str) -> dict[str, Any]:
         """Create the repository if needed, and commit all files at once.
 
-        Not `upload_folder`: it may split a push into several commits, and between two of them the
-        repository would hold an adapter without its card.
+        `upload_folder` is not used: it may split a push into several commits, and between two of
+        them the repository would hold an adapter without its card.
         """
         notes = self.check_visibility()
         private, create = not self.public, self.api.create_repo
@@ -180,7 +180,7 @@ class Repository:
         commit = self.call(
             lambda: self.api.create_commit(
                 self.repo_id,
-                # New operations for every try: those of a failed one must not be used again.
+                # Made anew in every try: operations of a failed commit must not be used again.
                 [CommitOperationAdd(name, folder / name) for name in files],
                 commit_message=f"Push the {message}",
             )
@@ -197,15 +197,15 @@ class Repository:
     def mirror(
         self, folder: Path, files: list[str], message: str, check_parent: Callable[[str], None]
     ) -> str:
-        """Make a private repository hold exactly these files, in one commit, and return it.
+        """Make a private repository hold exactly these files, in one commit; return its id.
 
         Args:
-            check_parent: Called before every try; raises if this commit may not be built on.
+            check_parent: Called with the parent commit before every try; may raise.
         """
         self.call(lambda: self.api.create_repo(self.repo_id, private=True, exist_ok=True))
 
         def commit() -> str:
-            # Looked up in every try: the one before may have succeeded and its answer been lost.
+            # Looked up in every try: an earlier try may have succeeded and its answer been lost.
             head = self.api.model_info(self.repo_id)
             check_parent(str(head.sha))
             gone = {f.rfilename for f in head.siblings or ()} - {*files, ".gitattributes"}
@@ -228,13 +228,13 @@ class Repository:
         self.call(lambda: self.api.snapshot_download(self.repo_id, **options), missing_ok=True)
 
     def call(self, step: Callable[[], Any], *, missing_ok: bool = False) -> Any:
-        """Run one step, and retry it while its fault may be transient.
+        """Run one step, and retry it while its error may be transient.
 
         Args:
             missing_ok: Return None if the repository does not exist.
 
         Raises:
-            HubError: The fault is permanent, or outlasted all retries.
+            HubError: The error is permanent, or outlasted all retries.
         """
         pauses = iter(self.pauses)
         while True:
@@ -285,7 +285,6 @@ def _is_transient(error: Exception) -> bool:
 
 
 def _retry_after(error: Exception, pause: float) -> float:
-    """Return the seconds of the Hub's Retry-After, capped, or else `pause`."""
     response = getattr(error, "response", None)
     seconds = str(response.headers.get("retry-after", "")) if response is not None else ""
     return min(float(seconds), _LONGEST_PAUSE) if seconds.isdigit() else pause

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Put together a folder for the Hub, and check it before anything is sent; no network is used.
+"""Assemble and check a folder for the Hub, without a network.
 
-Only files on a list are taken, only bytes whose hash is in the record, and no text that holds a
-secret or a path of this machine.
+The folder holds only files on a list, with the hashes of the record, and no text with a secret or a
+path of this machine.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ _BF16_EXPONENT = 0x7F80
 
 
 def stage_adapter(record: Record, role: str, repo_id: str, folder: Path) -> list[str]:
-    """Put the adapter of `role` into the empty `folder` as it is to be published.
+    """Put the adapter of `role`, with its card, into the empty `folder` for the Hub.
 
     Returns:
-        The names of the files, sorted; the card is always among them.
+        The sorted names of the files.
 
     Raises:
-        UsageError: No such role.
-        HubError: Something may not be published; the message says what, and what to do.
+        UsageError: There is no such role.
+        HubError: A file may not be published.
     """
     base, source = check_adapter(record, role), record.adapter(role)
     files = [source / name for name in ADAPTER if (source / name).exists()]
@@ -81,8 +81,8 @@ def check_adapter(record: Record, role: str) -> str:
     """Check that the adapter of `role` may be published, and return the Hub id of its base.
 
     Raises:
-        UsageError: No such role.
-        HubError: Not finished, files missing, changed since the run, or the base is only local.
+        UsageError: There is no such role.
+        HubError: The stage is not finished, files are missing or changed, or the base is local.
     """
     if role not in ROLES:
         raise UsageError(f"the role {role!r}", expected=f"one of {', '.join(ROLES)}")
@@ -105,7 +105,7 @@ def check_adapter(record: Record, role: str) -> str:
             "the record does not list the run's files yet",
             remedy="let the run finish its last stage, card: `lora-rlhf run`",
         )
-    # The card is made from samples and log: they must be what the run wrote as well.
+    # The card is made from samples and log, so these must be unchanged as well.
     card_sources = (record.folder / name for name in ("samples.jsonl", "metrics.jsonl"))
     for path in (*(folder / name for name in ADAPTER), *card_sources):
         if path.exists():
@@ -117,9 +117,9 @@ def check_adapter(record: Record, role: str) -> str:
 
 
 def local_base(identity: str, record: Record | None = None) -> HubError:
-    """The error for a base that exists only on this machine: others could not load the adapter."""
+    """Return the error for a base that exists only on this machine."""
     push = "push it as a repository of its own, `lora-rlhf push"
-    if record is None:  # before training, there is no run that could be pushed
+    if record is None:  # before training, when there is no run to push from
         how = f"train without `hub:` first; then {push} RUN --base org/name`, and run again with it"
     else:
         how = f"{push} {record.folder} --base org/name`"
@@ -153,7 +153,7 @@ def stage_base(record: Record, folder: Path) -> list[str]:
             remedy="save the base with save_pretrained",
         )
     trained_on = model.get("weights") or {}
-    for name in shards if trained_on else ():  # a newer package may hold another tiny model
+    for name in shards if trained_on else ():  # a newer package may have another tiny model
         if trained_on.get(name) != sha256(source / name):
             raise HubError(
                 f"{name} in {source} is not what the run was trained on",
@@ -178,13 +178,13 @@ def stage_base(record: Record, folder: Path) -> list[str]:
 def scan(
     folder: Path, names: Iterable[str], private: Iterable[str] = (), *, paths: bool = True
 ) -> None:
-    """Refuse text files that hold secrets or local paths; `private` are more strings to refuse.
+    """Refuse text files that hold secrets, local paths, or a string of `private`.
 
     Args:
-        paths: Whether paths are looked for: rows of data may contain any.
+        paths: Whether to search for paths; rows of data may contain any path.
 
     Raises:
-        HubError: Naming the file and the kind of secret, never the secret.
+        HubError: A file holds one; the message names the file and the kind, never the secret.
     """
     home = str(Path.home())
     private = {*private, *([home + os.sep] if paths and len(home) > 1 else [])}
@@ -209,10 +209,10 @@ def scan(
 
 
 def check_finite(path: Path) -> None:
-    """Refuse a safetensors file that cannot be read or holds NaN or infinity.
+    """Check that a safetensors file can be read and holds neither NaN nor infinity.
 
     Raises:
-        HubError: With the name of the tensor.
+        HubError: It cannot, or a tensor does.
     """
     try:
         with safe_open(path, "numpy"):  # checks shapes, offsets and length
@@ -245,7 +245,7 @@ def check_finite(path: Path) -> None:
 
 
 def file_names(folder: Path) -> list[str]:
-    """List all files in a folder by their relative names, sorted."""
+    """List the relative names of all files in a folder, sorted."""
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
 
 
@@ -263,20 +263,19 @@ def _check_unchanged(record: Record, path: Path) -> None:
 
 
 def _check_regular(path: Path) -> None:
-    """Refuse a link, which may lead to any file of this machine."""
-    if path.is_symlink() or not path.is_file():
+    if path.is_symlink() or not path.is_file():  # a link may lead to any file of this machine
         raise HubError(f"{path} is a link or not a regular file", expected="a regular file")
 
 
 def _name_base(record: Record, base: str, path: Path) -> None:
-    """Name the base and its revision in an adapter_config.json."""
+    """Write base and revision into an adapter_config.json."""
     config, model = json.loads(path.read_text(encoding="utf-8")), record.data["model"]
     pinned = model.get("revision") if base == model.get("id") else model.get("hub_revision")
     _write_json(path, config | {"base_model_name_or_path": base, "revision": pinned or None})
 
 
 def _write_record(record: Record, folder: Path) -> None:
-    """Write the record without local paths, other repositories and errors; add sha256 of files."""
+    """Write the record without local paths, other repositories and errors, and with file hashes."""
     data = without_paths(record.data)
     for name in ("pushed", "backup"):
         data["clock"].pop(name, None)

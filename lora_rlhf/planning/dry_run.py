@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run the phases of a recipe on the meta device, and count the bytes that they would allocate.
 
-A tensor on the meta device has a shape and no memory. So the backbone, the roles and the very
-functions that score and train are run from the config alone, and their allocations are added up:
-what autograd saves, the transients of a forward, the KV cache, gradients. No formula per
-architecture can go stale. What the meta device cannot know is set here, each once: the attention
-kernel (`_attention`), an unpacked 4-bit weight, whether a batch has padding (`_as_on`).
+A tensor on the meta device has a shape and no memory. The functions that score and train are run
+there on a backbone made from the config alone, and their allocations are added up: tensors saved by
+autograd, the transients of a forward, the KV cache, gradients. No formula per architecture is
+needed. Three facts that the meta device lacks are set here: the attention kernel (`_attention`), an
+unpacked 4-bit weight (`LiveBytes`), and whether a batch has padding (`_as_on`).
 
 B rows, L tokens of prompt and completion, T completion tokens, V vocabulary.
 """
@@ -57,8 +57,8 @@ class LiveBytes(TorchDispatchMode):
                 self._add(leaf)
         gemm = getattr(torch.ops.bitsandbytes, "gemm_4bit", None)  # None if not installed
         if gemm is not None and func is gemm.default:
-            # The weight is unpacked whole, with float32 scales: CUDA kernels that never unpack it
-            # serve small batches only. These bytes exist inside the kernel only.
+            # Inside the kernel the whole weight is unpacked, with float32 scales. CUDA kernels
+            # that do not unpack it serve small batches only.
             weights = math.prod(args[2])
             inside = weights * args[0].dtype.itemsize + 4 * (weights // BLOCK)
             self.peak = max(self.peak, self.now + inside)
@@ -92,10 +92,10 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """The kernel that `scaled_dot_product_attention` picks on a device, but not on the meta device.
+    """Run the kernel that `scaled_dot_product_attention` picks on `device`, not the meta device's.
 
     Both kernels save queries, keys, values, their output and one float32 per row and head for the
-    backward, and never hold the (B, heads, L, L) scores. A mask becomes a float one in each call.
+    backward, and never hold the (B, heads, L, L) scores. Each call makes a float mask.
     """
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.where(attn_mask, 0.0, -math.inf).to(query.dtype)
@@ -106,7 +106,7 @@ def _attention(
             query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
         )[0]
         return out
-    if enable_gqa:  # flash attention's backward makes them as wide as the queries
+    if enable_gqa:  # flash attention's backward repeats keys and values for all query heads
         groups = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     if attn_mask is not None:
@@ -120,21 +120,21 @@ def _attention(
 
 @contextlib.contextmanager
 def _as_on(device: str, *, padded: bool) -> Iterator[None]:
-    """Use the kernels of `device`, and build masks as for batches with padding, if there is any."""
+    """Use the kernels of `device`, and attention masks as for batches with or without padding."""
     with contextlib.ExitStack() as stack:
 
         def put(owner: Any, name: str, new: Any) -> None:
             stack.enter_context(mock.patch.object(owner, name, new))
 
         put(nn.functional, "scaled_dot_product_attention", functools.partial(_attention, device))
-        # The meta device cannot say whether a mask is all ones, which lets transformers drop it,
-        # nor which targets lie in a tile of the vocabulary, and it knows no autocast.
+        # On the meta device nobody can tell whether a mask is all ones (transformers drops such a
+        # mask) or which targets lie in a tile of the vocabulary, and there is no autocast.
         put(masking_utils, "fast_all", lambda _: not padded)
         put(fx_config, "meta_nonzero_assume_all_nonzero", True)
         put(torch, "is_autocast_enabled", lambda *_: False)
         if device != "cpu":
             put(scoring, "logprobs_and_entropy", logprobs.by_trl_kernels)
-            # Triton folds a tile in place; in torch, as here, each step would be a copy.
+            # Triton folds a tile in place; the same steps in torch would count as copies.
             for name in ("_forward_tile", "_backward_tile", "_addmm_fp32"):
                 put(chunked_logprob, name, lambda *_, **__: None)
         yield
@@ -148,8 +148,8 @@ class Batch:
     """Rows of one length: a prompt and a completion of this many tokens each.
 
     Attributes:
-        kept: Whether passes start from their trunk states, kept from the rollout.
-        rollout: Whether their stage has rollouts: its adapters are computed by fused_layers.
+        kept: Whether passes start from trunk states that were kept from the rollout.
+        rollout: Whether the stage has rollouts, so that fused_layers computes its adapters.
     """
 
     rows: int
@@ -202,7 +202,7 @@ def stage(backbone: Backbone, trained: tuple[str, ...], *, checkpointing: bool) 
 
 
 def _ids(backbone: Backbone, rows: int, tokens: int) -> tuple[Tensor, Tensor]:
-    """Return ids and mask, (B, L); of several rows the first is padded by one token."""
+    """Return ids and mask, (B, L); with several rows, the first is padded by one token."""
     ids = torch.zeros((rows, tokens), dtype=torch.long, device=backbone.device)
     mask = torch.ones((rows, tokens), dtype=torch.long, device=backbone.device)
     if rows > 1:
@@ -211,7 +211,7 @@ def _ids(backbone: Backbone, rows: int, tokens: int) -> tuple[Tensor, Tensor]:
 
 
 def _states(backbone: Backbone, batch: Batch) -> Tensor | None:
-    """Return the micro-batch's copy of the kept trunk states, (B, L, H); None if none are kept."""
+    """Return trunk states for a batch, (B, L, H), or None if its stage keeps none."""
     if not batch.kept:
         return None
     width = backbone.causal.config.get_text_config().hidden_size
@@ -234,7 +234,8 @@ def decode(backbone: Backbone, batch: Batch) -> None:
     config, dtype = backbone.causal.config, backbone.causal.dtype
     cache = DynamicCache(config=config)
     ids, mask = _ids(backbone, batch.rows, batch.tokens)
-    shape = (batch.rows, kv_heads(config), batch.tokens - 1, head_width(config))
+    heads, width = kv_shape(config)
+    shape = (batch.rows, heads, batch.tokens - 1, width)
     for index in range(len(backbone.layers)):
         full = torch.zeros(shape, dtype=dtype, device=backbone.device)
         cache.update(full, full.clone(), index)
@@ -243,17 +244,12 @@ def decode(backbone: Backbone, batch: Batch) -> None:
         _next(backbone, ids[:, -1:], mask, cache)
 
 
-def kv_heads(config: Any) -> int:
-    """Return the number of key and value heads."""
+def kv_shape(config: Any) -> tuple[int, int]:
+    """Return the number of key and value heads, and the dimension of a head."""
     config = config.get_text_config()
-    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-
-
-def head_width(config: Any) -> int:
-    """Return the dimension of a head."""
-    config = config.get_text_config()
-    own = getattr(config, "head_dim", None)
-    return int(own or config.hidden_size // config.num_attention_heads)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(heads), int(width)
 
 
 def _next(backbone: Backbone, ids: Tensor, mask: Tensor, cache: DynamicCache) -> None:
@@ -333,7 +329,7 @@ def update(backbone: Backbone, batch: Batch) -> None:
 
     @torch.no_grad()
     def score_reference() -> None:
-        # FrozenRolesCheck takes the reference's log-probs between the two of the first update.
+        # In the first update FrozenRolesCheck does this between the policy's forward and backward.
         scoring.completion_logprobs(backbone, ids, mask, batch.completion, 1.0)
 
     policy_step(backbone, batch, score_reference)
@@ -346,7 +342,7 @@ def update(backbone: Backbone, batch: Batch) -> None:
 
 
 def lm_head(backbone: Backbone, batch: Batch) -> None:
-    """Run the LM head of `policy_step` alone, from hidden states on."""
+    """Run forward and backward of the LM head of `policy_step` alone."""
     config = backbone.causal.config.get_text_config()
     ids, _ = _ids(backbone, batch.rows, batch.completion)
     states = torch.zeros(
@@ -360,7 +356,7 @@ def lm_head(backbone: Backbone, batch: Batch) -> None:
 
 @functools.cache
 def twice(phase: Phase) -> Phase:
-    """Repeat a phase, so that gradients of an earlier micro-batch are there to be added to."""
+    """Run a phase twice: the second time, gradients of the first micro-batch are in memory."""
 
     def both(backbone: Backbone, batch: Batch) -> None:
         phase(backbone, batch)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check whether a recipe fits a GPU, and change it as little as it takes where it does not."""
+"""Check whether a recipe fits a GPU, and find the fewest changes with which it does."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Changes = dict[str, Any]
 
 
 def capacity(text: str) -> int:
-    """Read the memory of a GPU; "16GB" and "16" are 16e9 bytes, about what one sold as 16 GB has.
+    """Parse the memory of a GPU: "16GB" and "16" are 16e9 bytes, "16GiB" is 16 * 2**30.
 
     Raises:
-        UsageError: It is not a size.
+        UsageError: `text` is not a size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     unit = _UNITS.get(match[2].upper()) if match else None
@@ -46,9 +46,9 @@ class Fit:
     Attributes:
         capacity: Bytes of the GPU.
         changes: Recipe keys and values with which it fits, in the order of the remedies; empty if
-            it fits as it is, None if no remedy here makes it fit.
-        recipe: With the changes.
-        plan: Of that recipe.
+            it fits as it is, None if no remedy makes it fit.
+        recipe: The recipe with the changes.
+        plan: Its plan.
         micro_batch: Largest per_device_train_batch_size of the policy's updates that fits.
     """
 
@@ -65,11 +65,11 @@ class Fit:
 
 
 def fit(planner: Planner, recipe: Recipe, gpu: int) -> Fit:
-    """Change a recipe until it fits a GPU of so many bytes.
+    """Change a recipe until it fits a GPU of `gpu` bytes.
 
-    Remedies in their order: checkpointing, smaller micro-batches with accumulation (these two
-    change nothing of what is learned), lengths, rank, share of adapted layers, 4-bit. 4-bit comes
-    first if the frozen base alone takes half of the GPU.
+    The remedies, in this order: checkpointing, smaller micro-batches with accumulation (these two
+    leave the result the same), lengths, rank, share of adapted layers, 4-bit. 4-bit comes first if
+    the frozen base alone takes half of the GPU.
     """
     plan = planner.plan(recipe, gpu)
     steps = [checkpointing, micro_batches, lengths, rank, fraction, four_bit]
@@ -84,7 +84,7 @@ def fit(planner: Planner, recipe: Recipe, gpu: int) -> Fit:
             plan = planner.plan(now, gpu)
     if plan.needed > gpu:
         return Fit(gpu, None, now, plan)
-    for step in (rank, fraction, lengths):  # take back what proved needless, the costliest first
+    for step in (rank, fraction, lengths):  # a later change may have made an earlier one needless
         index = steps.index(step)
         if changes[index]:
             fewer = [*changes[:index], {}, *changes[index + 1 :]]
@@ -101,7 +101,7 @@ def largest_micro_batch(planner: Planner, recipe: Recipe, gpu: int) -> int | Non
     if recipe.algorithm == "best_of_n":
         return None
     estimate, room = Estimate(planner, recipe, gpu), largest_peak(gpu)
-    few, more = 2, 4  # a batch of one has no padding, and so no mask
+    few, more = 2, 4  # a batch of one row has no padding, so no mask, and would not be on the line
     low, high = (estimate.update(rows).total for rows in (few, more))
     rows = few + max(0, (room - low) * (more - few) // max(1, high - low))
     if estimate.update(rows).total <= room:
@@ -134,7 +134,7 @@ def as_options(changes: Changes) -> list[str]:
     ]
 
 
-# --- remedies: each returns recipe keys and values, empty where it cannot help -------------------
+# --- remedies: each returns recipe keys and values, empty if it cannot help ----------------------
 
 
 def checkpointing(planner: Planner, recipe: Recipe, plan: Plan) -> Changes:
@@ -158,7 +158,7 @@ def micro_batches(planner: Planner, recipe: Recipe, plan: Plan) -> Changes:
     rows = args.per_device_train_batch_size
     if rows % 2:
         return {}
-    section = f"{'ppo' if trains_policy else plan.worst}.args"  # other algorithms read PPO's
+    section = f"{'ppo' if trains_policy else plan.worst}.args"  # all algorithms read `ppo.args`
     changes = {
         f"{section}.per_device_train_batch_size": rows // 2,
         f"{section}.gradient_accumulation_steps": 2 * args.gradient_accumulation_steps,
@@ -169,7 +169,7 @@ def micro_batches(planner: Planner, recipe: Recipe, plan: Plan) -> Changes:
 
 
 def one_row(planner: Planner, recipe: Recipe, total: int | None) -> Changes:
-    """Halve the rows of whichever phase is worst until no more can be halved."""
+    """Halve the rows of the worst phase again and again, until none can be halved."""
     changes: Changes = {}
     while True:
         now = changed(recipe, changes)
@@ -199,7 +199,7 @@ def lengths(planner: Planner, recipe: Recipe, plan: Plan) -> Changes:
 
 
 def rank(planner: Planner, recipe: Recipe, plan: Plan) -> Changes:
-    """Halve rank and alpha, so that their quotient stays."""
+    """Halve rank and alpha, so that the scale alpha / r stays."""
     lora = recipe.lora
     if lora.r < 2 * _LOWEST_RANK or lora.alpha % 2:
         return {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes of a recipe on a device: phases, their peak, and the memory that a GPU needs for it."""
+"""Memory plan of a recipe: bytes of each phase, their peak, and the GPU memory needed."""
 
 from __future__ import annotations
 
@@ -38,13 +38,14 @@ class Plan:
         dtype: Compute dtype of the weights.
         backbone: The frozen base.
         roles: Adapter and head of each role.
-        optimizer: Adam's moments of the stage that trains most; half as much are the gradients.
-        logits: Share of the LM head in the activations of an update.
+        optimizer: Adam's moments of the stage that trains the most parameters; its gradients take
+            half as much.
+        logits: Part of an update's activations that the LM head takes.
         sampled_at_once: Rows of a rollout sampled in one batch; 0 without rollouts.
         micro_batch: per_device_train_batch_size of the policy's updates.
         prompt: Tokens of the longest prompt.
         completion: Tokens of the longest completion of a rollout.
-        phases: In the order of the run.
+        phases: Phases in the order of the run.
     """
 
     device: str
@@ -61,12 +62,12 @@ class Plan:
 
     @property
     def worst(self) -> str:
-        """Name of the phase at which memory peaks."""
+        """Name of the phase with the highest peak."""
         return max(self.phases, key=lambda name: self.phases[name].total)
 
     @property
     def peak(self) -> int:
-        """Bytes at that peak."""
+        """Bytes of the highest peak."""
         return self.phases[self.worst].total
 
     @property

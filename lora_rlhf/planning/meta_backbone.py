@@ -26,12 +26,12 @@ BLOCK = 64
 
 
 class MetaBackbone(Backbone):
-    """A backbone whose tensors have shapes only; roles are added as to any other."""
+    """Backbone whose tensors have shapes and no data."""
 
     def add_role(
         self, role: str, *, copy_from: str | None = None, stacked: int | None = None
     ) -> Any:
-        """Add a role on the meta device: by itself PEFT would allocate its adapter."""
+        """Add a role on the meta device; PEFT would allocate its adapter on the CPU."""
         with META:
             return super().add_role(role, copy_from=copy_from, stacked=stacked)
 
@@ -44,7 +44,7 @@ def backbone(
     disable_dropout(config)
     text = config.get_text_config()
     if getattr(text, "pad_token_id", None) is None:
-        text.pad_token_id = 0  # the tokenizer brings one; which does not matter
+        text.pad_token_id = 0  # any id: the tokenizer would give one
     config._name_or_path = model.hub_id or model.id  # PEFT compares it between adapters
     with META:
         causal = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -75,7 +75,7 @@ def adapted_shapes(made: Backbone, adapted: int, wanted: list[str] | None) -> li
 
 
 def _quantise(causal: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Quantise to NF4 what transformers would: all linear layers but the LM head and tied ones.
+    """Quantise to NF4 as transformers does: all linear layers but the LM head and tied ones.
 
     A weight is half a byte; 64 share an 8-bit scale, 256 scales a float32 one (2305.14314, sec. 3).
     """
@@ -83,7 +83,7 @@ def _quantise(causal: PreTrainedModel, dtype: torch.dtype) -> None:
     from bitsandbytes import functional
     from bitsandbytes.nn import Linear4bit
 
-    # bitsandbytes caches this table on the device that asks first: it must not be the meta device.
+    # bitsandbytes caches this table on the device of its first use, which must not be meta.
     functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
     skipped = HfQuantizer.get_modules_to_not_convert(causal, None, causal._keep_in_fp32_modules)
     replace_with_bnb_linear(causal, skipped, quantization_config=config)

@@ -6,7 +6,8 @@
     trunk states  hidden states that leave the frozen layers, of one rollout
     activations   what a forward and backward hold besides: counted by dry_run.py
 
-All in bytes. A phase's peak is the sum at its worst moment; the plan's is that of its worst phase.
+All in bytes. The peak of a phase is the sum at its worst moment; the plan's peak is the highest of
+all phases.
 """
 
 from __future__ import annotations
@@ -35,19 +36,19 @@ _SCORED = 32
 """Episodes that a reward model scores at once (scoring.scores)."""
 
 _TRUNK_COPIES = 2
-"""Copies of a rollout's trunk states: parts and whole while sampling, each episode's own beside the
-rollout while scoring, and the rollout and its shuffle in updates."""
+"""Copies of a rollout's trunk states: parts and whole in sampling, single episodes and the whole in
+scoring, the rollout and its shuffled copy in updates."""
 
 _MOST_LAYERS = 6
 """Adapted layers that are run; for deeper models the bytes per layer are extrapolated."""
 
-
 _KEPT_PLANNERS = 4
+"""Planners in memory; the oldest is dropped."""
 
 
 @dataclass
 class Planner:
-    """Plans recipes on one base and device; what recipes have in common is counted once."""
+    """Plans recipes on one base and device; a phase that recipes have in common is counted once."""
 
     config: Any
     device: str
@@ -58,10 +59,10 @@ class Planner:
         """Plan a recipe.
 
         Args:
-            capacity: Bytes of the GPU, which may make a rollout be sampled in parts; None: at once.
+            capacity: Bytes of the GPU, on which a rollout may be sampled in parts; None: unlimited.
 
         Raises:
-            RecipeError: `args:` of a stage are not valid.
+            RecipeError: The `args:` of a stage are not valid.
         """
         return Estimate(self, recipe, capacity).plan()
 
@@ -75,7 +76,7 @@ class Planner:
     def backbone(self, recipe: Recipe, layers: int, adapted: int) -> meta_backbone.MetaBackbone:
         """Build the base with this many layers, the upper ones adapted, and all roles."""
         model, dtype = recipe.model, self.dtype(recipe)
-        # Half a layer less: rounded up, it is `adapted` in spite of rounding in the division.
+        # Half a layer less, which is rounded up to `adapted` in spite of errors of the division.
         lora = recipe.lora.model_copy(update={"top_fraction": (adapted - 0.5) / layers})
         key = (layers, adapted, lora.r, str(lora.target_modules), model.load_in_4bit, dtype)
         if key not in self._backbones:
@@ -107,7 +108,7 @@ class Planner:
             return self._counts[key]
 
         if not trained:
-            # Without gradients no layer leaves anything for the next: two layers show as much.
+            # Without gradients nothing is saved per layer: two layers peak as high as all.
             return count_with(min(adapted, 2))
         if adapted <= _MOST_LAYERS:
             return count_with(adapted)
@@ -118,17 +119,18 @@ class Planner:
     def kv_cache(config: Any, batch: Batch, dtype: torch.dtype, phase: Any) -> int:
         """Return the bytes of keys and values after a phase of sampling; 0 for other phases."""
         tokens = {dry_run.prefill: batch.prompt, dry_run.decode: batch.tokens}.get(phase, 0)
-        one = 2 * dry_run.kv_heads(config) * dry_run.head_width(config) * dtype.itemsize
+        heads, width = dry_run.kv_shape(config)
         layers = DynamicCache(config=config).layers or [None] * config.num_hidden_layers
         windows = (getattr(layer, "sliding_window", None) for layer in layers)
-        return sum(batch.rows * one * min(tokens, w or tokens) for w in windows)
+        cached = sum(min(tokens, window or tokens) for window in windows)
+        return batch.rows * 2 * heads * width * dtype.itemsize * cached
 
 
 _PLANNERS: dict[tuple[str, str], Planner] = {}
 
 
 def planner_for(config: Any, device: str) -> Planner:
-    """Return the planner of a base on a device, with what it has counted for earlier recipes."""
+    """Return the planner of a base on a device, with its counts for earlier recipes."""
     key = config.to_json_string(use_diff=False), device
     if key not in _PLANNERS:
         if len(_PLANNERS) >= _KEPT_PLANNERS:
@@ -166,10 +168,10 @@ class Estimate:
         self.backbone = tensor_bytes([t for p in held for t in held_tensors(p)])
         shapes = meta_backbone.adapted_shapes(whole, self.adapted, recipe.lora.target_modules)
         self.adapter = 4 * recipe.lora.r * sum(a + b for a, b in shapes)
-        # A weight that is being quantised is there in 16 bits too; other loading copies nothing.
+        # A weight that is being quantised is in memory in 16 bits too; other loading copies none.
         largest = max(a * b for a, b in shapes) * self.dtype.itemsize
         self.loading = largest if recipe.model.load_in_4bit else 0
-        # PEFT keeps the initial head beside the one that is trained.
+        # PEFT keeps the initial head beside the trained one.
         self.head = 2 * 4 * self.hidden
         self.roles = self._roles()
         trained = {"ppo": ("policy", "value"), "best_of_n": ()}.get(recipe.algorithm, ("policy",))
@@ -178,7 +180,7 @@ class Estimate:
         self.resident = self.backbone + sum(self.roles.values()) + self.adapter * bool(averaged)
 
     def _roles(self) -> dict[str, int]:
-        """Return the bytes of the roles in the last training stage, in the order they are added."""
+        """Return the bytes of each role in the last training stage."""
         recipe = self.recipe
         scored = self.adapter + self.head
         roles = dict.fromkeys(("policy", "reference"), self.adapter)
@@ -195,9 +197,8 @@ class Estimate:
     def trunk_states(self) -> int:
         """Bytes of one copy of a rollout's trunk states; 0 if none are kept."""
         section = self.recipe.ppo
-        if self.recipe.algorithm != "ppo" or section.trunk_states == "off":
-            return 0
-        if self.adapted == self.layers:
+        off = self.recipe.algorithm != "ppo" or section.trunk_states == "off"
+        if off or self.adapted == self.layers:
             return 0
         tokens = self.policy.generation_batch_size * (self.prompt + self.completion)
         return int(tokens * self.hidden * self.dtype.itemsize)
@@ -231,7 +232,7 @@ class Estimate:
             "load": Phase(self.backbone, activations=self.loading),
             "sft": Phase(self.backbone + 3 * self.adapter, activations=sft),
         }
-        if has_reward_model(recipe):  # the last of them is trained when all are there
+        if has_reward_model(recipe):  # the peak is at the last of them, when all are in memory
             models = sum(count for role, count in self.roles.items() if role != "value")
             moments = 2 * (self.adapter + self.head // 2)
             step = self._step(dry_run.ranking, self.reward_batch, self.reward, "reward")
@@ -280,12 +281,12 @@ class Estimate:
         return Phase(resident, trunk_states=self.kept_states, activations=step)
 
     def _step(self, phase: dry_run.Phase, batch: Batch, args: Any, *trained: str) -> int:
-        """Count activations and gradients of a training step; of the second if they accumulate."""
+        """Count activations and gradients of a training step, the second one if it accumulates."""
         phase = dry_run.twice(phase) if args.gradient_accumulation_steps > 1 else phase
         return self.planner.count(self.recipe, phase, batch, trained)
 
     def _sampled_at_once(self) -> int:
-        """Return the rows sampled at once: the rollout, or what the sampler takes on a GPU."""
+        """Return the rows sampled at once: the rollout, or as many as the sampler fits on a GPU."""
         rows = int(self.policy.generation_batch_size)
         if self.planner.device == "cpu" or self.capacity is None:
             return rows

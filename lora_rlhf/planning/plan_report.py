@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Output of `lora-rlhf plan`: the phases, the GPUs, and planned against measured bytes."""
+"""Output of `lora-rlhf plan`: phases, GPUs, and planned against measured bytes."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Report:
     """A planned recipe.
 
     Attributes:
-        plan: For the GPU that was named, or for the device of this machine.
-        gpus: The GPU that was named, or those of the table.
-        named: Whether one was.
-        probed: Planned against measured, with --probe.
+        plan: Plan for the named GPU, or for the device of this machine.
+        gpus: The named GPU, or the GPUs of the table.
+        named: Whether the user named a GPU.
+        probed: Planned and measured bytes, with --probe.
     """
 
     plan: Plan
@@ -91,7 +91,7 @@ class Report:
         if self.probed:
             yield ""
             rows = [
-                [p.phase, *map(format_bytes, (p.planned, p.measured)), f"{1 + p.error:.3f}"]
+                [p.phase, format_bytes(p.planned), format_bytes(p.measured), f"{p.ratio:.3f}"]
                 for p in self.probed
             ]
             yield from aligned(["phase", "planned", "measured", "planned/measured"], rows)
@@ -101,12 +101,12 @@ def report(recipe: Recipe, folder: Path, gpu: str | None, *, probe: bool) -> Rep
     """Plan a recipe for one GPU, or for the device of this machine and a table of GPUs.
 
     Args:
-        folder: The recipe's own; a config.json in it is used.
-        gpu: Memory of the GPU.
-        probe: Whether to load the base and measure, on the device of this machine.
+        folder: Folder of the recipe; a config.json in it is used.
+        gpu: Memory of the GPU, such as "16GB".
+        probe: Load the base and measure, on the device of this machine.
 
     Raises:
-        BaseModelError: The base's config is not found, or it is not a causal language model.
+        BaseModelError: The base has no config, or is not a causal language model.
         UsageError: `gpu` is not a size.
     """
     capacities = [capacity(gpu)] if gpu is not None else [n * 10**9 for n in GPUS]
@@ -158,7 +158,6 @@ def _gpus(gpus: list[Fit]) -> tuple[list[str], list[list[str]]]:
 
 
 def _verdict(one: Fit) -> Iterator[str]:
-    """Say whether a recipe fits a GPU, and what to change where it does not."""
     gpu, needed = f"{one.capacity / 10**9:g} GB", format_bytes(one.plan.needed)
     if one.changes is None:
         yield f"does not fit {gpu}, even with every change that is tried: it needs {needed}"

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """`lora-rlhf plan RECIPE --probe`: run the longest batches for real, and compare with the plan.
 
-PPO's phases are two updates of the real trainer on prompts and completions of the longest length:
-two, because Adam's moments exist from the second on. SFT and reward model are one step each.
+PPO runs two updates of the real trainer on prompts and completions of the longest length, because
+Adam's moments exist from the second update on. SFT and reward model run one step each.
 
-On a GPU `torch.cuda.max_memory_allocated` is measured, phase by phase. On a CPU the bytes of live
-tensors, from the allocator's events in torch's profiler: every allocation and release with its
-size, scratch space inside kernels included, which counting tensors in Python would miss. Resident
-set size is not comparable: it includes Python and released memory, and omits pages never touched.
+On a GPU, `torch.cuda.max_memory_allocated` is read after each phase. On a CPU, the bytes of live
+tensors are added up from the allocator's events in torch's profiler, which include scratch space
+inside kernels. Resident set size is not comparable: it includes Python and released memory, and
+omits pages never touched.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class Probed:
     measured: int
 
     @property
-    def error(self) -> float:
-        """Relative error of the plan."""
-        return self.planned / self.measured - 1
+    def ratio(self) -> float:
+        """Planned over measured bytes."""
+        return self.planned / self.measured
 
 
 class Meter:
@@ -93,7 +93,7 @@ class _Laps(Progress):
         self._open = ""
 
     def phase(self, name: str) -> None:
-        """Start rollout, score or update; an empty name ends the last."""
+        """Start a phase: rollout, score or update; an empty name ends the last one."""
         if self._open:
             self.peaks[self._open] = max(self.peaks.get(self._open, 0), self.meter.lap())
         self._open = name
@@ -102,22 +102,22 @@ class _Laps(Progress):
 
 
 class _Endless(Backbone):
-    """A backbone without end-of-sequence tokens: all completions have the full length."""
+    """Backbone without end-of-sequence tokens, so that all completions have the full length."""
 
     @property
     def eos_ids(self) -> list[int]:
-        """Return none."""
+        """End-of-sequence tokens: none."""
         return []
 
 
 class _Trainer(PPOTrainer):
-    """PPO on prompts of the full length, whatever their text."""
+    """PPO trainer that replaces every prompt by one of the full length."""
 
     longest = 0
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         token = self.backbone.tokenizer.eos_token_id
-        # One is a token shorter, so that batches have padding, as real ones have.
+        # One prompt is a token shorter, so that batches have padding, as in a real run.
         rows = [[token] * max(1, self.longest - (i == 0)) for i in range(len(prompts))]
         return rows, None, {}
 
@@ -194,7 +194,7 @@ def _moments(backbone: Backbone, role: str, meter: Meter) -> Iterator[None]:
 
 
 def _updates(recipe: Recipe, backbone: Backbone, meter: Meter) -> dict[str, int]:
-    """Return the peaks of two PPO updates by phase; start-up identities are checked on the way."""
+    """Run two PPO updates, start-up identities included; return the peak of each phase."""
     section = recipe.ppo.model_copy(
         update={"updates": 2, "value_warmup_updates": 0, "watch": "off", "kl_budget": None}
     )

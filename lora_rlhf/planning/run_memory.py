@@ -31,10 +31,7 @@ def _planner_here(recipe: Recipe) -> tuple[Planner, int | None]:
 
 
 def before_run(recipe: Recipe) -> tuple[Plan | None, str]:
-    """Plan a run for the device of this machine, and describe the plan in one line.
-
-    A plan is a help: an error while making it does not stop the run.
-    """
+    """Plan a run for this machine, with a line about the plan; an error does not stop the run."""
     try:
         planner, total = _planner_here(recipe)
         plan = planner.plan(recipe, total)
@@ -51,7 +48,7 @@ def before_run(recipe: Recipe) -> tuple[Plan | None, str]:
 
 
 class PeakMemory:
-    """Peak memory of this process from now on; cheap enough for every run."""
+    """Peak memory of this process since the object was made."""
 
     def __init__(self) -> None:
         self._gpu = torch.cuda.is_available()
@@ -85,7 +82,7 @@ def _highest_resident_set() -> int:
 
 
 def memory_limit(recipe: Recipe, error: BaseException) -> MemoryLimitError | None:
-    """Add remedies to an error of memory that ran out with one row at once; None for any other."""
+    """Turn an error for lack of memory into one with remedies; return None for any other error."""
     if isinstance(error, MemoryLimitError):
         given, expected = error.given, error.expected
     elif is_out_of_memory(error):
@@ -101,10 +98,7 @@ def memory_limit(recipe: Recipe, error: BaseException) -> MemoryLimitError | Non
 
 
 def remedies(recipe: Recipe) -> str:
-    """Tabulate recipe changes for a run that ran out of memory with one row at once.
-
-    Each change by itself, with the planned peak of this recipe on the device of this machine.
-    """
+    """Tabulate single recipe changes that save memory, with their planned peaks on this machine."""
     try:
         planner, total = _planner_here(recipe)
         least = gpu_fit.changed(recipe, gpu_fit.one_row(planner, recipe, total))
@@ -116,7 +110,7 @@ def remedies(recipe: Recipe) -> str:
                 other = planner.plan(gpu_fit.changed(least, changes), total)
                 options = " ".join(gpu_fit.as_options(changes))
                 rows.append((options, format_bytes(other.peak), other.worst))
-    except Exception:  # without a plan the keys still help
+    except Exception:  # without a plan, the names of the keys still help
         return f"    {_REMEDY_KEYS}"
     width = max(len(options) for options, _, _ in rows)
     lines = [f"    {options:{width}}  {peak:>9}  {phase}" for options, peak, phase in rows]

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoint folders: written whole or not at all, verified before a byte of them is used.
+"""Checkpoint folders: written whole or not at all, and verified before use.
 
 checkpoints/TRAINING/step-00000012/
-    PART.json, PART.safetensors    plain data, and the tensors that it names; nothing is pickled
+    PART.json, PART.safetensors    plain data, and its tensors; nothing is pickled
     trainer_state.json             transformers' own counters
     manifest.json                  schema, step, identity of the run, size and sha256 of every file
 
-A folder is written beside its place as `*.tmp`, every file and the folder flushed to the disk, and
-then renamed: a folder without `.tmp` was complete once, and its hashes say whether it still is.
+A folder is written as `*.tmp`, flushed to the disk with all its files, and then renamed: a folder
+without `.tmp` was complete once, and its hashes show whether it still is.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,17 +29,17 @@ from lora_rlhf.recipe.stage_keys import FREE
 from .disk import no_room, sha256, sync, write_synced
 
 SCHEMA = 1
-"""Of `manifest.json`."""
+"""Version of the layout of `manifest.json`."""
 
 PARTS = ("roles", "optimizer", "random", "trainer")
-"""The parts that an exact resume needs, beside TRAINER_STATE."""
+"""Parts that an exact resume needs, with TRAINER_STATE."""
 
 TRAINER_STATE = "trainer_state.json"
 _NAME = re.compile(r"step-(\d{8})")
 
 
 class Skipped(NamedTuple):
-    """A folder that is not used, and why."""
+    """A folder that cannot be used, and the reason."""
 
     name: str
     why: str
@@ -51,21 +51,21 @@ class Checkpoint:
 
     Attributes:
         run: Identity of the run as flat keys; all must be equal to continue.
-        notes: Small facts about the moment: `lines` of the log, `seconds`, `finished`.
+        notes: State of the run at this step: `lines` of the log, `seconds`, `finished`.
     """
 
     folder: Path
     step: int
-    run: dict[str, Any] = field(default_factory=dict)
-    notes: dict[str, Any] = field(default_factory=dict)
+    run: dict[str, Any]
+    notes: dict[str, Any]
 
     def part(self, name: str) -> Any:
         """Read the data of one part, tensors on the CPU.
 
         Raises:
-            CheckpointError: It cannot be read.
+            CheckpointError: The part cannot be read.
         """
-        from . import tensor_tree  # needs torch, which looking for checkpoints does not
+        from . import tensor_tree  # imports torch, which is not needed to look for checkpoints
 
         try:
             return tensor_tree.read(self.folder, name)
@@ -84,11 +84,7 @@ def lacking(folder: Path, what: str) -> CheckpointError:
 
 
 def changed(folder: Path, rows: list[str]) -> CheckpointError:
-    """Return the error for a checkpoint of another run.
-
-    Args:
-        rows: `  key: before -> now` of everything that differs.
-    """
+    """Return the error for a checkpoint of another run, with rows of `  key: before -> now`."""
     return CheckpointError(
         f"{folder} is of another run:\n" + "\n".join(rows),
         expected="the same run; these may change: " + ", ".join(FREE),
@@ -115,7 +111,7 @@ def write(
         files: Name -> text, written as it is.
 
     Raises:
-        DiskError: There is no room, or the folder may not be written; older ones are untouched.
+        DiskError: There is no room, or no permission; older checkpoints are untouched.
     """
     from . import tensor_tree
 
@@ -145,7 +141,7 @@ def write(
         }
         write_synced(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
         sync(temporary)
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one of this step
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged checkpoint of this step
         temporary.replace(folder)
         sync(parent)
     except (OSError, SafetensorError) as error:
@@ -155,10 +151,10 @@ def write(
 
 
 def check_room(parent: Path, parts: Mapping[str, Any]) -> None:
-    """Check, before the first checkpoint of a training, that the disk has room for two of them.
+    """Check, before the first checkpoint of a training, that the disk has room for two.
 
     Raises:
-        DiskError: It has not.
+        DiskError: There is no room.
     """
     from . import tensor_tree
 
@@ -177,7 +173,7 @@ def prune(parent: Path, keep: int) -> None:
 
 
 def newest(parent: Path) -> tuple[Checkpoint | None, list[Skipped]]:
-    """Find the newest complete checkpoint, and every newer folder that was passed over.
+    """Find the newest complete checkpoint, and all newer folders, which cannot be used.
 
     Raises:
         CheckpointError: There are checkpoints, and none is complete.
@@ -198,7 +194,7 @@ def newest(parent: Path) -> tuple[Checkpoint | None, list[Skipped]]:
 
 
 def newest_adapters(parent: Path) -> Checkpoint | None:
-    """Find the newest folder with whole adapters, whatever else is damaged."""
+    """Find the newest folder whose adapters are intact; other parts may be damaged."""
     for folder in folders(parent):
         try:
             manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -211,7 +207,7 @@ def newest_adapters(parent: Path) -> Checkpoint | None:
 
 
 def verify(folder: Path) -> Checkpoint | str:
-    """Check every hash of a folder; return its checkpoint, or the fault, naming the file."""
+    """Check every hash of a folder; return its checkpoint, or a message that names the bad file."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         files = {str(k): dict(v) for k, v in manifest["files"].items()}

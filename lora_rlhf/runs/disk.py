@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files on disk: synced and atomic writes, hashes, and the error for a disk that takes no more."""
+"""Files on disk: synced and atomic writes, hashes, and the error for a full disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_rlhf.errors import DiskError
 
 
 def sha256(path: Path) -> str:
-    """Return the hex digest of a file."""
+    """Return the sha256 of a file in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -33,7 +33,7 @@ def write_synced(path: Path, content: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk; Windows cannot flush folders."""
+    """Flush a file or a folder's list of names to the disk; Windows cannot flush folders."""
     if os.name == "posix" and path.exists():
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -43,7 +43,7 @@ def sync(path: Path) -> None:
 
 
 def no_room(folder: Path, error: Exception) -> DiskError:
-    """Return the error for a disk that is full or may not be written."""
+    """Return the error for a disk that is full or not writable."""
     free = shutil.disk_usage(folder).free if folder.exists() else 0
     return DiskError(
         f"cannot write to {folder}: {getattr(error, 'strerror', None) or error} "

@@ -30,4 +30,4 @@ METRICS = {
 """Every metric with its unit and denominator, in the order of tables."""
 
 DIFFERENCES = ("gold_reward_minus_sft",)
-"""Metrics whose small values matter as much as large ones."""
+"""Metrics that are differences, of which small values matter as much as large ones."""

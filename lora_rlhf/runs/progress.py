@@ -26,11 +26,7 @@ _PLAIN_SECONDS = 15.0
 
 
 class Progress:
-    """Step, phase, rate and time left: one live line on a terminal, plain lines elsewhere.
-
-    Args:
-        quiet: Print nothing (a library call).
-    """
+    """Step, phase, rate and time left: a live line on a terminal, plain lines elsewhere."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
@@ -42,7 +38,7 @@ class Progress:
         self._started = self._printed = time.monotonic()
 
     def say(self, text: str) -> None:
-        """Print a line that stays."""
+        """Print a permanent line."""
         if not self.quiet:
             self.console.print(safe(text), highlight=False, markup=False)
 
@@ -63,10 +59,7 @@ class Progress:
         self._refresh()
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
-        """Show a finished step with its main metrics.
-
-        A step may be logged again, as by the evaluation at the end, but has one plain line.
-        """
+        """Show a finished step with its main metrics; a step logged twice has one plain line."""
         self.step_count = step
         names = _SHOWN.get(self.stage, ())
         self._shown.update(

@@ -2,7 +2,7 @@
 """The run directory and its record, the only source of cards, reports and plots.
 
 recipe.yaml      as resolved, secrets masked
-record.json      results and versions; all that differs between two equal runs is under `clock`
+record.json      results and versions; only `clock` differs between two equal runs
 metrics.jsonl    one line per logged step: {"stage", "step", ..., "clock": {...}}
 samples.jsonl    completions of base, SFT and policy (or best of n) on the held-out prompts
 adapters/ROLE/   a plain PEFT folder with its card as README.md and its check.json
@@ -42,7 +42,7 @@ from lora_rlhf.runtime.paths import reject_escaping_links
 from .disk import sha256, write_atomically
 
 SCHEMA = 1
-"""Of `record.json`."""
+"""Version of the layout of `record.json`."""
 
 _PARTS = ("model", "lora", "data", "stages", "evaluation", "files", "clock")
 """Keys of the record that hold a mapping."""
@@ -51,14 +51,14 @@ COPY = "backup.tmp"
 """Folder in a run directory while a snapshot is sent to the Hub; not part of the run."""
 
 BEGINNINGS = {"recipe.yaml", "recipe.yaml.tmp", "record.json.tmp"}
-"""Files of a run that was killed before it had a record; it starts again."""
+"""Files of a run that was killed before it had a record; such a run starts again."""
 
 _REWRITTEN = ("README.md", "recipe.yaml")
 """Files that may be rewritten in a sealed run: cards, and the recipe's free keys."""
 
 
 class Record:
-    """`record.json` of one run, kept on disk after every change.
+    """`record.json` of one run.
 
     Layout: `{schema, name, seed, algorithm, recipe_sha256, versions, model: {...}, lora: {...},
     data: {SET: {...}}, stages: {STAGE: {status, ...}},
@@ -68,19 +68,20 @@ class Record:
     def __init__(self, folder: str | Path, data: dict[str, Any]) -> None:
         self.folder, self.data = Path(folder), data
         self.warm_start = False
-        self.on_done: Callable[[], None] = lambda: None  # before a stage is marked as done
-        self.on_saved: Callable[[bool], None] = lambda whole_stage: None  # or a checkpoint
+        self.on_done: Callable[[], None] = lambda: None  # called before a stage is marked as done
+        # Called after each checkpoint (False) and each finished stage (True).
+        self.on_saved: Callable[[bool], None] = lambda whole_stage: None
 
     @classmethod
     def open(cls, folder: str | Path, recipe: Recipe, *, warm_start: bool = False) -> Record:
         """Start a new run, or continue an earlier run of the same recipe.
 
         Args:
-            warm_start: Let keys differ that only an interrupted stage reads: it is restarted.
+            warm_start: Allow changes of keys that only the interrupted stage reads, which restarts.
 
         Raises:
-            UsageError: The folder holds a run of another recipe, or files that are no run; there
-                is no stage to restart.
+            UsageError: The folder holds a run of another recipe or other files, or `warm_start`
+                finds no interrupted stage.
         """
         folder = Path(folder)
         text, digest = dump_recipe(recipe), identity(recipe)
@@ -89,7 +90,7 @@ class Record:
             record.warm_start = warm_start
             record._check_recipe(recipe)
             record.data |= {"recipe_sha256": digest, "algorithm": recipe.algorithm}
-            for other in ALGORITHMS.keys() - {recipe.algorithm}:  # interrupted, then another chosen
+            for other in ALGORITHMS.keys() - {recipe.algorithm}:  # interrupted before a change
                 record.data["stages"].pop(other, None)
                 record.truncate_log(other)
                 record._drop_checkpoints(other)
@@ -127,11 +128,7 @@ class Record:
         return record
 
     def _check_recipe(self, recipe: Recipe) -> None:
-        """Refuse a recipe under which a finished stage would have been different.
-
-        Raises:
-            UsageError: With a table of the keys that may no longer change.
-        """
+        """Refuse a recipe that changes keys which a finished or interrupted stage has read."""
         before = self.recipe()
         wrong = [
             f"  {key}: {was!r} -> {now!r} (read by {stage}, which "
@@ -153,14 +150,14 @@ class Record:
             )
 
     def _update_recipe(self, recipe: Recipe, text: str) -> None:
-        """Store a recipe whose free keys changed; its cards and seal have to be made again."""
+        """Store a recipe whose free keys changed; cards and seal are made again."""
         path, model = self.folder / "recipe.yaml", self.data["model"]
         if path.read_text(encoding="utf-8") == text:
             return
         if model and recipe.model.hub_id and recipe.model.hub_id != model.get("hub_id"):
             model["hub_id"] = recipe.model.hub_id
             model.pop("hub_revision", None)  # a commit of the other repository
-        # In this order: if killed between the two, the card stage only runs once more.
+        # The record first: if the process is killed in between, the card stage runs once more.
         self.data["stages"].pop("card", None)
         self.save()
         write_atomically(path, text)
@@ -170,7 +167,7 @@ class Record:
         """Read the record of a finished or interrupted run.
 
         Raises:
-            UsageError: The folder is no run, a link leads out of it, or its record is damaged.
+            UsageError: The folder is not a run, a link leads out of it, or its record is damaged.
         """
         reject_escaping_links(Path(folder), UsageError)
         path = Path(folder) / "record.json"
@@ -196,7 +193,7 @@ class Record:
         """Read the resolved recipe of this run.
 
         Raises:
-            UsageError: It is missing or cannot be read.
+            UsageError: The file is missing or cannot be read.
         """
         path = self.folder / "recipe.yaml"
         try:
@@ -221,7 +218,7 @@ class Record:
         write_atomically(self.folder / "record.json", text + "\n")
 
     def done(self, stage: str) -> bool:
-        """Return whether `stage` is finished; `card` is, once the run is sealed."""
+        """Return whether `stage` is finished; for `card`, the run must be sealed too."""
         done = self.data["stages"].get(stage, {}).get("status") == "done"
         return bool(done and (stage != "card" or self.data["files"]))
 
@@ -229,9 +226,8 @@ class Record:
     def stage(self, name: str) -> Iterator[dict[str, Any]]:
         """Run a stage: the yielded dict becomes `stages.NAME`, with status and time.
 
-        An exception leaves the status `interrupted` and no result, so that the stage runs again; an
-        error of errors.py is kept as `error`. `versions` holds packages that have changed since the
-        run started.
+        After an exception the stage has the status `interrupted`, no result, and as `error` the
+        message of a LoraRlhfError. `versions` lists packages that changed since the run started.
         """
         started, entry = time.perf_counter(), {}  # type: tuple[float, dict[str, Any]]
         self.data["stages"][name] = {"status": "interrupted"}
@@ -260,7 +256,7 @@ class Record:
         self.on_saved(True)
 
     def truncate_log(self, stage: str, count: int = 0) -> bool:
-        """Drop what `stage` logged after its first `count` lines; False if it has fewer."""
+        """Drop the log lines of `stage` after its first `count`; return False if it has fewer."""
         path, kept, seen = self.folder / "metrics.jsonl", [], 0
         if not path.exists():
             return count == 0
@@ -290,7 +286,7 @@ class Record:
     def log(
         self, stage: str, step: int, metrics: dict[str, Any], clock: dict[str, Any] | None = None
     ) -> None:
-        """Append one line to `metrics.jsonl`; non-finite numbers are kept as text ("NaN")."""
+        """Append one line to `metrics.jsonl`, non-finite numbers as text ("nan")."""
         line = {"stage": stage, "step": step, **finite(metrics)}
         if clock:
             line["clock"] = finite(clock)
@@ -298,21 +294,18 @@ class Record:
             file.write(json.dumps(safe(line)) + "\n")
 
     def metrics(self, stage: str | None = None) -> list[dict[str, Any]]:
-        """Return the logged lines, of one stage or of all.
+        """Return the logged lines of one stage or of all.
 
         Raises:
-            UsageError: A line that no run wrote, with its number.
+            UsageError: A line is not one that a run writes.
         """
         return [line for _, line in self._logged() if stage is None or line["stage"] == stage]
 
     def _logged(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Read the lines of `metrics.jsonl`, as text and as data.
-
-        A last line without an end was not finished by a killed process, and is left out.
-        """
+        """Read the lines of `metrics.jsonl`, as text and as data."""
         path = self.folder / "metrics.jsonl"
         text = path.read_bytes().decode(errors="replace") if path.exists() else ""
-        *whole, _ = text.split("\n")
+        *whole, _ = text.split("\n")  # a killed process may leave a last line without an end
         for number, line in enumerate(whole, start=1):
             try:
                 data = json.loads(line)
@@ -332,15 +325,15 @@ class Record:
         return self.folder / "adapters" / role
 
     def finish(self) -> None:
-        """Mark the run as finished; cards are made after this, from the final clock."""
+        """Mark the run as finished, before its cards are made from the final clock."""
         self.data["clock"]["finished"] = _now()
         self.save()
 
     def seal(self) -> None:
         """Record the sha256 of every file of the run, except the record and pictures.
 
-        A file that was sealed before keeps its hash, except cards and recipe: writing a card again
-        does not vouch for weights that have changed since. The log holds times, so its hash is
+        A file that was sealed before keeps its hash, except cards and recipe: a card that is
+        written again must not hide that weights have changed. The log holds times, so its hash is
         under `clock`.
         """
         before, files = self.data["files"], {}

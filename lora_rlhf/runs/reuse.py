@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finished stages, reused in the same run or copied: `lora-rlhf run RECIPE --out B --from A`.
 
-SFT and the reward model are the expensive part that runs with other algorithms (or settings) share.
-They are copied only if every recipe key that they read is equal, so that run B ends with the same
-bits as it would without run A.
+SFT and the reward model are copied only if every recipe key that they read is equal, so that run B
+ends with the same bits as without run A.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 
 from lora_rlhf.errors import AdapterError, DataError, UsageError
 from lora_rlhf.recipe.schema import Recipe
-from lora_rlhf.recipe.stage_keys import ALGORITHMS, READS, differences, first_reader
+from lora_rlhf.recipe.stage_keys import ALGORITHMS, READS, differences, first_reader, stage_of
 from lora_rlhf.runtime.environment import changed_versions
 
 from .disk import sha256
@@ -22,21 +21,21 @@ from .record import Record
 
 _SHARED = ("sft", "reward")
 _DATA = {"sft": ("demonstrations",), "reward": ("comparisons", "comparisons_held_out_model")}
-"""Stage -> the sets that only it reads; a later stage reads the others itself."""
+"""Stage -> the sets that only this stage reads; the others are read again by later stages."""
 
 
 def check_data(record: Record, name: str, report: dict[str, Any]) -> None:
     """Refuse a dataset that has changed since a finished stage read it.
 
     Args:
-        report: The dataset's report now.
+        report: The dataset's new report.
 
     Raises:
-        DataError: Its sources have other hashes.
+        DataError: The hashes of its sources differ.
     """
     before = record.data["data"].get(name, {})
     parts = {name: (before, report, READS[name])}
-    if "evaluate" in before or "evaluate" in report:  # every set leaves its prompts out
+    if "evaluate" in before or "evaluate" in report:  # its prompts are removed from every set
         readers = ("sft", "reward", *ALGORITHMS, "evaluate")
         parts["evaluate"] = before.get("evaluate", {}), report.get("evaluate", {}), readers
     for part, (old, new, readers) in parts.items():
@@ -54,11 +53,11 @@ def _fingerprints(report: dict[str, Any]) -> list[Any]:
 
 
 def check(source: str | Path, recipe: Recipe, out: str | Path) -> Record:
-    """Read the record of run A, from which a new run of `recipe` in `out` may copy stages.
+    """Read the record of the run `source`, and check that a run of `recipe` may copy its stages.
 
     Raises:
-        UsageError: A is no run or has no finished stage, a key that its stages read differs, or
-            `out` holds a run that did not start from A.
+        UsageError: `source` is not a run or has no finished stage, a key that its stages read
+            differs, or `out` holds a run that did not start from it.
     """
     other = Record.read(source)
     if not other.done("sft"):
@@ -89,8 +88,8 @@ def check(source: str | Path, recipe: Recipe, out: str | Path) -> Record:
 def copy_stages(other: Record, record: Record) -> list[str]:
     """Copy the finished SFT and reward stages of another run into a new one.
 
-    Adapters, entries, data reports, log lines and times come along; `stages.STAGE.from_run` names
-    the run and the sha256 of its record, and no folder of this machine.
+    Adapters, entries, data reports, log lines and times are copied; `stages.STAGE.from_run` holds
+    the name of the other run and the sha256 of its record, but no local path.
 
     Returns:
         The names of the copied stages.
@@ -98,7 +97,7 @@ def copy_stages(other: Record, record: Record) -> list[str]:
     Raises:
         AdapterError: An adapter of the other run does not match its record.
     """
-    stages = {  # a reward stage with nothing to do (gold, no comparisons) left no adapter
+    stages = {  # a skipped reward stage (gold reward, no comparisons) has no adapter
         s: other.data["stages"][s]
         for s in _SHARED
         if other.done(s) and not record.done(s) and "adapter_sha256" in other.data["stages"][s]
@@ -113,17 +112,20 @@ def copy_stages(other: Record, record: Record) -> list[str]:
             )
     origin = {"name": other.data["name"], "record_sha256": sha256(other.folder / "record.json")}
     lines = other.metrics()
+    folders = [p for p in sorted((other.folder / "adapters").iterdir()) if p.is_dir()]
     for stage, entry in stages.items():
-        for folder in _adapters(other, stage):
+        for folder in folders:
+            if folder.name in ("policy", "value") or stage_of(folder.name) != stage:
+                continue
             target = record.adapter(folder.name)
             shutil.rmtree(target, ignore_errors=True)
-            # Without the card: that of the new run is written at its end.
+            # The card is left out: the new run writes its own at the end.
             shutil.copytree(folder, target, ignore=shutil.ignore_patterns("README.md"))
         for name in _DATA[stage]:
             if name in other.data["data"]:
                 record.data["data"][name] = other.data["data"][name]
         for line in lines:
-            if _logged_by(stage, line["stage"]):
+            if stage_of(line["stage"]) == stage:
                 metrics = {k: v for k, v in line.items() if k not in ("stage", "step", "clock")}
                 record.log(line["stage"], line["step"], metrics, line.get("clock"))
         made_with = {**other.data["versions"], **entry.get("versions", {})}
@@ -136,18 +138,3 @@ def copy_stages(other: Record, record: Record) -> list[str]:
     record.data["lora"] = record.data["lora"] or other.data["lora"]
     record.save()
     return list(stages)
-
-
-def _logged_by(stage: str, name: str) -> bool:
-    """Tell whether a log line is of the stage; every reward model logs under its own name."""
-    if stage == "sft":
-        return name == "sft"
-    return name != "sft" and name not in ALGORITHMS
-
-
-def _adapters(other: Record, stage: str) -> list[Path]:
-    """List the folders that the stage left: adapters/sft, or those of all reward models."""
-    folders = [p for p in sorted((other.folder / "adapters").iterdir()) if p.is_dir()]
-    if stage == "sft":
-        return [p for p in folders if p.name == "sft"]
-    return [p for p in folders if p.name not in ("sft", "policy", "value")]

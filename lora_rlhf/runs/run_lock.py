@@ -20,14 +20,14 @@ except ImportError:  # Windows
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the run directory, creating it if needed; released however the process ends.
+    """Lock the run directory, creating it if needed; the lock ends with the process.
 
-    The lock is on the folder itself. `filelock` would leave a file in the run directory when the
-    process is killed, and a run directory holds what the run made and nothing else.
+    The lock is on the folder itself: `filelock` would leave a file in the run directory when the
+    process is killed.
 
     Raises:
-        BusyError: Another process holds it.
-        DiskError: It cannot be created.
+        BusyError: Another process holds the lock.
+        DiskError: The folder cannot be created.
     """
     created = not folder.exists()
     try:

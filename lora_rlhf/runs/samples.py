@@ -19,7 +19,7 @@ def prompt_text(prompt: str | list[dict[str, Any]]) -> str:
 
 
 def read(record: Record) -> dict[int, dict[str, dict[str, Any]]]:
-    """Index of the prompt -> model -> its line; empty if there are no samples."""
+    """Read the samples as index of the prompt -> model -> line; empty if there are none."""
     path = record.folder / "samples.jsonl"
     by_prompt: dict[int, dict[str, dict[str, Any]]] = {}
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
@@ -31,11 +31,11 @@ def read(record: Record) -> dict[int, dict[str, dict[str, Any]]]:
 def sample_table(record: Record, count: int, model: str | None = None) -> list[dict[str, Any]]:
     """Choose samples for a table: half the worst answers of `model`, then the first prompts.
 
-    Neither half can be cherry-picked. `model` is by default the last one evaluated.
+    Neither half can be cherry-picked. `model` is by default the last evaluated one.
 
     Returns:
-        Dicts with `why` ("worst" or "first"), `index`, `prompt` and `answers` (model -> its line
-        of `samples.jsonl`); empty if the run has no samples of `model`.
+        Dicts with `why` ("worst" or "first"), `index`, `prompt` and `answers` (model -> line of
+        `samples.jsonl`); empty if the run has no samples of `model`.
     """
     by_prompt = read(record)
     models = list(dict.fromkeys(name for answers in by_prompt.values() for name in answers))

@@ -15,13 +15,13 @@ _NAMED_TUPLES: dict[str, Callable[..., Any]] = {}
 
 
 def checkpointable_tuple(kind: type) -> type:
-    """Class decorator: restore this NamedTuple as itself, under its class name."""
+    """Register a NamedTuple (class decorator), so that it is restored under its class name."""
     _NAMED_TUPLES[kind.__name__] = kind
     return kind
 
 
 def read(folder: Path, name: str) -> Any:
-    """Read what `files` gave, tensors on the CPU.
+    """Read data that was written with `files`, tensors on the CPU.
 
     Raises:
         OSError, ValueError, KeyError, SafetensorError: The files are missing or damaged.
@@ -48,10 +48,10 @@ def tensor_bytes(data: Any) -> int:
 
 
 def pack(data: Any, tensors: dict[str, Tensor]) -> Any:
-    """Turn `data` into JSON values, with its tensors moved to `tensors` under numbers.
+    """Turn `data` into JSON values, and put its tensors into `tensors` under numbers.
 
     Raises:
-        TypeError: It holds something that is neither plain data nor a tensor.
+        TypeError: `data` holds something that is neither plain data nor a tensor.
     """
     if isinstance(data, Tensor):
         name = str(len(tensors))

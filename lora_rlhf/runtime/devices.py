@@ -14,7 +14,7 @@ def pick_device() -> torch.device:
 def pick_dtype(name: str) -> torch.dtype:
     """Pick the compute dtype; `auto`: float32 on a CPU, bfloat16 from capability 8.0, else float16.
 
-    `torch.cuda.is_bf16_supported()` is true on a T4, by emulation, and must not be used.
+    `torch.cuda.is_bf16_supported()` is not used: it is true on a T4, which emulates bfloat16.
     """
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
@@ -25,11 +25,7 @@ def pick_dtype(name: str) -> torch.dtype:
 
 
 def hardware_limitations(dtype: torch.dtype) -> list[str]:
-    """List what this machine cannot use, or only in part.
-
-    Args:
-        dtype: Dtype in which the base was loaded.
-    """
+    """List the limitations of this machine for a base that was loaded in `dtype`."""
     if not torch.cuda.is_available():
         apple = "an Apple GPU (MPS) is not used, " if torch.backends.mps.is_available() else ""
         return [f"no CUDA GPU: {apple}everything runs on the CPU"]

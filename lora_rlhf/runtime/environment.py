@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Versions and devices, for records and bug reports; no secret and no path is among them."""
+"""Versions and devices, for records and bug reports, without secrets and paths."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _devices() -> dict[str, str]:
 
 
 def _four_bit(device: object) -> str:
-    """Quantise a small tensor: that bitsandbytes can be imported proves nothing."""
+    """Try to quantise a small tensor; bitsandbytes may be importable and still not work."""
     try:
         import bitsandbytes.functional as quantisation
         import torch

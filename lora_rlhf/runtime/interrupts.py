@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Early stops of a run: signals and the time budget.
 
-A trainer's state is whole only after an optimizer step. While one trains, a signal therefore waits
-for the end of the step; anywhere else it raises at once, because everything is on disk already.
-Nothing heavy is imported here: the command line needs this module.
+The state of a trainer is consistent only after an optimizer step. While a trainer runs, a signal
+therefore waits for the end of the step; anywhere else it raises at once, because everything is on
+disk already. Nothing heavy is imported here, because the command line needs this module.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM, by name; libraries treat it like Ctrl-C."""
+    """SIGINT or SIGTERM, given by name; libraries treat it like Ctrl-C."""
 
 
 class OutOfTime(Exception):
@@ -22,7 +22,7 @@ class OutOfTime(Exception):
 
 
 class _State:
-    """State of this process, since signals and clocks belong to all of it."""
+    """State of the process: signals and clocks are global."""
 
     waiting: str | None = None
     deferred = 0
@@ -34,10 +34,10 @@ _state = _State()
 
 
 def receive(name: str) -> None:
-    """Handle a signal: defer it while a trainer is at work, else raise.
+    """Handle a signal: defer it inside `deferred`, else raise.
 
     Raises:
-        Interrupted: No trainer is at work.
+        Interrupted: Signals are not deferred.
     """
     _state.waiting = name
     if not _state.deferred:
@@ -60,12 +60,7 @@ def out_of_time() -> bool:
 
 
 def stop_if_requested() -> None:
-    """Raise if a signal waits or the time budget is used up.
-
-    Raises:
-        Interrupted: A signal waited for this.
-        OutOfTime: The time budget is used up.
-    """
+    """Raise Interrupted if a signal waits, or OutOfTime if the time budget is used up."""
     if _state.waiting is not None:
         name, _state.waiting = _state.waiting, None
         raise Interrupted(name)
@@ -74,11 +69,7 @@ def stop_if_requested() -> None:
 
 
 def sleep(seconds: float) -> None:
-    """Sleep, then raise if a signal came: Python drops what is raised inside a callback.
-
-    Raises:
-        Interrupted: A signal came, and its exception was lost.
-    """
+    """Sleep, then raise Interrupted if a signal came: Python drops exceptions inside callbacks."""
     time.sleep(seconds)
     if _state.waiting is not None and not _state.deferred:
         stop_if_requested()
@@ -86,11 +77,7 @@ def sleep(seconds: float) -> None:
 
 @contextlib.contextmanager
 def deferred(say: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Defer signals inside, for code that checks `stop_requested`; raise on leaving.
-
-    Raises:
-        Interrupted, OutOfTime: As `stop_if_requested`.
-    """
+    """Defer signals, for code that checks `stop_requested`; call `stop_if_requested` at the end."""
     _state.deferred, _state.say = _state.deferred + 1, say
     try:
         yield
@@ -101,7 +88,7 @@ def deferred(say: Callable[[str], None] | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def time_budget(minutes: float | None) -> Iterator[None]:
-    """Make `stop_requested` true after so many minutes; None: never."""
+    """Make `stop_requested` true after this many minutes; None: never."""
     before = _state.deadline
     _state.waiting = None
     _state.deadline = None if minutes is None else time.monotonic() + 60 * minutes

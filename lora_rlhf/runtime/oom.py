@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Smaller batches when memory runs out, with the same result.
 
-Each kind of pass has a limit of rows, which all stages of a process share: `generation` and
-`scoring` (prompts and episodes of a forward) and `training` (rows of a forward and backward; the
-micro-batch and its gradient stay the same). A limit is halved when a pass does not fit and never
-raised again: what has failed once fails again an update later.
+All stages of a process share one limit of rows for each kind of pass: `generation` and `scoring`
+(prompts and episodes of a forward) and `training` (rows of a forward and backward; the micro-batch
+and its gradient stay the same). A limit is halved when a pass does not fit, and never raised again,
+since the same pass would fail again an update later.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def attempt(run: Callable[[], T]) -> tuple[T | None, str | None]:
-    """Run; return the result and None, or None and the message of a lack of memory.
+    """Call `run`; return its result and None, or None and the message if memory ran out.
 
-    The error itself is not returned: its traceback holds every frame, and each frame its tensors.
+    The error itself is not returned, because the frames of its traceback hold tensors.
     """
     try:
         return run(), None
@@ -48,11 +48,11 @@ def attempt(run: Callable[[], T]) -> tuple[T | None, str | None]:
 
 
 class BatchSizeBackoff:
-    """The most rows at once of each kind of pass on one backbone.
+    """Limits of rows at once for each kind of pass on one backbone.
 
     Attributes:
-        limits: Kind -> rows; a kind that never ran out of memory is not in it.
-        say: Tells the user that a limit was halved.
+        limits: Kind -> rows, for kinds that ran out of memory.
+        say: Called with a message when a limit is halved.
     """
 
     def __init__(self) -> None:
@@ -60,11 +60,11 @@ class BatchSizeBackoff:
         self.say: Callable[[str], None] = lambda _: None
 
     def state_dict(self) -> dict[str, int]:
-        """Return the limits, for a checkpoint: sums over other batches round differently."""
+        """Return the limits for a checkpoint: with other batch sizes, sums round differently."""
         return dict(self.limits)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Restore what `state_dict` gave."""
+        """Restore the limits."""
         self.limits = dict(state)
 
     def rows(self, kind: str, wanted: int) -> int:
@@ -75,7 +75,7 @@ class BatchSizeBackoff:
         """Halve the limit after `rows` did not fit.
 
         Raises:
-            MemoryLimitError: It was one row.
+            MemoryLimitError: `rows` is 1.
         """
         from accelerate.utils.memory import clear_device_cache
 
@@ -96,7 +96,7 @@ class BatchSizeBackoff:
         """Call `run` with `wanted` rows, or with as many as fit.
 
         Raises:
-            MemoryLimitError: Not even one fits.
+            MemoryLimitError: Not even one row fits.
         """
         while True:
             rows = self.rows(kind, max(wanted, 1))
@@ -108,10 +108,10 @@ class BatchSizeBackoff:
     def for_each_batch(
         self, kind: str, items: Sequence[T], size: int, run: Callable[[Sequence[T]], Any]
     ) -> None:
-        """Call `run` on all items, at most `size` at once; it may be given items again.
+        """Call `run` on all items, at most `size` at once; it may get the same items again.
 
         Raises:
-            MemoryLimitError: Not even one fits.
+            MemoryLimitError: Not even one item fits.
         """
         start = 0
 

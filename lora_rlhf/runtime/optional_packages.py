@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hide packages that are installed but cannot be imported, as if they were absent.
 
-peft and TRL import bitsandbytes whenever it is installed, and fail if its libraries do not fit the
-machine, though a run without 4-bit does not need it. Import this before peft and TRL.
+PEFT and TRL import bitsandbytes whenever it is installed, and fail if it cannot be loaded on this
+machine, even in a run without 4-bit. Import this module before PEFT and TRL.
 """
 
 from __future__ import annotations

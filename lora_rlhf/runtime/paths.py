@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Refuse links and file names that lead out of a folder which somebody else may have made."""
+"""Refuse links and file names that lead out of an untrusted folder."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _LARGEST_INDEX = 100_000_000
 
 
 def reject_escaping_links(folder: Path, error: type[LoraRlhfError]) -> None:
-    """Refuse a folder in which a link leads out of it; the folder itself may be a link.
+    """Refuse a folder with a link that leads out of it; the folder itself may be a link.
 
-    A snapshot in the Hub's cache consists of links to the blobs beside it, which are allowed.
+    The files of a snapshot in the Hub's cache are links to its `blobs` folder, which are allowed.
 
     Raises:
-        LoraRlhfError: Of the class `error`, naming the link.
+        LoraRlhfError: Of the class `error`; the message names the link.
     """
     top = folder.resolve()
     allowed = [top]
@@ -47,7 +47,7 @@ def reject_escaping_shards(folder: Path, error: type[LoraRlhfError]) -> None:
     """Refuse a safetensors index that names anything but plain files in its own folder.
 
     Raises:
-        LoraRlhfError: Of the class `error`, naming the entry.
+        LoraRlhfError: Of the class `error`; the message names the entry.
     """
     for path in sorted(folder.glob("*.index.json")):
         try:

@@ -21,7 +21,7 @@ def load(folder: str | Path) -> tuple[Backbone, Record]:
     """Load the backbone of a run with the roles of all finished stages.
 
     Raises:
-        UsageError: The folder is no run, or has no finished stage.
+        UsageError: The folder is not a run, or has no finished stage.
     """
     record = Record.read(folder)
     if not record.done("sft"):
@@ -35,7 +35,7 @@ def load(folder: str | Path) -> tuple[Backbone, Record]:
 
 
 def load_stage(stage: str, backbone: Backbone, record: Record) -> None:
-    """Load the roles that a finished stage trained; best of n and the evaluation train none."""
+    """Load the roles that a finished stage trained."""
     if stage == "sft":
         sft.load(backbone, record)
     elif stage == "reward":
@@ -55,12 +55,12 @@ def generate(
     """Answer one prompt with base, SFT and policy (or best of n), with the reward of each answer.
 
     Returns:
-        One dict for each model of the run: `model`, `text`, `tokens`, and `reward` if there is a
+        For each model of the run a dict with `model`, `text`, `tokens`, and `reward` if there is a
         reward model.
     """
     backbone, record = load(folder)
     recipe = record.recipe()
-    text = breaker(backbone.tokenizer)(text)  # no special tokens: a user writes text
+    text = breaker(backbone.tokenizer)(text)  # the user's text must hold no control tokens
     prompt: Any = [{"role": "user", "content": text}] if backbone.tokenizer.chat_template else text
     ids = backbone.encode_prompt(prompt)
     options: dict[str, Any] = {

@@ -18,7 +18,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import PrinterCallback
 
-from lora_rlhf._trl import telemetry_asked
+from lora_rlhf._trl import telemetry_allowed
 from lora_rlhf.errors import NonFiniteError
 from lora_rlhf.estimates import UNDEFINED
 from lora_rlhf.models.backbone import Backbone
@@ -73,7 +73,7 @@ class ResumableTrainer(MicrobatchSplitting):
 
     def _send_telemetry(self) -> None:
         """Send TRL's report of each new trainer to the Hub only where the user asked for it."""
-        if telemetry_asked():
+        if telemetry_allowed():
             super()._send_telemetry()
 
     def state_dict(self) -> dict[str, Any]:
