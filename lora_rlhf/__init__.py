@@ -58,11 +58,7 @@ _HOMES = {
 def demo(
     out: str | Path = "runs/demo", *, seed: int = 0, progress: Progress | None = None
 ) -> Record:
-    """Run the packaged recipe, the whole pipeline on the tiny model, offline; return the record.
-
-    Args:
-        progress: The progress line; default: none.
-    """
+    """Run the packaged recipe, the whole pipeline on the tiny model, offline; return the record."""
     from lora_rlhf import pipeline, tiny
     from lora_rlhf.recipe import loader
 

@@ -45,7 +45,7 @@ def first_line(error: BaseException) -> str:
 
 
 class LoraRlhfError(Exception):
-    """Base of all errors that are the user's to fix; the CLI prints them without a traceback.
+    """Base of all errors that a user can fix; the CLI prints them without a traceback.
 
     Secrets and home folders are masked in the message.
 

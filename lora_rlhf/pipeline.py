@@ -192,7 +192,7 @@ def _compute(
         # Checked after a stage, so that even the shortest budget makes some progress each time.
         if stage != wanted[-1]:
             interrupts.stop_if_requested()
-    progress.say(f"measured: {format_bytes(peak.read())} at the peak ({peak.what})")
+    progress.say(f"measured: {format_bytes(peak.read())} at the peak ({peak.quantity})")
 
 
 def _run_stage(stage: str, context: StageContext, configs: TrainerConfigs, data: _Data) -> None:
@@ -268,7 +268,7 @@ def _describe(record: Record, backbone: Backbone, peak: run_memory.PeakMemory) -
         clock["rows_at_once"] = dict(backbone.backoff.limits)
     measured = peak.read()  # the record keeps the highest of all processes of this run
     if measured / 1e6 >= clock.get("peak_memory_mb", 0):
-        clock |= {"peak_memory_mb": round(measured / 1e6, 1), "peak_memory_is": peak.what}
+        clock |= {"peak_memory_mb": round(measured / 1e6, 1), "peak_memory_is": peak.quantity}
 
 
 class _Data:

@@ -49,11 +49,7 @@ def offline() -> bool:
 
 
 def base_licence(model: dict[str, Any], token: str | None = None) -> str | None:
-    """Read the licence from a base's card on the Hub; None if it is unknown or out of reach.
-
-    Args:
-        model: A dict with `id` and `revision`, as in the record.
-    """
+    """Read the licence of the record's `model` from its card on the Hub; None if out of reach."""
     if offline():
         return None
     try:
@@ -73,7 +69,7 @@ class Repository:
 
     Args:
         again: The command that repeats the whole operation, for messages.
-        what: The operation, for messages: "the push of the policy adapter".
+        operation: For messages: "the push of the policy adapter".
         pauses: Seconds before each retry of a step.
     """
 
@@ -83,10 +79,10 @@ class Repository:
         token: str | None,
         public: bool,
         again: str,
-        what: str,
+        operation: str,
         pauses: tuple[float, ...] = PAUSES,
     ) -> None:
-        self.repo_id, self.public, self.what, self.pauses = repo_id, public, what, pauses
+        self.repo_id, self.public, self.operation, self.pauses = repo_id, public, operation, pauses
         self.head: str | None = None  # the commit that a mirror builds on
         self.again = again + (" --public" if public and again != "lora-rlhf run" else "")
         try:
@@ -101,13 +97,13 @@ class Repository:
             ) from None
         if offline():
             raise HubError(
-                f"offline (HF_HUB_OFFLINE): {what} to {repo_id} is skipped",
+                f"offline (HF_HUB_OFFLINE): {operation} to {repo_id} is skipped",
                 remedy=f"with a network, unset HF_HUB_OFFLINE and run `{self.again}`",
             )
         self.token = token or get_token()
         if not self.token:
             raise HubError(
-                f"no token for {what} to {repo_id}",
+                f"no token for {operation} to {repo_id}",
                 expected="a token with write access, from `hf auth login` or HF_TOKEN",
                 remedy=f"log in with `hf auth login`, then run `{self.again}`",
             )
@@ -160,7 +156,7 @@ class Repository:
         info = self.info(self.repo_id)
         if info and not info.private and not self.public:
             raise HubError(
-                f"{self.repo_id} is a public repository, and {self.what} is meant to be private",
+                f"{self.repo_id} is a public repository, and {self.operation} is meant to be private",
                 expected="a private repository, or permission to publish",
                 remedy=f"`{self.again} --public`, hub.public in the recipe, or another repository",
             )
@@ -259,11 +255,13 @@ class Repository:
             remedy = f"use a token with write access (`hf auth login`), then run `{self.again}`"
         text = " ".join(str(error).replace(str(self.token), "***").split()) or type(error).__name__
         code = f" (HTTP {status})" if status else ""
-        return HubError(f"{self.what} to {self.repo_id} failed{code}: {text:.300}", remedy=remedy)
+        return HubError(
+            f"{self.operation} to {self.repo_id} failed{code}: {text:.300}", remedy=remedy
+        )
 
     def _no_access(self, given: str, expected: str) -> HubError:
         return HubError(
-            f"{self.what} to {self.repo_id}: {given}",
+            f"{self.operation} to {self.repo_id}: {given}",
             expected=expected,
             remedy=f"use another repository or token (`hf auth login`), then run `{self.again}`",
         )

@@ -44,10 +44,7 @@ _BF16_EXPONENT = 0x7F80
 
 
 def stage_adapter(record: Record, role: str, repo_id: str, folder: Path) -> list[str]:
-    """Put the adapter of `role`, with its card, into the empty `folder` for the Hub.
-
-    Returns:
-        The sorted names of the files.
+    """Put the adapter of `role` and its card into `folder` for the Hub; return the file names.
 
     Raises:
         UsageError: There is no such role.

@@ -44,19 +44,19 @@ class Report:
     @property
     def fits(self) -> bool:
         """True if the recipe fits every GPU as it is."""
-        return all(one.unchanged for one in self.gpus)
+        return all(fitted.unchanged for fitted in self.gpus)
 
     def as_json(self) -> str:
         """Return the report for machines; bytes are whole numbers."""
         gpus = [
             {
-                "bytes": one.capacity,
-                "fits": one.unchanged,
-                "changes": one.changes,
-                "needed": one.plan.needed,
-                "largest_micro_batch": one.micro_batch,
+                "bytes": fitted.capacity,
+                "fits": fitted.unchanged,
+                "changes": fitted.changes,
+                "needed": fitted.plan.needed,
+                "largest_micro_batch": fitted.micro_batch,
             }
-            for one in self.gpus
+            for fitted in self.gpus
         ]
         probed = [asdict(phase) for phase in self.probed]
         return json.dumps({"plan": self.plan.as_dict(), "cards": gpus, "probe": probed}, indent=1)
@@ -103,7 +103,7 @@ def report(recipe: Recipe, folder: Path, gpu: str | None, *, probe: bool) -> Rep
     Args:
         folder: Folder of the recipe; a config.json in it is used.
         gpu: Memory of the GPU, such as "16GB".
-        probe: Load the base and measure, on the device of this machine.
+        probe: Whether to load the base and measure on this machine.
 
     Raises:
         BaseModelError: The base has no config, or is not a causal language model.
@@ -112,7 +112,7 @@ def report(recipe: Recipe, folder: Path, gpu: str | None, *, probe: bool) -> Rep
     capacities = [capacity(gpu)] if gpu is not None else [n * 10**9 for n in GPUS]
     config = find_config(recipe.model, folder)
     here = "cuda" if torch.cuda.is_available() else "cpu"
-    gpus = [fit(planner_for(config, "cuda"), recipe, one) for one in capacities]
+    gpus = [fit(planner_for(config, "cuda"), recipe, size) for size in capacities]
     if gpu is not None:
         plan = planner_for(config, "cuda").plan(recipe, capacities[0])
     else:
@@ -136,12 +136,12 @@ def _phases(plan: Plan) -> tuple[list[str], list[list[str]]]:
 
 def _gpus(gpus: list[Fit]) -> tuple[list[str], list[list[str]]]:
     rows = []
-    for one in gpus:
-        recipe, plan = one.recipe, one.plan
-        verdict = "fits" if one.unchanged else "fits with" if one.changes else "does not fit"
+    for fitted in gpus:
+        recipe, plan = fitted.recipe, fitted.plan
+        verdict = "fits" if fitted.unchanged else "fits with" if fitted.changes else "does not fit"
         rows.append(
             [
-                f"{one.capacity / 10**9:g} GB",
+                f"{fitted.capacity / 10**9:g} GB",
                 verdict,
                 format_bytes(plan.needed),
                 str(plan.micro_batch),
@@ -150,22 +150,22 @@ def _gpus(gpus: list[Fit]) -> tuple[list[str], list[list[str]]]:
                 "yes" if recipe.model.gradient_checkpointing else "no",
                 f"{recipe.lora.top_fraction:g}",
                 "yes" if recipe.model.load_in_4bit else "no",
-                "-" if one.micro_batch is None else str(one.micro_batch),
+                "-" if fitted.micro_batch is None else str(fitted.micro_batch),
             ]
         )
     head = ["GPU", "as it is", "needs", "batch", "prompt+completion", "rank", "checkpointing"]
     return [*head, "adapted", "4-bit", "largest micro-batch"], rows
 
 
-def _verdict(one: Fit) -> Iterator[str]:
-    gpu, needed = f"{one.capacity / 10**9:g} GB", format_bytes(one.plan.needed)
-    if one.changes is None:
+def _verdict(fitted: Fit) -> Iterator[str]:
+    gpu, needed = f"{fitted.capacity / 10**9:g} GB", format_bytes(fitted.plan.needed)
+    if fitted.changes is None:
         yield f"does not fit {gpu}, even with every change that is tried: it needs {needed}"
         return
-    if one.changes:
+    if fitted.changes:
         yield f"does not fit {gpu} as it is; with these changes it needs {needed}:"
-        yield from (f"  {option}" for option in as_options(one.changes))
+        yield from (f"  {option}" for option in as_options(fitted.changes))
     else:
         yield f"fits {gpu}"
-    if one.micro_batch is not None:
-        yield f"largest per_device_train_batch_size of the policy's updates: {one.micro_batch}"
+    if fitted.micro_batch is not None:
+        yield f"largest per_device_train_batch_size of the policy's updates: {fitted.micro_batch}"

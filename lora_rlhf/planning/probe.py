@@ -123,10 +123,7 @@ class _Trainer(PPOTrainer):
 
 
 def run(recipe: Recipe, planned: Plan) -> list[Probed]:
-    """Load the base, add the roles, and run each phase once.
-
-    Args:
-        planned: The recipe's plan for the device of this machine.
+    """Load the base, run each phase, and compare with `planned`, the plan for this machine.
 
     Raises:
         UsageError: The recipe's algorithm is not PPO.

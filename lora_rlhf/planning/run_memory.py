@@ -59,8 +59,8 @@ class PeakMemory:
             self._before = psutil.Process().memory_info().rss
 
     @property
-    def what(self) -> str:
-        """Name of what is measured."""
+    def quantity(self) -> str:
+        """Name of the measured quantity."""
         if self._gpu:
             return "torch.cuda.max_memory_allocated"
         return "highest resident set of the process, above that before the model was loaded"

@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -36,13 +36,6 @@ PARTS = ("roles", "optimizer", "random", "trainer")
 
 TRAINER_STATE = "trainer_state.json"
 _NAME = re.compile(r"step-(\d{8})")
-
-
-class Skipped(NamedTuple):
-    """A folder that cannot be used, and the reason."""
-
-    name: str
-    why: str
 
 
 @dataclass
@@ -172,24 +165,22 @@ def prune(parent: Path, keep: int) -> None:
 # --- choosing ------------------------------------------------------------------------------------
 
 
-def newest(parent: Path) -> tuple[Checkpoint | None, list[Skipped]]:
-    """Find the newest complete checkpoint, and all newer folders, which cannot be used.
+def newest(parent: Path) -> tuple[Checkpoint | None, dict[str, str]]:
+    """Find the newest complete checkpoint, and the reason why each newer folder cannot be used.
 
     Raises:
         CheckpointError: There are checkpoints, and none is complete.
     """
-    unfinished = [
-        Skipped(path.name, "it was not finished") for path in sorted(parent.glob("step-*.tmp"))
-    ]
-    damaged: list[Skipped] = []
+    unfinished = {p.name: "it was not finished" for p in sorted(parent.glob("step-*.tmp"))}
+    damaged: dict[str, str] = {}
     for folder in folders(parent):
         checkpoint = verify(folder)
         if isinstance(checkpoint, Checkpoint):
-            return checkpoint, [*damaged, *unfinished]
-        damaged.append(Skipped(folder.name, checkpoint))
+            return checkpoint, damaged | unfinished
+        damaged[folder.name] = checkpoint
     if damaged:
-        reasons = "; ".join(f"{name}: {why}" for name, why in damaged)
-        raise lacking(parent / damaged[0].name, f"no checkpoint is complete: {reasons}")
+        reasons = "; ".join(f"{name}: {why}" for name, why in damaged.items())
+        raise lacking(parent / next(iter(damaged)), f"no checkpoint is complete: {reasons}")
     return None, unfinished
 
 

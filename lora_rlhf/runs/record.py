@@ -181,7 +181,7 @@ class Record:
             ) from None
         except (ValueError, OSError, RecursionError) as error:
             raise UsageError(f"{path} cannot be read: {error}") from None
-        if wrong := _misshapen(data):
+        if wrong := _layout_fault(data):
             raise UsageError(
                 f"{path} is no record of a run: {wrong}",
                 expected=f"record.json of schema {SCHEMA}",
@@ -359,7 +359,7 @@ def finite(value: Any) -> Any:
     return [finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _misshapen(data: Any) -> str:
+def _layout_fault(data: Any) -> str:
     """Name the first fault in the shape of a parsed `record.json`; empty if there is none."""
     if not isinstance(data, dict):
         return f"it holds a {type(data).__name__}"

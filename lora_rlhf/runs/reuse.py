@@ -25,10 +25,7 @@ _DATA = {"sft": ("demonstrations",), "reward": ("comparisons", "comparisons_held
 
 
 def check_data(record: Record, name: str, report: dict[str, Any]) -> None:
-    """Refuse a dataset that has changed since a finished stage read it.
-
-    Args:
-        report: The dataset's new report.
+    """Check by its new report that a dataset has not changed since a finished stage read it.
 
     Raises:
         DataError: The hashes of its sources differ.
@@ -86,13 +83,10 @@ def check(source: str | Path, recipe: Recipe, out: str | Path) -> Record:
 
 
 def copy_stages(other: Record, record: Record) -> list[str]:
-    """Copy the finished SFT and reward stages of another run into a new one.
+    """Copy the finished SFT and reward stages of another run into a new one; return their names.
 
     Adapters, entries, data reports, log lines and times are copied; `stages.STAGE.from_run` holds
     the name of the other run and the sha256 of its record, but no local path.
-
-    Returns:
-        The names of the copied stages.
 
     Raises:
         AdapterError: An adapter of the other run does not match its record.

@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 _NAMED_TUPLES: dict[str, Callable[..., Any]] = {}
 
@@ -42,9 +43,7 @@ def files(name: str, data: Any) -> dict[str, bytes]:
 
 def tensor_bytes(data: Any) -> int:
     """Count the bytes of all tensors in the data."""
-    tensors: dict[str, Tensor] = {}
-    pack(data, tensors)
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return sum(leaf.nbytes for leaf in tree_leaves(data) if isinstance(leaf, Tensor))
 
 
 def pack(data: Any, tensors: dict[str, Tensor]) -> Any:

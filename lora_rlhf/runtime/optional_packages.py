@@ -16,17 +16,11 @@ BROKEN: dict[str, str] = {}
 """Package -> error of its import."""
 
 
-def hide_if_broken(name: str) -> None:
-    """Import a package if it is installed; if that fails, hide it and keep the error."""
-    try:
-        importlib.import_module(name)
-    except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and error.name == name:
-            return
-        BROKEN[name] = first_line(error)
-        for module in [m for m in sys.modules if m.split(".")[0] == name]:
+try:
+    importlib.import_module("bitsandbytes")
+except Exception as error:
+    if not (isinstance(error, ModuleNotFoundError) and error.name == "bitsandbytes"):
+        BROKEN["bitsandbytes"] = first_line(error)
+        for module in [m for m in sys.modules if m.split(".")[0] == "bitsandbytes"]:
             del sys.modules[module]
-        sys.modules[name] = None  # type: ignore[assignment]
-
-
-hide_if_broken("bitsandbytes")
+        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]

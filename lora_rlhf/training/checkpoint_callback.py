@@ -84,7 +84,7 @@ class CheckpointCallback(TrainerCallback):
             self._start_warm(trainer)
             return self._train(trainer)
         self.resumed, skipped = checkpoint.newest(self.folder)
-        for name, why in skipped:
+        for name, why in skipped.items():
             self.progress.say(f"{self.name}: checkpoint {name} is not used: {why}")
         if self.resumed is None:
             self.record.truncate_log(self.name)

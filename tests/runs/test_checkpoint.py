@@ -94,9 +94,9 @@ def test_newest_complete_checkpoint_is_used_and_old_ones_are_pruned(tmp_path: Pa
     checkpoint.prune(tmp_path, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010", "step-00000100"]
     newest, skipped = checkpoint.newest(tmp_path)
-    assert newest is not None and newest.step == 100 and skipped == []
+    assert newest is not None and newest.step == 100 and skipped == {}
     assert newest.part("roles")["x"].tolist() == [100, 100, 100]
-    assert checkpoint.newest(tmp_path / "nowhere") == (None, [])
+    assert checkpoint.newest(tmp_path / "nowhere") == (None, {})
 
 
 # --- damaged ones (faults 3 and 4) ---------------------------------------------------------------
@@ -118,9 +118,10 @@ def unlink(path: Path) -> None:
 def test_every_damaged_file_is_named_and_never_loaded(tmp_path: Path, name: str, harm, why: str):
     put(tmp_path, 1)
     harm(put(tmp_path, 2) / name)
-    newest, [skipped] = checkpoint.newest(tmp_path)
+    newest, skipped = checkpoint.newest(tmp_path)
     assert newest is not None and newest.step == 1
-    assert skipped.name == "step-00000002" and name in skipped.why and why in skipped.why
+    [(folder, fault)] = skipped.items()
+    assert folder == "step-00000002" and name in fault and why in fault
     harm(tmp_path / "step-00000001" / name)
     with pytest.raises(CheckpointError, match=f"no checkpoint is complete.*{name}") as caught:
         checkpoint.newest(tmp_path)
@@ -308,9 +309,9 @@ def test_killed_at_22_offsets_of_a_write(tmp_path: Path, at: int, share: float):
     """4 parts of 2 files, 2 files more, and the rename."""
     put(tmp_path, 1)
     assert killed.wait(killed.start(die_in_write, tmp_path, at, share)) == -signal.SIGKILL
-    newest, [skipped] = checkpoint.newest(tmp_path)
+    newest, skipped = checkpoint.newest(tmp_path)
     assert newest is not None and newest.step == 1
-    assert skipped == ("step-00000002.tmp", "it was not finished")
+    assert skipped == {"step-00000002.tmp": "it was not finished"}
     put(tmp_path, 2)
     assert checkpoint.newest(tmp_path)[0].step == 2
 

@@ -95,7 +95,7 @@ def test_a_signal_saves_at_the_next_boundary(
     assert killed.wait(child) == 128 + number
     if step is not None:
         newest, skipped = checkpoint.newest(out / "checkpoints" / "ppo")
-        assert newest is not None and (newest.step, skipped) == (step, [])
+        assert newest is not None and (newest.step, skipped) == (step, {})
     assert killed.wait(killed.start(run, recipe, out)) == 0
     assert killed.bits(out) == killed.bits(whole)
 
