@@ -156,7 +156,8 @@ class Repository:
         info = self.info(self.repo_id)
         if info and not info.private and not self.public:
             raise HubError(
-                f"{self.repo_id} is public, and {self.operation} is meant to be private",
+                f"{self.repo_id} is a public repository, "
+                f"and {self.operation} is meant to be private",
                 expected="a private repository, or permission to publish",
                 remedy=f"`{self.again} --public`, hub.public in the recipe, or another repository",
             )

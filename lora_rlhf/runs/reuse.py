@@ -106,7 +106,7 @@ def copy_stages(other: Record, record: Record) -> list[str]:
             )
     origin = {"name": other.data["name"], "record_sha256": sha256(other.folder / "record.json")}
     lines = other.metrics()
-    folders = [p for p in sorted((other.folder / "adapters").iterdir()) if p.is_dir()]
+    folders = [p for p in sorted((other.folder / "adapters").glob("*")) if p.is_dir()]
     for stage, entry in stages.items():
         for folder in folders:
             if folder.name in ("policy", "value") or stage_of(folder.name) != stage:
