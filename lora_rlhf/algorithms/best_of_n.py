@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Best of n: of n SFT samples the one with the highest reward, without training.
+"""Best of n: choose the SFT sample with the highest reward among n, without training.
 
 Sources: Stiennon et al. 2020 (2009.01325, appendix G.3) for KL = log n - (n - 1)/n, shown to be an
 upper bound, not an equality, by Beirami et al. (2401.01879).
@@ -19,20 +19,17 @@ from lora_rlhf.training.reward import ensemble
 
 
 def best_of_n_kl(n: int) -> float:
-    """KL(best of n || SFT) in nats: log n - (n - 1) / n; an upper bound where samples repeat.
-
-    Source: 2009.01325, appendix G; that it is a bound: 2401.01879.
-    """
+    """KL(best of n || SFT) in nats: log n - (n - 1) / n; an upper bound where samples repeat."""
     return math.log(n) - (n - 1) / n
 
 
 def analytic(value: float) -> Estimate:
-    """Present a number from a formula like a measured one: no interval, and n = 0."""
+    """Return a computed number as an estimate without an interval, with n = 0."""
     return {"value": value, "low": None, "high": None, "n": 0}
 
 
 def check(recipe: Recipe) -> None:
-    """Refuse greedy answers: they are all the same, so none is best.
+    """Reject greedy decoding, which gives n equal answers.
 
     Raises:
         RecipeError: The evaluation's temperature is 0.
@@ -46,7 +43,7 @@ def check(recipe: Recipe) -> None:
 
 
 def run(recipe: Recipe, record: Record) -> None:
-    """Write the stage's entry: there is nothing to train."""
+    """Write the stage's entry of the record; nothing is trained."""
     n = recipe.best_of_n.n
     with record.stage("best_of_n") as entry:
         entry |= {
@@ -66,16 +63,7 @@ def choose(
     temperature: float,
     seed: int,
 ) -> list[list[int]]:
-    """Choose for each prompt, of n SFT samples, the first that the reward model scores highest.
-
-    The samples share no draw with SFT's own answers of the same seed.
-
-    Args:
-        prompts: Ids of each prompt.
-
-    Returns:
-        Ids of one completion for each prompt.
-    """
+    """Return, for each prompt, the first of the highest-scored completions among n SFT samples."""
     n, size = recipe.best_of_n.n, recipe.evaluate.batch_size
     repeated = [list(prompt) for prompt in prompts for _ in range(n)]
     samples = backbone.generate(
@@ -83,13 +71,12 @@ def choose(
         "reference",
         max_new_tokens=max_new_tokens,
         temperature=temperature,
-        # An offset that no recipe's next seed reaches.
-        seed=seed + 7_919_000,
+        seed=seed + 7_919_000,  # no random numbers shared with SFT's own answers
         batch_size=size,
     )
-    rewards = ensemble.rewards_of(
+    rewards = ensemble.scores(
         backbone, list(zip(repeated, samples, strict=True)), recipe.reward, size
-    )
+    ).rewards
     best = []
     for start in range(0, len(samples), n):
         group = rewards[start : start + n]

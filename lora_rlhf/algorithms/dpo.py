@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DPO: TRL's trainer on the comparisons that the reward model learned from.
+"""DPO: TRL's trainer on the comparisons that a reward model would be trained on.
 
-Source: 2305.18290, eq. 7. The reference is the frozen SFT adapter. Rows are ids from
-`encode_prompt` and `encode_completion`, as SFT and the reward model see them: the eos that ends a
-completion is trained on, and prompt and completion never merge into one token.
+Source: 2305.18290, eq. 7. The reference is the frozen SFT adapter. Prompt and completion are
+encoded separately, as for SFT and the reward model, so that no token spans both; the loss includes
+the completion's eos.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .policy_trainer import TiedReferenceTrainer
 from .ppo import ppo_stage
 
 _DEFAULTS: dict[str, Any] = {
-    # Not PPO's rate: whitened advantages and log-ratios of whole answers differ in size.
+    # PPO's rate does not carry over: DPO's log-ratios are sums over whole completions.
     "num_train_epochs": 1, "logging_steps": 1, "learning_rate": 5e-5,
 }  # fmt: skip
 
@@ -48,15 +48,9 @@ _BY_ROW = {
 }  # fmt: skip
 """Losses of DPO that are a mean over comparisons; `aot` sorts them, `sft` is a mean over tokens."""
 
-_ROWS = 8
-"""Comparisons on which policy and reference are compared before the first update."""
-
 
 def run(context: StageContext, args: DPOConfig, comparisons: Dataset) -> None:
-    """Train the policy on comparisons; saves `adapters/policy`.
-
-    Args:
-        comparisons: Rows of `prompt`, `chosen` and `rejected`.
+    """Train the policy on rows of `prompt`, `chosen` and `rejected`; saves `adapters/policy`.
 
     Raises:
         IdentityError: A start-up identity does not hold.
@@ -85,10 +79,10 @@ def run(context: StageContext, args: DPOConfig, comparisons: Dataset) -> None:
 
 
 def arguments(recipe: Recipe, out: Path) -> DPOConfig:
-    """Build TRL's config of this stage; batch size, optimizer and the like are PPO's by default.
+    """Build TRL's config of this stage; batch size and optimizer default to PPO's.
 
     Raises:
-        RecipeError: A key that is set elsewhere, or is unknown to TRL.
+        RecipeError: A key is set elsewhere, or is unknown to TRL.
     """
     defaults = {**ppo_stage.budget(recipe, out, rollouts=False), **_DEFAULTS}
     merged = trainer_args(recipe, out, "dpo", defaults, recipe.dpo.args)
@@ -97,7 +91,7 @@ def arguments(recipe: Recipe, out: Path) -> DPOConfig:
 
 
 def tokenize(backbone: Backbone, rows: Dataset) -> Dataset:
-    """Encode as for the reward model: `prompt_ids`, `chosen_ids` and `rejected_ids` with eos."""
+    """Encode to `prompt_ids`, and `chosen_ids` and `rejected_ids` with eos."""
     return Dataset.from_list(
         [
             {
@@ -116,8 +110,8 @@ class ResumableDPOTrainer(TiedReferenceTrainer, DPOTrainer):
     _tag_names = ["lora-rlhf", "dpo"]
 
     def before_training(self) -> None:
-        """Check that the policy starts as SFT."""
-        rows = self.train_dataset.select(range(min(_ROWS, len(self.train_dataset))))
+        """Check on eight comparisons that the policy starts as SFT."""
+        rows = self.train_dataset.select(range(min(8, len(self.train_dataset))))
         episodes = [
             (row["prompt_ids"], row[f"{s}_ids"]) for row in rows for s in ("chosen", "rejected")
         ]
@@ -130,7 +124,7 @@ class ResumableDPOTrainer(TiedReferenceTrainer, DPOTrainer):
         )
 
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
-        # TRL would tokenise prompt + completion as one text, which can merge tokens at the seam.
+        # TRL would encode prompt + completion as one text, and a token could span both.
         return dataset
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
@@ -140,11 +134,11 @@ class ResumableDPOTrainer(TiedReferenceTrainer, DPOTrainer):
         return loss
 
     def rows(self, inputs: Any) -> int:
-        """Count comparisons: the chosen completions stand first, then the rejected ones."""
+        """Count comparisons: a batch holds all chosen completions, then all rejected ones."""
         return len(inputs["input_ids"]) // 2
 
     def part(self, inputs: Any, start: int, stop: int) -> Any:
-        """Take some comparisons, both sides of each."""
+        """Select some comparisons, chosen and rejected completions of each."""
         n = self.rows(inputs)
         both = [*range(start, stop), *range(n + start, n + stop)]
         return {k: v[both] if isinstance(v, Tensor) else v for k, v in inputs.items()}
@@ -154,11 +148,11 @@ class ResumableDPOTrainer(TiedReferenceTrainer, DPOTrainer):
         return super().can_be_cut() and set(self.loss_types) <= _BY_ROW
 
     def share(self, piece: Any, inputs: Any, num_items_in_batch: Any) -> float:
-        """Return the piece's share of the comparisons."""
+        """Return the share of the comparisons that are in the piece."""
         return self.rows(piece) / self.rows(inputs)
 
     def _check_first(self, loss: float) -> None:
-        """Check the first loss: with policy and reference equal it is -log sigmoid(0) = ln 2."""
+        """Check that the first loss is -log sigmoid(0) = ln 2: policy and reference are equal."""
         self.identities["loss_at_start"] = loss
         tolerance = RATIO_TOLERANCE[self.backbone.causal.dtype]
         plain = self.loss_types == ["sigmoid"] and not self.args.loss_weights
@@ -170,5 +164,5 @@ class ResumableDPOTrainer(TiedReferenceTrainer, DPOTrainer):
             )
 
     def renamed(self, metrics: dict[str, list[float]]) -> dict[str, list[float]]:
-        """Use PPO's names where they mean the same."""
+        """Use PPO's name for a metric that both log."""
         return {_RENAMED.get(name, name): values for name, values in metrics.items()}

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """GRPO and RLOO: TRL's trainers and losses, on our backbone and reward.
 
-Added are PPO's penalty for a missing eos, the frozen SFT adapter as reference, PPO's names in the
-log, and the identities. Sources: GRPO 2402.03300, RLOO 2402.14740. The KL acts differently by
-design: PPO and RLOO subtract it from the reward (k1), GRPO adds it to the loss (k3), so equal
-coefficients are not equal strengths.
+PPO's penalty for a missing eos, the frozen SFT adapter as reference, PPO's metric names, and the
+identities are added. Sources: GRPO 2402.03300, RLOO 2402.14740. PPO and RLOO subtract the KL (k1)
+from the reward, GRPO adds it (k3) to the loss, so equal coefficients are not equal strengths.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from torch import Tensor
 from transformers import set_seed
 
 from lora_rlhf._trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
-from lora_rlhf.algorithms.ppo.minibatches import model_inputs
 from lora_rlhf.estimates import repetition
 from lora_rlhf.models import fused_layers, sampler, scoring
 from lora_rlhf.models.backbone import Backbone
@@ -34,12 +32,12 @@ from . import identities, policy_stage, reward_functions
 from .objectives import kl_estimates, masked_mean
 from .policy_trainer import RolloutTrainer, TiedReferenceTrainer
 from .ppo import ppo_metrics, ppo_stage
+from .ppo.minibatches import model_inputs
 
 _RENAMED = {"entropy": "policy/entropy", "clip_ratio/region_mean": "policy/clip_fraction"}
 """TRL's name -> ours, where both mean the same."""
-
 METRICS = {"reward/groups_without_spread": "share of prompts whose completions all score the same"}
-"""Logged beside PPO's names: from a group without spread nothing is learned."""
+"""Logged in addition to PPO's: a group of equal scores gives no gradient."""
 
 
 def run(context: StageContext, args: GRPOConfig | RLOOConfig, prompts: Dataset) -> None:
@@ -88,10 +86,10 @@ def run(context: StageContext, args: GRPOConfig | RLOOConfig, prompts: Dataset) 
 
 
 def arguments(recipe: Recipe, out: Path) -> Any:
-    """Build TRL's config of this stage: PPO's budget, overridden by the algorithm's own `args:`.
+    """Build TRL's config of this stage: PPO's arguments, overridden by the algorithm's `args:`.
 
     Raises:
-        RecipeError: A key that is set elsewhere, or batch sizes that do not fit together.
+        RecipeError: A key is set elsewhere, or batch sizes do not fit together.
     """
     name = recipe.algorithm
     section = getattr(recipe, name)
@@ -105,14 +103,9 @@ def arguments(recipe: Recipe, out: Path) -> Any:
 
 
 class _GroupTrainer(RolloutTrainer, TiedReferenceTrainer):
-    """GRPO and RLOO on our backbone.
+    """GRPO and RLOO on our backbone; the last reward function is the penalty for a missing eos."""
 
-    Args:
-        options: Of TRL's trainer. The last of `reward_funcs` is the penalty for a missing eos.
-    """
-
-    _ids_alone = False
-    """Whether TRL's `_generate_single_turn` returns ids without log-probs beside them."""
+    _ids_alone = False  # RLOO's `_generate_single_turn` returns no log-probs
 
     def __init__(self, backbone: Backbone, *, progress: Progress, **options: Any) -> None:
         self.progress = progress
@@ -142,7 +135,7 @@ class _GroupTrainer(RolloutTrainer, TiedReferenceTrainer):
     def _get_per_token_logps_and_entropies(
         self, *args: Any, batch_size: int | None = None, **options: Any
     ) -> Any:
-        """Compute as TRL does; without a gradient, on fewer rows at once where memory runs out."""
+        """Compute as TRL does; without gradient, on fewer rows at once where memory runs out."""
         compute = super()._get_per_token_logps_and_entropies
         if torch.is_grad_enabled():
             return compute(*args, batch_size=batch_size, **options)
@@ -158,7 +151,7 @@ class _GroupTrainer(RolloutTrainer, TiedReferenceTrainer):
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
     ) -> Tensor:
         self.progress.phase("score")
-        # The sampled ids themselves are scored: nothing is tokenised twice.
+        # Reward functions score the sampled ids: decoding and encoding again may change them.
         rows = [{**row, "prompt_ids": p} for row, p in zip(inputs, self._prompt_ids, strict=True)]
         rewards: Tensor = super()._calculate_rewards(
             rows, prompts, completions, completion_ids_list
@@ -185,7 +178,7 @@ class _GroupTrainer(RolloutTrainer, TiedReferenceTrainer):
 
     @torch.no_grad()
     def _observe(self, out: dict[str, Any]) -> None:
-        """Check and log the KL to SFT as PPO measures it, whatever the algorithm's own is."""
+        """Check and log the KL to SFT as PPO measures it, whatever estimator the loss uses."""
         policy_bt, reference_bt = (self._logprobs(out, role) for role in ("policy", "reference"))
         mask_bt = out["completion_mask"]
         if self.state.global_step == 0 and not self.warm_started:
@@ -204,7 +197,7 @@ class _GroupTrainer(RolloutTrainer, TiedReferenceTrainer):
         )
 
     def _logprobs(self, out: dict[str, Any], role: str) -> Tensor:
-        """Compute log-probs (B, T) of a rollout's completions under a role."""
+        """Compute a role's log-probs (B, T) of a rollout's completions."""
         names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
         logprobs_bt = torch.zeros(out["completion_mask"].shape, device=self.backbone.device)
 
@@ -222,11 +215,7 @@ class _GroupTrainer(RolloutTrainer, TiedReferenceTrainer):
         return logprobs_bt
 
     def _check_sampler(self, policy_bt: Tensor, mask_bt: Tensor) -> None:
-        """Check on the first rollout that the sampler's log-probs are the trainer's.
-
-        Raises:
-            IdentityError: They are not.
-        """
+        """Compare the sampler's log-probs with the trainer's on the first rollout."""
         sampled, self._sampled = self._sampled, []
         if "sampler_difference" in self.identities:
             return
@@ -241,13 +230,13 @@ class _GroupTrainer(RolloutTrainer, TiedReferenceTrainer):
             )
 
     def can_be_cut(self) -> bool:
-        """Forbid splitting with GRPO's entropy bonus or quantile: they are over all rows."""
+        """Forbid splitting with GRPO's entropy bonus or quantile, which are taken over all rows."""
         bonus = getattr(self, "_entropy_bonus_enabled", False)
         quantile = getattr(self, "top_entropy_quantile", 1.0)
         return super().can_be_cut() and not bonus and quantile == 1.0
 
     def share(self, piece: Any, inputs: Any, num_items_in_batch: Any) -> float:
-        """Return the share of what TRL's loss is a mean of; 1 where it is a sum over a window."""
+        """Return the share of the tokens or rows that TRL averages over; 1 where it sums."""
         kind = getattr(self, "loss_type", None)  # RLOO has none: a mean over completions
         if kind in ("dapo", "cispo", "vespo"):
             return 1.0
@@ -257,7 +246,7 @@ class _GroupTrainer(RolloutTrainer, TiedReferenceTrainer):
         return self.rows(piece) / self.rows(inputs)
 
     def renamed(self, metrics: dict[str, list[float]]) -> dict[str, list[float]]:
-        """Use PPO's names where they mean the same; the rest is left out."""
+        """Use PPO's names, and drop metrics that PPO does not log."""
         ours = {_RENAMED.get(name, name): values for name, values in metrics.items()}
         kept = ppo_metrics.kept(ours)
         kept["reward/groups_without_spread"] = ours.get("frac_reward_zero_std", [])

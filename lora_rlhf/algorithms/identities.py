@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Identities that must hold at the start of every run, and stop it when they do not.
+"""Identities that hold at the start of every correct run; a run that breaks one is stopped.
 
-Each error names the stage at fault, which a reward curve that does not rise would not show. Each
-check returns what it measured, for the record.
+Each error names the stage at fault, and each check returns the number that it measured.
 """
 
 from __future__ import annotations
@@ -27,28 +26,21 @@ from .ppo.minibatches import model_inputs
 RATIO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
 """Bound on |ratio - 1| with unchanged weights: padding and batch size change the order of sums.
 
-In float32 it is on the largest over the tokens, in half precision on their mean: rounding one large
+In float32 it bounds the largest over the tokens, in half precision their mean: rounding one large
 logit in bfloat16 makes 0.1 nats or more, and among thousands of tokens some are always far off.
 """
 SAMPLER_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
-"""The same for |sampler's log-prob - trainer's log-prob|, in nats: the sampler goes by token."""
+"""Bound on |sampler's log-prob - trainer's log-prob| in nats, over the same tokens."""
 
 
 def _typical(difference_bt: Tensor, mask_bt: Tensor, dtype: torch.dtype) -> float:
-    """The largest difference in float32, the mean in half precision."""
     if dtype == torch.float32:
         return float(torch.where(mask_bt.bool(), difference_bt, 0.0).max())
     return float(masked_mean(difference_bt, mask_bt))
 
 
 def policy_equals_reference(policy: Tensor, reference: Tensor, mask: Tensor) -> float:
-    """Check that KL(policy || reference) is 0 before the first update.
-
-    Args:
-        policy: Log-probs of tokens, or of whole completions.
-
-    Returns:
-        The largest difference of log-probs, in nats.
+    """Check that log-probs are equal before the first update; returns the largest difference.
 
     Raises:
         IdentityError: The policy did not start as a copy of the SFT adapter, or the reference is
@@ -90,8 +82,7 @@ def sampler_agrees(
 ) -> float:
     """Check transformers' sampler against the training forward; returns the difference in nats.
 
-    The sampler's log-probs are taken after every processor and warper. The global random state is
-    left as it was.
+    The sampler's log-probs include every logits processor. The random state is restored.
 
     Raises:
         IdentityError: Padding, positions, temperature or a logits processor differ between the two.
@@ -119,7 +110,7 @@ def sampler_agrees(
 
 
 def sampler_is_the_policy(difference: Tensor, dtype: torch.dtype) -> float:
-    """Check |sampler's log-prob - trainer's log-prob| over tokens; returns it as one number.
+    """Check |sampler's log-prob - trainer's log-prob|; returns its maximum (half precision: mean).
 
     Raises:
         IdentityError: It is above `SAMPLER_TOLERANCE`.
@@ -137,15 +128,14 @@ def sampler_is_the_policy(difference: Tensor, dtype: torch.dtype) -> float:
 
 @dataclass
 class FrozenRolesCheck:
-    """After the first update the trained roles have moved, and nothing else has.
+    """Check that the first update moved the trained roles and nothing else.
 
-    Take it before that update, call `check` after it. With a batch, the reference's log-probs on it
-    must be the same bit for bit, which a stale adapter fails though no weight moved.
+    `take` is called before that update, `check` after it. With a batch, the reference's log-probs
+    on it must also stay equal bit for bit, which fails if another adapter is active.
 
     Attributes:
         frozen: Hash of each frozen role; None is the backbone.
         moving: Hash of each trained role.
-        reference_bt: Log-probs of the reference on the batch.
     """
 
     backbone: Backbone
@@ -165,7 +155,7 @@ class FrozenRolesCheck:
         batch: dict[str, Tensor] | None = None,
         temperature: float = 1.0,
     ) -> FrozenRolesCheck:
-        """Take the state before the first update."""
+        """Record hashes before the first update, and the reference's log-probs on a batch."""
         roles = [None, *(r for r in ("reference", *REWARDS) if backbone.has(r))]
         frozen = {role: backbone.state_hash(role) for role in roles}
         moving = {role: backbone.state_hash(role) for role in trained}
@@ -175,7 +165,7 @@ class FrozenRolesCheck:
         return made
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was taken, for a checkpoint between `take` and `check`."""
+        """Return the state for a checkpoint between `take` and `check`."""
         names = ("frozen", "moving", "batch", "temperature", "reference_bt")
         return {name: getattr(self, name) for name in names}
 
@@ -189,10 +179,10 @@ class FrozenRolesCheck:
         return logprobs_bt
 
     def check(self) -> dict[str, float]:
-        """Compare with the state that was taken; returns what was measured, for the record.
+        """Compare with the state before the update; returns an entry for the record.
 
         Raises:
-            IdentityError: Naming the role that moved or did not.
+            IdentityError: A frozen role moved, or a trained one did not.
         """
         for role, digest in self.frozen.items():
             if self.backbone.state_hash(role) != digest:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mathematics of PPO with a KL penalty; no model, no I/O.
 
-Legend of the suffixes: B episodes, T completion tokens (right-padded), so `_bt` is a tensor of
-shape (B, T) and `_b` one of shape (B,). `mask_bt` is 1 at completion tokens, the eos included, and
-0 at padding. Everything is float32, whatever the model's dtype.
+Suffixes are shapes: B episodes, T completion tokens (right-padded), so `_bt` is (B, T) and `_b` is
+(B,). `mask_bt` is 1 at completion tokens, the eos included, and 0 at padding. Everything is
+float32, whatever the model's dtype.
 
 Sources: InstructGPT (arXiv 2203.02155), PPO (1707.06347), GAE (1506.02438), Ziegler et al. 2019
 (1909.08593), "The N+ implementation details of RLHF with PPO" (2403.17031), Schulman,
@@ -27,10 +27,7 @@ def masked_sum(x_bt: Tensor, mask_bt: Tensor) -> Tensor:
 
 
 def masked_mean(x_bt: Tensor, mask_bt: Tensor) -> Tensor:
-    """Mean over *all* valid tokens of the batch, not a mean of per-episode means. Shape ().
-
-    A mean of means would weigh a token by the inverse of its episode's length (2503.20783).
-    """
+    """Mean over all valid tokens of the batch, not of per-episode means (2503.20783). Shape ()."""
     return masked_sum(x_bt, mask_bt) / mask_bt.sum().clamp(min=1)
 
 
@@ -72,8 +69,8 @@ def kl_estimates(
 def token_rewards(scores_b: Tensor, kl_bt: Tensor, mask_bt: Tensor, kl_coef: float) -> Tensor:
     """Per-token reward: -kl_coef · KL everywhere, plus the score at the last valid token. (B, T).
 
-    Source: InstructGPT eq. 2 without its ptx term; the score's place: lm-human-preferences. An
-    episode without a valid token gets no score.
+    Source: InstructGPT eq. 2 without its ptx term; the score at the last token as in
+    lm-human-preferences. An episode without a valid token gets no score.
     """
     rewards_bt = torch.where(mask_bt.bool(), -kl_coef * kl_bt, torch.zeros_like(kl_bt))
     length_b = mask_bt.sum(dim=1).long()
@@ -90,8 +87,7 @@ def gae(
     """Generalised advantage estimates and the returns advantages + values. Both (B, T).
 
     delta_t = r_t + gamma V_{t+1} - V_t,  A_t = delta_t + gamma lam A_{t+1}, with V = 0 after the
-    last valid token: an episode is over there, whether it ended with eos or was cut. Source:
-    1506.02438 eq. 16. Padding is 0 in both.
+    last valid token, eos or truncation. Source: 1506.02438 eq. 16. Padding is 0 in both.
     """
     values_bt = torch.where(mask_bt.bool(), values_bt, torch.zeros_like(values_bt))
     rewards_bt = torch.where(mask_bt.bool(), rewards_bt, torch.zeros_like(rewards_bt))
@@ -107,7 +103,7 @@ def gae(
 
 
 class PolicyLoss(NamedTuple):
-    """Sum over valid tokens of the clipped loss, and what to log (detached)."""
+    """Sum over valid tokens of the clipped loss; ratio and clipped tokens (detached) to log."""
 
     loss_sum: Tensor
     ratio_bt: Tensor
@@ -124,8 +120,8 @@ def policy_loss(
 ) -> PolicyLoss:
     """PPO's clipped surrogate, negated: sum of max(-A r, -A clip(r, 1 - low, 1 + high)).
 
-    Source: 1707.06347 eq. 7. The sum and not the mean is returned so that the caller divides by the
-    valid tokens of the whole minibatch, which makes gradient accumulation exact.
+    Source: 1707.06347 eq. 7. A sum, which the caller divides by the valid tokens of the whole
+    minibatch, so that gradient accumulation is exact.
     """
     log_ratio_bt = torch.where(
         mask_bt.bool(),
@@ -140,7 +136,7 @@ def policy_loss(
 
 
 class ValueLoss(NamedTuple):
-    """Sum over valid tokens of the clipped loss, and the share of clipped tokens to log."""
+    """Sum over valid tokens of the clipped loss, and the clipped tokens (detached) to log."""
 
     loss_sum: Tensor
     clipped_bt: Tensor
@@ -153,7 +149,7 @@ def value_loss(
 
     Source: 2403.17031 (value clipping), with the baselines' factor 1/2.
     """
-    # Masked before the squares: where padding holds NaN, its gradient would be 0 · NaN.
+    # Masked before squaring: a NaN in the padding would have gradient 0 · NaN = NaN.
     values_bt = torch.where(mask_bt.bool(), values_bt, torch.zeros_like(values_bt))
     near_bt = torch.clamp(values_bt, old_values_bt - clip_value, old_values_bt + clip_value)
     plain_bt, clipped_bt = (values_bt - returns_bt) ** 2, (near_bt - returns_bt) ** 2
@@ -170,7 +166,7 @@ def explained_variance(values_bt: Tensor, returns_bt: Tensor, mask_bt: Tensor) -
 
 
 def adapted_kl_coef(kl_coef: float, kl: float, target: float, horizon: int, episodes: int) -> float:
-    """The next KL coefficient: larger where the KL is above its target, smaller below.
+    """Return the next KL coefficient: larger if the KL is above its target, smaller if below.
 
     beta · (1 + clip(kl / target - 1, -0.2, 0.2) · episodes / horizon), with `kl` and `target` in
     nats per sequence. Source: 1909.08593, section 2.2, as in its published code.
@@ -180,7 +176,7 @@ def adapted_kl_coef(kl_coef: float, kl: float, target: float, horizon: int, epis
 
 
 class RunningMoments:
-    """Count, mean and variance of all numbers so far, updated by batch (Chan et al. 1979)."""
+    """Running count, mean and sum of squared deviations, updated by batch (Chan et al. 1979)."""
 
     def __init__(self) -> None:
         self.count, self.mean, self.squares = 0, 0.0, 0.0
@@ -195,7 +191,7 @@ class RunningMoments:
         self.count = total
 
     def state_dict(self) -> dict[str, float]:
-        """Return count, mean and sum of squares."""
+        """Return count, mean and sum of squared deviations."""
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, float]) -> None:
@@ -210,13 +206,13 @@ class RunningMoments:
 
 
 def scaled_scores(scores_b: Tensor, moments: RunningMoments | None, clip: float | None) -> Tensor:
-    """Scores over their running standard deviation, then clipped. Shape (B,).
+    """Divide scores by their running standard deviation, then clip them. Shape (B,).
 
     The mean is never shifted: a shift could turn the sign of a score against the KL penalty
     (2307.04964, section 4.2.2; 2403.17031).
     """
     if moments is not None:
-        if bool(torch.isfinite(scores_b).all()):  # one NaN would stay in them
+        if bool(torch.isfinite(scores_b).all()):  # a NaN would stay in the moments
             moments.add(scores_b)
         scores_b = scores_b / moments.std
     return scores_b if clip is None else scores_b.clamp(-clip, clip)

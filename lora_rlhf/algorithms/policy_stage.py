@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps that the stages of all algorithms share: checks of arguments and prompts, loading."""
+"""Steps that several algorithms' stages share: arguments, checks of prompts, entries."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import Any
 from datasets import Dataset
 
 from lora_rlhf.errors import DataError, RecipeError
-from lora_rlhf.models import adapters
-from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.recipe.stage_keys import ALGORITHMS
 from lora_rlhf.runs.record import Record
@@ -19,10 +17,10 @@ from .reward_functions import has_checker
 
 
 def check(recipe: Recipe, args: Any, prompts: Dataset) -> None:
-    """Check the prompts of an algorithm with rollouts before anything is trained.
+    """Check the prompts of an algorithm with rollouts before training.
 
     Raises:
-        DataError: Fewer prompts than one rollout takes, or no checker for a gold reward.
+        DataError: There are fewer prompts than one rollout takes, or no checker for a gold reward.
     """
     algorithm = recipe.algorithm
     needed = args.generation_batch_size // args.num_generations
@@ -46,17 +44,18 @@ def check(recipe: Recipe, args: Any, prompts: Dataset) -> None:
 
 
 def rollout_steps(algorithm: str, args: Mapping[str, Any], updates: int) -> dict[str, Any]:
-    """Return TRL's arguments for a number of updates, each of one rollout and logged once.
+    """Return TRL's arguments for a number of updates, each one rollout and one log line.
 
     Raises:
-        RecipeError: An optimizer step would take micro-batches of two rollouts.
+        RecipeError: An optimizer step would span two rollouts.
     """
     steps, window = args["steps_per_generation"], args["gradient_accumulation_steps"]
     if steps % window:
         raise RecipeError(
             f"{algorithm}.args: steps_per_generation {steps} and gradient_accumulation_steps "
             f"{window}",
-            expected="the second divides the first: an optimizer step stays inside one rollout",
+            expected="steps_per_generation divisible by gradient_accumulation_steps, so that an "
+            "optimizer step stays inside one rollout",
         )
     per_update = args["num_iterations"] * steps // window
     return {
@@ -67,16 +66,11 @@ def rollout_steps(algorithm: str, args: Mapping[str, Any], updates: int) -> dict
 
 
 def steps_per_update(args: Any) -> int:
-    """Count the optimizer steps that one rollout is used for."""
+    """Return the number of optimizer steps on one rollout."""
     return int(args.num_iterations * args.steps_per_generation // args.gradient_accumulation_steps)
 
 
-def load(backbone: Backbone, record: Record) -> None:
-    """Load the policy of the finished stage; nothing after the stage reads the value."""
-    adapters.load_role(backbone, "policy", record.adapter("policy"))
-
-
 def last_kl(record: Record, stage: str) -> dict[str, float]:
-    """Return `kl_last` for a stage's entry, where its log has one."""
+    """Return `kl_last`, the KL of the last log line, for a stage's entry; empty without one."""
     lines = record.metrics(stage)
     return {"kl_last": lines[-1]["kl/sequence"]} if lines and "kl/sequence" in lines[-1] else {}

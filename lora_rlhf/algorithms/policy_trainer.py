@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Base classes of all algorithms' trainers, placed before TRL's: log, clipping, identities.
-
-`RolloutTrainer` adds what PPO, GRPO and RLOO need for their rollouts.
-"""
+"""Mixins placed before TRL's trainers, shared by all algorithms: log, clipping, identities."""
 
 from __future__ import annotations
 
@@ -33,7 +30,7 @@ class _AfterStep(TrainerCallback):
         self.act = act
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """Called by the Trainer."""
+        """Call the function."""
         self.act()
 
 
@@ -41,8 +38,8 @@ class PolicyTrainer(ResumableTrainer):
     """A trainer of the policy; use it inside `backbone.training("policy", ...)`.
 
     Attributes:
-        identities: What was measured of each identity, for the record.
-        frozen_check: Waits for the first step that can move a weight; None once it held.
+        identities: The number measured by each start-up check, for the record.
+        frozen_check: Run after the first step that can move a weight; None once passed.
     """
 
     entries = {"identities": "identities"}
@@ -55,9 +52,9 @@ class PolicyTrainer(ResumableTrainer):
         self.add_callback(_AfterStep(self.after_optimizer_step))
 
     def after_optimizer_step(self) -> None:
-        """Check, after the first step, that the trained roles moved and nothing else did."""
+        """Check after the first update that the trained roles moved and nothing else did."""
         assert self.optimizer is not None
-        # A learning rate that warms up from 0 makes a first step that moves nothing.
+        # With a warm-up from 0 the first step has learning rate 0 and moves nothing.
         moves = self.optimizer.param_groups[0]["lr"] > 0 and not self.skipped
         if self.frozen_check is not None and moves:
             self.identities |= self.frozen_check.check()
@@ -70,23 +67,23 @@ class PolicyTrainer(ResumableTrainer):
         return norm
 
     def note(self, numbers: dict[str, float]) -> None:
-        """Keep numbers for the next line of the log, which averages them."""
+        """Add numbers to the next log line, which averages them."""
         for name, number in numbers.items():
             self._metrics["train"][name].append(number)
 
     def renamed(self, metrics: dict[str, list[float]]) -> dict[str, list[float]]:
-        """Give TRL's running lists our names; those left out are not logged."""
+        """Rename TRL's metrics to ours; a metric that is not returned is not logged."""
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log TRL's averages under our names."""
         self._metrics["train"] = defaultdict(list, self.renamed(self._metrics["train"]))
-        logs.pop("grad_norm", None)  # the roles' own are in the lists
+        logs.pop("grad_norm", None)  # logged per role, by `note`
         super().log(logs, start_time)
 
 
 class TiedReferenceTrainer(PolicyTrainer):
-    """A TRL trainer with a KL to its own reference, which is tied to the frozen SFT adapter."""
+    """A TRL trainer with its own reference adapter, which is tied to the frozen SFT adapter."""
 
     def __init__(self, backbone: Backbone, **options: Any) -> None:
         super().__init__(backbone, **options)
@@ -94,7 +91,7 @@ class TiedReferenceTrainer(PolicyTrainer):
         self.frozen_check = FrozenRolesCheck.take(backbone, self._name.lower(), ("policy",))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of `ResumableTrainer`, and whether the first step was checked."""
+        """Add whether the first update was checked."""
         return super().state_dict() | {"untouched": {"done": self.frozen_check is None}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -105,16 +102,13 @@ class TiedReferenceTrainer(PolicyTrainer):
 
 
 def tie_reference(backbone: Backbone) -> int:
-    """Tie the clone that TRL took of the policy to the SFT adapter: same tensors, no copy.
+    """Let TRL's clone of the policy share the SFT adapter's tensors; returns their number.
 
-    TRL's trainers keep their reference as a second adapter, cloned from the policy's in `__init__`.
-    The policy is SFT then, so the clone must be too. Tied to the reference role's tensors, it stays
-    so, costs no memory, and is covered by that role's hash. When TRL switches back from it
-    (`set_adapter`), it activates and un-freezes the adapter that PEFT holds for the active one of
-    the view: that must be the policy's.
-
-    Returns:
-        The number of tensors tied; 0 where TRL made no clone (a beta of 0).
+    TRL's trainers clone the policy in `__init__`, when it still equals SFT, as their reference
+    (none with a beta of 0). Sharing tensors with the reference role, the clone costs no memory and
+    is covered by that role's hash. When TRL switches back from it (`set_adapter`), it activates
+    and un-freezes the adapter that PEFT holds as the view's active one, so that is set to the
+    policy's.
 
     Raises:
         IdentityError: The clone is not the SFT adapter.
@@ -132,7 +126,7 @@ def tie_reference(backbone: Backbone) -> int:
                 remedy="stage at fault: sft. Was another adapter loaded as policy?",
             )
         parameters[name].data = sft.data
-    # PEFT's own call would change which parameters are trainable as well.
+    # PEFT's `set_adapter` would also change which parameters are trainable.
     view.active_adapter = view.base_model.active_adapter = ADAPTERS["policy"]
     backbone.activate([ADAPTERS["policy"]])
     for name in clones:
@@ -142,26 +136,18 @@ def tie_reference(backbone: Backbone) -> int:
 
 
 class RolloutTrainer(PolicyTrainer):
-    """A trainer on sampled completions that reward functions score.
-
-    Attributes:
-        progress: Shows the phases of an update.
-    """
+    """A trainer on sampled completions that reward functions score."""
 
     progress: Progress
 
     @property
     def samples_itself(self) -> bool:
-        """True where our sampler samples; a recipe may choose one of transformers' own ways."""
+        """True if `models.sampler` is used, False if the recipe chose a sampler of transformers."""
         args = self.args
         return not (args.use_transformers_continuous_batching or args.cache_implementation)
 
     def before_training(self) -> None:
-        """Check transformers' sampler against the trainer; our own is checked on a rollout.
-
-        Raises:
-            IdentityError: The sampler's log-probs are not the trainer's.
-        """
+        """Check transformers' sampler against the trainer; ours is checked on a rollout."""
         if not self.samples_itself:
             prompts = self.train_dataset[:4]["prompt"]
             self.identities["sampler_difference"] = identities.sampler_agrees(
@@ -172,10 +158,7 @@ class RolloutTrainer(PolicyTrainer):
             )
 
     def checked_rewards(self, rewards_bf: Tensor, prompts: list[Any]) -> Tensor:
-        """Weigh the rewards (B, F) of F functions; a rollout with a NaN is skipped.
-
-        TRL would take a NaN for 0. A function of weight 0 is only logged.
-        """
+        """Weight rewards (B, F) of F functions; skip a rollout with NaN, which TRL reads as 0."""
         weights_f = self.reward_weights.to(rewards_bf.device)
         used_bf = torch.where(weights_f != 0, rewards_bf * weights_f, 0.0)
         bad = (~torch.isfinite(used_bf.sum(dim=1))).nonzero().flatten().tolist()

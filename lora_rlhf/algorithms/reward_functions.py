@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reward functions, called as TRL calls them: reward model, gold checker, penalty for no eos."""
+"""Reward functions with TRL's signature: reward model, gold checker, penalty for a missing eos."""
 
 from __future__ import annotations
 
@@ -20,10 +20,7 @@ RewardFunction = Callable[..., list[float]]
 def of_recipe(
     recipe: Recipe, backbone: Backbone, prompts: Dataset
 ) -> tuple[list[RewardFunction], list[float]]:
-    """Build the reward functions and their weights; one of weight 0 is only logged.
-
-    The gold checker is logged where the prompts have one.
-    """
+    """Build the reward functions and their weights; a function of weight 0 is only logged."""
     spread: list[float] = []
 
     def model(
@@ -62,7 +59,7 @@ def of_recipe(
 
 
 def eos_penalty(backbone: Backbone, penalty: float) -> RewardFunction:
-    """Build PPO's penalty as a reward function, so that all algorithms optimise the same score."""
+    """Build PPO's penalty for a missing eos as a reward function of other algorithms."""
     ends = set(backbone.eos_ids)
 
     def missing_eos(completion_ids: Any, **_: Any) -> list[float]:
@@ -72,5 +69,5 @@ def eos_penalty(backbone: Backbone, penalty: float) -> RewardFunction:
 
 
 def has_checker(prompts: Dataset) -> bool:
-    """Check that every prompt is of a task, whose checker gives the gold reward."""
+    """Check that every prompt has a task item, whose checker gives the gold reward."""
     return "item" in prompts.column_names and all(prompts["item"])

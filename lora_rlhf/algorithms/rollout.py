@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sample and score a rollout, reusing log-probs and trunk states from generation.
 
-While it samples, the policy computes the log-prob of every token and the states that leave the
-frozen trunk. Both are reused if they agree with the training forward on the first rollout; if not
-(half precision), the training forward computes them once. Each role then runs its adapted layers
-over the episodes, sorted by length.
+Sampling computes the log-prob of every token and the output states of the frozen trunk. Both are
+reused if they agree with the training forward on the first rollout; if not (half precision), the
+training forward computes them once. Each role then runs its adapted layers over the episodes,
+sorted by length.
 
 N episodes, P and T tokens of the longest prompt and completion, H hidden size.
 """
@@ -35,17 +35,17 @@ _COMPARED = 16
 """Episodes of the first rollout that are compared."""
 
 MORE = 2
-"""Training micro-batches that are scored at once: scoring keeps no activations."""
+"""Size of a scoring batch in training micro-batches; scoring keeps no activations."""
 
 
 @dataclass
 class Scorer:
-    """Samples and scores rollouts for one PPO run.
+    """Sampler and scorer of one PPO run's rollouts.
 
     Attributes:
         size: Episodes of a training micro-batch.
-        identities: Gets what was measured.
-        say: Tells the user what was switched off, and why.
+        identities: Receives the measured difference.
+        say: Reports to the user why something is not reused.
         trunk: Whether passes start from kept trunk states; decided on the first rollout.
         trusted: Whether the sampler's log-probs and states are reused; decided there too.
     """
@@ -75,7 +75,7 @@ class Scorer:
         self.trunk, self.trusted = state["trunk"], state["trusted"]
 
     def sample(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-        """Sample completions of the active role; log-probs and states are kept for `begin`."""
+        """Sample completions of the active role; keeps log-probs and states for `begin`."""
         self._sampled = sampler.sample(
             self.backbone,
             prompts,
@@ -86,13 +86,10 @@ class Scorer:
         return [sampled.ids for sampled in self._sampled]
 
     def begin(self, episodes: list[Episode]) -> list[Tensor] | None:
-        """Begin a rollout: decide what is reused, and get the trunk states of each episode.
-
-        Returns:
-            (L, H) of each episode, for the reward functions; None without a trunk.
+        """Decide what is reused; return each episode's trunk states (L, H), if there is a trunk.
 
         Raises:
-            IdentityError: The sampler is not the policy that is trained.
+            IdentityError: The sampler's log-probs are not those of the trained policy.
         """
         self.episodes, self.states = episodes, None
         if self.trunk is None:
@@ -113,7 +110,7 @@ class Scorer:
         Args:
             out: Padded ids and masks; `old_logprobs` and `old_values` (N, T), `prompt_states`
                 (N, P, H) and `completion_states` (N, T, H) are added.
-            exact: Compute the policy's log-probs as the reference's, reusing none.
+            exact: Compute the policy's log-probs with the reference's code path, reusing none.
 
         Returns:
             The reference's log-probs, (N, T).
@@ -137,12 +134,12 @@ class Scorer:
         out["old_logprobs"], out["old_values"] = _pad(logprobs, mask_nt), _pad(values, mask_nt)
         if self.states is not None:
             out |= self._padded_states(out)
-        self._sampled = self.states = None  # the rollout has them now
+        self._sampled = self.states = None  # `out` holds them now
         return _pad(reference, mask_nt)
 
     @torch.no_grad()
     def _policy_and_values(self, size: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Compute both in one pass, where the value is a head on the policy's states."""
+        """Compute both in one pass: the value is a head on the policy's states."""
         logprobs, values = ([torch.empty(0)] * len(self.episodes) for _ in range(2))
 
         def visit(batch: scoring.Batch) -> None:
@@ -156,21 +153,19 @@ class Scorer:
         return logprobs, values
 
     def _trunk_pass(self) -> list[Tensor]:
-        """Compute the trunk's states of every episode, (L, H) each, in one pass over its layers."""
+        """Compute every episode's trunk states, (L, H) each."""
         out: list[Tensor] = [torch.empty(0)] * len(self.episodes)
 
         def visit(batch: scoring.Batch) -> None:
-            for row, i in zip(self._trunk(batch), batch.index, strict=True):
+            states = scoring.trunk_states(self.backbone, batch.ids, batch.mask)
+            for row, i in zip(states, batch.index, strict=True):
                 out[i] = row[len(row) - sum(map(len, self.episodes[i])) :].clone()
 
         scoring.for_each_batch(self.backbone, self.episodes, MORE * self.size, None, visit)
         return out
 
-    def _trunk(self, batch: scoring.Batch) -> Tensor:
-        return scoring.trunk_states(self.backbone, batch.ids, batch.mask)
-
     def _padded_states(self, out: dict[str, Any]) -> dict[str, Tensor]:
-        """Pad as the rollout's ids are: prompts on the left, completions on the right."""
+        """Pad like the rollout's ids: prompts on the left, completions on the right."""
         assert self.states is not None
         like = self.states[0]
         (n, p), t = out["prompt_ids"].shape, out["completion_ids"].shape[1]
@@ -184,7 +179,7 @@ class Scorer:
 
     @torch.no_grad()
     def _compare_trunk(self) -> None:
-        """Keep states only if passes that start from them have the bits of whole passes."""
+        """Keep states only if passes that start from them equal full passes bit for bit."""
         first = scoring.by_length(self.episodes)[: self.size]
         self.backbone.backoff.for_each_batch("scoring", first, len(first), self._compare_trunk_on)
 
@@ -194,7 +189,8 @@ class Scorer:
         batch = scoring.batch(self.backbone, self.episodes, index)
         whole = scoring.hidden_states(self.backbone, batch.ids, batch.mask)
         try:
-            part = scoring.hidden_states(self.backbone, batch.ids, batch.mask, self._trunk(batch))
+            states = scoring.trunk_states(self.backbone, batch.ids, batch.mask)
+            part = scoring.hidden_states(self.backbone, batch.ids, batch.mask, states)
         except Exception as error:  # an unknown architecture may raise anything
             if oom.is_out_of_memory(error):
                 raise
@@ -207,7 +203,7 @@ class Scorer:
             reason = f"outputs differ by {float((whole[valid] - part[valid]).abs().max()):.2g}"
         self.trunk = False
         name = type(self.backbone.causal).__name__
-        self.say(f"ppo: {name} cannot start from kept trunk states ({reason}): every pass is whole")
+        self.say(f"ppo: {name} cannot start from kept trunk states ({reason}); passes run in full")
 
     def _compare_sampler(self, sampled: list[Sampled]) -> None:
         """Reuse the sampler's log-probs and states only if the training forward agrees."""
@@ -218,7 +214,7 @@ class Scorer:
         )
         whole = torch.cat(pass_over()).cpu()
         drawn = torch.cat([sampled[i].logprobs[-len(self.episodes[i][1]) :] for i in rows])
-        if len(drawn) != len(whole):  # an empty prompt: nothing predicts its first token
+        if len(drawn) != len(whole):  # an empty prompt: no token predicts the first one
             self.trusted = False
             return
         gap = (drawn - whole).abs()
@@ -239,7 +235,7 @@ class Scorer:
 
 
 def _pad(rows: list[Tensor], mask_nt: Tensor) -> Tensor:
-    """Pad rows, each ending where its mask ends, with 0 to (N, T)."""
+    """Pad rows with 0 to (N, T); each ends where its mask ends."""
     out = torch.zeros(mask_nt.shape, dtype=torch.float32, device=mask_nt.device)
     for i, (row, end) in enumerate(zip(rows, mask_nt.sum(dim=1).tolist(), strict=True)):
         out[i, end - len(row) : end] = row

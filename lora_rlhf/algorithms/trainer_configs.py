@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TRL's config of every training of a recipe, built once before anything is made or loaded."""
+"""TRL's config of every training in a recipe, built before any folder or model is made."""
 
 from __future__ import annotations
 
@@ -17,12 +17,7 @@ from .ppo import ppo_stage
 
 
 class TrainerConfigs(NamedTuple):
-    """The configs of one run.
-
-    Attributes:
-        reward: By role; empty where no reward model is trained.
-        policy: Of the recipe's algorithm; best of n, which trains nothing, has PPO's budget.
-    """
+    """The configs of one run; `reward` by role, empty where no reward model is trained."""
 
     sft: SFTConfig
     reward: dict[str, RewardConfig]
@@ -30,10 +25,7 @@ class TrainerConfigs(NamedTuple):
 
 
 def build(recipe: Recipe, out: Path) -> TrainerConfigs:
-    """Build the configs of a run.
-
-    Args:
-        out: The run directory.
+    """Build the configs of a run; best of n, which trains nothing, gets PPO's.
 
     Raises:
         RecipeError: `args:` of a stage cannot be used.

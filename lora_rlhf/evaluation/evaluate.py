@@ -30,7 +30,7 @@ from lora_rlhf.redaction import safe
 from lora_rlhf.runs.metric_names import METRICS
 from lora_rlhf.runs.record import Record
 from lora_rlhf.runs.samples import prompt_text
-from lora_rlhf.training.reward.ensemble import rewards_of
+from lora_rlhf.training.reward import ensemble
 
 from .answers import AnswerCache, Answers
 
@@ -152,7 +152,7 @@ def _answer(
     answers = Answers(ids, [backbone.decode(completion) for completion in ids], finished, seconds)
     sequences = list(zip(prompts, ids, strict=True))
     if backbone.has("reward"):
-        rewards = rewards_of(backbone, sequences, recipe.reward, size)
+        rewards = ensemble.scores(backbone, sequences, recipe.reward, size).rewards
         answers.scores["reward"] = _finite(rewards, "reward score")
     if backbone.has("held_out"):
         raw = scores(backbone, sequences, role="held_out", batch_size=size)

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from lora_rlhf.runtime import optional_packages  # noqa: F401  # isort: skip
-from lora_rlhf.algorithms import best_of_n, policy_stage
+from lora_rlhf.algorithms import best_of_n
 from lora_rlhf.algorithms.ppo import ppo_stage
 from lora_rlhf.data.filters import breaker
 from lora_rlhf.errors import UsageError
+from lora_rlhf.models import adapters
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.runs.record import Record
 from lora_rlhf.training import sft
@@ -41,7 +42,7 @@ def load_stage(stage: str, backbone: Backbone, record: Record) -> None:
     elif stage == "reward":
         reward_stage.load(backbone, record)
     elif stage not in ("best_of_n", "evaluate"):
-        policy_stage.load(backbone, record)
+        adapters.load_role(backbone, "policy", record.adapter("policy"))
 
 
 def generate(
@@ -81,5 +82,5 @@ def generate(
     for model, [answer] in answers.items():
         rows.append({"model": model, "text": backbone.decode(answer), "tokens": len(answer)})
         if backbone.has("reward"):
-            [rows[-1]["reward"]] = ensemble.rewards_of(backbone, [(ids, answer)], recipe.reward)
+            [rows[-1]["reward"]] = ensemble.scores(backbone, [(ids, answer)], recipe.reward).rewards
     return rows

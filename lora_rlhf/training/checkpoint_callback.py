@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Callback that saves and resumes one training: when, what, and whether it is the same run.
-
-The hooks that a trainer calls it by are in `resumable_trainer`.
-"""
+"""Callback that saves and resumes one training; `resumable_trainer` calls it."""
 
 from __future__ import annotations
 
@@ -34,11 +31,11 @@ from .stage_context import StageContext
 _LOOP_STATE = (
     "_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step",
 )  # fmt: skip
-"""Attributes that Trainer sets to 0 when its loop begins, so they are restored after that."""
+"""Attributes that Trainer resets when its loop begins, so they are restored after that."""
 
 
 class Result(NamedTuple):
-    """Result of a training that is over, in this process or in an earlier one."""
+    """Result of a training that finished in this process or in an earlier one."""
 
     global_step: int
     training_loss: float
@@ -48,14 +45,12 @@ class CheckpointCallback(TrainerCallback):
     """Saves and resumes one training.
 
     Args:
-        stage: Stage that the training belongs to.
-        name: Of the training: the stage's, or the role's in the reward stage.
-        unit: Optimizer steps of what the log calls a step.
+        name: The stage, or the role in the reward stage.
+        unit: Optimizer steps per logged step.
 
     Attributes:
         resumed: The checkpoint that training continues from.
-        run: Identity of the run up to the end of this stage.
-        paused: Whether it stopped for a signal or its time budget, and is not done.
+        paused: Whether training stopped early, for a signal or its time budget.
     """
 
     def __init__(self, context: StageContext, stage: str, name: str, unit: int = 1) -> None:
@@ -67,16 +62,16 @@ class CheckpointCallback(TrainerCallback):
         self.run = identity(self.backbone, self.record, stage)
         self.paused = self._room_checked = False
         self._replaced = list[Any]()  # checkpoints from before a warm start
-        self._epoch: dict[str, Any] = {}  # random states at the beginning of this epoch
+        self._epoch: dict[str, Any] = {}  # random states at the start of this epoch
         self._saved = self._started = time.monotonic()
         self._seconds = 0.0  # of earlier processes
 
     def train(self, trainer: Any) -> Result:
-        """Train to the end, from the newest checkpoint where there is one.
+        """Train to the end, from the newest checkpoint if there is one.
 
         Raises:
-            CheckpointError: There are checkpoints, and none is complete, or of this run.
-            Interrupted, OutOfTime: What was done is saved.
+            CheckpointError: No checkpoint is complete, or it is of another run.
+            Interrupted, OutOfTime: After saving.
         """
         trainer.checkpoints, trainer.backoff = self, self.backbone.backoff
         trainer.guard = NonFiniteGuard(trainer, self.context, self.name, self.unit)
@@ -117,15 +112,11 @@ class CheckpointCallback(TrainerCallback):
         return result
 
     def _start_warm(self, trainer: Any) -> None:
-        """Load only the adapters of the newest checkpoint that has them.
-
-        Raises:
-            CheckpointError: No checkpoint has them.
-        """
+        """Load only the adapters of the newest checkpoint that has them."""
         self.record.truncate_log(self.name)
         self._replaced = checkpoint.folders(self.folder)
         if not self._replaced:
-            return  # another role of the stage: it has not begun
+            return  # a later role of the stage, not begun yet
         start = checkpoint.newest_adapters(self.folder)
         if start is None:
             raise CheckpointError(
@@ -145,25 +136,25 @@ class CheckpointCallback(TrainerCallback):
         self.progress.say(f"{self.name}: restarting from the adapters of {start.folder.name}")
 
     def on_epoch_begin(self, *_: Any, train_dataloader: Any = None, **__: Any) -> None:
-        """Note the random states that this epoch's order is drawn from; restore them on resume."""
+        """Save the random states that determine this epoch's order; restore them on resume."""
         if self.resumed is not None and not self._epoch:
             _set_random_states(self.resumed.part("random")["epoch"], train_dataloader)
         self._epoch = _random_states(train_dataloader)
 
     def on_step_end(self, _: Any, state: TrainerState, control: TrainerControl, **__: Any) -> None:
-        """Request a checkpoint where one is due; the end of the training saves one of its own."""
+        """Request a checkpoint if one is due; at the end of training `_train` saves one."""
         if state.global_step >= state.max_steps:
             return
         every, minutes = self.section.every_steps, self.section.every_minutes
         due = every is not None and state.global_step % every == 0
-        # Inside a rollout its buffer would be saved too: a checkpoint by time waits for its end.
+        # A checkpoint by time waits for the end of a rollout, whose buffer is then not saved.
         if minutes is not None and state.global_step % self.unit == 0:
             due = due or time.monotonic() - self._saved >= 60 * minutes
         if due or interrupts.stop_requested():
             control.should_save = True
 
     def save(self, trainer: Any, notes: dict[str, Any] | None = None) -> None:
-        """Write a checkpoint of this moment."""
+        """Write a checkpoint of the current state."""
         random_now = _random_states(trainer.callback_handler.train_dataloader)
         epoch_ends = float(trainer.state.epoch).is_integer()
         parts = {
@@ -175,7 +166,7 @@ class CheckpointCallback(TrainerCallback):
                 "optimizer": trainer.optimizer.state_dict(),
                 "scheduler": trainer.lr_scheduler.state_dict(),
             },
-            # At the end of an epoch the next one's order is drawn from here.
+            # At the end of an epoch, the current state determines the next one's order.
             "random": {"now": random_now, "epoch": random_now if epoch_ends else self._epoch},
             "trainer": {
                 "kept": trainer.state_dict(),
@@ -218,10 +209,10 @@ class CheckpointCallback(TrainerCallback):
                 parameter.copy_(tensor)
 
     def load(self, trainer: Any) -> None:
-        """Restore adapters, heads and the trainer's own state.
+        """Restore adapters, heads and the trainer's state.
 
         Raises:
-            CheckpointError: Something is missing, or a tensor is of another shape.
+            CheckpointError: An entry is missing, or a tensor has another shape.
         """
         assert self.resumed is not None
         self._load_roles(self.resumed)
@@ -232,7 +223,7 @@ class CheckpointCallback(TrainerCallback):
         trainer.load_state_dict(state)
 
     def load_optimizer(self, trainer: Any) -> None:
-        """Restore the optimizer's moments and the position in the schedule."""
+        """Restore the states of optimizer and scheduler."""
         assert self.resumed is not None
         state = self.resumed.part("optimizer")
         try:
@@ -242,7 +233,7 @@ class CheckpointCallback(TrainerCallback):
             raise checkpoint.lacking(self.resumed.folder, f"its optimizer: {error}") from None
 
     def load_random(self, trainer: Any) -> None:
-        """Restore random states and the loop's counters, the last thing before training."""
+        """Restore random states and the loop's counters, right before training."""
         assert self.resumed is not None
         _set_random_states(self.resumed.part("random")["now"])
         loop = send_to_device(self.resumed.part("trainer")["loop"], trainer.args.device)
@@ -251,7 +242,7 @@ class CheckpointCallback(TrainerCallback):
 
 
 def identity(backbone: Backbone, record: Record, stage: str) -> dict[str, Any]:
-    """Return what must be equal for two runs to be the same up to a stage's end, as flat keys."""
+    """Return the flat keys that are equal in two runs that agree up to a stage's end."""
     flat = {k: v for k, v in keys_read(record.recipe(), stage).items() if v is not None}
     tokenizer = backbone.tokenizer
     flat |= {
@@ -267,7 +258,7 @@ def identity(backbone: Backbone, record: Record, stage: str) -> dict[str, Any]:
         if stage in stages and name in record.data["data"]:
             flat[f"data.{name}"] = fingerprints(record.data["data"][name])
     frozen = backbone.views.keys() - backbone.trained_roles
-    if stage == "evaluate":  # it does not read the value, which is there only right after PPO
+    if stage == "evaluate":  # it does not use the value, which exists only right after PPO
         frozen -= {"value"}
     return flat | {f"adapter.{role}": backbone.state_hash(role) for role in sorted(frozen)}
 
@@ -284,13 +275,12 @@ def _differences(
 
 
 def _generator(loader: Any) -> Any:
-    """The generator that a loader's order is drawn from, or None."""
     sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
     return getattr(sampler, "generator", None)
 
 
 def _random_states(loader: Any) -> dict[str, Any]:
-    """Every random state that a training draws from, as plain data."""
+    """Return every random state that training uses, as plain data."""
     kind, keys, *rest = np.random.get_state()
     generator = _generator(loader)
     return {

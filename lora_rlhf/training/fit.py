@@ -29,21 +29,20 @@ def fit(
     unit: int = 1,
     around: contextlib.AbstractContextManager[None] | None = None,
 ) -> tuple[T, Result]:
-    """Build a trainer and train it, from its newest checkpoint where there is one.
+    """Build a trainer and train it, from its newest checkpoint if there is one.
 
     Call it inside `backbone.training(...)`.
 
     Args:
-        build: Makes the trainer, with the `callbacks` that it is given.
-        stage: Of the record.
-        name: Of the training, where the stage has several.
-        unit: Optimizer steps of what the log calls a step.
-        around: Entered for the training itself.
+        build: Called with `callbacks`; returns the trainer.
+        name: The training, if the stage has several.
+        unit: Optimizer steps per logged step.
+        around: Context of the training itself.
 
     Raises:
         RecipeError: TRL refuses the arguments.
         IdentityError: A start-up identity does not hold.
-        NonFiniteError: The loss is not a number.
+        NonFiniteError: The loss is not finite.
     """
     name = name or stage
     with complaints(stage):
@@ -62,10 +61,10 @@ def fit(
 
 
 def check_loss(name: str, loss: float) -> None:
-    """Stop a training whose loss is not a number.
+    """Stop a training whose loss is not finite.
 
     Raises:
-        NonFiniteError: With what to try.
+        NonFiniteError: The loss is NaN or infinite.
     """
     if not math.isfinite(loss):
         raise NonFiniteError(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Micro-batches split where memory runs out, with the same gradient.
+"""Micro-batches split when memory runs out, with the same gradient.
 
-A micro-batch is tried whole. Where memory runs out in its forward or backward, gradients are put
-back to what they were before it, and it is done again in pieces half as large, one after the other.
-For that, the gradient is taken where the loss is computed and not after it.
+If memory runs out in the forward or backward of a micro-batch, its gradients are restored and it
+is repeated in pieces half as large, one after the other. The backward therefore runs inside
+`compute_loss`.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from lora_rlhf.runtime.oom import BatchSizeBackoff, attempt
 T = TypeVar("T")
 
 _Base: Any = object
-"""The TRL trainers after this mixin have no common class that mypy knows."""
+"""Base for mypy, which knows no common class of TRL's trainers."""
 
 
 class MicrobatchSplitting(_Base):
     """Mixin placed before a TRL trainer whose micro-batches can be split.
 
     Attributes:
-        backoff: Gives the rows of a piece; without it, running out of memory raises.
+        backoff: Determines the rows of a piece; without it, running out of memory raises.
         micro_batch: The whole inputs of the current loss.
     """
 
@@ -40,9 +40,10 @@ class MicrobatchSplitting(_Base):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Compute TRL's loss and add its gradient, in pieces where memory ran out.
+        """Compute TRL's loss and add its gradient, in pieces if memory runs out.
 
-        The loss returned has no graph: Trainer's backward of it adds nothing. Evaluation is TRL's.
+        The returned loss has no graph to the model, so Trainer's backward of it adds nothing.
+        Without gradients this is TRL's own method.
         """
         if return_outputs or not torch.is_grad_enabled():
             return self.whole_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -67,7 +68,7 @@ class MicrobatchSplitting(_Base):
     def whole_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Compute the loss as TRL does, with its graph."""
+        """Compute TRL's loss with its graph."""
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def rows(self, inputs: Any) -> int:
@@ -75,7 +76,7 @@ class MicrobatchSplitting(_Base):
         return len(inputs["prompt_ids"] if "prompt_ids" in inputs else inputs["input_ids"])
 
     def part(self, inputs: Any, start: int, stop: int) -> Any:
-        """Take some rows of a micro-batch; entries that belong to all of it stay."""
+        """Select some rows of a micro-batch; entries without rows are kept."""
         rows = self.rows(inputs)
         return {
             k: v[start:stop] if isinstance(v, Tensor) and v.ndim and len(v) == rows else v
@@ -83,12 +84,14 @@ class MicrobatchSplitting(_Base):
         }
 
     def share(self, piece: Any, inputs: Any, num_items_in_batch: Any) -> float:
-        """Return the weight of a piece's loss in that of its micro-batch: 1 where both are sums."""
+        """Return the weight of a piece's loss in its micro-batch's: 1 if both are sums."""
         return 1.0
 
     def can_be_cut(self) -> bool:
         """Return True if the loss of a micro-batch is the weighted sum of its pieces' losses."""
-        return not getattr(self, "aux_loss_enabled", False)  # of a mixture of experts: a mean
+        return not getattr(
+            self, "aux_loss_enabled", False
+        )  # of a mixture of experts: not a sum over rows
 
     def moved_by_loss(self) -> Iterable[torch.nn.Parameter]:
         """Return the parameters that get a gradient from the loss."""
@@ -102,18 +105,18 @@ class MicrobatchSplitting(_Base):
         step: Callable[[Any], T],
         parameters: Iterable[torch.nn.Parameter],
     ) -> list[T]:
-        """Run a forward and backward on a micro-batch, or on its pieces one after the other.
+        """Run forward and backward on a micro-batch, or on its pieces one after the other.
 
-        Where memory runs out, gradients and metrics are put back and the pieces halved.
+        When memory runs out, gradients and metrics are restored and the pieces halved.
 
         Args:
-            rows: Of the whole micro-batch.
-            cut: Takes the rows from one index to another.
-            step: Adds the gradient of a piece's part of the loss.
+            rows: Number of rows in `whole`.
+            cut: Selects the rows from `start` to `stop`.
+            step: Adds the gradient of one piece.
             parameters: All whose gradient `step` may change.
 
         Raises:
-            MemoryLimitError: There is no room for one row.
+            MemoryLimitError: Memory runs out with one row, or the loss cannot be split.
         """
         limit = self.backoff
         parameters = list(parameters)
@@ -144,19 +147,19 @@ class MicrobatchSplitting(_Base):
             if not self.can_be_cut():
                 raise MemoryLimitError(
                     f"memory ran out in training, with {size} rows at once: {why}",
-                    expected="room for the micro-batch: this loss is no sum over its rows",
-                    remedy="lower per_device_train_batch_size, or take another loss",
+                    expected="room for the micro-batch: this loss cannot be split over its rows",
+                    remedy="lower per_device_train_batch_size, or use another loss",
                 )
             limit.halve("training", size, why or "")
 
 
 @contextlib.contextmanager
 def in_one_block(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
-    """Let a backward put its gradients into one block of memory; those it does not make stay None.
+    """Let a backward write its gradients into one block of memory; unused gradients stay None.
 
-    Hundreds of small gradients between the activations would leave gaps that the next layer's do
-    not fit: the heap of a CPU grew by half (docs/decisions/0032). CUDA's allocator keeps small and
-    large apart. The meta device is treated as a CPU.
+    On a CPU, hundreds of small gradients between the activations fragment the heap, which grew by
+    half (docs/decisions/0032). CUDA's allocator separates small and large blocks. The meta device
+    is treated as a CPU.
     """
     groups = defaultdict(list)
     for parameter in parameters:
@@ -169,7 +172,7 @@ def in_one_block(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
             sizes = [p.numel() for p in group]
             block = torch.zeros(sum(sizes), dtype=dtype, device=device)
             for parameter, part in zip(group, block.split(sizes), strict=True):
-                # `data` has a version of its own, which tells whether anything was added to it.
+                # `data` has its own version counter, which shows whether anything was added.
                 gradient = part.view(parameter.shape).data
                 parameter.grad = gradient
                 lent.append((parameter, gradient, gradient._version))

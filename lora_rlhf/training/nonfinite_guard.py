@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Callback against NaN and infinity: the update is skipped, and three in a row stop the training.
+"""Callback that skips non-finite updates; three in a row stop the training.
 
-Gradients of a non-finite step are dropped, and adapters that hold NaN, wherever it came from, are
-set back to the state after the last good step. After every update it also checks that the frozen
-roles have not moved.
+Gradients of a non-finite step are dropped, and adapters that hold NaN or infinity are restored to
+the last good step. After every update the frozen roles are checked to be unchanged.
 """
 
 from __future__ import annotations
@@ -34,11 +33,10 @@ class NonFiniteGuard(TrainerCallback):
     """Guards one training; the last of its callbacks.
 
     Args:
-        name: Of the training.
         unit: Optimizer steps of one update.
 
     Attributes:
-        skipped: Whether the current optimizer step moves nothing.
+        skipped: Whether the current optimizer step changes nothing.
     """
 
     def __init__(self, trainer: Any, context: StageContext, name: str, unit: int) -> None:
@@ -54,7 +52,7 @@ class NonFiniteGuard(TrainerCallback):
         self._sum, self._logged = 0.0, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the counts, which a resumed training continues."""
+        """Return the counters that a resumed training continues."""
         return {name: getattr(self, name) for name in _STATE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -62,13 +60,13 @@ class NonFiniteGuard(TrainerCallback):
         self.__dict__.update(state)
 
     def note(self, error: NonFiniteError, *, rollout: bool = False) -> None:
-        """Mark this step, or all steps of this rollout, non-finite: its update is skipped."""
+        """Mark this step, or all steps of this rollout, as non-finite, to be skipped."""
         self._why = self._why or error.given
         if rollout:
             self._rollout = self._rollout or error.given
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """Set adapters that hold NaN back before anything is computed with them."""
+        """Restore adapters that hold NaN or infinity before they are used."""
         if not self._good:
             self._copy()
             self._frozen = self._checksums()
@@ -77,10 +75,10 @@ class NonFiniteGuard(TrainerCallback):
             self.note(NonFiniteError(f"the adapter of the {bad} held NaN or infinity"))
 
     def on_pre_optimizer_step(self, _: Any, state: TrainerState, *__: Any, **___: Any) -> None:
-        """Drop the gradients of a non-finite step: an optimizer ignores parameters without one.
+        """Drop the gradients of a non-finite step: optimizers ignore parameters without one.
 
         Raises:
-            NonFiniteError: It was the last of three skipped updates in a row.
+            NonFiniteError: This is the third skipped update in a row.
         """
         parameters = [entry[-1] for entry in self._parameters()]
         if not _finite([p.grad for p in parameters if p.grad is not None]):
@@ -93,7 +91,7 @@ class NonFiniteGuard(TrainerCallback):
             self._count(state.global_step, why)
 
     def on_optimizer_step(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
-        """Keep a copy of the adapters after a good step; set them back after a bad one."""
+        """Copy the adapters after a finite step; restore them after a non-finite one."""
         if self.skipped:
             return
         if bad := self._bad_role():
@@ -109,7 +107,7 @@ class NonFiniteGuard(TrainerCallback):
         """Check at the end of an update that no frozen role moved.
 
         Raises:
-            IdentityError: Naming the role that did.
+            IdentityError: A frozen role moved.
         """
         if state.global_step % self.unit == 0:
             self._rollout = None
@@ -123,7 +121,7 @@ class NonFiniteGuard(TrainerCallback):
                 )
 
     def on_log(self, _: Any, state: TrainerState, *__: Any, **___: Any) -> None:
-        """Leave a line whose loss is NaN out of the mean loss of the training."""
+        """Exclude a log line whose loss is not finite from the mean training loss."""
         if math.isfinite(self.trainer._total_loss_scalar):
             self._sum = self.trainer._total_loss_scalar
         else:
@@ -133,7 +131,7 @@ class NonFiniteGuard(TrainerCallback):
         self._logged = state.global_step
 
     def mean_loss(self, loss: float) -> float:
-        """Return the mean loss of the training, over the lines of the log that have one."""
+        """Return the mean training loss, over the log lines with a finite one."""
         counted = self._logged - self.trainer._initial_global_step
         return self._sum / counted if not math.isfinite(loss) and counted > 0 else loss
 
@@ -142,7 +140,7 @@ class NonFiniteGuard(TrainerCallback):
         return [(r, n, p) for r in roles for n, p in self.backbone.role_parameters(r)]
 
     def _checksums(self) -> dict[str, Tensor]:
-        """Sum the bits of each frozen role's tensors: exact, on the device, without a copy."""
+        """Sum the bits of each frozen role's tensors on the device."""
         return {
             role: torch.stack(
                 [
@@ -154,6 +152,7 @@ class NonFiniteGuard(TrainerCallback):
         }
 
     def _bad_role(self) -> str | None:
+        """Return the first trained role that holds NaN or infinity."""
         for role in sorted(self.backbone.trained_roles):
             if not _finite([p for _, p in self.backbone.role_parameters(role)]):
                 return role
@@ -175,17 +174,13 @@ class NonFiniteGuard(TrainerCallback):
             return  # another step of the same update
         self._row = self._row + 1 if update == self._last + 1 else 1
         self._last = update
-        line: dict[str, Any] = {
-            "training": self.name,
-            "update": update,
-            "why": why,
-            "prompts": self._prompts(),
-        }
+        line: dict[str, Any] = {"training": self.name, "update": update, "why": why}
+        line["prompts"] = self._prompts()
         path = self.record.folder / "skipped.jsonl"
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(safe(line)) + "\n")
         skipped = self.record.data.setdefault("skipped", {}).setdefault(self.name, {})
-        skipped[str(update)] = why  # by number, so that an update done again counts once
+        skipped[str(update)] = why  # by number, so that a repeated update counts once
         self.record.save()
         self.progress.say(f"{self.name}: update {update} is skipped, {why} ({path.name})")
         if self._row >= MOST:
@@ -207,7 +202,7 @@ class NonFiniteGuard(TrainerCallback):
 
 
 def _finite(tensors: list[Any]) -> bool:
-    """Check that all numbers are finite, with one transfer from the device."""
+    """Check that all numbers are finite, with a single transfer from the device."""
     return not tensors or bool(
         torch.stack([torch.isfinite(t.detach()).all() for t in tensors]).all()
     )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mixin placed before a TRL trainer: exact resume, and skipping of non-finite updates.
 
-Trainer counts steps, skips batches that were seen, and calls the hooks overridden here. Its own
-checkpoint files are never written or read: they are pickles, and loading an adapter through
+Trainer counts steps, skips batches of the resumed epoch, and calls the hooks overridden here. Its
+own checkpoint files are not used: they are pickles, and its loading of an adapter through
 `set_adapter` breaks the optimizer's groups.
 """
 
@@ -35,20 +35,15 @@ _ENTRIES = {
 
 
 class ResumableTrainer(MicrobatchSplitting):
-    """A trainer on one role of a backbone, which can be resumed from a checkpoint.
-
-    Args:
-        role: Whose view is trained.
-        options: Of TRL's trainer.
+    """A trainer of one role of a backbone that can be resumed from a checkpoint.
 
     Attributes:
-        entries: Entry of a checkpoint -> attribute that it holds, beside those of all trainers.
-            The names of entries are a file format: they stay when an attribute is renamed. An
-            object with `state_dict` and `load_state_dict` writes and reads its own.
-        checkpoints: The callback that saves and loads.
+        entries: Checkpoint entry -> attribute, in addition to the entries of all trainers. The
+            names are a file format and stay when an attribute is renamed. An object with
+            `state_dict` and `load_state_dict` defines its own entry.
         guard: Skips non-finite updates; without it they raise.
         seen: Inputs of the last step.
-        warm_started: Whether training began from other adapters than the stage's own.
+        warm_started: Whether only the adapters of a checkpoint were loaded.
     """
 
     entries: ClassVar[Mapping[str, str]] = {}
@@ -66,25 +61,28 @@ class ResumableTrainer(MicrobatchSplitting):
         self.remove_callback(PrinterCallback)
 
     def before_training(self) -> None:
-        """Check what must hold before the first step."""
+        """Run checks before the first step."""
 
     def after_training(self) -> None:
-        """Finish a training that reached its end."""
+        """Finish a completed training."""
 
     def _send_telemetry(self) -> None:
-        """Send TRL's report of each new trainer to the Hub only where the user asked for it."""
+        """Send TRL's telemetry to the Hub only if the user asked for it."""
         if telemetry_allowed():
             super()._send_telemetry()
 
     def state_dict(self) -> dict[str, Any]:
-        """Collect what decides later steps, beside roles, optimizer and random states."""
+        """Return the state for later steps, without roles, optimizer and random states."""
         state: dict[str, Any] = {}
         for entry, name in (_ENTRIES | dict(self.entries)).items():
             if hasattr(self, name):
                 value = getattr(self, name)
                 state[entry] = value.state_dict() if hasattr(value, "state_dict") else value
-        if "_step" in state and state["_step"] % _rollout_steps(self) == 0:
-            state["_buffered_inputs"] = None  # used up: the next step begins with a rollout
+        if (
+            "_step" in state
+            and state["_step"] % (self.args.steps_per_generation * self.num_iterations) == 0
+        ):
+            state["_buffered_inputs"] = None  # used up: the next step makes a rollout
             if "_rollout" in state:
                 state["_rollout"] = {}
         return state
@@ -102,30 +100,30 @@ class ResumableTrainer(MicrobatchSplitting):
                 setattr(self, names[entry], value)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """Run TRL's step; its inputs are kept for a report on a non-finite update."""
+        """Run TRL's step; keeps its inputs for a report on a non-finite update."""
         self.seen = inputs
         return super().training_step(model, inputs, num_items_in_batch)
 
     @property
     def skipped(self) -> bool:
-        """True if the current optimizer step moves nothing."""
+        """True if the current optimizer step changes nothing."""
         return self.guard is not None and self.guard.skipped
 
     def skip_update(self, error: NonFiniteError, *, rollout: bool = False) -> None:
-        """Skip this step, or all steps of this rollout; raise where there is no guard."""
+        """Skip this step, or all steps of this rollout; raise if there is no guard."""
         if self.guard is None:
             raise error
         self.guard.note(error, rollout=rollout)
 
     def check_finite(self, what: str, *tensors: Tensor, rollout: bool = False) -> bool:
-        """Check that all numbers are finite; skip the update if not."""
+        """Check that all numbers are finite; skip the update otherwise."""
         finite = all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
         if not finite:
             self.skip_update(NonFiniteError(f"{what} are not finite"), rollout=rollout)
         return finite
 
     def checked_norm(self, stage: str, norm: float, role: str = "policy") -> float:
-        """Return a gradient's norm; skip the update where it is not finite."""
+        """Return a gradient's norm; skip the update if it is not finite."""
         if not math.isfinite(norm):
             self.skip_update(
                 NonFiniteError(
@@ -138,7 +136,7 @@ class ResumableTrainer(MicrobatchSplitting):
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as TRL does, but the mean of a list with a NaN is NaN, not the mean of the rest."""
+        """Log as TRL does, but average a list that contains NaN to NaN."""
         lists = self._metrics["train" if self.model.training else "eval"]
         for name in [n for n, values in lists.items() if any(x != x for x in values)]:
             if name not in UNDEFINED and not name.startswith("rewards/"):
@@ -147,10 +145,10 @@ class ResumableTrainer(MicrobatchSplitting):
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # Read once: a signal that comes while this is written waits for the next boundary.
+        # Read once: a signal during the write takes effect at the next checkpoint.
         stop = interrupts.stop_requested() and not self.control.should_training_stop
         self.checkpoints.save(self)
-        self.control.should_save = False  # Trainer asks again at the end of an epoch
+        self.control.should_save = False  # else Trainer saves again at the end of an epoch
         if stop:
             self.checkpoints.paused = self.control.should_training_stop = True
 
@@ -164,8 +162,3 @@ class ResumableTrainer(MicrobatchSplitting):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             self.checkpoints.load_random(self)
-
-
-def _rollout_steps(trainer: Any) -> int:
-    """Micro-batches that one rollout is used for."""
-    return int(trainer.args.steps_per_generation * trainer.num_iterations)

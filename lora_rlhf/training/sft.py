@@ -33,16 +33,16 @@ _DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 
 _OTHER_DTYPE = 0.5
-"""Largest difference of a logit between two dtypes of one base: a few roundings of bfloat16."""
+"""Largest difference of a logit between two dtypes of one base, a few roundings of bfloat16."""
 
 
 class ResumableSFTTrainer(ResumableTrainer, SFTTrainer):
-    """TRL's SFT on a backbone's view, with the loss on held-out rows after training."""
+    """TRL's SFT, with the loss on held-out rows after training."""
 
     held_out_loss: float
 
     def share(self, piece: Any, inputs: Any, num_items_in_batch: Any) -> float:
-        """Return the share of tokens; 1 where the loss is divided by those of the whole step."""
+        """Return the share of tokens; 1 if the loss is divided by the tokens of the whole step."""
         if num_items_in_batch is not None:
             return 1.0
         tokens, total = (int((x["labels"] != -100).sum()) for x in (piece, inputs))
@@ -54,12 +54,12 @@ class ResumableSFTTrainer(ResumableTrainer, SFTTrainer):
 
 
 def run(context: StageContext, args: SFTConfig, data: Prepared) -> None:
-    """Train the policy's adapter on demonstrations; leaves roles `policy` and `reference`, equal.
+    """Train on demonstrations; leaves equal roles `policy` and `reference`.
 
     The loss is on completion tokens only, the eos included.
 
     Raises:
-        IdentityError: The saved adapter does not give the same outputs when it is loaded again.
+        IdentityError: The saved adapter gives other outputs when it is loaded again.
     """
     recipe, backbone, record, _ = context
     with record.stage("sft") as entry:
@@ -98,7 +98,7 @@ def load(backbone: Backbone, record: Record) -> None:
     """Load roles `policy` and `reference` from the finished stage.
 
     Raises:
-        IdentityError: The adapter's outputs are not those it was saved with.
+        IdentityError: The adapter's outputs differ from those saved with it.
     """
     folder = record.adapter("sft")
     adapters.load_role(backbone, "reference", folder)
@@ -108,7 +108,7 @@ def load(backbone: Backbone, record: Record) -> None:
     saved = adapters.read_check(folder)
     for role in ("policy", "reference"):
         now = adapters.expected_outputs(backbone, role)
-        # Sums differ between CPUs, and roundings between dtypes: equal bits are not promised.
+        # Sums differ between CPUs, and rounding between dtypes, so a tolerance is needed.
         atol = saved["atol"] if saved["dtype"] == now["dtype"] else _OTHER_DTYPE
         for name, values in saved["expected"].items():
             if not np.allclose(values, now["expected"][name], rtol=0, atol=atol):
@@ -121,7 +121,7 @@ def load(backbone: Backbone, record: Record) -> None:
 
 
 def tokenize(backbone: Backbone, rows: Dataset) -> Dataset:
-    """Encode prompt + completion: ids, labels (-100 on the prompt), and lengths for grouping."""
+    """Encode rows: ids, labels (-100 on the prompt), and length for batches of similar length."""
 
     def encode(row: dict[str, Any]) -> dict[str, Any]:
         prompt = backbone.encode_prompt(row["prompt"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of a run that every training stage works with."""
+"""Objects that every training stage uses."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ class StageContext(NamedTuple):
     progress: Progress
 
     def save_adapter(self, role: str, name: str | None = None) -> str:
-        """Save a role as `adapters/NAME`, by default under its own; returns its sha256."""
+        """Save a role as `adapters/NAME`, by default its own name; returns the file's sha256."""
         folder = adapters.save_role(self.backbone, role, self.record.adapter(name or role))
         return sha256(folder / "adapter_model.safetensors")

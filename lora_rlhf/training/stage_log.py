@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Callback that passes what a trainer logs on to `metrics.jsonl` and to the progress line."""
+"""Callback that writes a trainer's log to `metrics.jsonl` and to the progress line."""
 
 from __future__ import annotations
 
@@ -15,12 +15,10 @@ _CLOCK = ("runtime", "per_second", "step_time", "total_flos", "preparation_time"
 
 
 class StageLog(TrainerCallback):
-    """Log of one training.
-
-    Everything that depends on the clock goes under `clock`, so that equal runs log equal lines.
+    """Log of one training, with all timings under `clock`, so that equal runs log equal lines.
 
     Args:
-        steps_per_unit: Optimizer steps of what the log calls a step.
+        steps_per_unit: Optimizer steps per logged step.
     """
 
     def __init__(
@@ -31,13 +29,13 @@ class StageLog(TrainerCallback):
         self._last = time.perf_counter()
 
     def on_train_begin(self, _: Any, state: TrainerState, *__: Any, **___: Any) -> None:
-        """Open the progress line; only the trainer knows the number of steps before that."""
+        """Open the progress line, now that the number of steps is known."""
         self.progress.begin(self.stage, -(-state.max_steps // self.steps_per_unit))
 
     def on_log(
         self, _: Any, state: TrainerState, *__: Any, logs: dict[str, Any] | None = None, **___: Any
     ) -> None:
-        """Write one line; the trainer's closing summary is not a step and is left out."""
+        """Write one line; skip Trainer's closing summary."""
         logs = dict(logs or {})
         if "train_runtime" in logs:
             return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TRL configs built from a recipe's `args:`, with what TRL refuses as recipe errors."""
+"""TRL configs built from a recipe's `args:`; arguments that TRL rejects are recipe errors."""
 
 from __future__ import annotations
 
@@ -27,24 +27,21 @@ _EFFECTIVE = (
     "steps_per_generation", "num_generations", "num_iterations", "epsilon", "epsilon_high",
     "temperature", "max_completion_length",
 )  # fmt: skip
-"""Fields of TRL's configs that decide what a stage computes."""
+"""Fields of TRL's configs that determine a stage's result."""
 
 _OF_GROUPS = ("loss_type", "scale_rewards", "normalize_advantages")
-"""The same for all but PPO, which has a loss of its own."""
-
-_UNLISTED = ("flyte",)
-"""Trackers that transformers knows but never lists as installed."""
+"""Fields that PPO, with its own loss, does not use."""
 
 
 @dataclasses.dataclass
 class PPOConfig(GRPOConfig):
-    """GRPO's config, but one completion per prompt is allowed: PPO needs no group."""
+    """GRPO's config, except that one completion per prompt is allowed."""
 
     def __post_init__(self) -> None:
         try:
             super().__post_init__()
         except ValueError as error:
-            # Only checks of vLLM's importance sampling come later, which PPO does not use.
+            # The checks after this one are for vLLM, which PPO does not use.
             if self.num_generations != 1 or "at least 2 generations" not in str(error):
                 raise
 
@@ -54,10 +51,7 @@ def trainer_args(
 ) -> dict[str, Any]:
     """Merge a stage's defaults and the recipe's `args:` into arguments for a TRL config.
 
-    There is no autocast: the backbone has its dtype from loading, and adapters are float32.
-
-    Args:
-        out: The run directory.
+    There is no autocast: the backbone's dtype is set when it is loaded, and adapters are float32.
 
     Raises:
         RecipeError: `args:` has a key that is set elsewhere, or a number out of range.
@@ -99,34 +93,26 @@ def build(stage: str, config: Any, given: dict[str, Any]) -> Any:
             raise trl_args.unknown(stage, key, known)
     with complaints(stage):
         built = config(**given)
-        # One process uses one GPU, whatever is visible: transformers would replicate the backbone.
+        # With several visible GPUs, Trainer would replicate the backbone.
         built._n_gpu = min(built.n_gpu, 1)
-        _try_out(built)
-        # Trackers read these: they get no folder of this machine's user and no secret.
+        # Built here for one number, since TRL would fail only inside the stage.
+        Trainer.get_optimizer_cls_and_kwargs(built)
+        get_scheduler(
+            built.lr_scheduler_type,
+            torch.optim.SGD([torch.zeros(1)], lr=1.0),
+            num_warmup_steps=0,
+            num_training_steps=2,
+            scheduler_specific_kwargs=built.lr_scheduler_kwargs,
+        )
+        # Trackers read these, and must not get the user's folders or secrets.
         built.to_dict = lambda: hide(type(built).to_dict(built))
         built.run_name, built.project = safe(built.run_name), safe(built.project)
         return built
 
 
-def _try_out(args: Any) -> None:
-    """Build optimizer and scheduler for one number: TRL would do so only inside the stage."""
-    Trainer.get_optimizer_cls_and_kwargs(args)
-    get_scheduler(
-        args.lr_scheduler_type,
-        torch.optim.SGD([torch.zeros(1)], lr=1.0),
-        num_warmup_steps=0,
-        num_training_steps=2,
-        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
-    )
-
-
 @contextlib.contextmanager
 def complaints(stage: str) -> Iterator[None]:
-    """Turn what libraries raise for unsuitable arguments into a recipe error.
-
-    Raises:
-        RecipeError: In their words.
-    """
+    """Turn a library's error about arguments into a `RecipeError` with its message."""
     try:
         yield
     except (TypeError, ValueError, ImportError, NotImplementedError) as error:
@@ -138,7 +124,7 @@ def complaints(stage: str) -> Iterator[None]:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers of `report_to` that are unknown, or not installed.
+    """Reject trackers of `report_to` that are unknown or not installed.
 
     Raises:
         RecipeError: There is no such tracker.
@@ -149,7 +135,7 @@ def check_trackers(names: Sequence[str]) -> None:
         if name not in integration_utils.INTEGRATION_TO_CALLBACK:
             known = ", ".join(sorted(integration_utils.INTEGRATION_TO_CALLBACK))
             raise RecipeError(f"report_to: there is no tracker {name!r}", expected=known)
-        if name not in (*installed, *_UNLISTED):
+        if name not in (*installed, "flyte"):  # which transformers never lists as installed
             raise SetupError(
                 f"report_to: the package of {name} is not installed",
                 expected=f"one of those that are: {', '.join(installed) or 'none'}",
@@ -158,7 +144,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def effective(args: Any) -> dict[str, Any]:
-    """Return the arguments that decided a stage's result, defaults included, for the record."""
+    """Return the arguments that determined a stage's result, defaults included."""
     names = _EFFECTIVE if isinstance(args, PPOConfig) else _EFFECTIVE + _OF_GROUPS
     values: dict[str, Any] = {name: getattr(args, name, None) for name in names}
     values.pop("num_train_epochs" if values["max_steps"] > 0 else "max_steps")

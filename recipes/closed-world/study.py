@@ -136,7 +136,7 @@ def best_of_n(run: Path, samples: int = 64, prompts: int = 128) -> list[dict[str
         seed=recipe.seed,
         batch_size=256,
     )
-    proxy = ensemble.rewards_of(backbone, list(zip(ids, answers, strict=True)), recipe.reward)
+    proxy = ensemble.scores(backbone, list(zip(ids, answers, strict=True)), recipe.reward).rewards
     truth = [
         checkers.check(items[i // samples], backbone.decode(answer)).reward
         for i, answer in enumerate(answers)

@@ -10,6 +10,7 @@ from ppo_run import roles
 from lora_rlhf.algorithms import best_of_n
 from lora_rlhf.errors import RecipeError
 from lora_rlhf.runs.record import Record
+from lora_rlhf.training.reward import ensemble
 
 
 def test_the_highest_reward_is_chosen(tmp_path, monkeypatch):
@@ -19,8 +20,8 @@ def test_the_highest_reward_is_chosen(tmp_path, monkeypatch):
     score = {7: 0.5, 8: 2.0, 9: 1.0}
     monkeypatch.setattr(
         best_of_n.ensemble,
-        "rewards_of",
-        lambda _, episodes, *__: [score[c[0]] for _, c in episodes],
+        "scores",
+        lambda _, episodes, *__: ensemble.Scores([score[c[0]] for _, c in episodes], []),
     )
     found = best_of_n.choose(made, [[5], [6]], asked, max_new_tokens=4, temperature=1.0, seed=0)
     assert found == [[8, 1], [9, 1]]  # the first of equals

@@ -12,6 +12,7 @@ from lora_rlhf.errors import DataError, IdentityError, RecipeError
 from lora_rlhf.models import scoring
 from lora_rlhf.runs.progress import Progress
 from lora_rlhf.runs.record import Record
+from lora_rlhf.serving import loaded_run
 from lora_rlhf.training.stage_context import StageContext
 
 EPISODES = [([5, 6], [7, 8, 1]), ([9], [10, 11])]
@@ -184,7 +185,7 @@ def test_the_saved_policy_is_the_trained_one(finished):
     trained = scoring.sequence_logprobs(made, EPISODES, "policy")
     assert trained != scoring.sequence_logprobs(made, EPISODES, "reference")
     made.copy_role("reference", "policy")
-    policy_stage.load(made, record)
+    loaded_run.load_stage("ppo", made, record)
     assert scoring.sequence_logprobs(made, EPISODES, "policy") == trained
     assert (record.adapter("value") / "adapter_model.safetensors").is_file()
 

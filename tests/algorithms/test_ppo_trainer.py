@@ -711,8 +711,7 @@ def test_a_value_head_gives_the_values_of_the_policys_states(tmp_path):
 
 
 def test_small_gradients_survive_float16():
-    """Divided by as many tokens as a large batch has, they need the scale (ppo_optimizer.py)."""
-    from lora_rlhf.algorithms.ppo import param_groups
+    """A loss divided by the tokens of a large batch needs the scale in float16."""
 
     ids = torch.randint(3, 60, (4, 24), generator=torch.Generator().manual_seed(0))
     mask, found = torch.ones_like(ids), {}
@@ -727,10 +726,10 @@ def test_small_gradients_survive_float16():
             return torch.cat(parts).double()
 
     exact = gradient("float32", 1.0)
-    for scale in (1.0, param_groups.FLOAT16_SCALE):
+    for scale in (1.0, ppo_trainer.FLOAT16_SCALE):
         rounded = gradient("float16", scale)
         found[scale] = float(torch.nn.functional.cosine_similarity(exact, rounded, dim=0))
-    assert found[1.0] < 0.99 < 0.999 < found[param_groups.FLOAT16_SCALE]
+    assert found[1.0] < 0.99 < 0.999 < found[ppo_trainer.FLOAT16_SCALE]
 
 
 def test_the_scale_of_float16_changes_no_update(tmp_path):

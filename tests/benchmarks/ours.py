@@ -95,12 +95,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         with backbone.training("policy", "value"):
             trainer = ppo_stage.PPOTrainer(
                 backbone,
-                args,
-                recipe.ppo,
-                functions,
-                prompts,
-                _progress(updates),
-                [_callback(updates, backbone, policy_stage.steps_per_update(args))],
+                args=args,
+                ppo=recipe.ppo,
+                reward_funcs=functions,
+                train_dataset=prompts,
+                progress=_progress(updates),
+                callbacks=[_callback(updates, backbone, policy_stage.steps_per_update(args))],
             )
             with fused_layers.layers(backbone):  # as ppo.train does
                 trainer.train()

@@ -17,6 +17,7 @@ from lora_rlhf.recipe.loader import parse_recipe
 from lora_rlhf.reports import tables
 from lora_rlhf.runs import metric_names, samples
 from lora_rlhf.runs.record import Record
+from lora_rlhf.training.reward import ensemble
 
 EOS = 0
 
@@ -64,11 +65,12 @@ def heads(monkeypatch):
         rate = {"policy": -1.0, "reference": -1.5, None: -1.25}[role]
         return [rate * len(completion) for _, completion in sequences]
 
-    def rewards_of(backbone, sequences, section, batch_size):
+    def rewards(backbone, sequences, section, batch_size):
         raw = evaluate.scores(backbone, sequences, role="reward", batch_size=batch_size)
-        return [score + backbone.reward_offset["reward"] for score in raw]
+        return ensemble.Scores([score + backbone.reward_offset["reward"] for score in raw], [])
 
-    for stand_in in (scores, sequence_logprobs, rewards_of):
+    monkeypatch.setattr(ensemble, "scores", rewards)
+    for stand_in in (scores, sequence_logprobs):
         monkeypatch.setattr(evaluate, stand_in.__name__, stand_in)
     return calls
 

@@ -84,11 +84,11 @@ class Run:
         self.stage.enter_context(self.backbone.training("policy", "value"))
         self.trainer = trainer(
             self.backbone,
-            config,
-            self.recipe.ppo,
-            list(rewards),
-            prompts(n),
-            progress,
+            args=config,
+            ppo=self.recipe.ppo,
+            reward_funcs=list(rewards),
+            train_dataset=prompts(n),
+            progress=progress,
             callbacks=[log, *callbacks],
             text=text,
         )

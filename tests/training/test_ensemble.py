@@ -56,14 +56,14 @@ def test_every_member_has_its_own_offset(made):
     assert found.std == pytest.approx(each.std(axis=0).tolist()) and min(found.std) > 0.01
     alone = ensemble.scores(made, EPISODES, RewardSection())
     assert alone.rewards == pytest.approx(each[0].tolist()) and alone.std == [0, 0, 0]
-    assert ensemble.rewards_of(made, EPISODES, section("min", 3)) == pytest.approx(
+    assert ensemble.scores(made, EPISODES, section("min", 3)).rewards == pytest.approx(
         each.min(axis=0).tolist()
     )
 
 
 def test_a_missing_member_is_named(made):
     with pytest.raises(AdapterError, match="lacks reward_3"):
-        ensemble.rewards_of(made, EPISODES, section(members=4))
+        ensemble.scores(made, EPISODES, section(members=4))
 
 
 # ------------------------------------------------------------------------------------ merging
@@ -193,7 +193,7 @@ def test_the_stage_trains_judges_and_loads_an_ensemble(tmp_path, combine):
     assert found["disagreement"]["value"] > 0 and found["disagreement"]["n"] > 40
     assert entry["accuracy"]["low"] > 0.7 and found["accuracy_of_mean"]["value"] > 0.7
     shown = reward_stage._episodes(made, DEMONSTRATIONS)
-    rewards = ensemble.rewards_of(made, shown, chosen)
+    rewards = ensemble.scores(made, shown, chosen).rewards
     assert np.mean(rewards) == pytest.approx(0, abs=1e-5), "as of one reward model"
     names = {"reward"} if combine == "warm" else {"reward", "reward_1"}
     assert {path.name for path in (tmp_path / "run" / "adapters").iterdir()} == names
@@ -201,8 +201,8 @@ def test_the_stage_trains_judges_and_loads_an_ensemble(tmp_path, combine):
     torch.manual_seed(0)
     again = backbone("llama", "reference")
     reward_stage.load(again, record)
-    assert ensemble.rewards_of(again, shown, chosen) == pytest.approx(rewards, abs=1e-5)
+    assert ensemble.scores(again, shown, chosen).rewards == pytest.approx(rewards, abs=1e-5)
     if combine == "warm":
         assert again.stacked("reward") == 2
     nudge(again, "reward")
-    assert ensemble.rewards_of(again, shown, chosen) != pytest.approx(rewards, abs=1e-3)
+    assert ensemble.scores(again, shown, chosen).rewards != pytest.approx(rewards, abs=1e-3)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rankings as batch elements: the loss is the published one, whatever shares the batch."""
 
+import functools
 import inspect
 import itertools
 import json
@@ -18,8 +19,8 @@ from lora_rlhf.models import scoring
 from lora_rlhf.recipe.schema import ModelSection, Recipe
 from lora_rlhf.training.reward import ranking_trainer
 from lora_rlhf.training.reward.ranking_trainer import (
-    RankingCollator,
     RankingTrainer,
+    collate,
     ranking_loss,
     rankings,
 )
@@ -81,7 +82,7 @@ def trainer(made, rows, folder, kind=RankingTrainer, **args):
     if kind is not RankingTrainer:
         view, tokenizer = made.views["reward"], made.tokenizer
         return kind(model=view, args=config, train_dataset=rows, processing_class=tokenizer)
-    dataset, collator = rankings(made, rows), RankingCollator(0)
+    dataset, collator = rankings(made, rows), functools.partial(collate, pad_token_id=0)
     return kind(made, "reward", args=config, train_dataset=dataset, data_collator=collator)
 
 
@@ -99,7 +100,7 @@ def test_loss_and_gradient_are_those_of_the_pairs_one_by_one(made, tmp_path, siz
     elements = rankings(made, rows)
     assert sorted(len(e["completions"]) for e in elements) == sorted(sizes)
     with made.training("reward"):
-        batch = RankingCollator(0)(list(elements))
+        batch = collate(list(elements), 0)
         assert batch["input_ids"].shape[0] == sum(sizes), "K forwards, not K (K - 1)"
         loss = trainer(made, rows, tmp_path).whole_loss(made.views["reward"], batch)
         loss.backward()
@@ -117,7 +118,7 @@ def test_a_prompt_counts_the_same_whatever_else_is_in_the_batch(made):
     elements = list(rankings(made, pairs_of((5, 2, 3, 9), margins=True)))
 
     def loss(*chosen):
-        batch = RankingCollator(0)([elements[i] for i in chosen])
+        batch = collate([elements[i] for i in chosen], 0)
         with torch.no_grad(), made.role("reward"):
             logits = made.views["reward"](
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
@@ -144,9 +145,7 @@ def test_plain_pairs_are_learned_as_trl_learns_them(made, tmp_path):
         theirs = trainer(made, ids, tmp_path, RewardTrainer)
         wanted = theirs.compute_loss(made.views["reward"], theirs.data_collator(list(ids)))
         ours = trainer(made, rows, tmp_path)
-        found = ours.whole_loss(
-            made.views["reward"], RankingCollator(0)(list(rankings(made, rows)))
-        )
+        found = ours.whole_loss(made.views["reward"], collate(list(rankings(made, rows)), 0))
     assert float(found) == pytest.approx(float(wanted), abs=1e-6)
     for name in ("accuracy", "margin", "min_reward", "max_reward", "num_tokens"):
         want = pytest.approx(theirs._metrics["train"][name], abs=1e-5)
@@ -253,7 +252,7 @@ def test_ties_teach_nothing_and_lose_no_weight(made, tmp_path):
     elements = rankings(made, found.train)
     assert len(elements) == len(found.train) / 2
     assert {tuple(map(tuple, e["pairs"])) for e in elements} == {((0, 1), (2, 1))}
-    assert RankingCollator(0)(list(elements))["weights"].unique().tolist() == [0.5]
+    assert collate(list(elements), 0)["weights"].unique().tolist() == [0.5]
 
 
 def test_the_trainer_learns(tmp_path):

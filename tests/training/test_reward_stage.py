@@ -45,7 +45,7 @@ def test_a_stage_that_learned_passes_and_says_how_well(trained):
 def test_demonstrations_score_zero_and_the_offset_is_loaded_again(trained):
     made, record, _ = trained
     shown = reward_stage._episodes(made, DEMONSTRATIONS)
-    ours = ensemble.rewards_of(made, shown, recipe().reward)
+    ours = ensemble.scores(made, shown, recipe().reward).rewards
     assert np.mean(ours) == pytest.approx(0, abs=1e-5)
     raw = scoring.scores(made, shown, "reward")
     assert ours[0] == pytest.approx(raw[0] + record.data["stages"]["reward"]["offset"], abs=1e-5)
@@ -53,7 +53,7 @@ def test_demonstrations_score_zero_and_the_offset_is_loaded_again(trained):
     again = backbone("llama", "reference")
     reward_stage.load(again, record)
     assert again.has("held_out")
-    assert ensemble.rewards_of(again, shown, recipe().reward) == pytest.approx(ours, abs=1e-5)
+    assert ensemble.scores(again, shown, recipe().reward).rewards == pytest.approx(ours, abs=1e-5)
 
 
 def test_the_second_model_is_another_one(trained):

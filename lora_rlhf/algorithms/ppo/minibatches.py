@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Micro-batches of a PPO epoch from one rollout: shuffled, split, trimmed, tokens counted."""
+"""Micro-batches of a PPO epoch: a rollout shuffled, split and trimmed, its tokens counted."""
 
 from __future__ import annotations
 
@@ -15,27 +15,25 @@ from .ptx import TextMix
 
 
 def model_inputs(batch: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
-    """Join prompt and completion: ids and mask (B, L), and T, the number of completion columns."""
+    """Join prompt and completion: ids and mask (B, L), and the number of completion columns T."""
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
     return ids, mask, batch["completion_ids"].shape[1]
 
 
 def trunk_states(batch: dict[str, Any], device: torch.device) -> Tensor | None:
-    """Join the trunk's states of prompt and completion, (B, L, H), where the rollout keeps them."""
+    """Join trunk states of prompt and completion, (B, L, H), if the rollout holds them."""
     if "prompt_states" not in batch:
         return None
     return torch.cat([batch["prompt_states"], batch["completion_states"]], dim=1).to(device)
 
 
 def split(rollout: dict[str, Tensor], micro_batches: int, window: int) -> list[dict[str, Any]]:
-    """Split a rollout into one epoch's micro-batches, in a fresh order.
+    """Split a rollout, tensors (N, ...), into one epoch's micro-batches in a new random order.
 
-    Which episodes share an optimizer step is drawn; within it they are sorted by length, which
-    changes only the padding.
+    Episodes of one optimizer step are sorted by length, which changes only the padding.
 
     Args:
-        rollout: Tensors of N episodes, on the first dimension.
         window: Micro-batches of one optimizer step. Each gets `window_tokens`, the valid tokens of
             its whole window: dividing by them makes gradient accumulation exact.
     """
@@ -54,7 +52,7 @@ def split(rollout: dict[str, Tensor], micro_batches: int, window: int) -> list[d
 
 
 def add_text(batches: list[dict[str, Any]], mix: TextMix, window: int, backbone: Backbone) -> None:
-    """Give every micro-batch a batch of text, and the text tokens of its window (PPO-ptx)."""
+    """Add text for PPO-ptx to every micro-batch, and the number of text tokens in its window."""
     for start in range(0, len(batches), window):
         inside = batches[start : start + window]
         for batch in inside:
@@ -62,11 +60,6 @@ def add_text(batches: list[dict[str, Any]], mix: TextMix, window: int, backbone:
         tokens = sum(batch["text"].tokens for batch in inside)
         for batch in inside:
             batch["window_text_tokens"] = tokens
-
-
-def part(batch: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
-    """Take some episodes of a micro-batch; the counts of its window stay."""
-    return trim({k: v[start:stop] if isinstance(v, Tensor) else v for k, v in batch.items()})
 
 
 def trim(batch: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """KL controller, early stopping and policy selection, run after each update of PPO.
 
-Sources: adaptive KL 1909.08593; moving average of the policy InstructGPT (2203.02155, C.4), here
-over the adapter only; early stopping by KL and by a held-out reward model 2210.10760.
+Sources: adaptive KL: 1909.08593; moving average of the policy, here of the adapter only:
+InstructGPT (2203.02155, C.4); early stopping by KL and by a held-out reward model: 2210.10760.
 """
 
 from __future__ import annotations
@@ -31,11 +31,10 @@ class PPOController(TrainerCallback):
     """Sets the KL coefficient, acts on alarms, stops training, and selects the final policy.
 
     Args:
-        episodes: Of one update.
+        episodes: Number in one update.
 
     Attributes:
-        kl_coef: beta of the next rollout.
-        entry: For the record: why it stopped, which update's policy was kept, the alarms.
+        entry: For the record: why training stopped, which update's policy was kept, the alarms.
     """
 
     def __init__(
@@ -55,7 +54,7 @@ class PPOController(TrainerCallback):
             self._average = self._policy()
 
     def before_update(self, update: int) -> None:
-        """Copy the policy that made the rollout, which is the one that its log line measures."""
+        """Copy the policy before it is updated: its rollout is what the log line measures."""
         if self.section.kl_budget is not None or self.section.watch == "best":
             self._before = (update, self._policy())
 
@@ -74,7 +73,7 @@ class PPOController(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """Act on the log line of an update."""
+        """Adapt the KL coefficient and stop training, by the log line of an update."""
         line = {k: v for k, v in (logs or {}).items() if isinstance(v, int | float)}
         if "kl/sequence" not in line:
             return
@@ -88,7 +87,7 @@ class PPOController(TrainerCallback):
             control.should_training_stop = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return coefficient, log, and the policies that may become the result."""
+        """Return coefficient, log, and the policies that may be selected."""
         return {name: getattr(self, name) for name in _STATE} | {"_warned": sorted(self._warned)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -98,7 +97,7 @@ class PPOController(TrainerCallback):
         self._warned = set(state["_warned"])
 
     def finish(self) -> None:
-        """Load the selected policy when training is over."""
+        """Load the selected policy after training."""
         weights = self._average
         if self._kept is not None and ("stopped" in self.entry or self.section.watch == "best"):
             update, weights = self._kept
@@ -124,7 +123,7 @@ class PPOController(TrainerCallback):
         return True
 
     def _act_on_alarms(self) -> bool:
-        """Report new alarms, and act on them as `ppo.watch` says; returns whether to stop."""
+        """Report new alarms and act on them by `ppo.watch`; returns True to stop."""
         action = self.section.watch
         if action == "off":
             return False
@@ -142,7 +141,7 @@ class PPOController(TrainerCallback):
         if action == "raise_kl":
             self.kl_coef = max(2 * self.kl_coef, 0.01)
             self.progress.say(f"watch: kl_coef is now {self.kl_coef:.3g}")
-            self._warned -= {s.name for s in serious}  # to be reported again if it continues
+            self._warned -= {s.name for s in serious}  # reported again if it continues
             return False
         self.entry["stopped"] = f"{serious[0].name} at update {len(self.lines) - 1}"
         return True

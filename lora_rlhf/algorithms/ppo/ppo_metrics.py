@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics of PPO: every name with its meaning, and how it is computed."""
+"""Metrics of PPO: names, meanings and computation."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ METRICS = {
     "completions/eos_rate": "share of completions that ended by themselves",
     "completions/repetition": "mean share of 4-grams of tokens that the completion held before",
 }
-"""Names in PPO's lines of `metrics.jsonl`, beside the `rewards/NAME` of each reward function,
-`loss` (the policy's) and `learning_rate`. While only the value learns, the policy has only its
-gradient's norm, 0."""
+"""Names in PPO's lines of `metrics.jsonl`, besides `rewards/NAME` of each reward function, `loss`
+(the policy's) and `learning_rate`. While only the value learns, the only policy metric is
+`policy/grad_norm`, 0."""
 
 OPTIONAL = {"reward/scale", "policy/ptx_loss"}
-"""Names that are logged only with the recipe key that they measure."""
+"""Names that are logged only if the recipe key that they measure is set."""
 
 
 def rollout(
@@ -107,7 +107,7 @@ def policy(
 
 
 def kept(metrics: Mapping[str, list[float]]) -> dict[str, list[float]]:
-    """Keep the lists that are PPO's, not GRPO's; of a maximum, the largest value."""
+    """Keep the metrics that PPO logs, and drop GRPO's; of a maximum, keep the largest value."""
     out = {}
     for key, values in metrics.items():
         if key.startswith("rewards/") and key.endswith("/mean"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The PPO stage: its arguments, roles, entry of the record and finished adapters."""
+"""The PPO stage: arguments, roles, entry of the record, saved adapters."""
 
 from __future__ import annotations
 
@@ -32,14 +32,13 @@ _DEFAULTS: dict[str, Any] = {
     "top_k": 0, "top_p": 1.0, "disable_dropout": True, "beta": 0.0,
 }  # fmt: skip
 
-_MOST_EPOCHS = 4
-"""Most passes over one rollout: 1 in InstructGPT, 4 in 2403.17031."""
+_MOST_EPOCHS = 4  # passes over one rollout: 1 in InstructGPT, 4 in 2403.17031
 
 _UNFILTERED: dict[str, tuple[Any, ...]] = {
     "top_k": (0, None), "top_p": (1, None), "min_p": (None, 0), "repetition_penalty": (1, None),
     "generation_kwargs": (None,),
 }  # fmt: skip
-"""Keys of the sampler and the values with which it draws from the whole distribution."""
+"""Sampling keys, and their values that leave the distribution unchanged."""
 
 _READ = {
     "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation",
@@ -52,9 +51,7 @@ _READ = {
     "dataloader_persistent_workers", "dataloader_prefetch_factor", "full_determinism", "tf32",
     "torch_empty_cache_steps", "log_level", "project", "trackio_space_id",
 }  # fmt: skip
-"""Keys of GRPO's config that PPO reads; the others belong to GRPO's own losses and rollouts."""
-
-_FIELDS = {field.name for field in dataclasses.fields(PPOConfig)}
+"""Keys of GRPO's config that PPO reads; the others belong to GRPO's losses and rollouts."""
 
 _INSTEAD = {
     "max_steps": "use ppo.updates", "num_train_epochs": "use ppo.updates",
@@ -73,11 +70,11 @@ def run(
 ) -> None:
     """Optimise the policy against the reward; saves `adapters/policy` and `adapters/value`.
 
-    With `ppo.value: head` no value adapter is saved: only PPO needs its head.
+    With `ppo.value: head` there is no value adapter.
 
     Args:
         prompts: Column `prompt`, and `item` where a task's gold checker is used or logged.
-        text: Token ids of the texts that PPO-ptx mixes in.
+        text: Token ids of each text for PPO-ptx.
 
     Raises:
         IdentityError: A start-up identity does not hold.
@@ -93,7 +90,14 @@ def run(
             pad = backbone.tokenizer.pad_token_id
             mix = TextMix(text, args.per_device_train_batch_size, recipe.seed, pad)
         build_trainer = functools.partial(
-            PPOTrainer, backbone, args, recipe.ppo, functions, prompts, progress, text=mix
+            PPOTrainer,
+            backbone,
+            args=args,
+            ppo=recipe.ppo,
+            reward_funcs=functions,
+            train_dataset=prompts,
+            progress=progress,
+            text=mix,
         )
         with backbone.training("policy", "value"):
             fused = fused_layers.layers(backbone)
@@ -116,7 +120,7 @@ def run(
 
 
 def start_roles(backbone: Backbone, recipe: Recipe) -> None:
-    """Start the policy as a copy of SFT, the value as one of the reward (without it, of SFT)."""
+    """Start the policy as a copy of SFT, and the value as one of the reward model or SFT."""
     backbone.copy_role("reference", "policy")
     backbone.drop_value()
     scored = recipe.ppo.reward == "model"
@@ -130,12 +134,13 @@ def arguments(recipe: Recipe, out: Path) -> PPOConfig:
     """Build TRL's config of this stage; `updates` becomes `max_steps`.
 
     Raises:
-        RecipeError: Batch sizes that do not divide, a sampler for which PPO's ratio is wrong, or a
-            key that PPO does not read.
+        RecipeError: Batch sizes do not divide, sampling changes the distribution, or PPO does not
+            read a key.
     """
     merged = trainer_args(recipe, out, "ppo", _DEFAULTS, recipe.ppo.args)
+    known = {field.name for field in dataclasses.fields(PPOConfig)}
     for key in recipe.ppo.args:
-        if key in _FIELDS and key not in _READ:
+        if key in known - _READ:
             raise RecipeError(
                 f"ppo.args.{key} would do nothing", remedy=_INSTEAD.get(key, "leave it out")
             )
@@ -154,7 +159,7 @@ def arguments(recipe: Recipe, out: Path) -> PPOConfig:
         if merged.get(key) not in allowed:
             raise RecipeError(
                 f"ppo.args.{key}: {merged[key]!r} changes the distribution that is sampled",
-                expected="plain sampling: log-probs are those of the whole distribution",
+                expected="plain sampling: log-probs are those of the unchanged distribution",
                 remedy="leave it out",
             )
     # Other algorithms have no value to warm up.
@@ -172,7 +177,7 @@ _BUDGET = (
     "adam_beta2", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "weight_decay",
     "disable_dropout",
 )  # fmt: skip
-"""Arguments that other algorithms take from `ppo.args` where their own `args:` lack them."""
+"""Arguments that other algorithms take from PPO unless their own `args:` set them."""
 
 _ROLLOUT_BUDGET = (
     "steps_per_generation", "num_iterations", "epsilon", "temperature", "max_completion_length",
@@ -181,13 +186,10 @@ _ROLLOUT_BUDGET = (
 
 
 def budget(recipe: Recipe, out: Path, *, rollouts: bool) -> dict[str, Any]:
-    """Return the arguments that give another algorithm PPO's budget by the same recipe.
-
-    Args:
-        rollouts: Include those of sampling and of PPO's epochs; DPO has neither.
+    """Return PPO's arguments that another algorithm shares; `rollouts` adds those on sampling.
 
     Raises:
-        RecipeError: PPO could not run with `ppo.args`.
+        RecipeError: `ppo.args` are invalid.
     """
     config = arguments(recipe, out)
     names = _BUDGET + (_ROLLOUT_BUDGET if rollouts else ())
@@ -195,9 +197,7 @@ def budget(recipe: Recipe, out: Path, *, rollouts: bool) -> dict[str, Any]:
 
 
 def completion_limit(recipe: Recipe, algorithm: str) -> int:
-    """Return the most tokens of a completion in an algorithm's rollouts.
-
-    Completions for the reward model's comparisons have PPO's limit, whatever the algorithm.
+    """Return the maximum number of tokens of a completion in an algorithm's rollouts.
 
     Raises:
         RecipeError: It is not a whole number from 1.

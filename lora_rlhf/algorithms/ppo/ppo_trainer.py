@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PPO on TRL's rollout machinery: GRPOTrainer samples, batches and logs.
+"""PPO on TRL's GRPOTrainer, which samples, batches and logs.
 
-Added here: the value role, a per-token KL penalty in the reward, GAE, the clipped value loss,
-shuffling per epoch, separate gradient clips, and the start-up identities. A rollout is
+It adds the value role, a per-token KL penalty in the reward, GAE, the clipped value loss,
+shuffling per epoch, separate gradient clipping, and the start-up identities. A rollout is
 `steps_per_generation` micro-batches; each PPO epoch (`num_iterations`) shuffles and splits it anew;
 an optimizer step takes `gradient_accumulation_steps` micro-batches and divides by their valid
 tokens.
@@ -15,9 +15,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from datasets import Dataset
 from torch import Tensor
-from transformers import TrainerCallback
 
 from lora_rlhf._trl import GRPOTrainer
 from lora_rlhf.algorithms import identities
@@ -35,7 +33,6 @@ from lora_rlhf.algorithms.objectives import (
     whiten,
 )
 from lora_rlhf.algorithms.policy_trainer import RolloutTrainer
-from lora_rlhf.algorithms.reward_functions import RewardFunction
 from lora_rlhf.algorithms.rollout import Scorer
 from lora_rlhf.models import scoring
 from lora_rlhf.models.backbone import Backbone
@@ -43,27 +40,31 @@ from lora_rlhf.recipe.schema import PpoSection
 from lora_rlhf.runs.progress import Progress
 from lora_rlhf.training.trl_config import PPOConfig
 
-from . import minibatches, param_groups, ppo_metrics, ptx
+from . import minibatches, ppo_metrics, ptx
 from .minibatches import model_inputs, trunk_states
 from .ppo_controller import PPOController
 from .ptx import TextMix
 
 MAX_MEAN_RATIO = 10.0
-"""A micro-batch (or piece) whose mean ratio is above this is left out of the update."""
+"""Mean ratio above which a micro-batch (or piece) is left out of the update."""
+
+FLOAT16_SCALE = 1024.0
+"""Factor of losses in float16, where a gradient below 6e-8 is 0.
+
+A loss divided by thousands of tokens gives such gradients: at 4,096 tokens their cosine to
+float32's was 0.998, at 32,768 it was 0.956, and 1.000 with this factor (test_ppo_trainer.py).
+"""
 
 
 class PPOTrainer(RolloutTrainer, GRPOTrainer):
-    """PPO for the roles of one backbone. Use it inside `backbone.training("policy", "value")`.
+    """PPO for the roles of one backbone; use it inside `backbone.training("policy", "value")`.
 
     Args:
-        backbone: With the roles policy, reference and value (and reward, if the reward function
-            scores with it).
-        args: TRL's arguments; `epsilon` is the policy's clip range, `temperature` that of sampling
-            and of log-probs.
-        ppo: The PPO section of the recipe.
-        reward_funcs: Called as TRL calls reward functions, with `prompt_ids` beside
-            `completion_ids`; one whose weight in `args.reward_weights` is 0 is only logged.
-        text: Batches of text for PPO-ptx, where `ppo.ptx_coef` is above 0.
+        args: TRL's arguments; `epsilon` is the policy's clip range, and `temperature` applies to
+            sampling and log-probs.
+        reward_funcs: Called with `prompt_ids` in addition to TRL's arguments; a function whose
+            weight in `args.reward_weights` is 0 is only logged.
+        text: Batches of text for PPO-ptx, if `ppo.ptx_coef` is above 0.
     """
 
     _tag_names = ["lora-rlhf", "ppo"]
@@ -79,35 +80,29 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
     def __init__(
         self,
         backbone: Backbone,
+        *,
         args: PPOConfig,
         ppo: PpoSection,
-        reward_funcs: list[RewardFunction],
-        train_dataset: Dataset,
         progress: Progress,
-        callbacks: list[TrainerCallback] | None = None,
         text: TextMix | None = None,
+        **options: Any,
     ) -> None:
         self.ppo, self.progress, self.text = ppo, progress, text
         self.policy_updates = 0
         self._rollout: dict[str, Tensor] = {}
         self._scores_b = torch.empty(0)
         self._policy_states: tuple[Any, Tensor] | None = None
-        self._scale = param_groups.loss_scale(backbone)
+        # Gradients are divided by it before clipping.
+        self._scale = FLOAT16_SCALE if backbone.causal.dtype == torch.float16 else 1.0
         self._moments = RunningMoments() if ppo.normalize_reward else None
-        super().__init__(
-            backbone,
-            args=args,
-            reward_funcs=list(reward_funcs),
-            train_dataset=train_dataset,
-            callbacks=callbacks,
-        )
+        super().__init__(backbone, args=args, **options)
         size = args.per_device_train_batch_size
         self.scorer = Scorer(backbone, ppo, self.temperature, size, self.identities, progress.say)
         self.controller = PPOController(backbone, ppo, progress, args.generation_batch_size)
         self.add_callback(self.controller)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned, a check that waits for a first step included."""
+        """Restore what `state_dict` returned."""
         check = send_to_device(state.pop("_moved"), self.args.device)
         super().load_state_dict(state)
         self.scorer.identities = self.identities
@@ -133,8 +128,8 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
         out = super()._generate(prompts)
         prompt_ids, completion_ids, extra_fields = out[0], out[1], out[5]
         states = self.scorer.begin(list(zip(prompt_ids, completion_ids, strict=True)))
-        # TRL passes extra fields to the reward functions, which then score the sampled ids
-        # themselves: nothing is tokenised twice.
+        # TRL passes extra fields to the reward functions, which score the sampled ids: decoding
+        # and encoding again may change them.
         extra_fields["prompt_ids"] = prompt_ids
         if states is not None:
             extra_fields["trunk_states"] = states
@@ -159,8 +154,11 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
         out = {
             k: out[k] for k in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
         }
-        mask_bt, ended_b = out["completion_mask"], self._ended(out)
-        # Until the policy has moved, its log-probs must have the reference's bits.
+        mask_bt = out["completion_mask"]
+        last_b = (mask_bt.sum(dim=1) - 1).clamp(min=0).long().unsqueeze(1)
+        eos = torch.tensor(self.eos_token_ids, device=last_b.device)
+        ended_b = torch.isin(out["completion_ids"].gather(1, last_b).squeeze(1), eos)
+        # Until the policy is updated, its log-probs must equal the reference's bit for bit.
         reference_bt = self.scorer.score(out, exact=self.policy_updates == 0)
         finite = self.check_finite("log-probs", out["old_logprobs"], reference_bt, rollout=True)
         finite = self.check_finite("values", out["old_values"], rollout=True) and finite
@@ -184,25 +182,18 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
         self.progress.phase("update")
         return out
 
-    def _ended(self, batch: dict[str, Tensor]) -> Tensor:
-        """Mark the episodes whose last valid token is an eos. Shape (B,)."""
-        last_b = (batch["completion_mask"].sum(dim=1) - 1).clamp(min=0).long().unsqueeze(1)
-        eos = torch.tensor(self.eos_token_ids, device=last_b.device)
-        return torch.isin(batch["completion_ids"].gather(1, last_b).squeeze(1), eos)
-
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, mask: Tensor, tokens: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor, None]:
-        # TRL calls this where its own loss needs old log-probs. Ours are computed once, above, and
-        # what is returned here is not used: no forward.
+        # TRL calls this for its own loss, which PPO replaces: the result is not used.
         empty = torch.zeros(len(input_ids), tokens, device=input_ids.device)
         return empty, empty, None
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-        """Return a micro-batch: of a new rollout when the last is used up, shuffled each epoch."""
+        """Return the next micro-batch; make a new rollout when the last one is used up."""
         micro, window = self.args.steps_per_generation, self.args.gradient_accumulation_steps
         if self._step % (micro * self.num_iterations) == 0 or not self._rollout:
-            # Trunk states are large: free those of the last rollout before the next is made.
+            # Trunk states are large: free the last rollout before the next is made.
             self._rollout, self._buffered_inputs = {}, None
             self._rollout = self._generate_and_score_completions(generation_batch)
         if self._step % micro == 0 or self._buffered_inputs is None:
@@ -230,12 +221,12 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
         per_rollout = self.args.steps_per_generation * self.num_iterations
         if self.check_finite("log-probs", logprobs_bt) and self._step % per_rollout == 0:
             dtype, first = self.backbone.causal.dtype, "ratio_at_start" not in self.identities
-            # In half precision later rollouts are only logged: a rounding must not stop a run.
+            # In half precision later ratios are only logged: rounding must not stop a run.
             enforce = first or dtype == torch.float32
             off = identities.ratio_is_one(result.ratio_bt, mask_bt, dtype, enforce=enforce)
             self.note({"policy/ratio_start": off})
             if first:
-                # This first, since it may run out of memory and then the step is done again.
+                # Before `ratio_at_start`: if this runs out of memory, the step is repeated.
                 self.frozen_check = FrozenRolesCheck.take(
                     self.backbone, "ppo", ("policy", "value"), inputs, self.temperature
                 )
@@ -251,22 +242,22 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
         return self._scale * loss_sum / inputs["window_tokens"]
 
     def part(self, inputs: Any, start: int, stop: int) -> Any:
-        """Take some episodes, without the padding that only the others needed."""
-        return minibatches.part(inputs, start, stop)
+        """Select some episodes, without padding that only others needed."""
+        return minibatches.trim(super().part(inputs, start, stop))
 
     def moved_by_loss(self) -> list[torch.nn.Parameter]:
-        """Parameters of the policy: the value has its own loss."""
+        """Return the policy's parameters: the value has its own loss."""
         return [p for _, p in self.backbone.role_parameters("policy")]
 
     def _no_loss(self) -> Tensor:
-        """Return 0 without a graph to the policy, which gets no gradient and cannot move."""
+        """Return 0 without a graph to the policy, which then has no gradient and cannot move."""
         return torch.zeros((), device=self.backbone.device, requires_grad=True)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Run forward and backward of the policy, then of the value, each inside its own role.
 
-        One backward per role: with gradient checkpointing the recomputation runs under the active
-        adapter, so a common backward would recompute one of the two wrongly.
+        With gradient checkpointing the backward recomputes under the active adapter, so a common
+        backward would recompute one of the two wrongly.
         """
         warming_up = self.warming_up
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
@@ -287,7 +278,7 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
         return loss / self._scale
 
     def _ptx(self, text: ptx.TextBatch, window_tokens: int) -> None:
-        """Run forward and backward of the language-model loss on this micro-batch's text."""
+        """Run forward and backward of the language-model loss."""
         with self.backbone.role("policy"):
             loss_sum = ptx.loss_sum(self.backbone, text)
             self.accelerator.backward(self._scale * self.ppo.ptx_coef * loss_sum / window_tokens)
@@ -310,19 +301,19 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
         )
 
     def _values(self, batch: dict[str, Any]) -> Tensor:
-        """Compute values (B, T) of the active role's states; the policy's carry no gradient."""
+        """Compute values (B, T); with a value head, no gradient reaches the policy's states."""
         ids, mask, tokens = model_inputs(batch)
         kept_blh = trunk_states(batch, ids.device)
         if self.ppo.value == "adapter":
             return scoring.token_values(self.backbone, ids, mask, tokens, trunk_states=kept_blh)
         if self._policy_states is not None and self._policy_states[0] is batch:
             return scoring.values_of(self.backbone, self._policy_states[1])
-        with torch.no_grad():  # while only the value learns, the policy had no forward
+        with torch.no_grad():  # during value warm-up the policy had no forward
             states_bth = scoring.completion_states(self.backbone, ids, mask, tokens, kept_blh)
         return scoring.values_of(self.backbone, states_bth)
 
     def _clip_grad_norm(self, model: Any) -> Tensor:
-        """Clip policy and value separately: their norms differ by an order of magnitude or more."""
+        """Clip policy and value separately: their norms differ by orders of magnitude."""
         self.backbone.assert_trainable()
         norms = {}
         limits = {"policy": self.args.max_grad_norm, "value": self.ppo.max_grad_norm_value}
@@ -336,29 +327,41 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
         return norms["policy"]
 
     def after_optimizer_step(self) -> None:
-        """Update the policy's average; check after its first step that it and the value moved."""
+        """Update the policy's moving average before the check of the first update."""
         if self.policy_updates:
             self.controller.after_policy_step()
         super().after_optimizer_step()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Create one optimizer with two groups: the policy's adapter; the value's, and its head."""
+        """Create one optimizer with a group per role, each with its learning rate."""
         if self.optimizer is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            groups = param_groups.groups(self.backbone, self.args, self.ppo)
+            shared, decay = self.args.learning_rate, self.args.weight_decay
+            rates = {"policy": shared, "value": self.ppo.value_learning_rate or shared}
+            groups = [
+                {
+                    "params": [p for _, p in self.backbone.role_parameters(role)],
+                    "lr": rate,
+                    "weight_decay": decay,
+                }
+                for role, rate in rates.items()
+            ]
             self.optimizer = kind(groups, **options)
         optimizer: torch.optim.Optimizer = self.optimizer
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Create a warm-up from a tenth of the rate (2203.02155, C.4), or TRL's schedule."""
+        """Create TRL's schedule, but warm up to a constant from a tenth (2203.02155, C.4)."""
         warmup = self.args.get_warmup_steps(num_training_steps)
         if self.args.lr_scheduler_type != "constant_with_warmup" or not warmup:
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
-            self.lr_scheduler = param_groups.warm_up(optimizer or self.create_optimizer(), warmup)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.create_optimizer(),
+                lambda step: min(1.0, 0.1 + 0.9 * step / warmup),
+            )
         return self.lr_scheduler
 
     def renamed(self, metrics: dict[str, list[float]]) -> dict[str, list[float]]:
-        """Keep the lists that are PPO's and drop GRPO's."""
+        """Keep PPO's metrics and drop GRPO's."""
         return ppo_metrics.kept(metrics)

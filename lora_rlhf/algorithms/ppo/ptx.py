@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PPO-ptx: plain text mixed into PPO's updates, so that the policy keeps what it knew.
+"""PPO-ptx: plain text mixed into PPO's updates, against forgetting.
 
-Source: InstructGPT (2203.02155), eq. 2, third term. Its coefficient 27.8 belongs to OpenAI's own
+Source: InstructGPT (2203.02155), eq. 2, third term. Its coefficient 27.8 depends on OpenAI's own
 scaling of the loss and diverges elsewhere. Here the loss is a mean over the text tokens of an
-optimizer step: with 1, a token of text weighs as much as a token of an episode.
+optimizer step: with a coefficient of 1, the text weighs as much as the episodes.
 """
 
 from __future__ import annotations
@@ -22,26 +22,20 @@ from lora_rlhf.runs.tensor_tree import checkpointable_tuple
 
 @checkpointable_tuple
 class TextBatch(NamedTuple):
-    """Texts of one micro-batch: ids and mask (B, L), left-padded, and how many are predicted."""
+    """Texts of one micro-batch: ids and mask (B, L), left-padded; number of predicted tokens."""
 
     ids: Tensor
     mask: Tensor
     tokens: int
 
     def part(self, start: int, stop: int) -> TextBatch:
-        """Take some of the texts."""
+        """Select some of the texts."""
         mask = self.mask[start:stop]
         return TextBatch(self.ids[start:stop], mask, int((mask.sum(dim=1) - 1).sum()))
 
 
 class TextMix:
-    """Batches of texts in shuffled order, which is drawn anew when it is used up.
-
-    Args:
-        rows: Token ids of each text, two or more each.
-        size: Texts of a batch.
-        seed: Of the order.
-    """
+    """Batches of `size` texts, of two or more tokens each, reshuffled after each pass."""
 
     def __init__(self, rows: list[list[int]], size: int, seed: int, pad_id: int) -> None:
         self.rows, self.size, self.pad_id = rows, min(size, len(rows)), pad_id
@@ -49,7 +43,7 @@ class TextMix:
         self._order: list[int] = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the rest of the order, and the state that the next one is drawn from."""
+        """Return the rest of this pass's order, and the random state."""
         return {"order": self._order, "random": self._random.getstate()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -73,6 +67,6 @@ def loss_sum(backbone: Backbone, batch: TextBatch) -> Tensor:
     """Sum the negative log-likelihood of predicted tokens under the active role. Shape ()."""
     tokens = batch.ids.shape[1] - 1
     logprobs_bt, _ = scoring.completion_logprobs(backbone, batch.ids, batch.mask, tokens, 1.0)
-    # The first token of a text has no context: only padding precedes it.
+    # The first token of a text is not predicted: only padding precedes it.
     predicted_bt = batch.mask[:, 1:] * batch.mask[:, :-1]
     return -masked_sum(logprobs_bt, predicted_bt)

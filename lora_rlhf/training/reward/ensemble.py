@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reward of episodes, from one reward model or an ensemble of several.
+"""Rewards of episodes, from one reward model or an ensemble.
 
     mean             mean over members
     min              the lowest: worst-case optimisation (2310.02743, section 3.2)
     mean_minus_std   mean less `combine_std` standard deviations over members (after its UWO)
     warm             one adapter that is the members' average: weight-averaged rewards (2401.12187)
 
-Every member is an adapter on the one backbone, with its own head and its own offset. M members.
+Each of the M members is an adapter on the shared backbone, with its own head and offset.
 """
 
 from __future__ import annotations
@@ -35,24 +35,13 @@ class Scores(NamedTuple):
 
 
 def trained(section: RewardSection) -> tuple[str, ...]:
-    """Roles that the reward stage trains."""
+    """Return the roles that the reward stage trains."""
     return MEMBERS[: section.ensemble or 1]
 
 
 def roles(section: RewardSection) -> tuple[str, ...]:
-    """Roles that score after the stage: a merged ensemble is the role `reward`."""
+    """Return the roles that score after the stage: a merged ensemble is the role `reward`."""
     return MEMBERS[:1] if section.combine == "warm" else trained(section)
-
-
-def rewards_of(
-    backbone: Backbone, episodes: Sequence[Episode], section: RewardSection, batch_size: int = 32
-) -> list[float]:
-    """Compute the reward of each episode: offsets added, members combined as the section says.
-
-    Raises:
-        AdapterError: The backbone lacks a member.
-    """
-    return scores(backbone, episodes, section, batch_size).rewards
 
 
 def scores(
@@ -62,7 +51,11 @@ def scores(
     batch_size: int = 32,
     states: Sequence[Tensor] | None = None,
 ) -> Scores:
-    """Compute `rewards_of` with the standard deviation over members; 0 for a single model."""
+    """Compute the reward of each episode, offsets added and members combined.
+
+    Raises:
+        AdapterError: The backbone lacks a member.
+    """
     each = member_scores(backbone, episodes, roles(section), batch_size, states)
     return Scores(combine(each, section).tolist(), each.std(axis=0).tolist())
 
@@ -74,7 +67,7 @@ def member_scores(
     batch_size: int = 32,
     states: Sequence[Tensor] | None = None,
 ) -> Floats:
-    """Score N episodes by each of these roles, its own offset added; (M, N)."""
+    """Score N episodes by each role, its offset added; (M, N)."""
     missing = [role for role in members if not backbone.has(role)]
     if missing:
         raise AdapterError(
@@ -102,12 +95,11 @@ def combine(each: ArrayLike, section: RewardSection) -> Floats:
 def average(backbone: Backbone, members: Sequence[str]) -> None:
     """Replace the members by their average, as the role `reward`.
 
-    Each layer's update B A is averaged (separate averages of B and A would add cross terms of
-    different members). A sum of M products of rank r has rank up to M r, and is exactly A stacked
-    over A with B beside B, divided by M; alpha grows with the rank, so PEFT's scale alpha / r
-    stays. Truncating to rank r by SVD would give up exactness to save memory that the members took
-    anyway. Heads are averaged, which needs members that started with the same head (2401.12187,
-    section 3.1): heads drawn apart would average towards 0.
+    Each layer's update B A is averaged, since separate averages of B and A would add cross terms
+    of different members. The average of M products of rank r is exactly one of rank M r: the A
+    stacked, and the B side by side, divided by M. Alpha grows with the rank, so PEFT's scale
+    alpha / r stays. Heads are averaged, which requires that members started with the same head
+    (2401.12187, section 3.1).
     """
     count = len(members)
     parts = [dict(backbone.role_parameters(role)) for role in members]

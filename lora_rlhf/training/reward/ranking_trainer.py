@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reward model's trainer, with a ranking of K completions as one batch element.
 
-Source: InstructGPT (2203.02155), section 3.5 and eq. 1. All comparisons of a prompt are learned
-together and weigh 1 together. Shuffled over batches, each completion would be seen K - 1 times in
-an epoch, which overfits; together, each is encoded once: K forwards for up to K (K - 1) / 2 pairs.
+Source: InstructGPT (2203.02155), section 3.5 and eq. 1. All comparisons of a prompt are in one
+element, with a total weight of 1. Shuffled separately, each completion would be seen K - 1 times
+per epoch, which overfits; together, K forwards serve up to K (K - 1) / 2 pairs.
 
-B prompts in a batch, N their completions in all, P their pairs in all, L tokens of the longest.
+B prompts in a batch, N completions in total, P pairs in total, L tokens of the longest completion.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.training.resumable_trainer import ResumableTrainer
 
 MAX_COMPLETIONS = 16
-"""Most completions in one element: a prompt with more becomes several, to bound memory."""
+"""Most completions in one element; a prompt with more becomes several elements."""
 
 _Pair = tuple[tuple[int, ...], tuple[int, ...], float]
 """Ids of winner and loser, prompts included, and the margin."""
@@ -34,13 +33,12 @@ def rankings(backbone: Backbone, rows: Dataset) -> Dataset:
     """Group rows of pairs by prompt, in the order in which prompts first appear.
 
     Args:
-        rows: `prompt`, `chosen`, `rejected`, and perhaps `margin` and `group`, which is the same
-            for all pairs of one prompt; without `group` every pair is a prompt of its own.
+        rows: `prompt`, `chosen`, `rejected`, optionally `margin`, and `group`, which is equal for
+            all pairs of one prompt; without `group` every pair is a prompt of its own.
 
     Returns:
-        `completions`: ids of prompt + completion + eos, each completion once, as PPO scores them;
-        `pairs`: [winner, loser] as positions in it; `margins`: one per pair, 0 where none is given;
-        `length`: of the longest, for batches of similar length.
+        `completions`: ids of prompt + completion + eos, each once; `pairs`: [winner, loser] as
+        positions in it; `margins`: one per pair, 0 by default; `length`: of the longest.
     """
     groups: dict[Any, list[_Pair]] = {}
     for number, row in enumerate(rows):
@@ -55,7 +53,7 @@ def rankings(backbone: Backbone, rows: Dataset) -> Dataset:
 
 
 def _elements(pairs: list[_Pair]) -> Iterator[dict[str, Any]]:
-    """Make one element of all pairs of a prompt, or several of at most `MAX_COMPLETIONS`."""
+    """Make one element of a prompt's pairs, or several of at most `MAX_COMPLETIONS`."""
     position: dict[tuple[int, ...], int] = {}
     start = 0
     for stop, (chosen, rejected, _) in enumerate(pairs):
@@ -76,45 +74,41 @@ def _element(position: dict[tuple[int, ...], int], pairs: list[_Pair]) -> dict[s
     }
 
 
-@dataclass
-class RankingCollator:
-    """Collates the completions of B prompts into one flat batch, with the pairs they form.
+def collate(elements: list[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
+    """Collate the completions of B prompts into one flat batch, padded on the right.
 
-    Padding is on the right: models that count positions from the left edge (GPT-2, OPT) then read
-    the same positions in every batch, and the score is read at the last token.
-    """
+    Models that count positions from the left edge (GPT-2, OPT) then see the same positions in
+    every batch.
 
-    pad_token_id: int
-
-    def __call__(self, elements: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """`input_ids`, `attention_mask` (N, L); `pairs` (P, 2) rows of them, winner first;
+    Returns:
+        `input_ids`, `attention_mask` (N, L); `pairs` (P, 2) rows of them, winner first;
         `margins` (P,); `weights` (P,), 1 / pairs of its prompt; `prompts` (B,), pairs of each.
-        """
-        rows: list[Tensor] = []
-        pairs: list[Tensor] = []
-        for element in elements:
-            pairs.append(torch.tensor(element["pairs"]) + len(rows))
-            rows += [torch.tensor(ids) for ids in element["completions"]]
-        masks = [torch.ones_like(ids) for ids in rows]
-        margins = [margin for element in elements for margin in element["margins"]]
-        counts = torch.tensor([len(element["pairs"]) for element in elements])
-        return {
-            "input_ids": pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id),
-            "attention_mask": pad_sequence(masks, batch_first=True),
-            "pairs": torch.cat(pairs),
-            "margins": torch.tensor(margins, dtype=torch.float32),
-            "weights": (1 / counts.double()).float().repeat_interleave(counts),
-            "prompts": counts,
-        }
+    """
+    rows: list[Tensor] = []
+    pairs: list[Tensor] = []
+    for element in elements:
+        pairs.append(torch.tensor(element["pairs"]) + len(rows))
+        rows += [torch.tensor(ids) for ids in element["completions"]]
+    masks = [torch.ones_like(ids) for ids in rows]
+    margins = [margin for element in elements for margin in element["margins"]]
+    counts = torch.tensor([len(element["pairs"]) for element in elements])
+    return {
+        "input_ids": pad_sequence(rows, batch_first=True, padding_value=pad_token_id),
+        "attention_mask": pad_sequence(masks, batch_first=True),
+        "pairs": torch.cat(pairs),
+        "margins": torch.tensor(margins, dtype=torch.float32),
+        "weights": (1 / counts.double()).float().repeat_interleave(counts),
+        "prompts": counts,
+    }
 
 
 def ranking_loss(rewards: Tensor, pairs: Tensor, margins: Tensor, weights: Tensor) -> Tensor:
-    """Sum eq. 1 over prompts: -log sigmoid(r_w - r_l - margin), weights 1 / pairs of a prompt.
+    """Sum eq. 1 over prompts, in float32: -weight · log sigmoid(r_w - r_l - margin).
 
     Args:
-        rewards: (N,) scores of any dtype; the loss is float32.
+        rewards: (N,)
         pairs: (P, 2) positions of winner and loser.
-        margins: (P,) lead that the winner needs (2307.09288, section 3.2.2); 0: none.
+        margins: (P,) required lead of the winner (2307.09288, section 3.2.2).
         weights: (P,)
     """
     winners, losers = rewards.float()[pairs].unbind(dim=1)
@@ -122,16 +116,15 @@ def ranking_loss(rewards: Tensor, pairs: Tensor, margins: Tensor, weights: Tenso
 
 
 class RankingTrainer(ResumableTrainer, RewardTrainer):
-    """TRL's RewardTrainer on rows of `rankings`: a batch counts prompts, not pairs.
+    """TRL's RewardTrainer on rows of `rankings`: `per_device_train_batch_size` counts prompts.
 
-    Every prompt of an optimizer step has the same weight, however the step is split into batches
-    of `per_device_train_batch_size` prompts.
+    Every prompt of an optimizer step has the same weight, however the step is split into batches.
     """
 
     loss_is_scaled_for_ga = True  # `compute_loss` divides by the prompts of the whole step
 
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
-        """Return the dataset unchanged: `rankings` encoded it, and `data` dropped long rows."""
+        """Return the dataset unchanged: `rankings` has encoded it."""
         return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -141,16 +134,16 @@ class RankingTrainer(ResumableTrainer, RewardTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """Return the batches of one optimizer step and the number of their prompts."""
+        """Return the batches of one optimizer step, and the mean of prompts over processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         prompts = torch.tensor([sum(len(b["prompts"]) for b in batches)], device=device)
-        # Gradients are averaged over processes, so each divides by the mean of their counts.
+        # Gradients are averaged over processes, so each divides by the mean number of prompts.
         return batches, self.accelerator.gather(prompts).float().mean()
 
     def whole_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Average over prompts the mean over the pairs of each."""
+        """Average `ranking_loss` over prompts."""
         outputs = model(
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
         )
@@ -166,11 +159,11 @@ class RankingTrainer(ResumableTrainer, RewardTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def rows(self, inputs: Any) -> int:
-        """Number of prompts: a ranking is one element and is not split."""
+        """Count prompts: a ranking is one element and is not split."""
         return len(inputs["prompts"])
 
     def part(self, inputs: Any, start: int, stop: int) -> Any:
-        """Select some prompts with their pairs and completions, which are in the same order."""
+        """Select some prompts with their pairs and completions."""
         counts = inputs["prompts"].tolist()
         first, last = sum(counts[:start]), sum(counts[:stop])
         pairs = inputs["pairs"][first:last]
@@ -184,13 +177,13 @@ class RankingTrainer(ResumableTrainer, RewardTrainer):
         }
 
     def share(self, piece: Any, inputs: Any, num_items_in_batch: Any) -> float:
-        """Weight of a piece's loss: 1 where it is divided by the prompts of the whole step."""
+        """Return the share of prompts; 1 if the loss is divided by those of the whole step."""
         if num_items_in_batch is not None:
             return 1.0
         return len(piece["prompts"]) / len(inputs["prompts"])
 
     def _note(self, inputs: Any, rewards: Tensor) -> None:
-        """Log TRL's metrics under the same names, over prompts instead of pairs."""
+        """Log TRL's metrics as means over prompts instead of pairs."""
         mode = "train" if self.model.training else "eval"
         if mode == "train":
             self._total_train_tokens += int(inputs["attention_mask"].sum())

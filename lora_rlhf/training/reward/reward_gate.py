@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gate before PPO: a reward model must be clearly better than chance, and than length."""
+"""The gate before PPO: a reward model must clearly beat chance, and the rule by length."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_rlhf.runs.record import Record
 
 
 def check(recipe: Recipe, record: Record, progress: Progress) -> None:
-    """Stop PPO from optimising against a reward model that failed its gate.
+    """Reject optimisation against a reward model that failed its gate.
 
     Raises:
         GateError: The gate failed and `reward.gate` is not `warn`.
@@ -23,7 +23,7 @@ def check(recipe: Recipe, record: Record, progress: Progress) -> None:
     if recipe.reward.gate == "stop":
         raise GateError(
             f"the reward model may not be optimised against: {entry['gate_reason']}",
-            expected="held-out accuracy whose 95 % interval excludes 0.5, and more than length",
+            expected="held-out accuracy whose 95 % interval excludes 0.5, above the rule by length",
             remedy="improve the comparisons or train longer, in a new --out (this run keeps its "
             "reward model); `reward.gate: warn` continues here, and the card says so",
         )
@@ -33,14 +33,14 @@ def check(recipe: Recipe, record: Record, progress: Progress) -> None:
 
 
 def weakness(entry: dict[str, Any]) -> str | None:
-    """Say why a reward model is too weak to optimise against and what to do, or return None.
+    """Return why a reward model is too weak to optimise against and what to do, or None.
 
-    A model of length alone is right where the rule by length is, wrong where the rule is wrong
-    (both beyond chance), and not shown to know more. People may really like long answers, so a
-    model that leans on length and clearly beats the rule passes.
+    A model fails as one of length if it is right where the rule by length is right, wrong where
+    the rule is wrong (both beyond chance), and does not clearly beat the rule. People may prefer
+    long answers, so a model that uses length and clearly beats the rule passes.
 
     Args:
-        entry: As `reward_metrics.report` makes it.
+        entry: The result of `reward_metrics.report`.
     """
     accuracy, by_length = entry["accuracy"], entry["accuracy_by_length"]
     if not entry["score_std"] > 1e-6:
@@ -80,10 +80,8 @@ def weakness(entry: dict[str, Any]) -> str | None:
 
 
 def _lies_above(bound: float, estimate: dict[str, Any]) -> bool:
-    """Tell if the whole interval lies above `bound`; never without an interval."""
     return estimate["low"] is not None and estimate["low"] > bound
 
 
 def _lies_below(bound: float, estimate: dict[str, Any]) -> bool:
-    """Tell if the whole interval lies below `bound`; never without an interval."""
     return estimate["high"] is not None and estimate["high"] < bound

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quality of a reward on held-out comparisons, for the record: every number with its n.
+"""Quality of a reward on held-out comparisons: every estimate with its n.
 
-The pairs of one prompt share completions, so they are not independent: every interval here is
-clustered by prompt (`estimates.share_interval`; plain Wilson where each prompt has one pair).
-U completions, each scored once; N comparisons.
+Pairs of one prompt share completions, so every interval is clustered by prompt
+(`estimates.share_interval`; plain Wilson if each prompt has one pair). U completions, each scored
+once; N comparisons.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Comparisons:
 
     Attributes:
         episodes: U different completions with their prompts.
-        pairs: (N, 2) positions of the chosen and the rejected one.
-        prompts: (N,) the prompt of each comparison, by any name.
-        longer: (N,) tokens of the chosen completion less those of the rejected one.
-        margin: (N,) by how much the labeler preferred the chosen one, where the data have it.
-        gold: (N,) gold reward of chosen less rejected, on tasks with a checker.
+        pairs: (N, 2) positions of the chosen and the rejected completion.
+        prompts: (N,) identifier of each comparison's prompt.
+        longer: (N,) tokens of the chosen completion minus tokens of the rejected.
+        margin: (N,) the labeler's margin, if the data have it.
+        gold: (N,) gold reward of chosen minus rejected, on tasks with a checker.
     """
 
     episodes: list[Episode]
@@ -50,10 +50,7 @@ class Comparisons:
 
     @classmethod
     def encode(cls, backbone: Backbone, rows: Dataset) -> Comparisons:
-        """Encode rows with `prompt`, `chosen`, `rejected` and, where the data have them, others.
-
-        These are `group` (a row without it is a prompt of its own), `margin` and `gold_margin`.
-        """
+        """Encode `prompt`, `chosen`, `rejected`; optionally `group`, `margin`, `gold_margin`."""
         number: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
         pairs = []
         for row in rows:
@@ -79,32 +76,29 @@ class Comparisons:
         )
 
     def margins(self, scores: Sequence[float] | Floats) -> Floats:
-        """Score of the chosen less that of the rejected, (N,), from (U,) scores of `episodes`."""
+        """Return chosen minus rejected score, (N,), from (U,) scores of `episodes`."""
         array = np.asarray(scores, dtype=np.float64)
         return np.asarray(array[self.pairs[:, 0]] - array[self.pairs[:, 1]])
 
     def share(self, outcomes: Floats, where: NDArray[np.bool_] | None = None) -> Estimate:
-        """Estimate a share of the comparisons, or of those at `where`."""
+        """Estimate the mean outcome of the comparisons, or of a subset."""
         rows = np.arange(len(self.prompts)) if where is None else np.flatnonzero(where)
         return share_interval(outcomes[rows], [self.prompts[i] for i in rows])
 
 
 def report(held_out: Comparisons, scores: Sequence[float] | Floats) -> dict[str, Any]:
-    """Judge (U,) scores, for the record.
-
-    A tie counts as half right, and so does a comparison of equal length for the rules by length.
+    """Measure (U,) scores; a tie counts as half right, also for the rules by length.
 
     Returns:
-        accuracy: Share of comparisons with the chosen completion ahead.
-        accuracy_length_baseline: The same, of the rule "the longer one is better".
-        gain_over_length: accuracy less that of the better rule by length alone (longer, or
-            shorter), on the same comparisons; mean with clustered t interval.
-        accuracy_by_length: Where the chosen one is longer, shorter, equally long.
+        accuracy: Share of comparisons in which the chosen completion has the higher score.
+        accuracy_length_baseline: Accuracy of the rule "the longer completion is better".
+        gain_over_length: accuracy minus that of the better rule by length (longer, or shorter) on
+            the same comparisons; mean with clustered t interval.
+        accuracy_by_length: By chosen completion longer, shorter, equally long.
         accuracy_by_score_margin: By thirds of |score margin|; it should rise.
         accuracy_by_label_margin, accuracy_by_gold_margin: By thirds of the labeler's margin, or of
-            the size of the gold margin, where there is one.
-        accuracy_against_gold: Share in which it prefers what gold does, whatever the label.
-        calibration, calibration_error: As in `estimates`.
+            |gold margin|, if the data have it.
+        accuracy_against_gold: Share that agrees with gold, whatever the label.
         score_std: Over the U completions.
     """
     margin = held_out.margins(scores)
@@ -136,11 +130,10 @@ def report(held_out: Comparisons, scores: Sequence[float] | Floats) -> dict[str,
 
 
 def ceiling(agreement: dict[str, Any] | None) -> Estimate | None:
-    """Agreement of two labelers, from the data's report: the yardstick of accuracy.
+    """Return the agreement of two labelers from the data's report, to compare accuracy with.
 
-    It is the usual one (InstructGPT: 69.6 % of the reward model against 72.6 % of labelers) and no
-    strict bound: a model that gives the majority's answer can be right more often than one labeler
-    agrees with another.
+    In InstructGPT: 72.6 % for labelers, 69.6 % for the reward model. It is no strict bound: a model
+    of the majority's answer can agree with one labeler more often than another labeler does.
     """
     if not agreement or agreement.get("measured") is None:
         return None
@@ -153,7 +146,7 @@ def _won(margin: Floats) -> Floats:
 
 
 def _thirds(held_out: Comparisons, right: Floats, size: Floats) -> list[dict[str, Any]]:
-    """Accuracy by thirds of `size`, smallest first; fewer parts where many sizes are equal."""
+    """Return accuracy by thirds of `size`, ascending; fewer parts if many sizes are equal."""
     edges = np.unique(np.quantile(size, [1 / 3, 2 / 3]))
     which = np.searchsorted(edges, size, side="left")
     parts = []

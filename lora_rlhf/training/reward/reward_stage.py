@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reward stage: train one adapter or an ensemble, fit the offset, judge on held-out data.
 
-Source: InstructGPT section 3.5, eq. 1 (loss, in ranking_trainer.py) and the bias that gives
+Source: InstructGPT section 3.5: eq. 1 (in `ranking_trainer`), and the bias that gives
 demonstrations mean score 0.
 """
 
@@ -29,7 +29,7 @@ from lora_rlhf.training.stage_context import StageContext
 from lora_rlhf.training.trl_config import build, effective, trainer_args
 
 from . import ensemble, reward_gate
-from .ranking_trainer import RankingCollator, RankingTrainer, rankings
+from .ranking_trainer import RankingTrainer, collate, rankings
 from .reward_metrics import Comparisons, ceiling, report
 
 _DEFAULTS: dict[str, Any] = {
@@ -38,7 +38,7 @@ _DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 
 _SEEDS = ("reward", "held_out", *MEMBERS[1:])
-"""Roles; the position of one is added to the recipe's seed."""
+"""Roles, whose positions are added to the recipe's seed."""
 
 
 def run(
@@ -51,9 +51,9 @@ def run(
     """Train the reward role (and a held-out one on other comparisons), fit its offset, judge it.
 
     Args:
-        args: As `arguments` gives them.
-        data: Comparisons: `prompt`, `chosen`, `rejected`, and `group` where prompts repeat.
-        demonstrations: Those on which the offset gives mean score 0.
+        args: By role, from `arguments`.
+        data: Comparisons: `prompt`, `chosen`, `rejected`, and `group` if prompts repeat.
+        demonstrations: Rows on which the offset gives mean score 0.
         held_out_data: Other comparisons, for a reward model that only evaluates; it is judged on
             the held-out rows of `data`.
     """
@@ -69,7 +69,7 @@ def run(
         else:
             fit_offset(backbone, shown, "reward")
         entry |= {"offset": backbone.reward_offset["reward"], "offset_from": len(shown)}
-        rewards = ensemble.rewards_of(backbone, held_out.episodes, recipe.reward)
+        rewards = ensemble.scores(backbone, held_out.episodes, recipe.reward).rewards
         entry |= report(held_out, rewards)
         if limit := ceiling(data.report.get("labeler_agreement")):
             entry["labeler_agreement"] = limit
@@ -96,7 +96,7 @@ def load(backbone: Backbone, record: Record) -> None:
 
 
 def arguments(recipe: Recipe, out: Path) -> dict[str, RewardConfig]:
-    """Build TRL's config for each reward model that is trained, by role.
+    """Build TRL's config of each reward model, by role.
 
     Raises:
         RecipeError: `reward.args` are invalid.
@@ -113,8 +113,7 @@ def arguments(recipe: Recipe, out: Path) -> dict[str, RewardConfig]:
 def _train(context: StageContext, args: RewardConfig, data: Prepared, role: str) -> dict[str, Any]:
     """Add the role, starting from SFT, and train it on the rankings."""
     recipe, backbone = context.recipe, context.backbone
-    # A second model must differ in more than its data, or it would share the first one's draws.
-    # Averaging weights needs a common start, heads included; the order of rows still differs.
+    # Averaging weights requires a common start, heads included; the order of rows still differs.
     common = recipe.reward.combine == "warm" and role in MEMBERS
     set_seed(recipe.seed if common else args.seed)
     backbone.add_role(role, copy_from="reference")
@@ -125,7 +124,7 @@ def _train(context: StageContext, args: RewardConfig, data: Prepared, role: str)
         role,
         args=args,
         train_dataset=train,
-        data_collator=RankingCollator(backbone.tokenizer.pad_token_id),
+        data_collator=functools.partial(collate, pad_token_id=backbone.tokenizer.pad_token_id),
     )
     with backbone.training(role):
         _, result = fit(context, build_trainer, "reward", name=role)
@@ -144,7 +143,7 @@ def _ensemble(
     held_out: Comparisons,
     trained: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """Judge the members one by one, then merge them (warm) or centre their combined reward."""
+    """Measure each member, then merge them (warm) or centre their combined reward."""
     section, members = recipe.reward, ensemble.trained(recipe.reward)
     for role in members:
         fit_offset(backbone, shown, role)
@@ -164,8 +163,8 @@ def _ensemble(
         ensemble.average(backbone, members)
         fit_offset(backbone, shown, "reward")
     else:
-        # Every rule moves with its members, so one shift of all gives demonstrations mean 0.
-        mean = float(np.mean(ensemble.rewards_of(backbone, shown, section)))
+        # Shifting all members shifts every combination equally.
+        mean = float(np.mean(ensemble.scores(backbone, shown, section).rewards))
         for role in members:
             backbone.reward_offset[role] -= mean
         entry["offsets"] = [backbone.reward_offset[role] for role in members]
@@ -175,7 +174,7 @@ def _ensemble(
 def _judge_held_out(
     context: StageContext, shown: list[Episode], held_out: Comparisons, rewards: list[float]
 ) -> dict[str, Any]:
-    """Judge the reward model that only evaluates, also by its agreement with `rewards`."""
+    """Measure the reward model that only evaluates, and its agreement with `rewards`."""
     backbone = context.backbone
     offset = fit_offset(backbone, shown, "held_out")
     [scores] = ensemble.member_scores(backbone, held_out.episodes, ["held_out"])
@@ -198,7 +197,7 @@ def _episodes(backbone: Backbone, demonstrations: Dataset) -> list[Episode]:
 def fit_offset(backbone: Backbone, demonstrations: list[Episode], role: str) -> float:
     """Set `backbone.reward_offset[role]` so that demonstrations score 0 on average; returns it.
 
-    The loss does not depend on a shift; PPO's missing-eos penalty and value do (InstructGPT 3.5).
+    A shift does not change the loss, but PPO's value and missing-eos penalty (InstructGPT 3.5).
     """
     backbone.reward_offset[role] = -float(np.mean(scoring.scores(backbone, demonstrations, role)))
     return backbone.reward_offset[role]
