@@ -203,7 +203,14 @@ def _updates(recipe: Recipe, backbone: Backbone, meter: Meter) -> dict[str, int]
         functions, args.reward_weights = reward_functions.of_recipe(recipe, backbone, prompts)
         laps = _Laps(meter)
         with backbone.training("policy", "value"):
-            trainer = _Trainer(backbone, args, section, functions, prompts, laps)
+            trainer = _Trainer(
+                backbone,
+                args=args,
+                ppo=section,
+                reward_funcs=functions,
+                train_dataset=prompts,
+                progress=laps,
+            )
             trainer.longest = recipe.data.max_prompt_tokens
             with fused_layers.layers(backbone):
                 trainer.train()
