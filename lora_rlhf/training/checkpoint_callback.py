@@ -42,11 +42,7 @@ class Result(NamedTuple):
 
 
 class CheckpointCallback(TrainerCallback):
-    """Saves and resumes one training.
-
-    Args:
-        name: The stage, or the role in the reward stage.
-        unit: Optimizer steps per logged step.
+    """Saves and resumes one training: a stage, or one role's in the reward stage.
 
     Attributes:
         resumed: The checkpoint that training continues from.

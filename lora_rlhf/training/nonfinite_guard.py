@@ -32,9 +32,6 @@ _STATE = ("_rollout", "_last", "_row", "_sum", "_logged")
 class NonFiniteGuard(TrainerCallback):
     """Guards one training; the last of its callbacks.
 
-    Args:
-        unit: Optimizer steps of one update.
-
     Attributes:
         skipped: Whether the current optimizer step changes nothing.
     """

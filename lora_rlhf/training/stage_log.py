@@ -15,11 +15,7 @@ _CLOCK = ("runtime", "per_second", "step_time", "total_flos", "preparation_time"
 
 
 class StageLog(TrainerCallback):
-    """Log of one training, with all timings under `clock`, so that equal runs log equal lines.
-
-    Args:
-        steps_per_unit: Optimizer steps per logged step.
-    """
+    """Log of one training, with all timings under `clock`, so that equal runs log equal lines."""
 
     def __init__(
         self, record: Record, stage: str, progress: Progress, steps_per_unit: int = 1

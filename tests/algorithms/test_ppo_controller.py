@@ -19,7 +19,7 @@ def policy(made):
 
 def steering(made=None, **section):
     made = made or backbone("llama", "policy", "reference")
-    return PPOController(made, PpoSection(**section), Progress(quiet=True), episodes=100)
+    return PPOController(made, PpoSection(**section), Progress(quiet=True), episodes_per_update=100)
 
 
 def tell(steered, **line):

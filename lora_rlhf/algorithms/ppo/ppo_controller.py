@@ -30,18 +30,15 @@ _SMOOTHED = 3
 class PPOController(TrainerCallback):
     """Sets the KL coefficient, acts on alarms, stops training, and selects the final policy.
 
-    Args:
-        episodes: Number in one update.
-
     Attributes:
         entry: For the record: why training stopped, which update's policy was kept, the alarms.
     """
 
     def __init__(
-        self, backbone: Backbone, section: PpoSection, progress: Progress, episodes: int
+        self, backbone: Backbone, section: PpoSection, progress: Progress, episodes_per_update: int
     ) -> None:
         self.backbone, self.section, self.progress = backbone, section, progress
-        self.episodes = episodes
+        self.episodes_per_update = episodes_per_update
         self.kl_coef = section.kl_coef
         self.entry: dict[str, Any] = {}
         self.lines: list[dict[str, float]] = []
@@ -81,7 +78,7 @@ class PPOController(TrainerCallback):
         kl, target = line["kl/sequence"], self.section.kl_target
         if target is not None and math.isfinite(kl):
             self.kl_coef = adapted_kl_coef(
-                self.kl_coef, kl, target, self.section.kl_horizon, self.episodes
+                self.kl_coef, kl, target, self.section.kl_horizon, self.episodes_per_update
             )
         if self._over_budget(kl) or self._act_on_alarms():
             control.should_training_stop = True

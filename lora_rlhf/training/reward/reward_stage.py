@@ -51,7 +51,6 @@ def run(
     """Train the reward role (and a held-out one on other comparisons), fit its offset, judge it.
 
     Args:
-        args: By role, from `arguments`.
         data: Comparisons: `prompt`, `chosen`, `rejected`, and `group` if prompts repeat.
         demonstrations: Rows on which the offset gives mean score 0.
         held_out_data: Other comparisons, for a reward model that only evaluates; it is judged on
