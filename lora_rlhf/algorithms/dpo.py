@@ -143,9 +143,9 @@ class ResumableDPOTrainer(TiedReferenceTrainer, DPOTrainer):
         both = [*range(start, stop), *range(n + start, n + stop)]
         return {k: v[both] if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
-    def can_be_cut(self) -> bool:
+    def can_be_split(self) -> bool:
         """Allow splitting only with losses that are means over comparisons."""
-        return super().can_be_cut() and set(self.loss_types) <= _BY_ROW
+        return super().can_be_split() and set(self.loss_types) <= _BY_ROW
 
     def share(self, piece: Any, inputs: Any, num_items_in_batch: Any) -> float:
         """Return the share of the comparisons that are in the piece."""

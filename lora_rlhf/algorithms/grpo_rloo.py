@@ -229,11 +229,11 @@ class _GroupTrainer(RolloutTrainer, TiedReferenceTrainer):
                 torch.cat(differences), self.backbone.causal.dtype
             )
 
-    def can_be_cut(self) -> bool:
+    def can_be_split(self) -> bool:
         """Forbid splitting with GRPO's entropy bonus or quantile, which are taken over all rows."""
         bonus = getattr(self, "_entropy_bonus_enabled", False)
         quantile = getattr(self, "top_entropy_quantile", 1.0)
-        return super().can_be_cut() and not bonus and quantile == 1.0
+        return super().can_be_split() and not bonus and quantile == 1.0
 
     def share(self, piece: Any, inputs: Any, num_items_in_batch: Any) -> float:
         """Return the share of the tokens or rows that TRL averages over; 1 where it sums."""

@@ -34,7 +34,7 @@ PARITY = 1e-4
 _COMPARED = 16
 """Episodes of the first rollout that are compared."""
 
-MORE = 2
+SCORING_FACTOR = 2
 """Size of a scoring batch in training micro-batches; scoring keeps no activations."""
 
 
@@ -115,7 +115,7 @@ class Scorer:
         Returns:
             The reference's log-probs, (N, T).
         """
-        size, mask_nt = MORE * self.size, out["completion_mask"]
+        size, mask_nt = SCORING_FACTOR * self.size, out["completion_mask"]
         known = self._sampled if self.trusted and not exact else None
         values: list[Tensor] = []
         if self.ppo.value == "head":
@@ -161,7 +161,9 @@ class Scorer:
             for row, i in zip(states, batch.index, strict=True):
                 out[i] = row[len(row) - sum(map(len, self.episodes[i])) :].clone()
 
-        scoring.for_each_batch(self.backbone, self.episodes, MORE * self.size, None, visit)
+        scoring.for_each_batch(
+            self.backbone, self.episodes, SCORING_FACTOR * self.size, None, visit
+        )
         return out
 
     def _padded_states(self, out: dict[str, Any]) -> dict[str, Tensor]:

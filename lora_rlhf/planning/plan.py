@@ -317,7 +317,7 @@ class Estimate:
         """Plan sampling and scoring of a rollout."""
         recipe, count = self.recipe, self.planner.count
         size, rows = self.policy.per_device_train_batch_size, self.policy.generation_batch_size
-        many, trunk = min(rollout.MORE * size, rows), self.trunk_states
+        many, trunk = min(rollout.SCORING_FACTOR * size, rows), self.trunk_states
         resident, name = self.resident + self.moments, recipe.algorithm
         scoring = max(
             count(recipe, dry_run.score, self._episodes(many)),

@@ -15,7 +15,7 @@ from .checkpoint_callback import CheckpointCallback, Result
 from .resumable_trainer import ResumableTrainer
 from .stage_context import StageContext
 from .stage_log import StageLog
-from .trl_config import complaints
+from .trl_config import as_recipe_error
 
 T = TypeVar("T", bound=ResumableTrainer)
 
@@ -45,7 +45,7 @@ def fit(
         NonFiniteError: The loss is not finite.
     """
     name = name or stage
-    with complaints(stage):
+    with as_recipe_error(stage):
         trainer = build(callbacks=[StageLog(context.record, name, context.progress, unit)])
     context.backbone.assert_trainable()
     checkpoints = CheckpointCallback(context, stage, name, unit)

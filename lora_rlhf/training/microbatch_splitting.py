@@ -62,7 +62,7 @@ class MicrobatchSplitting(_Base):
             return loss.detach()  # type: ignore[no-any-return]
 
         cut = functools.partial(self.part, inputs)
-        losses = self.in_pieces(inputs, self.rows(inputs), cut, step, self.moved_by_loss())
+        losses = self.in_pieces(inputs, self.rows(inputs), cut, step, self.loss_parameters())
         return torch.stack(losses).sum().requires_grad_()
 
     def whole_loss(
@@ -87,13 +87,12 @@ class MicrobatchSplitting(_Base):
         """Return the weight of a piece's loss in its micro-batch's: 1 if both are sums."""
         return 1.0
 
-    def can_be_cut(self) -> bool:
+    def can_be_split(self) -> bool:
         """Return True if the loss of a micro-batch is the weighted sum of its pieces' losses."""
-        return not getattr(
-            self, "aux_loss_enabled", False
-        )  # of a mixture of experts: not a sum over rows
+        # A mixture of experts adds a loss that is not a sum over rows.
+        return not getattr(self, "aux_loss_enabled", False)
 
-    def moved_by_loss(self) -> Iterable[torch.nn.Parameter]:
+    def loss_parameters(self) -> Iterable[torch.nn.Parameter]:
         """Return the parameters that get a gradient from the loss."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
@@ -144,7 +143,7 @@ class MicrobatchSplitting(_Base):
                 del lists[name][noted.get(name, 0) :]
             if tokens is not None:
                 self._total_train_tokens = tokens
-            if not self.can_be_cut():
+            if not self.can_be_split():
                 raise MemoryLimitError(
                     f"memory ran out in training, with {size} rows at once: {why}",
                     expected="room for the micro-batch: this loss cannot be split over its rows",

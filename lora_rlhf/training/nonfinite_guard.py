@@ -20,7 +20,7 @@ from lora_rlhf.redaction import safe
 
 from .stage_context import StageContext
 
-MOST = 3
+MAX_SKIPPED = 3
 """Skipped updates in a row that stop a training."""
 
 _PROMPTS = 8
@@ -180,9 +180,9 @@ class NonFiniteGuard(TrainerCallback):
         skipped[str(update)] = why  # by number, so that a repeated update counts once
         self.record.save()
         self.progress.say(f"{self.name}: update {update} is skipped, {why} ({path.name})")
-        if self._row >= MOST:
+        if self._row >= MAX_SKIPPED:
             raise NonFiniteError(
-                f"{self.name}: {MOST} updates in a row were skipped, the last because {why}",
+                f"{self.name}: {MAX_SKIPPED} updates in a row were skipped, the last because {why}",
                 expected="finite rewards, log-probs and gradients",
                 remedy="lower the learning rate, or correct the reward function; the prompts are "
                 f"in {path}, and the adapters are those of the last good update",

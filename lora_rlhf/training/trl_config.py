@@ -91,7 +91,7 @@ def build(stage: str, config: Any, given: dict[str, Any]) -> Any:
     for key in given:
         if key not in known:
             raise trl_args.unknown(stage, key, known)
-    with complaints(stage):
+    with as_recipe_error(stage):
         built = config(**given)
         # With several visible GPUs, Trainer would replicate the backbone.
         built._n_gpu = min(built.n_gpu, 1)
@@ -111,7 +111,7 @@ def build(stage: str, config: Any, given: dict[str, Any]) -> Any:
 
 
 @contextlib.contextmanager
-def complaints(stage: str) -> Iterator[None]:
+def as_recipe_error(stage: str) -> Iterator[None]:
     """Turn a library's error about arguments into a `RecipeError` with its message."""
     try:
         yield

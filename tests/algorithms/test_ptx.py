@@ -98,7 +98,7 @@ def test_accumulation_divides_by_the_tokens_of_the_whole_step(tmp_path):
 
 def only_text(trainer, inputs):
     trainer.micro_batch = inputs
-    return trainer._no_loss()
+    return trainer._zero_loss()
 
 
 def zero(completion_ids, **_):

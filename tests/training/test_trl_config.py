@@ -128,9 +128,9 @@ def test_arguments_that_would_fail_in_training_fail_at_once(key, value, recipe, 
 
 def test_a_trainer_that_refuses_its_arguments_is_a_recipe_error():
     with pytest.raises(RecipeError, match=r"^reward\.args: it does not fit"):
-        with trl_config.complaints("held_out"):
+        with trl_config.as_recipe_error("held_out"):
             raise ValueError("it does not fit\nand more")
-    with pytest.raises(RuntimeError), trl_config.complaints("sft"):
+    with pytest.raises(RuntimeError), trl_config.as_recipe_error("sft"):
         raise RuntimeError("not the recipe's fault")
 
 

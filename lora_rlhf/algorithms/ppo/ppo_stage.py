@@ -32,7 +32,7 @@ _DEFAULTS: dict[str, Any] = {
     "top_k": 0, "top_p": 1.0, "disable_dropout": True, "beta": 0.0,
 }  # fmt: skip
 
-_MOST_EPOCHS = 4  # passes over one rollout: 1 in InstructGPT, 4 in 2403.17031
+_MAX_EPOCHS = 4  # passes over one rollout: 1 in InstructGPT, 4 in 2403.17031
 
 _UNFILTERED: dict[str, tuple[Any, ...]] = {
     "top_k": (0, None), "top_p": (1, None), "min_p": (None, 0), "repetition_penalty": (1, None),
@@ -144,10 +144,10 @@ def arguments(recipe: Recipe, out: Path) -> PPOConfig:
             raise RecipeError(
                 f"ppo.args.{key} would do nothing", remedy=_INSTEAD.get(key, "leave it out")
             )
-    if merged["num_iterations"] > _MOST_EPOCHS:
+    if merged["num_iterations"] > _MAX_EPOCHS:
         raise RecipeError(
             f"ppo.args.num_iterations: {merged['num_iterations']}",
-            expected=f"at most {_MOST_EPOCHS} passes over a rollout",
+            expected=f"at most {_MAX_EPOCHS} passes over a rollout",
             remedy="raise ppo.updates instead: fresh episodes teach more than old ones",
         )
     if not merged["max_grad_norm"] > 0:

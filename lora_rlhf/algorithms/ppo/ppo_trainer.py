@@ -207,7 +207,7 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
         """Compute the policy's clipped loss over the valid tokens of the whole minibatch."""
         self._policy_states = None
         if self.warming_up:
-            return self._no_loss()
+            return self._zero_loss()
         ids, mask, tokens = model_inputs(inputs)
         kept_blh = trunk_states(inputs, ids.device)
         states_bth = scoring.completion_states(self.backbone, ids, mask, tokens, kept_blh)
@@ -235,7 +235,7 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
         skipped = float(masked_mean(result.ratio_bt, mask_bt)) > MAX_MEAN_RATIO
         self.note({"policy/skipped": float(skipped)})
         if skipped:
-            return self._no_loss()
+            return self._zero_loss()
         loss_sum = result.loss_sum
         if self.ppo.entropy_coef:
             loss_sum = loss_sum - self.ppo.entropy_coef * masked_sum(entropy_bt, mask_bt)
@@ -245,11 +245,11 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
         """Select some episodes, without padding that only others needed."""
         return minibatches.trim(super().part(inputs, start, stop))
 
-    def moved_by_loss(self) -> list[torch.nn.Parameter]:
+    def loss_parameters(self) -> list[torch.nn.Parameter]:
         """Return the policy's parameters: the value has its own loss."""
         return [p for _, p in self.backbone.role_parameters("policy")]
 
-    def _no_loss(self) -> Tensor:
+    def _zero_loss(self) -> Tensor:
         """Return 0 without a graph to the policy, which then has no gradient and cannot move."""
         return torch.zeros((), device=self.backbone.device, requires_grad=True)
 
@@ -265,7 +265,7 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
         if "text" in batch and not warming_up:
             text, tokens = batch["text"], batch["window_text_tokens"]
             step = functools.partial(self._ptx, window_tokens=tokens)
-            self.in_pieces(text, len(text.ids), text.part, step, self.moved_by_loss())
+            self.in_pieces(text, len(text.ids), text.part, step, self.loss_parameters())
         self.in_pieces(
             batch,
             self.rows(batch),
