@@ -42,7 +42,7 @@ class Result(NamedTuple):
 
 
 class CheckpointCallback(TrainerCallback):
-    """Saves and resumes one training: a stage, or one role's in the reward stage.
+    """Saves and resumes the training of a stage, or of one role in the reward stage.
 
     Attributes:
         resumed: The checkpoint that training continues from.
