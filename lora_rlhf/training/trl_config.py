@@ -138,7 +138,7 @@ def check_trackers(names: Sequence[str]) -> None:
         if name not in (*installed, "flyte"):  # which transformers never lists as installed
             raise SetupError(
                 f"report_to: the package of {name} is not installed",
-                expected=f"one of those that are: {', '.join(installed) or 'none'}",
+                expected=f"an installed tracker: {', '.join(installed) or 'none'}",
                 remedy=f"install {name}, or leave it out of report_to",
             )
 

@@ -167,7 +167,7 @@ def arguments(recipe: Recipe, out: Path) -> PPOConfig:
         raise RecipeError(
             f"ppo.updates is {recipe.ppo.updates}, ppo.value_warmup_updates "
             f"{recipe.ppo.value_warmup_updates}",
-            expected="more updates than those in which only the value learns",
+            expected="more updates than warm-up updates, in which only the value learns",
         )
     return build("ppo", PPOConfig, {**merged, **steps})
 
