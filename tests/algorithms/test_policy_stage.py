@@ -15,7 +15,7 @@ from lora_rlhf.errors import DataError, RecipeError
         ("grpo", {"beta": 0.1}, "use grpo.kl_coef"),
         ("rloo", {"num_generations": 2}, "use rloo.num_generations"),
         ("grpo", {"max_steps": 2}, "use grpo.updates"),
-        ("grpo", {"top_k": 5}, "unchanged distribution"),
+        ("grpo", {"top_k": 5}, "whole distribution"),
         ("grpo", {"seed": 5}, "use seed"),
         ("grpo", {"steps_per_generation": 3, "gradient_accumulation_steps": 2}, "divisible"),
         ("grpo", {"num_iterations": 0}, "num_iterations: 0"),
