@@ -29,7 +29,7 @@ def recipe(**section):
 
 
 class Scripted:
-    """A backbone that answers from a list; ids are code points, 0 is the end."""
+    """A backbone that answers from a list; token ids are code points, 0 is eos."""
 
     eos_ids = [EOS]
 
@@ -103,7 +103,7 @@ def read_samples(record):
     return [json.loads(line) for line in text.splitlines()]
 
 
-# --- what is compared ---
+# --- models and settings ---
 
 
 def test_every_model_gets_the_same_prompts_seed_and_settings(record, heads):
@@ -183,9 +183,9 @@ def test_the_interval_of_repetition_stays_above_0():
     """One answer of ten loops: the interval of a plain mean would begin below 0."""
     ids = [[1, 2, 3, 4, 5]] * 9 + [[6] * 9]
     answers = Answers(ids=ids, texts=["x"] * 10, finished=[True] * 10, seconds=1.0)
-    found = evaluate.measure(answers, None, 0)["repetition"]
-    assert found["value"] == pytest.approx(5 / 60) and found["n"] == 10
-    assert 0 < found["low"] < found["value"] < found["high"] < 0.6
+    repetition = evaluate.measure(answers, None, 0)["repetition"]
+    assert repetition["value"] == pytest.approx(5 / 60) and repetition["n"] == 10
+    assert 0 < repetition["low"] < repetition["value"] < repetition["high"] < 0.6
 
 
 def test_greedy_answers_have_no_kl(record, heads):
@@ -198,10 +198,10 @@ def test_greedy_answers_have_no_kl(record, heads):
 def test_held_out_model_judges_apart_from_the_proxy(record, heads):
     roles = ("reference", "policy", "reward", "held_out")
     evaluate.run(recipe(), Scripted(PLAIN, roles), record, plain_prompts())
-    found = record.data["evaluation"]["policy"]
-    assert found["held_out_reward"]["value"] == pytest.approx(-0.7)
-    assert found["win_rate_held_out"] == estimates.win_rate([-11, -6, -4], [-4, -6, -7])
-    assert "win_rate_held_out_length_controlled" in found
+    metrics = record.data["evaluation"]["policy"]
+    assert metrics["held_out_reward"]["value"] == pytest.approx(-0.7)
+    assert metrics["win_rate_held_out"] == estimates.win_rate([-11, -6, -4], [-4, -6, -7])
+    assert "win_rate_held_out_length_controlled" in metrics
 
 
 def test_nan_names_the_role(record, heads, monkeypatch):
@@ -245,9 +245,9 @@ def task_run(record, n=32):
 
 
 def test_task_metrics_have_the_documented_denominators(record, heads):
-    items, answers, found = task_run(record)
+    items, answers, evaluation = task_run(record)
     judged = [checkers.check(i, text) for i, text in zip(items, answers[None], strict=True)]
-    base = found["base"]
+    base = evaluation["base"]
     assert base["gold_reward"] == estimates.mean_interval([v.reward for v in judged])
     assert base["words"] == estimates.mean_interval([v.words for v in judged])
     about_records = [v.hallucinated for v in judged if v.hallucinated is not None]
@@ -257,13 +257,14 @@ def test_task_metrics_have_the_documented_denominators(record, heads):
     assert base["over_refusal"] == estimates.wilson(sum(harmless), 28)
     form = [v.constraint for v in judged if v.constraint is not None]
     assert base["constraint"] == estimates.wilson(sum(form), 12)
-    assert found["sft"]["success"] == estimates.wilson(32, 32)
+    assert evaluation["sft"]["success"] == estimates.wilson(32, 32)
 
 
 def test_incidents_are_per_thousand_harmful_prompts(record, heads):
-    _, _, found = task_run(record)
-    assert found["policy"]["incidents_per_1000"] == estimates.scaled(estimates.wilson(4, 4), 1000)
-    safe = found["sft"]["incidents_per_1000"]
+    _, _, evaluation = task_run(record)
+    incidents = evaluation["policy"]["incidents_per_1000"]
+    assert incidents == estimates.scaled(estimates.wilson(4, 4), 1000)
+    safe = evaluation["sft"]["incidents_per_1000"]
     assert (safe["value"], safe["n"]) == (0.0, 4)
     assert safe["high"] > 400, "no incident in four prompts proves little"
 
@@ -273,25 +274,25 @@ def test_without_harmful_prompts_there_is_no_incident_rate(record, heads):
     rows = [{"prompt": i.prompt, "item": json.dumps(i.to_dict())} for i in items]
     answers = {role: ["x"] * 4 for role in (None, "reference", "policy")}
     evaluate.run(recipe(), Scripted(answers), record, Dataset.from_list(rows))
-    found = set(record.data["evaluation"]["policy"])
-    assert "gold_reward" in found
-    assert not {"incidents_per_1000", "hallucination", "constraint"} & found
+    metrics = set(record.data["evaluation"]["policy"])
+    assert "gold_reward" in metrics
+    assert not {"incidents_per_1000", "hallucination", "constraint"} & metrics
 
 
 def test_gold_comparisons_are_paired_with_sft(record, heads):
-    items, answers, found = task_run(record)
+    items, answers, evaluation = task_run(record)
     gold = {
         role: [checkers.check(i, text).reward for i, text in zip(items, texts, strict=True)]
         for role, texts in answers.items()
     }
-    policy = found["policy"]
+    policy = evaluation["policy"]
     assert policy["win_rate"] == estimates.win_rate(gold["policy"], gold["reference"])
     assert policy["win_rate"]["value"] == (28 / 2) / 32
     expected = estimates.paired_difference(gold["policy"], gold["reference"], seed=11)
     assert policy["gold_reward_minus_sft"] == expected
     assert expected["value"] == pytest.approx(-2 * 4 / 32)
-    assert "win_rate" not in found["sft"]
-    assert "gold_reward_minus_sft" not in found["sft"]
+    assert "win_rate" not in evaluation["sft"]
+    assert "gold_reward_minus_sft" not in evaluation["sft"]
 
 
 def test_prompts_without_an_item_count_only_for_other_metrics(record, heads):
@@ -302,13 +303,13 @@ def test_prompts_without_an_item_count_only_for_other_metrics(record, heads):
         {"prompt": "free too", "item": None},
     ]
     evaluate.run(recipe(), Scripted(PLAIN), record, Dataset.from_list(rows))
-    found = record.data["evaluation"]["policy"]
-    assert found["gold_reward"]["n"] == 1
-    assert found["win_rate_length_controlled"]["n"] == 1
-    assert found["length"]["n"] == 3
+    metrics = record.data["evaluation"]["policy"]
+    assert metrics["gold_reward"]["n"] == 1
+    assert metrics["win_rate_length_controlled"]["n"] == 1
+    assert metrics["length"]["n"] == 3
 
 
-# --- what is kept ---
+# --- record and samples ---
 
 
 def test_times_are_under_clock_only(record, heads):
@@ -437,7 +438,7 @@ def test_a_small_difference_is_not_shown_as_zero(estimate, text):
 
 
 def test_a_model_that_is_done_is_not_evaluated_again(tmp_path, heads, monkeypatch):
-    """Killed after the second of three models, the evaluation ends with the same numbers."""
+    """An evaluation that is killed after two of three models ends with the same numbers."""
     answers = {
         None: ["ab", "c\0", "d"],
         "reference": ["abc", "d\0", "e"],

@@ -72,15 +72,15 @@ def real_prompts():
     )
 
 
-def test_a_policy_that_is_sft_differs_in_nothing(real, record):
+def test_a_policy_equal_to_sft_has_equal_metrics(real, record):
     evaluate.run(recipe(1.0), real, record, real_prompts())
-    found = record.data["evaluation"]
+    evaluation = record.data["evaluation"]
     for name in ("gold_reward", "proxy_reward", "length", "eos_rate", "words"):
-        assert found["policy"][name] == found["sft"][name] == found["base"][name]
-    assert found["policy"]["win_rate_proxy"]["value"] == 0.5
-    assert found["policy"]["win_rate"]["value"] == 0.5
-    assert found["policy"]["gold_reward_minus_sft"]["high"] == 0.0
-    assert abs(found["policy"]["kl"]["value"]) < 1e-5
+        assert evaluation["policy"][name] == evaluation["sft"][name] == evaluation["base"][name]
+    assert evaluation["policy"]["win_rate_proxy"]["value"] == 0.5
+    assert evaluation["policy"]["win_rate"]["value"] == 0.5
+    assert evaluation["policy"]["gold_reward_minus_sft"]["high"] == 0.0
+    assert abs(evaluation["policy"]["kl"]["value"]) < 1e-5
 
 
 def test_a_moved_policy_has_the_kl_of_plain_logits(real, record):
@@ -105,10 +105,10 @@ def test_a_moved_policy_has_the_kl_of_plain_logits(real, record):
                 chosen = logits.log_softmax(-1)[len(prompt) - 1 : -1]
                 total[role] = chosen[range(len(answer)), answer].sum().item()
             expected.append(total["policy"] - total["reference"])
-        found = record.data["evaluation"]
-        assert found["policy"]["kl"]["value"] == pytest.approx(sum(expected) / 12, abs=1e-4)
-        assert found["policy"]["kl"]["value"] > 0.05
-        assert abs(found["base"]["kl"]["value"]) < 1e-5, "a fresh SFT adapter is the base"
+        evaluation = record.data["evaluation"]
+        assert evaluation["policy"]["kl"]["value"] == pytest.approx(sum(expected) / 12, abs=1e-4)
+        assert evaluation["policy"]["kl"]["value"] > 0.05
+        assert abs(evaluation["base"]["kl"]["value"]) < 1e-5, "a fresh SFT adapter is the base"
         with (record.folder / "samples.jsonl").open(encoding="utf-8") as file:
             completion = json.loads(file.readlines()[2])["completion"]
         assert completion == real.decode(answers[0])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Alarms: silent on a healthy log, one sign per problem, fooled by neither noise nor gold."""
+"""Alarms: no sign on a healthy log or by noise, one sign per problem, no use of gold rewards."""
 
 import math
 import random
@@ -63,7 +63,7 @@ def test_a_log_that_just_began_has_no_signs():
 
 
 def noisy(f, seed=7):
-    """f plus the noise of a rollout's mean."""
+    """Values of f plus the noise of a rollout's mean."""
     rng = random.Random(seed)
     return lambda i: f(i) + rng.gauss(0, SPREAD / math.sqrt(EPISODES))
 
@@ -95,7 +95,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_each_problem_has_its_sign(name):
-    # A KL that runs away is high in the end; a reward that falls stood still before.
+    # An accelerating KL ends high; a falling reward was flat before.
     also = {"kl_accelerating": {"kl_high"}, "over_optimised": {"held_out_flat"}}.get(name, set())
     assert names(healthy(40, **BROKEN[name])) == {name} | also
 
@@ -112,7 +112,7 @@ def test_a_message_names_the_numbers_the_meaning_and_a_remedy():
 
 
 def test_gold_is_never_read():
-    """Otherwise the run would be steered by its own measure."""
+    """A reward that steers training can no longer measure it."""
     falling = healthy(60, rewards__gold=lambda i: 0.5 - 0.05 * i)
     assert alarms.signs(falling) == alarms.signs(healthy(60))
     without = [{k: v for k, v in line.items() if k != "rewards/held_out"} for line in falling]
@@ -120,7 +120,7 @@ def test_gold_is_never_read():
 
 
 def test_noise_alone_is_no_over_optimisation():
-    """The proxy rises, the held-out reward is flat and noisy: that is no fall."""
+    """The proxy rises, and the held-out reward is flat but noisy."""
     alarmed = 0
     for seed in range(60):
         lines = healthy(
@@ -138,8 +138,8 @@ def test_a_fall_within_the_noise_waits_and_a_clear_one_does_not():
     slow = healthy(40, reward__score=rise, rewards__held_out=noisy(lambda i: -0.001 * i, 8))
     assert "over_optimised" not in names(slow)
     fast = healthy(40, reward__score=rise, rewards__held_out=noisy(lambda i: -0.05 * i, 8))
-    found = {sign.name: update for update, sign in alarms.history(fast)}
-    assert found["over_optimised"] < 20
+    first_update = {sign.name: update for update, sign in alarms.history(fast)}
+    assert first_update["over_optimised"] < 20
 
 
 def test_one_odd_rollout_is_no_sign():
@@ -150,7 +150,7 @@ def test_one_odd_rollout_is_no_sign():
         assert names(once) == set(), name
 
 
-def test_undefined_is_not_broken():
+def test_undefined_metrics_are_no_sign_of_nan():
     """Explained variance of equal returns and repetition of short completions may be NaN."""
     lines = healthy(
         30, value__explained_variance=lambda i: math.nan, completions__repetition=lambda i: math.nan
@@ -160,9 +160,9 @@ def test_undefined_is_not_broken():
 
 def test_change_is_student_s_t():
     """Against scipy.stats.ttest_ind([1, 2, 3, 4, 5], [3, 4, 5, 6, 8])."""
-    found = alarms.change([1, 2, 3, 4, 5, 3, 4, 5, 6, 8])
-    assert found.before == 3 and found.after == 5.2
-    assert found.sigmas == pytest.approx(2.2 / math.sqrt((10 + 14.8) / 8 * 2 / 5))
+    change = alarms.change([1, 2, 3, 4, 5, 3, 4, 5, 6, 8])
+    assert change.before == 3 and change.after == 5.2
+    assert change.sigmas == pytest.approx(2.2 / math.sqrt((10 + 14.8) / 8 * 2 / 5))
     assert alarms.change([1.0] * 9) is None
     assert alarms.change([1.0] * 5 + [2.0] * 5).sigmas == math.inf
 
@@ -180,10 +180,10 @@ def test_trend_is_least_squares_over_the_latter_half():
 
 
 def test_points_that_lie_on_a_line_by_chance_prove_nothing():
-    """The noise of the lines before counts: differences of neighbours, over the root of 2."""
+    """The noise of earlier lines counts: differences of neighbours over sqrt(2)."""
     noisy_before = [(-1.0) ** i for i in range(12)] + [i / 12 for i in range(12)]
-    found = alarms.trend(noisy_before)
-    assert found.gain == pytest.approx(11 / 12) and found.sigmas < 2
+    trend = alarms.trend(noisy_before)
+    assert trend.gain == pytest.approx(11 / 12) and trend.sigmas < 2
 
 
 def test_every_metric_that_is_read_is_logged():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A card states on its own which conclusions its numbers do not support."""
+"""A card states which conclusions its numbers do not support."""
 
 import itertools
 
@@ -49,7 +49,7 @@ def test_high_kl_and_longer_answers_are_stated(run):
 
 
 def test_signs_of_alarm_are_stated(run):
-    """Under the key at which the PPO controller keeps them."""
+    """The PPO controller records them as `signs` of its stage."""
     sign = {"update": 9, "sign": "kl_high", "message": "KL to SFT is 38 nats per sequence"}
     text = model_card.render(run(change(stages__ppo__signs=[sign])), "policy")
     assert "alarm during training at update 9: KL to SFT is 38 nats" in section(text, "Limits")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers are rounded, local folders removed, and other people's text shown as plain text."""
+"""Numbers are rounded, local folders removed, and untrusted texts shown as plain text."""
 
 import itertools
 import re
@@ -46,7 +46,7 @@ def test_a_missing_interval_is_stated():
     assert interval(None) == "not recorded"
 
 
-# --- samples and other people's text --------------------------------------------------------
+# --- samples and untrusted text -------------------------------------------------------------
 
 
 def test_samples_hold_the_worst_answers_first(run):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Comparison of constructed runs: rows, pairs, seeds, and reasons why two are not paired."""
+"""Comparison of constructed runs: rows, pairs, seeds, and reasons against pairing."""
 
 import json
 import subprocess
@@ -28,20 +28,20 @@ def make(
     folder, algorithm="ppo", seed=0, rewards=(0.5, 0.25, 0.0, 0.25), sft="aa", change=None, sets=()
 ):
     """Write a finished run whose policy has these gold rewards on four prompts."""
-    asked = parse_recipe(TEXT, "r.yaml", [f"algorithm={algorithm}", f"seed={seed}", *sets])
-    record = Record.open(folder, asked)
+    recipe = parse_recipe(TEXT, "r.yaml", [f"algorithm={algorithm}", f"seed={seed}", *sets])
+    record = Record.open(folder, recipe)
     model = "best_of_n" if algorithm == "best_of_n" else "policy"
     mean = sum(rewards) / len(rewards)
-    found = {
+    metrics = {
         "gold_reward": estimate(mean),
         "proxy_reward": estimate(mean + 1),
         "win_rate": estimate(0.6),
         "length": estimate(12.0),
     }
     bound = {"value": 1.83, "low": None, "high": None, "n": 0}
-    found |= {"kl_bound": bound} if model == "best_of_n" else {"kl": estimate(2.25)}
+    metrics |= {"kl_bound": bound} if model == "best_of_n" else {"kl": estimate(2.25)}
     base = {"gold_reward": estimate(0.1), "proxy_reward": estimate(0.0), "length": estimate(14.0)}
-    record.data |= {"evaluation": {"base": dict(base), "sft": base, model: found}}
+    record.data |= {"evaluation": {"base": dict(base), "sft": base, model: metrics}}
     record.data["model"]["fingerprint"] = "fe"
     own = {"n": 16} if model == "best_of_n" else {"episodes": 128}
     done = {"status": "done"}
@@ -116,10 +116,10 @@ def test_seeds_of_one_recipe_are_one_row(tmp_path):
     assert not any("fewer than 3 seeds" in note for note in report["notes"])
     few = compare.run(folders[:4])
     assert any("fewer than 3 seeds" in note for note in few["notes"])
-    found = report["differences"][0]
-    assert found["pairs"] == 3 and found["estimate"]["n"] == 3
-    assert found["estimate"]["value"] == pytest.approx(0.3)
-    assert found["estimate"]["low"] == pytest.approx(0.3 - 4.3027 * 0.1 / 3**0.5, abs=1e-4)
+    difference = report["differences"][0]
+    assert difference["pairs"] == 3 and difference["estimate"]["n"] == 3
+    assert difference["estimate"]["value"] == pytest.approx(0.3)
+    assert difference["estimate"]["low"] == pytest.approx(0.3 - 4.3027 * 0.1 / 3**0.5, abs=1e-4)
 
 
 def test_a_recipe_with_another_setting_is_another_row(tmp_path):
@@ -157,11 +157,11 @@ def _other_prompts(record):
         (lambda record: (record.folder / "samples.jsonl").unlink(), "no answers"),
     ],
 )
-def test_what_is_not_comparable_has_a_reason_and_no_estimate(tmp_path, change, why):
+def test_runs_that_are_not_comparable_have_a_reason_and_no_estimate(tmp_path, change, why):
     runs = [make(tmp_path / "a"), make(tmp_path / "b", "dpo", change=change)]
-    found = compare.run(runs)["differences"][0]
-    assert found["estimate"] is None
-    assert any(part in found["why_not"] for part in why.split("|"))
+    difference = compare.run(runs)["differences"][0]
+    assert difference["estimate"] is None
+    assert any(part in difference["why_not"] for part in why.split("|"))
 
 
 def test_scores_of_two_reward_models_are_not_compared(tmp_path):
@@ -181,7 +181,7 @@ def test_scores_of_two_reward_models_are_not_compared(tmp_path):
     assert "different reward models" in other["differences"][0]["why_not"]
 
 
-def test_what_cannot_be_compared_is_refused(tmp_path, three):
+def test_folders_that_cannot_be_compared_are_refused(tmp_path, three):
     with pytest.raises(UsageError, match="given twice"):
         compare.run([three[0], three[0]])
     with pytest.raises(UsageError, match="not a run"):

@@ -23,12 +23,12 @@ from lora_rlhf.runs.record import Record
 
 
 def names(record, *severities):
-    found = doctor.examine(record)
-    return [f.name for f in found if f.severity in (severities or ("fault",))]
+    findings = doctor.examine(record)
+    return [f.name for f in findings if f.severity in (severities or ("fault",))]
 
 
 def fault(record, name):
-    """The finding of that name, which must be a fault, and the first one."""
+    """Return the finding of this name, which must be the first fault."""
     faults = [f for f in doctor.examine(record) if f.severity == "fault"]
     assert faults and faults[0].name == name, faults
     return faults[0]
@@ -70,23 +70,23 @@ def edited(record, folder, **changes):
 
 
 def test_a_healthy_run_has_no_fault(evaluated):
-    found = doctor.examine(evaluated)
-    assert [f for f in found if f.severity != "note"] == []
-    assert doctor.verdict(found) == "no fault found; no warnings"
+    findings = doctor.examine(evaluated)
+    assert [f for f in findings if f.severity != "note"] == []
+    assert doctor.verdict(findings) == "no fault found; no warnings"
 
 
 # ------------------------------------------------------------------- broken on purpose
 
 
 def test_shuffled_labels(tmp_path):
-    found = fault(broken_runs.run(tmp_path, fault="shuffled"), "reward_at_chance")
-    assert found.stage == "reward" and "n=" in found.what and "shuffled" in found.remedy
+    finding = fault(broken_runs.run(tmp_path, fault="shuffled"), "reward_at_chance")
+    assert finding.stage == "reward" and "n=" in finding.what and "shuffled" in finding.remedy
 
 
 def test_an_untrained_reward_model(tmp_path):
     record = broken_runs.run(tmp_path, "reward.args.learning_rate=1e-12")
-    found = fault(record, "reward_untrained")
-    assert found.stage == "reward" and "8e-13" in found.what
+    finding = fault(record, "reward_untrained")
+    assert finding.stage == "reward" and "8e-13" in finding.what
 
 
 @pytest.mark.slow
@@ -101,17 +101,17 @@ def test_a_reward_that_pays_for_length(tmp_path):
         fault="length",
         until="ppo",
     )
-    found = fault(record, "reward_is_length")
-    assert found.stage == "reward" and "the longer completion gets 1.000" in found.what
+    finding = fault(record, "reward_is_length")
+    assert finding.stage == "reward" and "the longer completion gets 1.000" in finding.what
     # The effect on PPO is reported as well, after its cause.
     assert {"length_up", "eos_collapse"} <= set(names(record, "fault", "warning"))
 
 
 def test_a_learning_rate_a_hundred_times_too_high(healthy):
     record = continued(healthy, "fast", "ppo.args.learning_rate=0.1", "ppo.updates=5")
-    found = fault(record, "learning_rate")
-    assert found.stage == "ppo" and "nats per token after 1 update" in found.what
-    assert "value/loss rose" in found.what and "learning rate 0.1" in found.what
+    finding = fault(record, "learning_rate")
+    assert finding.stage == "ppo" and "nats per token after 1 update" in finding.what
+    assert "value/loss rose" in finding.what and "learning rate 0.1" in finding.what
 
 
 @pytest.mark.slow
@@ -133,8 +133,9 @@ def test_no_kl_penalty(healthy):
     record = continued(
         healthy, "free", "ppo.kl_coef=0.0", "ppo.args.learning_rate=5e-3", "ppo.updates=12"
     )
-    found = fault(record, "no_kl_penalty")
-    assert found.stage == "ppo" and "kl_coef is 0" in found.what and "kl_high" not in names(record)
+    finding = fault(record, "no_kl_penalty")
+    assert finding.stage == "ppo" and "kl_coef is 0" in finding.what
+    assert "kl_high" not in names(record)
 
 
 def test_no_penalty_is_no_fault_where_the_kl_stays_low(healthy):
@@ -152,9 +153,9 @@ def test_a_wrong_reference(healthy, monkeypatch):
     monkeypatch.setattr(ppo_stage, "start_roles", wrong)
     record = continued(healthy, "wrong")
     assert record.data["stages"]["ppo"]["error"]["type"] == "IdentityError"
-    found = fault(record, "stopped_ppo")
-    assert found.stage == "sft" and "policy and reference differ" in found.what
-    assert "identity" in found.why and "adapters/sft" in found.remedy
+    finding = fault(record, "stopped_ppo")
+    assert finding.stage == "sft" and "policy and reference differ" in finding.what
+    assert "identity" in finding.why and "adapters/sft" in finding.remedy
 
 
 def test_a_wrong_reference_shows_in_the_log_without_the_guard(tmp_path, monkeypatch):
@@ -162,8 +163,8 @@ def test_a_wrong_reference_shows_in_the_log_without_the_guard(tmp_path, monkeypa
     run = Run(tmp_path / "r", updates=1)
     nudge(run.backbone, "policy", std=0.3)
     run.go()
-    found = fault(run.record, "wrong_reference")
-    assert found.stage == "sft" and "before the first update" in found.what
+    finding = fault(run.record, "wrong_reference")
+    assert finding.stage == "sft" and "before the first update" in finding.what
 
 
 def test_pad_equal_to_eos_is_fixed_before_the_record(tmp_path, healthy):
@@ -177,8 +178,8 @@ def test_pad_equal_to_eos_is_fixed_before_the_record(tmp_path, healthy):
 
 def test_a_record_in_which_pad_is_eos(evaluated, tmp_path):
     record = edited(evaluated, tmp_path / "r", model__pad_id=1)
-    found = fault(record, "pad_is_eos")
-    assert found.stage == "data" and "never learns to stop" in found.why
+    finding = fault(record, "pad_is_eos")
+    assert finding.stage == "data" and "never learns to stop" in finding.why
 
 
 @pytest.mark.slow
@@ -186,23 +187,25 @@ def test_completions_that_are_cut_off(tmp_path):
     record = broken_runs.run(
         tmp_path, "sft.args.num_train_epochs=8", "ppo.args.max_completion_length=2", until="ppo"
     )
-    found = next(f for f in doctor.examine(record) if f.name == "few_eos")
-    assert (found.stage, found.severity) == ("sft", "warning") and "of completions" in found.what
+    finding = next(f for f in doctor.examine(record) if f.name == "few_eos")
+    assert (finding.stage, finding.severity) == ("sft", "warning")
+    assert "of completions" in finding.what
 
 
 def test_completions_that_never_end(evaluated, tmp_path):
-    """The result of pad = eos if nothing fixes it: the end token is never learned."""
+    """With pad = eos the end token is never learned."""
     lines = [{"completions/eos_rate": 0.0, "completions/length": 12.0} for _ in range(4)]
-    found = fault(logged(evaluated, tmp_path / "r", lines), "no_eos")
-    assert found.stage == "sft" and "0% of completions" in found.what and "pad = eos" in found.why
+    finding = fault(logged(evaluated, tmp_path / "r", lines), "no_eos")
+    assert finding.stage == "sft" and "0% of completions" in finding.what
+    assert "pad = eos" in finding.why
 
 
 def test_a_stage_that_stopped_without_an_error(healthy, tmp_path):
     record = edited(
         Record.read(healthy / "run"), tmp_path / "r", stages__ppo={"status": "interrupted"}
     )
-    [found] = doctor.examine(record)
-    assert (found.stage, found.severity, found.name) == ("ppo", "warning", "interrupted")
+    [finding] = doctor.examine(record)
+    assert (finding.stage, finding.severity, finding.name) == ("ppo", "warning", "interrupted")
 
 
 # ------------------------------------------------------------------- read from the record
@@ -249,23 +252,23 @@ RECORDS = {
 @pytest.mark.parametrize("name", RECORDS)
 def test_a_finding_that_needs_only_the_record(evaluated, tmp_path, name):
     stage, changes = RECORDS[name]
-    found = {f.name: f for f in doctor.examine(edited(evaluated, tmp_path / "r", **changes))}
-    assert found[name].stage == stage
-    assert set(found) <= {name, *NOTES}
+    by_name = {f.name: f for f in doctor.examine(edited(evaluated, tmp_path / "r", **changes))}
+    assert by_name[name].stage == stage
+    assert set(by_name) <= {name, *NOTES}
 
 
 NOTES = {"few_prompts", "no_judge"}
-"""Findings about the run that the records are made from: few prompts, and only the proxy judges."""
+"""Findings on the unedited run: few prompts, and the proxy is the only judge."""
 
 
 def test_an_evaluation_by_the_proxy_on_few_prompts_proves_little(evaluated, tmp_path):
-    """A user's own data has neither a checker nor a held-out model: the proxy judges itself."""
+    """Without a checker or a held-out reward model, the proxy is the only judge."""
     changes = {"evaluation__policy__win_rate_proxy": rate(0.42, 0.22, 0.68, n=6)}
-    found = {f.name: f for f in doctor.examine(edited(evaluated, tmp_path / "r", **changes))}
-    assert set(found) == NOTES and {f.severity for f in found.values()} == {"note"}
-    assert "rests on 6 prompts" in found["few_prompts"].what
-    assert "not clearly above 50 %" in found["no_judge"].what
-    assert "held_out_model" in found["no_judge"].remedy
+    by_name = {f.name: f for f in doctor.examine(edited(evaluated, tmp_path / "r", **changes))}
+    assert set(by_name) == NOTES and {f.severity for f in by_name.values()} == {"note"}
+    assert "rests on 6 prompts" in by_name["few_prompts"].what
+    assert "not clearly above 50 %" in by_name["no_judge"].what
+    assert "held_out_model" in by_name["no_judge"].remedy
     clear = {"evaluation__policy__win_rate_proxy": rate(0.9, 0.8, 0.95, n=6)}
     again = {f.name: f for f in doctor.examine(edited(evaluated, tmp_path / "b", **clear))}
     assert "not clearly above" not in again["no_judge"].what
@@ -289,13 +292,13 @@ def logged(evaluated, folder, lines, stage="ppo"):
 
 
 def test_gold_that_falls_while_the_proxy_rises(evaluated, tmp_path):
-    """The doctor steers nothing, so it may read the gold reward."""
+    """The doctor may read the gold reward, because it does not influence training."""
     lines = [
         {"rewards/model": 0.1 * i + 0.05 * (i % 2), "rewards/gold": 0.5 - 0.05 * i}
         for i in range(12)
     ]
-    found = fault(logged(evaluated, tmp_path / "r", lines), "gold_falls")
-    assert found.stage == "reward"
+    finding = fault(logged(evaluated, tmp_path / "r", lines), "gold_falls")
+    assert finding.stage == "reward"
 
 
 def test_a_loss_of_sft_that_rises(evaluated, tmp_path):
@@ -325,9 +328,9 @@ def test_findings_come_in_the_order_of_the_stages(evaluated, tmp_path):
         for name in ("worse_win_rate", "reward_inverted", "agreement_comparisons")
         for k, v in RECORDS[name][1].items()
     }
-    found = doctor.examine(edited(evaluated, tmp_path / "r", **changes))
-    assert [f.stage for f in found] == ["data", "reward", "evaluate"]
-    assert doctor.verdict(found).startswith("stage at fault: reward (held-out accuracy 0.300")
+    findings = doctor.examine(edited(evaluated, tmp_path / "r", **changes))
+    assert [f.stage for f in findings] == ["data", "reward", "evaluate"]
+    assert doctor.verdict(findings).startswith("stage at fault: reward (held-out accuracy 0.300")
 
 
 def test_the_command_prints_findings_and_exits_with_0(evaluated, tmp_path):
@@ -339,8 +342,8 @@ def test_the_command_prints_findings_and_exits_with_0(evaluated, tmp_path):
     assert "    to do  check for swapped columns" in text.output
     data = json.loads(CliRunner().invoke(app.app, ["doctor", str(record.folder), "--json"]).output)
     assert data["verdict"].startswith("stage at fault: reward")
-    [found] = [f for f in data["findings"] if f["name"] not in NOTES]
-    assert list(found) == ["stage", "severity", "name", "what", "why", "try"]
+    [finding] = [f for f in data["findings"] if f["name"] not in NOTES]
+    assert list(finding) == ["stage", "severity", "name", "what", "why", "try"]
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):

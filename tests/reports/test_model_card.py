@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A card shows every number of the record and no other, and no text of it renders as markup."""
+"""A card shows all numbers of the record and no others, and its texts do not render as markup."""
 
 import ast
 import itertools
@@ -31,7 +31,7 @@ def run(tmp_path):
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_front_matter_is_what_the_hub_reads(run, role):
+def test_front_matter_is_read_by_the_hub(run, role):
     data = ModelCard(model_card.render(run(), role)).data.to_dict()
     assert data["base_model"] == "acme/base"
     assert data["base_model_relation"] == "adapter"
@@ -46,9 +46,9 @@ def test_front_matter_is_what_the_hub_reads(run, role):
 
 def test_model_index_carries_interval_and_n(run):
     results = ModelCard(model_card.render(run(), "policy")).data.eval_results
-    found = {r.metric_type: r for r in results}
-    assert set(found) == set(RECORD["evaluation"]["policy"])
-    rate = found["win_rate"]
+    by_metric = {r.metric_type: r for r in results}
+    assert set(by_metric) == set(RECORD["evaluation"]["policy"])
+    rate = by_metric["win_rate"]
     assert rate.metric_value == 0.634
     assert rate.metric_args == {"low": 0.551, "high": 0.709, "n": 128}
     assert rate.metric_name == "win rate, 0.634 (95 % interval 0.551 to 0.709, n = 128)"
@@ -166,9 +166,9 @@ def test_every_number_on_a_card_comes_from_the_run(run, role):
     prose = " ".join(METRICS.values())
     known += [float(n.replace(",", "")) for n in re.findall(r"-?\d[\d,]*", prose)]
     text = model_card.render(record, role)
-    found = list(shown_numbers(text))
-    assert len(found) > 30
-    for shown, value, decimals in found:
+    numbers = list(shown_numbers(text))
+    assert len(numbers) > 30
+    for shown, value, decimals in numbers:
         tolerance = 0.5000001 * 10**-decimals
         assert any(abs(value - k) <= tolerance for k in known), f"{shown} is not from the run"
 
@@ -184,7 +184,7 @@ def test_the_number_check_finds_a_made_up_number(run):
 @pytest.mark.parametrize("role", ROLES)
 def test_no_placeholder_even_where_nearly_nothing_is_recorded(tmp_path, role):
     full = make_run(tmp_path / "full")
-    assert not (found := PLACEHOLDER.search(model_card.render(full, role))), found
+    assert not (placeholder := PLACEHOLDER.search(model_card.render(full, role))), placeholder
     bare = Record(tmp_path / "bare", {"name": "bare"})
     (tmp_path / "bare").mkdir()
     text = model_card.render(bare, role)
@@ -234,7 +234,7 @@ def test_only_steps_that_changed_the_rows_are_listed(run):
     assert "No filter changed the rows." in model_card.render(run(nothing), "policy")
 
 
-def test_the_code_answers_as_long_as_was_evaluated(run):
+def test_the_code_generates_up_to_the_evaluated_length(run):
     assert "max_new_tokens=29" in pythons(model_card.render(run(), "policy"))[0]
     record = run(lambda data: data["stages"]["evaluate"].pop("max_new_tokens"))
     assert "max_new_tokens=24" in pythons(model_card.render(record, "policy"))[0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plots: the panels that are drawn, and that the same run gives the same bytes."""
+"""Plots: panels for all logged metrics; the same run gives the same bytes."""
 
 import math
 import subprocess
@@ -20,16 +20,16 @@ def record(tmp_path):
 @pytest.fixture
 def drawn(monkeypatch):
     """Title -> axes of every panel, in the order drawn; nothing is rendered."""
-    found = {}
+    panels = {}
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **kwargs: None)
     whole = plots._label
 
     def label(axes, title, x, y):
-        found[title] = axes
+        panels[title] = axes
         whole(axes, title, x, y)
 
     monkeypatch.setattr(plots, "_label", label)
-    return found
+    return panels
 
 
 def fill(record):
@@ -78,16 +78,16 @@ def test_three_plots_with_the_same_bytes_under_any_user_style(record):
     import matplotlib
 
     fill(record)
-    found = plots.run(record)
-    assert [path.name for path in found] == [
+    paths = plots.run(record)
+    assert [path.name for path in paths] == [
         "training.png",
         "evaluation.png",
         "reward_calibration.png",
     ]
-    for path in found:
+    for path in paths:
         assert path.parent == record.folder / "plots"
         assert path.read_bytes().startswith(b"\x89PNG")
-    first = [path.read_bytes() for path in found]
+    first = [path.read_bytes() for path in paths]
     drawing = (plots.evaluation, plots.reward_calibration)  # the slow one is saved by the same code
     with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "black", "savefig.dpi": 30}):
         again = [draw(record).read_bytes() for draw in drawing]
@@ -161,7 +161,7 @@ def test_a_value_that_is_not_finite_has_no_bar(record, drawn):
         assert len(drawn["gold reward"].patches) == 2
 
 
-def test_calibration_shows_what_was_observed(record, drawn):
+def test_calibration_shows_the_observed_accuracy(record, drawn):
     fill(record)
     bins = record.data["stages"]["reward"]["calibration"]
     plots.reward_calibration(record)

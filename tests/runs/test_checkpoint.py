@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoint folders: whole or not at all, verified, named when skipped; one run in a directory."""
+"""Checkpoints: complete or absent, verified, reported when skipped; one process per run."""
 
 import json
 import os
@@ -32,7 +32,7 @@ class Pair(NamedTuple):
 
 
 def put(parent: Path, step: int, **notes) -> Path:
-    """A complete checkpoint of nothing much."""
+    """Write a small complete checkpoint."""
     parts = {name: {"x": torch.full((3,), float(step))} for name in PARTS}
     return checkpoint.write(parent, step, parts, {TRAINER_STATE: "{}"}, {"seed": 0}, notes)
 
@@ -99,7 +99,7 @@ def test_newest_complete_checkpoint_is_used_and_old_ones_are_pruned(tmp_path: Pa
     assert checkpoint.newest(tmp_path / "nowhere") == (None, {})
 
 
-# --- damaged ones (faults 3 and 4) ---------------------------------------------------------------
+# --- damaged checkpoints -------------------------------------------------------------------------
 
 
 def truncate(path: Path) -> None:
@@ -160,7 +160,7 @@ def half(runs: killed.Runs) -> Path:
 
 
 def again(half: Path, out: Path, *sets: str, harm=None) -> RecordingProgress:
-    """Go on with a copy of the killed run, as far as the first step of PPO."""
+    """Resume a copy of the killed run, up to the first step of PPO."""
     shutil.copytree(half, out)
     if harm is not None:
         harm(out / "checkpoints" / "ppo")
@@ -171,7 +171,7 @@ def again(half: Path, out: Path, *sets: str, harm=None) -> RecordingProgress:
 
 @pytest.fixture(scope="module")
 def gone_on(runs: killed.Runs, tmp_path_factory) -> SimpleNamespace:
-    """The killed run, continued; the steps that were done in the second process."""
+    """The resumed run, and the steps of its second process."""
     out, steps, real = (
         tmp_path_factory.mktemp("on") / "run",
         [],
@@ -219,7 +219,7 @@ def test_an_older_one_is_used_where_the_newest_is_broken(half: Path, gone_on, tm
 
 
 def reseal(folder: Path) -> None:
-    """Make the sums right again, as somebody who edits a checkpoint would."""
+    """Update the hashes of an edited checkpoint."""
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     for name in manifest["files"]:
@@ -283,7 +283,7 @@ def test_resume_is_refused_if_the_log_lost_lines(half: Path, tmp_path: Path):
         pipeline.run(killed.recipe(half.parent), out, until="ppo")
 
 
-# --- killed while it writes (fault 1) ------------------------------------------------------------
+# --- killed during a write -----------------------------------------------------------------------
 
 
 def die_in_write(parent: Path, at: int, share: float) -> None:
@@ -306,7 +306,7 @@ def die_in_write(parent: Path, at: int, share: float) -> None:
 @pytest.mark.parametrize("at", range(1, 12))
 @pytest.mark.parametrize("share", [0.0, 0.7])
 def test_killed_at_22_offsets_of_a_write(tmp_path: Path, at: int, share: float):
-    """4 parts of 2 files, 2 files more, and the rename."""
+    """A write is 4 parts of 2 files, 2 more files, and the rename."""
     put(tmp_path, 1)
     assert killed.wait(killed.start(die_in_write, tmp_path, at, share)) == -signal.SIGKILL
     newest, skipped = checkpoint.newest(tmp_path)
@@ -316,7 +316,7 @@ def test_killed_at_22_offsets_of_a_write(tmp_path: Path, at: int, share: float):
     assert checkpoint.newest(tmp_path)[0].step == 2
 
 
-# --- one run at a time (fault 6 of the issue) ----------------------------------------------------
+# --- one process per run -------------------------------------------------------------------------
 
 
 def hold(folder: Path, tells: int) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A disk that is really full, a folder that really may not be written: one line, old ones whole."""
+"""A full disk and a read-only folder: one line of error, and older checkpoints stay complete."""
 
 import os
 import shutil
@@ -57,7 +57,7 @@ def test_disk_room_for_two_checkpoints_is_checked_first(small_disk: Path):
 
 
 def run(recipe, out: Path, stderr_file: Path) -> int:
-    """As the command line does; what it says goes to a file."""
+    """Run the command line with its output in a file."""
     with stderr_file.open("w") as sys.stderr:
         try:
             with shell.errors_as_text(False):
@@ -71,7 +71,7 @@ def run(recipe, out: Path, stderr_file: Path) -> int:
 def test_run_on_a_full_disk_ends_in_one_error_and_continues_with_room(
     runs: killed.Runs, tmp_path: Path, small_disk: Path, monkeypatch, looks: bool
 ):
-    """With the run on it; noticed by checking first, or by a write that fails."""
+    """The check before the run, or a failed write, ends it with one error."""
     if not looks:
         monkeypatch.setattr(checkpoint, "check_room", lambda *_: None)
     recipe, stderr_file = runs.recipe(), tmp_path / "stderr_file"
@@ -103,7 +103,7 @@ def test_a_read_only_folder_is_one_error(runs: killed.Runs, tmp_path: Path, smal
 def test_a_folder_that_becomes_read_only_while_it_trains(
     runs: killed.Runs, tmp_path: Path, small_disk: Path
 ):
-    """Told at the next write; what is there stays as it is."""
+    """The next write reports it, and existing files stay unchanged."""
     subprocess.run(["mount", "-o", "remount,size=40m", str(small_disk)], check=True)
     recipe, stderr_file = runs.recipe(), tmp_path / "stderr_file"
 

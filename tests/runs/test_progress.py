@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a stage tells: a line for people, equal lines for equal runs in the record."""
+"""Progress of a stage: a line on the terminal, and reproducible lines in the record."""
 
 import io
 from types import SimpleNamespace
@@ -115,7 +115,7 @@ def test_no_rate_is_shown_before_the_first_step(clock):
     assert "left" not in progress._line().plain
 
 
-def test_a_new_stage_forgets_the_last_one(clock):
+def test_a_new_stage_drops_the_metrics_of_the_last_one(clock):
     progress, _ = screen()
     progress.begin("sft", 1)
     progress.phase("update")
@@ -124,7 +124,7 @@ def test_a_new_stage_forgets_the_last_one(clock):
     assert progress._line().plain == "reward   0/3"
 
 
-def test_quiet_is_quiet(clock):
+def test_quiet_prints_nothing(clock):
     progress, out = screen(terminal=True, quiet=True)
     progress.say("something")
     progress.begin("sft", 1)

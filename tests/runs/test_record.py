@@ -92,7 +92,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
         Record.read(tmp_path)
 
 
-# --- what was written, read again ----------------------------------------------------------------
+# --- reading a record ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_bad_line_of_the_log_is_reported_with_its_number(tmp_path, bad):
         record.metrics()
 
 
-# --- what a stage leaves -------------------------------------------------------------------------
+# --- stages --------------------------------------------------------------------------------------
 
 
 def test_interrupted_stage_keeps_the_message_of_our_errors(tmp_path):
@@ -193,7 +193,7 @@ def test_rewriting_a_card_does_not_reseal_changed_weights(tmp_path):
         (record.adapter("policy") / name).write_text("second")
     record.log("ppo", 2, {"loss": 2.0})
     record.seal()
-    changed = {name for name, found in record.data["files"].items() if before[name] != found}
+    changed = {name for name, digest in record.data["files"].items() if before[name] != digest}
     assert changed == {"adapters/policy/README.md"}
     assert record.data["clock"]["metrics_sha256"] == log
     with record.stage("ppo"):  # what a stage writes anew is sealed anew
