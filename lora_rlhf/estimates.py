@@ -298,9 +298,7 @@ def repetition(texts: Sequence[str | Sequence[int]], n: int = 4) -> list[float |
     """The share of each text's n-grams that repeat an earlier one; None without any n-gram.
 
     seq-rep-n of Welleck et al. 2020 (1908.04319, section 6): 1 - distinct n-grams / n-grams.
-
-    Args:
-        texts: Strings, which are split at white space, or token ids.
+    Strings are split at white space; other texts are token ids.
     """
     shares: list[float | None] = []
     for text in texts:

@@ -135,13 +135,10 @@ def _answer(
     recipe: Recipe, backbone: Backbone, model: str, prompts: list[list[int]], max_new_tokens: int
 ) -> Answers:
     """Answer with one model; score the answers with reward models, and log-ratios to SFT."""
-    section, role = recipe.evaluate, MODELS[model]
-    size, temperature = section.batch_size, section.temperature
-    options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "seed": recipe.seed,
-    }
+    role, size = MODELS[model], recipe.evaluate.batch_size
+    temperature = recipe.evaluate.temperature
+    options: dict[str, Any] = {"temperature": temperature, "seed": recipe.seed}
+    options["max_new_tokens"] = max_new_tokens
     started = time.perf_counter()
     if model == "best_of_n":
         ids = best_of_n.choose(backbone, prompts, recipe, **options)
@@ -253,10 +250,7 @@ def _write_samples(
     items: list[Item | None],
     answers: dict[str, Answers],
 ) -> None:
-    """Write `samples.jsonl`: the lines of all models for a prompt follow each other.
-
-    `score` ranks answers: the gold reward, otherwise the held-out, otherwise the proxy reward.
-    """
+    """Write `samples.jsonl`, prompt by prompt; `score` is the reward of the most reliable judge."""
     with (record.folder / "samples.jsonl").open("w", encoding="utf-8") as file:
         for i, (row, item) in enumerate(zip(rows, items, strict=True)):
             for model, one in answers.items():

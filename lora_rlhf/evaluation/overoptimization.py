@@ -23,12 +23,10 @@ class Fit(NamedTuple):
 
 
 def best_of_n(proxy: ArrayLike, gold: ArrayLike, n: int) -> tuple[float, float]:
-    """Mean proxy and gold reward of the best of n samples by the proxy.
+    """Mean proxy and gold reward of the best of n <= N samples by the proxy.
 
     Args:
-        proxy: (P, N) rewards of N samples for each of P prompts.
-        gold: (P, N) rewards of the same samples.
-        n: At most N.
+        proxy, gold: (P, N) rewards of the same N samples for each of P prompts.
 
     Unbiased estimate over all subsets of n samples (2112.09332, appendix I; 2210.10760, section
     3): the sample with the i-th lowest proxy reward is the best one in C(i - 1, n - 1) of the

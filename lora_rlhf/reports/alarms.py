@@ -157,18 +157,12 @@ Logged = Sequence[dict[str, float]]
 
 
 class Sign(NamedTuple):
-    """A sign of trouble; `ppo.watch` decides how a run reacts to serious ones.
+    """A sign of trouble; `ppo.watch` decides how a run reacts to serious ones."""
 
-    Attributes:
-        name: A key of `MEANINGS`.
-        message: The numbers, their meaning and the remedy.
-        what: Only the numbers.
-    """
-
-    name: str
-    message: str
+    name: str  # a key of MEANINGS
+    message: str  # the numbers, their meaning and the remedy
     serious: bool = True
-    what: str = ""
+    what: str = ""  # only the numbers
 
 
 class Change(NamedTuple):

@@ -99,11 +99,7 @@ def _read(folder: str | Path, all_folders: Sequence[str | Path]) -> Run:
 
 
 def _grouped(runs: list[Run]) -> list[list[Run]]:
-    """Group runs whose recipes differ only in the seed, in the order of their first run.
-
-    Raises:
-        UsageError: Two runs have the same recipe and seed, and would count twice.
-    """
+    """Group runs whose recipes differ only in the seed, in the order of their first run."""
     groups: dict[str, list[Run]] = {}
     for each in runs:
         group = groups.setdefault(each.recipe, [])

@@ -22,7 +22,6 @@ from . import data_checks, evaluation_checks, ppo_checks, reward_checks, sft_che
 from .findings import STAGES, Finding, Findings, Line, Lines
 
 SEVERITIES = ("fault", "warning", "note")
-_CHECKS = (data_checks, sft_checks, reward_checks, ppo_checks, evaluation_checks)
 _IN_VAIN = {
     "IdentityError": "an identity that holds in every correct run is violated, so no result of PPO "
     "could be trusted",
@@ -37,7 +36,8 @@ def examine(record: Record) -> list[Finding]:
         lines.setdefault(line["stage"], []).append(_numbers(line))
     lines["ppo"] = lines.get(record.algorithm, [])
     findings = {f.name: f for f in _stopped(record)}
-    findings |= {f.name: f for module in _CHECKS for f in module.check(record, lines)}
+    for module in (data_checks, sft_checks, reward_checks, ppo_checks, evaluation_checks):
+        findings |= {f.name: f for f in module.check(record, lines)}
     return sorted(
         findings.values(), key=lambda f: (STAGES.index(f.stage), SEVERITIES.index(f.severity))
     )
@@ -66,9 +66,7 @@ def show(record: Record, findings: list[Finding], console: Console | None = None
 
 def as_json(record: Record, findings: list[Finding]) -> str:
     """Return name, verdict and findings as JSON."""
-    rows = [asdict(f) for f in findings]
-    for row in rows:
-        row["try"] = row.pop("remedy")
+    rows = [{("try" if k == "remedy" else k): v for k, v in asdict(f).items()} for f in findings]
     report = {"name": record.data["name"], "verdict": verdict(findings), "findings": rows}
     return json.dumps(report, indent=1)
 

@@ -16,21 +16,12 @@ SMALL = 100
 
 @dataclass(frozen=True)
 class Finding:
-    """One observation about a run.
+    """One observation about a run."""
 
-    Attributes:
-        stage: One of `STAGES`.
-        severity: fault (the result cannot be trusted), warning or note.
-        name: Identifier that does not change between versions.
-        what: The problem, with its numbers.
-        why: Why it matters.
-        remedy: What to do.
-    """
-
-    stage: str
-    severity: str
-    name: str
-    what: str
+    stage: str  # one of STAGES
+    severity: str  # fault (the result cannot be trusted), warning or note
+    name: str  # does not change between versions
+    what: str  # the problem, with its numbers
     why: str
     remedy: str
 
@@ -149,14 +140,7 @@ KNOWN: dict[str, tuple[str, str, str, str]] = {
 
 
 def finding(kind: str, what: str, about: str = "", severity: str = "", more: str = "") -> Finding:
-    """Make a finding of a kind in `KNOWN`.
-
-    Args:
-        what: The problem, with its numbers.
-        about: Data set or metric of the finding, appended to its name.
-        severity: Replaces the usual severity.
-        more: Text appended to the remedy.
-    """
+    """Make a finding of a kind in `KNOWN`; append `about` to its name and `more` to its remedy."""
     stage, usual, why, remedy = KNOWN[kind]
     name = f"{kind}_{about}" if about else kind
     return Finding(stage, severity or usual, name, what, why, remedy + more)

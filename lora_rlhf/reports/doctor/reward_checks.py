@@ -84,10 +84,8 @@ def _length(entry: dict[str, Any], accuracy: dict[str, Any], length: dict[str, A
 
 
 def _exploited(ppo: list[dict[str, float]]) -> Findings:
-    """Check for a score that rises in PPO while the gold reward falls or completions grow.
-
-    The gold reward may be read here, because the doctor does not influence training.
-    """
+    """Check for a score that rises in PPO while the gold reward falls or completions grow."""
+    # The gold reward may be read here, because the doctor does not influence training.
     proxy, gold, score, length = (
         alarms.change(alarms.series(ppo, name))
         for name in ("rewards/model", "rewards/gold", "reward/score", "completions/length")
