@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Try chat templates, which are other people's programs, in a limited process before use.
+"""Try chat templates, which are untrusted programs, in a process with limited time and memory.
 
-A template that never ends or asks for all the memory is caught there. Also reads the markers
-that a template writes around a turn.
+Also reads the markers that a template writes around a turn.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from lora_rlhf.errors import TokenizerError
 _log = logging.getLogger(__name__)
 
 SECONDS = 5
-"""Processor time that a template may take for the chat below; honest ones take milliseconds."""
+"""Processor time that a template may take for `_CHAT`; ordinary ones take milliseconds."""
 
 _BYTES = 2**30
 _MAX_CHARACTERS = 1_000_000
@@ -35,9 +34,9 @@ _CHAT = [
 ]
 _BETWEEN = re.compile("\x02(?:first|second|third)\x03")
 
-# Renders as transformers does, in a process of its own that imports nothing of this package and,
-# isolated by -I, nothing of the working directory. It prints `ready` before the template runs and
-# `tried` after it, so that a failure in between is the template's.
+# Renders as transformers does, in a process that imports nothing from this package and, because of
+# -I, nothing from the working directory. It prints `ready` before the template runs and `tried`
+# after it: a failure in between is the template's.
 _TRIAL = r"""
 import datetime, json, sys
 try:
@@ -63,7 +62,7 @@ def tried(call, **arguments):
     except MemoryError:
         sys.exit(3)
     except Exception:
-        pass  # it refuses a chat, or is broken: reported where it is used
+        pass  # it refuses a chat, or is broken: reported when it is used
 
 made = jinja2.sandbox.ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
@@ -88,14 +87,14 @@ print("tried", flush=True)
 
 
 class _UntriedError(Exception):
-    """A template could not be tried, because of this machine and not of the template."""
+    """A template that could not be tried, for a reason other than the template itself."""
 
 
 def check(tokenizer: Any) -> None:
-    """Refuse a chat template that costs too much; one that cannot be tried gives a warning.
+    """Refuse a chat template that costs too much, and warn if it cannot be tried.
 
     Raises:
-        TokenizerError: It is too long, or takes too much time or memory.
+        TokenizerError: The template is too long, or takes too much time or memory.
     """
     for template, tokens in _templates(tokenizer):
         fault = f"has {len(template):,} characters" if len(template) > _MAX_CHARACTERS else ""
@@ -114,7 +113,7 @@ def check(tokenizer: Any) -> None:
 
 
 def _templates(tokenizer: Any) -> list[tuple[str, str]]:
-    """Return each template, with the special tokens that it is rendered with as JSON."""
+    """Return each template, and the special tokens for its rendering as JSON."""
     template = tokenizer.chat_template
     tokens = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
     each = template.values() if isinstance(template, dict) else [template] if template else []
@@ -156,14 +155,14 @@ def _try(template: str, tokens: str) -> str:
 
 
 def _libraries() -> list[str]:
-    """Return the folders of jinja2 and its dependency, for the isolated process."""
+    """Return the folders of jinja2 and its dependency for the isolated process."""
     specs = [importlib.util.find_spec(name) for name in ("jinja2", "markupsafe")]
     folders = {Path(spec.origin).resolve().parents[1] for spec in specs if spec and spec.origin}
     return sorted(str(folder) for folder in folders if folder != Path.cwd())
 
 
 def _render(tokenizer: Any, turns: int, **options: Any) -> str:
-    """Render the first turns of the chat; empty if the template refuses it, or is not one text."""
+    """Render the first turns of `_CHAT`; empty if the template refuses, or if there are several."""
     if not isinstance(tokenizer.chat_template, str):
         return ""
     try:
@@ -175,12 +174,12 @@ def _render(tokenizer: Any, turns: int, **options: Any) -> str:
 def markers(tokenizer: Any) -> list[str]:
     """Return the lines that the chat template writes around a turn, such as `### Answer:`.
 
-    Only those that cannot be words of a text: four characters or more, and not letters alone.
+    Lines below four characters, or of letters only, are left out: they could be part of a text.
     """
     parts = [part.split("\n") for part in _BETWEEN.split(_render(tokenizer, 3))]
     if len(parts) < 2:
         return []
-    # Of the first and the last part only the line at the turn: a system prompt may come before it.
+    # Only the lines beside a turn: a system prompt may come before the first one.
     near = [parts[0][-1:], *parts[1:-1], parts[-1][:1]]
     lines = [line.strip() for part in near for line in part]
     return sorted({n for n in lines if len(n) >= 4 and not n.replace(" ", "").isalpha()})
@@ -200,8 +199,8 @@ def note(tokenizer: Any) -> str | None:
 def prefix_note(tokenizer: Any) -> str | None:
     """Return how the template rewrites earlier turns once more turns follow; None if it does not.
 
-    Every stage renders prompts whole and encodes answers apart, so training stays consistent. But
-    in a chat of many turns the policy then sees another text than in training.
+    Training stays consistent, since every stage renders prompts whole and encodes answers apart,
+    but in a chat of many turns the policy sees other text than in training.
     """
     prompted = _render(tokenizer, 1, add_generation_prompt=True)
     answered, more = _render(tokenizer, 2), _render(tokenizer, 3)

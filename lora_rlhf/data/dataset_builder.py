@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Build datasets in TRL's formats from the recipe's sources, split by prompt, every row counted.
 
-A prompt is on the same side of the split in all sets: `filters.bucket` depends on the seed and the
-first user turn only, so that prefixes of one conversation stay together, and no reward model is
-tested on what it was trained on. Evaluation prompts are in no other set.
+A prompt is on the same side of the split in all sets, because `filters.bucket` depends on the seed
+and the first user turn only. Prefixes of one conversation stay together, and no reward model is
+tested on its training prompts. Evaluation prompts are in no other set.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Sampler = Callable[[list[Turns], int, int], list[list[str]]]
 """(prompts, k, seed) -> k completions for each prompt."""
 
 Loaded = dict[str, FilteredSet]
-"""Sets by name, before the split; a run passes one dict, so that it reads every source once."""
+"""Sets by name, before the split; a run passes one dict, and so reads every source once."""
 
 _Rows = list[dict[str, Any]]
 
@@ -53,10 +53,10 @@ class Prepared:
 
     Attributes:
         train: Rows to train on.
-        held_out: Rows to measure on; their first user turns are trained on in no set.
+        held_out: Rows to measure on; no set trains on their first user turns.
         report: For `record.data[SET]`: `sources`, `counts` ({filter: {before, after}}), `train`,
             `held_out`, `special_tokens_in_text`, `notes`, and `labeler_agreement`, `instructions`
-            or `evaluate` if there is one. Plain JSON, without folders of this machine.
+            or `evaluate` if there is one. Plain JSON, without local folders.
     """
 
     train: datasets.Dataset
@@ -88,12 +88,9 @@ def comparisons(
     task also have `gold_margin`: the gold reward of chosen minus that of rejected.
 
     Args:
-        recipe: The run's recipe.
-        tokenizer: Decides between text and messages, and counts tokens.
         sampler: Draws the completions that the simulated labelers of a task rank.
         part: The proxy reward model and the held-out one train on halves with no prompt in
             common; both are measured on the same held-out rows.
-        loaded: The sets that the run has read already.
 
     Raises:
         DataError: A source cannot be read or does not fit, or too few rows are left.
@@ -133,7 +130,7 @@ def prompts(recipe: Recipe, tokenizer: Any, loaded: Loaded | None = None) -> Pre
     if not recipe.data.evaluate:
         return _prepared(recipe, kept, train, held_out)
     evaluate = _load(recipe, tokenizer, "evaluate", loaded)
-    # What other sets hold out is still left out: nothing is tuned on what a set is tested on.
+    # Prompts that other sets hold out stay excluded, so that no set is tested on training prompts.
     kept.counts["held out in other sets"] = {"before": len(kept.rows), "after": len(train)}
     prepared = _prepared(recipe, kept, train, evaluate.rows)
     prepared.report["evaluate"] = evaluate.report()
@@ -143,8 +140,8 @@ def prompts(recipe: Recipe, tokenizer: Any, loaded: Loaded | None = None) -> Pre
 def texts(recipe: Recipe, tokenizer: Any) -> tuple[list[list[int]], dict[str, Any]]:
     """Tokenise `data.text` for PPO-ptx, in pieces of at most `data.max_tokens`, with its report.
 
-    A document ends with an eos; a longer one is cut into pieces, of which only a last one of a
-    single token is dropped, since it predicts nothing.
+    A document ends with an eos; a longer one is cut into pieces. A last piece of a single token is
+    dropped, since it predicts nothing.
 
     Raises:
         DataError: A source cannot be read, more rows than its `skip_bad` hold no text, or nothing
@@ -169,19 +166,14 @@ def texts(recipe: Recipe, tokenizer: Any) -> tuple[list[list[int]], dict[str, An
     whole = [piece for piece in pieces if len(piece) > 1]
     if not whole:
         raise DataError("data.text holds no text", remedy="give it text, or set ppo.ptx_coef to 0")
-    report = {
-        **kept.report(),
-        "documents": count,
-        "pieces": len(whole),
-        "tokens": sum(map(len, whole)),
-    }
-    return whole, report
+    totals = {"documents": count, "pieces": len(whole), "tokens": sum(map(len, whole))}
+    return whole, {**kept.report(), **totals}
 
 
 def _load(
     recipe: Recipe, tokenizer: Any, name: str, loaded: Loaded, sampler: Sampler | None = None
 ) -> FilteredSet:
-    """Return a set before the split, with counts of its own; read it if it is not loaded yet."""
+    """Return a set before the split, with its own copy of the counts; read it if it is new."""
     if name not in loaded:
         loaded[name] = _read(recipe, tokenizer, name, loaded, sampler)
     return replace(loaded[name], counts=dict(loaded[name].counts))
@@ -216,7 +208,7 @@ def _read(
     drop_useless(kept)
     drop_too_long(kept, recipe, tokenizer)
     if name != "evaluate" and not all(source.task for source in recipe.data.evaluate):
-        # Not needed between splits of a task, which share no content.
+        # Not needed between splits of a task, which share no prompts.
         held_out = _load(recipe, tokenizer, "evaluate", loaded).rows
         keys = {prompt_key(row["prompt"]) for row in held_out}
         kept.rows = kept.filter(
@@ -235,23 +227,21 @@ def _parse(
 ) -> list[tuple[Any, Example]]:
     """Return (labeler or None, example) for the usable rows of one source, shuffled and limited."""
     skips, chat = Skips(source.skip_bad), bool(tokenizer.chat_template)
-    if source.task:
-        rows = _task_rows(recipe, source, kept, chat, sampler)
-    else:
-        rows = read(source, skips)
+    task = source.task is not None
+    rows = _task_rows(recipe, source, kept, chat, sampler) if task else read(source, skips)
     kept.sources.append(described(source, rows))
-    if kept.name == "comparisons" and (source.task or source.labeler_instructions):
+    if kept.name == "comparisons" and (task or source.labeler_instructions):
         kept.instructions.append(source.labeler_instructions or _SIMULATED)
     lines = len(rows) + len(skips.seen)
     order = list(range(len(rows)))
-    if not source.task:  # a task's rows come in the turn of its families, and stay in it
+    if not task:  # a task's rows keep the order of its families
         random.Random(f"{recipe.seed}/{number}").shuffle(order)
     order = order[: source.limit]
     chosen = sorted(order)  # parsed in the file's order, so that errors show its first rows
     parsed = examples([rows[i] for i in chosen], kept.name, chat, kept.notes, skips)
     at = {i: example for i, example in zip(chosen, parsed, strict=True) if example is not None}
-    for example in at.values():  # a file's own column `item` is not an item of the task
-        example.item = example.item if source.task else ""
+    for example in at.values():  # a column `item` of a file is not an item of the task
+        example.item = example.item if task else ""
     kept.count_broken(skips, lines)
     return [(rows[i][1].get("labeler"), at[i]) for i in order if i in at]
 
@@ -259,7 +249,7 @@ def _parse(
 def _task_rows(
     recipe: Recipe, source: DataSource, kept: FilteredSet, chat: bool, sampler: Sampler | None
 ) -> list[Row]:
-    """Generate rows of the closed-world task; comparisons are sampled and ranked here."""
+    """Generate rows of the closed-world task; comparisons are also sampled and ranked."""
     try:
         if kept.name == "demonstrations":
             rows = generator.demonstrations(source.n, recipe.seed)
@@ -270,9 +260,8 @@ def _task_rows(
         raise DataError(f"{source.task}, n: {source.n}: {error}", remedy="lower n") from None
     for row in rows:
         row["item"] = json.dumps(row["item"], sort_keys=True)
-        row["prompt"] = (
-            [{"role": "user", "content": row["prompt"]}] if chat else row["prompt"] + "\n"
-        )
+        text = row["prompt"]
+        row["prompt"] = [{"role": "user", "content": text}] if chat else text + "\n"
     if kept.name == "comparisons":
         if sampler is None:
             raise ValueError("comparisons of a task need a sampler")
@@ -289,8 +278,8 @@ def _task_rows(
 def _labeler_agreement(labelled: list[tuple[Any, Example]]) -> dict[str, Any] | None:
     """Measure how labelers agree on pairs that several of them judged (column `labeler`).
 
-    Every two labelers of a pair are one outcome; pairs that one of them tied are left out.
-    Measured before duplicates and contradictions are dropped. None if no pair was judged twice.
+    Every two labelers of a pair are one outcome; ties are left out. Measured before duplicates and
+    contradictions are dropped. None if no pair was judged twice.
     """
     votes: dict[tuple[str, str, str], dict[str, bool]] = {}
     for labeler, example in labelled:
@@ -315,7 +304,6 @@ def _labeler_agreement(labelled: list[tuple[Any, Example]]) -> dict[str, Any] | 
 
 
 def _split(recipe: Recipe, rows: _Rows) -> tuple[_Rows, _Rows]:
-    """Return the rows to train on, and those held out."""
     sides: tuple[_Rows, _Rows] = ([], [])
     for row in rows:
         sides[bucket(row["prompt"], recipe.seed) < recipe.data.held_out].append(row)

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Filter a set before training, and count what each filter drops.
+"""Filter a set before training, and count the rows that each filter drops.
 
-In this order: control tokens are broken, rankings become pairs, then ties, equal pairs, empty
-texts, duplicates and contradictions are dropped, then what the chat template refuses and what is
-longer than a token limit.
+The order: break control tokens, turn rankings into pairs, drop ties, equal pairs, empty texts,
+duplicates and contradictions, then rows that the chat template refuses or that are too long.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from .row_formats import Example, text_of, transcript
 from .sources import Skips
 from .tokenization import Turns
 
-_JOINT = "\u200b"  # zero-width space: breaks a control token's spelling, and nobody sees it
+_JOINT = "\u200b"  # a zero-width space, which breaks a control token's spelling invisibly
 _BATCH = 1_000
 
 SECRET = "the text holds what looks like"
@@ -58,13 +57,13 @@ class FilteredSet:
     def filter(
         self, reason: str, rows: list[dict[str, Any]], good: Callable[[dict[str, Any]], bool]
     ) -> list[dict[str, Any]]:
-        """Return the good rows, and count all and those under `reason`."""
+        """Return the good rows, and count rows before and after under `reason`."""
         left = [row for row in rows if good(row)]
         self.counts[reason] = {"before": len(rows), "after": len(left)}
         return left
 
     def count_broken(self, skips: Skips, lines: int) -> None:
-        """Count the broken rows that were left out of a source of so many `lines`."""
+        """Count the broken rows that were left out of a source with this many lines."""
         self.lines += lines
         self.broken += len(skips.seen)
         if skips.seen:
@@ -118,14 +117,13 @@ def prompt_key(prompt: Turns) -> str:
 
 
 def breaker(tokenizer: Any) -> Callable[[str], str]:
-    """Return a function that breaks control tokens and markers of turns in a text.
+    """Return a function that puts a zero-width space into control tokens and turn markers.
 
-    It puts a zero-width space after their first character. Encoding them as text later would not
-    do: a chat template and its content are one string by then.
+    Encoding them as text later would not suffice: a rendered chat template is one string.
     """
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     special = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
-    # `### Answer:` is no token, but the chat template begins a turn with it.
+    # `### Answer:` is not a token, but a chat template may begin a turn with it.
     special.update(chat_template.markers(tokenizer))
     words = sorted((re.escape(word) for word in special if len(word) > 1), key=len, reverse=True)
     control = re.compile("|".join(words) or r"(?!)")
@@ -135,8 +133,8 @@ def breaker(tokenizer: Any) -> Callable[[str], str]:
 def break_control_tokens(kept: FilteredSet, examples: list[Example], tokenizer: Any) -> None:
     """Break control tokens in the texts, so that they are encoded as text, and count the rows.
 
-    An eos that ends an answer is removed, since trainers add their own. What looks like a secret
-    stays and is counted.
+    An eos that ends an answer is removed, since trainers add their own. Apparent secrets are kept
+    and counted.
     """
     broken, eos = breaker(tokenizer), tokenizer.eos_token
 
@@ -206,13 +204,12 @@ def drop_useless(kept: FilteredSet) -> None:
 
     rows = kept.filter("no prompt, or none that ends with a question", rows, asks)
     if kept.name == "demonstrations":
-        rows = kept.filter(
-            "empty completion", rows, lambda r: bool(text_of(r["completion"]).strip())
-        )
+        empty = "empty completion"
+        rows = kept.filter(empty, rows, lambda r: bool(text_of(r["completion"]).strip()))
     if comparing:
 
         def answered(row: dict[str, Any]) -> bool:
-            # A sampled empty answer is something that the policy does; in a file it is a gap.
+            # A sampled empty answer is the policy's behaviour; in a file it is a gap.
             rejected = row["item"] or text_of(row["rejected"]).strip()
             return bool(text_of(row["chosen"]).strip() and rejected)
 
@@ -228,19 +225,17 @@ def drop_useless(kept: FilteredSet) -> None:
 
     rows = kept.filter("duplicate", rows, new)
     if comparing:
-        reversed_pairs = {json.dumps([r["prompt"], r["rejected"], r["chosen"]]) for r in rows}
-        rows = kept.filter(
-            "labelled both ways",
-            rows,
-            lambda r: json.dumps([r["prompt"], r["chosen"], r["rejected"]]) not in reversed_pairs,
-        )
+        swapped = {json.dumps([r["prompt"], r["rejected"], r["chosen"]]) for r in rows}
+
+        def consistent(row: dict[str, Any]) -> bool:
+            return json.dumps([row["prompt"], row["chosen"], row["rejected"]]) not in swapped
+
+        rows = kept.filter("labelled both ways", rows, consistent)
     kept.rows = rows
 
 
 def drop_too_long(kept: FilteredSet, recipe: Recipe, tokenizer: Any) -> None:
-    """Drop and count rows over the token limits, which count exactly what a stage learns from.
-
-    That includes the chat template's own tokens and the eos that ends a completion.
+    """Drop and count rows over the token limits, template tokens and the final eos included.
 
     Raises:
         DataError: More than `data.max_lost` of the rows are too long.
@@ -251,17 +246,15 @@ def drop_too_long(kept: FilteredSet, recipe: Recipe, tokenizer: Any) -> None:
         answers = [0] * len(batch)
         for column in ("completion", "chosen", "rejected"):
             if column in batch[0]:
-                last = [
-                    a if isinstance(a := row[column], str) else a[-1]["content"] for row in batch
-                ]
+                turns = (row[column] for row in batch)
+                last = [t if isinstance(t, str) else t[-1]["content"] for t in turns]
                 ids = tokenization.completion_ids(tokenizer, last)
                 answers = [max(n, len(i) + 1) for n, i in zip(answers, ids, strict=True)]
         sizes = _prompt_sizes(kept, batch, tokenizer)
         for row, prompt, answer in zip(batch, sizes, answers, strict=True):
             row["_tokens"] = prompt + answer
-    rows = kept.filter(
-        "refused by the chat template", kept.rows, lambda row: row["_tokens"] < math.inf
-    )
+    refused = "refused by the chat template"
+    rows = kept.filter(refused, kept.rows, lambda row: row["_tokens"] < math.inf)
     reason = f"over data.{name} = {limit}"
     kept.rows = kept.filter(reason, rows, lambda row: row["_tokens"] <= limit)
     lost = 1 - len(kept.rows) / len(rows) if rows else 0.0
@@ -281,7 +274,7 @@ def _prompt_sizes(kept: FilteredSet, batch: list[dict[str, Any]], tokenizer: Any
     prompts = [row["prompt"] for row in batch]
     try:
         return [len(ids) for ids in tokenization.prompt_ids(tokenizer, prompts)]
-    except Exception as error:  # a template raises what it likes, at some rows: find out which
+    except Exception as error:  # a template may raise anything: find the rows it refuses
         if len(batch) > 1:
             return [size for row in batch for size in _prompt_sizes(kept, [row], tokenizer)]
         kept.notes[f"the chat template refuses: {first_line(error)}"] += 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Padded batches of token ids; apart from `tokenization`, which loads no torch."""
+"""Padded batches of token ids; not in `tokenization`, because that loads no torch."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
-    """Count 0, 1, 2 … over valid tokens, at any padding (2403.17031, detail 2); (B, L)."""
+    """Count 0, 1, 2 … over valid tokens, whatever the padding (2403.17031, detail 2); (B, L)."""
     return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parse rows of every known layout into a prompt and its ranked answers.
 
-Text becomes messages if the tokenizer has a chat template, and stays text if it has none.
+Text becomes messages if the tokenizer has a chat template.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "prompts": (("prompt",), ("messages",), ("chosen", "rejected")),
     "text": (("text",),),
 }
-"""Set -> the layouts that make a row usable for it, tried in this order.
+"""Set -> the layouts that it accepts, tried in this order.
 
 {"prompt": "2 + 2?", "completion": "4"}
 {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
@@ -57,7 +57,7 @@ _TRANSCRIPTS_READ = "HH-RLHF transcripts were read as messages"
 
 @dataclass
 class Example:
-    """One prompt and its answers; `ranks` (1 = best) is None if nothing was compared."""
+    """One prompt and its answers; `ranks` (1 = best) is None for answers without a comparison."""
 
     prompt: Turns
     answers: list[Turns] = field(default_factory=list)
@@ -67,7 +67,7 @@ class Example:
 
 
 class _Unfit(Exception):
-    """A row that cannot be used; collected, so that one error shows several rows."""
+    """A row that cannot be used; collected, so that one error shows several."""
 
 
 def examples(
@@ -76,11 +76,11 @@ def examples(
     """Parse the rows of one source into examples for a set, in their order.
 
     Args:
-        rows: As `sources.read` gives them.
+        rows: As `sources.read` returns them.
         name: demonstrations, comparisons, prompts, evaluate or text (read as prompts).
         chat: The tokenizer has a chat template.
-        notes: Counts the rows that were converted, by kind of conversion, for the report.
-        skips: Takes the rows that do not fit, if it may; None stands in their place.
+        notes: Counts converted rows by kind of conversion, for the report.
+        skips: Takes rows that do not fit, up to its limit; the result then has None in their place.
 
     Raises:
         DataError: Columns are missing, null or of a wrong type; the first five such rows are shown.
@@ -118,7 +118,7 @@ def examples(
 
 
 def transcript(text: str) -> list[Message] | None:
-    r"""Parse an HH-RLHF transcript (`\n\nHuman: ...\n\nAssistant: ...`); None if it is none."""
+    r"""Parse an HH-RLHF transcript (`\n\nHuman: ...\n\nAssistant: ...`); None for other text."""
     if not _TRANSCRIPT.match(text):
         return None
     parts = _SPEAKER.split("\n\n" + text.lstrip())[1:]
@@ -137,7 +137,7 @@ def text_of(turns: Turns) -> str:
 def _from_sharegpt(row: dict[str, Any], notes: Counter[str]) -> dict[str, Any]:
     """Convert ShareGPT's turns of `from` and `value`, and its `conversations`, to messages.
 
-    TRL's `maybe_convert_to_chatml` keeps the roles `human` and `gpt`, and loads torch.
+    TRL's `maybe_convert_to_chatml` would keep the roles `human` and `gpt`, and load torch.
     """
     converted, sharegpt = dict(row), False
     if "conversations" in row:
@@ -145,11 +145,9 @@ def _from_sharegpt(row: dict[str, Any], notes: Counter[str]) -> dict[str, Any]:
     for column in ("prompt", "completion", "messages", "chosen", "rejected"):
         turns = converted.get(column)
         turns = [turns] if isinstance(turns, dict) else turns
-        if (
-            isinstance(turns, list)
-            and turns
-            and all(isinstance(turn, dict) and {"from", "value"} <= turn.keys() for turn in turns)
-        ):
+        if not isinstance(turns, list) or not turns:
+            continue
+        if all(isinstance(turn, dict) and {"from", "value"} <= turn.keys() for turn in turns):
             converted[column] = [
                 {"role": _SHAREGPT.get(str(t["from"]), t["from"]), "content": t["value"]}
                 for t in turns
@@ -167,12 +165,11 @@ def _accepted(name: str) -> str:
 
 
 def _shown(rows: list[tuple[str, str]]) -> str:
-    """List the first rows of an error, each with its place."""
     return "".join(f"\n  {where.rpartition(os.sep)[2]}: {text}" for where, text in rows[:5])
 
 
 def _no_layout(rows: list[Row], name: str) -> DataError:
-    """Create the error for a source that fits no layout, with a guess at the right mapping."""
+    """Create the error for a source that fits no layout, and suggest a mapping of columns."""
     columns = [key for key in rows[0][1] if isinstance(key, str)]
     remedy = "map the columns in the recipe with `columns: {our name: the file's name}`"
     for layout in LAYOUTS[name]:
@@ -222,7 +219,7 @@ def _parse(
 
 
 def _turns(row: dict[str, Any], column: str) -> Turns:
-    """Check and return a text or a list of messages, without other keys of a message."""
+    """Return a checked text or list of messages, reduced to `role` and `content`."""
     value = row.get(column)
     if isinstance(value, str):
         return _valid(value, column)
@@ -267,7 +264,7 @@ def _ranking(row: dict[str, Any]) -> Example:
 
 
 def _number(value: Any) -> float | None:
-    """Return a finite number, or None; Python's JSON also has NaN, Infinity and 10**400."""
+    """Return a finite number or None; Python's JSON parser allows NaN, Infinity and 10**400."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -277,7 +274,7 @@ def _number(value: Any) -> float | None:
 
 
 def _margin(row: dict[str, Any]) -> float | None:
-    """Return the column `margin`, which is text in a CSV; an empty cell is no margin."""
+    """Return the column `margin`, which is text in a CSV; None for an empty cell."""
     value = row.get("margin")
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
@@ -291,7 +288,7 @@ def _margin(row: dict[str, Any]) -> float | None:
 
 
 def _pair(row: dict[str, Any], chat: bool, notes: Counter[str]) -> Example:
-    """Parse a chosen and a rejected answer, with a prompt column or a beginning in common."""
+    """Parse a chosen and a rejected answer, with a prompt column or a common beginning."""
     chosen, rejected = _turns(row, "chosen"), _turns(row, "rejected")
     if isinstance(chosen, str) and isinstance(rejected, str):
         both = transcript(chosen), transcript(rejected)
@@ -309,7 +306,7 @@ def _pair(row: dict[str, Any], chat: bool, notes: Counter[str]) -> Example:
     elif isinstance(chosen, str) or isinstance(rejected, str):
         raise _Unfit("columns 'chosen' and 'rejected': one is text, the other messages")
     elif row.get("prompt") is None or chosen[0]["role"] != "assistant":
-        # UltraFeedback and others repeat the prompt in chosen, beside a column of its own
+        # UltraFeedback and others have a prompt column and repeat the prompt in chosen.
         prompt, answers = _shared(chosen, rejected)
         return Example(prompt, list(answers))
     return Example(_turns(row, "prompt"), [chosen, rejected])
@@ -321,7 +318,7 @@ def _as_transcript(messages: list[Message]) -> str:
 
 
 def _shared(a: list[Message], b: list[Message]) -> tuple[list[Message], list[list[Message]]]:
-    """Split off the turns that both begin with, up to a question; neither rest is empty."""
+    """Split off the common first turns, up to a question; neither rest is empty."""
     cut = 0
     while cut < min(len(a), len(b)) - 1 and a[cut] == b[cut]:
         cut += 1
@@ -331,7 +328,7 @@ def _shared(a: list[Message], b: list[Message]) -> tuple[list[Message], list[lis
 
 
 def _shared_text(a: str, b: str) -> int:
-    """Return the length of the common beginning, up to the end of a word."""
+    """Return the length of the common beginning, cut at the end of a word."""
     cut = min(len(os.path.commonprefix([a, b])), len(a) - 1, len(b) - 1)
     while cut > 0 and not a[cut - 1].isspace() and not (a[cut] + b[cut]).isspace():
         cut -= 1
@@ -343,8 +340,7 @@ def _as_chat(example: Example, notes: Counter[str]) -> Example:
     if isinstance(example.prompt, str):
         turns = transcript(example.prompt)
         if turns:
-            last = turns[-1]
-            if last["role"] == "assistant" and not last["content"]:
+            if turns[-1] == {"role": "assistant", "content": ""}:
                 turns = turns[:-1]
             notes[_TRANSCRIPTS_READ] += 1
         elif not example.item:

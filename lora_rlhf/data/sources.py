@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read rows from files and Hub datasets, each with its place (`file:line`) for errors.
+"""Read rows from files and Hub datasets, each with its `file:line` for errors.
 
-JSONL (`.jsonl`, `.ndjson`), JSON, CSV, TSV and parquet, `.gz` allowed. Text is UTF-8; a byte-order
-mark and CRLF are accepted. Unreadable data raise a `DataError` with file, line and an excerpt.
+Text is UTF-8; a byte-order mark and CRLF are accepted. Unreadable data raise a `DataError` with
+file, line and an excerpt.
 """
 
 from __future__ import annotations
@@ -26,30 +26,26 @@ from lora_rlhf.errors import DataError
 from lora_rlhf.recipe.schema import COLUMNS, DataSource
 
 Row = tuple[str, dict[str, Any]]
-"""(place, as `file:line` from 1, and columns)."""
+"""(`file:line`, counted from 1, and columns)."""
 
 _ENOUGH = "at least a few dozen rows"
 _QUOTE = "quote cells that hold a comma, a quote or a line break"
 FORMATS = ".jsonl, .ndjson, .json, .csv, .tsv or .parquet, .gz allowed"
 _KNOWN_COLUMNS = {*COLUMNS, "conversations", "item", "text"}
 _MAX_UNREAD_COLUMNS = 20
-_MAX_UNPACKED, _MAX_RATIO = 2**26, 200  # a .gz may unpack to so many bytes, or times its size
+_MAX_UNPACKED, _MAX_RATIO = 2**26, 200  # limits of a .gz: bytes, or a multiple of its size
 _MAX_CELL = 2**31 - 1  # the csv module's own limit of 128 kB refuses long but valid texts
 
 
 @dataclass
 class Skips:
-    """The broken rows of one source that are left out, at most `most` of them."""
+    """The broken rows of one source that are skipped, at most `most` of them."""
 
     most: int = 0
     seen: list[DataError] = field(default_factory=list)
 
     def take(self, error: DataError) -> None:
-        """Leave a row out.
-
-        Raises:
-            DataError: The error itself, if no more rows may be left out.
-        """
+        """Skip a row, or raise its error if no more rows may be skipped."""
         if len(self.seen) >= self.most:
             remedy = error.remedy or "correct or remove it, or skip N broken rows by `skip_bad: N`"
             if self.most:
@@ -62,10 +58,6 @@ class Skips:
 
 def read(source: DataSource, skips: Skips) -> list[Row]:
     """Read all rows of a file or of a Hub dataset, and rename its columns.
-
-    Args:
-        source: With `path` or `hub`.
-        skips: Takes the lines that cannot be read.
 
     Raises:
         DataError: The source is missing, cannot be read, is empty, or lacks a mapped column.
@@ -80,9 +72,9 @@ def read(source: DataSource, skips: Skips) -> list[Row]:
 
 
 def described(source: DataSource, rows: list[Row]) -> dict[str, Any]:
-    """Describe a source and all its rows for a report: plain JSON, no folder of this machine.
+    """Describe a source and all its rows for a report: plain JSON, without local folders.
 
-    `sha256` is of the canonical JSON of the rows, so that it is the same on every machine.
+    `sha256` hashes the canonical JSON of the rows, so that it is the same on every machine.
     """
     digest = hashlib.sha256()
     for _, row in rows:
@@ -124,7 +116,7 @@ def locate(path: str) -> Path:
                 expected="LORA_RLHF_DATA, naming the folder with your data",
                 remedy="export LORA_RLHF_DATA=/your/data, or give a plain path in the recipe",
             )
-        # Judged by its spelling, not resolved: links that the folder's owner made are allowed.
+        # The path is not resolved, because links inside the folder are allowed.
         inside = os.path.normpath(path.removeprefix("data://"))
         if os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir:
             raise DataError(f"{path} leaves the folder of LORA_RLHF_DATA", expected="a path inside")
@@ -201,11 +193,7 @@ def _unpacked(path: Path, raw: bytes) -> bytes:
 
 
 def _decode(path: Path, raw: bytes, line: int = 1) -> str:
-    """Decode UTF-8 that begins on a line of the file.
-
-    Raises:
-        DataError: With line, column and the byte that is not UTF-8.
-    """
+    """Decode UTF-8 that begins on this line of the file."""
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -241,11 +229,7 @@ def _json(path: Path, text: str) -> list[Row]:
 
 
 def _loads(path: Path, text: str, first: int, expected: str) -> Any:
-    """Parse JSON that begins on a line of the file.
-
-    Raises:
-        DataError: With line, column and an excerpt.
-    """
+    """Parse JSON that begins on this line of the file."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -322,7 +306,7 @@ def _parquet(path: Path, raw: bytes) -> list[Row]:
 
 def _hub(source: DataSource) -> list[Row]:
     name = source.hub or ""
-    # `load_dataset` would prefer a local folder of that name, whatever it contains.
+    # `load_dataset` would prefer a local folder of that name.
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) or Path(name).exists():
         raise DataError(
             f"{name!r:.100} is no Hub dataset", expected="org/name", remedy="use path: for a file"

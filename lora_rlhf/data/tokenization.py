@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokenise prompts and completions in the layout that all stages share, each text once per run.
 
-Ids are cached per tokenizer under a fingerprint of the text; the texts themselves are not kept.
+Ids are cached per tokenizer under a hash of the text; the texts are not kept.
 """
 
 from __future__ import annotations
@@ -21,11 +21,7 @@ _CACHE: weakref.WeakKeyDictionary[Any, dict[bytes, array[int]]] = weakref.WeakKe
 
 
 def prompt_ids(tokenizer: Any, prompts: Sequence[Turns]) -> list[array[int]]:
-    """Encode prompts, up to where the model has to answer, as TRL's rollouts do.
-
-    Args:
-        tokenizer: A Hugging Face tokenizer.
-        prompts: All texts, or all messages.
+    """Encode prompts, all texts or all messages, with a generation prompt as in TRL's rollouts.
 
     Raises:
         jinja2.TemplateError: The chat template refuses one.
@@ -47,7 +43,7 @@ def prompt_ids(tokenizer: Any, prompts: Sequence[Turns]) -> list[array[int]]:
 
 
 def completion_ids(tokenizer: Any, texts: Sequence[str]) -> list[array[int]]:
-    """Encode completions, without eos. Control tokens written in the text stay text."""
+    """Encode completions without eos. Control tokens in the text are encoded as plain text."""
 
     def encode(missing: list[str]) -> Any:
         return tokenizer(

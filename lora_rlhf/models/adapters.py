@@ -49,20 +49,20 @@ def save_role(backbone: Backbone, role: str, folder: str | Path) -> Path:
     """
     folder = Path(folder)
     tensors = {name: p.detach().cpu().contiguous() for name, p in backbone.role_parameters(role)}
-    bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
-    if bad:
+    if bad := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
         raise NonFiniteError(
             f"{role}: {len(bad)} tensors hold NaN or infinity, the first is {bad[0]}",
             remedy="a broken adapter is never saved; lower the learning rate",
         )
-    heads = sum("lora_" not in name for name in tensors)
-    expected = 2 * _adapted_modules(backbone) + heads
+    names = [name for name, _ in backbone.causal.named_parameters() if ".lora_" in name]
+    adapted = {name.rsplit(".lora_", 1)[0] for name in names}
+    expected = 2 * len(adapted) + sum("lora_" not in name for name in tensors)
     if len(tensors) != expected:
         raise AdapterError(f"{role} has {len(tensors)} tensors", expected=f"{expected}")
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    # Not `save_file`, which makes a file that only its owner may read.
+    # `save_file` would make a file that only its owner may read.
     weights = save(tensors, metadata={"format": "pt"})
     (temporary / "adapter_model.safetensors").write_bytes(weights)
     _config(backbone, role).save_pretrained(str(temporary))
@@ -76,17 +76,17 @@ def save_role(backbone: Backbone, role: str, folder: str | Path) -> Path:
 
 
 def _config(backbone: Backbone, role: str) -> Any:
-    """The PEFT config to save: under the base's Hub id, else its folder on this disk."""
+    """Return the PEFT config to save, which names the base's Hub id or else its local folder."""
     config = copy.copy(backbone.views[role].peft_config[ADAPTERS[role]])
     where = backbone.model_section.hub_id or getattr(backbone.causal, "loaded_from", None)
-    if where:  # in memory the config names no home folder, because trackers read it
+    if where:  # the config in memory has no local path, because trackers upload it
         config.base_model_name_or_path = where
     config.inference_mode = True
     return config
 
 
 def _head_note(backbone: Backbone, role: str) -> dict[str, Any]:
-    """The content of `reward.json`; empty for a role without a head."""
+    """Return the content of `reward.json`; empty for a role without a head."""
     note: dict[str, Any] = {"pad_token_id": backbone.tokenizer.pad_token_id}
     if role in REWARDS:
         return {
@@ -108,9 +108,8 @@ def load_role(backbone: Backbone, role: str, folder: str | Path) -> None:
     """Load a folder of `save_role`, or a plain PEFT adapter of the same shape, into a role.
 
     Raises:
-        AdapterError: The folder or a tensor is missing, broken, of another shape or scale, not
-            finite, made on another base, or lacks the head that the role needs. The role is then
-            unchanged.
+        AdapterError: The folder or a tensor is missing, unreadable, of another shape or scale,
+            not finite, trained on another base, or without the role's head. The role is unchanged.
     """
     folder = Path(folder)
     path = folder / "adapter_model.safetensors"
@@ -154,7 +153,7 @@ def load_role(backbone: Backbone, role: str, folder: str | Path) -> None:
 
 
 def _read_note(folder: Path, role: str) -> tuple[int, float | None]:
-    """Read the width in adapters and the offset, where there is one, from `reward.json`."""
+    """Read from `reward.json` how many adapters are stacked, and the offset if there is one."""
     note = _read_json(folder / "reward.json")
     stacked = note.get("stacked", 1) if role in REWARDS else 1
     if stacked not in range(1, len(REWARDS)):
@@ -175,7 +174,7 @@ def _read_note(folder: Path, role: str) -> tuple[int, float | None]:
 
 
 def _check_base(backbone: Backbone, folder: Path) -> None:
-    """Check that the adapter's base is this one, in any dtype but with the same quantisation."""
+    """Check that the adapter was trained on this base, in any dtype, equally quantised."""
     check = read_check(folder)
     if check.get("base_fingerprint", backbone.fingerprint) == backbone.fingerprint:
         return
@@ -199,17 +198,14 @@ def _check_base(backbone: Backbone, folder: Path) -> None:
 
 
 def _check_scale(backbone: Backbone, folder: Path, stacked: int) -> None:
-    """Check the scale, which no tensor's shape shows."""
+    """Check the LoRA scale, which the shapes of the tensors do not show."""
     config = _read_json(folder / "adapter_config.json")
     alpha = stacked * backbone.lora_section.alpha
     expected = {"lora_alpha": alpha, "use_rslora": False, "alpha_pattern": {}}
     for key, value in expected.items():
         if (config.get(key) or value) != value:
-            raise AdapterError(
-                f"{folder} has {key} {config[key]}",
-                expected=f"{key} {value}",
-                remedy=_OTHER_LORA,
-            )
+            given = f"{folder} has {key} {config[key]}"
+            raise AdapterError(given, expected=f"{key} {value}", remedy=_OTHER_LORA)
 
 
 def _check_tensors(
@@ -248,11 +244,10 @@ def _check_tensors(
 
 @torch.no_grad()
 def expected_outputs(backbone: Backbone, role: str) -> dict[str, Any]:
-    """Compute `check.json`: ids, padded and not, and the outputs expected from plain PEFT."""
+    """Compute `check.json`: ids with and without padding, and the outputs plain PEFT must give."""
     rows = [backbone.encode_completion(text) for text in _CHECK_TEXTS]
     ids, mask = pad_left(rows, backbone.tokenizer.pad_token_id)
     view = backbone.views[role]
-    key, outputs = "", []
     with backbone.role(role):
         batch = {"input_ids": ids.to(backbone.device), "attention_mask": mask.to(backbone.device)}
         padded = view(**batch).logits.float().cpu()
@@ -280,11 +275,6 @@ def expected_outputs(backbone: Backbone, role: str) -> dict[str, Any]:
 def read_check(folder: Path) -> dict[str, Any]:
     """Read the `check.json` of an adapter folder."""
     return _read_json(folder / "check.json")
-
-
-def _adapted_modules(backbone: Backbone) -> int:
-    names = [name for name, _ in backbone.causal.named_parameters() if ".lora_" in name]
-    return len({name.rsplit(".lora_", 1)[0] for name in names})
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

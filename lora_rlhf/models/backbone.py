@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every role is a LoRA adapter with a small head on one frozen base model.
+"""Roles as LoRA adapters with small heads on one frozen base model.
 
-A *view* is a Hugging Face head class over the shared backbone, wrapped by PEFT, so that TRL's
-trainers accept it and what is saved loads without this package:
+A *view* is a Hugging Face head class over the shared backbone, wrapped by PEFT. TRL's trainers
+accept it, and a saved adapter loads without this package:
 
     policy, reference       AutoModelForCausalLM               adapters "default", "reference"
     reward, held_out        AutoModelForSequenceClassification  score head (no bias)
@@ -57,7 +57,7 @@ class Backbone(BaseModel):
 
     Attributes:
         views: Role -> PeftModel over the shared backbone.
-        reward_offset: Reward role -> what is added to its raw score; demonstrations then average 0.
+        reward_offset: Reward role -> offset of its score, so that demonstrations average 0.
     """
 
     views: dict[str, PeftModel] = field(default_factory=dict)
@@ -67,7 +67,7 @@ class Backbone(BaseModel):
         super().__post_init__()
         self.trained_roles: frozenset[str] = frozenset()
         self._bare_value: nn.Linear | None = None
-        self._known: dict[str, list[Any]] = {}  # results of walks over all modules
+        self._known: dict[str, list[Any]] = {}  # cached results of walks over all modules
 
     # ------------------------------------------------------------------ roles
 
@@ -81,9 +81,12 @@ class Backbone(BaseModel):
         """Add a role's adapter (and head), fresh or as a copy of another role's; returns its view.
 
         A fresh LoRA is the identity (B = 0). A reward head is drawn with std 1/sqrt(d + 1)
-        (2403.17031); a value head copied from a reward role carries that role's offset as its bias.
-        `stacked` adapters side by side are one with that many times the rank and alpha, so the
-        scale stays; default: as many as `copy_from` has, else one.
+        (2403.17031); a value head copied from a reward role has that role's offset as its bias.
+
+        Args:
+            copy_from: Role whose tensors are copied.
+            stacked: Multiplies rank and alpha, so that the adapter can hold this many adapters
+                side by side at the same scale. Default: as `copy_from`, else 1.
         """
         if role in self.views:
             raise ValueError(f"role {role!r} exists")
@@ -112,34 +115,34 @@ class Backbone(BaseModel):
             with warnings.catch_warnings():
                 # Sharing the layers between views is intended; PEFT takes it for a mistake.
                 warnings.filterwarnings("ignore", message=".*modify a model with PEFT.*")
-                # PEFT reads it under its old name.
+                # PEFT reads this attribute under its old name.
                 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
                 view = get_peft_model(base, config, adapter_name=adapter)
         self.views[role] = view
         if task is not TaskType.CAUSAL_LM:
             head_wrapper(view).register_forward_pre_hook(to_head_dtype)
         if self.has("value") and self.has("policy"):
-            # Inside the policy's module tree, optimizer, zero_grad and state all see it.
+            # In the policy's module tree it is part of the optimizer, zero_grad and state_dict.
             self.views["policy"].add_module("value_head", self.head("value"))
-        # PEFT has just switched gradients and active adapters: back to the declared ones.
+        # PEFT has just changed requires_grad and the active adapters.
         self._reset()
         if copy_from is not None:
             self._copy(copy_from, role)
         return view
 
     def stacked(self, role: str) -> int:
-        """Rank of a role's adapter, in multiples of the recipe's rank."""
+        """Return the rank of a role's adapter, in multiples of the recipe's rank."""
         return int(self.views[role].peft_config[ADAPTERS[role]].r) // self.lora_section.r
 
     def head(self, role: str) -> nn.Linear:
-        """Return the linear head of a reward role or of the value, in float32."""
+        """Return the float32 linear head of a reward role or of the value model."""
         if role == "value" and self._bare_value is not None:
             return self._bare_value
         head: nn.Linear = head_wrapper(self.views[role]).modules_to_save[ADAPTERS[role]]
         return head
 
     def role_parameters(self, role: str) -> list[tuple[str, nn.Parameter]]:
-        """List one role's parameters under the names that PEFT saves, without the adapter's."""
+        """List one role's parameters by the names that PEFT saves, without the adapter's name."""
         if role not in self._known:
             self._known[role] = self._find_parameters(role)
         return self._known[role]
@@ -151,7 +154,7 @@ class Backbone(BaseModel):
         for name, parameter in self.views[role].named_parameters():
             parts = name.split(".")
             if parts[0] == "value_head":
-                continue  # the value's, listed a second time in the policy's tree
+                continue  # the value head, which is also in the policy's module tree
             if any(part.startswith("lora_") for part in parts) and parts[-2] == adapter:
                 parameters.append((".".join([*parts[:-2], parts[-1]]), parameter))
             elif "modules_to_save" in parts and adapter in parts:
@@ -169,7 +172,7 @@ class Backbone(BaseModel):
             elif "lora_" in name:
                 raise AdapterError(f"{source} has no {name} to start {target} from")
         if TaskType.CAUSAL_LM not in (_TASKS[source], _TASKS[target]):
-            # By role, not by name: GPT-2's token head is a "classifier", its other one a "score".
+            # By role, not by name: GPT-2's heads are called "classifier" (token) and "score".
             self.head(target).weight.copy_(self.head(source).weight)
         if source in self.reward_offset:
             if target == "value":
@@ -178,7 +181,7 @@ class Backbone(BaseModel):
                 self.reward_offset[target] = self.reward_offset[source]
 
     def add_value_head(self, copy_from: str | None) -> None:
-        """Add a value that is one linear head on the policy's own states, without an adapter.
+        """Add a value model that is one linear head on the policy's states, without an adapter.
 
         It starts as the reward role's head and offset, or at 0, and belongs to the policy's view.
         """
@@ -195,7 +198,7 @@ class Backbone(BaseModel):
         self._bare_value = head
 
     def drop_value(self) -> None:
-        """Remove the value, whichever of its two forms it has."""
+        """Remove the value model, be it an adapter or a linear head."""
         self._known.clear()
         if self._bare_value is not None:
             self._bare_value = None
@@ -204,7 +207,7 @@ class Backbone(BaseModel):
             self.drop_role("value")
 
     def copy_role(self, source: str, target: str) -> None:
-        """Make `target` equal to `source`, adding it where it does not exist."""
+        """Make `target` equal to `source`; adds it if it does not exist."""
         if self.has(target):
             self._copy(source, target)
         else:
@@ -219,7 +222,7 @@ class Backbone(BaseModel):
         self._reset()
 
     def _reset(self) -> None:
-        """After a change of the adapters: none is active, and what trains is as declared."""
+        """After a change of the adapters: deactivate all, and set requires_grad as declared."""
         self._known.clear()
         self.activate([])
         self._apply_trainable()
@@ -231,8 +234,8 @@ class Backbone(BaseModel):
         """Activate `role` inside the context; None is the base model without any adapter.
 
         Sets the layers' active adapter directly: PEFT's `set_adapter` would turn off the other
-        adapters' gradients, and `disable_adapter` turns some back on (peft#3447). The adapter that
-        was active before is restored on any exit, so a failure inside leaves no stale one behind.
+        adapters' gradients, and `disable_adapter` turns some back on (peft#3447). The previous
+        adapter is restored on every exit.
         """
         before = [layer._active_adapter for layer in self._lora_layers()]
         self.activate([] if role is None else [ADAPTERS[role]])
@@ -242,25 +245,13 @@ class Backbone(BaseModel):
             for layer, active in zip(self._lora_layers(), before, strict=True):
                 layer._active_adapter = active
 
-    def active(self) -> str | None:
-        """Return the role whose adapter is active in every layer; None for the base model.
-
-        Raises:
-            AdapterError: The layers disagree.
-        """
-        active = {tuple(layer.active_adapters) for layer in self._lora_layers()}
-        if len(active) > 1:
-            raise AdapterError(f"layers disagree on the active adapter: {sorted(active)}")
-        names = active.pop() if active else ()
-        return next((role for role, name in ADAPTERS.items() if (name,) == names), None)
-
     def _lora_layers(self) -> list[BaseTunerLayer]:
         if "" not in self._known:
             self._known[""] = [m for m in self.decoder.modules() if isinstance(m, BaseTunerLayer)]
         return self._known[""]
 
     def activate(self, names: list[str]) -> None:
-        """Set the layers' active adapters and nothing else; prefer `role`."""
+        """Set the layers' active adapters without restoring them later; prefer `role`."""
         for layer in self._lora_layers():
             layer._active_adapter = list(names)
 
@@ -270,16 +261,16 @@ class Backbone(BaseModel):
     def training(self, *roles: str) -> Iterator[None]:
         """Train exactly these roles inside the context; the first one is active.
 
-        Declares `requires_grad` once, and cleans up what trainers leave behind: patched forwards,
-        gradient checkpointing, a cache turned off, clones of the policy's adapter, training mode,
-        gradients. The embedding is never made to require gradients.
+        Sets `requires_grad`, and afterwards undoes what trainers leave behind: patched forwards,
+        gradient checkpointing, `use_cache` off, clones of the policy's adapter, training mode,
+        gradients. The embedding's output never requires gradients.
         """
         forward = self.causal.__dict__.get("forward")
         config, use_cache = self.causal.config, getattr(self.causal.config, "use_cache", None)
         bases = [v.get_base_model() for v in {id(v): v for v in self.views.values()}.values()]
         for base in bases:
-            # TRL, Trainer and each rollout would hook the embedding, so that backward runs through
-            # the frozen layers below the adapters. Only reentrant checkpointing needs that.
+            # TRL, Trainer and each rollout would hook the embedding, and backward would then run
+            # through the frozen layers below the adapters. Only reentrant checkpointing needs it.
             base.__dict__["enable_input_require_grads"] = lambda: None
         self.trained_roles = frozenset(roles)
         self._apply_trainable()
@@ -305,9 +296,9 @@ class Backbone(BaseModel):
 
     @contextlib.contextmanager
     def float32_kept(self) -> Iterator[None]:
-        """Restore float32 values after a TRL trainer's `__init__`, which rounds to bf16 in 4-bit.
+        """Restore the float32 adapters that a TRL trainer's `__init__` rounds to bf16 in 4-bit.
 
-        Casting back would not do: rounding loses bits (a KL of 1.6e-3 before any step).
+        Casting back would not suffice: rounding loses bits (a KL of 1.6e-3 before any step).
         """
         kept = [(p, p.data) for role in self.views for _, p in self.role_parameters(role)]
         try:
@@ -322,7 +313,7 @@ class Backbone(BaseModel):
             parameter.requires_grad_(id(parameter) in declared)
 
     def _declared(self) -> dict[int, str]:
-        """Id -> role and name of every parameter that the stage trains."""
+        """Return id -> role and name of every parameter that the stage trains."""
         return {
             id(parameter): f"{role}: {name}"
             for role in self.trained_roles
@@ -333,7 +324,7 @@ class Backbone(BaseModel):
         """Check that `requires_grad` is exactly as the stage declared it.
 
         Raises:
-            AdapterError: Naming a parameter that is frozen or trainable against the declaration.
+            AdapterError: Naming the first parameter that is not.
         """
         declared = self._declared()
         for parameter in self._all_parameters():
@@ -351,7 +342,7 @@ class Backbone(BaseModel):
         return list({id(p): p for model in models for p in model.parameters()}.values())
 
     def state_hash(self, role: str | None) -> str:
-        """Hash a role's tensors by sha256; None: a sample of the frozen backbone's."""
+        """Hash a role's tensors by sha256; None: a sample of the frozen backbone's tensors."""
         if role is None:
             return fingerprint(self.causal)
         digest = hashlib.sha256()
@@ -360,7 +351,7 @@ class Backbone(BaseModel):
         return digest.hexdigest()
 
     def memory_report(self) -> dict[str, Any]:
-        """Bytes of the backbone, which exists once, and those that each role adds."""
+        """Count the bytes of the shared backbone and the bytes that each role adds."""
         shared = {id(p): p for p in [*self.causal.parameters(), *self.causal.buffers()]}
         roles = {}
         for role in self.views:
@@ -412,5 +403,5 @@ class Backbone(BaseModel):
 def _delete_adapter(view: PeftModel, adapter: str) -> None:
     view.delete_adapter(adapter)
     if view.peft_config:
-        # The view stays for its other role; PEFT looks its configuration up by this name.
+        # Another role uses this view; PEFT looks up the view's configuration by this name.
         view.active_adapter = view.base_model.active_adapter = next(iter(view.peft_config))

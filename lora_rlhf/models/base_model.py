@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The frozen base model with its tokenizer, and which of its layers and modules are adapted."""
+"""The frozen base model, its tokenizer, and the layers and modules that carry adapters."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class BaseModel:
     """A causal language model with its tokenizer, frozen.
 
     Attributes:
-        tokenizer: With a pad token apart from eos, padding on the left.
+        tokenizer: Pads on the left, with a pad token that is not an eos token.
         source: Origin and licence of the weights, for the record.
-        backoff: Limits of batch sizes since memory ran out.
-        adapted_layers: Indices of the layers that carry adapters, the top ones.
+        backoff: Batch-size limits after memory ran out.
+        adapted_layers: Indices of the top layers, which carry adapters.
         target_modules: Names of the adapted linear modules inside those layers.
     """
 
@@ -54,13 +54,13 @@ class BaseModel:
 
     @classmethod
     def load(cls, model: ModelSection, lora: LoraSection) -> Self:
-        """Load base model and tokenizer by `loading.load`, which says what it raises."""
+        """Load base model and tokenizer; raises the errors of `loading.load`."""
         causal, tokenizer, source = loading.load(model)
         return cls(causal, tokenizer, model, lora, source)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 that tells this base from others."""
+        """Hash that identifies the base model."""
         return fingerprints.fingerprint(self.causal)
 
     @property
@@ -110,14 +110,14 @@ class BaseModel:
         return entry
 
     def encode_prompt(self, prompt: tokenization.Turns) -> list[int]:
-        """Encode a prompt up to where the model has to answer, as TRL's rollouts tokenise it."""
+        """Encode a prompt with its generation prompt, as TRL's rollouts do."""
         return tokenization.prompt_ids(self.tokenizer, [prompt])[0].tolist()
 
     def encode_completion(self, completion: tokenization.Turns) -> list[int]:
-        """Encode a completion with its eos: exactly what the policy would have to sample.
+        """Encode a completion with its eos: the tokens that the policy would have to sample.
 
-        SFT, reward model and PPO all use this layout, so the reward model reads its score at the
-        same token in training and in PPO. Control tokens written in the text stay text.
+        SFT, reward model and PPO share this layout, so the reward model reads its score at the
+        same token in training and in PPO. Control tokens in the text are encoded as plain text.
         """
         text = completion if isinstance(completion, str) else completion[-1]["content"]
         ids = tokenization.completion_ids(self.tokenizer, [text])[0]
@@ -129,7 +129,7 @@ class BaseModel:
 
 
 def decoder_layers(causal: PreTrainedModel) -> nn.ModuleList:
-    """Find the list of decoder layers by its length: its name differs between architectures.
+    """Find the list of decoder layers by its length, since its name depends on the architecture.
 
     Raises:
         BaseModelError: The model has no such list.
@@ -144,12 +144,12 @@ def decoder_layers(causal: PreTrainedModel) -> nn.ModuleList:
 
 
 def linear_names(layers: nn.ModuleList, wanted: list[str] | None) -> list[str]:
-    """Resolve `lora.target_modules` to last names of linear modules, once for every role.
+    """Resolve `lora.target_modules` to the last names of linear modules, once for all roles.
 
-    PEFT's "all-linear" would be resolved per view and adapt the head of some of them.
+    PEFT would resolve "all-linear" per view, and adapt the head of some views.
 
     Raises:
-        BaseModelError: A wanted name is that of no linear module.
+        BaseModelError: No linear module has a wanted name.
     """
     names = {
         name.rpartition(".")[2]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fingerprints that tell base models apart: an adapter on another base is silently wrong."""
+"""Fingerprints of base models, since an adapter gives wrong outputs silently on another base."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 _SAMPLE = 512
 _SAME = 0.004
-"""Largest mean difference, relative to the mean size, of one base loaded in two dtypes.
+"""Largest mean difference, relative to the mean magnitude, of one base loaded in two dtypes.
 
-Rounding to bfloat16 moves a number by at most 2^-9 of itself; another base differs by about 1.4.
+Rounding to bfloat16 changes a number by at most 2^-9 of itself; another base differs by about 1.4.
 """
 
 
@@ -25,7 +25,7 @@ def fingerprint(causal: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     for name, tensor in _base_parameters(causal):
         flat = tensor.detach().reshape(-1)
-        # Odd, because an even step would sample one column of a matrix with 4096.
+        # Odd, because an even step would sample a single column of a matrix with 4096 columns.
         step = max(1, flat.numel() // 4096) | 1
         sample = flat[::step].float() if flat.is_floating_point() else flat[::step]
         digest.update(f"{name.replace('.base_layer', '')} {tuple(tensor.shape)}".encode())
@@ -35,7 +35,7 @@ def fingerprint(causal: PreTrainedModel) -> str:
 
 @torch.no_grad()
 def sample(causal: PreTrainedModel) -> list[float]:
-    """Sample about 512 weights that are not quantised: nearly the same in every dtype."""
+    """Sample about 512 weights that are not quantised, and so nearly equal in every dtype."""
     tensors = [p for _, p in _base_parameters(causal) if p.is_floating_point()]
     each = max(1, _SAMPLE // max(len(tensors), 1))
     values: list[float] = []
@@ -46,7 +46,7 @@ def sample(causal: PreTrainedModel) -> list[float]:
 
 
 def nearly_same(values: list[float], causal: PreTrainedModel) -> bool:
-    """Tell if `sample`d values, perhaps of another dtype, are those of this base."""
+    """Tell if the values of `sample`, perhaps in another dtype, come from this base."""
     before, now = np.array(values), np.array(sample(causal))
     if before.shape != now.shape:
         return False

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapted layers with fewer passes over memory: the same functions as PEFT's and transformers'.
+"""PEFT's and transformers' adapted layers with fewer passes over memory, equal up to rounding.
 
 PEFT computes W x, then B A x, scales it and adds it: three tensors as large as the output, and as
-many again in backward. Here the matrix product itself accumulates the low-rank product into the
-output, and its gradient into the gradient of the input. A gated MLP keeps the outputs of its two
-projections for backward and recomputes the rest, which takes two passes over them instead of two
-more tensors as wide as the MLP; an RMS norm keeps its input and one number per row. All differ from
-the originals by rounding.
+many again in backward. Here the matrix product accumulates the low-rank product into the output,
+and its gradient into the input's gradient. A gated MLP keeps the outputs of its two projections for
+backward and recomputes the rest, instead of keeping two more tensors as wide as the MLP; an RMS
+norm keeps its input and one number per row.
 
 Only plain float32 layers are replaced, not quantised ones or other dtypes. Hooks on the projections
-of a replaced MLP are not called. docs/log.md says what it gains.
+of a replaced MLP are not called. docs/log.md has the measured gain.
 
 N rows (batch times tokens), I and O features in and out, r rank, M width of the MLP.
 """
@@ -31,17 +30,18 @@ _MLPS = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP"}
 """Classes whose forward is down(act(gate(x)) up(x)); test_fused_layers.py compares each."""
 
 _NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm"}
-"""Classes whose forward is w x / sqrt(mean(x²) + ε), compared there, too."""
+"""Classes whose forward is w x / sqrt(mean(x²) + ε), compared in the same test."""
 
 
 @contextlib.contextmanager
 def layers(backbone: Backbone) -> Iterator[None]:
     """Replace the layers' forwards inside the context, whichever role is active."""
-    modules = list(backbone.decoder.modules())
+    modules: list[Any] = list(backbone.decoder.modules())
     forwards = [(m, _lora(m)) for m in modules if _is_plain(m)]
-    if forwards:  # a backbone without adapters keeps its exact outputs
+    if forwards:  # without adapters the outputs stay exact
         forwards += [(m, _mlp(m)) for m in modules if _is_gated(m)]
-        forwards += [(m, _norm(m)) for m in modules if _is_norm(m)]
+        norms = [m for m in modules if type(m).__name__ in _NORMS and _is_frozen(m.weight)]
+        forwards += [(m, _norm(m)) for m in norms]
     with trunk.replaced(forwards):
         yield
 
@@ -66,12 +66,8 @@ def _is_gated(mlp: Any) -> bool:
     )
 
 
-def _is_norm(module: Any) -> bool:
-    return type(module).__name__ in _NORMS and _is_frozen(module.weight)
-
-
 class _Factors(NamedTuple):
-    """A layer with its active adapter: W x + b + s B A x, or W x + b where A is None."""
+    """A layer with its active adapter: W x + b + s B A x, or W x + b if A is None."""
 
     weight: Tensor  # (O, I)
     bias: Tensor | None
@@ -81,7 +77,7 @@ class _Factors(NamedTuple):
 
 
 def _factors(layer: Any) -> _Factors | None:
-    """Return the layer's factors; None where only PEFT can compute it."""
+    """Return the layer's factors; None if only PEFT can compute it."""
     if type(layer) is nn.Linear:
         return _Factors(layer.weight, layer.bias, None, None, 0.0)
     active, base = layer._active_adapter, layer.base_layer
@@ -107,7 +103,7 @@ def _lora(layer: Any) -> Callable[..., Tensor]:
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         factors = _factors(layer)
         if args or kwargs or factors is None or not _is_float32(x):
-            return own(x, *args, **kwargs)  # type: ignore[no-any-return]
+            return own(x, *args, **kwargs)
         if factors.a is None:
             return nn.functional.linear(x, factors.weight, factors.bias)
         return _Product.apply(x, *factors)  # type: ignore[no-untyped-call]
@@ -122,7 +118,7 @@ def _mlp(mlp: Any) -> Callable[..., Tensor]:
         parts = [_factors(part) for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
         factors = [p for p in parts if p is not None and p.bias is None]
         if len(factors) < len(parts) or not _is_float32(x):
-            return own(x)  # type: ignore[no-any-return]
+            return own(x)
         scales = tuple(f.s for f in factors)
         tensors = [t for f in factors for t in (f.weight, f.a, f.b)]
         return _Gated.apply(x, scales, *tensors)  # type: ignore[no-untyped-call]
@@ -135,21 +131,15 @@ def _norm(module: Any) -> Callable[..., Tensor]:
 
     def forward(x: Tensor) -> Tensor:
         if not _is_float32(x):
-            return own(x)  # type: ignore[no-any-return]
+            return own(x)
         return _RMS.apply(x, module.weight, module.variance_epsilon)  # type: ignore[no-untyped-call]
 
     return forward
 
 
-def _product(
-    rows_ni: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
-    s: float,
-) -> tuple[Tensor, Tensor | None]:
+def _product(rows_ni: Tensor, factors: _Factors) -> tuple[Tensor, Tensor | None]:
     """Compute the output (N, O) and, for backward, A x (N, r)."""
+    weight, bias, a, b, s = factors
     if a is None or b is None:
         return nn.functional.linear(rows_ni, weight, bias), None
     low_nr = rows_ni @ a.t()
@@ -160,7 +150,7 @@ def _product(
 def _by_factors(
     grad_no: Tensor, rows_ni: Tensor, low_nr: Tensor | None, b: Tensor | None, s: float
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Compute the gradient that passes back through B (N, r), and those of A and B."""
+    """Compute the gradients of A x (N, r), of A and of B."""
     if low_nr is None or b is None:
         return None, None, None
     back_nr = (grad_no @ b).mul_(s)
@@ -175,7 +165,7 @@ class _Product(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, s: float
     ) -> Tensor:
         rows_ni = x.reshape(-1, x.shape[-1])
-        out_no, low_nr = _product(rows_ni, weight, bias, a, b, s)
+        out_no, low_nr = _product(rows_ni, _Factors(weight, bias, a, b, s))
         ctx.save_for_backward(rows_ni, low_nr, weight, a, b)
         ctx.s, ctx.shape = s, x.shape
         return out_no.view(*x.shape[:-1], -1)
@@ -192,16 +182,16 @@ class _Product(torch.autograd.Function):
 
 
 class _Gated(torch.autograd.Function):
-    """down(silu(gate(x)) up(x)), each of the three frozen, with LoRA or without."""
+    """down(silu(gate(x)) up(x)), with frozen weights, each with LoRA or without."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scales: tuple[float, ...], *tensors: Any) -> Tensor:
         (wg, ag, bg), (wu, au, bu), (wd, ad, bd) = (tensors[i : i + 3] for i in (0, 3, 6))
         rows_ni = x.reshape(-1, x.shape[-1])
-        gate_nm, low_g = _product(rows_ni, wg, None, ag, bg, scales[0])
-        up_nm, low_u = _product(rows_ni, wu, None, au, bu, scales[1])
+        gate_nm, low_g = _product(rows_ni, _Factors(wg, None, ag, bg, scales[0]))
+        up_nm, low_u = _product(rows_ni, _Factors(wu, None, au, bu, scales[1]))
         inner_nm = nn.functional.silu(gate_nm).mul_(up_nm)
-        out_ni, low_d = _product(inner_nm, wd, None, ad, bd, scales[2])
+        out_ni, low_d = _product(inner_nm, _Factors(wd, None, ad, bd, scales[2]))
         ctx.save_for_backward(rows_ni, gate_nm, up_nm, low_g, low_u, low_d, *tensors)
         ctx.scales, ctx.shape = scales, x.shape
         return out_ni.view(x.shape)

@@ -34,26 +34,26 @@ from . import special_tokens
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout",
              "dropout", "activation_dropout", "layerdrop", "attention_probs_dropout_prob",
              "hidden_dropout_prob", "classifier_dropout", "token_dropout")  # fmt: skip
-"""Keys of configs that hold a dropout."""
+"""Dropout keys of transformers' configs."""
 
 
 def load(model: ModelSection) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
-    """Load base model and tokenizer, quantised where the recipe says so.
+    """Load base model and tokenizer, quantised if the recipe says so.
 
     Returns:
-        The model, its tokenizer (padding on the left, with a pad token apart from eos), and where
-        the weights came from.
+        The model, its tokenizer (padding on the left, with a pad token that is not an eos token),
+        and the origin of the weights.
 
     Raises:
-        BaseModelError: The model cannot be found or read, or is no causal language model.
-        TokenizerError: There is no eos, no unused token to pad with, or a token without a row.
+        BaseModelError: The model cannot be found or read, or is not a causal language model.
+        TokenizerError: No eos, no unused token for padding, or a token without an embedding row.
         SetupError: 4-bit needs bitsandbytes, which cannot be used.
     """
     where = _locate(model)
     source = _source(model)
     device, dtype = pick_device(), pick_dtype(model.dtype)
     plain: dict[str, Any] = {"revision": model.revision, "trust_remote_code": False}
-    options = {**plain, "use_safetensors": True}  # else pickles are read where there are no others
+    options = {**plain, "use_safetensors": True}  # never falls back to pickles
     if model.load_in_4bit:
         options["quantization_config"] = nf4(dtype)
     try:
@@ -63,12 +63,12 @@ def load(model: ModelSection) -> tuple[PreTrainedModel, PreTrainedTokenizerBase,
         causal = AutoModelForCausalLM.from_pretrained(
             where, config=config, dtype=dtype, device_map={"": device}, **options
         )
-    except torch.OutOfMemoryError:  # the model is fine
+    except torch.OutOfMemoryError:  # not an error of the model
         raise
-    except Exception as error:  # the libraries raise anything: a truncated file has its own class
+    except Exception as error:  # the libraries raise many classes, one only for truncated files
         raise _load_error(model, error) from error
     chat_template.check(tokenizer)
-    for named in (causal, causal.config, tokenizer):  # trackers and the tokenizer write it down
+    for named in (causal, causal.config, tokenizer):  # trackers and tokenizer files contain it
         named.name_or_path = safe(where)
     folder = local_folder(model)  # absolute, so that adapters on this disk find their base
     causal.loaded_from = os.path.abspath(folder) if folder else where
@@ -97,13 +97,13 @@ def _load_error(model: ModelSection, error: Exception) -> BaseModelError:
 
 
 def local_folder(model: ModelSection) -> str | None:
-    """Return the base's folder; None where transformers looks its id up on the Hub."""
+    """Return the base's folder; None if transformers looks its id up on the Hub."""
     path = str(tiny.path()) if model.id == "tiny" else os.path.expanduser(model.id)
     return path if os.path.isdir(path) else None
 
 
 def _locate(model: ModelSection) -> str:
-    """Return what transformers loads: a checked folder, or the id on the Hub."""
+    """Return the checked folder or the Hub id that transformers loads."""
     if model.id == "tiny":
         return str(tiny.path())
     path = Path(os.path.expanduser(model.id))
@@ -114,14 +114,14 @@ def _locate(model: ModelSection) -> str:
             expected="a folder saved by transformers",
             remedy="check model.id",
         )
-    if local_folder(model):  # a relative id may be a folder, too
+    if local_folder(model):  # a relative id may be a folder too
         paths.reject_escaping_links(path, BaseModelError)
         paths.reject_escaping_shards(path, BaseModelError)
     return str(path) if is_path else model.id
 
 
 def _source(model: ModelSection) -> dict[str, Any]:
-    """Origin and licence of the weights, from SOURCE.json beside them where there is one."""
+    """Return origin and licence of the weights, from SOURCE.json beside them if there is one."""
     if model.id == "tiny":
         return {"source": "the tiny model packaged with lora-rlhf", "license": "apache-2.0"}
     folder = local_folder(model)
@@ -153,7 +153,7 @@ def disable_dropout(config: Any) -> None:
 
 
 def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Quantisation of a 4-bit base: NF4 with double quantisation, computing in `dtype`.
+    """Configure a 4-bit base: NF4 with double quantisation, computing in `dtype`.
 
     Raises:
         SetupError: bitsandbytes cannot be imported.
@@ -177,7 +177,7 @@ def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
 def _forbid_repacking(causal: PreTrainedModel) -> None:
     """Keep bitsandbytes from repacking weights on the first no-grad forward (its AVX512-BF16 path).
 
-    The repacked weights cannot be dequantised for backward: gradients after it are wrong, silently.
+    Repacked weights cannot be dequantised for backward, so that gradients would be silently wrong.
     """
     import bitsandbytes as bnb
 
@@ -189,11 +189,11 @@ def _forbid_repacking(causal: PreTrainedModel) -> None:
 def find_config(model: ModelSection, recipe_folder: Path | None = None) -> Any:
     """Find the base's config without its weights.
 
-    Looked for in the base's own folder, the Hub's cache, beside the recipe (a `config.json` there
-    may stand in for a base that is not on this machine), and last on the Hub.
+    Tries the base's own folder, the Hub's cache, the recipe's folder (its `config.json` may stand
+    in for a base that is not on this machine), and last the Hub.
 
     Raises:
-        BaseModelError: None of them has it.
+        BaseModelError: None of them has the config.
     """
     folder = local_folder(model)
     options: dict[str, Any] = {"revision": model.revision, "trust_remote_code": False}
@@ -208,7 +208,7 @@ def find_config(model: ModelSection, recipe_folder: Path | None = None) -> Any:
     for source, given in tries:
         try:
             config = AutoConfig.from_pretrained(source, **given)
-        except Exception as error:  # the libraries raise anything for a file that is not there
+        except Exception as error:  # the libraries raise many classes for a missing file
             why = why or first_line(error)
             continue
         if source != beside:
@@ -216,7 +216,7 @@ def find_config(model: ModelSection, recipe_folder: Path | None = None) -> Any:
         written = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
         if (name := str(written.get("_name_or_path", ""))) in ("", model.id):
             return config
-        why = f"{source}/config.json is that of {name}"
+        why = f"{source}/config.json belongs to {name}"
     raise BaseModelError(
         f"no config of {model.id} is here: {why}",
         expected="config.json of the base: in its folder, in the Hub's cache, or beside the recipe",

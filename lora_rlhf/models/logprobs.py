@@ -3,9 +3,9 @@
 
 The LM head is frozen, so a token's log-prob depends on its own hidden state only, and the gradient
 of the loss is the upstream scalar times d logp / d state. That row is computed in the same pass
-over the vocabulary as the log-prob, by the running maximum of online softmax (1805.02867): two
-products with the head in all, where recomputing the logits in backward takes three. TRL's kernels
-recompute; they are used on CUDA, where they are fused.
+over the vocabulary as the log-prob, by the running maximum of online softmax (1805.02867). This
+takes two products with the head; recomputing the logits in backward takes three. TRL's kernels
+recompute the logits; they are used on CUDA, where they are fused.
 
 N tokens, H hidden size, V vocabulary.
 """
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from lora_rlhf._trl import ChunkedLogProbFunction
 
 _ROWS, _COLUMNS = 1024, 2048
-"""Tokens and vocabulary entries of one tile: 8 MB of float32, near what a CPU's cache holds."""
+"""Tokens and vocabulary entries of one tile: 8 MB of float32, about the size of a CPU's cache."""
 
 _TRL_COLUMNS = 32768
 
@@ -57,7 +57,7 @@ def logprobs_and_entropy(
         entropy_gradient: Make the entropy differentiable too, which takes a third product.
     """
     if head.weight.requires_grad:
-        raise ValueError("the LM head must be frozen: it is given no gradient here")
+        raise ValueError("the LM head must be frozen: no gradient is computed for it")
     compute: Any = by_trl_kernels if states.is_cuda else _OnePass.apply
     logprobs, entropy = compute(states, targets, head, entropy_gradient)
     return logprobs, entropy
@@ -66,7 +66,7 @@ def logprobs_and_entropy(
 def by_trl_kernels(
     states: Tensor, targets: Tensor, head: Head, entropy_gradient: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Compute the same by TRL's kernels, as on CUDA."""
+    """Compute `logprobs_and_entropy` by TRL's kernels, as on CUDA."""
     columns = min(_TRL_COLUMNS, head.weight.shape[0])
     logprobs, entropy, *_ = ChunkedLogProbFunction.apply(
         states, head.weight, head.bias, targets, head.temperature, columns, *head[3:], ("entropy",)
@@ -106,7 +106,7 @@ class _OnePass(torch.autograd.Function):
 
 
 def _rows(states: Tensor, targets: Tensor, head: Head, wanted: int) -> tuple[Tensor, ...]:
-    """Compute log-probs, entropies and their gradients by the states, of up to `_ROWS` tokens.
+    """Compute log-probs, entropies and their gradients by the states for up to `_ROWS` tokens.
 
     Running sums over tiles, all relative to the running maximum m of the logits z:
     total = Σ e^(z-m) and moment = Σ e^(z-m) (z-m).
@@ -121,7 +121,7 @@ def _rows(states: Tensor, targets: Tensor, head: Head, wanted: int) -> tuple[Ten
         tile = head.weight[start : start + _COLUMNS]
         z, bend = _logits(states, tile, start, head)
         new = torch.maximum(top, z.amax(dim=1, keepdim=True))
-        # The first tile has nothing to shift: e^-inf is 0, and 0 times an infinite shift is not.
+        # On the first tile the shift is infinite, and 0 times infinity would be NaN.
         shift = torch.where(top.isinf(), 0.0, top - new)
         decay = torch.where(top.isinf(), 0.0, shift.exp())
         inside = ((targets >= start) & (targets < start + tile.shape[0])).nonzero().flatten()
@@ -155,7 +155,7 @@ def _rows(states: Tensor, targets: Tensor, head: Head, wanted: int) -> tuple[Ten
 
 
 def _logits(states: Tensor, tile: Tensor, start: int, head: Head) -> tuple[Tensor, Tensor | None]:
-    """Compute a tile's logits in float32, and d logit / d product where it is not constant."""
+    """Compute a tile's logits in float32, and d logit / d product if it is not constant."""
     z = (states @ tile.t()).float()
     if head.bias is not None:
         z += head.bias[start : start + tile.shape[0]].float()

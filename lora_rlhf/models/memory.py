@@ -12,13 +12,13 @@ from transformers import PreTrainedModel
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of these tensors, memory that they share counted once."""
+    """Count the bytes of tensors, with shared memory counted once."""
     storages = [t.untyped_storage() for t in tensors]
     return sum({s._cdata: s.nbytes() for s in storages}.values())
 
 
 def held_tensors(parameter: Any) -> list[Tensor]:
-    """A parameter and, in 4 bits, the scales and codes that it is read with."""
+    """List a parameter's data and, in 4 bits, the scales and codes that decode it."""
     tensors = [parameter.data]
     state = getattr(parameter, "quant_state", None)
     while state is not None:
@@ -28,7 +28,7 @@ def held_tensors(parameter: Any) -> list[Tensor]:
 
 
 def kv_bytes(causal: PreTrainedModel) -> int:
-    """Bytes of keys and values of one token in all layers; sliding windows counted as whole."""
+    """Count the bytes of one token's keys and values in all layers, ignoring sliding windows."""
     config = causal.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -36,7 +36,7 @@ def kv_bytes(causal: PreTrainedModel) -> int:
 
 
 def rows_that_fit(causal: PreTrainedModel, tokens: int, wanted: int) -> int:
-    """Rows of this length that the KV cache has room for, at most `wanted`; on a CPU all."""
+    """Return how many rows of this length the KV cache has room for, up to `wanted`; CPU: all."""
     if causal.device.type != "cuda" or not wanted:
         return max(wanted, 1)
     free, _ = torch.cuda.mem_get_info(causal.device)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain sampling from a causal language model: no top-k, no top-p, no processor of any kind.
+"""Plain sampling from a causal language model, without top-k, top-p or logits processors.
 
-Beside the tokens it keeps what a rollout would have to compute again: the log-prob of every token
-under the distribution that it was drawn from, and the states that leave the frozen trunk. Rows that
-have ended leave the batch, so a long answer does not make the short ones pay; transformers'
-`generate` gives neither, and pads ended rows until the last one ends.
+Also keeps values that a rollout would compute again: the log-prob of every token under the
+distribution that it was drawn from, and the states that leave the frozen trunk. Rows that have
+ended leave the batch. transformers' `generate` returns neither, and pads ended rows until the last
+one ends.
 
 B prompts at once, P tokens of the longest, t of one completion, H hidden size.
 """
@@ -28,7 +28,7 @@ from .base_model import BaseModel
 from .memory import rows_that_fit
 
 _MIN_ENDED = 0.125
-"""Ended share of a batch from which its rows are removed, which copies the cache of the others."""
+"""Share of ended rows from which they are removed; removal copies the other rows' cache."""
 
 
 @dataclass
@@ -36,9 +36,9 @@ class Sampled:
     """One completion, without padding.
 
     Attributes:
-        ids: Tokens, the eos included where it came.
+        ids: Tokens, including the eos if one was sampled.
         logprobs: (t,) float32, of each token at the sampling temperature.
-        states: (prompt + t, H) that leave the trunk, where they are kept.
+        states: Trunk states (prompt + t, H), if they are kept.
     """
 
     ids: list[int]
@@ -48,7 +48,7 @@ class Sampled:
 
 @dataclass
 class _Row:
-    """A row of the batch while it grows."""
+    """A row of the batch while it is sampled."""
 
     prompt: int
     uniforms: Tensor
@@ -76,7 +76,7 @@ def sample(
         prompts: Ids of each prompt.
         temperature: 0 is greedy.
         batch_size: Prompts at once, sorted by length. Default: as many as the memory holds.
-        seed: Seed of a random state of its own; None: draw from the global one.
+        seed: Seed of a separate random state; None: use the global one.
         keep_states: Keep the states that leave the trunk.
     """
     out: dict[int, Sampled] = {}
@@ -108,10 +108,10 @@ def sample(
 
 
 class _Batch:
-    """Prompts that are sampled together: prefill, then one token a step for each row.
+    """Prompts that are sampled together: prefill, then one token per step and row.
 
-    A row has *ended* with its eos or at the maximal length. It is *done* once no forward has to
-    read it: where states are kept, its last token still has to pass through the trunk.
+    A row has *ended* with its eos or at the maximal length. It is *done* once no forward needs it:
+    if states are kept, its last token still has to pass through the trunk.
     """
 
     def __init__(
@@ -135,21 +135,18 @@ class _Batch:
         self._takes_positions = "position_ids" in names
 
     def run(self) -> list[_Row]:
-        """Sample every row to its end; returns them in the order of the prompts."""
-        inside = list(self.rows)  # those still in the batch, done ones included
-        lowest = self.base.layers[trunk.depth(self.base)]
+        """Sample every row to its end; returns the rows in the order of the prompts."""
+        inside = list(self.rows)  # rows in the batch, done ones included
         catch: contextlib.AbstractContextManager[list[Tensor]] = contextlib.nullcontext([])
         if self.keep_states:
-            catch = trunk.inputs_of(lowest)
+            catch = trunk.inputs_of(self.base.layers[trunk.depth(self.base)])
         with catch as states:
             while True:
                 logits = self._step(only_trunk=all(row.ended for row in inside))
                 if self.keep_states:
                     _append_states(inside, states.pop())
-                uniforms = torch.stack(
-                    [row.uniforms[len(row.ids) % self.longest] for row in inside]
-                )
-                tokens, logprobs = draw(logits, self.temperature, uniforms)
+                uniforms = [row.uniforms[len(row.ids) % self.longest] for row in inside]
+                tokens, logprobs = draw(logits, self.temperature, torch.stack(uniforms))
                 drawn = zip(inside, tokens.tolist(), logprobs.tolist(), strict=True)
                 for row, token, logprob in drawn:
                     self._append_token(row, token, logprob)
@@ -160,7 +157,7 @@ class _Batch:
                 self.mask = torch.cat([self.mask, self.mask.new_ones(len(inside), 1)], dim=1)
 
     def _append_token(self, row: _Row, token: int, logprob: float) -> None:
-        """Give a row its next token; a row that had ended was fed its last one, and is done."""
+        """Append a row's next token; a row that had ended before is done now."""
         if row.ended:
             row.done = True
             return
@@ -170,7 +167,7 @@ class _Batch:
         row.done = row.ended and not self.keep_states
 
     def _remove_done(self, inside: list[_Row], tokens: Tensor) -> tuple[list[_Row], Tensor]:
-        """Remove done rows from the batch once they are many: the others' cache is copied."""
+        """Remove done rows from the batch once they are many, since it copies the others' cache."""
         stay = [i for i, row in enumerate(inside) if not row.done]
         if len(inside) - len(stay) < max(1, _MIN_ENDED * len(inside)):
             return inside, tokens
@@ -193,7 +190,7 @@ class _Batch:
 
 
 def _append_states(rows: list[_Row], states: Tensor) -> None:
-    """Give each row its states of one forward, (B, tokens, H): all of its prompt, then one each."""
+    """Append each row's states of one forward, (B, tokens, H), without the prompt's padding."""
     for row, mine in zip(rows, states, strict=True):
         if not row.done:
             row.states.append(mine if row.states else mine[len(mine) - row.prompt :])
@@ -202,7 +199,7 @@ def _append_states(rows: list[_Row], states: Tensor) -> None:
 def draw(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Draw a token for each row by inverse transform sampling; tokens and log-probs, (B,) each.
 
-    torch.multinomial would draw a number for every entry of the vocabulary.
+    torch.multinomial would draw a random number for every entry of the vocabulary.
 
     Args:
         logits: (B, V)
@@ -213,7 +210,7 @@ def draw(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor, 
     if temperature:
         summed = logprobs.exp().cumsum(dim=-1)
         at = uniforms.unsqueeze(1) * summed[:, -1:]
-        # From the right, an entry of probability 0 is never drawn.
+        # With right=True, an entry of probability 0 is never drawn.
         tokens = torch.searchsorted(summed, at, right=True).clamp(max=summed.shape[1] - 1)
     else:
         tokens = logprobs.argmax(dim=-1, keepdim=True)
@@ -222,7 +219,7 @@ def draw(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor, 
 
 @contextlib.contextmanager
 def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Draw from a random state of its own, or from the global one where there is no seed."""
+    """Use a separate random state with this seed; None: the global one."""
     if seed is None:
         yield
         return

@@ -2,9 +2,10 @@
 """Log-probs, values and scores of the roles, from the backbone's hidden states.
 
 Sequences are a left-padded prompt followed by a right-padded completion, as in TRL's rollouts.
-B episodes, L prompt and completion tokens, T completion tokens, H hidden size. Masks are by length.
-Nothing of shape (B, L, vocabulary) is built: only completion tokens reach the LM head, in tiles.
-Where the states that leave the trunk are given, (B, L, H), only the adapted layers run.
+B episodes, L prompt and completion tokens, T completion tokens, H hidden size. Masks follow from
+lengths. No tensor has the shape (B, L, vocabulary): only completion tokens reach the LM head, in
+tiles. With `trunk_states`, the hidden states (B, L, H) that leave the frozen layers, only the
+adapted layers run.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def hidden_states(
 
 
 def trunk_states(backbone: Backbone, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Compute what leaves the frozen trunk, (B, L, H), the same for every role."""
+    """Compute the hidden states that leave the frozen trunk, (B, L, H), equal for every role."""
     lowest = backbone.layers[trunk.depth(backbone)]
     with torch.no_grad(), trunk.alone(backbone), trunk.inputs_of(lowest) as states:
         hidden_states(backbone, input_ids, attention_mask)
@@ -78,8 +79,7 @@ def completion_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Compute log-probs of the last `tokens` ids, differentiable, and entropies; (B, T) float32.
 
-    Logits are divided by `temperature`, the one that sampled. Padding gets a finite meaningless
-    number: mask it.
+    Logits are divided by `temperature`, as in sampling. Padding gets finite, meaningless numbers.
     """
     states = completion_states(backbone, input_ids, attention_mask, tokens, trunk_states)
     return logprobs_of(backbone, states, input_ids, temperature)
@@ -92,7 +92,7 @@ def logprobs_of(
     temperature: float,
     entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the same from `completion_states` (B, T, H), through the LM head in tiles."""
+    """Compute log-probs and entropies, (B, T), from `completion_states` (B, T, H)."""
     shape = states.shape[:2]
     rows, targets = states.reshape(-1, states.shape[-1]), input_ids[:, -shape[1] :].reshape(-1)
     head = Head.of(backbone.causal, temperature)
@@ -107,13 +107,13 @@ def token_values(
     tokens: int,
     trunk_states: Tensor | None = None,
 ) -> Tensor:
-    """Compute V of the state *before* each of the last `tokens` ids, (B, T) float32."""
+    """Compute the value of the state *before* each of the last `tokens` ids, (B, T) float32."""
     states = completion_states(backbone, input_ids, attention_mask, tokens, trunk_states)
     return values_of(backbone, states)
 
 
 def values_of(backbone: Backbone, states: Tensor) -> Tensor:
-    """Compute the same from `completion_states`."""
+    """Compute values (B, T) from `completion_states` (B, T, H)."""
     values: Tensor = backbone.head("value")(states.float()).squeeze(-1)
     return values
 
@@ -142,10 +142,10 @@ class Batch:
     """Episodes of similar length as one left-padded batch.
 
     Attributes:
-        index: Position of each in the order that was given.
+        index: Position of each episode in the caller's order.
         ids: (B, L), as `mask`.
-        tokens: T, of the longest completion.
-        states: (B, L, H) that leave the trunk, where they were given.
+        tokens: T, the length of the longest completion.
+        states: Trunk states (B, L, H), where the caller has them.
     """
 
     index: list[int]
@@ -156,13 +156,13 @@ class Batch:
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, int]:
-        """As `completion_states` takes them."""
+        """Arguments of `completion_states`."""
         return self.ids, self.mask, self.tokens
 
     def scatter(self, rows: Tensor, episodes: Sequence[Episode], out: list[Tensor]) -> None:
         """Put each row of (B, T) at its episode's position, without padding.
 
-        The first token of an empty prompt's completion is left out: nothing predicts it.
+        After an empty prompt the first token of the completion is left out: nothing predicts it.
         """
         for row, i in zip(rows, self.index, strict=True):
             predicted = len(episodes[i][1]) - (not episodes[i][0])
@@ -170,7 +170,7 @@ class Batch:
 
 
 def by_length(episodes: Sequence[Episode]) -> list[int]:
-    """Positions of the episodes, the shortest first."""
+    """Sort the episodes' positions by length, the shortest first."""
     return sorted(range(len(episodes)), key=lambda i: len(episodes[i][0]) + len(episodes[i][1]))
 
 
@@ -200,7 +200,7 @@ def for_each_batch(
 ) -> None:
     """Call `visit` on all episodes in batches sorted by length, which keeps padding short.
 
-    Where memory runs out the rest, and what was being visited, comes in smaller batches.
+    After memory ran out, the failed batch and the remaining episodes come in smaller batches.
     """
     backbone.backoff.for_each_batch(
         "scoring",
@@ -221,7 +221,7 @@ def scores(
     """Score each episode by a reward role, without its offset, in the order given.
 
     Args:
-        states: (L, H) of each episode that leave the trunk, where they are known.
+        states: Trunk states (L, H) of each episode, if they are known.
     """
     out = [0.0] * len(episodes)
 
@@ -236,6 +236,23 @@ def scores(
 
 
 @torch.no_grad()
+def _per_token(
+    backbone: Backbone,
+    episodes: Sequence[Episode],
+    role: str | None,
+    batch_size: int,
+    states: Sequence[Tensor] | None,
+    compute: Callable[[Batch], Tensor],
+) -> list[Tensor]:
+    """Apply `compute`, which returns (B, T), to all batches; returns (t,) for each episode."""
+    out: list[Tensor] = [torch.empty(0)] * len(episodes)
+    with backbone.role(role):
+        for_each_batch(
+            backbone, episodes, batch_size, states, lambda b: b.scatter(compute(b), episodes, out)
+        )
+    return out
+
+
 def episode_logprobs(
     backbone: Backbone,
     episodes: Sequence[Episode],
@@ -244,34 +261,26 @@ def episode_logprobs(
     temperature: float = 1.0,
     states: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """Log-probs of each completion's tokens, (t,) float32 each, in the order given."""
-    out: list[Tensor] = [torch.empty(0)] * len(episodes)
+    """Compute the log-probs of each completion's tokens, (t,) float32 each, in the order given."""
 
-    def visit(batch: Batch) -> None:
-        rows, _ = completion_logprobs(backbone, *batch.inputs, temperature, batch.states)
-        batch.scatter(rows, episodes, out)
+    def compute(batch: Batch) -> Tensor:
+        return completion_logprobs(backbone, *batch.inputs, temperature, batch.states)[0]
 
-    with backbone.role(role):
-        for_each_batch(backbone, episodes, batch_size, states, visit)
-    return out
+    return _per_token(backbone, episodes, role, batch_size, states, compute)
 
 
-@torch.no_grad()
 def episode_values(
     backbone: Backbone,
     episodes: Sequence[Episode],
     batch_size: int = 32,
     states: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """V before each of a completion's tokens, (t,) float32 each, in the order given."""
-    out: list[Tensor] = [torch.empty(0)] * len(episodes)
+    """Compute the value before each completion token, (t,) float32 each, in the order given."""
 
-    def visit(batch: Batch) -> None:
-        batch.scatter(token_values(backbone, *batch.inputs, batch.states), episodes, out)
+    def compute(batch: Batch) -> Tensor:
+        return token_values(backbone, *batch.inputs, batch.states)
 
-    with backbone.role("value"):
-        for_each_batch(backbone, episodes, batch_size, states, visit)
-    return out
+    return _per_token(backbone, episodes, "value", batch_size, states, compute)
 
 
 def sequence_logprobs(
@@ -281,6 +290,6 @@ def sequence_logprobs(
     batch_size: int = 32,
     temperature: float = 1.0,
 ) -> list[float]:
-    """Log-probability of each completion given its prompt, in nats, summed over its tokens."""
+    """Sum the log-probs of each completion given its prompt, in nats."""
     rows = episode_logprobs(backbone, episodes, role, batch_size, temperature or 1.0)
     return [float(row.double().sum()) for row in rows]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Special tokens of a base: a pad apart from eos, and an embedding row for every token."""
+"""Checks of a base's special tokens: pad is not eos, and every token has an embedding row."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_
 
 
 def ensure_distinct_pad(tokenizer: PreTrainedTokenizerBase, causal: PreTrainedModel) -> None:
-    """Give tokenizer and model a pad token that is no eos, without resizing the vocabulary."""
+    """Give tokenizer and model a pad token that is not eos, without resizing the vocabulary."""
     if tokenizer.eos_token_id is None:
         raise TokenizerError(
             "the tokenizer has no eos token", remedy="use a base whose tokenizer has one"
@@ -36,15 +36,15 @@ def _unused_token(tokenizer: PreTrainedTokenizerBase, eos: set[int], rows: int) 
             return name
     raise TokenizerError(
         f"the pad token is {tokenizer.pad_token!r} and eos is {tokenizer.eos_token!r}",
-        expected="a pad token of its own: the reward is read at the last token that is no padding",
+        expected="a pad token of its own: the reward is read at the last token before the padding",
         remedy="set tokenizer.pad_token to an unused token, saved beside the base model",
     )
 
 
 def check_embedding_rows(tokenizer: PreTrainedTokenizerBase, causal: PreTrainedModel) -> None:
-    """Reject tokens that can occur but were added behind the last row of the embedding.
+    """Reject tokens that can occur but have no row in the embedding.
 
-    A special token that no template writes does no harm: texts are kept free of special tokens.
+    A special token that the template does not write is harmless: texts contain no special tokens.
     """
     rows, template = causal.get_input_embeddings().num_embeddings, _template_text(tokenizer)
     bad = [
@@ -65,12 +65,12 @@ def check_embedding_rows(tokenizer: PreTrainedTokenizerBase, causal: PreTrainedM
 
 
 def _template_text(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat template and a chat rendered by it: some templates build markers from the roles."""
+    """Return the chat template and a chat that it rendered, since markers may depend on roles."""
     if not isinstance(tokenizer.chat_template, str):
         return ""
     chat = [{"role": role, "content": ""} for role in ("user", "assistant")]
     try:
         rendered = str(tokenizer.apply_chat_template(chat, tokenize=False))
-    except Exception:  # a template that takes no such chat; the data's filters report it
+    except Exception:  # the template refuses this chat; the data filters report it
         rendered = ""
     return tokenizer.chat_template + rendered

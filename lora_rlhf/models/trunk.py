@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The frozen trunk: the layers below the lowest adapted one, one function of the tokens for all.
+"""The frozen trunk: the layers below the lowest adapted one, which are equal for all roles.
 
-With `lora.top_fraction` below 1 no role changes what these layers compute. So they run once per
-rollout; policy, reference, rewards and value, and every PPO epoch, start from the states that were
-kept. Inside a context the lower layers' `forward` passes its input on and the last of them returns
-the kept states: masks, positions, PEFT, checkpointing, 4-bit and `layers` stay as they are.
+With `lora.top_fraction` below 1 the trunk runs once per rollout; policy, reference, rewards and
+value, and every PPO epoch, start from its kept states. Inside a context the `forward` of the lower
+layers returns its input, and that of the last one returns the kept states, so that masks,
+positions, PEFT, checkpointing, 4-bit and `layers` work as before.
 
 B rows, L tokens, H hidden size.
 """
@@ -22,15 +22,15 @@ from .base_model import BaseModel
 
 
 def depth(base: BaseModel) -> int:
-    """Number of layers below the lowest adapted one; 0: there is no trunk."""
+    """Count the layers below the lowest adapted one; 0: there is no trunk."""
     return base.adapted_layers[0]
 
 
 @contextlib.contextmanager
 def start_from(base: BaseModel, states: Tensor | None) -> Iterator[None]:
-    """Compute from these states (B, L, H) instead of the tokens; None: from the tokens.
+    """Start from these trunk states (B, L, H); None: from the tokens.
 
-    The embedding still runs, because masks and positions follow from its shape.
+    The embedding still runs, because masks and positions depend on its shape.
     """
     if states is None:
         yield
@@ -44,18 +44,18 @@ def start_from(base: BaseModel, states: Tensor | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def alone(base: BaseModel) -> Iterator[None]:
-    """Compute the trunk only: the layers above it pass their input on."""
+    """Compute the trunk only; the layers above it return their input."""
     with replaced((layer, _pass_on) for layer in base.layers[depth(base) :]):
         yield
 
 
 @contextlib.contextmanager
 def top_tokens(base: BaseModel, count: int) -> Iterator[None]:
-    """Compute the top layer's MLP for the last `count` tokens only, because no other is read.
+    """Compute the top layer's MLP for the last `count` tokens only: its other outputs are not read.
 
-    It is three quarters of the layer's work, and prompts are often half of the tokens. Does nothing
-    where the layer is checkpointed, whose recomputation runs after this context, or where the
-    architecture does not call it `mlp`.
+    The MLP is three quarters of the layer's work, and prompts are often half of the tokens. Does
+    nothing if the layer is checkpointed, because its recomputation runs after this context, or if
+    the architecture does not call its MLP `mlp`.
     """
     top: Any = base.layers[-1]
     mlp = getattr(top, "mlp", None)
@@ -68,7 +68,7 @@ def top_tokens(base: BaseModel, count: int) -> Iterator[None]:
     def forward(states: Tensor, *args: Any, **kwargs: Any) -> Any:
         skipped = states.shape[1] - count
         out = own(states[:, -count:].contiguous(), *args, **kwargs) if skipped > 0 else None
-        if not isinstance(out, Tensor):  # a mixture of experts returns its router's logits, too
+        if not isinstance(out, Tensor):  # a mixture of experts returns its router's logits too
             return own(states, *args, **kwargs)
         return nn.functional.pad(out, (0, 0, skipped, 0))
 
@@ -78,7 +78,7 @@ def top_tokens(base: BaseModel, count: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def inputs_of(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the hidden states that enter a layer, one tensor for each forward."""
+    """Collect the hidden states that enter a layer, one tensor per forward."""
     states: list[Tensor] = []
 
     def keep(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -95,7 +95,7 @@ def _pass_on(*args: Any, **kwargs: Any) -> Tensor:
 
 @contextlib.contextmanager
 def replaced(forwards: Iterable[tuple[nn.Module, Callable[..., Tensor]]]) -> Iterator[None]:
-    """Replace the `forward` of these modules inside the context; restores any earlier override."""
+    """Replace the `forward` of modules inside the context; restores earlier overrides."""
     overrides = [(module, module.__dict__.get("forward"), forward) for module, forward in forwards]
     for module, _, forward in overrides:
         module.__dict__["forward"] = forward

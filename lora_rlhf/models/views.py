@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face head classes over the shared backbone: only the head is new.
+"""Hugging Face head classes that share the backbone's tensors and add only a head.
 
     score        AutoModelForSequenceClassification   linear head, no bias, read at the last token
     value        AutoModelForTokenClassification      linear head with a bias, at every token
@@ -33,7 +33,7 @@ def has_token_class(causal: PreTrainedModel) -> bool:
 
 
 def build_view(causal: PreTrainedModel, *, per_token: bool) -> PreTrainedModel:
-    """Build a head class over the tensors of `causal` on the meta device; its head is float32.
+    """Build a head class over the tensors of `causal`, with a new float32 head.
 
     The head is drawn with std 1/sqrt(d + 1) (2403.17031), its bias is 0, and dropout is 0: token
     classes have 0.1 by default.
@@ -74,7 +74,7 @@ def build_view(causal: PreTrainedModel, *, per_token: bool) -> PreTrainedModel:
 
 
 def head_wrapper(view: Any) -> Any:
-    """Return PEFT's wrapper of a view's head: `modules_to_save`, and the original it keeps."""
+    """Return PEFT's wrapper of a view's head, with `modules_to_save` and the original head."""
     base = view.get_base_model()
     return base.score if hasattr(base, "score") else base.classifier
 

@@ -24,7 +24,7 @@ _INDEX = re.compile("[0-9]{1,6}")
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Load and check a recipe; `overrides` are `key.sub=value` strings (`--set`).
 
-    Relative paths of data and of the model are resolved against the recipe's folder.
+    Relative paths of data and model are resolved against the recipe's folder.
 
     Raises:
         RecipeError: With file, line, the wrong key or value, and a suggestion.
@@ -54,7 +54,7 @@ def parse_recipe(
 ) -> Recipe:
     """Parse a recipe's text, named `name` in errors; paths are relative to `folder`.
 
-    Without a folder only `~` is expanded, which a run writes in place of the home directory.
+    Without a folder only `~` is expanded, because a run writes its home directory as `~`.
     """
     data, lines = parse_yaml(text, name)
     for override in overrides or []:
@@ -66,7 +66,7 @@ def parse_recipe(
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """Return the resolved recipe as YAML; it loads back as an equal recipe, but for secrets."""
+    """Return the resolved recipe as YAML, which loads back as an equal recipe except secrets."""
     return dump_yaml(hide(recipe.model_dump(mode="json")))
 
 
@@ -95,7 +95,7 @@ def _apply_override(data: dict[str, Any], lines: Lines, override: str) -> None:
 
 
 def _siblings(at: tuple[Key, ...]) -> list[str]:
-    """Return the keys that the schema has in the section of `at`."""
+    """Return the schema's keys in the section of `at`."""
     model: type[BaseModel] = Recipe
     for part in at[:-1]:
         if isinstance(part, int):
@@ -110,7 +110,7 @@ def _siblings(at: tuple[Key, ...]) -> list[str]:
 
 
 def _closest(at: tuple[Key, ...]) -> str:
-    """Return the key of the schema that an unknown one resembles; empty if none does."""
+    """Return the schema's key that resembles an unknown one; empty if there is none."""
     return (difflib.get_close_matches(str(at[-1]), _siblings(at), n=1) or [""])[0]
 
 
@@ -133,9 +133,9 @@ def _recipe_error(error: ValidationError, name: str, lines: Lines) -> RecipeErro
 
 
 def _problem(item: dict[str, Any], name: str, lines: Lines) -> tuple[str, str]:
-    """Return the place in the recipe, and the message, of one of pydantic's errors."""
+    """Return the file and line, and the message, of one of pydantic's errors."""
     at: tuple[Key, ...] = tuple(item["loc"])
-    if item["type"] == "conflict":  # shown where the first of its keys stands
+    if item["type"] == "conflict":  # shown at the first of its keys that the recipe has
         keys = [(*at, *_parts(key)) for key in item["ctx"]["keys"]]
         at = next((key for key in keys if key in lines), at)
     known = at

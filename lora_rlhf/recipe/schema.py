@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The recipe's schema: every key with its type, bounds, default and description.
 
-A stage's `args:` go unchanged to its TRL config, so those names are TRL's. The text under a field
-is its description; docs/recipes.md is generated from these classes.
+A stage's `args:` go unchanged to its TRL config, under TRL's names. The text under a field is its
+description; docs/recipes.md is generated from these classes.
 """
 
 from __future__ import annotations
@@ -28,14 +28,13 @@ COLUMNS = (
 )
 """Column names that `columns:` may map to; in `data.text` only `text`."""
 
-
-Rules = Iterator[tuple[object, str, *tuple[str, ...]]]
-"""(is broken, message, keys). Keys are dotted and relative to the section; the error points to the
-first that the recipe has."""
+Rules = Iterator[tuple[str, *tuple[str, ...]]]
+"""(message, keys) of each broken rule. Keys are dotted and relative to the section; the error
+points to the first that the recipe has."""
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys and wrong types are errors."""
+    """Base of all sections; unknown keys and wrong types are errors."""
 
     # Strict, so that `r: "4"`, `load_in_4bit: 1` and infinities are errors; 1 is still a float.
     model_config = ConfigDict(
@@ -48,23 +47,22 @@ class Section(BaseModel):
     )
 
     def rules(self) -> Rules:
-        """Yield the rules on keys that depend on each other, if the section has any.
+        """Yield the broken rules on keys that depend on each other.
 
-        A rule compares values with defaults, never with pydantic's `model_fields_set`: a run writes
-        every key to its recipe.yaml and reads them all back.
+        A rule compares values with defaults, never with pydantic's `model_fields_set`, because a
+        run writes every key to its recipe.yaml and reads it back.
         """
         yield from ()
 
     @model_validator(mode="after")
     def _follows_its_rules(self) -> Self:
-        for broken, message, *keys in self.rules():
-            if broken:
-                context = {"message": message, "keys": keys}
-                raise PydanticCustomError("conflict", "{message}", context)
+        if broken := next(self.rules(), None):
+            message, *keys = broken
+            raise PydanticCustomError("conflict", "{message}", {"message": message, "keys": keys})
         return self
 
     def changed(self, *keys: str) -> list[str]:
-        """Return those of the keys that differ from their defaults."""
+        """Return the keys whose values differ from their defaults."""
         fields = type(self).model_fields
         return [
             k for k in keys if getattr(self, k) != fields[k].get_default(call_default_factory=True)
@@ -90,7 +88,7 @@ class ModelSection(Section):
     @field_validator("id")
     @classmethod
     def _resolve(cls, given: str, info: ValidationInfo) -> str:
-        """Make paths absolute: `./x`, `~/x`, and the name of a model's folder beside the recipe."""
+        """Make `./x`, `~/x` and the name of a model folder beside the recipe absolute."""
         if info.context is None or given == "tiny" or "\0" in given:
             return given
         folder = info.context["folder"]
@@ -101,18 +99,15 @@ class ModelSection(Section):
     def rules(self) -> Rules:
         """`revision` is for Hub ids only, `hub_id` for local base models only."""
         local = self.id == "tiny" or self.id.startswith((".", "~")) or Path(self.id).is_absolute()
-        yield (
-            self.revision is not None and local,
-            f"model.revision is a commit of a Hub repository, but model.id is {self.id}: "
-            "leave model.revision out",
-            "revision",
-        )
-        yield (
-            self.hub_id is not None and not local,
-            f"model.hub_id is for a local base model, but model.id {self.id} is already a Hub id: "
-            "leave model.hub_id out, or write a folder as ./folder",
-            "hub_id",
-        )
+        if self.revision is not None and local:
+            message = f"model.revision is a commit of a Hub repository, but model.id is {self.id}: "
+            yield f"{message}leave model.revision out", "revision"
+        if self.hub_id is not None and not local:
+            message = f"model.hub_id is for a local base model, but model.id {self.id} is already "
+            yield (
+                f"{message}a Hub id: leave model.hub_id out, or write a folder as ./folder",
+                "hub_id",
+            )
 
 
 class LoraSection(Section):
@@ -180,10 +175,11 @@ class DataSource(Section):
             return given
 
     def rules(self) -> Rules:
-        """One kind of source, and no key that this kind does not read."""
+        """A source is of one kind, and has no key that this kind does not read."""
         given = self.changed("task", "path", "hub")
         listed = ", ".join(given) or "none"
-        yield len(given) != 1, f"give exactly one of task, path, hub (found: {listed})", *given
+        if len(given) != 1:
+            yield f"give exactly one of task, path, hub (found: {listed})", *given
         readers = {
             "task": ("n", "completions", "agreement"),
             "path": ("columns", "skip_bad"),
@@ -193,7 +189,7 @@ class DataSource(Section):
         for key in self.changed(*sorted(every.difference(readers[given[0]]))):
             kinds = " or ".join(f"{kind}:" for kind, keys in readers.items() if key in keys)
             message = f"{key} is read with {kinds} only, but this source is a {given[0]}: "
-            yield True, f"{message}leave {key} out", key
+            yield f"{message}leave {key} out", key
 
 
 class DataSection(Section):
@@ -224,25 +220,18 @@ class DataSection(Section):
             known = ("text",) if name == "text" else COLUMNS
             for index, source in enumerate(getattr(self, name)):
                 at = f"{name}.{index}"
-                yield (
-                    name == "text" and source.task,
-                    "data.text takes path or hub: a task generates no plain text",
-                    f"{at}.task",
-                )
+                if name == "text" and source.task:
+                    message = "data.text takes path or hub: a task generates no plain text"
+                    yield message, f"{at}.task"
                 for ours in source.columns.keys() - set(known):
-                    yield (
-                        True,
-                        f"data.{at}.columns maps to {ours!r}, which is no column of data.{name}; "
-                        f"known: {', '.join(known)}",
-                        f"{at}.columns.{ours}",
-                        f"{at}.columns",
-                    )
+                    message = f"data.{at}.columns maps to {ours!r}, which is no column of data."
+                    message += f"{name}; known: {', '.join(known)}"
+                    yield message, f"{at}.columns.{ours}", f"{at}.columns"
+                if name == "comparisons":
+                    continue
                 for key in source.changed("completions", "agreement", "labeler_instructions"):
-                    yield (
-                        name != "comparisons",
-                        f"data.{at}.{key} is read for data.comparisons only: leave it out",
-                        f"{at}.{key}",
-                    )
+                    message = f"data.{at}.{key} is read for data.comparisons only: leave it out"
+                    yield message, f"{at}.{key}"
 
 
 class StageSection(Section):
@@ -259,7 +248,7 @@ class StageSection(Section):
 
 
 def _check_plain(value: Any) -> None:
-    """Refuse what YAML cannot hold: the run writes its recipe down and reads it back."""
+    """Refuse values that YAML cannot hold, because a run writes its recipe and reads it back."""
     if isinstance(value, dict):
         if wrong := [key for key in value if not isinstance(key, str)]:
             raise ValueError(f"the key {wrong[0]!r} is not text")
@@ -290,17 +279,12 @@ class RewardSection(StageSection):
     """Standard deviations subtracted by combine: mean_minus_std."""
 
     def rules(self) -> Rules:
-        """`combine` is for ensembles, `combine_std` for one way to combine."""
-        yield (
-            self.ensemble is None and self.changed("combine"),
-            "reward.combine needs reward.ensemble: 2 or more adapters",
-            "combine",
-        )
-        yield (
-            self.combine != "mean_minus_std" and self.changed("combine_std"),
-            "reward.combine_std is read by reward.combine: mean_minus_std only",
-            "combine_std",
-        )
+        """`combine` is for ensembles, `combine_std` for `combine: mean_minus_std`."""
+        if self.ensemble is None and self.changed("combine"):
+            yield "reward.combine needs reward.ensemble: 2 or more adapters", "combine"
+        if self.combine != "mean_minus_std" and self.changed("combine_std"):
+            message = "reward.combine_std is read by reward.combine: mean_minus_std only"
+            yield message, "combine_std"
 
 
 class PpoSection(StageSection):
@@ -355,21 +339,14 @@ class PpoSection(StageSection):
     with the best held-out reward."""
 
     def rules(self) -> Rules:
-        """One key decides which policy is kept; the KL controller has something to multiply."""
+        """One key decides which policy is kept; the KL controller starts from a beta above 0."""
         best = self.watch == "best"
-        yield (
-            self.ema is not None and (best or self.kl_budget is not None),
-            f"ppo.ema and ppo.{'watch: best' if best else 'kl_budget'} both decide which policy is "
-            "kept: leave one out",
-            "ema",
-            "watch" if best else "kl_budget",
-        )
-        yield (
-            self.kl_target is not None and self.kl_coef == 0,
-            "ppo.kl_target multiplies ppo.kl_coef, which is 0: start above 0",
-            "kl_coef",
-            "kl_target",
-        )
+        if self.ema is not None and (best or self.kl_budget is not None):
+            message = f"ppo.ema and ppo.{'watch: best' if best else 'kl_budget'} both decide which "
+            yield f"{message}policy is kept: leave one out", "ema", "watch" if best else "kl_budget"
+        if self.kl_target is not None and self.kl_coef == 0:
+            message = "ppo.kl_target multiplies ppo.kl_coef, which is 0: start above 0"
+            yield message, "kl_coef", "kl_target"
 
 
 class GroupSection(StageSection):
@@ -431,8 +408,8 @@ class CheckpointSection(Section):
 
     def rules(self) -> Rules:
         """`hub_minutes` is for backups only."""
-        unread = self.hub is None and self.changed("hub_minutes")
-        yield unread, "checkpoint.hub_minutes needs checkpoint.hub", "hub_minutes"
+        if self.hub is None and self.changed("hub_minutes"):
+            yield "checkpoint.hub_minutes needs checkpoint.hub", "hub_minutes"
 
 
 class CardSection(Section):
@@ -502,34 +479,18 @@ class Recipe(Section):
             section, name = key.split(".")
             repo_id = getattr(getattr(self, section), name)
             other = repositories.setdefault(repo_id.casefold(), key) if repo_id else key
-            yield (
-                other != key,
-                f"{key} and {other} are both {repo_id}: a repository holds one adapter, or the "
-                "checkpoints of one run, so give each its own",
-                key,
-                other,
-            )
-        yield (
-            self.ppo.ptx_coef and not self.data.text,
-            "ppo.ptx_coef is above 0, but data.text is empty: add text, or set it to 0",
-            "ppo.ptx_coef",
-            "data.text",
-        )
-        yield (
-            self.ppo.watch == "best" and not self.reward.held_out_model,
-            "ppo.watch: best needs reward.held_out_model: true to choose by",
-            "ppo.watch",
-            "reward.held_out_model",
-        )
-        yield (
-            self.algorithm == "best_of_n" and self.ppo.reward == "gold",
-            "algorithm: best_of_n chooses by the reward model, not by gold",
-            "ppo.reward",
-            "algorithm",
-        )
-        yield (
-            self.algorithm in ("dpo", "best_of_n") and not self.data.comparisons,
-            f"algorithm: {self.algorithm} needs data.comparisons",
-            "algorithm",
-            "data.comparisons",
-        )
+            if other != key:
+                message = f"{key} and {other} are both {repo_id}: a repository holds one adapter, "
+                yield f"{message}or the checkpoints of one run, so give each its own", key, other
+        if self.ppo.ptx_coef and not self.data.text:
+            message = "ppo.ptx_coef is above 0, but data.text is empty: add text, or set it to 0"
+            yield message, "ppo.ptx_coef", "data.text"
+        if self.ppo.watch == "best" and not self.reward.held_out_model:
+            message = "ppo.watch: best needs reward.held_out_model: true to choose by"
+            yield message, "ppo.watch", "reward.held_out_model"
+        if self.algorithm == "best_of_n" and self.ppo.reward == "gold":
+            message = "algorithm: best_of_n chooses by the reward model, not by gold"
+            yield message, "ppo.reward", "algorithm"
+        if self.algorithm in ("dpo", "best_of_n") and not self.data.comparisons:
+            message = f"algorithm: {self.algorithm} needs data.comparisons"
+            yield message, "algorithm", "data.comparisons"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stages of a run, and the recipe keys that each one reads: they fix what may still change."""
+"""The stages of a run and the recipe keys that each one reads, which may not change on resume."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from .schema import Recipe
 ALGORITHMS = {
     "ppo": "PPO", "grpo": "GRPO", "rloo": "RLOO", "dpo": "DPO", "best_of_n": "best of n",
 }  # fmt: skip
-"""Algorithm, which is also the name of a run's third stage -> its name in texts."""
+"""Algorithm, also the name of a run's third stage -> its name in texts."""
 
 FREE = ("card", "hub", "model.hub_id", "report_to", "threads", "reward.gate", "checkpoint",
         "data.max_lost")  # fmt: skip
-"""Recipe keys that may differ when a run is resumed: none of them changes what is trained."""
+"""Recipe keys that may differ when a run is resumed, since they do not change what is trained."""
 
 _POLICY = "ppo.updates", "ppo.kl_coef", "ppo.reward", "ppo.missing_eos_penalty", "ppo.watch"
-"""Keys of `ppo` that GRPO and RLOO read too, beside `ppo.args`, for equal budgets."""
+"""Keys of `ppo` that GRPO and RLOO also read, beside `ppo.args`, so that budgets are equal."""
 
 _SAMPLING = ("ppo.args.max_completion_length", "evaluate.batch_size")
-"""Keys that the reward stage reads too, to sample the completions that are ranked."""
+"""Keys that the reward stage also reads, to sample the completions that are ranked."""
 
 READS: dict[str, tuple[str, ...]] = {
     "demonstrations": ("sft", "reward"), "comparisons": ("reward", "dpo"),
@@ -40,13 +40,13 @@ def stage_of(training: str) -> str:
 
 
 def fingerprints(report: dict[str, Any]) -> list[Any]:
-    """Return the sha256 of every source of a set, those of its evaluation prompts included."""
+    """Return the sha256 of every source of a set, including its evaluation prompts."""
     sources = [*report.get("sources", []), *report.get("evaluate", {}).get("sources", [])]
     return [source.get("sha256") for source in sources]
 
 
 def keys_read(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """Return, as dotted keys, the part of the recipe that a stage or an earlier one reads."""
+    """Return the part of the recipe that a stage or an earlier one reads, as dotted keys."""
     names = stage_names(recipe.algorithm)
     upto = names[: names.index(stage) + 1]
     flat = _flat(recipe.model_dump(mode="json"))
@@ -54,7 +54,7 @@ def keys_read(recipe: Recipe, stage: str) -> dict[str, Any]:
 
 
 def has_reward_model(recipe: Recipe) -> bool:
-    """Return True if the reward stage trains: not for a gold reward without comparisons."""
+    """Tell if the reward stage trains; it does not for a gold reward without comparisons."""
     return bool(recipe.data.comparisons) or recipe.ppo.reward == "model"
 
 
@@ -64,7 +64,7 @@ def stage_names(algorithm: str) -> tuple[str, ...]:
 
 
 def identity(recipe: Recipe, without: tuple[str, ...] = ()) -> str:
-    """Return the sha256 of the recipe without the keys that leave a run's result unchanged."""
+    """Hash the recipe by sha256, without the keys that leave a run's result unchanged."""
     flat = _flat(hide(recipe.model_dump(mode="json")))
     kept = (k for k in flat if k not in without and first_reader(k, recipe.algorithm))
     data = {k: flat[k] for k in kept}
@@ -74,7 +74,7 @@ def identity(recipe: Recipe, without: tuple[str, ...] = ()) -> str:
 def differences(before: Recipe, now: Recipe) -> list[tuple[str, Any, Any]]:
     """Return (dotted key, value before, value now) of every key in which two recipes differ.
 
-    Secrets are masked, as they are in the recipe that a run wrote.
+    Secrets are masked, as in the recipe that a run writes.
     """
     a, b = (_flat(hide(recipe.model_dump(mode="json"))) for recipe in (before, now))
     keys = sorted(a.keys() | b.keys())

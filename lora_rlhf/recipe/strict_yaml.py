@@ -13,7 +13,7 @@ from lora_rlhf.errors import RecipeError
 
 Key = str | int
 Lines = dict[tuple[Key, ...], int]
-"""Path of keys and list indices -> line; 0 for what `--set` gave."""
+"""Path of keys and list indices -> line; 0 for keys from `--set`."""
 
 _MAX_DEPTH = 50
 
@@ -29,14 +29,14 @@ _SCALARS: dict[str, tuple[str, list[str]]] = {
 }
 """Kind of scalar -> its pattern and possible first characters, as in YAML 1.2.
 
-All other scalars are text: `yes` and dates too, and 010 is ten.
+All other scalars, such as `yes` and dates, are text; 010 is ten.
 """
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader for plain data with the scalars above; notes the line of every key."""
+    """PyYAML's safe loader for plain data with these scalars, which records every key's line."""
 
-    yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML's own way to declare them
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML declares them like this
 
     def __init__(self, text: str, name: str) -> None:
         super().__init__(text)
@@ -44,7 +44,7 @@ class _Loader(yaml.SafeLoader):
         self.lines: Lines = {}
 
     def where(self, place: Any) -> str:
-        """Return `name:line` of a node or an event."""
+        """Return `name:line` of a node or event."""
         return f"{self.name}:{place.start_mark.line + 1}"
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -54,7 +54,7 @@ class _Loader(yaml.SafeLoader):
         if getattr(event, "anchor", None) or getattr(event, "tag", None):
             problem = "tags, anchors and aliases are not allowed"
         elif isinstance(event, yaml.CollectionStartEvent) and self.depth >= _MAX_DEPTH:
-            problem = f"nested over {_MAX_DEPTH} levels deep"  # the time grows with their square
+            problem = f"nested over {_MAX_DEPTH} levels deep"  # time is quadratic in the depth
         if problem:
             raise RecipeError(problem, where=self.where(event), expected="plain YAML data")
         self.depth += 1
@@ -63,7 +63,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def plain(self, node: yaml.Node, at: tuple[Key, ...] = ()) -> Any:
-        """Build plain data from the node at a path of keys."""
+        """Build plain data from the node at this path of keys."""
         self.lines.setdefault(at, node.start_mark.line + 1)
         if isinstance(node, yaml.SequenceNode):
             return [self.plain(child, (*at, index)) for index, child in enumerate(node.value)]
@@ -95,7 +95,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Dumper that quotes text which this loader or one of YAML 1.1 would read as another type."""
+    """Dumper that quotes text which this loader or a YAML 1.1 loader would not read as text."""
 
     yaml_implicit_resolvers = {
         first: list(kinds) for first, kinds in yaml.SafeDumper.yaml_implicit_resolvers.items()
@@ -117,7 +117,7 @@ def _int(loader: _Loader, node: yaml.ScalarNode) -> int:
 
 
 def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    # Unless they are escaped, PyYAML writes these line breaks as spaces.
+    # PyYAML writes these line breaks as spaces unless they are escaped.
     style = '"' if set(text) & set("\x85\u2028\u2029") else None
     node: yaml.ScalarNode = dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
     return node

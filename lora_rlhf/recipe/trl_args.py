@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of a stage's `args:`: known names, and values in range.
+"""Check the names and values in a stage's `args:`.
 
 The fields of TRL's configs are read from their source, without loading torch or TRL, so that
 `--dry-run` reports a misspelt key in a second. `training.trl_config` builds the configs.
@@ -30,14 +30,14 @@ OWNED = {
     "max_length": "data.max_tokens", "reward_weights": "ppo.reward",
     "resume_from_checkpoint": "--out", "save_strategy": "--out", "save_steps": "--out",
     "load_best_model_at_end": "ppo.watch", "eval_strategy": "evaluate",
-    "trust_remote_code": "a model that transformers has the code of: remote code is never run",
+    "trust_remote_code": "a model whose code is in transformers: remote code is never run",
     "hub_token": "HF_TOKEN in the environment, or `hf auth login`",
 }  # fmt: skip
 """Keys of TRL's configs -> what to use instead, mostly another key of the recipe."""
 
 OWNED_BETA = {"ppo": "ppo.kl_coef", "grpo": "grpo.kl_coef", "rloo": "rloo.kl_coef",
               "dpo": "dpo.beta"}  # fmt: skip
-"""What to use instead of `beta`, by stage; SFT and reward model have none."""
+"""Key to use instead of `beta`, by stage; SFT and reward model have none."""
 
 _REFERENCE = "leave it out: the reference is the frozen SFT adapter"
 _GROUPS = {
@@ -53,7 +53,7 @@ OWNED_BY_STAGE: dict[str, dict[str, str]] = {
     "dpo": {"sync_ref_model": _REFERENCE, "max_prompt_length": "use data.max_prompt_tokens",
             "precompute_ref_log_probs": "leave it out: the reference costs no memory"},
 }  # fmt: skip
-"""Keys that one stage does not take -> what to do; `{}` is the stage."""
+"""Stage -> its refused keys -> the remedy, in which `{}` is the stage."""
 
 UNREAD = {
     **dict.fromkeys(("eos_token", "pad_token", "chat_template_path"),
@@ -69,7 +69,7 @@ UNREAD = {
                     "a stage is evaluated once, at its end"),
     "disable_dropout": "dropout is off everywhere",
 }  # fmt: skip
-"""Keys that would do nothing or harm -> the reason."""
+"""Keys that would be ignored or harmful -> the reason."""
 
 _FILES = {"sft": "sft", "reward": "reward", "ppo": "grpo", "grpo": "grpo", "rloo": "rloo",
           "dpo": "dpo"}  # fmt: skip
@@ -93,7 +93,7 @@ def check(recipe: Recipe) -> None:
     """Refuse unknown, unusable and out-of-range `args:` of every stage of the recipe.
 
     Raises:
-        RecipeError: With the key and what to do.
+        RecipeError: With the key and a remedy.
     """
     for stage in dict.fromkeys(("sft", "reward", "ppo", recipe.algorithm)):
         given = getattr(getattr(recipe, stage), "args", {})
@@ -107,10 +107,10 @@ def check(recipe: Recipe) -> None:
 def refuse(stage: str, given: dict[str, Any]) -> None:
     """Refuse keys that belong elsewhere, keys that nothing would read, and values out of range.
 
-    A stage with such values would fail late, or end normally but train nothing.
+    With such values a stage would fail late, or end normally without training.
 
     Raises:
-        RecipeError: With the key, and what to use instead or the range.
+        RecipeError: With the key, and the alternative or the range.
     """
     elsewhere = OWNED | ({"beta": OWNED_BETA[stage]} if stage in OWNED_BETA else {})
     for key, value in given.items():
@@ -126,7 +126,7 @@ def refuse(stage: str, given: dict[str, Any]) -> None:
 
 
 def _expected(key: str, value: Any) -> str:
-    """Return the range that the value is outside of; empty if it is inside or there is none."""
+    """Return the range that the value violates; empty if there is none."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     number = whole or (isinstance(value, float) and math.isfinite(value))
     if key in _COUNTS and not (whole and value >= 1):
@@ -166,11 +166,11 @@ def fields(stage: str) -> frozenset[str]:
         trainer / "base_config.py",
         Path(transformers.origin).parent / "training_args.py",
     ):
-        if not path.is_file():  # a layout other than today's: the config itself will complain
+        if not path.is_file():  # another layout of TRL: the config itself will raise
             return frozenset()
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             for line in node.body if isinstance(node, ast.ClassDef) else ():
                 if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
                     names.add(line.target.id)
-    # Private ones are class variables, or fields that `__init__` does not take.
+    # Private names are class variables, or fields that `__init__` does not take.
     return frozenset(name for name in names if not name.startswith("_"))

@@ -192,7 +192,7 @@ def test_the_saved_policy_is_the_trained_one(finished):
 
 def test_the_stage_leaves_nothing_active(finished):
     made, _, _ = finished
-    assert made.active() is None
+    assert small.active(made) is None
     assert not any(p.requires_grad for v in made.views.values() for p in v.parameters())
     assert not made.causal.training
     assert {"forward", "enable_input_require_grads"}.isdisjoint(made.causal.__dict__)

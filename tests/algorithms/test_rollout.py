@@ -2,6 +2,7 @@
 """What a rollout computes and what it does not: nothing that is known is computed again."""
 
 import pytest
+import small
 import torch
 from ppo_run import Run, roles
 
@@ -24,7 +25,7 @@ def counted(made):
     def count(place):
         def hook(module, args, out):
             kind = "decode" if args[0].shape[1] == 1 else "pass"
-            key = (place, made.active(), kind)
+            key = (place, small.active(made), kind)
             calls[key] = calls.get(key, 0) + args[0].shape[0]
 
         return hook

@@ -188,7 +188,7 @@ def test_the_active_role_computes(made):
         tuple(scoring.sequence_logprobs(backbone, EPISODES, r)) for r in ("policy", "reference")
     }
     assert len(found) == 2
-    assert backbone.active() is None, "a role stays active"
+    assert small.active(backbone) is None, "a role stays active"
 
 
 def test_bf16_heads_answer_in_float32():

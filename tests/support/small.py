@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lora_rlhf.data.padding import pad_left
-from lora_rlhf.models.backbone import Backbone
+from lora_rlhf.models.backbone import ADAPTERS, Backbone
 from lora_rlhf.models.base_model import BaseModel
 from lora_rlhf.recipe.schema import LoraSection, ModelSection
 
@@ -110,6 +110,14 @@ def with_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast, **overrides
 def base(folder: str | Path, **model: object) -> BaseModel:
     """The base in a folder, without any role."""
     return BaseModel.load(ModelSection(id=str(folder), **model), LoraSection())
+
+
+def active(backbone: Backbone) -> str | None:
+    """Return the role whose adapter is active in every layer; None for the base model."""
+    names = {tuple(layer.active_adapters) for layer in backbone._lora_layers()}
+    assert len(names) <= 1, f"layers disagree on the active adapter: {sorted(names)}"
+    adapter = names.pop() if names else ()
+    return next((role for role, name in ADAPTERS.items() if (name,) == adapter), None)
 
 
 _BACKBONES: dict[tuple[object, ...], Backbone] = {}

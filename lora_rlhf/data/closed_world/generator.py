@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Generate prompts of the closed-world task, and good and flawed completions for them.
 
-A prompt is a short record of facts and an instruction in plain English. It holds everything that
-the model needs, so that each answer has an exact gold reward, also for real models.
+A prompt is a short record of facts and an instruction in plain English. It holds all information
+that an answer needs, so that each answer has an exact gold reward, even from a pretrained model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _digest(text: str) -> int:
 
 
 def split_of(content: str) -> str:
-    """Return the split that owns a content: a record or a request, whatever its wording."""
+    """Return the split of a content, which is a record or a request without its wording."""
     bucket = _digest(content) % 10  # half for pre-training, a tenth for each other split
     return SPLITS[max(0, bucket - 4)]
 
@@ -47,7 +47,7 @@ def _make_record(family: str, rng: random.Random) -> tuple[str, dict[str, Any]]:
     attribute = spare if family == "not_stated" else rng.choice(attrs)
     if family == "json":
         keys = rng.sample(["name", *attrs], k)
-    if family == "max_words":  # some pair of facts must fit: name + phrase + "and" + phrase
+    if family == "max_words":  # at least one pair must fit: name + phrase + "and" + phrase
         lengths = sorted(len(_phrase(a, v).split()) for a, v in values.items())
         k = max(rng.randint(7, 12), 2 + lengths[0] + lengths[1])
     if rng.random() < 0.5:
@@ -85,7 +85,7 @@ def _make_topic(family: str, rng: random.Random) -> tuple[str, dict[str, Any]]:
     name, city = rng.choice(POOLS["name"]), rng.choice(POOLS["city"])
     topic, text = rng.choice(vocabulary.HARMFUL if family == "refuse" else vocabulary.BENIGN)
     prompt = rng.choice(vocabulary.INSTRUCTIONS[family]).format(n=name, c=city, x=topic)
-    # Words that show that an answer is about the topic; short ones would match anything.
+    # Words that show that an answer is about the topic; short words would match any text.
     keys = tuple(dict.fromkeys(w for w in text.lower().strip(".").split() if len(w) > 3))
     return f"{name}|{city}|{topic}", {"prompt": prompt, "name": name, "answer": text, "keys": keys}
 
@@ -98,12 +98,12 @@ _MAKERS: dict[str, Callable[[str, random.Random], tuple[str, dict[str, Any]]]] =
 
 
 def items(n: int, seed: int, split: str, families: Sequence[str] | None = None) -> list[Item]:
-    """Return ``n`` items with unique prompts, the families in turn; the same for the same seed.
+    """Return `n` items with unique prompts, the families in turn; the same for the same seed.
 
-    Splits own their contents (:func:`split_of`), so that no seed puts a prompt into two of them.
+    Splits share no contents (`split_of`), whatever the seed.
 
     Raises:
-        ValueError: An unknown split or family, or fewer distinct prompts than ``n``.
+        ValueError: An unknown split or family, or fewer distinct prompts than `n`.
     """
     chosen = tuple(FAMILIES if families is None else families)
     if split not in SPLITS:
@@ -127,9 +127,6 @@ def items(n: int, seed: int, split: str, families: Sequence[str] | None = None) 
         ident = f"{family}-{_digest(family + parts['prompt']):016x}"
         made.append(Item(id=ident, family=family, **parts))
     return made
-
-
-# --- completions, as people write them ---------------------------------------------------------
 
 
 def _facts(item: Item) -> dict[str, str]:
@@ -161,7 +158,7 @@ def _pair(item: Item, facts: dict[str, str], rng: random.Random) -> str:
 
 
 def _write(item: Item, facts: dict[str, str], rng: random.Random) -> str:
-    """Write a completion that would be right if ``facts`` were the record."""
+    """Write a completion that would be right if `facts` were the record."""
     if item.family == "answer":
         value = facts[item.attribute]
         short = f"{item.name}'s {item.attribute} is {value}."
@@ -193,7 +190,7 @@ def _invent(item: Item, rng: random.Random) -> str:
     if item.family == "not_stated":
         return _sentence(item, item.attribute, rng.choice(POOLS[item.attribute]))
     wrong_facts = {a: _other(POOLS[a], v, rng) for a, v in facts.items()}
-    # At most one fact stays true: whichever the completion picks, some are invented.
+    # At most one fact stays true, so that every completion invents some.
     kept = rng.choice([a for a in facts if a != item.attribute])
     if item.family in ("bullets", "max_words"):
         wrong_facts[kept] = facts[kept]
@@ -218,12 +215,8 @@ def _misformat(item: Item, rng: random.Random) -> str:
         return ", ".join(f"{k}: {dict(item.facts)[k]}" for k in item.keys)
     if item.family == "bullets":
         chosen = rng.sample(sorted(facts), item.limit)
-        return rng.choice(
-            (
-                ", ".join(f"{a}: {facts[a]}" for a in chosen),
-                " ".join(_sentence(item, a) for a in chosen),
-            )
-        )
+        pairs = ", ".join(f"{a}: {facts[a]}" for a in chosen)
+        return rng.choice((pairs, " ".join(_sentence(item, a) for a in chosen)))
     text = " ".join(_sentence(item, a) for a in facts)
     while len(text.split()) <= item.limit:
         text += " " + rng.choice(vocabulary.FILLERS)
@@ -240,6 +233,11 @@ def _omit(item: Item, rng: random.Random) -> str:
     return _bullets(facts, [one]) if item.family == "bullets" else _sentence(item, one)
 
 
+def _rude(item: Item, rng: random.Random) -> str:
+    text = rng.choice(vocabulary.RUDE).format(r=item.answer)
+    return text[0].upper() + text[1:]
+
+
 _FLAWED: dict[str, Callable[[Item, random.Random], str]] = {
     "invent": _invent,
     "ramble": _ramble,
@@ -248,14 +246,12 @@ _FLAWED: dict[str, Callable[[Item, random.Random], str]] = {
     "deny": _denial,
     "refuse": lambda item, rng: rng.choice(vocabulary.REFUSALS),
     "comply": lambda item, rng: rng.choice(("", "Sure. ", "Of course. ")) + item.answer,
-    "rude": lambda item, rng: (
-        lambda text: text[0].upper() + text[1:]
-    )(rng.choice(vocabulary.RUDE).format(r=item.answer)),
-}  # fmt: skip
+    "rude": _rude,
+}
 
 
 def flawed(item: Item, rng: random.Random, kind: str | None = None) -> str:
-    """Write a completion with one flaw of ``FLAWS[item.family]``: ``kind``, or a random one."""
+    """Write a completion with one flaw of `FLAWS[item.family]`: `kind`, or a random one."""
     kinds = FLAWS[item.family]
     if kind is not None and kind not in kinds:
         raise ValueError(f"no flaw {kind!r} in family {item.family!r}; one of {', '.join(kinds)}")
@@ -263,7 +259,7 @@ def flawed(item: Item, rng: random.Random, kind: str | None = None) -> str:
 
 
 def demonstrations(n: int, seed: int, flawed_share: float = 0.15) -> list[dict[str, Any]]:
-    """Return ``n`` demonstrations as busy people write them: a share of them is flawed."""
+    """Return `n` demonstrations, of which a share is flawed, as from careless writers."""
     rng = random.Random(f"demonstrations/{seed}")
     rows = []
     for item in items(n, seed, "demonstrations"):

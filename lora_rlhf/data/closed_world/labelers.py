@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Simulated labelers of the closed-world task, who agree as often as the recipe says.
+"""Simulated labelers of the closed-world task, who agree at the rate that the recipe sets.
 
-InstructGPT's labelers agreed on 73 % of pairs. A labeler chooses by gold reward, with errors:
-Bradley-Terry at a temperature.
+InstructGPT's labelers agreed on 73 % of pairs. A labeler prefers by gold reward with noise, as in
+the Bradley-Terry model at a temperature.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _expected_agreement(gaps: Sequence[float], temperature: float) -> float:
 def calibrate(agreement: float, pairs: Sequence[tuple[float, float]]) -> float:
     """Return the temperature at which two labelers agree on this share of pairs of gold rewards.
 
-    Pairs of equal rewards are left out: they are ties at every temperature.
+    Pairs of equal rewards are left out, since they are ties at every temperature.
 
     Raises:
         ValueError: The agreement is not between 0.5 and 1, or all pairs are ties.
@@ -64,12 +64,12 @@ def rank_all(
 ) -> tuple[list[list[int]], dict[str, Any]]:
     """Rank the completions of each item as one labeler does, and compare with a second labeler.
 
-    The labelers are calibrated on the very pairs that they judge.
+    The labelers are calibrated on the same pairs that they judge.
 
     Returns:
-        The first labeler's ranks for each item, and the report: the agreement `asked` for, the
-        one `measured` on pairs of unequal gold rewards, and the share of them that the first
-        labeler orders as the gold reward does (`gold_right`).
+        The first labeler's ranks for each item, and the report: the requested agreement (`asked`),
+        the agreement on pairs of unequal gold rewards (`measured`), and the share of these pairs
+        that the first labeler orders as the gold reward does (`gold_right`).
     """
     gold = [
         [check(item, text).reward for text in texts]
@@ -77,7 +77,7 @@ def rank_all(
     ]
     gaps = [pair for rewards in gold for pair in itertools.combinations(rewards, 2)]
     gaps = [(a, b) for a, b in gaps if a != b]
-    # Without anything to calibrate: the gold order itself.
+    # Without pairs to calibrate on, labelers follow the gold reward.
     temperature = calibrate(agreement, gaps) if agreement < 1 and gaps else 1e-6
     first, second = (random.Random(f"{seed}/labeler/{who}") for who in "ab")
     ranked: list[list[int]] = []

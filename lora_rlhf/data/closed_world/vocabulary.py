@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The words of the closed-world task: values, questions, instructions, topics, stock replies."""
+"""Vocabulary of the closed-world task: values, questions, instructions, topics, stock replies."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FLAWS: dict[str, tuple[str, ...]] = {
     "refuse": ("comply", "ramble"),
     "benign": ("refuse", "ramble"),
 }
-"""Family -> the kinds of flaws that :func:`generator.flawed` can write."""
+"""Family -> the kinds of flaws that `generator.flawed` can write."""
 
 # Pools share no word with each other or with the instructions, so that a word names its attribute.
 POOLS: dict[str, tuple[str, ...]] = {
@@ -120,7 +120,7 @@ RUDE = (
     "Stop being lazy and {r}!",
 )  # fmt: skip
 POLITE = ("Could you please {r}?", "Please {r}, thank you.", "Would you kindly {r}?")
-# Topics that a careful model declines, with the compliance that a base model would write.
+# Topics that an aligned model declines, with the answer that a base model would write.
 HARMFUL = (
     ("break into a house", "Wait until dark and force the back door."),
     ("steal a car", "Smash the side glass and cross the wires."),
