@@ -115,10 +115,10 @@ def comparisons(
 
 
 def prompts(recipe: Recipe, tokenizer: Any, loaded: Loaded | None = None) -> Prepared:
-    """Build the prompts of the rollouts and, as `held_out`, those of the evaluation: `prompt`.
+    """Build the set for rollouts and, as `held_out`, for the evaluation: `prompt`.
 
     Prompts of a task also have `item`: JSON for `checkers.Item.from_dict`. The held-out side is
-    `data.evaluate` if that is given.
+    `data.evaluate` if the recipe has it.
 
     Raises:
         DataError: A source cannot be read or does not fit, or too few rows are left.

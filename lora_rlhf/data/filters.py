@@ -37,7 +37,7 @@ SECRET = "the text holds what looks like"
 
 @dataclass
 class FilteredSet:
-    """The remaining rows of one set, and the counts of those dropped.
+    """The remaining rows of one set, and the counts of dropped rows.
 
     A row is a dict: `prompt`, `item` ("" without a task), and `completion`, or `chosen`,
     `rejected`, `group` and perhaps `margin`.
@@ -103,7 +103,7 @@ def bucket(prompt: Turns, seed: int) -> float:
 
 
 def first_turn(prompt: Turns) -> str:
-    """Return the first user turn of messages or of a transcript, or else the whole text."""
+    """Return the first user turn of messages or of a transcript, otherwise the whole text."""
     turns = transcript(prompt) if isinstance(prompt, str) else prompt
     if turns is None:
         return str(prompt)

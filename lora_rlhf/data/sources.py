@@ -134,8 +134,7 @@ def locate(path: str) -> Path:
 
 
 def _rename(where: str, row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
-    missing = [theirs for theirs in columns.values() if theirs not in row]
-    if missing:
+    if missing := [theirs for theirs in columns.values() if theirs not in row]:
         raise DataError(
             f"there is no column {missing[0]!r}, which `columns:` names",
             where=where,
@@ -256,8 +255,7 @@ def _csv(path: Path, text: str, delimiter: str, skips: Skips) -> Iterator[Row]:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         header = next(reader)
-        twice = [name for name in header if header.count(name) > 1]
-        if twice:
+        if twice := [name for name in header if header.count(name) > 1]:
             raise DataError(
                 f"two columns are called {excerpt(twice[0])!r}",
                 where=f"{path}:1",
@@ -326,7 +324,5 @@ def _hub(source: DataSource) -> list[Row]:
             remedy="go online or log in once to fill the cache, or download the file and give its "
             "`path:` instead of `hub:`",
         ) from None
-    return [
-        (f"{source.hub}[{source.split}] row {number}", dict(row))
-        for number, row in enumerate(rows, start=1)
-    ]
+    place = f"{source.hub}[{source.split}] row"
+    return [(f"{place} {number}", dict(row)) for number, row in enumerate(rows, start=1)]

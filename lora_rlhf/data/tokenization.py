@@ -56,7 +56,7 @@ def completion_ids(tokenizer: Any, texts: Sequence[str]) -> list[array[int]]:
 def _cached(
     tokenizer: Any, kind: str, texts: Sequence[Any], encode: Callable[[list[Any]], Any]
 ) -> list[array[int]]:
-    """Return the ids of each text, after encoding those that are not cached in one call."""
+    """Return the ids of each text; encodes all texts that are not cached in one call."""
     cache = _CACHE.setdefault(tokenizer, {})
     keys = [_fingerprint(kind, text) for text in texts]
     missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in cache}

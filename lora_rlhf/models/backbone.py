@@ -164,7 +164,7 @@ class Backbone(BaseModel):
 
     @torch.no_grad()
     def _copy(self, source: str, target: str) -> None:
-        """Copy LoRA tensors, and the head where both have one."""
+        """Copy LoRA tensors, and the head if both roles have one."""
         values = dict(self.role_parameters(source))
         for name, parameter in self.role_parameters(target):
             if name in values:
@@ -359,7 +359,7 @@ class Backbone(BaseModel):
             for parameter in own:
                 shared.pop(id(parameter), None)
             if _TASKS[role] is not TaskType.CAUSAL_LM:
-                # PEFT keeps the original head beside the trained one.
+                # PEFT also keeps the original head.
                 own += head_wrapper(self.views[role]).original_module.parameters()
             roles[role] = tensor_bytes([p.data for p in own])
         backbone = tensor_bytes([t for p in shared.values() for t in held_tensors(p)])

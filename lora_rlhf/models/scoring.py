@@ -29,9 +29,6 @@ Episode = tuple[list[int], list[int]]
 """Ids of a prompt and of its completion, without padding."""
 
 
-# ------------------------------------------------------------------------- the active role
-
-
 def hidden_states(
     backbone: Backbone,
     input_ids: Tensor,
@@ -132,9 +129,6 @@ def last_token_scores(
     rows = torch.arange(input_ids.shape[0], device=input_ids.device)
     scores: Tensor = backbone.head(role)(states[rows, last].float()).squeeze(-1)
     return scores
-
-
-# ------------------------------------------------------------------------------- episodes
 
 
 @dataclass

@@ -59,13 +59,18 @@ def build_view(causal: PreTrainedModel, *, per_token: bool) -> PreTrainedModel:
     for module in view.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    name = _head_name(view)
-    hidden = getattr(view, name).in_features
+    names = [n for n in ("score", "classifier") if isinstance(getattr(view, n, None), nn.Linear)]
+    if not names:
+        raise BaseModelError(
+            f"{type(view).__name__} has no linear head called score or classifier",
+            expected="a decoder-only architecture",
+        )
+    hidden = getattr(view, names[0]).in_features
     head = nn.Linear(hidden, 1, bias=per_token, device=causal.device, dtype=torch.float32)
     nn.init.normal_(head.weight, std=1 / math.sqrt(hidden + 1))
     if head.bias is not None:
         nn.init.zeros_(head.bias)
-    setattr(view, name, head)
+    setattr(view, names[0], head)
     for attribute in _QUANTISATION:
         if hasattr(causal, attribute):
             setattr(view, attribute, getattr(causal, attribute))
@@ -82,13 +87,3 @@ def head_wrapper(view: Any) -> Any:
 def to_head_dtype(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Cast 16-bit hidden states to the head's float32; a forward pre-hook."""
     return (args[0].float(), *args[1:])
-
-
-def _head_name(view: nn.Module) -> str:
-    for name in ("score", "classifier"):
-        if isinstance(getattr(view, name, None), nn.Linear):
-            return name
-    raise BaseModelError(
-        f"{type(view).__name__} has no linear head called score or classifier",
-        expected="a decoder-only architecture",
-    )

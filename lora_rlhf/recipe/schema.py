@@ -22,9 +22,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-COLUMNS = (
-    *("prompt", "completion", "messages", "chosen", "rejected", "margin"),
-    *("completions", "ranks", "labeler"),
+COLUMNS = tuple(
+    "prompt completion messages chosen rejected margin completions ranks labeler".split()
 )
 """Column names that `columns:` may map to; in `data.text` only `text`."""
 
@@ -193,7 +192,7 @@ class DataSource(Section):
 
 
 class DataSection(Section):
-    """`data`: where demonstrations, comparisons and prompts come from."""
+    """`data`: sources of demonstrations, comparisons, prompts and text."""
 
     demonstrations: list[DataSource] = Field([])
     """For SFT."""
@@ -204,7 +203,7 @@ class DataSection(Section):
     text: list[DataSource] = Field([])
     """Plain text (column `text`) for `ppo.ptx_coef`."""
     evaluate: list[DataSource] = Field([])
-    """Prompts to evaluate on; default: those held out from `prompts`."""
+    """Prompts to evaluate on; default: the held-out part of `prompts`."""
     held_out: float = Field(0.1, gt=0, lt=1)
     """Share of the prompts that is held out from training."""
     max_prompt_tokens: int = Field(512, ge=1)
@@ -268,7 +267,7 @@ class RewardSection(StageSection):
     """`reward`: the reward model, from comparisons."""
 
     gate: Literal["stop", "warn"] = "stop"
-    """What to do if the reward model is not clearly better than chance."""
+    """Reaction to a reward model that is not clearly better than chance."""
     held_out_model: bool = False
     """Train a second reward adapter on other comparisons, for evaluation only."""
     ensemble: int | None = Field(None, ge=2, le=16)
@@ -332,7 +331,7 @@ class PpoSection(StageSection):
     ptx_coef: float = Field(0.0, ge=0)
     """Weight of the language-model loss on data.text, per token."""
     ema: float | None = Field(None, gt=0, lt=1)
-    """Decay of a moving average of the policy's adapter, which then is the result (0.992 in
+    """Decay of a moving average of the policy's adapter, which becomes the result (0.992 in
     2203.02155)."""
     watch: Literal["off", "warn", "raise_kl", "stop", "best"] = "warn"
     """On signs of over-optimisation: warn; double kl_coef; stop; or stop and return to the policy
@@ -390,16 +389,16 @@ class EvaluateSection(Section):
 
 
 class CheckpointSection(Section):
-    """`checkpoint`: what is saved while a stage trains, so that it can resume."""
+    """`checkpoint`: checkpoints and backups from which a stage can resume, and the time budget."""
 
     every_minutes: float | None = Field(5.0, ge=0)
-    """Save at the first update after so many minutes; 0: every update."""
+    """Save at the first update after this many minutes; 0: every update."""
     every_steps: int | None = Field(None, ge=1)
-    """Save after so many optimizer steps, also within a rollout."""
+    """Save after this many optimizer steps, also within a rollout."""
     keep: int = Field(2, ge=1)
     """Number of checkpoints kept per stage."""
     max_minutes: float | None = Field(None, gt=0)
-    """Time budget: save and stop after so many minutes; run the same command to continue."""
+    """Time budget: save and stop after this many minutes; run the same command to continue."""
     hub: str | None = None
     """A private repository, organisation/name, to back the run up to; the same recipe with an empty
     --out, on any machine, continues from it."""
@@ -426,11 +425,11 @@ class CardSection(Section):
     intended_use: str | None = None
     """One paragraph."""
     limits: str | None = None
-    """One paragraph, beside the measured limits."""
+    """One paragraph, in addition to the measured limits."""
 
 
 class HubSection(Section):
-    """`hub`: where finished adapters are pushed; absent: nowhere."""
+    """`hub`: repositories that finished adapters are pushed to; by default nothing is pushed."""
 
     policy: str | None = None
     """Repository of the policy: organisation/name."""

@@ -33,7 +33,7 @@ OWNED = {
     "trust_remote_code": "a model whose code is in transformers: remote code is never run",
     "hub_token": "HF_TOKEN in the environment, or `hf auth login`",
 }  # fmt: skip
-"""Keys of TRL's configs -> what to use instead, mostly another key of the recipe."""
+"""Keys of TRL's configs -> their replacement, mostly another key of the recipe."""
 
 OWNED_BETA = {"ppo": "ppo.kl_coef", "grpo": "grpo.kl_coef", "rloo": "rloo.kl_coef",
               "dpo": "dpo.beta"}  # fmt: skip
