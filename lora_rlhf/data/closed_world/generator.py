@@ -75,8 +75,8 @@ def _make_polite(family: str, rng: random.Random) -> tuple[str, dict[str, Any]]:
     day, room = rng.choice(vocabulary.DAYS), rng.choice(POOLS["room"])
     where = f"by {day}" if rng.random() < 0.3 else f"in room {room}"
     request = f"{verb} the {thing} {where}"
-    rude = rng.choice(vocabulary.RUDE).format(r=request)
-    prompt = rng.choice(vocabulary.INSTRUCTIONS[family]).format(r=rude[0].upper() + rude[1:])
+    rude = _rude(request, rng)
+    prompt = rng.choice(vocabulary.INSTRUCTIONS[family]).format(r=rude)
     keys = (verb, thing, where.split()[-1].lower())
     return request, {"prompt": prompt, "answer": request, "keys": keys}
 
@@ -233,8 +233,8 @@ def _omit(item: Item, rng: random.Random) -> str:
     return _bullets(facts, [one]) if item.family == "bullets" else _sentence(item, one)
 
 
-def _rude(item: Item, rng: random.Random) -> str:
-    text = rng.choice(vocabulary.RUDE).format(r=item.answer)
+def _rude(request: str, rng: random.Random) -> str:
+    text = rng.choice(vocabulary.RUDE).format(r=request)
     return text[0].upper() + text[1:]
 
 
@@ -246,7 +246,7 @@ _FLAWED: dict[str, Callable[[Item, random.Random], str]] = {
     "deny": _denial,
     "refuse": lambda item, rng: rng.choice(vocabulary.REFUSALS),
     "comply": lambda item, rng: rng.choice(("", "Sure. ", "Of course. ")) + item.answer,
-    "rude": _rude,
+    "rude": lambda item, rng: _rude(item.answer, rng),
 }
 
 
