@@ -131,12 +131,13 @@ _PLANNERS: dict[tuple[str, str], Planner] = {}
 
 def planner_for(config: Any, device: str) -> Planner:
     """Return the planner of a base on a device, with its counts for earlier recipes."""
-    key = config.to_json_string(use_diff=False), device
-    if key not in _PLANNERS:
-        if len(_PLANNERS) >= _KEPT_PLANNERS:
-            _PLANNERS.pop(next(iter(_PLANNERS)))
-        _PLANNERS[key] = Planner(config, device)
-    return _PLANNERS[key]
+    shape = config.to_dict() | {"_name_or_path": ""}  # a copy of a base has the same plans
+    key = repr(shape), device
+    planner = _PLANNERS.pop(key, None) or Planner(config, device)
+    if len(_PLANNERS) >= _KEPT_PLANNERS:
+        _PLANNERS.pop(next(iter(_PLANNERS)))  # the one not used for longest
+    _PLANNERS[key] = planner
+    return planner
 
 
 class Estimate:

@@ -2,6 +2,7 @@
 """Memory planned from a config, against what the real model allocates."""
 
 import contextlib
+import functools
 import json
 import socket
 from pathlib import Path
@@ -68,6 +69,7 @@ def with_roles(made: Backbone) -> Backbone:
     return made
 
 
+@functools.cache
 def weightless(name: str, fraction: float, four_bit: bool) -> Backbone:
     model, lora = sections(name, fraction, four_bit)
     config = AutoConfig.from_pretrained(folder_of(name))
@@ -238,7 +240,7 @@ def test_the_parameters_of_a_base_are_counted_exactly():
 @pytest.fixture(scope="module")
 def planner() -> plan.Planner:
     """Of SmolLM2 on a GPU, for `shallow` tests; what it has counted is kept between them."""
-    return plan.Planner(smollm2()[0], "cuda")
+    return plan.planner_for(smollm2()[0], "cuda")
 
 
 @pytest.mark.usefixtures("shallow")
