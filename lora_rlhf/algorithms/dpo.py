@@ -116,7 +116,9 @@ class ResumableDPOTrainer(TiedReferenceTrainer, DPOTrainer):
             (row["prompt_ids"], row[f"{s}_ids"]) for row in rows for s in ("chosen", "rejected")
         ]
         policy, reference = (
-            torch.tensor(scoring.sequence_logprobs(self.backbone, episodes, role)).double()
+            torch.tensor(
+                scoring.sequence_logprobs(self.backbone, episodes, role), dtype=torch.float64
+            )
             for role in ("policy", "reference")
         )
         self.identities["kl_at_start"] = identities.policy_equals_reference(

@@ -217,11 +217,11 @@ class _GroupTrainer(RolloutTrainer, TiedReferenceTrainer):
     def _check_sampler(self, policy_bt: Tensor, mask_bt: Tensor) -> None:
         """Compare the sampler's log-probs with the trainer's on the first rollout."""
         sampled, self._sampled = self._sampled, []
-        if "sampler_difference" in self.identities:
+        if not sampled or "sampler_difference" in self.identities:
             return
         differences = [
             (drawn.logprobs.to(row.device) - row[mask.bool()]).abs()
-            for drawn, row, mask in zip(sampled, policy_bt, mask_bt, strict=False)
+            for drawn, row, mask in zip(sampled, policy_bt, mask_bt, strict=True)
             if int(mask.sum()) == len(drawn.ids)  # TRL may mask completions that were cut off
         ]
         if differences:

@@ -25,6 +25,8 @@ def check(recipe: Recipe, args: Any, prompts: Dataset) -> None:
     algorithm = recipe.algorithm
     needed = args.generation_batch_size // args.num_generations
     if len(prompts) < needed:
+        own = "steps_per_generation" in getattr(getattr(recipe, algorithm), "args", {})
+        section = algorithm if own else "ppo"
         key = "num_generations" if algorithm != "ppo" else "args.num_generations"
         raise DataError(
             f"too few prompts: {len(prompts)} are left for training, but one "
@@ -32,7 +34,7 @@ def check(recipe: Recipe, args: Any, prompts: Dataset) -> None:
             expected=f"at least {needed} (per_device_train_batch_size "
             f"{args.per_device_train_batch_size} x steps_per_generation "
             f"{args.steps_per_generation} / num_generations {args.num_generations})",
-            remedy="give more prompts, lower ppo.args.steps_per_generation, or raise "
+            remedy=f"give more prompts, lower {section}.args.steps_per_generation, or raise "
             f"{algorithm}.{key}",
         )
     if recipe.ppo.reward == "gold" and not has_checker(prompts):

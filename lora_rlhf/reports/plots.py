@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +93,11 @@ def training(record: Record) -> Path | None:
 
 def evaluation(record: Record) -> Path | None:
     """`plots/evaluation.png`: each metric as bars by model, with the 95 % intervals."""
-    models = record.data.get("evaluation") or {}
+    models = {
+        model: values
+        for model, values in (record.data.get("evaluation") or {}).items()
+        if isinstance(values, Mapping)
+    }
     panels = []
     for metric, title in EVALUATION.items():
         estimates = {model: values.get(metric) or {} for model, values in models.items()}

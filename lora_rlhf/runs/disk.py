@@ -44,7 +44,8 @@ def sync(path: Path) -> None:
 
 def no_room(folder: Path, error: Exception) -> DiskError:
     """Return the error for a disk that is full or not writable."""
-    free = shutil.disk_usage(folder).free if folder.exists() else 0
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
     return DiskError(
         f"cannot write to {folder}: {getattr(error, 'strerror', None) or error} "
         f"({free / 1e6:.1f} MB free)",

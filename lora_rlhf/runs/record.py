@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_rlhf.errors import LoraRlhfError, UsageError
+from lora_rlhf.errors import LoraRlhfError, SetupError, UsageError
 from lora_rlhf.recipe.loader import dump_recipe, parse_recipe
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.recipe.stage_keys import (
@@ -82,6 +82,7 @@ class Record:
         Raises:
             UsageError: The folder holds a run of another recipe or other files, or `warm_start`
                 finds no interrupted stage.
+            SetupError: The folder cannot be written.
         """
         folder = Path(folder)
         text, digest = dump_recipe(recipe), identity(recipe)
@@ -102,8 +103,13 @@ class Record:
             raise UsageError(
                 f"{folder} exists and is not a run", remedy="give an empty or new --out"
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "recipe.yaml", text)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / "recipe.yaml", text)
+        except OSError as error:
+            raise SetupError(
+                f"cannot write to {folder}: {error.strerror}", remedy="give another --out"
+            ) from None
         data: dict[str, Any] = {
             "schema": SCHEMA,
             "name": recipe.name,

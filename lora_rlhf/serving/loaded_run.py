@@ -13,6 +13,7 @@ from lora_rlhf.data.filters import breaker
 from lora_rlhf.errors import UsageError
 from lora_rlhf.models import adapters
 from lora_rlhf.models.backbone import Backbone
+from lora_rlhf.recipe.loader import load_recipe
 from lora_rlhf.runs.record import Record
 from lora_rlhf.training import sft
 from lora_rlhf.training.reward import ensemble, reward_stage
@@ -27,7 +28,7 @@ def load(folder: str | Path) -> tuple[Backbone, Record]:
     record = Record.read(folder)
     if not record.done("sft"):
         raise UsageError(f"{folder} has no finished stage", remedy="continue with `lora-rlhf run`")
-    recipe = record.recipe()
+    recipe = load_recipe(Path(folder) / "recipe.yaml")
     backbone = Backbone.load(recipe.model, recipe.lora)
     for stage in ("sft", "reward", record.algorithm):
         if record.done(stage):
@@ -60,7 +61,7 @@ def generate(
         reward model.
     """
     backbone, record = load(folder)
-    recipe = record.recipe()
+    recipe = load_recipe(Path(folder) / "recipe.yaml")
     text = breaker(backbone.tokenizer)(text)  # the user's text must hold no control tokens
     prompt: Any = [{"role": "user", "content": text}] if backbone.tokenizer.chat_template else text
     ids = backbone.encode_prompt(prompt)

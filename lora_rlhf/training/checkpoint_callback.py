@@ -94,6 +94,8 @@ class CheckpointCallback(TrainerCallback):
         if "finished" in notes:
             self.load(trainer)
             trainer.state = TrainerState.load_from_json(str(folder / checkpoint.TRAINER_STATE))
+            # Nothing is trained, but the closing evaluation is logged.
+            self.progress.begin(self.name, -(-trainer.state.max_steps // self.unit))
             return Result(*notes["finished"])
         return self._train(trainer)
 

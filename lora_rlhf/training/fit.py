@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable
 from typing import TypeVar
 
+from transformers.utils import enable_tf32, is_torch_tf32_available
+
 from lora_rlhf.errors import NonFiniteError
 from lora_rlhf.recipe.trl_args import section
 
@@ -48,6 +50,8 @@ def fit(
     with as_recipe_error(stage):
         trainer = build(callbacks=[StageLog(context.record, name, context.progress, unit)])
     context.backbone.assert_trainable()
+    if trainer.args.tf32 is not None and is_torch_tf32_available():
+        enable_tf32(trainer.args.tf32)  # one switch for the process, last set by another stage
     checkpoints = CheckpointCallback(context, stage, name, unit)
     try:
         trainer.before_training()

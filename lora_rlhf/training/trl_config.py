@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,9 +106,15 @@ def build(stage: str, config: Any, given: dict[str, Any]) -> Any:
             scheduler_specific_kwargs=built.lr_scheduler_kwargs,
         )
         # Trackers read these, and must not get the user's folders or secrets.
-        built.to_dict = lambda: hide(type(built).to_dict(built))
+        built.to_dict = functools.partial(_redacted, built)
         built.run_name, built.project = safe(built.run_name), safe(built.project)
         return built
+
+
+def _redacted(args: Any) -> dict[str, Any]:
+    # A function of the module, because trackers pickle and copy the arguments.
+    values: dict[str, Any] = hide(type(args).to_dict(args))
+    return values
 
 
 @contextlib.contextmanager

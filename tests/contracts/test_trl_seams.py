@@ -90,7 +90,7 @@ def test_import_disables_telemetry():
 @pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (2.0, 1.0), (None, 0.25)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_chunked_log_probs_are_the_plain_ones_with_gradients(tile, softcap, scale, bias):
-    """Positional arguments as `heads.completion_logprobs` gives them; two outputs come first."""
+    """Positional arguments as `scoring.completion_logprobs` gives them; two outputs come first."""
     torch.manual_seed(0)
     states = torch.randn(5, 8, requires_grad=True)
     weight, offset = torch.randn(11, 8), torch.randn(11) if bias else None

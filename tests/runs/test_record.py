@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The run directory: continued only where finished stages would have been the same."""
 
+import errno
 import json
 from pathlib import Path
 
 import pytest
 
-from lora_rlhf.errors import GateError, UsageError
+from lora_rlhf.errors import GateError, SetupError, UsageError
 from lora_rlhf.recipe.loader import parse_recipe
 from lora_rlhf.runs import record as module
 from lora_rlhf.runs.record import Record, finite
@@ -226,3 +227,14 @@ def test_run_killed_before_its_record_starts_again(tmp_path):
     (tmp_path / "other").touch()
     with pytest.raises(UsageError, match="is not a run"):
         Record.open(tmp_path, recipe())
+
+
+def test_a_folder_that_cannot_be_written_is_no_full_disk(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(module, "write_atomically", refuse)
+    (tmp_path / "run").mkdir()
+    with pytest.raises(SetupError, match="cannot write to .*run: Permission denied") as caught:
+        Record.open(tmp_path / "run", recipe())
+    assert caught.value.remedy == "give another --out"

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A recipe's `args:` become a TRL config, or one clear error."""
 
+import copy
 import dataclasses
 import json
+import pickle
 
 import pytest
 
@@ -159,3 +161,13 @@ def test_effective_arguments_include_defaults(stage, recipe, tmp_path):
     assert ("epsilon" in told) == (stage == "ppo") and "beta" not in told
     assert stage != "ppo" or "loss_type" not in told  # GRPO's, and PPO has its own
     assert json.loads(json.dumps(told)) == told
+
+
+def test_arguments_can_be_pickled_and_copied(recipe, tmp_path):
+    """Trackers save and copy them; a copy describes itself."""
+    args = trl_config.trainer_args(recipe, tmp_path, "sft", {}, {})
+    config = trl_config.build("sft", SFTConfig, args)
+    assert pickle.loads(pickle.dumps(config)).output_dir == config.output_dir
+    other = copy.deepcopy(config)
+    other.seed = 12345
+    assert other.to_dict()["seed"] == 12345 != config.to_dict()["seed"]
