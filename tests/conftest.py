@@ -39,6 +39,9 @@ HEAVY = (
 )  # fmt: skip
 """The files that take longest. They begin, so that two workers end at about the same time."""
 
+_absent = set(HEAVY) - {path.name for path in Path(__file__).parent.rglob("test_*.py")}
+assert not _absent, f"HEAVY names files that are gone: {sorted(_absent)}"
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):

@@ -5,6 +5,7 @@ import io
 from types import SimpleNamespace
 
 import pytest
+from recording import StoppedClock
 from rich.console import Console
 
 from lora_rlhf.recipe.schema import ModelSection, Recipe
@@ -15,21 +16,9 @@ from lora_rlhf.training import stage_log
 from lora_rlhf.training.stage_log import StageLog
 
 
-class Clock:
-    """A clock that stands still until it is moved."""
-
-    def __init__(self):
-        self.now = 100.0
-
-    def monotonic(self):
-        return self.now
-
-    perf_counter = monotonic
-
-
 @pytest.fixture
 def clock(monkeypatch):
-    fake = Clock()
+    fake = StoppedClock()
     monkeypatch.setattr(module, "time", fake)
     monkeypatch.setattr(stage_log, "time", fake)
     return fake

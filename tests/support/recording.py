@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Progress that keeps what it would print."""
+"""Stand-ins for tests: progress that keeps its lines, and a clock that stands still."""
 
 from lora_rlhf.runs.progress import Progress
 
@@ -13,3 +13,15 @@ class RecordingProgress(Progress):
 
     def say(self, text: str) -> None:
         self.lines.append(text)
+
+
+class StoppedClock:
+    """Replaces the module `time`: stands still until a test moves `now`."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    perf_counter = monotonic

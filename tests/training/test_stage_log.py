@@ -4,6 +4,7 @@
 from types import SimpleNamespace
 
 import pytest
+from recording import StoppedClock
 
 from lora_rlhf.recipe.schema import ModelSection, Recipe
 from lora_rlhf.runs.progress import Progress
@@ -12,23 +13,11 @@ from lora_rlhf.training import stage_log
 from lora_rlhf.training.stage_log import StageLog
 
 
-class Clock:
-    """Stands still until told otherwise."""
-
-    def __init__(self):
-        self.now = 100.0
-
-    def monotonic(self):
-        return self.now
-
-    perf_counter = monotonic
-
-
 @pytest.fixture
 def clock(monkeypatch):
-    found = Clock()
-    monkeypatch.setattr(stage_log, "time", found)
-    return found
+    stopped = StoppedClock()
+    monkeypatch.setattr(stage_log, "time", stopped)
+    return stopped
 
 
 @pytest.fixture
