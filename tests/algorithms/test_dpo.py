@@ -2,9 +2,11 @@
 """DPO: its arguments, its first loss, and that it learns."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from policy_run import COMPARISONS, recipe, run
 
 from lora_rlhf.algorithms import dpo
@@ -41,3 +43,13 @@ def test_another_first_loss_than_ln_2_stops_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(dpo, "RATIO_TOLERANCE", {torch.float32: -1.0})
     with pytest.raises(IdentityError, match="first loss of DPO"):
         run(tmp_path / "run", recipe("dpo"))
+
+
+def test_the_first_check_sees_differences_below_float32(monkeypatch):
+    """At 100 nats a step of float32 is eight times the tolerance."""
+    by_role = {"policy": [-100.000002], "reference": [-100.0]}
+    monkeypatch.setattr(dpo.scoring, "sequence_logprobs", lambda *given: by_role[given[-1]])
+    rows = Dataset.from_list([{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}])
+    trainer = SimpleNamespace(train_dataset=rows, backbone=None, identities={})
+    with pytest.raises(IdentityError):
+        dpo.ResumableDPOTrainer.before_training(trainer)
