@@ -23,8 +23,9 @@ from transformers import DynamicCache
 
 from lora_rlhf.data.padding import pad_left, position_ids
 
-from . import trunk
+from . import decode_graph, trunk
 from .base_model import BaseModel
+from .decode_graph import DecodeGraph
 from .memory import rows_that_fit
 
 _MIN_ENDED = 0.125
@@ -130,6 +131,7 @@ class _Batch:
         ids, mask = pad_left(prompts, base.tokenizer.pad_token_id)
         self.ids, self.mask = ids.to(base.device), mask.to(base.device)
         self.cache = DynamicCache(config=base.causal.config)
+        self.graph: DecodeGraph | None = None
         names = inspect.signature(type(base.causal).forward).parameters
         self._cache_name = "cache" if "cache" in names else "past_key_values"  # until 5.23
         self._takes_positions = "position_ids" in names
@@ -137,24 +139,37 @@ class _Batch:
     def run(self) -> list[_Row]:
         """Sample every row to its end; returns the rows in the order of the prompts."""
         inside = list(self.rows)  # rows in the batch, done ones included
-        catch: contextlib.AbstractContextManager[list[Tensor]] = contextlib.nullcontext([])
-        if self.keep_states:
-            catch = trunk.inputs_of(self.base.layers[trunk.depth(self.base)])
-        with catch as states:
-            while True:
-                logits = self._step(only_trunk=all(row.ended for row in inside))
-                if self.keep_states:
-                    _append_states(inside, states.pop())
-                uniforms = [row.uniforms[len(row.ids) % self.longest] for row in inside]
-                tokens, logprobs = draw(logits, self.temperature, torch.stack(uniforms))
-                drawn = zip(inside, tokens.tolist(), logprobs.tolist(), strict=True)
-                for row, token, logprob in drawn:
-                    self._append_token(row, token, logprob)
-                if all(row.done for row in inside):
-                    return self.rows
-                inside, tokens = self._remove_done(inside, tokens)
-                self.ids = tokens.unsqueeze(1)
-                self.mask = torch.cat([self.mask, self.mask.new_ones(len(inside), 1)], dim=1)
+        logits, states = self._step(only_trunk=False)
+        if decode_graph.is_possible(self.base, self.cache):
+            self.graph = self._captured()
+        while True:
+            if states is not None:
+                _append_states(inside, states)
+            uniforms = [row.uniforms[len(row.ids) % self.longest] for row in inside]
+            tokens, logprobs = draw(logits, self.temperature, torch.stack(uniforms))
+            drawn = zip(inside, tokens.tolist(), logprobs.tolist(), strict=True)
+            for row, token, logprob in drawn:
+                self._append_token(row, token, logprob)
+            if all(row.done for row in inside):
+                return self.rows
+            if self.graph is not None:  # its rows stay, since another shape is another capture
+                logits, states = self.graph.step(tokens)
+                continue
+            inside, tokens = self._remove_done(inside, tokens)
+            self.ids = tokens.unsqueeze(1)
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(inside), 1)], dim=1)
+            logits, states = self._step(only_trunk=all(row.ended for row in inside))
+
+    def _captured(self) -> DecodeGraph:
+        return DecodeGraph(
+            self.base,
+            self.cache,
+            self.mask,
+            self.mask.shape[1] + self.longest,
+            cache_name=self._cache_name,
+            takes_positions=self._takes_positions,
+            keep_states=self.keep_states,
+        )
 
     def _append_token(self, row: _Row, token: int, logprob: float) -> None:
         """Append a row's next token; a row that had ended before is done now."""
@@ -176,17 +191,23 @@ class _Batch:
         self.mask = self.mask[index]
         return [inside[i] for i in stay], tokens[index]
 
-    def _step(self, only_trunk: bool) -> Tensor:
-        """Compute the logits (B, V) after the last of `ids`, in float32."""
+    def _step(self, only_trunk: bool) -> tuple[Tensor, Tensor | None]:
+        """Compute the logits (B, V) after the last of `ids`, in float32, and the trunk states."""
         inputs: dict[str, Any] = {"input_ids": self.ids, "attention_mask": self.mask}
         if self._takes_positions:
             inputs["position_ids"] = position_ids(self.mask)[:, -self.ids.shape[1] :]
-        with trunk.alone(self.base) if only_trunk else contextlib.nullcontext():
+        lowest = self.base.layers[trunk.depth(self.base)]
+        with (
+            trunk.alone(self.base) if only_trunk else contextlib.nullcontext(),
+            trunk.inputs_of(lowest)
+            if self.keep_states
+            else contextlib.nullcontext([None]) as states,
+        ):
             out = self.base.causal(
                 **inputs, **{self._cache_name: self.cache}, use_cache=True, logits_to_keep=1
             )
         logits: Tensor = out.logits[:, -1].float()
-        return logits
+        return logits, states[0]
 
 
 def _append_states(rows: list[_Row], states: Tensor) -> None:

@@ -6,8 +6,9 @@ import small
 import torch
 from small import EOS
 
-from lora_rlhf.models import memory, sampler, scoring, trunk
+from lora_rlhf.models import decode_graph, memory, sampler, scoring, trunk
 
+SLIDING = ("mistral", "gemma2", "gemma3_text")
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [15, 16]]
 
 
@@ -74,6 +75,35 @@ def test_removing_ended_rows_does_not_change_the_others(monkeypatch):
                 rows = sampler.sample(made, PROMPTS * 4, keep_states=keep, **options)
             found[leave, keep] = [row.ids for row in rows]
     assert len({str(ids) for ids in found.values()}) == 1
+
+
+@pytest.mark.parametrize("name", [n for n in small.ARCHITECTURES if n not in SLIDING])
+@pytest.mark.parametrize("keep", [False, True])
+def test_steps_of_fixed_shapes_sample_the_same(name, keep, monkeypatch):
+    made = eos_often(halved(name))
+    options = {"max_new_tokens": 9, "temperature": 1.0, "seed": 3, "keep_states": keep}
+    with made.role("policy"):
+        grown = sampler.sample(made, PROMPTS * 3, **options)
+        monkeypatch.setattr(decode_graph, "DEVICES", ("cpu",))
+        steps = []
+        own = decode_graph.DecodeGraph.step
+        monkeypatch.setattr(decode_graph.DecodeGraph, "step", lambda *a: steps.append(1) or own(*a))
+        found = sampler.sample(made, PROMPTS * 3, **options)
+    assert len(steps) == 8 + keep, "it was not used"
+    for a, b in zip(grown, found, strict=True):
+        assert a.ids == b.ids
+        torch.testing.assert_close(a.logprobs, b.logprobs, rtol=1e-4, atol=1e-5)
+        if keep:
+            torch.testing.assert_close(a.states, b.states, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SLIDING)
+def test_a_sliding_window_has_no_steps_of_fixed_shapes(name, monkeypatch):
+    monkeypatch.setattr(decode_graph, "DEVICES", ("cpu",))
+    monkeypatch.setattr(decode_graph.DecodeGraph, "step", lambda *a: pytest.fail("used"))
+    made = halved(name)
+    with made.role("policy"):
+        sampler.sample(made, PROMPTS, max_new_tokens=3, temperature=1.0)
 
 
 def test_ended_rows_cost_nothing():
