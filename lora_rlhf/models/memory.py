@@ -40,4 +40,6 @@ def rows_that_fit(causal: PreTrainedModel, tokens: int, wanted: int) -> int:
     if causal.device.type != "cuda" or not wanted:
         return max(wanted, 1)
     free, _ = torch.cuda.mem_get_info(causal.device)
+    # torch gives cached blocks to its own tensors first, though the driver counts them as used.
+    free += torch.cuda.memory_reserved(causal.device) - torch.cuda.memory_allocated(causal.device)
     return max(1, min(wanted, int(0.8 * free // (tokens * kv_bytes(causal)))))

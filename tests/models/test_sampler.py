@@ -180,8 +180,11 @@ def test_how_many_rows_fit(monkeypatch):
     assert memory.rows_that_fit(made.causal, 100, 64) == 64
     monkeypatch.setattr(type(made.causal), "device", property(lambda self: torch.device("cuda", 0)))
     row = 100 * memory.kv_bytes(made.causal)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: 3 * row)
     for free, rows in ((10 * row, 8), (1000 * row, 64), (0, 1)):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_, free=free: (free, free))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_, free=free: (free // 2, free))
+        cached = 3 * row + free - free // 2
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_, cached=cached: cached)
         assert memory.rows_that_fit(made.causal, 100, 64) == rows
 
 
