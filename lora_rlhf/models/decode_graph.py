@@ -27,6 +27,9 @@ DEVICES = ("cuda",)
 _WARM_UP = 2
 """Steps before the capture: cuBLAS and bitsandbytes allocate their workspaces in them."""
 
+_TOLERANCE = 0.02
+"""Largest difference of a graph's logits from launched ones, as a share of the largest logit."""
+
 
 def is_possible(base: BaseModel, cache: DynamicCache) -> bool:
     """Tell if a step can be replayed: CUDA, torch's attention, no sliding window."""
@@ -103,24 +106,31 @@ class DecodeGraph:
             layer.cumulative_length.fill_(self._start)
 
     def _capture(self) -> None:
+        """Capture a step; without a graph that repeats it, steps are launched one by one."""
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(_WARM_UP):
-                self._forward()
+                launched = self._forward()[0].clone()
                 self._rewind()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
                 self._out = self._forward()
-            self._graph = graph
+            self._rewind()
+            graph.replay()
+            apart = float((self._out[0] - launched).abs().max() / launched.abs().max())
+            failure = "" if apart < _TOLERANCE else f"its logits differ by {apart:.1%}"
         except RuntimeError as error:  # memory ran out, or a kernel that cannot be captured
             torch.cuda.synchronize()
-            warnings.warn(
-                f"sampling is slower: no CUDA graph of a step could be made ({error})", stacklevel=2
-            )
+            failure = str(error)
         self._rewind()
+        if failure:
+            message = f"sampling is slower without a CUDA graph of its step: {failure}"
+            warnings.warn(message, stacklevel=2)
+        else:
+            self._graph = graph
 
     def _forward(self) -> tuple[Tensor, Tensor | None]:
         self._mask.index_fill_(3, self._at, True)
