@@ -11,7 +11,7 @@ import contextlib
 import errno
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from lora_rlhf.algorithms.trainer_configs import TrainerConfigs
 from lora_rlhf.data import dataset_builder
 from lora_rlhf.data.dataset_builder import Prepared
 from lora_rlhf.data.filters import SECRET
-from lora_rlhf.errors import HubError, MemoryLimitError, UsageError
+from lora_rlhf.errors import HubError, LoraRlhfError, MemoryLimitError, UsageError
 from lora_rlhf.evaluation import evaluate
 from lora_rlhf.hub import backup, publishing, repository
 from lora_rlhf.models.backbone import Backbone
@@ -66,7 +66,7 @@ def run(
         out: The run directory: new, empty, or with a run of the same recipe.
         until: The last stage: sft, reward, policy (or the algorithm's name), evaluate or card.
             The stages that it needs run too.
-        progress: The progress line; default: none.
+        progress: The progress line; `Progress(quiet=True)` prints nothing.
         start_from: Another run, whose finished SFT and reward stages are copied if every recipe key
             that they read is equal.
         warm_start: Restart the interrupted stage from the adapters of its newest checkpoint. This
@@ -78,16 +78,10 @@ def run(
     Raises:
         LoraRlhfError: An error that the user can correct; see errors.py.
     """
-    out, progress = Path(out), progress or Progress(quiet=True)
-    stages = stage_names(recipe.algorithm)
-    until = recipe.algorithm if until == "policy" else until
-    if until not in stages:
-        raise UsageError(
-            f"there is no stage {until!r} with algorithm: {recipe.algorithm}",
-            expected=", ".join((*stages, "policy")),
-        )
-    preflight.check_launch(recipe)
-    configs = preflight.trainer_configs(recipe, out)
+    out, progress = Path(out), progress or Progress()
+    stages = _stages(recipe, until)
+    preflight.check_launch(recipe, stages)
+    configs = preflight.trainer_configs(recipe, out, stages)
     paths.reject_escaping_links(out, UsageError)
     if out.exists() and not out.is_dir():
         return Record.open(out, recipe)  # raises: it is a file
@@ -99,14 +93,86 @@ def run(
         source = reuse.check(start_from, recipe, out) if start_from is not None else None
         remote = backup.prepare(recipe, out, progress, warm_start=warm_start)
         record = Record.open(out, recipe, warm_start=warm_start)
+        if record.changed:
+            now = ", ".join(f"{key} {was!r} -> {new!r}" for key, was, new in record.changed)
+            progress.say(f"changed in this run: {now} (as before: {record.as_options()})")
         if source is not None and (copied := reuse.copy_stages(source, record)):
             progress.say(f"copied from {source.folder}: {', '.join(copied)}")
-        if until == "card":  # before hours of training, not after them
+        if "card" in stages:  # before hours of training, not after them
             for note in publishing.check_pushes(recipe, record):
                 progress.say(note)
         with backup.uploading(remote, recipe, record, progress):
-            _run_stages(recipe, configs, record, stages[: stages.index(until) + 1], progress)
+            _run_stages(recipe, configs, record, stages, progress)
     return record
+
+
+def _stages(recipe: Recipe, until: str) -> tuple[str, ...]:
+    """Return the stages up to one, in order."""
+    stages = stage_names(recipe.algorithm)
+    until = recipe.algorithm if until == "policy" else until
+    if until not in stages:
+        raise UsageError(
+            f"there is no stage {until!r} with algorithm: {recipe.algorithm}",
+            expected=", ".join((*stages, "policy")),
+        )
+    return stages[: stages.index(until) + 1]
+
+
+def check(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    until: str = "card",
+    progress: Progress | None = None,
+    start_from: str | Path | None = None,
+    warm_start: bool = False,
+) -> list[LoraRlhfError]:
+    """Return every error that `run` would raise before it trains; write nothing.
+
+    Loads the base and reads all data, as `run` does.
+    """
+    out, progress, wrong = Path(out), progress or Progress(), list[LoraRlhfError]()
+
+    def ok(step: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Call a step; keep its error, and return None then."""
+        try:
+            return step(*args, **options)
+        except LoraRlhfError as error:
+            if str(error) not in map(str, wrong):  # two sets may fail on one file
+                wrong.append(error)
+            return None
+
+    if (stages := ok(_stages, recipe, until)) is None:
+        return wrong
+    ok(preflight.check_launch, recipe, stages)
+    configs = ok(preflight.trainer_configs, recipe, out, stages)
+    ok(paths.reject_escaping_links, out, UsageError)
+    with contextlib.ExitStack() as stack:
+        if out.is_dir():
+            ok(lambda: stack.enter_context(run_lock.locked(out)))
+        ok(disk.check_writable, out)
+        record = ok(Record.peek, out, recipe, warm_start=warm_start)
+        if start_from is not None:
+            ok(reuse.check, start_from, recipe, out)
+        ok(backup.prepare, recipe, out, progress, warm_start=warm_start, dry_run=True)
+        if "card" in stages:
+            for note in ok(publishing.check_pushes, recipe, record) or ():
+                progress.say(note)
+        backbone = None
+        if record is not None:
+            progress.say(run_memory.before_run(recipe)[1])
+            backbone = ok(Backbone.load, recipe.model, recipe.lora)
+        if backbone is None:
+            return wrong
+        wanted = [stage for stage in stages if not _finished(recipe, record, stage)]
+        for stage in stages:
+            if stage not in (*wanted, "card"):
+                ok(loaded_run.load_stage, stage, backbone, record)
+        if record.done("reward") and recipe.algorithm in wanted and recipe.reward.gate == "stop":
+            ok(reward_gate.check, recipe, record, progress)
+        for part in _Data(recipe, record, backbone, progress).checks(wanted, configs):
+            ok(part)
+    return wrong
 
 
 @contextlib.contextmanager
@@ -181,7 +247,8 @@ def _compute(
     backbone, peak = _load_backbone(recipe, record, progress)
     context = StageContext(recipe, backbone, record, progress)
     data = _Data(recipe, record, backbone, progress)
-    data.check(wanted, configs)
+    for check_part in data.checks(wanted, configs):
+        check_part()
     record.on_done = lambda: _describe(record, backbone, peak)
     stages = stage_names(recipe.algorithm)
     for stage in stages[: stages.index(wanted[-1]) + 1]:
@@ -281,20 +348,21 @@ class _Data:
         self._loaded: dataset_builder.Loaded = {}
         self._samples: dict[str, list[list[str]]] = {}
 
-    def check(self, wanted: list[str], configs: TrainerConfigs) -> None:
-        """Read data before any training, so that a missing file is noticed before hours of work."""
+    def checks(
+        self, wanted: list[str], configs: TrainerConfigs | None
+    ) -> Iterator[Callable[[], Any]]:
+        """Yield the reading of each set that is needed, to be done before any training."""
         recipe, stages = self.recipe, set(wanted)
         if stages & {"sft", "reward"}:
-            _ = self.demonstrations
-        if stages & {recipe.algorithm, "evaluate"}:
-            _ = self.prompts
-        if recipe.algorithm in stages:
-            if recipe.algorithm not in ("dpo", "best_of_n"):
-                policy_stage.check(recipe, configs.policy, self.prompts.train)
-            if recipe.algorithm == "ppo":
-                _ = self.texts
+            yield lambda: self.demonstrations
+        if configs and recipe.algorithm in stages - {"dpo", "best_of_n"}:
+            yield lambda: policy_stage.check(recipe, configs.policy, self.prompts.train)
+        elif stages & {recipe.algorithm, "evaluate"}:
+            yield lambda: self.prompts
+        if recipe.algorithm == "ppo" and "ppo" in stages:
+            yield lambda: self.texts
         if stages & {"reward", "dpo"} and not any(s.task for s in recipe.data.comparisons):
-            _ = self.comparisons
+            yield lambda: self.comparisons
 
     @cached_property
     def demonstrations(self) -> Prepared:

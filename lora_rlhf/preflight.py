@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 from lora_rlhf.algorithms import best_of_n
@@ -18,7 +19,7 @@ _PROCESSES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_
 """Variables in which launchers give the number of processes, which accelerate would use."""
 
 
-def check_launch(recipe: Recipe) -> None:
+def check_launch(recipe: Recipe, stages: Collection[str]) -> None:
     """Reject several processes, and pushes of adapters that the run does not train.
 
     Raises:
@@ -34,7 +35,7 @@ def check_launch(recipe: Recipe) -> None:
             )
     trained = {"best_of_n": set(), "ppo": {"policy", "value"}}.get(recipe.algorithm, {"policy"})
     trained -= {"value"} if recipe.ppo.value == "head" else set()
-    for role in ("policy", "value"):
+    for role in ("policy", "value") if "card" in stages else ():
         if getattr(recipe.hub, role) and role not in trained:
             raise RecipeError(
                 f"hub.{role} is set, and {ALGORITHMS[recipe.algorithm]} trains no {role} adapter",
@@ -42,15 +43,15 @@ def check_launch(recipe: Recipe) -> None:
             )
 
 
-def trainer_configs(recipe: Recipe, out: Path) -> configs.TrainerConfigs:
-    """Build every stage's TRL config before a folder is made or the backbone loaded.
+def trainer_configs(recipe: Recipe, out: Path, stages: Collection[str]) -> configs.TrainerConfigs:
+    """Build the TRL configs of these stages before a folder is made or the backbone loaded.
 
     Raises:
         RecipeError: `args:` of a stage, or `report_to`, are invalid.
         SetupError: A tracker is not installed.
     """
-    trl_args.check(recipe)
+    trl_args.check(recipe, stages)
     trl_config.check_trackers(recipe.report_to)
-    if recipe.algorithm == "best_of_n":
+    if recipe.algorithm == "best_of_n" and "evaluate" in stages:
         best_of_n.check(recipe)
-    return configs.build(recipe, out)
+    return configs.build(recipe, out, stages)

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_rlhf._trl import RewardConfig, SFTConfig
+from lora_rlhf._trl import RewardConfig
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.recipe.stage_keys import has_reward_model
 from lora_rlhf.training import sft
@@ -17,22 +18,27 @@ from .ppo import ppo_stage
 
 
 class TrainerConfigs(NamedTuple):
-    """The configs of one run; `reward` by role, empty where no reward model is trained."""
+    """The configs of one run; `reward` by role, empty where no reward model is trained.
 
-    sft: SFTConfig
+    None for a stage that was not asked for.
+    """
+
+    sft: Any
     reward: dict[str, RewardConfig]
     policy: Any
 
 
-def build(recipe: Recipe, out: Path) -> TrainerConfigs:
-    """Build the configs of a run; best of n, which trains nothing, gets PPO's.
+def build(recipe: Recipe, out: Path, stages: Collection[str]) -> TrainerConfigs:
+    """Build the configs of these stages; best of n, which trains nothing, gets PPO's.
 
     Raises:
         RecipeError: `args:` of a stage cannot be used.
     """
     modules: dict[str, Any] = {"ppo": ppo_stage, "best_of_n": ppo_stage, "dpo": dpo}
+    policy = modules.get(recipe.algorithm, grpo_rloo)
+    reward = "reward" in stages and has_reward_model(recipe)
     return TrainerConfigs(
-        sft.arguments(recipe, out),
-        reward_stage.arguments(recipe, out) if has_reward_model(recipe) else {},
-        modules.get(recipe.algorithm, grpo_rloo).arguments(recipe, out),
+        sft.arguments(recipe, out) if "sft" in stages else None,
+        reward_stage.arguments(recipe, out) if reward else {},
+        policy.arguments(recipe, out) if recipe.algorithm in stages else None,
     )

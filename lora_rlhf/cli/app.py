@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -51,7 +52,8 @@ Set = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key; repeatable."),
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Print the resolved recipe, secrets masked, and stop.")
+    bool,
+    typer.Option("--dry-run", help="Check everything before training; print the recipe."),
 ]
 From = Annotated[
     Path | None,
@@ -127,30 +129,41 @@ def _train(
 ) -> None:
     from lora_rlhf.recipe.loader import dump_recipe, load_recipe
 
+    run, verb = _run_of(path), "run" if until == "card" else until
+    if run is not None and out is None:
+        again = f"lora-rlhf {verb} {shlex.quote(str(path))} --out {shlex.quote(str(run))}"
+        raise UsageError(
+            f"{run} is a run, not a recipe",
+            expected="a recipe, as a YAML file or its folder",
+            remedy=f"continue it with `{again}`, or start its recipe anew with another --out",
+        )
     recipe = load_recipe(path, overrides)
-    if dry_run:
-        from lora_rlhf.recipe import trl_args
-
-        trl_args.check(recipe)
-        typer.echo(dump_recipe(recipe), nl=False)
-        return
+    out = out or Path("runs") / recipe.name
     pipeline = shell.room("pipeline", _debug)
     from lora_rlhf.reports import tables
     from lora_rlhf.runs.progress import Progress
 
     progress = Progress()
+    options = {"until": until, "start_from": start_from, "warm_start": warm_start}
+    if dry_run:
+        if wrong := pipeline.check(recipe, out, progress=progress, **options):
+            typer.echo("\n".join(map(str, wrong)), err=True)
+            raise typer.Exit(wrong[0].exit_code)
+        typer.echo(dump_recipe(recipe), nl=False)
+        typer.echo(f"OK: nothing stands in the way of `{verb}` in {out}", err=True)
+        return
     try:
-        record = pipeline.run(
-            recipe,
-            out or Path("runs") / recipe.name,
-            until=until,
-            progress=progress,
-            start_from=start_from,
-            warm_start=warm_start,
-        )
+        record = pipeline.run(recipe, out, progress=progress, **options)
     finally:
         progress.end()
     tables.show(record)
+
+
+def _run_of(path: Path) -> Path | None:
+    """Return the run directory that is, or holds, what was given as a recipe."""
+    folder = path if path.is_dir() else path.parent
+    inside = path.is_dir() or path.name == "recipe.yaml"
+    return folder if inside and (folder / "record.json").exists() else None
 
 
 def _recipe_verb(name: str, until: str, help: str) -> None:
@@ -216,6 +229,8 @@ def _plan_verb(
     from lora_rlhf.recipe.loader import load_recipe
 
     recipe = load_recipe(path, overrides)
+    if (run := _run_of(path)) is not None:
+        typer.echo(f"{run} is a run: this plans the recipe that it has", err=True)
     shell.room("pipeline", _debug)
     from lora_rlhf.planning import plan_report
 
@@ -386,5 +401,7 @@ def _env_verb() -> None:
     """
     from lora_rlhf.runtime import environment
 
-    for name, value in environment.describe().items():
+    with shell.loading():
+        facts = environment.describe()
+    for name, value in facts.items():
         typer.echo(f"{name:16s} {value}")

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -98,10 +99,23 @@ def room(name: str, debug: bool) -> Any:
     """Import a module that needs the heavy libraries, and hide progress bars except downloads'."""
     import importlib
 
-    from huggingface_hub import utils
-    from transformers.utils import logging
+    with loading():
+        from huggingface_hub import utils
+        from transformers.utils import logging
 
-    if not debug:
-        logging.disable_progress_bar()  # bars of transformers and of the Hub
-        utils.enable_progress_bars()  # type: ignore[attr-defined]
-    return importlib.import_module(f"lora_rlhf.{name}")
+        if not debug:
+            logging.disable_progress_bar()  # bars of transformers and of the Hub
+            utils.enable_progress_bars()  # type: ignore[attr-defined]
+        return importlib.import_module(f"lora_rlhf.{name}")
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """Say that libraries are loading, which takes seconds; a terminal forgets the line."""
+    live = sys.stderr.isatty()
+    typer.echo("loading…", err=True, nl=not live)
+    try:
+        yield
+    finally:
+        if live:
+            typer.echo("\r\033[K", err=True, nl=False)

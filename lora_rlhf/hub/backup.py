@@ -62,9 +62,16 @@ _BEFORE, _AFTER = r"(?:(?<![\w.~-])|(?<=\\[nrt]))", r"(?![\w-]|\.\w)"
 
 
 def prepare(
-    recipe: Recipe, out: Path, progress: Progress, *, warm_start: bool = False
+    recipe: Recipe,
+    out: Path,
+    progress: Progress,
+    *,
+    warm_start: bool = False,
+    dry_run: bool = False,
 ) -> Repository | None:
     """Check `checkpoint.hub` before training, and fetch the run it holds into an empty `out`.
+
+    A dry run checks only, and changes no file.
 
     Returns:
         The repository to upload to; None if the recipe names none, or with HF_HUB_OFFLINE=1.
@@ -73,9 +80,12 @@ def prepare(
         HubError: The repository is public, not writable, or holds another or a damaged run.
     """
     exists, repo_id = (out / "record.json").exists(), recipe.checkpoint.hub
-    if (out / FETCHED).exists():
+    if (out / FETCHED).exists() and not dry_run:
         _clear(out, everything=not exists)
-    shutil.rmtree(out / COPY, ignore_errors=True)  # of a process that was killed while uploading
+    if not dry_run:
+        shutil.rmtree(
+            out / COPY, ignore_errors=True
+        )  # of a process that was killed while uploading
     if repo_id is None:
         return None
     if offline():
@@ -99,7 +109,12 @@ def prepare(
     index = _remote_index(remote)
     if exists and index is not None:
         _check_not_behind(repo_id, index, Record.read(out))
-    if index is not None and not exists and {p.name for p in out.iterdir()} <= BEGINNINGS:
+    if (
+        index is not None
+        and not exists
+        and not dry_run
+        and {p.name for p in out.iterdir()} <= BEGINNINGS
+    ):
         _fetch(recipe, out, remote, warm_start)
         record = Record.read(out)
         progress.say(f"fetched from {repo_id}: {_summary(record, _steps(out))}; continuing there")

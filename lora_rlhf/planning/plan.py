@@ -25,7 +25,7 @@ from lora_rlhf.algorithms.ppo import ppo_stage
 from lora_rlhf.models.backbone import MEMBERS
 from lora_rlhf.models.memory import held_tensors, tensor_bytes
 from lora_rlhf.recipe.schema import LoraSection, Recipe
-from lora_rlhf.recipe.stage_keys import has_reward_model
+from lora_rlhf.recipe.stage_keys import has_reward_model, stage_names
 from lora_rlhf.runtime.devices import pick_dtype
 
 from . import dry_run, meta_backbone
@@ -146,7 +146,7 @@ class Estimate:
     def __init__(self, planner: Planner, recipe: Recipe, capacity: int | None) -> None:
         self.planner, self.recipe, self.capacity = planner, recipe, capacity
         self.dtype = planner.dtype(recipe)
-        configs = trainer_configs.build(recipe, Path("plan"))
+        configs = trainer_configs.build(recipe, Path("plan"), stage_names(recipe.algorithm))
         self.sft, self.policy = configs.sft, configs.policy
         self.reward: Any = configs.reward.get("reward")
         self.prompt = recipe.data.max_prompt_tokens

@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from lora_rlhf.errors import RecipeError
 from lora_rlhf.redaction import hide
 
+from . import suggestions, trl_args
 from .schema import Recipe
 from .strict_yaml import Key, Lines, dump_yaml, parse_yaml
 
@@ -94,30 +94,13 @@ def _apply_override(data: dict[str, Any], lines: Lines, override: str) -> None:
     lines[tuple(parts)] = 0
 
 
-def _siblings(at: tuple[Key, ...]) -> list[str]:
-    """Return the schema's keys in the section of `at`."""
-    model: type[BaseModel] = Recipe
-    for part in at[:-1]:
-        if isinstance(part, int):
-            continue
-        field = model.model_fields.get(part)
-        annotation: Any = field.annotation if field else None
-        annotation = next(iter(get_args(annotation)), annotation)
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        model = annotation
-    return list(model.model_fields)
-
-
-def _closest(at: tuple[Key, ...]) -> str:
-    """Return the schema's key that resembles an unknown one; empty if there is none."""
-    return (difflib.get_close_matches(str(at[-1]), _siblings(at), n=1) or [""])[0]
-
-
 def _recipe_error(error: ValidationError, name: str, lines: Lines) -> RecipeError:
     items: list[dict[str, Any]] = [dict(item) for item in error.errors(include_url=False)]
+    args = trl_args.usable()
     unknown = [item["loc"] for item in items if item["type"] == "extra_forbidden"]
-    misspelt = {(*at[:-1], _closest(at)) for at in unknown}  # reported once, not as missing too
+    misspelt = {
+        key for at in unknown for key in suggestions.suggest(at, args)
+    }  # not missing as well
     problems = [
         _problem(item, name, lines)
         for item in items
@@ -142,21 +125,44 @@ def _problem(item: dict[str, Any], name: str, lines: Lines) -> tuple[str, str]:
     while known and known not in lines:
         known = known[:-1]
     key = _short(".".join(map(str, at))) or "the recipe"
-    line = lines.get(known, 1)
+    line = next((n for k, n in lines.items() if k[: len(at)] == at), lines.get(known, 1))
     where = f"{name}:{line}" if line else f"--set {key}"
-    message = item["msg"].removeprefix("Value error, ")
+    message = _plain(item)
     if item["type"] == "conflict":
         in_list = any(isinstance(part, int) for part in at) and key not in message
         return where, f"{key}: {message}" if in_list else message
     if item["type"] == "extra_forbidden":
-        close = _closest(at)
-        hint = f"did you mean {close!r}?" if close else f"known: {', '.join(_siblings(at))}"
+        hint = (
+            suggestions.described(at, trl_args.usable())
+            or f"known: {', '.join(suggestions.siblings(at))}"
+        )
         return where, f"unknown key {key!r}; {hint}"
     if item["type"] == "missing":
         return where, f"{key!r} is required"
     value = item.get("input")
     shown = f"{hide(value, str(at[-1]) if at else '')!r:.80}"
     return where, f"{key} = {'a mapping' if isinstance(value, dict) else shown}: {message}"
+
+
+_EXPECTED = {
+    "int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number",
+    "finite_number": "a finite number", "bool_type": "true or false", "string_type": "text",
+    "list_type": "a list, such as [a, b]", "model_type": "keys and values, such as {{key: value}}",
+    "model_attributes_type": "keys and values, such as {{key: value}}",
+    "dict_type": "keys and values, such as {{key: value}}", "literal_error": "{expected}",
+    "greater_than": "a number above {gt:g}", "greater_than_equal": "{ge:g} or more",
+    "less_than": "a number below {lt:g}", "less_than_equal": "{le:g} or less",
+    "string_pattern_mismatch": "letters, digits, '.', '_' or '-', the first a letter or digit",
+    "int_parsing_size": "a smaller number",
+}  # fmt: skip
+"""Type of a pydantic error -> the value that would be right, in the words of a recipe."""
+
+
+def _plain(item: dict[str, Any]) -> str:
+    """Return the message of one of pydantic's errors in the words of a recipe."""
+    if (expected := _EXPECTED.get(item["type"])) is None:
+        return str(item["msg"]).removeprefix("Value error, ")
+    return "expected " + expected.format(**item.get("ctx", {}))
 
 
 def _short(text: str) -> str:

@@ -481,10 +481,11 @@ class Recipe(Section):
             if other != key:
                 message = f"{key} and {other} are both {repo_id}: a repository holds one adapter, "
                 yield f"{message}or the checkpoints of one run, so give each its own", key, other
-        if self.ppo.ptx_coef and not self.data.text:
+        ppo = self.algorithm == "ppo"  # nothing else reads these keys
+        if ppo and self.ppo.ptx_coef and not self.data.text:
             message = "ppo.ptx_coef is above 0, but data.text is empty: add text, or set it to 0"
             yield message, "ppo.ptx_coef", "data.text"
-        if self.ppo.watch == "best" and not self.reward.held_out_model:
+        if ppo and self.ppo.watch == "best" and not self.reward.held_out_model:
             message = "ppo.watch: best needs reward.held_out_model: true to choose by"
             yield message, "ppo.watch", "reward.held_out_model"
         if self.algorithm == "best_of_n" and self.ppo.reward == "gold":

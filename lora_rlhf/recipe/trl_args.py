@@ -8,15 +8,16 @@ The fields of TRL's configs are read from their source, without loading torch or
 from __future__ import annotations
 
 import ast
-import difflib
 import functools
 import importlib.util
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from lora_rlhf.errors import RecipeError
 
+from . import suggestions
 from .schema import Recipe
 
 OWNED = {
@@ -89,19 +90,22 @@ def section(stage: str) -> str:
     return stage if stage in _FILES else "reward"
 
 
-def check(recipe: Recipe) -> None:
-    """Refuse unknown, unusable and out-of-range `args:` of every stage of the recipe.
+def check(recipe: Recipe, stages: Collection[str] = ()) -> None:
+    """Refuse unknown, unusable and out-of-range `args:` of these stages, by default of all.
 
     Raises:
         RecipeError: With the key and a remedy.
     """
-    for stage in dict.fromkeys(("sft", "reward", "ppo", recipe.algorithm)):
+    trained = dict.fromkeys(("sft", "reward", "ppo", recipe.algorithm))
+    # Every other algorithm takes what its own section does not set from PPO's.
+    read = {*stages, "ppo"} if recipe.algorithm in stages else {*stages}
+    for stage in (s for s in trained if s in read or not stages):
         given = getattr(getattr(recipe, stage), "args", {})
         refuse(stage, given)
         known = fields(stage) if given else frozenset()
         for key in given if known else ():
             if key not in known:
-                raise unknown(stage, key, known)
+                raise unknown(stage, key)
 
 
 def refuse(stage: str, given: dict[str, Any]) -> None:
@@ -142,15 +146,21 @@ def _expected(key: str, value: Any) -> str:
     return ""
 
 
-def unknown(stage: str, key: str, known: frozenset[str]) -> RecipeError:
+def unknown(stage: str, key: str) -> RecipeError:
     """Create the error for a key that the stage's TRL config does not have."""
     file = _FILES[section(stage)]
     config = {"sft": "SFT", "reward": "Reward"}.get(file, file.upper()) + "Config"
-    close = difflib.get_close_matches(key, sorted(known), n=1)
     return RecipeError(
         f"{section(stage)}.args.{key}: TRL's {config} has no such field",
-        remedy=f"did you mean {close[0]!r}?" if close else "leave it out",
+        remedy=suggestions.described((section(stage), "args", key), usable()) or "leave it out",
     )
+
+
+@functools.cache
+def usable() -> dict[str, frozenset[str]]:
+    """Return the names that the `args:` of each section may have."""
+    stages = dict.fromkeys(map(section, _FILES))
+    return {s: fields(s) - {*OWNED, "beta", *UNREAD, *OWNED_BY_STAGE.get(s, {})} for s in stages}
 
 
 @functools.cache

@@ -8,7 +8,18 @@ import os
 import shutil
 from pathlib import Path
 
-from lora_rlhf.errors import DiskError
+from lora_rlhf.errors import DiskError, SetupError
+
+
+def check_writable(folder: Path) -> None:
+    """Check that a folder, or the first above it that exists, can be written.
+
+    Raises:
+        SetupError: It cannot.
+    """
+    first = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not os.access(first, os.W_OK | os.X_OK if first.is_dir() else os.F_OK):
+        raise SetupError(f"cannot write to {first}", remedy="give another --out")
 
 
 def sha256(path: Path) -> str:

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -68,6 +69,7 @@ class Record:
     def __init__(self, folder: str | Path, data: dict[str, Any]) -> None:
         self.folder, self.data = Path(folder), data
         self.warm_start = False
+        self.changed: list[tuple[str, Any, Any]] = []  # (key, value of the run, value given now)
         self.on_done: Callable[[], None] = lambda: None  # called before a stage is marked as done
         # Called after each checkpoint (False) and each finished stage (True).
         self.on_saved: Callable[[bool], None] = lambda whole_stage: None
@@ -84,25 +86,15 @@ class Record:
                 finds no interrupted stage.
             SetupError: The folder cannot be written.
         """
-        folder = Path(folder)
-        text, digest = dump_recipe(recipe), identity(recipe)
+        record = cls.peek(folder, recipe, warm_start=warm_start)
+        folder, text = record.folder, dump_recipe(recipe)
         if (folder / "record.json").exists():
-            record = cls.read(folder)
-            record.warm_start = warm_start
-            record._check_recipe(recipe)
-            record.data |= {"recipe_sha256": digest, "algorithm": recipe.algorithm}
             for other in ALGORITHMS.keys() - {recipe.algorithm}:  # interrupted before a change
                 record.data["stages"].pop(other, None)
                 record.truncate_log(other)
                 record._drop_checkpoints(other)
             record._update_recipe(recipe, text)
             return record
-        if folder.exists() and (
-            not folder.is_dir() or {p.name for p in folder.iterdir()} - BEGINNINGS
-        ):
-            raise UsageError(
-                f"{folder} exists and is not a run", remedy="give an empty or new --out"
-            )
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / "recipe.yaml", text)
@@ -110,6 +102,29 @@ class Record:
             raise SetupError(
                 f"cannot write to {folder}: {error.strerror}", remedy="give another --out"
             ) from None
+        record.save()
+        return record
+
+    @classmethod
+    def peek(cls, folder: str | Path, recipe: Recipe, *, warm_start: bool = False) -> Record:
+        """Return the record that `open` would start or continue, and write nothing.
+
+        Raises:
+            UsageError: As `open`.
+        """
+        folder, digest = Path(folder), identity(recipe)
+        if (folder / "record.json").exists():
+            record = cls.read(folder)
+            record.warm_start = warm_start
+            record._check_recipe(recipe)
+            record.data |= {"recipe_sha256": digest, "algorithm": recipe.algorithm}
+            return record
+        if folder.exists() and (
+            not folder.is_dir() or {p.name for p in folder.iterdir()} - BEGINNINGS
+        ):
+            raise UsageError(
+                f"{folder} exists and is not a run", remedy="give an empty or new --out"
+            )
         data: dict[str, Any] = {
             "schema": SCHEMA,
             "name": recipe.name,
@@ -129,17 +144,16 @@ class Record:
                 "stages": {},
             },
         }
-        record = cls(folder, data)
-        record.save()
-        return record
+        return cls(folder, data)
 
     def _check_recipe(self, recipe: Recipe) -> None:
         """Refuse a recipe that changes keys which a finished or interrupted stage has read."""
         before = self.recipe()
+        self.changed = differences(before, recipe)
         wrong = [
             f"  {key}: {was!r} -> {now!r} (read by {stage}, which "
             + ("is done)" if self.done(stage) else "has begun)")
-            for key, was, now in differences(before, recipe)
+            for key, was, now in self.changed
             if (stage := first_reader(key, before.algorithm))
             and (self.done(stage) or (self.in_flight(stage) and not self.warm_start))
         ]
@@ -152,8 +166,15 @@ class Record:
             raise UsageError(
                 f"{self.folder} holds a run of another recipe:\n" + "\n".join(wrong),
                 expected="changes only to what later stages read, or to " + ", ".join(FREE),
-                remedy="give another --out; `--warm-start` restarts an interrupted stage",
+                remedy="to continue it as it was, give its values again: "
+                f"{self.as_options()}; or give another --out; `--warm-start` restarts an "
+                "interrupted stage",
             )
+
+    def as_options(self) -> str:
+        """Return the run's values of the keys that now have others, as options of its command."""
+        texts = ((key, w if isinstance(w, str) else json.dumps(w)) for key, w, _ in self.changed)
+        return " ".join(f"--set {shlex.quote(f'{key}={text}')}" for key, text in texts)
 
     def _update_recipe(self, recipe: Recipe, text: str) -> None:
         """Store a recipe whose free keys changed; cards and seal are made again."""

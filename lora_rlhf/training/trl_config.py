@@ -91,7 +91,7 @@ def build(stage: str, config: Any, given: dict[str, Any]) -> Any:
     known = frozenset(field.name for field in dataclasses.fields(config) if field.init)
     for key in given:
         if key not in known:
-            raise trl_args.unknown(stage, key, known)
+            raise trl_args.unknown(stage, key)
     with as_recipe_error(stage):
         built = config(**given)
         # With several visible GPUs, Trainer would replicate the backbone.

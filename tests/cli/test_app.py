@@ -101,7 +101,7 @@ def finished(tmp_path):
 # --- quick and light -----------------------------------------------------------------------------
 
 
-def test_help_and_dry_run_are_light():
+def test_help_is_light_and_loading_is_said_before_it_takes_time():
     code = """
         import sys
         from lora_rlhf.cli.app import app
@@ -114,12 +114,22 @@ def test_help_and_dry_run_are_light():
                 assert not end.code, end.code
         call("--help"), call("run", "--help"), call("--version")
         light = loaded("torch", "transformers", "numpy", "yaml", "rich", "trl")
-        call("demo", "--dry-run")
-        print("LOADED", light, loaded("torch", "transformers", "trl", "numpy"))
+        from lora_rlhf.cli import shell
+        import contextlib
+        heavy = []
+        @contextlib.contextmanager
+        def said():
+            heavy.extend(loaded("torch", "transformers", "trl", "numpy"))
+            sys.exit(0)
+            yield
+        shell.loading = said
+        from lora_rlhf import tiny
+        for command in (["demo"], ["plan", TINY], ["env"], ["sft", TINY, "--dry-run"]):
+            call(*command)
+        print("LOADED", light, heavy)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
-    )
+    code = textwrap.dedent(code).replace("TINY", "str(tiny.recipe())")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "LOADED [] []"
     assert done.stderr == ""
 
@@ -149,8 +159,9 @@ def test_module_is_runnable():
 
 
 def test_dry_run_prints_a_recipe_that_loads_again(recipe, tmp_path):
-    result = invoke("run", recipe, "--set", "ppo.args.learning_rate=2e-5", "--dry-run")
-    assert result.exit_code == 0
+    result = invoke("sft", recipe, "--set", "ppo.args.learning_rate=2e-5", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.endswith("OK: nothing stands in the way of `sft` in runs/small\n")
     plain = yaml.safe_load(result.stdout)
     assert plain["ppo"]["args"]["learning_rate"] == 2e-5
     again = tmp_path / "again.yaml"
@@ -162,7 +173,7 @@ def test_dry_run_prints_a_recipe_that_loads_again(recipe, tmp_path):
 
 def test_dry_run_masks_secrets(recipe):
     result = invoke(
-        "run",
+        "sft",
         recipe,
         "--dry-run",
         "--set",
@@ -170,7 +181,7 @@ def test_dry_run_masks_secrets(recipe):
         "--set",
         "card.authors=hf_qrstuvwxyz012345",
         "--set",
-        "sft.args.optim_args=sk-abcdef1234567890abcd",
+        "ppo.args.optim_args=sk-abcdef1234567890abcd",
     )
     assert result.exit_code == 0
     assert "***" in result.stdout
@@ -182,7 +193,7 @@ def test_dry_run_refuses_args_that_no_stage_could_take(recipe):
     result = invoke("run", recipe, "--set", "ppo.args.learning_rat=1", "--dry-run")
     assert (result.exit_code, result.stdout) == (2, "")
     assert "ppo.args.learning_rat: TRL's GRPOConfig has no such field" in result.stderr
-    assert "did you mean 'learning_rate'?" in result.stderr
+    assert "did you mean 'ppo.args.learning_rate'?" in result.stderr
 
 
 def test_run_passes_on_what_was_given(recipe, fake, tmp_path, monkeypatch):
@@ -224,6 +235,33 @@ def test_demo_needs_no_network(fake, tmp_path, monkeypatch):
     assert os.environ.pop("HF_HUB_OFFLINE") == "1"
 
 
+def test_dry_run_lists_everything_that_is_wrong(recipe, tmp_path):
+    recipe.write_text(SMALL.replace("task: closed-world", "path: gone.jsonl"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").touch()
+    sets = ("--set", "sft.args.epochs=3", "--set", "data.prompts=[{path: none.jsonl}]")
+    result = invoke("run", recipe, *sets, "--out", tmp_path / "out", "--dry-run")
+    assert (result.exit_code, result.stdout) == (2, "")
+    for wrong in ("sft.args.num_train_epochs", "out exists and is not a run"):
+        assert wrong in result.stderr
+    result = invoke("run", recipe, *sets, "--out", tmp_path / "new", "--dry-run")
+    for wrong in ("sft.args.num_train_epochs", "gone.jsonl: there is no", "none.jsonl: there is"):
+        assert wrong in result.stderr
+    assert not (tmp_path / "new").exists() and "OK" not in result.output
+
+
+@pytest.mark.parametrize("verb", ["run", "sft", "evaluate"])
+@pytest.mark.parametrize("inside", ["", "recipe.yaml"])
+def test_a_run_is_not_taken_for_a_recipe(verb, inside, finished, fake):
+    given = finished.folder / inside
+    result = invoke(verb, given)
+    assert result.exit_code == 2 and f"{finished.folder} is a run" in result.stderr
+    assert f"`lora-rlhf {verb} {given} --out {finished.folder}`" in result.stderr
+    assert not fake.calls
+    assert invoke(verb, given, "--out", finished.folder).exit_code == 0
+    assert [out for _, out, _ in fake.calls] == [finished.folder]
+
+
 # --- errors --------------------------------------------------------------------------------------
 
 
@@ -232,7 +270,7 @@ def test_unknown_key_names_file_line_and_suggestion(recipe):
     result = invoke("run", recipe)
     assert result.exit_code == 2
     assert result.stdout == ""
-    assert f"{recipe}:5: unknown key 'ppo.updats'; did you mean 'updates'?" in result.stderr
+    assert f"{recipe}:5: unknown key 'ppo.updats'; did you mean 'ppo.updates'?" in result.stderr
     assert "Traceback" not in result.output
 
 

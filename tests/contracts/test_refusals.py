@@ -10,7 +10,7 @@ import pytest
 from damage import flip_bit
 
 from lora_rlhf import pipeline
-from lora_rlhf.errors import CheckpointError, UsageError
+from lora_rlhf.errors import CheckpointError, LoraRlhfError, UsageError
 from lora_rlhf.runs.record import Record
 
 
@@ -46,6 +46,62 @@ def test_changed_seed_or_rate_is_refused_with_a_table(
 def test_free_keys_may_change(half: Path, out: Path):
     changed = killed.recipe(half.parent, "checkpoint.keep=5", "card.title=x", "evaluate.n=8")
     assert pipeline.run(changed, out, until="ppo").done("ppo")
+
+
+def test_values_given_earlier_by_set_are_named_with_the_way_to_keep_them(half: Path, out: Path):
+    with pytest.raises(UsageError) as caught:
+        pipeline.run(killed.recipe(half.parent, "ppo.updates=9", "evaluate.n=5"), out)
+    assert "--set evaluate.n=12 --set ppo.updates=3" in caught.value.remedy
+
+
+def test_a_change_that_may_be_made_is_said(half: Path, out: Path, capsys: pytest.CaptureFixture):
+    shutil.rmtree(out / "checkpoints")
+    recipe = killed.recipe(half.parent, "evaluate.n=8")
+    pipeline.run(recipe, out, until="sft")
+    said = " ".join(capsys.readouterr().err.split())
+    assert "changed in this run: evaluate.n 12 -> 8 (as before: --set evaluate.n=12)" in said
+    pipeline.run(recipe, out, until="sft")
+    assert "changed" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("until", "sets", "message"),
+    [
+        ("sft", ["sft.args.learnin=1"], "did you mean"),
+        ("ppo", ["ppo.value_warmup_updates=3"], "more updates than warm-up"),
+        ("ppo", ["data.prompts=[{path: gone.jsonl}]"], "no such file"),
+        ("ppo", ["ppo.args.per_device_train_batch_size=64"], "too few prompts"),
+        ("ppo", ["ppo.reward=gold"], "no checker"),
+        ("ppo", ["model.id=./gone"], "config.json"),
+        ("card", ["hub.policy=a/b", "hub.value=a/c", "ppo.value=head"], "trains no value adapter"),
+        ("dpo", [], "no stage 'dpo'"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_run_refuses_and_writes_nothing(
+    runs: killed.Runs, tmp_path: Path, until: str, sets: list[str], message: str
+):
+    recipe, out = runs.recipe("ppo", *sets), tmp_path / "run"
+    errors = pipeline.check(recipe, out, until=until)
+    assert message in str(errors[0]) and not out.exists()
+    with pytest.raises(LoraRlhfError) as caught:
+        pipeline.run(recipe, out, until=until)
+    assert str(caught.value) in map(str, errors)
+
+
+def test_a_dry_run_of_a_begun_run_checks_it(half: Path, out: Path):
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    assert pipeline.check(killed.recipe(half.parent), out) == []
+    flip_bit(out / "adapters" / "sft" / "adapter_model.safetensors")
+    [error] = pipeline.check(killed.recipe(half.parent, "seed=3"), out)
+    assert "holds a run of another recipe" in str(error)
+    assert {p for p in out.rglob("*") if p.is_file()} == before.keys()
+
+
+def test_keys_of_stages_that_are_not_asked_for_refuse_nothing(runs: killed.Runs, tmp_path: Path):
+    sets = ["ppo.value_warmup_updates=5", "ppo.args.nonsense=1", "hub.value=a/b", "ppo.value=head"]
+    recipe = runs.recipe("ppo", *sets, "data.prompts=[{path: gone.jsonl}]", "reward.args.x=1")
+    assert pipeline.check(recipe, tmp_path / "run", until="sft") == []
+    assert len(pipeline.check(recipe, tmp_path / "run", until="reward")) == 1
 
 
 def tampered(out: Path, **changes) -> None:

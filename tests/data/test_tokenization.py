@@ -116,7 +116,10 @@ def test_a_run_reads_every_set_once(recipe, tmp_path, monkeypatch):
 
     monkeypatch.setattr(dataset_builder, "read", counting)
     out = tmp_path / "run"
-    configs, record = trainer_configs.build(recipe, out), Record.open(out, recipe)
+    configs, record = (
+        trainer_configs.build(recipe, out, ("sft", "reward", "ppo")),
+        Record.open(out, recipe),
+    )
     made = SimpleNamespace(tokenizer=small.tokenizer())
     data = pipeline._Data(recipe, record, made, Progress(quiet=True))
     data.check(["sft", "reward", "ppo", "evaluate"], configs)

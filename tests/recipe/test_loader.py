@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading and dumping recipes: strict values, errors with lines, masked secrets, round trips."""
 
+import itertools
+import json
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 from full_recipe import EVERY_KEY
 from pydantic import BaseModel, ValidationError
 
 from lora_rlhf.data import row_formats
 from lora_rlhf.errors import RecipeError
+from lora_rlhf.recipe import trl_args
 from lora_rlhf.recipe.loader import dump_recipe, load_recipe, parse_recipe
 from lora_rlhf.recipe.schema import COLUMNS, ModelSection, PpoSection, Recipe
 from lora_rlhf.recipe.strict_yaml import dump_yaml, parse_yaml
@@ -145,23 +150,78 @@ def test_an_error_shows_no_secret():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lora: {r: '4'}", "lora.r = '4': Input should be a valid integer"),
+        ("lora: {r: '4'}", "lora.r = '4': expected a whole number"),
         ("lora: {r: true}", "lora.r = True"),
         ("lora: {r: 4.0}", "lora.r = 4.0"),
-        ("hub: {public: yes}", "hub.public = 'yes': Input should be a valid boolean"),
+        ("hub: {public: yes}", "hub.public = 'yes': expected true or false"),
         ("hub: {public: 1}", "hub.public = 1"),
         ("ppo: {kl_coef: inf}", "ppo.kl_coef = 'inf'"),
-        ("ppo: {kl_coef: .inf}", "ppo.kl_coef = inf: Input should be a finite number"),
+        ("ppo: {kl_coef: .inf}", "ppo.kl_coef = inf: expected a finite number"),
         ("ppo: {kl_coef: true}", "ppo.kl_coef = True"),
         ("ppo: {kl_target: .NaN}", "ppo.kl_target = nan"),
         ("ppo: {args: {x: 1e999}}", "1e999 is beyond the largest number"),
         ("seed: 1_000", "seed = '1_000'"),
-        ("card: {title: 7}", "card.title = 7: Input should be a valid string"),
+        ("card: {title: 7}", "card.title = 7: expected text"),
     ],
 )
 def test_values_of_another_type_are_refused(text, message):
     error = refused(text)
     assert message in error.given and error.where == "r.yaml:3"
+
+
+VALUES = ["x y", 7, -1, 0.5, 1e9, True, None, [], [1], ["x"], {}, {"a": 1}]
+
+
+def test_no_message_speaks_of_the_library_that_checks_it():
+    """Every key of every section, with values of every type."""
+    plain = yaml.safe_load(EVERY_KEY)
+    data = {k: [dict.fromkeys(v[0])] for k, v in plain["data"].items() if isinstance(v, list)}
+    for section, value in itertools.product(plain, VALUES):
+        inside = plain[section] if isinstance(plain[section], dict) else {}
+        sets = [{section: value}, {section: dict.fromkeys(inside, value)}]
+        if section == "data":
+            sets += [{"data": {k: [dict.fromkeys(v, value)]}} for k, [v] in data.items()]
+        for given in sets:
+            try:
+                parse("", *(f"{k}={json.dumps(v)}" for k, v in given.items()))
+            except RecipeError as error:
+                ours = re.sub(r"(= '|= \[').*?'", "", error.given)
+                words = r"Input|[Vv]alid\b|instance|Section|\b(dict|str|int)\b|Value error"
+                assert not re.search(words, ours)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("ppo.learning_rate", "'ppo.args.learning_rate'?"),
+        ("sft.lr", "'sft.args.learning_rate'?"),
+        ("lora.rank", "'lora.r'?"),
+        ("rank", "'lora.r'?"),
+        ("model.name", "'model.id'?"),
+        ("sft.epochs", "'sft.args.num_train_epochs'?"),
+        ("reward.batch_size", "'reward.args.per_device_train_batch_size'?"),
+        ("kl_coef", "'ppo.kl_coef' or 'grpo.kl_coef' or 'rloo.kl_coef'?"),
+        ("learning_rate", "'sft.args.learning_rate' or 'reward.args.learning_rate' or"),
+        ("ppo.beta", "'ppo.kl_coef'?"),
+        ("dpo.kl_coef", "'dpo.beta'?"),
+        ("data.max_length", "'data.max_tokens'?"),
+        ("ppo.updats", "'ppo.updates'?"),
+        ("evaluation", "'evaluate'?"),
+    ],
+)
+def test_a_suggestion_is_a_key_that_exists(given, meant):
+    error = refused("", f"{given}=1")
+    assert f"unknown key {given!r}; did you mean {meant}" in error.given
+    for key in re.findall(r"'([^']+)'", meant):
+        section, *rest = key.split(".")
+        fields = getattr(Recipe.model_fields[section].annotation, "model_fields", {})
+        assert not rest or rest[0] in fields
+        if rest[:1] == ["args"]:
+            assert rest[1] in trl_args.fields(section)
+
+
+def test_a_name_like_nothing_gets_the_list_of_keys():
+    assert "known: r, alpha, top_fraction, target_modules" in refused("", "lora.zzz=1").given
 
 
 def test_numbers_are_those_of_yaml_1_2():
@@ -226,7 +286,7 @@ def test_a_conflict_names_the_line_and_never_shows_the_recipe(text, line, messag
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model: {idd: tiny}", "unknown key 'model.idd'; did you mean 'id'?"),
+        ("model: {idd: tiny}", "unknown key 'model.idd'; did you mean 'model.id'?"),
         ("modle: {id: tiny}", "unknown key 'modle'; did you mean 'model'?"),
         ("model: {revision: x}", "'model.id' is required"),
         ("model: {nothing_like_it: x}", "'model.id' is required\n  r.yaml:2: unknown key"),

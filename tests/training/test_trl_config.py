@@ -75,9 +75,14 @@ def test_every_place_that_a_refusal_names_exists(recipe):
 @pytest.mark.parametrize(
     ("stage", "key", "trl", "hint"),
     [
-        ("sft", "learning_rat", "SFTConfig", "did you mean 'learning_rate'?"),
+        ("sft", "learning_rat", "SFTConfig", "did you mean 'sft.args.learning_rate'?"),
         ("reward", "center_rewards_coef", "RewardConfig", "center_rewards_coefficient"),
-        ("ppo", "steps_per_generations", "GRPOConfig", "did you mean 'steps_per_generation'?"),
+        (
+            "ppo",
+            "steps_per_generations",
+            "GRPOConfig",
+            "did you mean 'ppo.args.steps_per_generation'?",
+        ),
         ("ppo", "qqqqq", "GRPOConfig", "leave it out"),
     ],
 )
