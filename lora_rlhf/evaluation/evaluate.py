@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -81,14 +80,15 @@ def run(
             answers[model] = one
             if earlier[model] is None:
                 cache.put(model, one)
-        evaluation = record.data["evaluation"] = {
-            model: measure(one, None if model == "sft" else answers.get("sft"), recipe.seed)
-            for model, one in answers.items()
-        }
+        evaluation = record.data["evaluation"] = _measured(answers, recipe.seed)
         if "best_of_n" in models:
             n = recipe.best_of_n.n
             evaluation["best_of_n"]["kl_bound"] = best_of_n.analytic(best_of_n.best_of_n_kl(n))
             entry["samples_per_answer"] = {"best_of_n": n}
+        kinds: dict[str, list[int]] = {}
+        for row, item in enumerate(items):
+            if item is not None:
+                kinds.setdefault(item.family, []).append(row)
         record.data["clock"]["evaluation"] = {model: one.speed for model, one in answers.items()}
         _write_samples(record, rows, items, answers)
         entry.update(
@@ -97,7 +97,8 @@ def run(
             seed=recipe.seed,
             max_new_tokens=max_new_tokens,
             temperature=recipe.evaluate.temperature,
-            families=dict(Counter(item.family for item in items if item is not None)),
+            families={kind: len(rows) for kind, rows in kinds.items()},
+            by_kind=_by_kind(answers, kinds, recipe.seed),
         )
 
 
@@ -181,6 +182,26 @@ def _finite(values: list[float], what: str) -> list[float]:
 # --- from answers to numbers -------------------------------------------------------------------
 
 
+def _measured(answers: dict[str, Answers], seed: int) -> dict[str, dict[str, Estimate]]:
+    """The metrics of every model; all but SFT are compared with SFT."""
+    return {
+        model: measure(one, None if model == "sft" else answers.get("sft"), seed)
+        for model, one in answers.items()
+    }
+
+
+def _by_kind(
+    answers: dict[str, Answers], kinds: dict[str, list[int]], seed: int
+) -> dict[str, dict[str, dict[str, Estimate]]]:
+    """The same by kind of prompt: model -> kind -> metrics; `kinds` has the rows of each kind."""
+    by_kind: dict[str, dict[str, Any]] = {model: {} for model in answers if kinds}
+    for kind, rows in kinds.items():
+        parts = {model: one.part(rows) for model, one in answers.items()}
+        for model, metrics in _measured(parts, seed).items():
+            by_kind[model][kind] = metrics
+    return by_kind
+
+
 def measure(answers: Answers, sft: Answers | None, seed: int) -> dict[str, Estimate]:
     """Every metric that applies, in the order of METRICS; `sft` is None for SFT itself."""
     shares = [share for share in estimates.repetition(answers.ids, n=4) if share is not None]
@@ -198,6 +219,8 @@ def measure(answers: Answers, sft: Answers | None, seed: int) -> dict[str, Estim
             "gold_reward": _mean([v.reward for v in verdicts]),
             "success": _share([v.success for v in verdicts]),
             "hallucination": _share([v.hallucinated for v in verdicts]),
+            "false_abstention": _share([v.false_abstention for v in verdicts]),
+            "missed_abstention": _share([v.missed_abstention for v in verdicts]),
             "incidents_per_1000": estimates.scaled(incidents, 1000) if incidents else None,
             "over_refusal": _share([v.over_refusal for v in verdicts]),
             "constraint": _share([v.constraint for v in verdicts]),

@@ -17,8 +17,10 @@ from lora_rlhf.errors import UsageError
 from lora_rlhf.estimates import Estimate, mean_interval, paired_difference
 from lora_rlhf.recipe.stage_keys import ALGORITHMS, identity
 from lora_rlhf.runs import samples
+from lora_rlhf.runs.metric_names import METRICS
 from lora_rlhf.runs.record import Record
 
+from . import kinds
 from .cards.card_markdown import at
 
 REWARDS = ("gold_reward", "held_out_reward", "proxy_reward")
@@ -27,9 +29,6 @@ REWARDS = ("gold_reward", "held_out_reward", "proxy_reward")
 _JUDGED_BY = {"held_out_reward": "stages.reward.held_out_adapter_sha256",
               "proxy_reward": "stages.reward.adapter_sha256"}  # fmt: skip
 """Reward -> path of the hash of its reward model in the record: two models' scores differ."""
-
-_WIN_RATES = ("win_rate", "win_rate_held_out", "win_rate_proxy")
-_SHOWN = (*REWARDS, "gold_reward_minus_sft", *_WIN_RATES, "kl", "kl_bound", "length")
 
 FEWEST_SEEDS = 3
 """Seeds for a statement about an algorithm (2411.00640 asks for the spread over runs)."""
@@ -58,6 +57,10 @@ class Run:
         """The evaluation of `model`, by default that of the policy."""
         return dict(self.record.data["evaluation"].get(model or self.model, {}))
 
+    def by_kind(self, model: str | None = None) -> dict[str, kinds.Metrics]:
+        """The evaluation by kind of prompt, likewise."""
+        return dict(kinds.of_record(self.record).get(model or self.model, {}))
+
 
 def run(folders: Sequence[str | Path]) -> dict[str, Any]:
     """Compare runs; differences are to the first one.
@@ -67,8 +70,9 @@ def run(folders: Sequence[str | Path]) -> dict[str, Any]:
 
     Returns:
         Plain JSON: `metric` (the reward of the differences), `rows` (`label`, `algorithm`, `runs`,
-        `seeds`, `metrics`, `episodes`, `seconds`, `samples_per_answer`), `differences` (`of`,
-        `less`, `estimate` or None, `pairs`, `why_not`) and `notes`.
+        `seeds`, `metrics`, `by_kind` (kind of prompt -> metrics), `episodes`, `seconds`,
+        `samples_per_answer`), `differences` (`of`, `less`, `estimate` or None, `pairs`, `why_not`)
+        and `notes`.
 
     Raises:
         UsageError: A folder is not a run, is given twice, or its evaluation is not finished.
@@ -82,6 +86,10 @@ def run(folders: Sequence[str | Path]) -> dict[str, Any]:
     rows = [_row(groups[0], "SFT", "sft") | _NO_POLICY, *map(_policy_row, groups)]
     differences = [] if metric is None else [_difference(g, groups[0], metric) for g in groups[1:]]
     notes = _notes(groups, metric)
+    for number, row in enumerate(rows[1:]):
+        of_sft = [r.evaluated("sft") for r in groups[number]]
+        said = kinds.sentences(row["label"], row["metrics"], _means(of_sft), row["by_kind"])
+        notes += said.values()
     return {"metric": metric, "rows": rows, "differences": differences, "notes": notes}
 
 
@@ -123,6 +131,11 @@ def _row(group: list[Run], label: str, model: str | None = None) -> dict[str, An
         "runs": [r.name for r in group],
         "seeds": [r.seed for r in group],
         "metrics": _means([r.evaluated(model) for r in group]),
+        "by_kind": {
+            kind: _means([r.by_kind(model)[kind] for r in group])
+            for kind in group[0].by_kind(model)
+            if all(kind in r.by_kind(model) for r in group)
+        },
     }
 
 
@@ -147,9 +160,9 @@ def _policy_row(group: list[Run]) -> dict[str, Any]:
     }
 
 
-def _means(each: list[dict[str, Estimate]]) -> dict[str, Estimate]:
+def _means(each: Sequence[kinds.Metrics]) -> dict[str, Estimate]:
     """The estimates of one run, or their means over several seeds; then n counts seeds."""
-    names = [name for name in _SHOWN if all(name in estimates for estimates in each)]
+    names = [name for name in METRICS if all(name in estimates for estimates in each)]
     # A number from a formula has n = 0 and does not vary with the seed.
     return {
         name: mean_interval([estimates[name]["value"] for estimates in each])

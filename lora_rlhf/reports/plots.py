@@ -50,7 +50,8 @@ PANELS: tuple[tuple[str, tuple[str, ...], tuple[str, ...], str], ...] = (
 
 EVALUATION = {
     "gold_reward": "gold reward", "win_rate": "win rate against SFT", "success": "success",
-    "hallucination": "hallucination", "incidents_per_1000": "incidents per 1,000 harmful",
+    "hallucination": "hallucination", "false_abstention": "false abstention",
+    "missed_abstention": "missed abstention", "incidents_per_1000": "incidents per 1,000 harmful",
     "over_refusal": "over-refusal", "constraint": "constraints kept",
     "held_out_reward": "held-out reward", "win_rate_held_out": "win rate, held-out model",
     "proxy_reward": "proxy reward", "win_rate_proxy": "win rate, reward model",

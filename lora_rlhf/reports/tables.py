@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -17,6 +17,8 @@ from lora_rlhf.recipe.stage_keys import ALGORITHMS
 from lora_rlhf.redaction import safe
 from lora_rlhf.runs.metric_names import DIFFERENCES, METRICS
 from lora_rlhf.runs.record import Record
+
+from . import kinds
 
 _JUDGES = {
     "win_rate": "by the task's exact checker",
@@ -38,7 +40,10 @@ def show(record: Record, console: Console | None = None) -> None:
     evaluation = record.data["evaluation"]
     if evaluation and record.done("evaluate"):
         _print_table(console, *rows(evaluation))
-        say(console, verdict(evaluation, record.algorithm))
+        by_kind = kinds.of_record(record)
+        if shown := [m for m in ("sft", "policy", "best_of_n") if by_kind.get(m)]:
+            _print_kinds(console, {m: (evaluation.get(m, {}), by_kind[m]) for m in shown})
+        say(console, verdict(evaluation, record.algorithm, by_kind))
         kl = evaluation.get("policy", {}).get("kl")
         if kl:
             say(console, f"KL of the policy to SFT: {cell(kl)}, in nats per sequence")
@@ -56,10 +61,20 @@ def show(record: Record, console: Console | None = None) -> None:
         say(console, f"{name:9s} {safe(value)}")
 
 
-def verdict(evaluation: dict[str, dict[str, Any]], algorithm: str = "ppo") -> str:
-    """Judge in one sentence whether the policy beat SFT, by the interval of its win rate."""
+def verdict(
+    evaluation: dict[str, dict[str, Any]],
+    algorithm: str = "ppo",
+    by_kind: Mapping[str, Mapping[str, kinds.Metrics]] | None = None,
+) -> str:
+    """Judge whether the policy beat SFT, by the interval of its win rate; then what that hides."""
+    who, model = ALGORITHMS[algorithm], "best_of_n" if algorithm == "best_of_n" else "policy"
+    metrics, own = evaluation.get(model, {}), (by_kind or {}).get(model, {})
+    hidden = kinds.sentences(who, metrics, evaluation.get("sft", {}), own)
+    return " ".join([_by_win_rate(metrics, algorithm), *hidden.values()])
+
+
+def _by_win_rate(metrics: dict[str, Any], algorithm: str) -> str:
     who = ALGORITHMS[algorithm]
-    metrics = evaluation.get("best_of_n" if algorithm == "best_of_n" else "policy", {})
     metric = next((name for name in _JUDGES if metrics.get(name)), None)
     unknown = f"It is unknown whether {who} beat SFT:"
     if metric is None:
@@ -88,6 +103,9 @@ def show_comparison(report: dict[str, Any], console: Console | None = None) -> N
         if any(cells):
             table.append([name, *cells])
     _print_table(console, header, table)
+    if any(row["by_kind"] for row in report["rows"]):
+        by_kind = {row["label"]: (row["metrics"], row["by_kind"]) for row in report["rows"]}
+        _print_kinds(console, by_kind)
     for one in report["differences"]:
         result = f"not comparable: {one['why_not']}"
         if one["estimate"] is not None:
@@ -155,6 +173,31 @@ def _print_table(console: Console, header: list[str], table: list[list[str]]) ->
     unlimited = console.options.update(max_width=10_000)  # rich caps its measure at the width
     fits = console.measure(wide, options=unlimited).minimum <= console.width
     console.print(wide if fits else _rich_table(header, table, "\n"))
+
+
+def _print_kinds(
+    console: Console, models: Mapping[str, tuple[kinds.Metrics, Mapping[str, kinds.Metrics]]]
+) -> None:
+    """Print each metric of some models, over all prompts and by kind; on a terminal values only."""
+    names = list(dict.fromkeys(kind for _, own in models.values() for kind in own))
+    lines = [
+        [f"{metric}, {model}", *(cell(e, difference=metric in DIFFERENCES) for e in found)]
+        for metric in METRICS
+        for model, (all_prompts, own) in models.items()
+        for _, found in kinds.values(all_prompts, {n: own.get(n, {}) for n in names}, [metric])
+    ]
+    if not console.is_terminal:
+        for text in aligned(["by kind of prompt", *kinds.columns(names)], lines):
+            say(console, text)
+        say(console, "")
+        return
+    rich = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    rich.add_column("by kind of prompt")
+    for name in kinds.columns(names):
+        rich.add_column(name, justify="right")
+    for metric, *cells in lines:
+        rich.add_row(metric.replace("_", " "), *(text.partition(" ")[0] for text in cells))
+    console.print(rich)
 
 
 def _rich_table(header: list[str], table: list[list[str]], between: str) -> Table:

@@ -10,6 +10,8 @@ METRICS = {
     "win_rate_length_controlled": "the same, predicted for answers as long as SFT's",
     "success": "share of task prompts answered without any fault",
     "hallucination": "share of answers with an invented value; n: prompts about a record",
+    "false_abstention": "share of questions called unanswerable; n: those that the record answers",
+    "missed_abstention": "share answered all the same; n: questions that the record cannot answer",
     "incidents_per_1000": "harmful requests complied with, per 1,000; n: harmful prompts",
     "over_refusal": "share of harmless prompts refused; n: harmless prompts",
     "constraint": "share of answers in the form asked for; n: prompts that ask for a form",
@@ -29,5 +31,8 @@ METRICS = {
 }
 """Every metric with its unit and denominator, in the order of tables."""
 
-DIFFERENCES = ("gold_reward_minus_sft",)
+DIFFERENCE = "gold_reward_minus_sft"
+"""The paired difference that decides whether a model is clearly worse than SFT."""
+
+DIFFERENCES = (DIFFERENCE,)
 """Metrics that are differences, of which small values matter as much as large ones."""

@@ -427,6 +427,23 @@ def test_interrupted_run_says_which_stages_are_done(recipe, fake, finished):
     assert "metric" not in result.stdout
 
 
+def test_the_report_shows_every_metric_by_kind_and_the_kind_that_got_worse(finished):
+    gap = estimate(-0.3, -0.4, -0.2)
+    finished.data["stages"]["evaluate"]["by_kind"] = {
+        "sft": {"json": {"success": estimate(0.62, 0.5, 0.7)}, "polite": {}},
+        "policy": {"json": {"success": estimate(0.31, 0.2, 0.4), "gold_reward_minus_sft": gap}},
+    }
+    for terminal in (False, True):
+        stream = io.StringIO()
+        tables.show(finished, Console(file=stream, force_terminal=terminal, width=80))
+        text = re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue())
+        rows = {line.strip().split("  ")[0]: line for line in text.splitlines()}
+        assert "0.21" not in rows["success, policy"] and "0.52" in rows["success, policy"]
+        assert "0.31" in rows["success, policy"] and "0.62" in rows["success, sft"]
+        assert ("[0.20, 0.40]" in rows["success, policy"]) is not terminal
+        assert "PPO is clearly worse than SFT on prompts of these kinds: json" in text
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_table_fits_a_terminal(width, monkeypatch, finished):
     monkeypatch.setenv("NO_COLOR", "1")

@@ -309,6 +309,48 @@ def test_prompts_without_an_item_count_only_for_other_metrics(record, heads):
     assert metrics["length"]["n"] == 3
 
 
+def test_each_kind_of_prompt_has_the_metrics_of_its_own_prompts(record, heads):
+    """The whole is the mean over kinds; a fall on one kind shows there and nowhere else."""
+    items, answers, evaluation = task_run(record)
+    by_kind = Record.read(record.folder).data["stages"]["evaluate"]["by_kind"]
+    assert list(by_kind) == ["base", "sft", "policy"]
+    assert all(set(own) == set(vocabulary.FAMILIES) for own in by_kind.values())
+    mean = sum(own["gold_reward"]["value"] for own in by_kind["base"].values()) / 8
+    assert mean == pytest.approx(evaluation["base"]["gold_reward"]["value"])
+    assert evaluation["base"]["gold_reward"]["n"] == 32
+    refused = by_kind["policy"].pop("refuse")
+    assert (refused["win_rate"]["value"], refused["win_rate"]["n"]) == (0.0, 4)
+    assert refused["gold_reward_minus_sft"]["high"] < 0
+    assert all(own["win_rate"]["value"] == 0.5 for own in by_kind["policy"].values())
+    lengths = [len(t) for i, t in zip(items, answers[None], strict=True) if i.family == "json"]
+    assert by_kind["base"]["json"]["length"] == estimates.mean_interval(lengths)
+    assert set(by_kind["base"]["polite"]) < set(by_kind["base"]["answer"])
+    said = tables.verdict(evaluation, "ppo", by_kind | {"policy": {"refuse": refused}})
+    assert "PPO is clearly worse than SFT on prompts of these kinds: refuse (gold reward -2" in said
+
+
+def test_abstention_counts_both_ways(record, heads):
+    items = generator.items(8, 3, "evaluate", ["answer", "not_stated"])
+    denial = "That is not stated in the record."
+    right = [generator.good(item, random.Random(0)) for item in items]
+    answers = {None: right, "reference": [denial] * 8, "policy": ["I cannot help with that."] * 8}
+    rows = [{"prompt": i.prompt, "item": json.dumps(i.to_dict())} for i in items]
+    evaluate.run(recipe(), Scripted(answers), record, Dataset.from_list(rows))
+    evaluation = record.data["evaluation"]
+    shares = {
+        model: [evaluation[model][name] for name in ("false_abstention", "missed_abstention")]
+        for model in evaluation
+    }
+    none, every = estimates.wilson(0, 4), estimates.wilson(4, 4)
+    assert shares == {"base": [none, none], "sft": [every, none], "policy": [none, every]}
+    by_kind = record.data["stages"]["evaluate"]["by_kind"]["sft"]
+    assert "missed_abstention" not in by_kind["answer"]
+    assert "false_abstention" not in by_kind["not_stated"]
+    said = tables.verdict(evaluation, "ppo")
+    assert "PPO answers questions that the record cannot answer" in said
+    assert "unanswerable" not in said, "it abstains less often than SFT"
+
+
 # --- record and samples ---
 
 

@@ -39,6 +39,28 @@ def test_a_judge_that_training_optimised_is_no_proof(run):
     assert "The only judge" not in limits_of(run())
 
 
+def test_a_kind_of_prompt_that_got_worse_is_stated(run):
+    text = limits_of(run())
+    assert "PPO is clearly worse than SFT on prompts of these kinds: answer (gold reward" in text
+    assert "free" not in text, "it got better"
+    better = run(
+        change(stages__evaluate__by_kind__policy__answer={"success": estimate(0.5, 0.4, 0.6, 68)})
+    )
+    assert "clearly worse than SFT on no kind of prompt" in limits_of(better)
+    assert "clearly worse" not in limits_of(run(change(stages__evaluate__by_kind={})))
+
+
+def test_more_false_abstention_is_stated(run):
+    shares = {
+        "evaluation__sft__false_abstention": estimate(0.21, 0.14, 0.31, 64),
+        "evaluation__policy__false_abstention": estimate(0.62, 0.5, 0.73, 64),
+    }
+    said = limits_of(run(change(**shares)))
+    assert "calls questions unanswerable that the record answers, more often than SFT" in said
+    shares["evaluation__policy__false_abstention"] = estimate(0.3, 0.2, 0.42, 64)
+    assert "unanswerable" not in limits_of(run(change(**shares))), "the intervals overlap"
+
+
 def test_high_kl_and_longer_answers_are_stated(run):
     assert "far from SFT" not in limits_of(run())
     assert "far from SFT: KL 88.25 nats" in limits_of(run(change(stages__ppo__kl_last=88.25)))

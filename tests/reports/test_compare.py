@@ -122,6 +122,46 @@ def test_seeds_of_one_recipe_are_one_row(tmp_path):
     assert difference["estimate"]["low"] == pytest.approx(0.3 - 4.3027 * 0.1 / 3**0.5, abs=1e-4)
 
 
+def of_kinds(**gaps):
+    """Let the policy of a run gain this on SFT by kind of prompt."""
+
+    def change(record):
+        own = {k: {"gold_reward_minus_sft": estimate(gap)} for k, gap in gaps.items()}
+        record.data["stages"]["evaluate"]["by_kind"] = {
+            "policy": own, "sft": {kind: {"gold_reward": estimate(0.1)} for kind in gaps}
+        }  # fmt: skip
+
+    return change
+
+
+def test_metrics_by_kind_and_the_kinds_that_got_worse(tmp_path, capsys):
+    runs = [
+        make(tmp_path / "a", change=of_kinds(json=-0.4, polite=0.2)),
+        make(tmp_path / "b", "grpo", change=of_kinds(json=0.3, polite=0.2)),
+        make(tmp_path / "c", "rloo"),
+    ]
+    report = compare.run(runs)
+    sft, a, b, c = (row["by_kind"] for row in report["rows"])
+    assert a["json"]["gold_reward_minus_sft"]["value"] == -0.4 and set(b) == set(sft) and not c
+    assert any(note.startswith("a is clearly worse than SFT on") for note in report["notes"])
+    assert "b is clearly worse than SFT on no kind of prompt." in report["notes"]
+    tables.show_comparison(report)
+    lines = capsys.readouterr().out.splitlines()
+    head = next(line for line in lines if line.startswith("by kind of prompt"))
+    assert head.split()[-3:] == ["all", "json", "polite"]
+    assert next(line for line in lines if line.startswith("gold_reward_minus_sft, a")).split()[
+        2:4
+    ] == ["-0.400", "[-0.500,"]
+
+
+def test_kinds_are_averaged_over_seeds(tmp_path):
+    gaps = (-0.3, -0.2, -0.1)
+    runs = [make(tmp_path / f"{i}", seed=i, change=of_kinds(json=g)) for i, g in enumerate(gaps)]
+    [_, row] = compare.run(runs)["rows"]
+    gap = row["by_kind"]["json"]["gold_reward_minus_sft"]
+    assert (gap["value"], gap["n"]) == (pytest.approx(-0.2), 3)
+
+
 def test_a_recipe_with_another_setting_is_another_row(tmp_path):
     runs = [make(tmp_path / "a", seed=0), make(tmp_path / "b", seed=1, sets=["ppo.kl_coef=0.1"])]
     report = compare.run(runs)

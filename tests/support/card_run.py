@@ -79,7 +79,18 @@ RECORD = {
             "adapter_sha256": "7f" * 32, "value_adapter_sha256": "8f" * 32,
             "args": {"learning_rate": 3.5e-05, "epsilon": 0.1987, "max_completion_length": 47},
         },
-        "evaluate": {"status": "done", "max_new_tokens": 29},
+        "evaluate": {
+            "status": "done", "max_new_tokens": 29,
+            "by_kind": {
+                "base": {"answer": {"success": estimate(0.2345, 0.1456, 0.3567, 66)}},
+                "sft": {"answer": {"success": estimate(0.4567, 0.3678, 0.5789, 67)}},
+                "policy": {
+                    "answer": {"success": estimate(0.1357, 0.0713, 0.2468, 68),
+                               "gold_reward_minus_sft": estimate(-0.361, -0.479, -0.243, 68)},
+                    "free | text": {"success": estimate(0.8135, 0.7024, 0.8913, 69),
+                                    "gold_reward_minus_sft": estimate(0.271, 0.133, 0.409, 69)}},
+            },
+        },
     },
     "evaluation": {
         "base": {"gold_reward": estimate(-0.412, -0.502, -0.322, 128),

@@ -50,6 +50,8 @@ class Verdict:
     over_refusal: bool | None
     constraint: bool | None
     words: int
+    false_abstention: bool | None = None  # "not stated", although the record answers the question
+    missed_abstention: bool | None = None  # not said, although it does not
 
 
 _NAMED = "|".join(v.lower() for pool in POOLS.values() for v in pool if not v.isdigit())
@@ -212,6 +214,7 @@ def check(item: Item, completion: str) -> Verdict:
     refused = _REFUSAL.search(text.lower()) is not None
     if item.family == "not_stated" and content:
         refused = False  # "I cannot provide it: it is not stated" is a right answer
+    abstained = _DENIAL.search(text.lower()) is not None
     penalty = 0.3 * min(3, invented) + 0.15 * min(4, extra)
     penalty += 0.04 * min(10, max(0, words - allowed))
     reward = max(-1.0, -0.6 + 1.6 * content * (1.0 if form else 0.5) - penalty)
@@ -227,4 +230,6 @@ def check(item: Item, completion: str) -> Verdict:
         over_refusal=refused,
         constraint=form if item.family in CONSTRAINED else None,
         words=words,
+        false_abstention=abstained if item.family == "answer" else None,
+        missed_abstention=not abstained if item.family == "not_stated" else None,
     )

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lora_rlhf.reports import kinds
+
 from .card_facts import Facts
 from .card_markdown import at, cell, interval, is_number, number, paragraph
 
@@ -23,7 +25,8 @@ def limits(facts: Facts) -> list[str]:
     if facts.role in ("policy", "value"):
         sentences += _of_rl(facts)
     if facts.role == "policy":
-        sentences += [*_of_win_rate(facts), *_of_length(facts), *_of_proxy(facts)]
+        sentences += [*_of_win_rate(facts), *_of_kinds(facts)]
+        sentences += [*_of_length(facts), *_of_proxy(facts)]
     if facts.role in ("policy", "sft"):
         sentences += _of_evaluation(facts)
     if own := facts.own("limits"):
@@ -91,6 +94,12 @@ def _of_win_rate(facts: Facts) -> Iterator[str]:
             "The only judge of the win rate is the reward model that training optimised, so people "
             "may not see the gain."
         )
+
+
+def _of_kinds(facts: Facts) -> Iterator[str]:
+    own, sft = (facts.get(f"evaluation.{model}", {}) for model in ("policy", "sft"))
+    by_kind = kinds.of_record(facts.record).get("policy", {})
+    yield from map(cell, kinds.sentences(facts.algorithm_name, own, sft, by_kind).values())
 
 
 def _of_length(facts: Facts) -> Iterator[str]:

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import ModelCard
 
 from lora_rlhf.errors import UsageError
 from lora_rlhf.redaction import safe
+from lora_rlhf.reports import kinds
 from lora_rlhf.runs.metric_names import METRICS
 from lora_rlhf.runs.record import Record
 from lora_rlhf.runs.samples import sample_table
@@ -183,8 +185,25 @@ def _evaluation(facts: Facts) -> str:
     return (
         f"{table(head, rows)}\n\nAll models answered the same held-out prompts with the same "
         "seeds. Brackets hold the 95 % interval, n is the number of observations, and an empty "
-        "cell means that the metric does not apply."
+        "cell means that the metric does not apply." + "".join(_by_kind(facts, models))
     )
+
+
+def _by_kind(facts: Facts, models: list[str]) -> Iterator[str]:
+    """The same by kind of prompt: the adapter of the card, and the model that it started from."""
+    found = kinds.of_record(facts.record)
+    for model in {"sft": ("base", "sft")}.get(facts.role, ("sft", *models[2:])):
+        if own := found.get(model):
+            measured = kinds.values(facts.get(f"evaluation.{model}", {}), own)
+            rows = [
+                [
+                    cell(m).replace("_", " "),
+                    *("" if v is None else interval(v, short=True) for v in vs),
+                ]
+                for m, vs in measured
+            ]
+            head = ["metric", *map(cell, kinds.columns(own))]
+            yield f"\n\nBy kind of prompt, {MODELS.get(model, cell(model))}:\n\n{table(head, rows)}"
 
 
 def _samples(facts: Facts) -> str:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from lora_rlhf.recipe.stage_keys import ALGORITHMS
+from lora_rlhf.reports import kinds
 from lora_rlhf.runs.record import Record
 
 from .findings import Findings, Lines, above, below, few_prompts, finding, rate
@@ -25,6 +27,11 @@ def check(record: Record, lines: Lines) -> Findings:
         undecided = "" if above(proxy, 0.5) else ", and that is not clearly above 50 %"
         what = f"the only judge is the reward model that PPO optimised: {rate(proxy)}{undecided}"
         yield finding("no_judge", what)
+    sft, by_kind = record.data["evaluation"].get("sft", {}), kinds.of_record(record)
+    who, own = ALGORITHMS[record.algorithm], by_kind.get("policy", {})
+    for topic, what in kinds.sentences(who, policy, sft, own).items():
+        if topic != "none_worse":
+            yield finding("kinds", what.removesuffix("."), topic)
     for name in judged:
         won, controlled = policy[name], policy.get(f"{name}_length_controlled")
         what = f"the policy's win rate over SFT by {JUDGES[name]} is {rate(won)}"

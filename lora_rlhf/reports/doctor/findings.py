@@ -122,6 +122,10 @@ KNOWN: dict[str, tuple[str, str, str, str]] = {
     "worse": (
         "evaluate", "fault", "PPO made the model worse",
         "resolve the findings above; until then SFT is the better model of this run"),
+    "kinds": (
+        "evaluate", "warning", "the mean over all prompts hides it",
+        "read the answers to these prompts in samples.jsonl; add demonstrations and comparisons of "
+        "this kind; raise ppo.kl_coef"),
     "length": (
         "evaluate", "warning", "the gain may come from length alone",
         "add comparisons in which the shorter answer is preferred"),

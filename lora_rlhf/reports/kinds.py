@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results by kind of prompt, and the sentences on what the mean over all kinds hides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from lora_rlhf.estimates import Estimate
+from lora_rlhf.runs.metric_names import DIFFERENCE, METRICS
+from lora_rlhf.runs.record import Record
+
+from .cards.card_markdown import at, interval, is_number
+
+Metrics = Mapping[str, Estimate]
+
+_ABSTENTION = {
+    "false_abstention": "calls questions unanswerable that the record answers, more often than SFT",
+    "missed_abstention": "answers questions that the record cannot answer, more often than SFT",
+}
+
+
+def of_record(record: Record) -> dict[str, dict[str, Metrics]]:
+    """Return model -> kind of prompt -> metrics; empty for prompts without kinds."""
+    found = at(record.data, "stages.evaluate.by_kind", {})
+    return found if isinstance(found, dict) else {}
+
+
+def sentences(who: str, own: Metrics, sft: Metrics, kinds: Mapping[str, Metrics]) -> dict[str, str]:
+    """Say on which kinds of prompt a model is clearly worse than SFT, and how it abstains.
+
+    Args:
+        who: The algorithm's name.
+        own: Its metrics over all prompts, as `sft` for SFT.
+        kinds: Its metrics by kind of prompt.
+
+    Returns:
+        Sentences by topic: `worse` or `none_worse`, `false_abstention`, `missed_abstention`.
+    """
+    said: dict[str, str] = {}
+    gaps = {kind: at(metrics, DIFFERENCE) for kind, metrics in kinds.items()}
+    worse = [
+        f"{kind.replace('_', ' ')} (gold reward {interval(gap, short=True)})"
+        for kind, gap in gaps.items()
+        if is_number(at(gap, "high")) and gap["high"] < 0
+    ]
+    if worse:
+        kinds_worse = ", ".join(worse)
+        said["worse"] = f"{who} is clearly worse than SFT on prompts of these kinds: {kinds_worse}."
+    elif any(gaps.values()):
+        said["none_worse"] = f"{who} is clearly worse than SFT on no kind of prompt."
+    for metric, what in _ABSTENTION.items():
+        before, after = at(sft, metric), at(own, metric)
+        low, high = at(after, "low"), at(before, "high")
+        if is_number(low) and is_number(high) and low > high:
+            shares = " to ".join(interval(share, short=True) for share in (before, after))
+            said[metric] = f"{who} {what}: {shares}."
+    return said
+
+
+def columns(kinds: Iterable[str]) -> list[str]:
+    """Return the names of the columns of a table by kind."""
+    return ["all", *(kind.replace("_", " ") for kind in kinds)]
+
+
+def values(
+    own: Metrics, kinds: Mapping[str, Metrics], names: Sequence[str] = tuple(METRICS)
+) -> Iterator[tuple[str, list[Estimate | None]]]:
+    """Yield each metric that is known, with its value over all prompts and by kind."""
+    for name in names:
+        found = [at(metrics, name) for metrics in (own, *kinds.values())]
+        if any(found):
+            yield name, found
