@@ -133,6 +133,19 @@ def locate(path: str) -> Path:
     return file
 
 
+def text_lines(path: Path) -> list[tuple[str, str]]:
+    """Return the lines of a text file that are not empty, each with its `file:line`.
+
+    Raises:
+        DataError: The file cannot be read, or is not UTF-8.
+    """
+    try:
+        lines = _decode(path, path.read_bytes()).split("\n")
+    except OSError as error:
+        raise DataError(f"the file cannot be read: {error}", where=str(path)) from None
+    return [(f"{path}:{n}", line.rstrip("\r")) for n, line in enumerate(lines, 1) if line.strip()]
+
+
 def _rename(where: str, row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
     if missing := [theirs for theirs in columns.values() if theirs not in row]:
         raise DataError(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from . import bias, truth
 from .metric import Metric
 
-METRICS: dict[str, Metric] = {}
+METRICS: dict[str, Metric] = {metric.name: metric for metric in (*truth.METRICS, *bias.METRICS)}
