@@ -30,11 +30,10 @@ from lora_rlhf.errors import HubError, LoraRlhfError, MemoryLimitError, UsageErr
 from lora_rlhf.evaluation import evaluate
 from lora_rlhf.hub import backup, publishing, repository
 from lora_rlhf.models.backbone import Backbone
-from lora_rlhf.planning import run_memory
-from lora_rlhf.planning.memory_budget import format_bytes
+from lora_rlhf.planning import run_memory, stage_work
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.recipe.stage_keys import has_reward_model, stage_names
-from lora_rlhf.reports import plots
+from lora_rlhf.reports import plots, tables
 from lora_rlhf.reports.cards import model_card
 from lora_rlhf.reports.doctor import findings
 from lora_rlhf.runs import disk, reuse, run_lock
@@ -213,6 +212,7 @@ def _run_stages(
             record.finish()
             model_card.write(record)
             record.seal()
+        progress.say(tables.stage_line(record, "card"))
     if "card" in stages:
         _push(recipe, record, progress)
 
@@ -249,6 +249,7 @@ def _compute(
     data = _Data(recipe, record, backbone, progress)
     for check_part in data.checks(wanted, configs):
         check_part()
+    progress.plan(stage_names(recipe.algorithm), data.work(wanted, configs))
     record.on_done = lambda: _describe(record, backbone, peak)
     stages = stage_names(recipe.algorithm)
     for stage in stages[: stages.index(wanted[-1]) + 1]:
@@ -256,10 +257,11 @@ def _compute(
             loaded_run.load_stage(stage, backbone, record)
             continue
         _run_stage(stage, context, configs, data)
+        progress.say(tables.stage_line(record, stage))
         # Checked after a stage, so that even the shortest budget makes some progress each time.
         if stage != wanted[-1]:
             interrupts.stop_if_requested()
-    progress.say(f"measured: {format_bytes(peak.read())} at the peak ({peak.quantity})")
+    progress.say(peak.line())
 
 
 def _run_stage(stage: str, context: StageContext, configs: TrainerConfigs, data: _Data) -> None:
@@ -277,10 +279,10 @@ def _run_stage(stage: str, context: StageContext, configs: TrainerConfigs, data:
         rows = rows.select(range(min(_OFFSET_ROWS, len(rows))))
         reward_stage.run(context, configs.reward, main, rows, held_out)
     elif stage == "evaluate":
-        models = "best of n" if recipe.algorithm == "best_of_n" else "policy"
-        progress.say(f"evaluate: base, sft and {models} on the held-out prompts")
-        same = checkpoint_callback.identity(backbone, record, "evaluate")
-        evaluate.run(recipe, backbone, record, data.prompts.held_out, same, progress.say)
+        same, prompts = checkpoint_callback.identity(backbone, record, "evaluate"), data.prompts
+        rows = evaluate.rows_processed(recipe, backbone, len(prompts.held_out))
+        with progress.counting(backbone.backoff, "evaluate", rows):
+            evaluate.run(recipe, backbone, record, prompts.held_out, same, progress.say)
     elif stage == "dpo":
         assert data.comparisons is not None  # a DPO recipe without comparisons is refused
         dpo.run(context, configs.policy, data.comparisons[0].train)
@@ -304,7 +306,8 @@ def _load_backbone(
     if planned is not None:
         progress.say(line)
         record.data["plan"] = planned.as_dict()
-    peak, clock, started = run_memory.PeakMemory(), record.data["clock"], time.perf_counter()
+    peak, clock = run_memory.PeakMemory(planned), record.data["clock"]
+    started = time.perf_counter()
     backbone = Backbone.load(recipe.model, recipe.lora)
     if planned is None:  # said after loading, so that a missing base is reported once
         progress.say(line)
@@ -345,6 +348,7 @@ class _Data:
         self, recipe: Recipe, record: Record, backbone: Backbone, progress: Progress
     ) -> None:
         self.recipe, self.record, self.backbone, self.say = recipe, record, backbone, progress.say
+        self.progress = progress
         self._loaded: dataset_builder.Loaded = {}
         self._samples: dict[str, list[list[str]]] = {}
 
@@ -363,6 +367,17 @@ class _Data:
             yield lambda: self.texts
         if stages & {"reward", "dpo"} and not any(s.task for s in recipe.data.comparisons):
             yield lambda: self.comparisons
+
+    def work(self, wanted: list[str], configs: TrainerConfigs) -> dict[str, float]:
+        """Return the work of the trainings in the wanted stages."""
+        rows = {}
+        if "sft" in wanted:
+            rows["demonstrations"] = len(self.demonstrations.train)
+        if {"reward", "dpo"} & {*wanted} and not any(s.task for s in self.recipe.data.comparisons):
+            rows["comparisons"] = len(self.comparisons[0].train) if self.comparisons else 0
+        if "evaluate" in wanted:
+            rows["evaluate"] = min(self.recipe.evaluate.n, len(self.prompts.held_out))
+        return stage_work.work(self.recipe, configs, wanted, rows)
 
     @cached_property
     def demonstrations(self) -> Prepared:
@@ -423,13 +438,14 @@ class _Data:
         key = json.dumps([seed, k, prompts])
         if key not in self._samples:
             self.say(f"reward: {k} completions of the SFT model for each of {len(prompts)} prompts")
-            answers = self.backbone.generate(
-                [self.backbone.encode_prompt(p) for p in prompts for _ in range(k)],
-                "reference",
-                seed=seed,
-                batch_size=self.recipe.evaluate.batch_size,
-                max_new_tokens=ppo_stage.completion_limit(self.recipe, "ppo"),
-            )
+            with self.progress.counting(self.backbone.backoff, "sampling", k * len(prompts)):
+                answers = self.backbone.generate(
+                    [self.backbone.encode_prompt(p) for p in prompts for _ in range(k)],
+                    "reference",
+                    seed=seed,
+                    batch_size=self.recipe.evaluate.batch_size,
+                    max_new_tokens=ppo_stage.completion_limit(self.recipe, "ppo"),
+                )
             texts = [self.backbone.decode(a) for a in answers]
             self._samples[key] = [texts[i : i + k] for i in range(0, len(texts), k)]
         return self._samples[key]

@@ -102,6 +102,19 @@ def run(
         )
 
 
+def rows_processed(recipe: Recipe, backbone: Backbone, prompts: int) -> int:
+    """Return the rows that an evaluation samples and scores, each as often as it is processed."""
+    scored = len(ensemble.roles(recipe.reward)) if backbone.has("reward") else 0
+    scored += backbone.has("held_out")
+    likely = 2 if recipe.evaluate.temperature > 0 else 0
+    passes = 0
+    for model in _models(recipe, backbone):
+        drawn = recipe.best_of_n.n if model == "best_of_n" else 1
+        own = likely if MODELS[model] != "reference" else 0
+        passes += drawn + scored * (drawn + 1 if drawn > 1 else 1) + own
+    return passes * min(recipe.evaluate.n, prompts)
+
+
 def _models(recipe: Recipe, backbone: Backbone) -> list[str]:
     """The models of this run; best of n, which samples from SFT, takes the place of a policy."""
     skipped = "policy" if recipe.algorithm == "best_of_n" else "best_of_n"

@@ -39,7 +39,9 @@ def before_run(recipe: Recipe) -> tuple[Plan | None, str]:
         return None, f"plan: none ({type(error).__name__}: {first_line(error):.120})"
     peak = f"{format_bytes(plan.peak)} at the peak ({plan.worst}, with the longest texts allowed)"
     if total is None:
-        return plan, f"plan: {peak} in tensors, on the CPU"
+        own = psutil.Process().memory_info().rss
+        whole = f"{format_bytes(plan.peak + own)} with the process's own {format_bytes(own)}"
+        return plan, f"plan: {peak} in tensors on the CPU, {whole}"
     free = torch.cuda.mem_get_info()[0]
     line = f"plan: {peak}, {format_bytes(plan.needed)} with CUDA's own, {format_bytes(free)} free"
     if plan.needed > free:
@@ -48,28 +50,37 @@ def before_run(recipe: Recipe) -> tuple[Plan | None, str]:
 
 
 class PeakMemory:
-    """Peak memory of this process since the object was made."""
+    """Peak memory since the object was made, in the quantity that was planned.
 
-    def __init__(self) -> None:
+    On a GPU that is the tensors; on a CPU the whole process, because torch counts no tensors there.
+    """
+
+    def __init__(self, planned: Plan | None = None) -> None:
         self._gpu = torch.cuda.is_available()
-        self._before = 0
+        own = 0
         if self._gpu:
             torch.cuda.reset_peak_memory_stats()
         else:
-            self._before = psutil.Process().memory_info().rss
+            own = psutil.Process().memory_info().rss
+        self.planned = planned and planned.peak + own
 
     @property
     def quantity(self) -> str:
         """Name of the measured quantity."""
         if self._gpu:
             return "torch.cuda.max_memory_allocated"
-        return "highest resident set of the process, above that before the model was loaded"
+        return "highest resident set of the process"
 
     def read(self) -> int:
         """Return the peak in bytes."""
         if self._gpu:
             return int(torch.cuda.max_memory_allocated())
-        return _highest_resident_set() - self._before
+        return _highest_resident_set()
+
+    def line(self) -> str:
+        """Return the measured peak beside the planned one."""
+        planned = f", {format_bytes(self.planned)} planned" if self.planned else ""
+        return f"measured: {format_bytes(self.read())} at the peak{planned} ({self.quantity})"
 
 
 def _highest_resident_set() -> int:

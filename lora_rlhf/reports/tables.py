@@ -13,9 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_rlhf.estimates import Estimate
-from lora_rlhf.recipe.stage_keys import ALGORITHMS
+from lora_rlhf.recipe.stage_keys import ALGORITHMS, stage_names
 from lora_rlhf.redaction import safe
 from lora_rlhf.runs.metric_names import DIFFERENCES, METRICS
+from lora_rlhf.runs.progress import clock
 from lora_rlhf.runs.record import Record
 
 from . import kinds
@@ -59,6 +60,33 @@ def show(record: Record, console: Console | None = None) -> None:
         lines.append(("try it", f'lora-rlhf generate {record.folder} "your text"'))
     for name, value in lines:
         say(console, f"{name:9s} {safe(value)}")
+
+
+def stage_line(record: Record, stage: str) -> str:
+    """Sum up a finished stage in one line: its result and its time."""
+    entry, names = record.data["stages"][stage], stage_names(record.algorithm)
+    seconds = record.data["clock"]["stages"].get(stage, {}).get("seconds", 0.0)
+    head = f"{names.index(stage) + 1}/{len(names)} {stage} done in {clock(seconds)}"
+    lines = [line for line in record.metrics(stage) if "reward/score" in line]
+    results = []
+    if "skipped" in entry:
+        results.append(f"skipped: {entry['skipped']}")
+    if "train_loss" in entry:
+        results.append(f"loss {entry['train_loss']:.3g}")
+    if "held_out_loss" in entry:
+        results.append(f"held-out loss {entry['held_out_loss']:.3g}")
+    if "gate" in entry:
+        results.append(f"held-out accuracy {cell(entry['accuracy'])}")
+        reason = entry.get("gate_reason")
+        results.append(f"gate {entry['gate']}{f' ({reason})' if reason else ''}")
+    if lines:
+        first, last = (float(line["reward/score"]) for line in (lines[0], lines[-1]))
+        results.append(f"score {first:.3g} -> {last:.3g}")
+    if "kl_last" in entry:
+        results.append(f"KL to SFT {float(entry['kl_last']):.3g} nats")
+    if stage == "evaluate":
+        results.append(f"{entry['prompts']} prompts for each of {', '.join(entry['models'])}")
+    return ": ".join([head, ", ".join(results)]) if results else head
 
 
 def verdict(

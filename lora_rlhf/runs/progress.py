@@ -3,50 +3,63 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from lora_rlhf.recipe.stage_keys import stage_of
 from lora_rlhf.redaction import safe
 
-_ROLLOUTS = ("reward/score", "rewards/gold", "kl/sequence", "completions/length")
-_SHOWN = {
-    "sft": ("loss",),
-    "reward": ("loss", "accuracy"),
-    "held_out": ("loss", "accuracy"),
-    "ppo": _ROLLOUTS,
-    "grpo": _ROLLOUTS,
-    "rloo": _ROLLOUTS,
-    "dpo": ("loss", "accuracy", "margin"),
-}
+_ROLLOUTS = ("reward/score", "kl/sequence", "rewards/gold", "completions/length")
+_PAIRS = ("loss", "accuracy", "margin")
+_SHOWN = {"sft": ("loss",), **dict.fromkeys(("ppo", "grpo", "rloo"), _ROLLOUTS), "evaluate": ()}
+"""Training -> the metrics that its line shows, the most important first; others are on pairs."""
+
+_WIDTH = 80
+"""Longest line; metrics that would not fit are left out."""
+
 _PLAIN_SECONDS = 15.0
 
 
 class Progress:
-    """Step, phase, rate and time left: a live line on a terminal, plain lines elsewhere."""
+    """Stage, step, phase, rate, time left: a live line on a terminal, plain lines elsewhere."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
         self.console = Console(stderr=True)
         self._live: Live | None = None
-        self.stage, self.phase_name, self.total, self.step_count = "", "", 0, 0
+        self.stage, self.phase_name, self.total, self.step_count, self._first = "", "", 0, 0, 0
         self._last_printed = -1  # step
         self._shown: dict[str, float] = {}
+        self._stages: tuple[str, ...] = ()
+        self._work: dict[str, float] = {}
+        self._spent, self._worked = 0.0, 0.0  # seconds and work of the trainings that are done
         self._started = self._printed = time.monotonic()
+
+    def plan(self, stages: Sequence[str], work: Mapping[str, float]) -> None:
+        """Announce the stages of the run, and the work of each training that is still to do.
+
+        Args:
+            work: Training -> its share of the work, in any unit, in order.
+        """
+        self._stages, self._work, self._spent, self._worked = tuple(stages), dict(work), 0.0, 0.0
 
     def say(self, text: str) -> None:
         """Print a permanent line."""
         if not self.quiet:
             self.console.print(safe(text), highlight=False, markup=False)
 
-    def begin(self, stage: str, total: int) -> None:
-        """Start a stage of `total` steps."""
-        self.stage, self.total, self.step_count, self._shown = stage, total, 0, {}
+    def begin(self, stage: str, total: int, first: int = 0) -> None:
+        """Start a training of `total` steps, of which `first` are done already."""
+        self.end()
+        self.stage, self.total, self.step_count, self._shown = stage, total, first, {}
         self._started = self._printed = time.monotonic()
-        self.phase_name, self._last_printed = "", -1
+        self.phase_name, self._last_printed, self._first = "", -1, first
         if not self.quiet and self.console.is_terminal:
             self._live = Live(
                 self._line(), console=self.console, transient=True, refresh_per_second=4
@@ -61,10 +74,8 @@ class Progress:
     def step(self, step: int, metrics: dict[str, Any]) -> None:
         """Show a finished step with its main metrics; a step logged twice has one plain line."""
         self.step_count = step
-        names = _SHOWN.get(self.stage, ())
-        self._shown.update(
-            {k: float(metrics[k]) for k in names if isinstance(metrics.get(k), float)}
-        )
+        known = {k: metrics[k] for k in _SHOWN.get(self.stage, _PAIRS) if k in metrics}
+        self._shown |= {k: float(v) for k, v in known.items() if isinstance(v, float)}
         if self._live is not None:
             self._refresh()
         elif (not self.quiet and step != self._last_printed) and (
@@ -73,24 +84,63 @@ class Progress:
             self._printed, self._last_printed = time.monotonic(), step
             self.console.print(self._line().plain, highlight=False, markup=False, soft_wrap=True)
 
+    @contextlib.contextmanager
+    def counting(self, backoff: Any, stage: str, total: int) -> Iterator[None]:
+        """Show as steps the rows that `backoff.for_each_batch` has processed inside the block."""
+
+        def count(kind: str, rows: int) -> None:
+            self.phase_name = "sample" if kind == "generation" else "score"
+            self.step(min(self.step_count + rows, total), {})
+
+        self.begin(stage, total)
+        backoff.processed = count
+        try:
+            yield
+        finally:
+            backoff.processed = lambda kind, rows: None
+            self.end()
+
     def end(self) -> None:
-        """Close the live line of the stage."""
+        """Close the live line of the training."""
         if self._live is not None:
             self._live.stop()
             self._live = None
+        if self.stage in self._work:
+            self._spent += time.monotonic() - self._started
+            self._worked += self._work.pop(self.stage)
+        self.stage = ""
 
     def _refresh(self) -> None:
         if self._live is not None:
             self._live.update(self._line())
 
+    def _whole(self, seconds: float, left: float) -> float:
+        """Return the seconds until the end of the run, at the speed so far."""
+        work = self._work.get(self.stage, 0.0)
+        done = self._worked + work * seconds / (seconds + left)
+        later = sum(self._work.values()) - work
+        return left + (later * (self._spent + seconds) / done if done else 0.0)
+
     def _line(self) -> Text:
-        seconds = time.monotonic() - self._started
-        rate = self.step_count / seconds if seconds > 0 else 0.0
-        left = (self.total - self.step_count) / rate if rate > 0 else 0.0
-        parts = [f"{self.stage:8s} {self.step_count}/{self.total}"]
-        if self.phase_name:
-            parts.append(f"{self.phase_name:7s}")
-        if rate:
-            parts.append(f"{rate:.2f} steps/s, {int(left // 60)}:{int(left % 60):02d} left")
-        parts += [f"{name} {value:.3g}" for name, value in self._shown.items()]
+        seconds, steps = time.monotonic() - self._started, self.step_count - self._first
+        head = f"{self.stage} {self.step_count}/{self.total}"
+        if (stage := stage_of(self.stage)) in self._stages:
+            head = f"{self._stages.index(stage) + 1}/{len(self._stages)} {head}"
+        parts = [head + (f" {self.phase_name}" if self.phase_name and self._live else "")]
+        if steps > 0 and seconds > 0:
+            rate, left = steps / seconds, (self.total - self.step_count) * seconds / steps
+            parts.append(f"{rate:.2f} steps/s" if rate >= 1 else f"{1 / rate:.2f} s/step")
+            whole = f" (run {clock(self._whole(seconds, left))})" if self._work else ""
+            parts.append(f"{clock(left)} left{whole}")
+        for name, value in self._shown.items():
+            shown = f"{name.split('/')[0] if name == 'kl/sequence' else name.split('/')[-1]}"
+            if len("  ".join([*parts, f"{shown} {value:.3g}"])) <= _WIDTH:
+                parts.append(f"{shown} {value:.3g}")
         return Text("  ".join(parts))
+
+
+def clock(seconds: float) -> str:
+    """Format a duration as m:ss or h:mm:ss."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

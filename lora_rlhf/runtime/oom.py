@@ -58,6 +58,8 @@ class BatchSizeBackoff:
     def __init__(self) -> None:
         self.limits: dict[str, int] = {}
         self.say: Callable[[str], None] = lambda _: None
+        # Called after each batch with its kind and number of rows.
+        self.processed: Callable[[str, int], None] = lambda kind, rows: None
 
     def state_dict(self) -> dict[str, int]:
         """Return the limits for a checkpoint: with other batch sizes, sums round differently."""
@@ -120,4 +122,6 @@ class BatchSizeBackoff:
             return rows
 
         while start < len(items):
-            start += self.call(kind, min(size, len(items) - start), step)
+            rows = self.call(kind, min(size, len(items) - start), step)
+            start += rows
+            self.processed(kind, rows)

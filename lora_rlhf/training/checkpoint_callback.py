@@ -95,7 +95,8 @@ class CheckpointCallback(TrainerCallback):
             self.load(trainer)
             trainer.state = TrainerState.load_from_json(str(folder / checkpoint.TRAINER_STATE))
             # Nothing is trained, but the closing evaluation is logged.
-            self.progress.begin(self.name, -(-trainer.state.max_steps // self.unit))
+            steps = -(-trainer.state.max_steps // self.unit)
+            self.progress.begin(self.name, steps, steps)
             return Result(*notes["finished"])
         return self._train(trainer)
 

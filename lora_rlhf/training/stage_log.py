@@ -26,7 +26,8 @@ class StageLog(TrainerCallback):
 
     def on_train_begin(self, _: Any, state: TrainerState, *__: Any, **___: Any) -> None:
         """Open the progress line, now that the number of steps is known."""
-        self.progress.begin(self.stage, -(-state.max_steps // self.steps_per_unit))
+        unit = self.steps_per_unit
+        self.progress.begin(self.stage, -(-state.max_steps // unit), state.global_step // unit)
 
     def on_log(
         self, _: Any, state: TrainerState, *__: Any, logs: dict[str, Any] | None = None, **___: Any

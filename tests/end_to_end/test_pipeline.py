@@ -15,10 +15,13 @@ import lora_rlhf
 from lora_rlhf import pipeline
 from lora_rlhf.algorithms.ppo import ppo_stage, ppo_trainer
 from lora_rlhf.errors import DataError, GateError, RecipeError, SetupError, UsageError
+from lora_rlhf.recipe import stage_keys
+from lora_rlhf.reports import tables
 from lora_rlhf.reports.doctor import doctor, findings
 from lora_rlhf.runs.disk import sha256
-from lora_rlhf.runs.progress import Progress
+from lora_rlhf.runs.progress import Progress, clock
 from lora_rlhf.runs.record import Record
+from lora_rlhf.runtime.oom import BatchSizeBackoff
 from lora_rlhf.serving import loaded_run
 from lora_rlhf.training.reward import reward_stage
 from lora_rlhf.training.stage_context import StageContext
@@ -318,7 +321,7 @@ def test_bad_args_are_refused_before_anything(change: str, tmp_path: Path):
 
 
 def data(record: Record, parsed, **backbone) -> pipeline._Data:
-    made = SimpleNamespace(tokenizer=None, **backbone)
+    made = SimpleNamespace(tokenizer=None, backoff=BatchSizeBackoff(), **backbone)
     return pipeline._Data(parsed, record, made, Progress(quiet=True))
 
 
@@ -394,3 +397,17 @@ def test_the_quickstart_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     runpy.run_path(str(script))
     assert "policy" in capsys.readouterr().out
     assert os.path.exists("runs/quickstart/record.json")
+
+
+def test_each_finished_stage_leaves_one_line(finished: Record):
+    """With its number, its result and its time."""
+    lines = [tables.stage_line(finished, stage) for stage in stage_keys.stage_names("ppo")]
+    assert [line.split()[:2] for line in lines] == [
+        ["1/5", "sft"], ["2/5", "reward"], ["3/5", "ppo"], ["4/5", "evaluate"], ["5/5", "card"],
+    ]  # fmt: skip
+    reward = finished.data["stages"]["reward"]
+    assert f"held-out loss {finished.data['stages']['sft']['held_out_loss']:.3g}" in lines[0]
+    assert f"accuracy {tables.cell(reward['accuracy'])}, gate {reward['gate']}" in lines[1]
+    assert " -> " in lines[2] and "KL to SFT" in lines[2]
+    for line, stage in zip(lines, finished.data["clock"]["stages"].values(), strict=True):
+        assert f"done in {clock(stage['seconds'])}" in line

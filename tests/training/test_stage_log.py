@@ -57,7 +57,7 @@ def test_numbers_that_depend_on_the_clock_are_logged_apart(clock, record):
         "clock": {"step_time": 9.0, "x_per_second": 1.0, "seconds": 2.5},
     }
     assert last == {"stage": "ppo", "step": 3, "clock": {"seconds": 0.0}}
-    assert progress.step_count == 3 and "reward/score 2" in progress._line().plain
+    assert progress.step_count == 3 and "score 2" in progress._line().plain
 
 
 @pytest.mark.parametrize(("steps", "per_unit", "total"), [(7, 1, 7), (12, 4, 3), (13, 4, 4)])
@@ -65,7 +65,7 @@ def test_the_total_comes_from_the_trainer(clock, record, steps, per_unit, total)
     """Epochs may be halves, and a last window of gradients may be short."""
     progress = Progress(quiet=True)
     log = StageLog(record, "sft", progress, steps_per_unit=per_unit)
-    log.on_train_begin(None, SimpleNamespace(max_steps=steps), None)
+    log.on_train_begin(None, SimpleNamespace(max_steps=steps, global_step=0), None)
     assert progress.total == total
 
 
