@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from . import bias, truth
+from . import bias, tasks, truth
 from .metric import Metric
 
-METRICS: dict[str, Metric] = {metric.name: metric for metric in (*truth.METRICS, *bias.METRICS)}
+METRICS: dict[str, Metric] = {
+    metric.name: metric for metric in (*truth.METRICS, *tasks.METRICS, *bias.METRICS)
+}
