@@ -10,6 +10,7 @@ LoraRlhfError                 exit code 1
 │   ├── TokenizerError
 │   ├── AdapterError
 │   ├── CheckpointError
+│   ├── DamageError
 │   ├── BusyError
 │   ├── DiskError
 │   ├── MemoryLimitError
@@ -34,7 +35,7 @@ from __future__ import annotations
 
 from lora_rlhf.redaction import safe
 
-INTERRUPTED = {"SIGINT": 130, "SIGTERM": 143}
+INTERRUPTED = {"SIGHUP": 129, "SIGINT": 130, "SIGTERM": 143}
 """Exit codes of an interrupted run, as a shell reports them (128 + signal number)."""
 
 
@@ -130,6 +131,13 @@ class CheckpointError(SetupError):
     """A checkpoint from which a run cannot continue exactly: damaged, or of another run.
 
     A truncated `optimizer.safetensors`. Use `--warm-start`, or delete the stage's checkpoints.
+    """
+
+
+class DamageError(SetupError):
+    """A file of a run that is missing, or is not as the run wrote it.
+
+    A bit of `adapters/reward` that a bad disk turned. Restore the file, or run into a new --out.
     """
 
 

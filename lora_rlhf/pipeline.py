@@ -85,7 +85,7 @@ def run(
     if out.exists() and not out.is_dir():
         return Record.open(out, recipe)  # raises: it is a file
     with (
-        run_lock.locked(out),
+        run_lock.locked(out) as check_place,
         interrupts.time_budget(recipe.checkpoint.max_minutes),
         _disk_and_memory_errors(recipe, out),
     ):
@@ -95,6 +95,7 @@ def run(
         if record.changed:
             now = ", ".join(f"{key} {was!r} -> {new!r}" for key, was, new in record.changed)
             progress.say(f"changed in this run: {now} (as before: {record.as_options()})")
+        record.check_place = check_place
         if source is not None and (copied := reuse.copy_stages(source, record)):
             progress.say(f"copied from {source.folder}: {', '.join(copied)}")
         if "card" in stages:  # before hours of training, not after them

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command `lora-rlhf`: verbs over recipes and over runs.
 
-Results go to stdout, progress and errors to stderr. Exit codes: 0; the codes of errors.py; 130 and
-143 for an interrupted run; 1 for an unexpected error. Heavy libraries are imported inside verbs.
+Results go to stdout, progress and errors to stderr. Exit codes: 0; the codes of errors.py; 129, 130
+and 143 for an interrupted run; 1 for an unexpected error. Heavy libraries are imported in verbs.
 """
 
 from __future__ import annotations
@@ -264,15 +264,17 @@ def _card_verb(
     """
     from lora_rlhf.reports.cards import model_card
     from lora_rlhf.runs.record import Record
+    from lora_rlhf.runs.run_lock import locked
 
     record = Record.read(run)
     if role is not None:
         typer.echo(model_card.render(record, role), nl=False)
         return
-    written = model_card.write(record)
-    if not written:
-        raise UsageError(f"{run} has no adapter yet", remedy="continue it with `lora-rlhf run`")
-    record.seal()
+    with locked(run):
+        record = Record.read(run)  # as it is now that no other process writes it
+        if not (written := model_card.write(record)):
+            raise UsageError(f"{run} has no adapter yet", remedy="continue it with `lora-rlhf run`")
+        record.seal()
     for path in written:
         typer.echo(path)
 
@@ -314,14 +316,17 @@ def _push_verb(
     """
     from lora_rlhf.hub import publishing
     from lora_rlhf.runs.record import Record
+    from lora_rlhf.runs.run_lock import locked
 
-    record = Record.read(run)
-    named = {"policy": policy, "reward": reward, "value": value, "sft": sft}
-    pushes, public = publishing.push_targets(record, named, public=public, base=base)
-    if base:
-        _say_pushed("base", publishing.push_base(record, base, public=public))
-    for role, repo_id in pushes.items():
-        _say_pushed(role, publishing.push(record, role, repo_id, public=public))
+    Record.read(run)
+    with locked(run):
+        record = Record.read(run)
+        named = {"policy": policy, "reward": reward, "value": value, "sft": sft}
+        pushes, public = publishing.push_targets(record, named, public=public, base=base)
+        if base:
+            _say_pushed("base", publishing.push_base(record, base, public=public))
+        for role, repo_id in pushes.items():
+            _say_pushed(role, publishing.push(record, role, repo_id, public=public))
 
 
 def _say_pushed(role: str, result: dict[str, Any]) -> None:

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -34,26 +35,70 @@ _QUIET = {
 @contextlib.contextmanager
 def errors_as_text(debug: bool) -> Iterator[None]:
     """Turn an exception into a message on stderr and an exit code, without a traceback."""
+    with _lasting_streams():
+        try:
+            yield
+        except (typer.Exit, BrokenPipeError):
+            raise
+        except KeyboardInterrupt as error:
+            name = str(error) if isinstance(error, interrupts.Interrupted) else "SIGINT"
+            _fail(debug, "Interrupted; run the same command to continue.", INTERRUPTED[name])
+        except LoraRlhfError as error:
+            _fail(debug, str(error), error.exit_code)
+        except Exception as error:
+            name, text = type(error).__name__, first_line(error)
+            if name in ("OutOfMemoryError", "MemoryError"):
+                known = MemoryLimitError(
+                    f"the device ran out of memory: {text}",
+                    remedy="a smaller base, model.load_in_4bit, or a smaller evaluate.batch_size",
+                )
+                _fail(debug, str(known), known.exit_code)
+            what = name if text == name else f"{name}: {text}"
+            hint = "" if debug else "; run again with --debug for the traceback"
+            _fail(debug, f"unexpected error: {what}{hint}", 1)
+
+
+class _Lasting:
+    """A stream that outlives its terminal: what can no longer be shown does not end the run.
+
+    Args:
+        only: The one error that is ignored; by default every OSError.
+    """
+
+    def __init__(self, stream: Any, only: int | None = None) -> None:
+        self._stream, self._only = stream, only
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write a text, or lose it."""
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Show what was written, or lose it."""
+        self._try(self._stream.flush)
+
+    def _try(self, action: Callable[..., Any], *args: str) -> None:
+        try:
+            action(*args)
+        except OSError as error:
+            if self._only not in (None, error.errno):
+                raise
+            with contextlib.suppress(OSError):  # what waits in the buffer would fail at exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
+@contextlib.contextmanager
+def _lasting_streams() -> Iterator[None]:
+    """Outlive the terminal; a closed pipe still ends a command that prints results."""
+    out, err = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _Lasting(out, errno.EIO), _Lasting(err)  # type: ignore[assignment]
     try:
         yield
-    except (typer.Exit, BrokenPipeError):
-        raise
-    except KeyboardInterrupt as error:
-        name = str(error) if isinstance(error, interrupts.Interrupted) else "SIGINT"
-        _fail(debug, "Interrupted; run the same command to continue.", INTERRUPTED[name])
-    except LoraRlhfError as error:
-        _fail(debug, str(error), error.exit_code)
-    except Exception as error:
-        name, text = type(error).__name__, first_line(error)
-        if name in ("OutOfMemoryError", "MemoryError"):
-            known = MemoryLimitError(
-                f"the device ran out of memory: {text}",
-                remedy="a smaller base, model.load_in_4bit, or a smaller evaluate.batch_size",
-            )
-            _fail(debug, str(known), known.exit_code)
-        what = name if text == name else f"{name}: {text}"
-        hint = "" if debug else "; run again with --debug for the traceback"
-        _fail(debug, f"unexpected error: {what}{hint}", 1)
+    finally:
+        sys.stdout, sys.stderr = out, err
 
 
 def _fail(debug: bool, message: str, code: int) -> NoReturn:
@@ -67,16 +112,20 @@ def _fail(debug: bool, message: str, code: int) -> NoReturn:
 
 @contextlib.contextmanager
 def signals_raise() -> Iterator[None]:
-    """Stop at the next boundary after the first SIGINT or SIGTERM, and at once after a second."""
+    """Stop at the next boundary after the first SIGINT, SIGTERM or SIGHUP; at once after a second.
+
+    A terminal that closes sends SIGHUP more than once, so a second one is ignored.
+    """
 
     def stop_once(number: int, frame: FrameType | None) -> None:
         for each in before:
-            signal.signal(each, signal.SIG_DFL)
+            hangup = signal.Signals(each).name == "SIGHUP"
+            signal.signal(each, signal.SIG_IGN if hangup else signal.SIG_DFL)
         interrupts.receive(signal.Signals(number).name)
 
     before = {}
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (getattr(signal, name) for name in INTERRUPTED if hasattr(signal, name)):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
                 before[number] = signal.signal(number, stop_once)
     try:

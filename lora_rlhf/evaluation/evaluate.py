@@ -26,6 +26,7 @@ from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.models.scoring import scores, sequence_logprobs
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.redaction import safe
+from lora_rlhf.runs.disk import write_atomically
 from lora_rlhf.runs.metric_names import METRICS
 from lora_rlhf.runs.record import Record
 from lora_rlhf.runs.samples import prompt_text
@@ -287,25 +288,28 @@ def _write_samples(
     answers: dict[str, Answers],
 ) -> None:
     """Write `samples.jsonl`, prompt by prompt; `score` is the reward of the most reliable judge."""
-    with (record.folder / "samples.jsonl").open("w", encoding="utf-8") as file:
-        for i, (row, item) in enumerate(zip(rows, items, strict=True)):
-            for model, one in answers.items():
-                line: dict[str, Any] = {
-                    "index": i,
-                    "model": model,
-                    "prompt": prompt_text(row["prompt"]),
-                    "completion": one.texts[i],
-                    "tokens": len(one.ids[i]),
-                    "finished": one.finished[i],
-                }
-                line |= {_REWARDS[role]: round(s[i], 6) for role, s in one.scores.items()}
-                if one.kl is not None:
-                    line["kl"] = round(one.kl[i], 6)
-                verdict = one.verdicts[i]
-                if item is not None and verdict is not None:
-                    line |= {"gold_reward": verdict.reward, "family": item.family}
-                    line["verdict"] = asdict(verdict)
-                kinds = ("gold_reward", "held_out_reward", "proxy_reward")
-                if ranked := [line[kind] for kind in kinds if kind in line]:
-                    line["score"] = ranked[0]
-                file.write(json.dumps(safe(line)) + "\n")
+    text = ""
+    for i, (row, item) in enumerate(zip(rows, items, strict=True)):
+        for model, one in answers.items():
+            line: dict[str, Any] = {
+                "index": i,
+                "model": model,
+                "prompt": prompt_text(row["prompt"]),
+                "completion": one.texts[i],
+                "tokens": len(one.ids[i]),
+                "finished": one.finished[i],
+            }
+            line |= {_REWARDS[role]: round(s[i], 6) for role, s in one.scores.items()}
+            if one.kl is not None:
+                line["kl"] = round(one.kl[i], 6)
+            verdict = one.verdicts[i]
+            if item is not None and verdict is not None:
+                line |= {"gold_reward": verdict.reward, "family": item.family}
+                line["verdict"] = asdict(verdict)
+            kinds = ("gold_reward", "held_out_reward", "proxy_reward")
+            if ranked := [line[kind] for kind in kinds if kind in line]:
+                line["score"] = ranked[0]
+            text += json.dumps(safe(line)) + "\n"
+    path = record.folder / "samples.jsonl"
+    write_atomically(path, text)
+    record.note(path)

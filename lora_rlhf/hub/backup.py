@@ -35,8 +35,8 @@ from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.recipe.stage_keys import keys_read, stage_names, stage_of
 from lora_rlhf.reports.cards.card_markdown import code
 from lora_rlhf.runs import checkpoint
-from lora_rlhf.runs.disk import sha256
-from lora_rlhf.runs.record import BEGINNINGS, COPY, Record
+from lora_rlhf.runs.disk import is_signed, sha256, signed
+from lora_rlhf.runs.record import BEGINNINGS, COPY, Record, is_run
 
 from .repository import Repository, offline
 from .staging import ADAPTER, file_names, scan
@@ -79,7 +79,7 @@ def prepare(
     Raises:
         HubError: The repository is public, not writable, or holds another or a damaged run.
     """
-    exists, repo_id = (out / "record.json").exists(), recipe.checkpoint.hub
+    exists, repo_id = is_run(out), recipe.checkpoint.hub
     if (out / FETCHED).exists() and not dry_run:
         _clear(out, everything=not exists)
     if not dry_run:
@@ -282,8 +282,8 @@ def _copy(run: Path, folder: Path) -> None:
 def _make_ready(folder: Path, recipe: Recipe, run: Path, repo_id: str, writer: str) -> list[str]:
     """Hide local paths, refuse secrets, write card and index; return all names."""
     names = file_names(folder)
-    sealed = Record.read(folder).data["files"]
-    whole = {name for name in names if name in sealed and sealed[name] == sha256(folder / name)}
+    listed = Record.read(folder).listed()
+    whole = {name for name in names if name in listed and listed[name] == sha256(folder / name)}
     placeholders = _placeholders(recipe, run)
     hidden = [name for name in names if _swap(folder / name, name, placeholders)]
     own = [name for name in names if not name.startswith(_OF_DATA)]
@@ -342,9 +342,12 @@ def _swap(path: Path, name: str, words: dict[str, str]) -> bool:
         elif word in text and word:  # HOME may be /, which is in every path
             whole = rf"{_BEFORE}{re.escape(word)}{_AFTER}"
             text = re.sub(whole, lambda _, other=other: other, text)  # type: ignore[misc]
-    if text != before:
-        path.write_bytes(text.encode())
-    return text != before
+    if text == before:
+        return False
+    if path.name in ("record.json", "manifest.json") and is_signed(json.loads(before)):
+        text = json.dumps(signed(json.loads(text)), indent=1)
+    path.write_bytes(text.encode())
+    return True
 
 
 # --- how far a run is ----------------------------------------------------------------------------
@@ -464,9 +467,9 @@ def _fetch(recipe: Recipe, out: Path, remote: Repository, warm_start: bool) -> N
         for name in index["hidden"]:
             _swap(folder / name, name, local_paths)
         _steps(folder)
-        if index["sealed"]:  # unchanged since the seal but for the paths of this machine
+        if index["sealed"]:  # as they were listed, but for the paths of this machine
             record = Record.read(folder)
-            record.data["files"] |= {name: sha256(folder / name) for name in index["sealed"]}
+            record.rehash(index["sealed"])
             record.save()
         Record.open(folder, recipe, warm_start=warm_start)
         # The record is moved last: a folder without it is not a run, and is fetched again.

@@ -102,11 +102,10 @@ def check_adapter(record: Record, role: str) -> str:
             "the record does not list the run's files yet",
             remedy="let the run finish its last stage, card: `lora-rlhf run`",
         )
-    # The card is made from samples and log, so these must be unchanged as well.
-    card_sources = (record.folder / name for name in ("samples.jsonl", "metrics.jsonl"))
-    for path in (*(folder / name for name in ADAPTER), *card_sources):
-        if path.exists():
+    for path in (*(folder / name for name in ADAPTER), record.folder / "samples.jsonl"):
+        if path.exists():  # the card is made from samples and log
             _check_unchanged(record, path)
+    record.metrics()
     base = hub_base(record.data["model"])
     if base is None:
         raise local_base(str(record.data["model"].get("id", "the base")), record)
@@ -250,13 +249,12 @@ def _check_unchanged(record: Record, path: Path) -> None:
     """Refuse a link, and a file whose sha256 is not the record's."""
     _check_regular(path)
     name = path.relative_to(record.folder).as_posix()
-    known = record.data["files"] | {"metrics.jsonl": record.data["clock"].get("metrics_sha256")}
-    if known.get(name) != sha256(path):
+    if name not in record.listed():
         raise HubError(
-            f"{name} is not the file that the run wrote: its sha256 differs from the record's",
-            remedy="restore the file, or run the stage again; if the recipe was changed, "
-            "`lora-rlhf run`",
+            f"{name} is not a file that the run wrote: the record does not list it",
+            remedy="remove it; if the recipe was changed, `lora-rlhf run` goes on with it",
         )
+    record.verified(name)
 
 
 def _check_regular(path: Path) -> None:

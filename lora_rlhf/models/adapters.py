@@ -13,6 +13,8 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,9 @@ from .views import has_token_class
 _LARGEST_OFFSET = 1e30
 _log = logging.getLogger(__name__)
 _OTHER_LORA = "use the lora: section of the adapter's training"
+_CHECK_KEYS = {"base_fingerprint": str, "dtype": str, "load_in_4bit": bool, "base_sample": list,
+               "expected": dict, "atol": float | int}  # fmt: skip
+"""Keys of `check.json` that are read, and their types."""
 _CHECK_TEXTS = ("The record does not say.", "Hello! How can I help you today?")
 
 
@@ -62,14 +67,21 @@ def save_role(backbone: Backbone, role: str, folder: str | Path) -> Path:
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    # `save_file` would make a file that only its owner may read.
-    weights = save(tensors, metadata={"format": "pt"})
-    (temporary / "adapter_model.safetensors").write_bytes(weights)
-    _config(backbone, role).save_pretrained(str(temporary))
-    backbone.tokenizer.save_pretrained(str(temporary))
-    _write_json(temporary / "check.json", expected_outputs(backbone, role))
-    if note := _head_note(backbone, role):
-        _write_json(temporary / "reward.json", note)
+    try:
+        # `save_file` would make a file that only its owner may read.
+        weights = save(tensors, metadata={"format": "pt"})
+        (temporary / "adapter_model.safetensors").write_bytes(weights)
+        _config(backbone, role).save_pretrained(str(temporary))
+        backbone.tokenizer.save_pretrained(str(temporary))
+        _write_json(temporary / "check.json", expected_outputs(backbone, role))
+        if note := _head_note(backbone, role):
+            _write_json(temporary / "reward.json", note)
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        # tokenizers and safetensors have no OSError: "No space left on device (os error 28)".
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from None
+        raise
     shutil.rmtree(folder, ignore_errors=True)
     temporary.replace(folder)
     return folder
@@ -273,8 +285,19 @@ def expected_outputs(backbone: Backbone, role: str) -> dict[str, Any]:
 
 
 def read_check(folder: Path) -> dict[str, Any]:
-    """Read the `check.json` of an adapter folder."""
-    return _read_json(folder / "check.json")
+    """Read the `check.json` of an adapter folder; empty if there is none.
+
+    Raises:
+        AdapterError: A key is missing, or of another type.
+    """
+    check = _read_json(folder / "check.json")
+    for key, kind in _CHECK_KEYS.items() if check else ():
+        if not isinstance(check.get(key), kind):
+            raise AdapterError(
+                f"{folder / 'check.json'} has {key} {check.get(key)!r:.80}",
+                remedy="restore the original file, or remove it",
+            )
+    return check
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

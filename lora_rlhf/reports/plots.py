@@ -8,6 +8,7 @@ when the first plot is drawn, with its file renderer, so that no window system i
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_rlhf.recipe.stage_keys import ALGORITHMS
+from lora_rlhf.runs.disk import write_atomically
 from lora_rlhf.runs.record import Record
 
 from .cards.card_markdown import is_number
@@ -256,5 +258,7 @@ def _save(path: Path, panels: Sequence[Panel]) -> Path | None:
         for number, draw in enumerate(panels, start=1):
             draw(figure.add_subplot(rows, columns, number))
         # None keeps matplotlib's version out of the file.
-        figure.savefig(path, format="png", dpi=110, metadata={"Software": None})
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=110, metadata={"Software": None})
+        write_atomically(path, picture.getvalue())
     return path

@@ -4,7 +4,8 @@
 checkpoints/TRAINING/step-00000012/
     PART.json, PART.safetensors    plain data, and its tensors; nothing is pickled
     trainer_state.json             transformers' own counters
-    manifest.json                  schema, step, identity of the run, size and sha256 of every file
+    manifest.json                  schema, step, identity of the run, size and sha256 of every file,
+                                   and its own sha256
 
 A folder is written as `*.tmp`, flushed to the disk with all its files, and then renamed: a folder
 without `.tmp` was complete once, and its hashes show whether it still is.
@@ -26,9 +27,9 @@ from safetensors import SafetensorError
 from lora_rlhf.errors import CheckpointError
 from lora_rlhf.recipe.stage_keys import FREE
 
-from .disk import no_room, sha256, sync, write_synced
+from .disk import is_signed, no_room, sha256, signed, sync, write_synced
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the layout of `manifest.json`."""
 
 PARTS = ("roles", "optimizer", "random", "trainer")
@@ -44,7 +45,7 @@ class Checkpoint:
 
     Attributes:
         run: Identity of the run as flat keys; all must be equal to continue.
-        notes: State of the run at this step: `lines` of the log, `seconds`, `finished`.
+        notes: State of the run at this step: `log` (lines and their sha256), `seconds`, `finished`.
     """
 
     folder: Path
@@ -132,7 +133,8 @@ def write(
             "notes": dict(notes),
             "files": sums,
         }
-        write_synced(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
+        text = json.dumps(signed(json.loads(json.dumps(manifest))), indent=1)
+        write_synced(temporary / "manifest.json", text.encode())
         sync(temporary)
         shutil.rmtree(folder, ignore_errors=True)  # a damaged checkpoint of this step
         temporary.replace(folder)
@@ -188,7 +190,7 @@ def newest_adapters(parent: Path) -> Checkpoint | None:
     """Find the newest folder whose adapters are intact; other parts may be damaged."""
     for folder in folders(parent):
         try:
-            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+            manifest = _manifest(folder)
             sums = {n: manifest["files"][n]["sha256"] for n in ("roles.json", "roles.safetensors")}
             if all(sha256(folder / name) == known for name, known in sums.items()):
                 return Checkpoint(folder, int(manifest["step"]), manifest["run"], sums)
@@ -200,16 +202,13 @@ def newest_adapters(parent: Path) -> Checkpoint | None:
 def verify(folder: Path) -> Checkpoint | str:
     """Check every hash of a folder; return its checkpoint, or a message that names the bad file."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = _manifest(folder)
         files = {str(k): dict(v) for k, v in manifest["files"].items()}
         checkpoint = Checkpoint(folder, int(manifest["step"]), manifest["run"], manifest["notes"])
-        schema = manifest["schema"]
     except FileNotFoundError:
         return "manifest.json is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"manifest.json cannot be read: {error!r}"
-    if schema != SCHEMA:
-        return f"manifest.json has schema {schema!r}, this version reads {SCHEMA}"
     for name in (*(f"{part}.json" for part in PARTS), TRAINER_STATE):
         if name not in files:
             return f"it lacks {name}"
@@ -223,6 +222,20 @@ def verify(folder: Path) -> Checkpoint | str:
         if sha256(path) != known.get("sha256"):
             return f"{name} has another sha256 than its manifest says"
     return checkpoint
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest of a folder.
+
+    Raises:
+        OSError, ValueError, TypeError: It cannot be read, has another schema, or was changed.
+    """
+    manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    if (schema := manifest["schema"]) != SCHEMA:
+        raise ValueError(f"it has schema {schema!r}, this version reads {SCHEMA}")
+    if not is_signed(manifest):
+        raise ValueError("it was changed: its own sha256 differs")
+    return manifest
 
 
 def folders(parent: Path) -> list[Path]:

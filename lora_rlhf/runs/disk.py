@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files on disk: synced and atomic writes, hashes, and the error for a full disk."""
+"""Files on disk: synced and atomic writes, hashes, signed JSON, and the errors of a disk."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from lora_rlhf.errors import DiskError, SetupError
+from lora_rlhf.errors import DamageError, DiskError, SetupError
+
+BACKUP = ".bak"
+"""Suffix of the copy beside a file that a run cannot do without."""
 
 
 def check_writable(folder: Path) -> None:
@@ -28,16 +34,54 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    write_synced(temporary, text.encode())
-    temporary.replace(path)
+def signed(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Add to plain data its own sha256, under the key `sha256`."""
+    plain = {key: value for key, value in data.items() if key != "sha256"}
+    text = json.dumps(plain, sort_keys=True)
+    return {**plain, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def is_signed(data: Any) -> bool:
+    """Tell if the sha256 in plain data is its own."""
+    return isinstance(data, dict) and "sha256" in data and signed(data)["sha256"] == data["sha256"]
+
+
+def damaged(path: Path, what: str) -> DamageError:
+    """Return the error for a file that is not as its run wrote it."""
+    return DamageError(
+        f"{path}: {what}",
+        expected="the file as the run wrote it",
+        remedy="restore the file, or run the recipe into a new --out; there, `--from` copies the "
+        "stages that are whole",
+    )
+
+
+def write_atomically(path: Path, content: str | bytes, *, twice: bool = False) -> None:
+    """Write a file, whole or not at all; a link at its place is replaced, not written through.
+
+    Args:
+        twice: Write a copy beside it, for the case that a power cut damages the file.
+    """
+    raw = content.encode() if isinstance(content, str) else content
+    for target in (path, path.with_name(path.name + BACKUP))[: 1 + twice]:
+        temporary = target.with_name(target.name + ".tmp")
+        write_synced(temporary, raw)
+        temporary.replace(target)
+        sync(target.parent)
+
+
+def append(path: Path, line: str) -> None:
+    """Append to a text file, which must not be written through a link."""
+    if path.exists() and (path.is_symlink() or path.stat().st_nlink > 1):
+        write_atomically(path, path.read_bytes())
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line)
 
 
 def write_synced(path: Path, content: bytes) -> None:
-    """Write a file and flush it to the disk."""
-    with path.open("wb") as file:
+    """Write a new file, replacing what is there, and flush it to the disk."""
+    path.unlink(missing_ok=True)  # a link would be written through
+    with path.open("xb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

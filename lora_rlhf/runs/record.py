@@ -7,24 +7,29 @@ metrics.jsonl    one line per logged step: {"stage", "step", ..., "clock": {...}
 samples.jsonl    completions of base, SFT and policy (or best of n) on the held-out prompts
 adapters/ROLE/   a plain PEFT folder with its card as README.md and its check.json
 plots/*.png
+
+Recipe and record have a copy beside them (`*.bak`), which is read if a power cut damaged the file.
+The record signs itself, and lists what each stage wrote: readers call `verified` first.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
 import json
+import logging
 import math
 import os
 import platform
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_rlhf.errors import LoraRlhfError, SetupError, UsageError
+from lora_rlhf.errors import LoraRlhfError, RecipeError, SetupError, UsageError
 from lora_rlhf.recipe.loader import dump_recipe, parse_recipe
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.recipe.stage_keys import (
@@ -36,11 +41,13 @@ from lora_rlhf.recipe.stage_keys import (
     stage_names,
     stage_of,
 )
-from lora_rlhf.redaction import safe
+from lora_rlhf.recipe.strict_yaml import parse_yaml
+from lora_rlhf.redaction import hide, safe
 from lora_rlhf.runtime.environment import changed_versions, versions
 from lora_rlhf.runtime.paths import reject_escaping_links
 
-from .disk import sha256, write_atomically
+from .disk import BACKUP, append, damaged, is_signed, sha256, signed, sync, write_atomically
+from .run_lock import LOCK
 
 SCHEMA = 1
 """Version of the layout of `record.json`."""
@@ -51,25 +58,36 @@ _PARTS = ("model", "lora", "data", "stages", "evaluation", "files", "clock")
 COPY = "backup.tmp"
 """Folder in a run directory while a snapshot is sent to the Hub; not part of the run."""
 
-BEGINNINGS = {"recipe.yaml", "recipe.yaml.tmp", "record.json.tmp"}
+BEGINNINGS = {"recipe.yaml", "recipe.yaml.tmp", "recipe.yaml.bak", "recipe.yaml.bak.tmp",
+              "record.json.tmp"}  # fmt: skip
 """Files of a run that was killed before it had a record; such a run starts again."""
+
+_log = logging.getLogger(__name__)
 
 _REWRITTEN = ("README.md", "recipe.yaml")
 """Files that may be rewritten in a sealed run: cards, and the recipe's free keys."""
+
+_UNSEALED = ("record.json", "metrics.jsonl", LOCK)
+_STATE = ("st_dev", "st_ino", "st_size", "st_mtime_ns")
+"""What tells that a file was changed since it was hashed."""
 
 
 class Record:
     """`record.json` of one run.
 
     Layout: `{schema, name, seed, algorithm, recipe_sha256, versions, model: {...}, lora: {...},
-    data: {SET: {...}}, stages: {STAGE: {status, ...}},
-    evaluation: {MODEL: {METRIC: {value, low, high, n}}}, files: {PATH: sha256}, clock: {...}}`.
+    data: {SET: {...}}, stages: {STAGE: {status, ..., files: {PATH: sha256}}},
+    evaluation: {MODEL: {METRIC: {value, low, high, n}}}, files: {PATH: sha256}, clock: {...},
+    sha256}`. A stage lists the files that it wrote, `files` all of the sealed run.
     """
 
     def __init__(self, folder: str | Path, data: dict[str, Any]) -> None:
         self.folder, self.data = Path(folder), data
         self.warm_start = False
         self.changed: list[tuple[str, Any, Any]] = []  # (key, value of the run, value given now)
+        self.check_place: Callable[[], None] = lambda: None  # called before the run is written to
+        self._written: dict[str, str] = {}  # path -> sha256, by the stage that runs now
+        self._seen: dict[str, tuple[os.stat_result, str]] = {}  # path -> sha256 of that state
         self.on_done: Callable[[], None] = lambda: None  # called before a stage is marked as done
         # Called after each checkpoint (False) and each finished stage (True).
         self.on_saved: Callable[[bool], None] = lambda whole_stage: None
@@ -88,7 +106,7 @@ class Record:
         """
         record = cls.peek(folder, recipe, warm_start=warm_start)
         folder, text = record.folder, dump_recipe(recipe)
-        if (folder / "record.json").exists():
+        if is_run(folder):
             for other in ALGORITHMS.keys() - {recipe.algorithm}:  # interrupted before a change
                 record.data["stages"].pop(other, None)
                 record.truncate_log(other)
@@ -97,7 +115,7 @@ class Record:
             return record
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / "recipe.yaml", text)
+            write_atomically(folder / "recipe.yaml", text, twice=True)
         except OSError as error:
             raise SetupError(
                 f"cannot write to {folder}: {error.strerror}", remedy="give another --out"
@@ -113,9 +131,10 @@ class Record:
             UsageError: As `open`.
         """
         folder, digest = Path(folder), identity(recipe)
-        if (folder / "record.json").exists():
+        if is_run(folder):
             record = cls.read(folder)
             record.warm_start = warm_start
+            record.metrics()  # raises if the log of a finished stage was changed
             record._check_recipe(recipe)
             record.data |= {"recipe_sha256": digest, "algorithm": recipe.algorithm}
             return record
@@ -135,6 +154,7 @@ class Record:
             **{part: {} for part in _PARTS},
             "clock": {
                 "started": _now(),
+                "recipe_sha256": _digest(dump_recipe(recipe)),
                 "host": {
                     "python": platform.python_version(),
                     "machine": platform.machine(),
@@ -179,13 +199,16 @@ class Record:
     def _update_recipe(self, recipe: Recipe, text: str) -> None:
         """Store a recipe whose free keys changed; cards and seal are made again."""
         path, model = self.folder / "recipe.yaml", self.data["model"]
-        if path.read_text(encoding="utf-8") == text:
+        if _text(path) == text == _text(_copy_of(path)):
             return
         if model and recipe.model.hub_id and recipe.model.hub_id != model.get("hub_id"):
             model["hub_id"] = recipe.model.hub_id
             model.pop("hub_revision", None)  # a commit of the other repository
-        # The record first: if the process is killed in between, the card stage runs once more.
-        self.data["stages"].pop("card", None)
+        # If the process is killed in between, either file is the recipe that the record knows.
+        write_atomically(_copy_of(path), text)
+        if self.data["clock"].get("recipe_sha256") != _digest(text):
+            self.data["stages"].pop("card", None)
+        self.data["clock"]["recipe_sha256"] = _digest(text)
         self.save()
         write_atomically(path, text)
 
@@ -194,44 +217,64 @@ class Record:
         """Read the record of a finished or interrupted run.
 
         Raises:
-            UsageError: The folder is not a run, a link leads out of it, or its record is damaged.
+            UsageError: The folder is not a run, a link leads out of it, or its record is damaged,
+                and so is the copy beside it.
         """
         reject_escaping_links(Path(folder), UsageError)
         path = Path(folder) / "record.json"
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not is_run(path.parent):
             raise UsageError(
                 f"{folder} is not a run directory",
                 expected="a folder that holds record.json",
                 remedy="give the --out of a `lora-rlhf run`",
-            ) from None
-        except (ValueError, OSError, RecursionError) as error:
-            raise UsageError(f"{path} cannot be read: {error}") from None
-        if wrong := _layout_fault(data):
-            raise UsageError(
-                f"{path} is no record of a run: {wrong}",
-                expected=f"record.json of schema {SCHEMA}",
-                remedy="restore the file, or run the recipe into a new --out",
             )
+        data, wrong = _parsed(path)
+        if wrong:
+            data, none = _parsed(_copy_of(path))
+            if none:
+                raise UsageError(
+                    f"{path} is no record of a run: {wrong}",
+                    expected=f"record.json of schema {SCHEMA}, as the run wrote it",
+                    remedy="restore the file, or run the recipe into a new --out",
+                )
+            _log.warning("%s: %s; its copy %s is used", path, wrong, _copy_of(path).name)
+        data.pop("sha256", None)
         return cls(folder, data)
 
     def recipe(self) -> Recipe:
         """Read the resolved recipe of this run.
 
         Raises:
-            UsageError: The file is missing or cannot be read.
+            DamageError: The file is not the recipe of this run.
+        """
+        return parse_recipe(self.recipe_text(), str(self.folder / "recipe.yaml"))
+
+    def recipe_text(self) -> str:
+        """Read the text of the recipe, or of its copy if more than free keys was edited.
+
+        Raises:
+            DamageError: Neither is the recipe of this run.
         """
         path = self.folder / "recipe.yaml"
+        known, wrong = self.data.get("clock", {}).get("recipe_sha256"), ""
+        for each in (path, _copy_of(path)):
+            text = _text(each)
+            # Runs of earlier versions know no digest.
+            if (known is None and text) or _digest(text) == known or self._is_edited(text):
+                if each != path:
+                    _log.warning("%s: %s; its copy %s is used", path, wrong, each.name)
+                return text
+            wrong = "it is not the recipe of this run" if text else "it is missing or empty"
+        raise damaged(path, wrong)
+
+    def _is_edited(self, text: str) -> bool:
+        """Tell if a text is the whole recipe of this run, in which only free keys were edited."""
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise UsageError(
-                f"{path} cannot be read: {getattr(error, 'strerror', None) or error}",
-                expected="the recipe as the run wrote it",
-                remedy="restore the file",
-            ) from None
-        return parse_recipe(text, str(path))
+            recipe = parse_recipe(text, "")
+            whole = hide(recipe.model_dump(mode="json")) == parse_yaml(text, "")[0]
+            return whole and identity(recipe) == self.data.get("recipe_sha256")
+        except RecipeError:
+            return False
 
     @property
     def algorithm(self) -> str:
@@ -240,9 +283,10 @@ class Record:
         return self.data.get("algorithm") or next((a for a in ALGORITHMS if a in stages), "ppo")
 
     def save(self) -> None:
-        """Write `record.json`, whole or not at all."""
-        text = json.dumps(safe(finite(self.data)), indent=1)
-        write_atomically(self.folder / "record.json", text + "\n")
+        """Write `record.json` and the copy beside it, each whole or not at all."""
+        self.check_place()
+        text = json.dumps(signed(json.loads(json.dumps(safe(finite(self.data))))), indent=1)
+        write_atomically(self.folder / "record.json", text + "\n", twice=True)
 
     def done(self, stage: str) -> bool:
         """Return whether `stage` is finished; for `card`, the run must be sealed too."""
@@ -257,7 +301,7 @@ class Record:
         message of a LoraRlhfError. `versions` lists packages that changed since the run started.
         """
         started, entry = time.perf_counter(), {}  # type: tuple[float, dict[str, Any]]
-        self.data["stages"][name] = {"status": "interrupted"}
+        self.data["stages"][name], self._written = {"status": "interrupted"}, {}
         if name != "card":
             self.data["files"] = {}  # no longer sealed
         self.save()
@@ -276,11 +320,88 @@ class Record:
         for training in [t for t in clock.get("before", {}) if stage_of(t) == name]:
             seconds += clock["before"].pop(training)  # of interrupted processes
         self.on_done()
+        self.note_log(name)
+        if self._written:
+            entry["files"] = dict(sorted(self._written.items()))
         self.data["stages"][name] = {"status": "done", **entry}
         clock["stages"][name] = {"seconds": round(seconds, 3)}
         self.save()
         self._drop_checkpoints(name)
         self.on_saved(True)
+
+    def note(self, path: Path) -> dict[str, str]:
+        """List a file that the current stage wrote, or all of a folder; return name -> sha256."""
+        files = [path] if path.is_file() else sorted(path.iterdir())
+        for each in (*files, path, path.parent):
+            sync(each)
+        hashes = {each.name: self._sha256(each) for each in files}
+        self._written |= {p.relative_to(self.folder).as_posix(): hashes[p.name] for p in files}
+        return hashes
+
+    def verified(self, name: str) -> Path:
+        """Compare a file of the run, or a folder's, with the record; return its path.
+
+        Files that the run did not write, and cards, which people may edit, are not looked at.
+
+        Raises:
+            DamageError: A file is missing, or has another sha256.
+        """
+
+        def known(files: dict[str, str]) -> dict[str, str]:
+            names = (n for n in files if f"{n}/".startswith(f"{name}/"))
+            return {n: files[n] for n in names if not n.endswith("README.md")}
+
+        # Runs of earlier versions list their files only when they are sealed.
+        for each, digest in (known(self._by_stages()) or known(self.data.get("files", {}))).items():
+            path = self.folder / each
+            if not path.is_file():
+                raise damaged(path, "it is missing")
+            if self._sha256(path) != digest:
+                raise damaged(path, "its sha256 is not the one in record.json")
+        return self.folder / name
+
+    def rehash(self, names: Sequence[str]) -> None:
+        """List files anew that were rewritten on purpose, wherever they are listed."""
+        if "recipe.yaml" in names:
+            self.data["clock"]["recipe_sha256"] = sha256(self.folder / "recipe.yaml")
+        entries = (entry.get("files", {}) for entry in self.data["stages"].values())
+        for files in (self.data["files"], *entries):
+            files.update({n: sha256(self.folder / n) for n in names if n in files})
+
+    def listed(self) -> dict[str, str]:
+        """Return path -> sha256 of every file that the record lists."""
+        known = self.data["clock"].get("recipe_sha256")
+        recipe = {"recipe.yaml": known} if known else {}
+        return {**self.data["files"], **self._by_stages(), **recipe}
+
+    def _by_stages(self) -> dict[str, str]:
+        entries = self.data.get("stages", {}).values()
+        return {n: d for entry in entries for n, d in entry.get("files", {}).items()}
+
+    def _sha256(self, path: Path) -> str:
+        """Hash a file, once while it is unchanged."""
+        stat, name = path.stat(), str(path)
+        before, digest = self._seen.get(name, (None, ""))
+        if before is None or any(getattr(before, a) != getattr(stat, a) for a in _STATE):
+            digest = sha256(path)
+            self._seen[name] = stat, digest
+        return digest
+
+    def note_log(self, stage: str) -> None:
+        """List the log lines of a finished stage; they are on the disk before the record is."""
+        sync(self.folder / "metrics.jsonl")
+        log = self.data["clock"].setdefault("log", {})
+        for training in list(log):
+            if stage_of(training) == stage:
+                del log[training]
+        log |= {t: state for t, state in self.log_states().items() if stage_of(t) == stage}
+
+    def log_states(self) -> dict[str, dict[str, Any]]:
+        """Return for each training the number of its log lines, and the sha256 of their text."""
+        texts: dict[str, list[str]] = {}
+        for text, line in self._logged():
+            texts.setdefault(line["stage"], []).append(text)
+        return {t: {"lines": len(x), "sha256": _digest("".join(x))} for t, x in texts.items()}
 
     def truncate_log(self, stage: str, count: int = 0) -> bool:
         """Drop the log lines of `stage` after its first `count`; return False if it has fewer."""
@@ -317,15 +438,23 @@ class Record:
         line = {"stage": stage, "step": step, **finite(metrics)}
         if clock:
             line["clock"] = finite(clock)
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(safe(line)) + "\n")
+        self.check_place()
+        append(self.folder / "metrics.jsonl", json.dumps(safe(line)) + "\n")
 
     def metrics(self, stage: str | None = None) -> list[dict[str, Any]]:
         """Return the logged lines of one stage or of all.
 
         Raises:
             UsageError: A line is not one that a run writes.
+            DamageError: The lines of a finished stage are not those that it wrote.
         """
+        states = self.log_states()
+        for training, known in self.data.get("clock", {}).get("log", {}).items():
+            if self.done(stage_of(training)) and states.get(training) != known:
+                raise damaged(
+                    self.folder / "metrics.jsonl",
+                    f"the lines of {training} are not the {known['lines']} that it wrote",
+                )
         return [line for _, line in self._logged() if stage is None or line["stage"] == stage]
 
     def _logged(self) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -338,7 +467,7 @@ class Record:
                 data = json.loads(line)
                 if not isinstance(data["stage"], str) or not isinstance(data["step"], int):
                     raise TypeError("stage and step are text and a number")
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise UsageError(
                     f"not a line of the log ({error})",
                     where=f"{path}:{number}",
@@ -359,20 +488,20 @@ class Record:
     def seal(self) -> None:
         """Record the sha256 of every file of the run, except the record and pictures.
 
-        A file that was sealed before keeps its hash, except cards and recipe: a card that is
-        written again must not hide that weights have changed. The log holds times, so its hash is
-        under `clock`.
+        A file that was listed before keeps its hash, except cards and recipe: a card that is
+        written again must not hide that weights have changed. The log holds times, so its hashes
+        are under `clock`.
         """
-        before, files = self.data["files"], {}
+        before, files = self.listed(), {}
+        self.recipe_text()  # raises if more than free keys was edited
         tops = [p for p in self.folder.iterdir() if p.name not in ("checkpoints", COPY)]
         for path in sorted(p for top in tops for p in (top, *top.rglob("*")) if p.is_file()):
             name = path.relative_to(self.folder).as_posix()
-            if path.suffix not in (".png", ".tmp") and name not in ("record.json", "metrics.jsonl"):
+            if path.suffix not in (".png", ".tmp", BACKUP) and name not in _UNSEALED:
                 known = None if path.name in _REWRITTEN else before.get(name)
-                files[name] = known or sha256(path)
-        log, clock = self.folder / "metrics.jsonl", self.data["clock"]
-        if log.exists() and not (before and "metrics_sha256" in clock):
-            clock["metrics_sha256"] = sha256(log)
+                files[name] = known or self._sha256(path)
+        states = {t: s for t, s in self.log_states().items() if self.done(stage_of(t))}
+        self.data["clock"]["log"] = states | self.data["clock"].get("log", {})
         self.data["files"] = files
         self.save()
 
@@ -386,6 +515,40 @@ def finite(value: Any) -> Any:
     return [finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+def is_run(folder: Path) -> bool:
+    """Tell if a folder holds the record of a run, or its copy."""
+    path = folder / "record.json"
+    return path.exists() or _copy_of(path).exists()
+
+
+def _copy_of(path: Path) -> Path:
+    return path.with_name(path.name + BACKUP)
+
+
+def _text(path: Path) -> str:
+    """Read a text; empty if there is none."""
+    try:
+        return path.read_bytes().decode().strip("\0")
+    except (OSError, ValueError):
+        return ""
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _parsed(path: Path) -> tuple[dict[str, Any], str]:
+    """Read a record; also return why it is none, or an empty text."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        return {}, f"it cannot be read: {error}"
+    wrong = _layout_fault(data)
+    if not wrong and "sha256" in data and not is_signed(data):
+        wrong = "its own sha256 differs, so it was changed"
+    return data, wrong
+
+
 def _layout_fault(data: Any) -> str:
     """Name the first fault in the shape of a parsed `record.json`; empty if there is none."""
     if not isinstance(data, dict):
@@ -394,9 +557,14 @@ def _layout_fault(data: Any) -> str:
         return f"schema {data.get('schema')!r}"
     if wrong := [key for key in _PARTS if not isinstance(data.get(key), dict)]:
         return f"{wrong[0]} is {'missing' if wrong[0] not in data else 'no mapping'}"
+    kinds = {"name": str, "seed": int, "versions": dict}
+    if wrong := [key for key, kind in kinds.items() if not isinstance(data.get(key), kind)]:
+        return f"{wrong[0]} is {'missing' if wrong[0] not in data else 'of another type'}"
     entries = [*data["stages"].values(), *data["data"].values(), *data["evaluation"].values()]
     if not all(isinstance(entry, dict) for entry in entries):
         return "a stage, a data set or a model of the evaluation is no mapping"
+    if not all("status" in entry for entry in data["stages"].values()):
+        return "a stage has no status"
     return "" if isinstance(data["clock"].get("stages"), dict) else "clock.stages is missing"
 
 

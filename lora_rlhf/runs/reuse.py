@@ -17,7 +17,7 @@ from lora_rlhf.recipe.stage_keys import ALGORITHMS, READS, differences, first_re
 from lora_rlhf.runtime.environment import changed_versions
 
 from .disk import sha256
-from .record import Record
+from .record import Record, is_run
 
 _SHARED = ("sft", "reward")
 _DATA = {"sft": ("demonstrations",), "reward": ("comparisons", "comparisons_held_out_model")}
@@ -59,7 +59,7 @@ def check(source: str | Path, recipe: Recipe, out: str | Path) -> Record:
     other = Record.read(source)
     if not other.done("sft"):
         raise UsageError(f"{source} has no finished stage to start from", remedy="leave --from out")
-    if (Path(out) / "record.json").exists():
+    if is_run(Path(out)):
         sft = Record.read(out).data["stages"].get("sft", {})
         if sft.get("adapter_sha256") != other.data["stages"]["sft"]["adapter_sha256"]:
             raise UsageError(
@@ -90,6 +90,7 @@ def copy_stages(other: Record, record: Record) -> list[str]:
 
     Raises:
         AdapterError: An adapter of the other run does not match its record.
+        DamageError: Another file of that adapter, or the log, does not.
     """
     stages = {  # a skipped reward stage (gold reward, no comparisons) has no adapter
         s: other.data["stages"][s]
@@ -97,6 +98,8 @@ def copy_stages(other: Record, record: Record) -> list[str]:
         if other.done(s) and not record.done(s) and "adapter_sha256" in other.data["stages"][s]
     }
     for stage, entry in stages.items():
+        for role in _roles(other, stage):
+            other.verified(f"adapters/{role}")
         path = other.adapter(stage) / "adapter_model.safetensors"
         if not path.is_file() or sha256(path) != entry["adapter_sha256"]:
             raise AdapterError(
@@ -106,15 +109,14 @@ def copy_stages(other: Record, record: Record) -> list[str]:
             )
     origin = {"name": other.data["name"], "record_sha256": sha256(other.folder / "record.json")}
     lines = other.metrics()
-    folders = [p for p in sorted((other.folder / "adapters").glob("*")) if p.is_dir()]
     for stage, entry in stages.items():
-        for folder in folders:
-            if folder.name in ("policy", "value") or stage_of(folder.name) != stage:
-                continue
-            target = record.adapter(folder.name)
+        for role in _roles(other, stage):
+            target = record.adapter(role)
             shutil.rmtree(target, ignore_errors=True)
             # The card is left out: the new run writes its own at the end.
-            shutil.copytree(folder, target, ignore=shutil.ignore_patterns("README.md"))
+            ignored = shutil.ignore_patterns("README.md")
+            shutil.copytree(other.adapter(role), target, ignore=ignored)
+            record.verified(f"adapters/{role}")
         for name in _DATA[stage]:
             if name in other.data["data"]:
                 record.data["data"][name] = other.data["data"][name]
@@ -127,8 +129,20 @@ def copy_stages(other: Record, record: Record) -> list[str]:
         if changed := changed_versions(record.data["versions"], made_with):
             entry["versions"] = changed
         record.data["stages"][stage] = {**entry, "from_run": origin}
+        record.note_log(stage)
         if stage in other.data["clock"]["stages"]:
             record.data["clock"]["stages"][stage] = other.data["clock"]["stages"][stage]
     record.data["lora"] = record.data["lora"] or other.data["lora"]
     record.save()
     return list(stages)
+
+
+def _roles(record: Record, stage: str) -> list[str]:
+    """List the adapters that a finished SFT or reward stage of a run made."""
+    listed = record.data["stages"][stage].get("files")
+    if listed is None:  # by an earlier version
+        listed = [
+            p.relative_to(record.folder).as_posix() for p in record.folder.glob("adapters/*/*")
+        ]
+    names = sorted({name.split("/")[1] for name in listed} - {"policy", "value"})
+    return [name for name in names if stage_of(name) == stage and not name.endswith(".tmp")]

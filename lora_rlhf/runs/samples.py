@@ -6,7 +6,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from .disk import damaged
 from .record import Record
+
+_KEYS = {"index": int, "model": str, "prompt": str, "completion": str}
 
 
 def prompt_text(prompt: str | list[dict[str, Any]]) -> str:
@@ -19,12 +22,23 @@ def prompt_text(prompt: str | list[dict[str, Any]]) -> str:
 
 
 def read(record: Record) -> dict[int, dict[str, dict[str, Any]]]:
-    """Read the samples as index of the prompt -> model -> line; empty if there are none."""
-    path = record.folder / "samples.jsonl"
+    """Read the samples as index of the prompt -> model -> line; empty if there are none.
+
+    Raises:
+        DamageError: The file is not as the run wrote it.
+    """
+    path = record.verified("samples.jsonl")
     by_prompt: dict[int, dict[str, dict[str, Any]]] = {}
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        line = json.loads(text)
-        by_prompt.setdefault(line["index"], {})[line["model"]] = line
+    raw = path.read_bytes() if path.exists() else b""
+    for number, text in enumerate(raw.splitlines(), start=1):
+        try:
+            line = json.loads(text)
+            for key, kind in _KEYS.items():
+                if not isinstance(line[key], kind):
+                    raise TypeError(f"{key} is {line[key]!r:.20}")
+            by_prompt.setdefault(line["index"], {})[line["model"]] = line
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise damaged(path, f"line {number} is no sample ({error!r:.80})") from None
     return by_prompt
 
 

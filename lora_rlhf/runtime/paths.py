@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Refuse links and file names that lead out of an untrusted folder."""
+"""Refuse links and names that lead out of an untrusted folder, and files that are not plain."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import stat
 from pathlib import Path
 
 from lora_rlhf.errors import LoraRlhfError
@@ -15,12 +16,13 @@ _LARGEST_INDEX = 100_000_000
 
 
 def reject_escaping_links(folder: Path, error: type[LoraRlhfError]) -> None:
-    """Refuse a folder with a link that leads out of it; the folder itself may be a link.
+    """Refuse a folder with a link that leads out of it, or with anything but files and folders.
 
-    The files of a snapshot in the Hub's cache are links to its `blobs` folder, which are allowed.
+    The folder itself may be a link. The files of a snapshot in the Hub's cache are links to its
+    `blobs` folder, which are allowed.
 
     Raises:
-        LoraRlhfError: Of the class `error`; the message names the link.
+        LoraRlhfError: Of the class `error`; the message names the link, or the pipe or device.
     """
     top = folder.resolve()
     allowed = [top]
@@ -28,7 +30,17 @@ def reject_escaping_links(folder: Path, error: type[LoraRlhfError]) -> None:
         allowed.append(top.parent.parent / "blobs")
     for here, folders, files in os.walk(top):
         for path in (Path(here) / name for name in (*folders, *files)):
-            if path.is_symlink() and not any(_leads_to(path, place) for place in allowed):
+            try:
+                mode = path.lstat().st_mode
+            except OSError:
+                continue  # removed in the meantime
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode)):
+                raise error(
+                    f"{folder}: {path.relative_to(top)} is a pipe, a socket or a device",
+                    expected="plain files, since reading it may never end",
+                    remedy="remove it, or restore the file",
+                )
+            if stat.S_ISLNK(mode) and not any(_leads_to(path, place) for place in allowed):
                 raise error(
                     f"{folder}: {path.relative_to(top)} is a link that leads out of the folder",
                     expected="plain files, or links to files in the same folder",

@@ -13,7 +13,6 @@ from lora_rlhf.data.filters import breaker
 from lora_rlhf.errors import UsageError
 from lora_rlhf.models import adapters
 from lora_rlhf.models.backbone import Backbone
-from lora_rlhf.recipe.loader import load_recipe
 from lora_rlhf.runs.record import Record
 from lora_rlhf.training import sft
 from lora_rlhf.training.reward import ensemble, reward_stage
@@ -28,7 +27,7 @@ def load(folder: str | Path) -> tuple[Backbone, Record]:
     record = Record.read(folder)
     if not record.done("sft"):
         raise UsageError(f"{folder} has no finished stage", remedy="continue with `lora-rlhf run`")
-    recipe = load_recipe(Path(folder) / "recipe.yaml")
+    recipe = record.recipe()
     backbone = Backbone.load(recipe.model, recipe.lora)
     for stage in ("sft", "reward", record.algorithm):
         if record.done(stage):
@@ -43,7 +42,7 @@ def load_stage(stage: str, backbone: Backbone, record: Record) -> None:
     elif stage == "reward":
         reward_stage.load(backbone, record)
     elif stage not in ("best_of_n", "evaluate"):
-        adapters.load_role(backbone, "policy", record.adapter("policy"))
+        adapters.load_role(backbone, "policy", record.verified("adapters/policy"))
 
 
 def generate(
@@ -61,7 +60,7 @@ def generate(
         reward model.
     """
     backbone, record = load(folder)
-    recipe = load_recipe(Path(folder) / "recipe.yaml")
+    recipe = record.recipe()
     text = breaker(backbone.tokenizer)(text)  # the user's text must hold no control tokens
     prompt: Any = [{"role": "user", "content": text}] if backbone.tokenizer.chat_template else text
     ids = backbone.encode_prompt(prompt)

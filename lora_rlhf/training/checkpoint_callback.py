@@ -81,8 +81,9 @@ class CheckpointCallback(TrainerCallback):
             self.record.truncate_log(self.name)
             return self._train(trainer)
         notes, folder = self.resumed.notes, self.resumed.folder
-        if not self.record.truncate_log(self.name, notes["lines"]):
-            raise checkpoint.lacking(folder, "metrics.jsonl has fewer lines than then")
+        self.record.truncate_log(self.name, notes["log"]["lines"])
+        if self._log_state() != notes["log"]:
+            raise checkpoint.lacking(folder, "metrics.jsonl has other lines than then")
         if rows := _differences(self.resumed.run, self.run):
             raise checkpoint.changed(folder, rows)
         self._seconds = float(notes["seconds"])
@@ -177,6 +178,7 @@ class CheckpointCallback(TrainerCallback):
             self._room_checked = True
         state = dataclasses.asdict(dataclasses.replace(trainer.state, log_history=[]))
         state["stateful_callbacks"] = {}
+        self.record.check_place()
         sync(self.record.folder / "metrics.jsonl")  # its lines are counted below
         checkpoint.write(
             self.folder,
@@ -185,7 +187,7 @@ class CheckpointCallback(TrainerCallback):
             {checkpoint.TRAINER_STATE: json.dumps(state, indent=1)},
             self.run,
             {
-                "lines": len(self.record.metrics(self.name)),
+                "log": self._log_state(),
                 "seconds": round(self._seconds + time.monotonic() - self._started, 3),
                 **(notes or {}),
             },
@@ -196,6 +198,9 @@ class CheckpointCallback(TrainerCallback):
         checkpoint.prune(self.folder, self.section.keep)
         self._saved = time.monotonic()
         self.record.on_saved(False)
+
+    def _log_state(self) -> dict[str, Any]:
+        return self.record.log_states().get(self.name, {"lines": 0})
 
     @torch.no_grad()
     def _load_roles(self, start: Checkpoint) -> None:

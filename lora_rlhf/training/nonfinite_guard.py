@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerState
 
 from lora_rlhf.errors import IdentityError, NonFiniteError
 from lora_rlhf.redaction import safe
+from lora_rlhf.runs.disk import append
 
 from .stage_context import StageContext
 
@@ -174,8 +175,7 @@ class NonFiniteGuard(TrainerCallback):
         line: dict[str, Any] = {"training": self.name, "update": update, "why": why}
         line["prompts"] = self._prompts()
         path = self.record.folder / "skipped.jsonl"
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(safe(line)) + "\n")
+        append(path, json.dumps(safe(line)) + "\n")
         skipped = self.record.data.setdefault("skipped", {}).setdefault(self.name, {})
         skipped[str(update)] = why  # by number, so that a repeated update counts once
         self.record.save()

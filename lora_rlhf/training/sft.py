@@ -16,7 +16,7 @@ from transformers import set_seed
 
 from lora_rlhf._trl import SFTConfig, SFTTrainer
 from lora_rlhf.data.dataset_builder import Prepared
-from lora_rlhf.errors import IdentityError
+from lora_rlhf.errors import AdapterError, IdentityError
 from lora_rlhf.models import adapters
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.recipe.schema import Recipe
@@ -98,14 +98,17 @@ def load(backbone: Backbone, record: Record) -> None:
     """Load roles `policy` and `reference` from the finished stage.
 
     Raises:
+        DamageError: The adapter is not as the run wrote it.
         IdentityError: The adapter's outputs differ from those saved with it.
     """
-    folder = record.adapter("sft")
+    folder = record.verified("adapters/sft")
     adapters.load_role(backbone, "reference", folder)
     if not backbone.has("policy"):
         backbone.add_role("policy")
     backbone.copy_role("reference", "policy")
     saved = adapters.read_check(folder)
+    if not saved:
+        raise AdapterError(f"{folder} lacks check.json", remedy="train the stage again")
     for role in ("policy", "reference"):
         now = adapters.expected_outputs(backbone, role)
         # Sums differ between CPUs, and rounding between dtypes, so a tolerance is needed.

@@ -8,7 +8,6 @@ from typing import NamedTuple
 from lora_rlhf.models import adapters
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.recipe.schema import Recipe
-from lora_rlhf.runs.disk import sha256
 from lora_rlhf.runs.progress import Progress
 from lora_rlhf.runs.record import Record
 
@@ -23,5 +22,6 @@ class StageContext(NamedTuple):
 
     def save_adapter(self, role: str, name: str | None = None) -> str:
         """Save a role as `adapters/NAME`, by default its own name; returns the file's sha256."""
+        self.record.check_place()
         folder = adapters.save_role(self.backbone, role, self.record.adapter(name or role))
-        return sha256(folder / "adapter_model.safetensors")
+        return self.record.note(folder)["adapter_model.safetensors"]

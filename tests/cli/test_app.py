@@ -544,7 +544,8 @@ def test_push_sends_the_base_first_and_only_what_is_named(finished, pushed):
 def test_push_falls_back_on_the_recipe(finished, pushed):
     result = invoke("push", finished.folder)
     assert result.exit_code == 2 and "no repository to push to" in result.stderr
-    (finished.folder / "recipe.yaml").write_text(SMALL + "hub: {policy: us/p, reward: us/r}\n")
+    recipe = loader.parse_recipe(SMALL + "hub: {policy: us/p, reward: us/r}\n", "")
+    (finished.folder / "recipe.yaml").write_text(loader.dump_recipe(recipe))
     assert invoke("push", finished.folder).exit_code == 0
     assert pushed == [("policy", "us/p", False), ("reward", "us/r", False)]
 

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import broken_runs
+import damage
 import pytest
 import small
 import torch
@@ -515,11 +516,11 @@ def test_a_checkpoint_names_its_own_files_only(tmp_path):
     parts = {part: {"x": 1} for part in checkpoint.PARTS}
     folder = checkpoint.write(tmp_path / "c", 1, parts, {checkpoint.TRAINER_STATE: "{}"}, {}, {})
     assert isinstance(checkpoint.verify(folder), checkpoint.Checkpoint)
-    manifest = json.loads((folder / "manifest.json").read_text())
+    kept = json.loads((folder / "manifest.json").read_text())["files"]
     (tmp_path / "x").write_text("x")
     for name in ("../../x", str(tmp_path / "x"), "..", ""):
-        found = manifest | {"files": manifest["files"] | {name: {"bytes": 1, "sha256": "0"}}}
-        (folder / "manifest.json").write_text(json.dumps(found))
+        files = kept | {name: {"bytes": 1, "sha256": "0"}}
+        damage.edit(folder / "manifest.json", lambda data, files=files: data.update(files=files))
         with watch.looking():
             assert checkpoint.verify(folder) == f"it lacks {name}"
         assert str(tmp_path / "x") not in watch.opened

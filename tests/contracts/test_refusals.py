@@ -7,7 +7,7 @@ from pathlib import Path
 
 import killed
 import pytest
-from damage import flip_bit
+from damage import edit, flip_bit
 
 from lora_rlhf import pipeline
 from lora_rlhf.errors import CheckpointError, LoraRlhfError, UsageError
@@ -107,10 +107,8 @@ def test_keys_of_stages_that_are_not_asked_for_refuse_nothing(runs: killed.Runs,
 def tampered(out: Path, **changes) -> None:
     """The newest checkpoint as one of a run in which these were different."""
     for path in (out / "checkpoints" / "ppo").glob("*/manifest.json"):
-        manifest = json.loads(path.read_text())
-        assert changes.keys() <= manifest["run"].keys()
-        manifest["run"] |= changes
-        path.write_text(json.dumps(manifest))
+        assert changes.keys() <= json.loads(path.read_text())["run"].keys()
+        edit(path, lambda data: data["run"].update(changes))
 
 
 @pytest.mark.parametrize(
@@ -147,6 +145,9 @@ def test_prompts_that_changed_in_between_are_refused(half: Path, tmp_path: Path)
     # The paths in the recipe are those of the copy, so only the checkpoint is asked.
     text = (folder / "run" / "recipe.yaml").read_text().replace(str(half.parent), str(folder))
     (folder / "run" / "recipe.yaml").write_text(text)
+    record = Record.read(folder / "run")
+    record.rehash(["recipe.yaml"])
+    record.save()
     with pytest.raises(CheckpointError, match=r"data.prompts: "):
         pipeline.run(killed.recipe(folder), folder / "run", until="ppo")
 

@@ -355,12 +355,12 @@ def test_another_seed_gives_other_numbers(finished: Record, tmp_path: Path):
 
 
 def test_ppo_is_refused_behind_a_failed_gate(finished: Record, tmp_path: Path):
-    data = json.loads((finished.folder / "record.json").read_text())
     out = tmp_path / "gated"
     shutil.copytree(finished.folder, out)
-    data["stages"] = {k: data["stages"][k] for k in ("sft", "reward")}
-    data["stages"]["reward"] |= {"gate": "failed", "gate_reason": "it is a test"}
-    (out / "record.json").write_text(json.dumps(data))
+    record = Record.read(out)
+    record.data["stages"] = {k: record.data["stages"][k] for k in ("sft", "reward")}
+    record.data["stages"]["reward"] |= {"gate": "failed", "gate_reason": "it is a test"}
+    record.save()
     with pytest.raises(GateError, match="it is a test"):
         pipeline.run(recipe("reward.gate=stop"), out)
 

@@ -193,8 +193,8 @@ def test_a_fetch_returns_the_uploaded_bits_and_nothing_else_is_uploaded(server, 
     assert {name for name in fetched if "/step-" in name} == {
         f"checkpoints/reward/step-00000004/{path.name}" for path in (tmp_path / "step").iterdir()
     }
-    same = [n for n in before if "/step-" not in n and n not in ("record.json",)]
-    assert len(same) == 4 and {n: fetched[n] for n in same} == {n: before[n] for n in same}
+    same = [n for n in before if "/step-" not in n and not n.startswith("record.json")]
+    assert len(same) == 5 and {n: fetched[n] for n in same} == {n: before[n] for n in same}
     manifest = "checkpoints/reward/step-00000004/manifest.json"
     assert fetched[manifest] == sha256(tmp_path / "step" / "manifest.json")
     # On a machine where the data lie elsewhere, the paths are those of that machine.

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora_rlhf.errors import HubError, UsageError
+from lora_rlhf.errors import DamageError, HubError, UsageError
 from lora_rlhf.hub import staging
 from lora_rlhf.runs.disk import sha256
 
 
 def assert_refused(run, tmp_path, match, role="policy"):
     (tmp_path / "staged").mkdir()
-    with pytest.raises(HubError, match=match):
+    with pytest.raises((HubError, DamageError), match=match):
         staging.stage_adapter(run, role, "acme/p", tmp_path / "staged")
 
 
@@ -48,20 +48,22 @@ def test_a_file_changed_since_the_run_is_refused(run, tmp_path, name):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    assert_refused(run, tmp_path, f"adapters/policy/{name} is not the file")
+    assert_refused(run, tmp_path, f"adapters/policy/{name}: its sha256 is not")
 
 
 def test_a_recipe_changed_since_the_run_is_refused(run, tmp_path):
     path = run.folder / "recipe.yaml"
     path.write_text(path.read_text() + "seed: 9\n")
-    assert_refused(run, tmp_path, "recipe.yaml is not the file")
+    assert_refused(run, tmp_path, "recipe.yaml: its sha256 is not")
 
 
-@pytest.mark.parametrize("name", ["samples.jsonl", "metrics.jsonl"])
-def test_samples_and_log_changed_since_the_run_are_refused(run, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "why"), [("samples.jsonl", "its sha256 is not"), ("metrics.jsonl", "the lines of ppo")]
+)
+def test_samples_and_log_changed_since_the_run_are_refused(run, tmp_path, name, why):
     path = run.folder / name
-    path.write_text(path.read_text().replace("0.", "9.") + "\n")
-    assert_refused(run, tmp_path, f"{name} is not the file")
+    path.write_text(path.read_text().replace("0.", "9."))
+    assert_refused(run, tmp_path, f"{name}: {why}")
 
 
 def test_the_published_record_names_no_other_repositories_and_no_errors(run, tmp_path):
@@ -71,7 +73,7 @@ def test_the_published_record_names_no_other_repositories_and_no_errors(run, tmp
     staging.stage_adapter(run, "policy", "acme/p", tmp_path / "staged")
     text = (tmp_path / "staged" / "record.json").read_text()
     assert "secret-reward" not in text and "y.json" not in text
-    assert json.loads(text)["clock"]["metrics_sha256"]
+    assert json.loads(text)["clock"]["log"]["ppo"]["sha256"]
     assert "pushed" in run.data["clock"] and "error" in run.data["stages"]["value"]
 
 

@@ -293,6 +293,7 @@ def logged(evaluated, folder, lines, stage="ppo"):
     record.truncate_log(stage)
     for step, line in enumerate(lines):
         record.log(stage, step, line)
+    record.note_log(stage)
     return record
 
 

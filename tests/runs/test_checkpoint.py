@@ -12,7 +12,7 @@ from typing import NamedTuple
 import killed
 import pytest
 import torch
-from damage import flip_bit
+from damage import edit, flip_bit
 from recording import RecordingProgress
 from safetensors.torch import load_file
 
@@ -132,7 +132,7 @@ def test_every_damaged_file_is_named_and_never_loaded(tmp_path: Path, name: str,
     ("content", "why"),
     [(None, "is missing"), ("{", "cannot be read"), ("[]", "cannot be read"),
      ('{"schema": 9, "step": 1, "run": {}, "notes": {}, "files": {}}', "schema 9"),
-     ('{"schema": 1, "step": 1, "run": {}, "notes": {}, "files": {}}', "lacks roles.json")],
+     ('{"schema": 2, "step": 1, "run": {}, "notes": {}, "files": {}}', "it was changed")],
 )  # fmt: skip
 def test_incomplete_manifest_is_refused(tmp_path: Path, content: str | None, why: str):
     path = put(tmp_path, 1) / "manifest.json"
@@ -143,10 +143,8 @@ def test_incomplete_manifest_is_refused(tmp_path: Path, content: str | None, why
 def test_a_manifest_that_leads_outside_is_refused(tmp_path: Path):
     folder = put(tmp_path / "run", 1)
     (tmp_path / "secret").write_text("x")
-    manifest = json.loads((folder / "manifest.json").read_text())
     entry = {"bytes": 1, "sha256": sha256(tmp_path / "secret")}
-    manifest["files"]["../../secret"] = entry
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    edit(folder / "manifest.json", lambda data: data["files"].update({"../../secret": entry}))
     assert checkpoint.verify(folder) == "it lacks ../../secret"
 
 
@@ -218,14 +216,29 @@ def test_an_older_one_is_used_where_the_newest_is_broken(half: Path, gone_on, tm
     assert killed.bits(tmp_path / "a") == killed.bits(gone_on.folder)
 
 
+def test_an_undamaged_run_with_stray_files_goes_on_to_the_same_bits(half: Path, gone_on, tmp_path):
+    """Notes among the adapters, two checkpoints swapped, NULs after the log."""
+
+    def disturb(folder: Path) -> None:
+        newest, older = folder / "step-00000006", folder / "step-00000005"
+        newest.rename(folder / "x")
+        older.rename(newest)
+        (folder / "x").rename(older)
+        run = folder.parents[1]
+        for name in ("notes.txt", "adapters/sft/notes.txt", "adapters/other.txt"):
+            (run / name).write_text("mine")
+        with (run / "metrics.jsonl").open("ab") as log:
+            log.write(bytes(99))
+
+    again(half, tmp_path / "a", harm=disturb)
+    assert killed.bits(tmp_path / "a") == killed.bits(gone_on.folder)
+
+
 def reseal(folder: Path) -> None:
     """Update the hashes of an edited checkpoint."""
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text())
-    for name in manifest["files"]:
-        file = folder / name
-        manifest["files"][name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
-    path.write_text(json.dumps(manifest))
+    sums = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in folder.iterdir()}
+    del sums["manifest.json"]
+    edit(folder / "manifest.json", lambda data: data.update(files=sums))
 
 
 def _without_value_head(folder: Path) -> None:
@@ -251,10 +264,6 @@ def _without_optimizer(folder: Path) -> None:
 
 def _without_random(folder: Path) -> None:
     (folder / "random.safetensors").unlink()
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text())
-    del manifest["files"]["random.safetensors"]
-    path.write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize(
@@ -278,8 +287,10 @@ def test_exact_resume_is_refused_without_all_its_parts(half, tmp_path: Path, har
 def test_resume_is_refused_if_the_log_lost_lines(half: Path, tmp_path: Path):
     out = tmp_path / "run"
     shutil.copytree(half, out)
-    (out / "metrics.jsonl").write_text("")
-    with pytest.raises(CheckpointError, match=r"metrics.jsonl has fewer lines"):
+    *lines, last = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    assert '"stage": "ppo"' in last
+    (out / "metrics.jsonl").write_text("".join(lines))
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl has other lines"):
         pipeline.run(killed.recipe(half.parent), out, until="ppo")
 
 

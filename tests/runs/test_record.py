@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_rlhf.errors import GateError, SetupError, UsageError
+from lora_rlhf.errors import DamageError, GateError, SetupError, UsageError
 from lora_rlhf.recipe.loader import parse_recipe
 from lora_rlhf.runs import record as module
 from lora_rlhf.runs.record import Record, finite
@@ -99,11 +99,12 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [("[]", "holds a list"), ("{}", "schema None"), ('{"schema": 2}', "schema 2"),
-     ('{"schema": 1}', "model is missing"), ("{", "cannot be read")],
+     ('{"schema": 1}', "model is missing"), ("{", "cannot be read"), ("", "cannot be read")],
 )  # fmt: skip
 def test_a_record_of_another_shape_is_one_clear_error(tmp_path, text, message):
     with_done(tmp_path / "run")
-    (tmp_path / "run" / "record.json").write_text(text)
+    for name in ("record.json", "record.json.bak"):
+        (tmp_path / "run" / name).write_text(text)
     for call in (Record.read, lambda folder: Record.open(folder, recipe())):
         with pytest.raises(UsageError, match=message):
             call(tmp_path / "run")
@@ -119,8 +120,9 @@ def test_stages_that_are_no_mappings_are_refused(tmp_path):
 
 def test_a_run_without_its_recipe_is_one_clear_error(tmp_path):
     with_done(tmp_path / "run", "sft")
-    (tmp_path / "run" / "recipe.yaml").unlink()
-    with pytest.raises(UsageError, match="recipe.yaml cannot be read"):
+    for name in ("recipe.yaml", "recipe.yaml.bak"):
+        (tmp_path / "run" / name).unlink()
+    with pytest.raises(DamageError, match=r"recipe.yaml: it is missing"):
         Record.open(tmp_path / "run", recipe())
 
 
@@ -189,14 +191,15 @@ def test_a_run_is_finished_once_it_is_sealed(tmp_path):
 
 def test_rewriting_a_card_does_not_reseal_changed_weights(tmp_path):
     record = sealed(tmp_path / "run")
-    before, log = dict(record.data["files"]), record.data["clock"]["metrics_sha256"]
+    before, log = dict(record.data["files"]), dict(record.data["clock"]["log"])
+    assert log["ppo"]["lines"] == 1
     for name in ("README.md", "adapter_model.safetensors"):
         (record.adapter("policy") / name).write_text("second")
     record.log("ppo", 2, {"loss": 2.0})
     record.seal()
     changed = {name for name, digest in record.data["files"].items() if before[name] != digest}
     assert changed == {"adapters/policy/README.md"}
-    assert record.data["clock"]["metrics_sha256"] == log
+    assert record.data["clock"]["log"] == log
     with record.stage("ppo"):  # what a stage writes anew is sealed anew
         pass
     record.seal()
@@ -204,7 +207,7 @@ def test_rewriting_a_card_does_not_reseal_changed_weights(tmp_path):
         record.data["files"]["adapters/policy/adapter_model.safetensors"]
         != before["adapters/policy/adapter_model.safetensors"]
     )
-    assert record.data["clock"]["metrics_sha256"] != log
+    assert record.data["clock"]["log"]["ppo"]["lines"] == 2
 
 
 def test_changed_free_key_requires_new_cards(tmp_path):
@@ -223,14 +226,15 @@ def test_run_killed_before_its_record_starts_again(tmp_path):
     for name in ("recipe.yaml.tmp", "recipe.yaml", "record.json.tmp"):
         (tmp_path / name).write_text("half")
         assert Record.open(tmp_path, recipe()).data["stages"] == {}
-        (tmp_path / "record.json").unlink()
+        for record in ("record.json", "record.json.bak"):
+            (tmp_path / record).unlink()
     (tmp_path / "other").touch()
     with pytest.raises(UsageError, match="is not a run"):
         Record.open(tmp_path, recipe())
 
 
 def test_a_folder_that_cannot_be_written_is_no_full_disk(tmp_path, monkeypatch):
-    def refuse(*_):
+    def refuse(*_, **__):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(module, "write_atomically", refuse)

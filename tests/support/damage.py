@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Damage done to files."""
+"""Damage done to files, and edits that a run cannot tell from its own writing."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from lora_rlhf.runs.disk import signed
 
 
 def flip_bit(path: Path) -> None:
@@ -9,3 +14,10 @@ def flip_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a record or a manifest, and sign it again."""
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(signed(data)))

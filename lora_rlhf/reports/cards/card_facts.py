@@ -41,8 +41,8 @@ class Facts:
         self, record: Record, role: str, repo_ids: Mapping[str, str] | None = None
     ) -> None:
         self.record, self.role, self.repo_ids = record, role, dict(repo_ids or {})
-        recipe, adapter = record.folder / "recipe.yaml", record.adapter(role)
-        loaded = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
+        recipe, adapter = record.folder / "recipe.yaml", record.verified(f"adapters/{role}")
+        loaded = yaml.safe_load(record.recipe_text()) if recipe.is_file() else {}
         self.recipe = without_paths(loaded) if isinstance(loaded, dict) else {}
         self.config = _json(adapter / "adapter_config.json")
         self.check = _json(adapter / "check.json")

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from lora_rlhf.errors import UsageError
 from lora_rlhf.redaction import safe
 from lora_rlhf.reports import kinds
+from lora_rlhf.runs.disk import write_atomically
 from lora_rlhf.runs.metric_names import METRICS
 from lora_rlhf.runs.record import Record
 from lora_rlhf.runs.samples import sample_table
@@ -89,7 +90,7 @@ def write(record: Record, repo_ids: dict[str, str] | None = None) -> list[Path]:
     for role in ROLES:
         if (record.adapter(role) / "adapter_config.json").is_file():
             path = record.adapter(role) / "README.md"
-            path.write_text(render(record, role, repo_ids), encoding="utf-8", newline="\n")
+            write_atomically(path, render(record, role, repo_ids))
             written.append(path)
     return written
 

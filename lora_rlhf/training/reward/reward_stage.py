@@ -88,10 +88,12 @@ def run(
 
 def load(backbone: Backbone, record: Record) -> None:
     """Load the reward roles of the finished stage, every member of an ensemble included."""
-    merged = record.data["stages"].get("reward", {}).get("ensemble", {})
-    for role in (*merged.get("roles", ["reward"]), "held_out"):
-        if record.adapter(role).exists():
-            adapters.load_role(backbone, role, record.adapter(role))
+    entry = record.data["stages"].get("reward", {})
+    roles = entry.get("ensemble", {}).get("roles", ["reward"])
+    roles = [role for role in roles if "adapter_sha256" in entry]  # not of a stage that was skipped
+    roles += ["held_out"] * ("held_out_adapter_sha256" in entry)
+    for role, folder in [(role, record.verified(f"adapters/{role}")) for role in roles]:
+        adapters.load_role(backbone, role, folder)
 
 
 def arguments(recipe: Recipe, out: Path) -> dict[str, RewardConfig]:

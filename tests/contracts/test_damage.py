@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Damage to any file of a run is one error that names the file, whoever reads it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from damage import flip_bit
+
+from lora_rlhf.errors import DamageError, UsageError
+from lora_rlhf.hub import staging
+from lora_rlhf.reports import compare
+from lora_rlhf.reports.cards import model_card
+from lora_rlhf.reports.doctor import doctor
+from lora_rlhf.runs import reuse, samples
+from lora_rlhf.runs.record import Record
+from lora_rlhf.serving import loaded_run
+
+
+@pytest.fixture(scope="module")
+def finished(runs, tmp_path_factory) -> Path:
+    """A sealed run whose samples are made up."""
+    folder = Path(shutil.copytree(runs.after("ppo"), tmp_path_factory.mktemp("damage") / "run"))
+    record = Record.read(folder)
+    with record.stage("evaluate"):
+        lines = [
+            {"index": i, "model": "policy", "prompt": f"p{i}", "completion": "w"} for i in range(4)
+        ]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / "samples.jsonl").write_text(text)
+        record.note(folder / "samples.jsonl")
+    with record.stage("card"):
+        record.seal()
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def copy_stages(record: Record) -> None:
+    new = Record.open(record.folder.with_name("new"), record.recipe())
+    reuse.copy_stages(record, new)
+
+
+READERS = {
+    "sft": lambda record: loaded_run.load_stage("sft", None, record),
+    "reward": lambda record: loaded_run.load_stage("reward", None, record),
+    "policy": lambda record: loaded_run.load_stage("ppo", None, record),
+    "from": copy_stages,
+    "run": lambda record: Record.open(record.folder, record.recipe()),
+    "samples": samples.read,
+    "card": lambda record: model_card.render(record, "policy"),
+    "card sft": lambda record: model_card.render(record, "sft"),
+    "doctor": doctor.examine,
+    "compare": lambda record: compare.run([record.folder]),
+    "push": lambda record: staging.check_adapter(record, "policy"),
+}
+
+
+def change(old: str, new: str):
+    def edit(path: Path) -> None:
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new, 1))
+
+    return edit
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def without_first_line(path: Path) -> None:
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+
+
+def swap(path: Path) -> None:
+    other = path.parents[1] / "sft" / path.name
+    path.rename(path.with_suffix(".x"))
+    other.rename(path)
+    path.with_suffix(".x").rename(other)
+
+
+WEIGHTS = "adapter_model.safetensors"
+LOG = ("from", "run", "card", "doctor", "push")
+DAMAGES = [
+    (f"adapters/sft/{WEIGHTS}", flip_bit, ("sft", "from", "card sft")),
+    (f"adapters/reward/{WEIGHTS}", flip_bit, ("reward", "from")),
+    (f"adapters/held_out/{WEIGHTS}", flip_bit, ("reward", "from")),
+    (f"adapters/policy/{WEIGHTS}", flip_bit, ("policy", "card", "push")),
+    (f"adapters/policy/{WEIGHTS}", swap, ("policy", "sft", "card", "push", "from")),
+    (f"adapters/reward/{WEIGHTS}", Path.unlink, ("reward", "from")),
+    ("adapters/reward", shutil.rmtree, ("reward", "from")),
+    ("adapters/reward/reward.json", change('"reward_offset": ', '"reward_offset": 1'),
+     ("reward", "from")),
+    ("adapters/reward/reward.json", Path.unlink, ("reward", "from")),
+    ("adapters/sft/tokenizer.json", change("w7", "w9"), ("sft", "from", "card sft")),
+    ("adapters/sft/check.json", change('"atol"', '"btol"'), ("sft", "from", "card sft")),
+    ("adapters/policy/adapter_config.json", change('"lora_alpha"', '"alpha"'),
+     ("policy", "card", "push")),
+    ("samples.jsonl", cut, ("samples", "card", "compare", "push")),
+    ("samples.jsonl", without_first_line, ("samples", "card", "compare", "push")),
+    ("samples.jsonl", Path.unlink, ("samples", "card", "compare")),
+    ("metrics.jsonl", without_first_line, LOG),
+    ("metrics.jsonl", change('"loss": ', '"loss": 1'), LOG),
+    ("metrics.jsonl", Path.unlink, LOG),
+]  # fmt: skip
+"""File, what is done to it, and those who read it."""
+
+
+@pytest.mark.parametrize(("name", "harm", "readers"), DAMAGES)
+def test_damage_is_one_error_that_names_the_file(run, name, harm, readers):
+    harm(run / name)
+    for reader in readers:
+        with pytest.raises(DamageError) as caught:
+            READERS[reader](Record.read(run))
+        assert (harm is swap or name in str(caught.value)) and caught.value.remedy, reader
+        shutil.rmtree(run.with_name("new"), ignore_errors=True)
+
+
+@pytest.mark.parametrize("reader", [r for r in READERS if r not in ("sft", "reward", "policy")])
+def test_an_undamaged_run_is_read(run, reader):
+    (run / "adapters" / "sft" / "notes.txt").write_text("mine")
+    with (run / "metrics.jsonl").open("ab") as log:
+        log.write(bytes(50))
+    record = Record.read(run)
+    record.data["model"]["hub_id"] = "acme/base"  # else there is nothing to push to
+    READERS[reader](record)
+
+
+# --- record and recipe ---------------------------------------------------------------------------
+
+BROKEN = [
+    lambda path: path.write_bytes(b""),
+    lambda path: path.write_bytes(bytes(500)),
+    cut,
+    Path.unlink,
+]
+
+
+@pytest.mark.parametrize("harm", BROKEN)
+@pytest.mark.parametrize("name", ["record.json", "recipe.yaml"])
+def test_record_and_recipe_come_back_from_their_copies(run, caplog, name, harm):
+    before = (run / name).read_text()
+    recipe = Record.read(run).recipe()
+    harm(run / name)
+    assert Record.read(run).recipe() == recipe
+    assert f"{name}.bak is used" in caplog.text
+    record = Record.open(run, recipe)
+    record.save()
+    assert record.done("card") and (run / name).read_text() == before
+    harm(run / name)
+    harm(run / f"{name}.bak")
+    with pytest.raises((DamageError, UsageError), match=name if name[2] == "c" else "run"):
+        Record.read(run).recipe()
+
+
+def test_a_changed_number_in_the_record_is_noticed(run, caplog):
+    change('"seed": 0', '"seed": 9')(run / "record.json")
+    assert Record.read(run).data["seed"] == 0
+    assert "its own sha256 differs" in caplog.text
+
+
+def test_a_recipe_that_was_edited_is_not_believed(run, caplog):
+    change("updates: 3", "updates: 4")(run / "recipe.yaml")
+    assert Record.read(run).recipe().ppo.updates == 3
+    assert "not the recipe of this run" in caplog.text
+    Record.open(run, Record.read(run).recipe())
+    caplog.clear()
+    change("title: null", "title: Mine")(run / "recipe.yaml")  # which no stage has read
+    assert Record.read(run).recipe().card.title == "Mine" and not caplog.text
+
+
+def test_a_kill_while_the_recipe_is_stored_leaves_a_recipe(run, monkeypatch):
+    """Whichever of its three files was written last."""
+    record = Record.read(run)
+    del record.data["stages"]["evaluate"]
+    record.save()
+    recipe = record.recipe()
+    changed = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"n": 9})})
+    real = Record.save
+    for at in ("before", "after"):
+
+        def save(self, at=at):
+            if at == "after":
+                real(self)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Record, "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            Record.open(run, changed)
+        assert Record.read(run).recipe().evaluate.n == (9 if at == "after" else 12)
+    monkeypatch.undo()
+    assert Record.open(run, changed).recipe().evaluate.n == 9
