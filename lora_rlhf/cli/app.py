@@ -279,6 +279,27 @@ def _card_verb(
         typer.echo(path)
 
 
+@_command("report")
+def _report_verb(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with a report.json.")],
+    show: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+) -> None:
+    """Write the page of an evaluation again.
+
+    From its report.json alone, offline: report.html is one file that needs no network.
+    """
+    from lora_rlhf.reports import evaluation_report, html_report
+
+    page = folder / html_report.NAME
+    html_report.write(evaluation_report.read(folder), page)
+    typer.echo(page)
+    if show:
+        import webbrowser
+
+        if not webbrowser.open(page.resolve().as_uri()):
+            typer.echo("no browser was found: open the file yourself", err=True)
+
+
 @_command("doctor")
 def _doctor_verb(run: RunPath, as_json: Json = False) -> None:
     """Find the stage of a run that is at fault, and what to try.

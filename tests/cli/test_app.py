@@ -13,6 +13,7 @@ import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
+import example_report
 import pytest
 import typer
 import yaml
@@ -29,8 +30,8 @@ from lora_rlhf.runs.record import Record
 
 ROOT = Path(__file__).resolve().parents[2]
 VERBS = (
-    "run", "demo", "plan", "sft", "reward", "ppo", "policy", "evaluate", "card", "doctor", "push",
-    "generate", "compare", "env",
+    "run", "demo", "plan", "sft", "reward", "ppo", "policy", "evaluate", "card", "report", "doctor",
+    "push", "generate", "compare", "env",
 )  # fmt: skip
 SMALL = "name: small\nmodel: {id: tiny}\ndata: {demonstrations: [{task: closed-world}]}\n"
 
@@ -529,6 +530,24 @@ def pushed(monkeypatch):
         publishing, "push_base", lambda record, repo, **k: push(record, "base", repo, **k)
     )
     return calls
+
+
+def test_report_is_written_again(tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr("webbrowser.open", lambda address: bool(opened.append(address)))
+    (tmp_path / "report.json").write_text(json.dumps(example_report.report(prompts=8)))
+    page = tmp_path / "report.html"
+    result = invoke("report", tmp_path)
+    assert (result.exit_code, result.stdout) == (0, f"{page}\n") and not opened
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+    result = invoke("report", tmp_path, "--open")
+    assert opened == [page.as_uri()] and "no browser was found" in result.stderr
+
+
+def test_report_without_its_json(tmp_path):
+    result = invoke("report", tmp_path)
+    assert result.exit_code == 2 and f"{tmp_path}: no report.json" in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_push_sends_the_base_first_and_only_what_is_named(finished, pushed):
