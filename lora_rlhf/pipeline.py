@@ -314,9 +314,9 @@ def _load_backbone(
         progress.say(line)
     backbone.backoff.say = progress.say
     clock["host"]["makes_do"] = hardware_limitations(backbone.causal.dtype)
-    for limitation in clock["host"]["makes_do"]:
-        progress.say(limitation)
     before, model = record.data["model"], backbone.describe()
+    for note in (*clock["host"]["makes_do"], *model.get("token_notes", ())):
+        progress.say(note)
     # `push --base` adds the base's repository to the record, which a resume must keep.
     model |= {key: before[key] for key in ("hub_id", "hub_revision") if before.get(key)}
     if model.get("source") == "Hub" and not model.get("license"):
@@ -428,6 +428,8 @@ class _Data:
     def _recorded(self, name: str, rows: Prepared) -> Prepared:
         reuse.check_data(self.record, name, rows.report)
         self.record.data["data"][name] = rows.report
+        for line in rows.lines if name != "comparisons_held_out_model" else ():
+            self.say(line)
         for note in rows.report["notes"]:
             if note.startswith(SECRET):
                 self.say(f"warning: data.{name}: {note}")

@@ -210,3 +210,52 @@ def prefix_note(tokenizer: Any) -> str | None:
             a, b = (text[cut : cut + 40].translate({2: None, 3: None}) for text in (before, after))
             return f"the chat template does not keep what it wrote before: {a!r} becomes {b!r}"
     return None
+
+
+def tail(tokenizer: Any) -> str:
+    """Return what the chat template writes after an answer; empty if it does not render one."""
+    return _BETWEEN.split(_render(tokenizer, 2))[-1]
+
+
+def turn_end(tokenizer: Any) -> str | None:
+    """Return the token with which the chat template ends an answer; None without one."""
+    rest = tail(tokenizer).lstrip()
+    tokens = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+    return max((t for t in tokens if t and rest.startswith(t)), key=len, default=None)
+
+
+def continuation(tokenizer: Any, turns: list[dict[str, str]], tail: str) -> tuple[str, str]:
+    """Return the text that the template writes for the last turn after its generation prompt.
+
+    Args:
+        tail: What the template writes after an answer; see `tail`.
+
+    Returns:
+        The text without `tail`, and a note of how it differs from the turn's own; empty if it does
+        not.
+    """
+    given = turns[-1]["content"]
+    try:
+        opened = tokenizer.apply_chat_template(
+            turns[:-1], add_generation_prompt=True, tokenize=False
+        )
+        whole = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # refused: a filter counts these rows
+        return given, ""
+    if whole.startswith(opened) and whole.endswith(tail):
+        text = whole[len(opened) : len(whole) - len(tail)]
+        if text == given:
+            return text, ""
+        if text.strip() == given.strip():
+            return text, "white space around answers is as the chat template writes it"
+        return text, "answers are trained as the chat template writes them"
+    if opened.rstrip().endswith("<think>"):
+        reason, closed, rest = given.rpartition("</think>")
+        reason = reason.strip().removeprefix("<think>").strip("\n")
+        text = f"{reason}\n</think>{rest}" if closed else f"\n</think>\n\n{given}"
+        return text, "the generation prompt opens <think>, and answers close it"
+    return (
+        given,
+        "answers are trained as given: the chat template does not write them after its "
+        "generation prompt",
+    )

@@ -18,20 +18,24 @@ from typing import TYPE_CHECKING, Any, Literal
 from lora_rlhf.errors import DataError
 from lora_rlhf.recipe.schema import DataSource, Recipe
 
+from . import summaries
 from .closed_world import generator, labelers
 from .closed_world.checkers import Item, check
 from .filters import (
+    REFUSES,
     FilteredSet,
     break_control_tokens,
     bucket,
+    check_losses,
     drop_too_long,
     drop_useless,
     expand,
+    follow_template,
     prompt_key,
 )
 from .row_formats import Example, examples, text_of
 from .sources import Row, Skips, described, read
-from .tokenization import Turns
+from .tokenization import Turns, prompt_ids
 
 if TYPE_CHECKING:
     import datasets
@@ -55,13 +59,16 @@ class Prepared:
         train: Rows to train on.
         held_out: Rows to measure on; no set trains on their first user turns.
         report: For `record.data[SET]`: `sources`, `counts` ({filter: {before, after}}), `train`,
-            `held_out`, `special_tokens_in_text`, `notes`, and `labeler_agreement`, `instructions`
-            or `evaluate` if there is one. Plain JSON, without local folders.
+            `held_out`, `read_as`, `rows`, `special_tokens_in_text`, `notes`, and
+            `labeler_agreement`, `instructions` or `evaluate` if there is one. Plain JSON, without
+            local folders.
+        lines: What a run prints of the set, with one row as the model sees it.
     """
 
     train: datasets.Dataset
     held_out: datasets.Dataset
     report: dict[str, Any]
+    lines: list[str]
 
 
 def demonstrations(recipe: Recipe, tokenizer: Any, loaded: Loaded | None = None) -> Prepared:
@@ -72,7 +79,7 @@ def demonstrations(recipe: Recipe, tokenizer: Any, loaded: Loaded | None = None)
         TokenizerError: Messages, but the tokenizer has no chat template.
     """
     kept = _load(recipe, tokenizer, "demonstrations", {} if loaded is None else loaded)
-    return _prepared(recipe, kept, *_split(recipe, kept.rows))
+    return _prepared(recipe, tokenizer, kept, *_split(recipe, kept.rows))
 
 
 def comparisons(
@@ -111,7 +118,7 @@ def comparisons(
             item = Item.from_dict(json.loads(row["item"]))
             chosen, rejected = (check(item, text_of(row[k])).reward for k in ("chosen", "rejected"))
             row["gold_margin"] = chosen - rejected
-    return _prepared(recipe, kept, train, held_out)
+    return _prepared(recipe, tokenizer, kept, train, held_out)
 
 
 def prompts(recipe: Recipe, tokenizer: Any, loaded: Loaded | None = None) -> Prepared:
@@ -128,11 +135,11 @@ def prompts(recipe: Recipe, tokenizer: Any, loaded: Loaded | None = None) -> Pre
     kept = _load(recipe, tokenizer, "prompts", loaded)
     train, held_out = _split(recipe, kept.rows)
     if not recipe.data.evaluate:
-        return _prepared(recipe, kept, train, held_out)
+        return _prepared(recipe, tokenizer, kept, train, held_out)
     evaluate = _load(recipe, tokenizer, "evaluate", loaded)
     # Prompts that other sets hold out stay excluded, so that no set is tested on training prompts.
     kept.counts["held out in other sets"] = {"before": len(kept.rows), "after": len(train)}
-    prepared = _prepared(recipe, kept, train, evaluate.rows)
+    prepared = _prepared(recipe, tokenizer, kept, train, evaluate.rows)
     prepared.report["evaluate"] = evaluate.report()
     return prepared
 
@@ -152,7 +159,9 @@ def texts(recipe: Recipe, tokenizer: Any) -> tuple[list[list[int]], dict[str, An
         skips = Skips(source.skip_bad)
         rows = read(source, skips)
         lines = len(rows) + len(skips.seen)
-        documents = [one for one in examples(rows, "text", False, kept.notes, skips) if one]
+        layout, found = examples(rows, "text", False, kept.notes, skips, source)
+        documents = [one for one in found if one]
+        kept.layouts[layout] += len(rows)
         kept.count_broken(skips, lines)
         kept.sources.append(described(source, rows))
         random.Random(f"{recipe.seed}/text/{index}").shuffle(documents)
@@ -160,7 +169,8 @@ def texts(recipe: Recipe, tokenizer: Any) -> tuple[list[list[int]], dict[str, An
         break_control_tokens(kept, documents, tokenizer)
         count += len(documents)
         for document in documents:
-            ids = [*tokenizer(document.prompt)["input_ids"], tokenizer.eos_token_id]
+            [text] = prompt_ids(tokenizer, [document.prompt])
+            ids = [*text, tokenizer.eos_token_id]
             step = recipe.data.max_tokens
             pieces += [ids[i : i + step] for i in range(0, len(ids), step)]
     whole = [piece for piece in pieces if len(piece) > 1]
@@ -199,11 +209,15 @@ def _read(
     ]
     mixed = [example for _, example in labelled]
     kept.counts["limit"] = {"before": kept.lines - kept.broken, "after": len(mixed)}
+    if bad := sum(not example.good for example in mixed):
+        mixed = [example for example in mixed if example.good]
+        kept.counts["label is false"] = {"before": len(mixed) + bad, "after": len(mixed)}
     if len(sources) > 1:
         random.Random(f"{recipe.seed}/{name}").shuffle(mixed)
     if name == "comparisons":
         kept.agreement = _labeler_agreement(labelled) or kept.agreement
     break_control_tokens(kept, mixed, tokenizer)
+    follow_template(kept, mixed, tokenizer)
     kept.rows = expand(kept, mixed)
     drop_useless(kept)
     drop_too_long(kept, recipe, tokenizer)
@@ -214,6 +228,8 @@ def _read(
         kept.rows = kept.filter(
             "in the evaluation set", kept.rows, lambda row: prompt_key(row["prompt"]) not in keys
         )
+    if not all(source.task for source in sources):  # a task's samples are the model's behaviour
+        check_losses(kept, recipe.data.max_lost)
     return kept
 
 
@@ -238,7 +254,10 @@ def _parse(
         random.Random(f"{recipe.seed}/{number}").shuffle(order)
     order = order[: source.limit]
     chosen = sorted(order)  # parsed in the file's order, so that errors show its first rows
-    parsed = examples([rows[i] for i in chosen], kept.name, chat, kept.notes, skips)
+    of_file = None if task else source
+    given = [rows[i] for i in chosen]
+    layout, parsed = examples(given, kept.name, chat, kept.notes, skips, of_file)
+    kept.layouts[f"{source.task} task" if task else layout] += len(rows)
     at = {i: example for i, example in zip(chosen, parsed, strict=True) if example is not None}
     for example in at.values():  # a column `item` of a file is not an item of the task
         example.item = example.item if task else ""
@@ -310,7 +329,9 @@ def _split(recipe: Recipe, rows: _Rows) -> tuple[_Rows, _Rows]:
     return sides
 
 
-def _prepared(recipe: Recipe, kept: FilteredSet, train: _Rows, held_out: _Rows) -> Prepared:
+def _prepared(
+    recipe: Recipe, tokenizer: Any, kept: FilteredSet, train: _Rows, held_out: _Rows
+) -> Prepared:
     if min(len(train), len(held_out)) < 2:
         lost = {reason: n["before"] - n["after"] for reason, n in kept.counts.items()}
         worst = max(lost, key=lost.__getitem__)
@@ -319,14 +340,16 @@ def _prepared(recipe: Recipe, kept: FilteredSet, train: _Rows, held_out: _Rows) 
             remedy = "leave data.evaluate out: then a share of the prompts is held out instead"
         elif lost[worst] > 0:
             remedy = f"most rows were dropped as: {worst}; correct that, or give more rows"
+        refused = [note for note in kept.notes if note.startswith(REFUSES)]
         raise DataError(
             f"too few {kept.name}: {len(train)} rows are left to train on and {len(held_out)} to "
-            f"test on{kept.table()}",
+            f"test on{kept.table()}" + "".join(f"\n  {note}" for note in refused[:3]),
             expected="two or more on either side",
             remedy=remedy,
         )
     report = {**kept.report(), "train": len(train), "held_out": len(held_out)}
-    return Prepared(_dataset(train), _dataset(held_out), report)
+    told = summaries.lines(kept.name, report, train[0], tokenizer)
+    return Prepared(_dataset(train), _dataset(held_out), report, told)
 
 
 def _dataset(rows: _Rows) -> datasets.Dataset:

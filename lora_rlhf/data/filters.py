@@ -25,11 +25,17 @@ from lora_rlhf.recipe.schema import Recipe
 
 from . import chat_template, tokenization
 from .row_formats import Example, text_of, transcript
-from .sources import Skips
+from .sources import Skips, excerpt
 from .tokenization import Turns
 
 _JOINT = "\u200b"  # a zero-width space, which breaks a control token's spelling invisibly
 _BATCH = 1_000
+
+REFUSES = "the chat template refuses"
+"""The beginning of a note with the reason why a chat template refuses rows."""
+
+_INTENDED = ("limit", "broken", "label is false", "expanded to pairs", "ties")
+"""Counts of rows that the recipe leaves out, and of pairs without a winner."""
 
 SECRET = "the text holds what looks like"
 """The beginning of a note about a secret; a run warns of these notes."""
@@ -48,7 +54,9 @@ class FilteredSet:
     sources: list[dict[str, Any]] = field(default_factory=list)
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     notes: Counter[str] = field(default_factory=Counter)
+    layouts: Counter[str] = field(default_factory=Counter)
     special: int = 0
+    changed: str = ""
     lines: int = 0
     broken: int = 0
     agreement: dict[str, Any] | None = None
@@ -77,6 +85,8 @@ class FilteredSet:
         """Return sources, counts and notes as plain JSON."""
         report = {
             "sources": self.sources,
+            "read_as": list(self.layouts),
+            "rows": self.lines,
             "counts": self.counts,
             "special_tokens_in_text": self.special,
             "notes": [f"{note} ({n} rows)" for note, n in self.notes.items()],
@@ -123,30 +133,40 @@ def breaker(tokenizer: Any) -> Callable[[str], str]:
     """
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     special = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
-    # `### Answer:` is not a token, but a chat template may begin a turn with it.
-    special.update(chat_template.markers(tokenizer))
-    words = sorted((re.escape(word) for word in special if len(word) > 1), key=len, reverse=True)
-    control = re.compile("|".join(words) or r"(?!)")
+    # `### Answer:` is not a token, but a chat template may begin a turn with it, on a line's start.
+    words, lines = (
+        "|".join(
+            sorted((re.escape(word) for word in found if len(word) > 1), key=len, reverse=True)
+        )
+        for found in (special, chat_template.markers(tokenizer))
+    )
+    control = re.compile(f"{words or '(?!)'}|^(?:{lines or '(?!)'})", re.MULTILINE)
     return lambda text: control.sub(lambda match: match[0][0] + _JOINT + match[0][1:], text)
 
 
 def break_control_tokens(kept: FilteredSet, examples: list[Example], tokenizer: Any) -> None:
-    """Break control tokens in the texts, so that they are encoded as text, and count the rows.
+    """Break control tokens in prompts, so that they are encoded as text, and count the rows.
 
-    An eos that ends an answer is removed, since trainers add their own. Apparent secrets are kept
-    and counted.
+    Answers stay as they are, because they are encoded as text apart from the template; an eos that
+    ends one is removed, since trainers add their own. Apparent secrets are kept and counted.
     """
     broken, eos = breaker(tokenizer), tokenizer.eos_token
 
-    def cleaned(turns: Turns, answer: bool) -> Turns:
+    def cleaned(turns: Turns) -> Turns:
         if isinstance(turns, str):
-            return broken(turns.removesuffix(eos) if answer and eos else turns)
-        return [{**turn, "content": str(cleaned(turn["content"], answer))} for turn in turns]
+            return broken(turns)
+        return [{**turn, "content": broken(turn["content"])} for turn in turns]
+
+    def ended(answer: Turns) -> Turns:
+        if isinstance(answer, str):
+            return answer.removesuffix(eos) if eos else answer
+        last = {**answer[-1], "content": str(ended(answer[-1]["content"]))}
+        return [*cleaned(answer[:-1]), last]  # earlier turns belong to the prompt
 
     for example in examples:
         before = _JOINT.join(text_of(turns) for turns in (example.prompt, *example.answers))
-        example.prompt = cleaned(example.prompt, False)
-        example.answers = [cleaned(answer, True) for answer in example.answers]
+        example.prompt = cleaned(example.prompt)
+        example.answers = [ended(answer) for answer in example.answers]
         after = _JOINT.join(text_of(turns) for turns in (example.prompt, *example.answers))
         kept.special += after.count(_JOINT) > before.count(_JOINT)
         for kind in redaction.count_secrets(before):
@@ -154,6 +174,30 @@ def break_control_tokens(kept: FilteredSet, examples: list[Example], tokenizer: 
     if kept.special:
         note = "control tokens of the tokenizer in the text were broken by a zero-width space"
         kept.notes[note] += kept.special
+
+
+def follow_template(kept: FilteredSet, examples: list[Example], tokenizer: Any) -> None:
+    """Make answers the text that the chat template writes after its generation prompt, and count.
+
+    So prompt and answer encoded apart are what the template would make of the whole conversation:
+    a template may begin answers with a space, trim them, or put reasoning into <think>.
+    """
+    if not any(isinstance(example.prompt, list) for example in examples):
+        return
+    tail = chat_template.tail(tokenizer)
+    for example in examples:
+        changed = set()
+        for answer in example.answers:
+            if isinstance(answer, str) or answer[-1]["role"] != "assistant":
+                continue
+            turns = [*example.prompt, *answer]
+            given = answer[-1]["content"]
+            written, how = chat_template.continuation(tokenizer, turns, tail)
+            if written != given:
+                answer[-1] = {**answer[-1], "content": written}
+            changed |= {how} - {""}
+        for how in changed:
+            kept.notes[how] += 1
 
 
 def expand(kept: FilteredSet, examples: list[Example]) -> list[dict[str, Any]]:
@@ -190,12 +234,19 @@ def expand(kept: FilteredSet, examples: list[Example]) -> list[dict[str, Any]]:
     return rows
 
 
+def _one_turn(row: dict[str, Any]) -> bool:
+    answers = (row["chosen"], row["rejected"])
+    return all(isinstance(answer, str) or len(answer) == 1 for answer in answers)
+
+
 def drop_useless(kept: FilteredSet) -> None:
     """Drop and count equal pairs, empty texts, duplicates and contradictions."""
     rows = kept.rows
     comparing = kept.name == "comparisons"
     if comparing:
         rows = kept.filter("chosen equal to rejected", rows, lambda r: r["chosen"] != r["rejected"])
+        # Stages encode one prompt and one answer: the turns before the last would be lost.
+        rows = kept.filter("answers that part before their last turn", rows, _one_turn)
 
     def asks(row: dict[str, Any]) -> bool:
         prompt = row["prompt"]
@@ -234,6 +285,36 @@ def drop_useless(kept: FilteredSet) -> None:
     kept.rows = rows
 
 
+def check_losses(kept: FilteredSet, max_lost: float) -> None:
+    """Stop if a filter dropped more than `data.max_lost` of the rows that it was given.
+
+    Prompts come in several rows of a file of comparisons, and so do its pairs if several people
+    judged them: there duplicates lose nothing.
+
+    Raises:
+        DataError: A filter did.
+    """
+    several = kept.name in ("prompts", "evaluate") or not {"prompt + completion", "messages"} & set(
+        kept.layouts
+    )
+    for reason, n in kept.counts.items():
+        lost = 1 - n["after"] / n["before"] if n["before"] else 0.0
+        same = reason == "duplicate" and several
+        if lost <= max_lost or reason in _INTENDED or same:
+            continue
+        notes = [note for note in kept.notes if reason.startswith("refused") and REFUSES in note]
+        remedy = "correct these rows"
+        if reason == "in the evaluation set":
+            remedy = "leave data.evaluate out: then a share of the prompts is held out instead"
+        raise DataError(
+            f"{lost:.0%} of the {kept.name} are dropped as: {reason}{kept.table()}"
+            + "".join(f"\n  {note}" for note in notes[:3]),
+            expected=f"at most {max_lost:.0%} (data.max_lost)",
+            remedy=f"{remedy}, or set data.max_lost to {math.ceil(lost * 100) / 100:g} to do "
+            "without them",
+        )
+
+
 def drop_too_long(kept: FilteredSet, recipe: Recipe, tokenizer: Any) -> None:
     """Drop and count rows over the token limits, template tokens and the final eos included.
 
@@ -249,6 +330,7 @@ def drop_too_long(kept: FilteredSet, recipe: Recipe, tokenizer: Any) -> None:
                 turns = (row[column] for row in batch)
                 last = [t if isinstance(t, str) else t[-1]["content"] for t in turns]
                 ids = tokenization.completion_ids(tokenizer, last)
+                _count_changed(kept, tokenizer, last, ids)
                 answers = [max(n, len(i) + 1) for n, i in zip(answers, ids, strict=True)]
         sizes = _prompt_sizes(kept, batch, tokenizer)
         for row, prompt, answer in zip(batch, sizes, answers, strict=True):
@@ -269,6 +351,17 @@ def drop_too_long(kept: FilteredSet, recipe: Recipe, tokenizer: Any) -> None:
         )
 
 
+def _count_changed(kept: FilteredSet, tokenizer: Any, texts: list[str], ids: list[Any]) -> None:
+    """Count answers that do not decode to what was given, white space around them apart."""
+    decoded = tokenizer.batch_decode(
+        [list(one) for one in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+    for given, read in zip(texts, decoded, strict=True):
+        if given.strip() != read.strip():
+            kept.changed = kept.changed or f"{excerpt(given, 60)!r} is {excerpt(read, 60)!r}"
+            kept.notes[f"the tokenizer changes answers: {kept.changed} in its tokens"] += 1
+
+
 def _prompt_sizes(kept: FilteredSet, batch: list[dict[str, Any]], tokenizer: Any) -> list[float]:
     """Return the tokens of each row's prompt; infinity if the chat template refuses it."""
     prompts = [row["prompt"] for row in batch]
@@ -277,5 +370,5 @@ def _prompt_sizes(kept: FilteredSet, batch: list[dict[str, Any]], tokenizer: Any
     except Exception as error:  # a template may raise anything: find the rows it refuses
         if len(batch) > 1:
             return [size for row in batch for size in _prompt_sizes(kept, [row], tokenizer)]
-        kept.notes[f"the chat template refuses: {first_line(error)}"] += 1
+        kept.notes[f"{REFUSES}: {first_line(error)}"] += 1
         return [math.inf]

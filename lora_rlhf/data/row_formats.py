@@ -6,6 +6,8 @@ Text becomes messages if the tokenizer has a chat template.
 
 from __future__ import annotations
 
+import ast
+import json
 import math
 import os
 import re
@@ -14,7 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_rlhf.errors import DataError, TokenizerError
+from lora_rlhf.recipe.schema import DataSource
 
+from . import unread_columns
 from .sources import Row, Skips, excerpt
 from .tokenization import Turns
 
@@ -25,9 +29,14 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("prompt", "completion"),
         ("messages",),
         ("prompt", "completions", "ranks"),
+        ("prompt", "completions", "scores"),
         ("chosen", "rejected"),
     ),
-    "comparisons": (("prompt", "completions", "ranks"), ("chosen", "rejected")),
+    "comparisons": (
+        ("prompt", "completions", "ranks"),
+        ("prompt", "completions", "scores"),
+        ("chosen", "rejected"),
+    ),
     "prompts": (("prompt",), ("messages",), ("chosen", "rejected")),
     "text": (("text",),),
 }
@@ -36,7 +45,10 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], ...]] = {
 {"prompt": "2 + 2?", "completion": "4"}
 {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
 {"prompt": "2 + 2?", "completions": ["5", "4"], "ranks": [2, 1]}
+{"prompt": "2 + 2?", "completions": ["5", "4"], "scores": [0.5, 9]}
 {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}
+
+Beside a prompt, `input` is appended to it; beside prompt or messages, `system` goes before them.
 """
 LAYOUTS["evaluate"] = LAYOUTS["prompts"]
 
@@ -49,21 +61,42 @@ _KNOWN_NAMES = {
     "chosen": ("preferred", "winner", "response_chosen", "better"),
     "rejected": ("dispreferred", "loser", "response_rejected", "worse"),
     "messages": ("conversation", "conversations", "dialog", "dialogue"),
+    "completions": ("responses", "answers", "outputs"),
+    "ranks": ("rank", "ranking", "rankings"),
+    "scores": ("ratings", "rewards"),
 }
+_MESSAGES = ("prompt", "completion", "messages", "chosen", "rejected")
 _TRANSCRIPT = re.compile(r"\s*Human:.*\n\nAssistant:", re.DOTALL)
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 _TRANSCRIPTS_READ = "HH-RLHF transcripts were read as messages"
+_SERIALISED = re.compile(r"\s*\[\s*\{\s*['\"](?:role|content|from|value)['\"]\s*:")
+_RENDERED = re.compile(
+    r"\s*(?:<s>|<\|begin_of_text\|>|<bos>)?\s*"
+    r"(?:<\|(?:im_start|user|system|start_header_id)\|>|\[INST\]|<start_of_turn>|"
+    r"(?:### ?)?(?:USER|User|Human|Instruction):.*\n(?:### ?)?(?:ASSISTANT|Assistant|Response):)",
+    re.DOTALL,
+)
+"""The beginning of a conversation that was written as one text in the form of some template."""
+
+_NOT_TRAINED = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking",
+                "images", "image", "audio")  # fmt: skip
+"""Keys of a turn whose content no stage would see."""
 
 
 @dataclass
 class Example:
-    """One prompt and its answers; `ranks` (1 = best) is None for answers without a comparison."""
+    """One prompt and its answers; `ranks` (lowest = best) is None without a comparison.
+
+    `good` is the row's label; `system` goes before the prompt.
+    """
 
     prompt: Turns
     answers: list[Turns] = field(default_factory=list)
     ranks: list[float] | None = None
     margin: float | None = None
     item: str = ""
+    system: str = ""
+    good: bool = True
 
 
 class _Unfit(Exception):
@@ -71,9 +104,14 @@ class _Unfit(Exception):
 
 
 def examples(
-    rows: list[Row], name: str, chat: bool, notes: Counter[str], skips: Skips
-) -> list[Example | None]:
-    """Parse the rows of one source into examples for a set, in their order.
+    rows: list[Row],
+    name: str,
+    chat: bool,
+    notes: Counter[str],
+    skips: Skips,
+    source: DataSource | None = None,
+) -> tuple[str, list[Example | None]]:
+    """Parse the rows of one source into its layout's name, and examples for a set in their order.
 
     Args:
         rows: As `sources.read` returns them.
@@ -81,44 +119,114 @@ def examples(
         chat: The tokenizer has a chat template.
         notes: Counts converted rows by kind of conversion, for the report.
         skips: Takes rows that do not fit, up to its limit; the result then has None in their place.
+        source: A file or Hub dataset, whose unread columns are checked; None for a task.
 
     Raises:
-        DataError: Columns are missing, null or of a wrong type; the first five such rows are shown.
+        DataError: Columns are missing, null or of a wrong type, with the first five such rows; a
+            column that is not read looks needed; prompts are conversations written as one text.
         TokenizerError: The rows hold messages, but there is no chat template.
     """
-    rows = [(where, _from_sharegpt(row, notes)) for where, row in rows]
+    rows = [(where, _unfolded(row, notes)) for where, row in rows]
     present = {key for _, row in rows for key, value in row.items() if value is not None}
     layout = next((one for one in LAYOUTS[name] if present.issuperset(one)), None)
     if layout is None:
         raise _no_layout(rows, name)
+    if source is not None and name != "text":
+        unread_columns.check(rows, layout, name, source)
+    labelled = source is not None and "label" in source.columns and name == "demonstrations"
     parsed: list[Example | None] = []
     bad: list[tuple[str, str]] = []
     for where, row in rows:
         try:
             example = _parse(row, layout, chat, notes)
-            parsed.append(_as_chat(example, notes) if chat else _as_text(example, where))
+            example.good = _label(row) if labelled else True
+            parsed.append(example)
         except _Unfit as error:
             bad.append((where, str(error)))
             parsed.append(None)
     if len(bad) <= skips.most - len(skips.seen):
         skips.seen += [DataError(text, where=where) for where, text in bad]
     elif bad:
+        mapping = ", or map the right columns with `columns:`" if len(bad) == len(rows) else ""
         raise DataError(
             f"{len(bad)} of {len(rows)} rows do not fit {' + '.join(layout)}{_shown(bad)}",
             where=bad[0][0],
             expected=_accepted(name),
-            remedy=f"correct or remove these rows, skip them by `skip_bad: "
-            f"{len(skips.seen) + len(bad)}`, or map the right columns with `columns:`",
+            remedy=f"correct or remove these rows, or skip them by `skip_bad: "
+            f"{len(skips.seen) + len(bad)}`{mapping}",
         )
+    if source is not None and name != "text":
+        _check_rendered(rows, parsed, chat)
+        _take_off_prompts(parsed, notes)
+    fitting = [(where, one) for (where, _), one in zip(rows, parsed, strict=True) if one]
+    for where, example in fitting:
+        _as_chat(example, notes) if chat else _as_text(example, where)
     if name != "comparisons" and layout == ("chosen", "rejected"):
         chosen = name == "demonstrations"
         what = "demonstrations are the chosen answers" if chosen else "prompts are those"
-        notes[f"{what} of a comparison file"] += len(parsed) - parsed.count(None)
-    return parsed
+        notes[f"{what} of a comparison file"] += len(fitting)
+    return " + ".join(layout), parsed
+
+
+def _check_rendered(rows: list[Row], parsed: list[Example | None], chat: bool) -> None:
+    """Refuse prompts that are conversations in the form of some template, written as one text."""
+    rendered = [
+        (where, example.prompt)
+        for (where, _), example in zip(rows, parsed, strict=True)
+        if chat and example and isinstance(example.prompt, str) and not transcript(example.prompt)
+        and _RENDERED.match(example.prompt)
+    ]  # fmt: skip
+    if 2 * len(rendered) > len(rows):
+        raise DataError(
+            f"{len(rendered)} of {len(rows)} prompts are conversations written as one text"
+            + _shown([(where, excerpt(prompt)) for where, prompt in rendered[:1]]),
+            where=rendered[0][0],
+            expected="messages (role and content), or the question alone: the base's own chat "
+            "template writes the turns",
+            remedy="write the turns as `messages`, or use a base without a chat template",
+        )
+
+
+def _take_off_prompts(parsed: list[Example | None], notes: Counter[str]) -> None:
+    """Take the prompt off answers that repeat it: always turns, text if most answers do."""
+    both = [one for one in parsed if one and isinstance(one.prompt, str) and one.prompt.strip()]
+    texts = [
+        one
+        for one in both
+        if one.answers
+        and all(isinstance(a, str) and _rest(one.prompt, a) is not None for a in one.answers)
+    ]
+    repeated = texts if 2 * len(texts) > len(both) else []
+    repeated += [
+        one
+        for one in parsed
+        if one and any(_rest(one.prompt, a) for a in one.answers if isinstance(a, list))
+    ]
+    for one in repeated:
+        rests = [_rest(one.prompt, answer) for answer in one.answers]
+        pairs = zip(rests, one.answers, strict=True)
+        one.answers = [answer if rest is None else rest for rest, answer in pairs]
+    if repeated:
+        notes["answers began with their prompt, which was taken off them"] += len(repeated)
+
+
+def _rest(prompt: Turns, answer: Turns) -> Turns | None:
+    """Return an answer without the prompt with which it begins; None if it does not."""
+    if isinstance(answer, str):
+        start = prompt.strip() if isinstance(prompt, str) else ""
+        text = answer.lstrip()
+        return text[len(start) :] if start and text.startswith(start) else None
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    same = [
+        a["role"] == b["role"] and a["content"].strip() == b["content"].strip()
+        for a, b in zip(turns, answer, strict=False)
+    ]
+    return answer[len(turns) :] if turns and len(answer) > len(turns) and all(same) else None
 
 
 def transcript(text: str) -> list[Message] | None:
     r"""Parse an HH-RLHF transcript (`\n\nHuman: ...\n\nAssistant: ...`); None for other text."""
+    text = text.replace("\r\n", "\n")  # a CSV that went through Windows
     if not _TRANSCRIPT.match(text):
         return None
     parts = _SPEAKER.split("\n\n" + text.lstrip())[1:]
@@ -134,28 +242,47 @@ def text_of(turns: Turns) -> str:
     return turns if isinstance(turns, str) else "\n".join(turn["content"] for turn in turns)
 
 
-def _from_sharegpt(row: dict[str, Any], notes: Counter[str]) -> dict[str, Any]:
-    """Convert ShareGPT's turns of `from` and `value`, and its `conversations`, to messages.
+def _unfolded(row: dict[str, Any], notes: Counter[str]) -> dict[str, Any]:
+    """Read lists that a cell holds as text, and ShareGPT's turns of `from` and `value`.
 
     TRL's `maybe_convert_to_chatml` would keep the roles `human` and `gpt`, and load torch.
     """
-    converted, sharegpt = dict(row), False
+    converted, sharegpt, serialised = dict(row), False, False
     if "conversations" in row:
         converted.setdefault("prompt" if "chosen" in row else "messages", row["conversations"])
-    for column in ("prompt", "completion", "messages", "chosen", "rejected"):
+    for column in (*_MESSAGES, "completions", "ranks", "scores"):
         turns = converted.get(column)
+        if isinstance(turns, str) and (column not in _MESSAGES or _SERIALISED.match(turns)):
+            turns = _deserialised(turns)
+            serialised |= isinstance(turns, list)
+            converted[column] = turns
         turns = [turns] if isinstance(turns, dict) else turns
-        if not isinstance(turns, list) or not turns:
+        if not isinstance(turns, list) or not turns or column not in _MESSAGES:
             continue
         if all(isinstance(turn, dict) and {"from", "value"} <= turn.keys() for turn in turns):
             converted[column] = [
-                {"role": _SHAREGPT.get(str(t["from"]), t["from"]), "content": t["value"]}
-                for t in turns
+                {k: v for k, v in turn.items() if k not in ("from", "value")}
+                | {"role": _SHAREGPT.get(str(turn["from"]), turn["from"])}
+                | {"content": turn["value"]}
+                for turn in turns
             ]
             sharegpt = True
     if sharegpt:
         notes["turns of from and value (ShareGPT) were read as messages"] += 1
+    if serialised:
+        notes["lists written as text were read as lists"] += 1
     return converted
+
+
+def _deserialised(text: str) -> Any:
+    """Read a list from JSON or from Python's notation; other text stays as it is."""
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            value = parse(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        return value if isinstance(value, list) else text
+    return text
 
 
 def _accepted(name: str) -> str:
@@ -171,14 +298,20 @@ def _shown(rows: list[tuple[str, str]]) -> str:
 def _no_layout(rows: list[Row], name: str) -> DataError:
     """Create the error for a source that fits no layout, and suggest a mapping of columns."""
     columns = [key for key in rows[0][1] if isinstance(key, str)]
-    remedy = "map the columns in the recipe with `columns: {our name: the file's name}`"
+    remedy = "write the rows with these columns: no mapping makes them from those"
+    first = rows[0][1]
+    usable = [key for key in columns if isinstance(first[key], str | list)]
+    if len(usable) >= min(map(len, LAYOUTS[name])):
+        remedy = "map the columns in the recipe with `columns: {our name: the file's name}`"
     for layout in LAYOUTS[name]:
         guess = {
             ours: next((n for n in (ours, *_KNOWN_NAMES.get(ours, ())) if n in columns), "")
             for ours in layout + (("prompt",) if "chosen" in layout else ())
         }
         if all(guess[ours] for ours in layout):
+            more = {} if layout == ("messages",) else _parts(columns, guess, rows)
             pairs = ", ".join(f"{a}: {b}" for a, b in guess.items() if b not in ("", a))
+            pairs = ", ".join([*[pairs] * bool(pairs), *(f"{a}: {b}" for a, b in more.items())])
             remedy = f"try `columns: {{{pairs}}}`"
             break
     return DataError(
@@ -190,15 +323,24 @@ def _no_layout(rows: list[Row], name: str) -> DataError:
     )
 
 
+def _parts(columns: list[str], guess: dict[str, str], rows: list[Row]) -> dict[str, str]:
+    """Find the columns that would be read beside those of a mapping: `input` and `system`."""
+    filled = {key for _, row in rows for key, value in row.items() if value not in (None, "")}
+    left = [key for key in columns if key not in guess.values() and key in filled]
+    found = {
+        ours: next((name for name in unread_columns.PARTS[ours] if name in left), "")
+        for ours in ("input", "system")
+    }
+    return {ours: name for ours, name in found.items() if name}
+
+
 def _parse(
     row: dict[str, Any], layout: tuple[str, ...], chat: bool, notes: Counter[str]
 ) -> Example:
     if layout == ("prompt",):
-        example = Example(_turns(row, "prompt"))
+        example = Example(_question(row))
     elif layout == ("text",):
-        if not isinstance(row.get("text"), str):
-            raise _Unfit(f"column 'text' must be text: {excerpt(row.get('text'))}")
-        example = Example(_valid(row["text"], "text"))
+        example = Example(_text(row, "text"))
     elif layout == ("messages",):
         messages = _turns(row, "messages")
         if isinstance(messages, str):
@@ -206,22 +348,56 @@ def _parse(
         cut = len(messages) - (messages[-1]["role"] == "assistant")
         example = Example(messages[:cut], [messages[cut:]] if messages[cut:] else [])
     elif layout == ("prompt", "completion"):
-        example = Example(_turns(row, "prompt"), [_turns(row, "completion")])
+        example = Example(_question(row), [_turns(row, "completion")])
     elif layout == ("chosen", "rejected"):
         margin = _margin(row)
         example = _pair(row, chat, notes)
         example.ranks, example.margin = [1, 2], margin
     else:
-        example = _ranking(row)
+        example = _ranking(row, layout[-1])
     item = row.get("item")
     example.item = item if isinstance(item, str) else ""
+    if layout != ("text",) and row.get("system") not in (None, ""):
+        example.system = _text(row, "system")
+        first = example.prompt[0] if isinstance(example.prompt, list) and example.prompt else {}
+        if first.get("role") == "system" and first["content"] != example.system:
+            raise _Unfit("column 'system' differs from the system message of the conversation")
     return example
+
+
+def _question(row: dict[str, Any]) -> Turns:
+    """Return the prompt, with the column `input` below it, as Alpaca's rows have it."""
+    prompt = _turns(row, "prompt")
+    if row.get("input") in (None, ""):
+        return prompt
+    given = _text(row, "input")
+    if not given.strip() or given.strip() in text_of(prompt):
+        return prompt
+    if not isinstance(prompt, str):
+        raise _Unfit("column 'input' stands beside a prompt of messages: write it into a message")
+    return f"{prompt}\n\n{given}"
+
+
+def _text(row: dict[str, Any], column: str) -> str:
+    if not isinstance(row.get(column), str):
+        raise _Unfit(f"column {column!r} must be text: {excerpt(row.get(column))}")
+    return _valid(row[column], column)
+
+
+def _label(row: dict[str, Any]) -> bool:
+    judged = unread_columns.label(row.get("label"))
+    if judged is None:
+        raise _Unfit(f"column 'label' must be true or false: {excerpt(row.get('label'))}")
+    return judged
 
 
 def _turns(row: dict[str, Any], column: str) -> Turns:
     """Return a checked text or list of messages, reduced to `role` and `content`."""
     value = row.get(column)
     if isinstance(value, str):
+        if _SERIALISED.match(value):
+            raise _Unfit(f"column {column!r} holds messages as text, which is no JSON: "
+                         f"{excerpt(value)}")  # fmt: skip
         return _valid(value, column)
     if value is None:
         raise _Unfit(f"column {column!r} is missing")
@@ -230,6 +406,13 @@ def _turns(row: dict[str, Any], column: str) -> Turns:
         raise _Unfit(f"column {column!r} must be text or messages, not {kind}: {excerpt(value)}")
     turns = []
     for turn in value:
+        left = [k for k in _NOT_TRAINED if isinstance(turn, dict) and turn.get(k)]
+        left += [k for k in ("weight", "train") if isinstance(turn, dict) and turn.get(k, 1) == 0]
+        if left:
+            raise _Unfit(
+                f"column {column!r}: a turn has {left[0]!r}, which no stage reads: write what it "
+                f"means into the content, as the chat template does: {excerpt(turn)}"
+            )
         content = turn.get("content") if isinstance(turn, dict) else None
         if not isinstance(content, str) or turn.get("role") not in ROLES:
             raise _Unfit(
@@ -251,16 +434,26 @@ def _valid(text: str, column: str) -> str:
     return text
 
 
-def _ranking(row: dict[str, Any]) -> Example:
-    answers, ranks = row.get("completions"), row.get("ranks")
+def _ranking(row: dict[str, Any], column: str) -> Example:
+    """Parse answers with ranks (1 is the best) or scores (the highest is the best)."""
+    answers, given = row.get("completions"), row.get(column)
     if not isinstance(answers, list) or len(answers) < 2:
         raise _Unfit(f"column 'completions' must be a list of two or more: {excerpt(answers)}")
-    numbers = [_number(rank) for rank in ranks] if isinstance(ranks, list) else []
+    numbers = [_number(rank) for rank in given] if isinstance(given, list) else []
     finite = [rank for rank in numbers if rank is not None]
     if not len(finite) == len(numbers) == len(answers):
-        raise _Unfit(f"column 'ranks' must be a list of {len(answers)} numbers: {excerpt(ranks)}")
+        raise _Unfit(f"column {column!r} must be a list of {len(answers)} numbers: "
+                     f"{excerpt(given)}")  # fmt: skip
+    if column == "ranks":
+        best = finite.count(min(finite))  # equal ranks count as the first, the mean or the last
+        if min(finite) not in (1, (best + 1) / 2, best) or max(finite) > len(answers):
+            raise _Unfit(
+                f"column 'ranks': {excerpt(given)} are no ranks of {len(answers)} answers, from 1 "
+                f"(the best) to {len(answers)}; if they are scores, of which the highest is the "
+                "best, map them to `scores`"
+            )
     turns = [_turns({"completions": answer}, "completions") for answer in answers]
-    return Example(_turns(row, "prompt"), turns, finite)
+    return Example(_question(row), turns, finite if column == "ranks" else [-x for x in finite])
 
 
 def _number(value: Any) -> float | None:
@@ -284,6 +477,8 @@ def _margin(row: dict[str, Any]) -> float | None:
         margin = None
     if margin is None:
         raise _Unfit(f"column 'margin' must be a finite number: {excerpt(value)}")
+    if margin < 0:
+        raise _Unfit(f"column 'margin' is {margin:g}, so the rejected answer would be the better")
     return margin
 
 
@@ -309,7 +504,7 @@ def _pair(row: dict[str, Any], chat: bool, notes: Counter[str]) -> Example:
         # UltraFeedback and others have a prompt column and repeat the prompt in chosen.
         prompt, answers = _shared(chosen, rejected)
         return Example(prompt, list(answers))
-    return Example(_turns(row, "prompt"), [chosen, rejected])
+    return Example(_question(row), [chosen, rejected])
 
 
 def _as_transcript(messages: list[Message]) -> str:
@@ -335,10 +530,14 @@ def _shared_text(a: str, b: str) -> int:
     return len(a[: max(0, cut)].rstrip())
 
 
-def _as_chat(example: Example, notes: Counter[str]) -> Example:
+def _as_chat(example: Example, notes: Counter[str]) -> None:
     """Wrap text into messages: one user turn, one assistant turn, or the turns of a transcript."""
+    turns = transcript(example.prompt) if isinstance(example.prompt, str) else None
+    stripped = [
+        text for text in (example.prompt, *example.answers)
+        if isinstance(text, str) and text != text.strip() and not turns
+    ]  # fmt: skip
     if isinstance(example.prompt, str):
-        turns = transcript(example.prompt)
         if turns:
             if turns[-1] == {"role": "assistant", "content": ""}:
                 turns = turns[:-1]
@@ -350,10 +549,13 @@ def _as_chat(example: Example, notes: Counter[str]) -> Example:
         [{"role": "assistant", "content": answer.strip()}] if isinstance(answer, str) else answer
         for answer in example.answers
     ]
-    return example
+    if stripped and not example.item:
+        notes["white space around prompts or answers was taken off"] += 1
+    if example.system and example.prompt and example.prompt[0]["role"] != "system":
+        example.prompt = [{"role": "system", "content": example.system}, *example.prompt]
 
 
-def _as_text(example: Example, where: str) -> Example:
+def _as_text(example: Example, where: str) -> None:
     if not all(isinstance(turns, str) for turns in (example.prompt, *example.answers)):
         raise TokenizerError(
             "the data holds messages, but the tokenizer has no chat template",
@@ -361,4 +563,5 @@ def _as_text(example: Example, where: str) -> Example:
             expected="a tokenizer with a chat template, or columns of plain text",
             remedy="choose an instruct model, or turn the messages into text yourself",
         )
-    return example
+    if example.system:
+        example.prompt = f"{example.system}\n\n{example.prompt}"

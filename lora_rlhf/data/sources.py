@@ -8,6 +8,7 @@ file, line and an excerpt.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import difflib
 import gzip
@@ -177,7 +178,8 @@ def _file(path: Path, skips: Skips) -> list[Row]:
     if kind == ".parquet":
         return _parquet(path, raw)
     if kind in (".csv", ".tsv"):
-        return list(_csv(path, _decode(path, raw), "\t" if kind == ".tsv" else ",", skips))
+        text = _decode(path, raw)
+        return list(_csv(path, text, _delimiter(text, "\t" if kind == ".tsv" else ","), skips))
     if kind in (".jsonl", ".ndjson", ".json"):
         raw = raw.removeprefix(codecs.BOM_UTF8)
         array = kind == ".json" and raw.lstrip().startswith(b"[")
@@ -261,6 +263,15 @@ def _object(row: Any, where: str, shown: Any) -> Row:
         given = f"a JSON {type(row).__name__}: {excerpt(shown)}"
         raise DataError(given, where=where, expected="a JSON object")
     return where, row
+
+
+def _delimiter(text: str, usual: str) -> str:
+    """Return what parts the columns; a German or French Excel writes semicolons into a .csv."""
+    found = {}
+    for delimiter in dict.fromkeys((usual, ",", ";", "\t", "|")):
+        with contextlib.suppress(csv.Error):
+            found[delimiter] = len(next(csv.reader(io.StringIO(text), delimiter=delimiter)))
+    return usual if found.get(usual, 2) > 1 else max(found, key=found.__getitem__)
 
 
 def _csv(path: Path, text: str, delimiter: str, skips: Skips) -> Iterator[Row]:

@@ -22,7 +22,7 @@ from lora_rlhf.recipe.schema import LoraSection, ModelSection
 from lora_rlhf.redaction import safe
 from lora_rlhf.runtime.oom import BatchSizeBackoff
 
-from . import fingerprints, loading
+from . import fingerprints, loading, special_tokens
 
 
 @dataclass
@@ -78,10 +78,7 @@ class BaseModel:
     @property
     def eos_ids(self) -> list[int]:
         """Every id that ends a completion: the tokenizer's first, then the model's."""
-        ids = self.causal.generation_config.eos_token_id
-        declared = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-        own = self.tokenizer.eos_token_id
-        return [own, *(i for i in declared if i != own)]
+        return special_tokens.end_ids(self.tokenizer, self.causal)
 
     def describe(self) -> dict[str, Any]:
         """Describe the base model for the record."""
@@ -107,6 +104,7 @@ class BaseModel:
             entry["revision"] = getattr(config, "_commit_hash", None) or section.revision
         if note := chat_template.note(self.tokenizer):
             entry["chat_template_note"] = note
+            entry["token_notes"] = [*entry.get("token_notes", []), note]
         return entry
 
     def encode_prompt(self, prompt: tokenization.Turns) -> list[int]:

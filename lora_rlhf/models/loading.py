@@ -74,8 +74,11 @@ def load(model: ModelSection) -> tuple[PreTrainedModel, PreTrainedTokenizerBase,
     causal.loaded_from = os.path.abspath(folder) if folder else where
     if model.load_in_4bit:
         _forbid_repacking(causal)
+    notes = [special_tokens.append_nothing(tokenizer), special_tokens.end_turns(tokenizer, causal)]
     special_tokens.ensure_distinct_pad(tokenizer, causal)
     special_tokens.check_embedding_rows(tokenizer, causal)
+    if any(notes):
+        source["token_notes"] = list(filter(None, notes))
     return causal, tokenizer, source
 
 

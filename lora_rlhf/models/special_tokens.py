@@ -1,13 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of a base's special tokens: pad is not eos, and every token has an embedding row."""
+"""A base's special tokens: what ends an answer, a pad that is not eos, a row for every token."""
 
 from __future__ import annotations
 
+from tokenizers import processors
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lora_rlhf.data import chat_template
 from lora_rlhf.errors import TokenizerError
 
 _PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>", "<unk>")
+
+
+def append_nothing(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Take away what the tokenizer appends to every text, such as an eos; returns a note of it.
+
+    It would stand between a prompt and its answer.
+    """
+    text, whole = (tokenizer("a", add_special_tokens=a)["input_ids"] for a in (False, True))
+    starts = [i for i in range(len(whole)) if whole[i : i + len(text)] == text]
+    if not text or not starts or starts[0] + len(text) == len(whole):
+        return ""
+    before = [(tokenizer.convert_ids_to_tokens(i), i) for i in whole[: starts[0]]]
+    after = tokenizer.convert_ids_to_tokens(whole[starts[0] + len(text) :])
+    tokenizer.add_eos_token = False
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=[*(token for token, _ in before), "$A"], special_tokens=before
+    )
+    return f"the tokenizer appends {' '.join(after)} to every text: not to prompts, here"
+
+
+def end_turns(tokenizer: PreTrainedTokenizerBase, causal: PreTrainedModel) -> str:
+    """Make the token with which the chat template ends an answer the eos; returns a note of it.
+
+    SFT, reward model and policy end an answer with the tokenizer's eos. Earlier ones stay eos of
+    the model, so that they end an answer too.
+    """
+    end, before = chat_template.turn_end(tokenizer), tokenizer.eos_token
+    if end is None or end == before:
+        return ""
+    ids = end_ids(tokenizer, causal) if before is not None else []
+    tokenizer.eos_token = end
+    causal.generation_config.eos_token_id = list(dict.fromkeys([tokenizer.eos_token_id, *ids]))
+    return f"answers end with {end}, as in the chat template; the tokenizer's own eos is {before}"
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase, causal: PreTrainedModel) -> list[int]:
+    """Return every id that ends an answer: the tokenizer's eos, which is taught, then the model's.
+
+    One set for SFT, reward, rollouts, evaluation and the code on a card.
+    """
+    declared = causal.generation_config.eos_token_id
+    ids = [declared] if isinstance(declared, int) else declared or []
+    return list(dict.fromkeys([tokenizer.eos_token_id, *ids]))
 
 
 def ensure_distinct_pad(tokenizer: PreTrainedTokenizerBase, causal: PreTrainedModel) -> None:
@@ -16,8 +61,7 @@ def ensure_distinct_pad(tokenizer: PreTrainedTokenizerBase, causal: PreTrainedMo
         raise TokenizerError(
             "the tokenizer has no eos token", remedy="use a base whose tokenizer has one"
         )
-    declared = causal.generation_config.eos_token_id
-    eos = {tokenizer.eos_token_id, *([declared] if isinstance(declared, int) else declared or [])}
+    eos = set(end_ids(tokenizer, causal))
     rows, pad = causal.get_input_embeddings().num_embeddings, tokenizer.pad_token_id
     if pad is None or pad in eos or pad >= rows:
         tokenizer.pad_token = _unused_token(tokenizer, eos, rows)
@@ -34,10 +78,21 @@ def _unused_token(tokenizer: PreTrainedTokenizerBase, eos: set[int], rows: int) 
         taken = name in (tokenizer.bos_token, tokenizer.eos_token) or name in template
         if not taken and index not in eos and index < rows:
             return name
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        cause, add = "the tokenizer has no pad token", True
+    elif pad >= rows:
+        cause = f"the pad token {tokenizer.pad_token!r} has the id {pad}, and the embedding has "
+        cause, add = f"{cause}{rows} rows: it was not resized", False
+    else:
+        cause, add = f"the pad token {tokenizer.pad_token!r} also ends an answer", True
+    code = "tokenizer.add_special_tokens({'pad_token': '<|pad|>'}); " * add
     raise TokenizerError(
-        f"the pad token is {tokenizer.pad_token!r} and eos is {tokenizer.eos_token!r}",
+        f"{cause}, and no unused special token can take its place",
         expected="a pad token of its own: the reward is read at the last token before the padding",
-        remedy="set tokenizer.pad_token to an unused token, saved beside the base model",
+        remedy="give the base one, once, in Python with transformers' `tokenizer` and `model` of "
+        f"it: {code}model.resize_token_embeddings(len(tokenizer)); then save both into a folder by "
+        "save_pretrained, and name it as model.id",
     )
 
 

@@ -23,7 +23,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 COLUMNS = tuple(
-    "prompt completion messages chosen rejected margin completions ranks labeler".split()
+    "system prompt input completion messages chosen rejected margin completions ranks scores label "
+    "labeler".split()
 )
 """Column names that `columns:` may map to; in `data.text` only `text`."""
 
@@ -144,6 +145,8 @@ class DataSource(Section):
         description=f"Our column name -> the file's column name. Ours: {', '.join(COLUMNS)}; for "
         "`data.text` only text.",
     )
+    ignore: list[str] = Field([])
+    """Columns to leave unread although they look like a part of the prompt or a judgement."""
     limit: int | None = Field(None, ge=1)
     """Maximum number of rows, after shuffling."""
     skip_bad: int = Field(0, ge=0)
@@ -181,8 +184,8 @@ class DataSource(Section):
             yield f"give exactly one of task, path, hub (found: {listed})", *given
         readers = {
             "task": ("n", "completions", "agreement"),
-            "path": ("columns", "skip_bad"),
-            "hub": ("columns", "skip_bad", "name", "split", "revision"),
+            "path": ("columns", "ignore", "skip_bad"),
+            "hub": ("columns", "ignore", "skip_bad", "name", "split", "revision"),
         }
         every = {key for keys in readers.values() for key in keys}
         for key in self.changed(*sorted(every.difference(readers[given[0]]))):
@@ -211,7 +214,7 @@ class DataSection(Section):
     max_tokens: int = Field(1024, ge=2)
     """Demonstrations and comparisons with more tokens are dropped and counted."""
     max_lost: float = Field(0.2, ge=0, le=1)
-    """Largest share of the rows that a token limit may drop before the run stops."""
+    """Largest share of the rows that a filter may drop before the run stops."""
 
     def rules(self) -> Rules:
         """Sources have no key that their set does not read."""

@@ -354,9 +354,18 @@ def test_turn_markers_that_are_plain_text_cannot_be_injected(tmp_path):
         recipe(demonstrations=jsonl(tmp_path / "d.jsonl", rows)), tokenizer
     )
     assert prepared.report["special_tokens_in_text"] == 9
+    answers = set()
     for row in all_rows(prepared):
-        whole = tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
+        whole = tokenizer.apply_chat_template(row["prompt"], tokenize=False) + "### Response:"
         assert [whole.count(n) for n in ("### Instruction:", "### Response:")] == [1, 1]
+        answers.add(row["completion"][0]["content"])
+    assert "### Response: a" in answers, "an answer is encoded as text anyway, and stays whole"
+
+
+def test_words_that_a_template_begins_turns_with_stay_whole_inside_a_line():
+    say = breaker(make_tokenizer(PLAIN.replace("### Response:", "Assistant:")))
+    assert say("Role: Sales Assistant: junior") == "Role: Sales Assistant: junior"
+    assert say("hi\n\nAssistant: Sure!") == "hi\n\nA\u200bssistant: Sure!"
 
 
 def test_the_default_system_prompt_of_a_template_is_no_marker():

@@ -115,8 +115,12 @@ def test_another_process_prepares_the_same(tmp_path, plain):
         "assert 'torch' not in sys.modules and 'datasets' not in sys.modules\n"
         f"r = Recipe.model_validate({recipe(demonstrations=path).model_dump()!r})\n"
         "class T:\n"
-        "    chat_template = eos_token = None; all_special_tokens = []\n"
-        "    def __call__(self, texts, **k): return {'input_ids': [[0]] * len(texts)}\n"
+        "    chat_template = eos_token = None; all_special_tokens = []; eos_token_id = 0\n"
+        "    def __call__(self, texts, **k):\n"
+        "        self.texts = texts\n"
+        "        return {'input_ids': [[0]] * len(texts)}\n"
+        "    def batch_decode(self, ids, **k): return self.texts\n"
+        "    def decode(self, ids): return ''\n"
         "p = data.demonstrations(r, T()); print(json.dumps([list(p.train), p.report]))\n"
     )
     run = subprocess.run(

@@ -110,29 +110,21 @@ def test_every_preference_layout_gives_the_same_pair(tmp_path, chat, layout):
     assert by_prompt["q7"]["rejected"] == answer("bad")
 
 
-def test_conversations_that_diverge_early_share_their_first_turns_as_prompt(tmp_path, chat):
+def test_conversations_that_diverge_early_are_no_comparison(tmp_path, chat):
+    """Stages encode one prompt and one answer, and would drop the turns between them."""
     tails = {"chosen": [*answer("hello"), *user("go on"), *answer("yes")], "rejected": answer("no")}
     rows = [{key: user(f"q{i}") + tail for key, tail in tails.items()} for i in range(40)]
     path = jsonl(tmp_path / "d.jsonl", rows)
-    row = dataset_builder.comparisons(recipe(comparisons=path), chat).train[0]
-    assert [t["role"] for t in row["prompt"]] == ["user"]
-    assert (row["chosen"], row["rejected"]) == (tails["chosen"], tails["rejected"])
     row = dataset_builder.demonstrations(recipe(demonstrations=path), chat).train[0]
     assert row["completion"] == answer("yes")
     assert row["prompt"][1:] == tails["chosen"][:-1]
-
-
-def test_a_shared_prompt_ends_with_a_question_even_if_the_answer_is_shared_too(tmp_path, chat):
-    tails = {
-        key: answer("same") + user(f"about {key}?") + answer(key) for key in ("chosen", "rejected")
-    }
-    rows = [{key: user(f"q{i}") + tail for key, tail in tails.items()} for i in range(40)]
-    prepared = dataset_builder.comparisons(
-        recipe(comparisons=jsonl(tmp_path / "d.jsonl", rows)), chat
-    )
-    for row in all_rows(prepared):
-        assert [turn["role"] for turn in row["prompt"]] == ["user"]
-        assert {key: row[key] for key in tails} == tails
+    with pytest.raises(DataError, match="answers that part before their last turn: 40 -> 0"):
+        dataset_builder.comparisons(recipe(comparisons=path), chat)
+    path = jsonl(tmp_path / "e.jsonl", [*rows, *PREFS])
+    prepared = dataset_builder.comparisons(recipe(comparisons=path, max_lost=0.5), chat)
+    assert removed(prepared, "answers that part before their last turn") == 40
+    with pytest.raises(DataError, match="40% of the comparisons are dropped as: answers that part"):
+        dataset_builder.comparisons(recipe(comparisons=path, max_lost=0.3), chat)
 
 
 def test_plain_text_is_wrapped_only_with_a_chat_template(tmp_path, chat, plain):

@@ -3,6 +3,8 @@
 
 import pytest
 import small
+from tokenizers import processors
+from transformers import AutoTokenizer
 
 from lora_rlhf.errors import TokenizerError
 
@@ -33,9 +35,49 @@ def test_a_token_called_pad_is_preferred_to_other_reserved_ones(tmp_path):
 def test_without_a_free_token_there_is_no_pad_and_loading_stops(tmp_path):
     """As GPT-2: its one special token is eos, bos and unk at once."""
     folder = small.with_tokenizer(tmp_path, small.tokenizer(None, ("w0", "</s>"), markers=()))
-    with pytest.raises(TokenizerError, match="pad token is None and eos is '</s>'") as caught:
+    with pytest.raises(TokenizerError, match="the tokenizer has no pad token") as caught:
         small.base(folder)
-    assert "set tokenizer.pad_token" in caught.value.remedy
+    assert "add_special_tokens({'pad_token'" in caught.value.remedy
+    assert "resize_token_embeddings" in caught.value.remedy
+
+
+def test_a_pad_without_a_row_and_a_pad_that_ends_answers_have_their_own_messages(tmp_path):
+    tokenizer = small.tokenizer(None, ("w0", "</s>"), markers=())
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    with pytest.raises(TokenizerError, match="64 rows: it was not resized") as caught:
+        small.base(small.with_tokenizer(tmp_path / "a", tokenizer))
+    assert "add_special_tokens" not in caught.value.remedy
+    tokenizer = small.tokenizer("</s>", ("w0", "</s>"), markers=())
+    with pytest.raises(TokenizerError, match="'</s>' also ends an answer"):
+        small.base(small.with_tokenizer(tmp_path / "b", tokenizer))
+
+
+def test_the_templates_end_of_turn_is_taught_and_ends_answers(tmp_path):
+    """As Gemma: the tokenizer's eos ends a document, the template ends a turn with another one."""
+    words = ("<pad>", "</s>", "<end_of_turn>", "<unk>")
+    tokenizer = small.tokenizer("<pad>", words)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end_of_turn> {% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    base = small.base(small.with_tokenizer(tmp_path, tokenizer))
+    assert base.eos_ids == base.causal.generation_config.eos_token_id == [2, 1]
+    assert base.encode_completion("w5") == [5, 2]
+    [note] = base.describe()["token_notes"]
+    assert "<end_of_turn>" in note and "</s>" in note
+
+
+def test_nothing_is_appended_to_a_prompt(tmp_path):
+    tokenizer = small.tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=["w9", "$A", "</s>"], special_tokens=[("w9", 9), ("</s>", 1)]
+    )
+    base = small.base(small.with_tokenizer(tmp_path / "base", tokenizer))
+    assert base.encode_prompt("w5 w6") == [9, 5, 6]
+    assert "appends </s>" in base.source["token_notes"][0]
+    base.tokenizer.save_pretrained(tmp_path / "saved")  # beside an adapter, for the card's code
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved")("w5")["input_ids"] == [9, 5]
 
 
 def test_markers_of_the_chat_template_are_never_the_pad(tmp_path):

@@ -76,10 +76,17 @@ def removed(prepared, reason):
 class Words:
     """A tokenizer whose tokens are words: the byte-level one is slow on large files."""
 
-    eos_token, all_special_tokens, chat_template = None, (), "a template"
+    eos_token, all_special_tokens, chat_template, eos_token_id = None, (), "a template", 0
 
     def __call__(self, texts, **_):
+        self.texts = texts
         return {"input_ids": [[0] * len(text.split()) for text in texts]}
+
+    def batch_decode(self, ids, **_):
+        return self.texts if len(self.texts) == len(ids) else [""] * len(ids)
+
+    def decode(self, ids, **_):
+        return " ".join(map(str, ids))
 
     def apply_chat_template(self, messages, **_):
         return "\n".join(turn["content"] for turn in messages)

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stop at a column that is not read, but looks like a part of the prompt or judges the answers.
+
+Training without it would train on something else than the rows say.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Any
+
+from lora_rlhf.errors import DataError
+from lora_rlhf.recipe.schema import DataSource
+
+from .sources import Row, excerpt
+
+PARTS = {
+    "prompt": ("instruction", "question", "query", "problem"),
+    "input": ("input", "context", "passage", "document", "documents", "background", "history"),
+    "system": ("system", "system_prompt", "system_message"),
+}
+"""Our column -> usual names of columns that hold this part of the prompt."""
+
+_NO_COLUMN = ("tools", "functions", "tool_calls", "images", "image", "thinking", "reasoning",
+              "reasoning_content")  # fmt: skip
+_JUDGES = frozenset(
+    "label labels score scores rating ratings reward rewards grade grades stars vote votes upvotes "
+    "downvotes likes dislikes thumb thumbs correct quality preference preferred winner verdict "
+    "accepted approved rank ranks ranking toxic toxicity safe harmful".split()
+)
+_ANSWERS = ("completion", "messages", "chosen", "rejected", "completions")
+_LABELS = {"true": True, "false": False, "1": True, "0": False, "-1": False, "1.0": True,
+           "0.0": False, "-1.0": False}  # fmt: skip
+
+
+def label(value: Any) -> bool | None:
+    """Return the judgement of a label: true or false, also as 1 and 0 (or -1), or as text."""
+    return _LABELS.get(str(value).strip().lower())
+
+
+def check(rows: list[Row], layout: tuple[str, ...], name: str, source: DataSource) -> None:
+    """Check the columns of a source that its layout does not read.
+
+    Raises:
+        DataError: One of them looks needed, judges the answers, or contradicts the layout.
+    """
+    read = {*layout, *source.ignore, "labeler", "item", "system"}
+    if layout != ("messages",):
+        read |= {"input"}
+    if "chosen" in layout:
+        read |= {"prompt", "margin"}
+    if "label" in source.columns:
+        read.add("label")
+    values: dict[str, list[Any]] = {}
+    for _, row in rows:
+        for column, value in row.items():
+            if column not in read and isinstance(column, str) and value not in (None, "", [], {}):
+                values.setdefault(column, []).append(value)
+    for column, found in values.items():
+        _check_part(rows, column, found, layout, source)
+        if name in ("demonstrations", "comparisons") and column not in _ANSWERS:
+            _check_judgement(rows, column, found, source)
+    theirs = source.columns.get("ranks", "")
+    if "ranks" in layout and _words(theirs) & _JUDGES - {"rank", "ranks", "ranking"}:
+        raise DataError(
+            f"the column {theirs!r} is read as ranks, of which 1 is the best",
+            where=rows[0][0],
+            expected="ranks; of scores the highest is the best",
+            remedy=f"for scores: {_mapping(source, 'scores', theirs, without='ranks')}; if it "
+            "really holds ranks, rename it in the file",
+        )
+
+
+def _check_part(
+    rows: list[Row], column: str, found: list[Any], layout: tuple[str, ...], source: DataSource
+) -> None:
+    """Refuse to leave out a column that looks like a part of the prompt."""
+    # A pair of texts without a prompt: the prompt may be in any other column of texts.
+    bare = "chosen" in layout and not any(row.get("prompt") for _, row in rows)
+    bare = bare and all(isinstance(row.get("chosen"), str) for _, row in rows)
+    ours = next((ours for ours, names in PARTS.items() if column.lower() in names), "")
+    if bare and isinstance(found[0], str) and column not in _ANSWERS:
+        ours = "prompt" if len(set(found)) > 1 and not _words(column) & {"id"} else ours
+    if not ours and column.lower() not in _NO_COLUMN:
+        return
+    prompts = [str(row.get("prompt") or row.get("messages")) for _, row in rows if row.get(column)]
+    if all(str(value).strip() in prompt for value, prompt in zip(found, prompts, strict=False)):
+        return  # nothing is lost: the prompt says it too
+    remedy = "write what it says into the prompt or the answers, as the model should see it"
+    if ours == "prompt" and "prompt" in source.columns.keys() | {
+        key for _, row in rows[:1] for key in row
+    }:
+        ours = "input"
+    if ours and isinstance(found[0], str) and layout != ("messages",):
+        remedy = _mapping(source, ours, column)
+    raise DataError(
+        f"the column {column!r} is not read, and looks like a part of the prompt or the answer: "
+        f"{len(found)} of {len(rows)} rows have one, such as {excerpt(found[0])}",
+        where=rows[0][0],
+        expected="columns whose content is trained on, or left out on purpose",
+        remedy=f"{remedy}; to train without it: `ignore: [{column}]`",
+    )
+
+
+def _check_judgement(rows: list[Row], column: str, found: list[Any], source: DataSource) -> None:
+    """Refuse to leave out a column that says how good the answers are."""
+    if not _words(column) & _JUDGES:
+        return
+    if _words(column) & {"chosen", "rejected"}:
+        _check_pair(rows, column)
+        return
+    kinds = Counter(excerpt(value, 30) for value in found)
+    if len(kinds) == 1 and label(found[0]) is not False:
+        return  # it judges no row apart from the others
+    remedy = "leave in the file what the model should learn"
+    if all(label(value) is not None for value in found):
+        remedy = f"{_mapping(source, 'label', column)} trains on the answers judged good only"
+    shown = ", ".join(f"{value}: {n}" for value, n in kinds.most_common(3))
+    raise DataError(
+        f"the column {column!r} is not read, and judges the answers ({shown})",
+        where=rows[0][0],
+        expected="judgements that are used, or left out on purpose",
+        remedy=f"{remedy}; to train on all: `ignore: [{column}]`",
+    )
+
+
+def _check_pair(rows: list[Row], column: str) -> None:
+    """Refuse pairs whose own scores prefer the rejected answer."""
+    other = column.replace("chosen", "rejected")
+    turned = [
+        where
+        for where, row in rows
+        if all(isinstance(row.get(c), int | float) for c in (column, other))
+        and row[column] < row[other]
+    ]
+    if turned:
+        raise DataError(
+            f"{len(turned)} of {len(rows)} rows have a {column} below their {other}",
+            where=turned[0],
+            expected="a chosen answer that is the better one by the file's own scores",
+            remedy="take these rows out or swap their answers; if the scores mean something else: "
+            f"`ignore: [{column}]`",
+        )
+
+
+def _words(column: str) -> set[str]:
+    return set(re.findall("[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", column).lower()))
+
+
+def _mapping(source: DataSource, ours: str, theirs: str, without: str = "") -> str:
+    columns = {k: v for k, v in source.columns.items() if k != without} | {ours: theirs}
+    return f"`columns: {{{', '.join(f'{a}: {b}' for a, b in columns.items())}}}`"

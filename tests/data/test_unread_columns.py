@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Columns that are not read, and that would be missed, stop the run with the mapping to write."""
+
+import pytest
+from data_sources import PAIRS, PREFS, all_rows, answer, jsonl, make_tokenizer, recipe, user
+
+from lora_rlhf.data import dataset_builder
+from lora_rlhf.errors import DataError
+
+
+def prepare(tmp_path, tokenizer, rows, name="demonstrations", **source):
+    path = str(jsonl(tmp_path / "d.jsonl", rows))
+    return getattr(dataset_builder, name)(recipe(**{name: {"path": path, **source}}), tokenizer)
+
+
+def with_column(name, values, rows=PAIRS):
+    return [{**row, name: values[i % len(values)]} for i, row in enumerate(rows)]
+
+
+ALPACA = [{"instruction": "Rewrite.", "input": f"Bus {i}", "output": f"b{i}"} for i in range(40)]
+
+
+def test_alpacas_input_is_a_part_of_the_prompt(tmp_path, plain):
+    with pytest.raises(DataError, match="no usable columns") as caught:
+        prepare(tmp_path, plain, ALPACA)
+    mapping = "columns: {prompt: instruction, completion: output, input: input}"
+    assert mapping in caught.value.remedy
+    columns = {"prompt": "instruction", "completion": "output"}
+    rows = all_rows(prepare(tmp_path, plain, ALPACA, columns=columns))
+    assert {row["prompt"] for row in rows} == {f"Rewrite.\n\nBus {i}" for i in range(40)}
+    asked = prepare(tmp_path, plain, ALPACA, "prompts", columns={"prompt": "instruction"})
+    assert {row["prompt"] for row in all_rows(asked)} == {row["prompt"] for row in rows}
+
+
+@pytest.mark.parametrize("templated", [True, False])
+def test_a_system_column_goes_before_the_prompt(tmp_path, templated):
+    tokenizer = make_tokenizer() if templated else make_tokenizer(None)
+    rows = all_rows(prepare(tmp_path, tokenizer, with_column("system", ["Be brief."])))
+    for row in rows:
+        prompt = row["prompt"]
+        if templated:
+            assert prompt[0] == {"role": "system", "content": "Be brief."} and len(prompt) == 2
+        else:
+            assert prompt.startswith("Be brief.\n\nq")
+    if templated:
+        talks = [{"conversations": user(f"q{i}") + answer("a"), "system": "Be."} for i in range(40)]
+        assert prepare(tmp_path, tokenizer, talks).train[0]["prompt"][0]["content"] == "Be."
+
+
+@pytest.mark.parametrize(
+    ("rows", "column", "advice"),
+    [
+        (with_column("context", ["Oslo", "Rome"]), "context", "columns: {input: context}"),
+        (with_column("system_prompt", ["Be"]), "system_prompt", "columns: {system: system_prompt}"),
+        (with_column("tools", [[{"name": "f"}]]), "tools", "write what it says"),
+        (with_column("question", ["why"]), "question", "columns: {input: question}"),
+        ([{"question": r["prompt"], "chosen": f"so {r['chosen']}", "rejected": f"so {i}"}
+          for i, r in enumerate(PREFS)], "question", "columns: {prompt: question}"),
+        ([{"frage": r["prompt"], "chosen": "x", "rejected": "y"} for r in PREFS], "frage",
+         "columns: {prompt: frage}"),
+    ],
+)  # fmt: skip
+def test_a_column_that_looks_needed_stops(tmp_path, plain, rows, column, advice):
+    with pytest.raises(DataError, match=f"'{column}' is not read, and looks like a part") as caught:
+        prepare(tmp_path, plain, rows)
+    assert advice in caught.value.remedy and f"ignore: [{column}]" in caught.value.remedy
+    if "completion" in rows[0]:
+        assert len(all_rows(prepare(tmp_path, plain, rows, ignore=[column]))) == 60
+
+
+def test_a_column_whose_text_is_in_the_prompt_is_not_missed(tmp_path, plain):
+    rows = [{**row, "question": row["prompt"], "id": i} for i, row in enumerate(PAIRS)]
+    prepared = prepare(tmp_path, plain, rows)
+    assert len(all_rows(prepared)) == 60 and "not read: question, id" in prepared.lines[0]
+
+
+def test_thumbs_are_used_or_left_out_on_purpose(tmp_path, plain):
+    rows = with_column("label", [True, False])
+    with pytest.raises(DataError, match="judges the answers .True: 30, False: 30.") as caught:
+        prepare(tmp_path, plain, rows)
+    assert "columns: {label: label}" in caught.value.remedy
+    kept = prepare(tmp_path, plain, rows, columns={"label": "label"})
+    assert {int(row["prompt"][1:]) % 2 for row in all_rows(kept)} == {0}
+    assert kept.report["counts"]["label is false"] == {"before": 60, "after": 30}
+    assert len(all_rows(prepare(tmp_path, plain, rows, ignore=["label"]))) == 60
+    rows = with_column("label", [True, "maybe"])
+    with pytest.raises(DataError, match="'label' must be true or false: maybe"):
+        prepare(tmp_path, plain, rows, columns={"label": "label"})
+
+
+@pytest.mark.parametrize("column", ["rating", "qualityScore", "is_correct", "upvotes"])
+def test_a_column_that_judges_the_answers_stops(tmp_path, plain, column):
+    with pytest.raises(DataError, match=f"'{column}' is not read, and judges"):
+        prepare(tmp_path, plain, with_column(column, [1, 5]))
+    assert len(all_rows(prepare(tmp_path, plain, with_column(column, [5])))) == 60  # all the same
+    assert len(prepare(tmp_path, plain, with_column(column, [1, 5]), "prompts").train) > 40
+
+
+def test_scores_of_a_pair_must_not_prefer_the_rejected_answer(tmp_path, plain):
+    rows = [{**row, "score_chosen": 5.0, "score_rejected": 2.0} for row in PREFS]
+    assert len(all_rows(prepare(tmp_path, plain, rows, "comparisons"))) == 60
+    rows[7]["score_rejected"] = 6.0
+    with pytest.raises(DataError, match="1 of 60 rows have a score_chosen below") as caught:
+        prepare(tmp_path, plain, rows, "comparisons")
+    assert caught.value.where.endswith("d.jsonl:8")
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{"tool_calls": [{"type": "function"}]}, {"reasoning_content": "hm"}, {"weight": 0}],
+)
+def test_keys_of_a_turn_that_no_stage_reads_are_refused(tmp_path, chat, extra):
+    rows = [{"messages": [*user("q"), {**answer("a")[0], **extra}]}]
+    with pytest.raises(DataError, match=f"a turn has '{next(iter(extra))}', which no stage reads"):
+        prepare(tmp_path, chat, rows)
+
+
+def test_advice_that_no_mapping_can_follow_is_not_given(tmp_path, plain):
+    rows = [{"info": {"post": "q"}, "summaries": {"text": "a"}, "choice": 1}] * 3
+    with pytest.raises(DataError, match="no usable columns") as caught:
+        prepare(tmp_path, plain, rows, "comparisons")
+    assert "no mapping makes them from those" in caught.value.remedy
+
+
+@pytest.mark.parametrize(("max_lost", "stops"), [(0.2, True), (0.6, False)])
+def test_any_filter_above_max_lost_stops(tmp_path, max_lost, stops):
+    guard = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    turns = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    rows = [{**row, **({"system": "Be."} if i % 2 else {})} for i, row in enumerate(PAIRS)]
+    path = jsonl(tmp_path / "d.jsonl", rows)
+    given = recipe(demonstrations=path, max_lost=max_lost, held_out=0.3)
+    tokenizer = make_tokenizer(guard + turns)
+    if not stops:
+        assert len(all_rows(dataset_builder.demonstrations(given, tokenizer))) == 30
+        return
+    with pytest.raises(DataError, match="50% of the demonstrations are dropped as: refused by the"):
+        dataset_builder.demonstrations(given, tokenizer)
+    with pytest.raises(DataError, match="the chat template refuses: no system"):
+        dataset_builder.demonstrations(given, tokenizer)
+
+
+def test_a_run_is_told_what_a_set_was_taken_for(tmp_path, chat):
+    first, *more = prepare(tmp_path, chat, [*PAIRS, PAIRS[0]]).lines
+    assert first.startswith("demonstrations: prompt + completion; 61 rows read, ")
+    assert first.endswith("held out; left out: 1 duplicate")
+    assert more[0].strip().startswith("plain text was wrapped into one user and one assistant")
+    assert "<|im_start|>assistant\\n" in more[-1] and more[-1].endswith("<|im_end|>")
