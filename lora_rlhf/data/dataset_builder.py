@@ -12,7 +12,7 @@ import itertools
 import json
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_rlhf.errors import DataError
@@ -68,7 +68,7 @@ class Prepared:
     train: datasets.Dataset
     held_out: datasets.Dataset
     report: dict[str, Any]
-    lines: list[str]
+    lines: list[str] = field(default_factory=list)
 
 
 def demonstrations(recipe: Recipe, tokenizer: Any, loaded: Loaded | None = None) -> Prepared:
@@ -159,8 +159,8 @@ def texts(recipe: Recipe, tokenizer: Any) -> tuple[list[list[int]], dict[str, An
         skips = Skips(source.skip_bad)
         rows = read(source, skips)
         lines = len(rows) + len(skips.seen)
-        layout, found = examples(rows, "text", False, kept.notes, skips, source)
-        documents = [one for one in found if one]
+        layout, parsed = examples(rows, "text", False, kept.notes, skips, source)
+        documents = [one for one in parsed if one]
         kept.layouts[layout] += len(rows)
         kept.count_broken(skips, lines)
         kept.sources.append(described(source, rows))
@@ -348,8 +348,8 @@ def _prepared(
             remedy=remedy,
         )
     report = {**kept.report(), "train": len(train), "held_out": len(held_out)}
-    told = summaries.lines(kept.name, report, train[0], tokenizer)
-    return Prepared(_dataset(train), _dataset(held_out), report, told)
+    lines = summaries.lines(kept.name, report, train[0], tokenizer)
+    return Prepared(_dataset(train), _dataset(held_out), report, lines)
 
 
 def _dataset(rows: _Rows) -> datasets.Dataset:

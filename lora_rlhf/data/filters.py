@@ -135,10 +135,8 @@ def breaker(tokenizer: Any) -> Callable[[str], str]:
     special = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
     # `### Answer:` is not a token, but a chat template may begin a turn with it, on a line's start.
     words, lines = (
-        "|".join(
-            sorted((re.escape(word) for word in found if len(word) > 1), key=len, reverse=True)
-        )
-        for found in (special, chat_template.markers(tokenizer))
+        "|".join(sorted((re.escape(word) for word in each if len(word) > 1), key=len, reverse=True))
+        for each in (special, chat_template.markers(tokenizer))
     )
     control = re.compile(f"{words or '(?!)'}|^(?:{lines or '(?!)'})", re.MULTILINE)
     return lambda text: control.sub(lambda match: match[0][0] + _JOINT + match[0][1:], text)
@@ -294,12 +292,13 @@ def check_losses(kept: FilteredSet, max_lost: float) -> None:
     Raises:
         DataError: A filter did.
     """
-    several = kept.name in ("prompts", "evaluate") or not {"prompt + completion", "messages"} & set(
-        kept.layouts
-    )
+    judged = kept.agreement is not None  # by several people
+    answers = {"prompt + completion", "messages"} & set(kept.layouts)
+    several = kept.name in ("prompts", "evaluate") or judged
+    several = several or kept.name == "demonstrations" and not answers
     for reason, n in kept.counts.items():
         lost = 1 - n["after"] / n["before"] if n["before"] else 0.0
-        same = reason == "duplicate" and several
+        same = reason == "duplicate" and several or reason == "labelled both ways" and judged
         if lost <= max_lost or reason in _INTENDED or same:
             continue
         notes = [note for note in kept.notes if reason.startswith("refused") and REFUSES in note]

@@ -144,17 +144,7 @@ def examples(
         except _Unfit as error:
             bad.append((where, str(error)))
             parsed.append(None)
-    if len(bad) <= skips.most - len(skips.seen):
-        skips.seen += [DataError(text, where=where) for where, text in bad]
-    elif bad:
-        mapping = ", or map the right columns with `columns:`" if len(bad) == len(rows) else ""
-        raise DataError(
-            f"{len(bad)} of {len(rows)} rows do not fit {' + '.join(layout)}{_shown(bad)}",
-            where=bad[0][0],
-            expected=_accepted(name),
-            remedy=f"correct or remove these rows, or skip them by `skip_bad: "
-            f"{len(skips.seen) + len(bad)}`{mapping}",
-        )
+    _skip(bad, skips, len(rows), layout, name)
     if source is not None and name != "text":
         _check_rendered(rows, parsed, chat)
         _take_off_prompts(parsed, notes)
@@ -168,14 +158,31 @@ def examples(
     return " + ".join(layout), parsed
 
 
+def _skip(
+    bad: list[tuple[str, str]], skips: Skips, rows: int, layout: tuple[str, ...], name: str
+) -> None:
+    """Skip the rows that do not fit, or show five of them."""
+    if len(bad) <= skips.most - len(skips.seen):
+        skips.seen += [DataError(text, where=where) for where, text in bad]
+        return
+    mapping = ", or map the right columns with `columns:`" if len(bad) == rows else ""
+    raise DataError(
+        f"{len(bad)} of {rows} rows do not fit {' + '.join(layout)}{_shown(bad)}",
+        where=bad[0][0],
+        expected=_accepted(name),
+        remedy=f"correct or remove these rows, or skip them by `skip_bad: "
+        f"{len(skips.seen) + len(bad)}`{mapping}",
+    )
+
+
 def _check_rendered(rows: list[Row], parsed: list[Example | None], chat: bool) -> None:
     """Refuse prompts that are conversations in the form of some template, written as one text."""
     rendered = [
         (where, example.prompt)
         for (where, _), example in zip(rows, parsed, strict=True)
-        if chat and example and isinstance(example.prompt, str) and not transcript(example.prompt)
-        and _RENDERED.match(example.prompt)
-    ]  # fmt: skip
+        if chat and example and isinstance(example.prompt, str)
+        if _RENDERED.match(example.prompt) and not transcript(example.prompt)
+    ]
     if 2 * len(rendered) > len(rows):
         raise DataError(
             f"{len(rendered)} of {len(rows)} prompts are conversations written as one text"
@@ -327,11 +334,11 @@ def _parts(columns: list[str], guess: dict[str, str], rows: list[Row]) -> dict[s
     """Find the columns that would be read beside those of a mapping: `input` and `system`."""
     filled = {key for _, row in rows for key, value in row.items() if value not in (None, "")}
     left = [key for key in columns if key not in guess.values() and key in filled]
-    found = {
+    names = {
         ours: next((name for name in unread_columns.PARTS[ours] if name in left), "")
         for ours in ("input", "system")
     }
-    return {ours: name for ours, name in found.items() if name}
+    return {ours: name for ours, name in names.items() if name}
 
 
 def _parse(
@@ -396,8 +403,7 @@ def _turns(row: dict[str, Any], column: str) -> Turns:
     value = row.get(column)
     if isinstance(value, str):
         if _SERIALISED.match(value):
-            raise _Unfit(f"column {column!r} holds messages as text, which is no JSON: "
-                         f"{excerpt(value)}")  # fmt: skip
+            raise _Unfit(f"column {column!r} holds messages as text, no JSON: {excerpt(value)}")
         return _valid(value, column)
     if value is None:
         raise _Unfit(f"column {column!r} is missing")
@@ -442,8 +448,8 @@ def _ranking(row: dict[str, Any], column: str) -> Example:
     numbers = [_number(rank) for rank in given] if isinstance(given, list) else []
     finite = [rank for rank in numbers if rank is not None]
     if not len(finite) == len(numbers) == len(answers):
-        raise _Unfit(f"column {column!r} must be a list of {len(answers)} numbers: "
-                     f"{excerpt(given)}")  # fmt: skip
+        wanted = f"a list of {len(answers)} numbers"
+        raise _Unfit(f"column {column!r} must be {wanted}: {excerpt(given)}")
     if column == "ranks":
         best = finite.count(min(finite))  # equal ranks count as the first, the mean or the last
         if min(finite) not in (1, (best + 1) / 2, best) or max(finite) > len(answers):
@@ -533,10 +539,8 @@ def _shared_text(a: str, b: str) -> int:
 def _as_chat(example: Example, notes: Counter[str]) -> None:
     """Wrap text into messages: one user turn, one assistant turn, or the turns of a transcript."""
     turns = transcript(example.prompt) if isinstance(example.prompt, str) else None
-    stripped = [
-        text for text in (example.prompt, *example.answers)
-        if isinstance(text, str) and text != text.strip() and not turns
-    ]  # fmt: skip
+    texts = [text for text in (example.prompt, *example.answers) if isinstance(text, str)]
+    stripped = not turns and any(text != text.strip() for text in texts)
     if isinstance(example.prompt, str):
         if turns:
             if turns[-1] == {"role": "assistant", "content": ""}:

@@ -267,11 +267,11 @@ def _object(row: Any, where: str, shown: Any) -> Row:
 
 def _delimiter(text: str, usual: str) -> str:
     """Return what parts the columns; a German or French Excel writes semicolons into a .csv."""
-    found = {}
+    columns = {}
     for delimiter in dict.fromkeys((usual, ",", ";", "\t", "|")):
         with contextlib.suppress(csv.Error):
-            found[delimiter] = len(next(csv.reader(io.StringIO(text), delimiter=delimiter)))
-    return usual if found.get(usual, 2) > 1 else max(found, key=found.__getitem__)
+            columns[delimiter] = len(next(csv.reader(io.StringIO(text), delimiter=delimiter)))
+    return usual if columns.get(usual, 2) > 1 else max(columns, key=columns.__getitem__)
 
 
 def _csv(path: Path, text: str, delimiter: str, skips: Skips) -> Iterator[Row]:

@@ -22,14 +22,14 @@ def lines(name: str, report: dict[str, Any], row: Mapping[str, Any], tokenizer: 
     """
     lost = {reason: n["before"] - n["after"] for reason, n in report["counts"].items()}
     left = [f"{n:,} {reason}" for reason, n in lost.items() if n > 0]
-    told = f"{name}: {', '.join(report['read_as'])}; {report['rows']:,} rows read, "
-    told += f"{report['train']:,} {'pairs ' * (name == 'comparisons')}to train on, "
-    told += f"{report['held_out']:,} held out"
-    told += f"; left out: {', '.join(left)}" if left else ""
+    line = f"{name}: {', '.join(report['read_as'])}; {report['rows']:,} rows read, "
+    line += f"{report['train']:,} {'pairs ' * (name == 'comparisons')}to train on, "
+    line += f"{report['held_out']:,} held out"
+    line += f"; left out: {', '.join(left)}" if left else ""
     unread = [c for source in report["sources"] for c in source.get("columns_not_read", [])]
-    told += f"; not read: {', '.join(dict.fromkeys(unread))}" if unread else ""
+    line += f"; not read: {', '.join(dict.fromkeys(unread))}" if unread else ""
     notes = [f"  {note}" for note in report["notes"]]
-    return [told, *notes, f"  as the model sees it: {_shown(row, tokenizer)}"]
+    return [line, *notes, f"  as the model sees it: {_shown(row, tokenizer)}"]
 
 
 def _shown(row: Mapping[str, Any], tokenizer: Any) -> str:

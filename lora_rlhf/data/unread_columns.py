@@ -57,10 +57,10 @@ def check(rows: list[Row], layout: tuple[str, ...], name: str, source: DataSourc
         for column, value in row.items():
             if column not in read and isinstance(column, str) and value not in (None, "", [], {}):
                 values.setdefault(column, []).append(value)
-    for column, found in values.items():
-        _check_part(rows, column, found, layout, source)
+    for column, given in values.items():
+        _check_part(rows, column, given, layout, source)
         if name in ("demonstrations", "comparisons") and column not in _ANSWERS:
-            _check_judgement(rows, column, found, source)
+            _check_judgement(rows, column, given, source)
     theirs = source.columns.get("ranks", "")
     if "ranks" in layout and _words(theirs) & _JUDGES - {"rank", "ranks", "ranking"}:
         raise DataError(
@@ -73,48 +73,48 @@ def check(rows: list[Row], layout: tuple[str, ...], name: str, source: DataSourc
 
 
 def _check_part(
-    rows: list[Row], column: str, found: list[Any], layout: tuple[str, ...], source: DataSource
+    rows: list[Row], column: str, given: list[Any], layout: tuple[str, ...], source: DataSource
 ) -> None:
     """Refuse to leave out a column that looks like a part of the prompt."""
     # A pair of texts without a prompt: the prompt may be in any other column of texts.
     bare = "chosen" in layout and not any(row.get("prompt") for _, row in rows)
     bare = bare and all(isinstance(row.get("chosen"), str) for _, row in rows)
     ours = next((ours for ours, names in PARTS.items() if column.lower() in names), "")
-    if bare and isinstance(found[0], str) and column not in _ANSWERS:
-        ours = "prompt" if len(set(found)) > 1 and not _words(column) & {"id"} else ours
+    if bare and isinstance(given[0], str) and column not in _ANSWERS:
+        ours = "prompt" if len(set(given)) > 1 and not _words(column) & {"id"} else ours
     if not ours and column.lower() not in _NO_COLUMN:
         return
     prompts = [str(row.get("prompt") or row.get("messages")) for _, row in rows if row.get(column)]
-    if all(str(value).strip() in prompt for value, prompt in zip(found, prompts, strict=False)):
+    if all(str(value).strip() in prompt for value, prompt in zip(given, prompts, strict=False)):
         return  # nothing is lost: the prompt says it too
     remedy = "write what it says into the prompt or the answers, as the model should see it"
     if ours == "prompt" and "prompt" in source.columns.keys() | {
         key for _, row in rows[:1] for key in row
     }:
         ours = "input"
-    if ours and isinstance(found[0], str) and layout != ("messages",):
+    if ours and isinstance(given[0], str) and layout != ("messages",):
         remedy = _mapping(source, ours, column)
     raise DataError(
         f"the column {column!r} is not read, and looks like a part of the prompt or the answer: "
-        f"{len(found)} of {len(rows)} rows have one, such as {excerpt(found[0])}",
+        f"{len(given)} of {len(rows)} rows have one, such as {excerpt(given[0])}",
         where=rows[0][0],
         expected="columns whose content is trained on, or left out on purpose",
         remedy=f"{remedy}; to train without it: `ignore: [{column}]`",
     )
 
 
-def _check_judgement(rows: list[Row], column: str, found: list[Any], source: DataSource) -> None:
+def _check_judgement(rows: list[Row], column: str, given: list[Any], source: DataSource) -> None:
     """Refuse to leave out a column that says how good the answers are."""
     if not _words(column) & _JUDGES:
         return
     if _words(column) & {"chosen", "rejected"}:
         _check_pair(rows, column)
         return
-    kinds = Counter(excerpt(value, 30) for value in found)
-    if len(kinds) == 1 and label(found[0]) is not False:
+    kinds = Counter(excerpt(value, 30) for value in given)
+    if len(kinds) == 1 and label(given[0]) is not False:
         return  # it judges no row apart from the others
     remedy = "leave in the file what the model should learn"
-    if all(label(value) is not None for value in found):
+    if all(label(value) is not None for value in given):
         remedy = f"{_mapping(source, 'label', column)} trains on the answers judged good only"
     shown = ", ".join(f"{value}: {n}" for value, n in kinds.most_common(3))
     raise DataError(

@@ -226,8 +226,7 @@ class DataSection(Section):
                     message = "data.text takes path or hub: a task generates no plain text"
                     yield message, f"{at}.task"
                 for ours in source.columns.keys() - set(known):
-                    message = f"data.{at}.columns maps to {ours!r}, which is no column of data."
-                    message += f"{name}; known: {', '.join(known)}"
+                    message = f"columns maps to {ours!r}; known: {', '.join(known)}"
                     yield message, f"{at}.columns.{ours}", f"{at}.columns"
                 if name == "comparisons":
                     continue

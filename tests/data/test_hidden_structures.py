@@ -66,7 +66,7 @@ def test_lists_written_as_text_are_read(tmp_path, chat, write):
 def test_a_list_of_messages_that_cannot_be_read_is_no_text(tmp_path, chat):
     text = "[{'role': 'user', 'content': 'q'}\n {'role': 'assistant', 'content': 'a'}]"
     rows = [{"prompt": text, "completion": "a"} for _ in range(N)]
-    with pytest.raises(DataError, match="holds messages as text, which is no JSON"):
+    with pytest.raises(DataError, match="holds messages as text, no JSON"):
         demonstrations(tmp_path, chat, rows)
 
 
