@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -159,9 +160,8 @@ def texts(recipe: Recipe, tokenizer: Any) -> tuple[list[list[int]], dict[str, An
         skips = Skips(source.skip_bad)
         rows = read(source, skips)
         lines = len(rows) + len(skips.seen)
-        layout, parsed = examples(rows, "text", False, kept.notes, skips, source)
+        parsed = examples(rows, "text", False, kept.notes, skips, source, kept.layouts)
         documents = [one for one in parsed if one]
-        kept.layouts[layout] += len(rows)
         kept.count_broken(skips, lines)
         kept.sources.append(described(source, rows))
         random.Random(f"{recipe.seed}/text/{index}").shuffle(documents)
@@ -256,8 +256,9 @@ def _parse(
     chosen = sorted(order)  # parsed in the file's order, so that errors show its first rows
     of_file = None if task else source
     given = [rows[i] for i in chosen]
-    layout, parsed = examples(given, kept.name, chat, kept.notes, skips, of_file)
-    kept.layouts[f"{source.task} task" if task else layout] += len(rows)
+    layouts = Counter({f"{source.task} task": len(rows)}) if task else Counter[str]()
+    parsed = examples(given, kept.name, chat, kept.notes, skips, of_file, None if task else layouts)
+    kept.layouts += layouts
     at = {i: example for i, example in zip(chosen, parsed, strict=True) if example is not None}
     for example in at.values():  # a column `item` of a file is not an item of the task
         example.item = example.item if task else ""

@@ -110,8 +110,9 @@ def examples(
     notes: Counter[str],
     skips: Skips,
     source: DataSource | None = None,
-) -> tuple[str, list[Example | None]]:
-    """Parse the rows of one source into its layout's name, and examples for a set in their order.
+    layouts: Counter[str] | None = None,
+) -> list[Example | None]:
+    """Parse the rows of one source into examples for a set, in their order.
 
     Args:
         rows: As `sources.read` returns them.
@@ -120,6 +121,7 @@ def examples(
         notes: Counts converted rows by kind of conversion, for the report.
         skips: Takes rows that do not fit, up to its limit; the result then has None in their place.
         source: A file or Hub dataset, whose unread columns are checked; None for a task.
+        layouts: Counts the rows by the name of their layout.
 
     Raises:
         DataError: Columns are missing, null or of a wrong type, with the first five such rows; a
@@ -155,7 +157,9 @@ def examples(
         chosen = name == "demonstrations"
         what = "demonstrations are the chosen answers" if chosen else "prompts are those"
         notes[f"{what} of a comparison file"] += len(fitting)
-    return " + ".join(layout), parsed
+    if layouts is not None:
+        layouts[" + ".join(layout)] += len(rows)
+    return parsed
 
 
 def _skip(

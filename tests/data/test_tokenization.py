@@ -122,7 +122,8 @@ def test_a_run_reads_every_set_once(recipe, tmp_path, monkeypatch):
     )
     made = SimpleNamespace(tokenizer=small.tokenizer())
     data = pipeline._Data(recipe, record, made, Progress(quiet=True))
-    data.check(["sft", "reward", "ppo", "evaluate"], configs)
+    for read_one in data.checks(["sft", "reward", "ppo", "evaluate"], configs):
+        read_one()
     assert has_reward_model(recipe)
     # Demonstrations, comparisons and prompts are three sets of one file.
     assert sorted(reads.values()) == [1, 3]
