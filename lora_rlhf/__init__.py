@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from lora_rlhf.hub.publishing import push
     from lora_rlhf.models.backbone import Backbone
     from lora_rlhf.pipeline import run
+    from lora_rlhf.planning.plan_report import Report
     from lora_rlhf.recipe.loader import load_recipe
     from lora_rlhf.recipe.schema import Recipe
+    from lora_rlhf.reports.doctor.findings import Finding
     from lora_rlhf.runs.progress import Progress
     from lora_rlhf.runs.record import Record
     from lora_rlhf.serving.loaded_run import generate, load
@@ -33,10 +35,15 @@ __all__ = [
     "Recipe",
     "Record",
     "__version__",
+    "card",
+    "compare",
     "demo",
+    "doctor",
+    "evaluate",
     "generate",
     "load",
     "load_recipe",
+    "plan",
     "push",
     "run",
 ]
@@ -64,6 +71,42 @@ def demo(
 
     recipe = loader.load_recipe(tiny.recipe(), [f"seed={seed}"])
     return pipeline.run(recipe, out, progress=progress)
+
+
+def evaluate(recipe: Recipe, out: str | Path, *, progress: Progress | None = None) -> Record:
+    """Run a recipe up to the evaluation, or evaluate the run in `out`; return the record."""
+    from lora_rlhf import pipeline
+
+    return pipeline.run(recipe, out, until="evaluate", progress=progress)
+
+
+def plan(recipe: Recipe, gpu: str | None = None, *, probe: bool = False) -> Report:
+    """Plan the memory of a recipe for a GPU such as "16GB"; `as_text()` of the result prints it."""
+    from lora_rlhf.planning import plan_report
+
+    return plan_report.report(recipe, Path(), gpu, probe=probe)
+
+
+def compare(*runs: str | Path) -> dict[str, Any]:
+    """Compare finished runs: their metrics as `rows`, paired `differences`, and `notes`."""
+    from lora_rlhf.reports import compare
+
+    return compare.run([Path(run) for run in runs])
+
+
+def doctor(run: str | Path) -> list[Finding]:
+    """Return what is wrong or doubtful in a run, the stage at fault first."""
+    from lora_rlhf.reports.doctor import doctor
+    from lora_rlhf.runs.record import Record
+
+    return doctor.examine(Record.read(run))
+
+
+def card(run: str | Path) -> list[Path]:
+    """Write the cards of a run again, from its record alone; return their paths."""
+    from lora_rlhf.reports.cards import model_card
+
+    return model_card.rewrite(run)
 
 
 def __getattr__(name: str) -> Any:

@@ -39,7 +39,7 @@ from lora_rlhf.reports.doctor import findings
 from lora_rlhf.runs import disk, reuse, run_lock
 from lora_rlhf.runs.progress import Progress
 from lora_rlhf.runs.record import Record
-from lora_rlhf.runtime import interrupts, paths
+from lora_rlhf.runtime import interrupts, paths, quiet
 from lora_rlhf.runtime.devices import hardware_limitations
 from lora_rlhf.serving import loaded_run
 from lora_rlhf.training import checkpoint_callback, sft
@@ -50,6 +50,7 @@ _OFFSET_ROWS = 256
 """Demonstrations to which the reward's offset is fitted; its error falls with their square root."""
 
 
+@quiet.libraries()
 def run(
     recipe: Recipe,
     out: str | Path,
@@ -118,6 +119,7 @@ def _stages(recipe: Recipe, until: str) -> tuple[str, ...]:
     return stages[: stages.index(until) + 1]
 
 
+@quiet.libraries()
 def check(
     recipe: Recipe,
     out: str | Path,

@@ -18,6 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from lora_rlhf.errors import SetupError, UsageError
+from lora_rlhf.runtime import quiet
 
 from . import shell
 
@@ -105,8 +106,9 @@ def _command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
         @functools.wraps(function)
         def guarded(*args: Any, **kwargs: Any) -> None:
             with shell.errors_as_text(_debug), shell.signals_raise():
+                quiet.loud = _debug
                 if not _debug:
-                    shell.quieten()
+                    quiet.process()
                 function(*args, **kwargs)
 
         app.command(name)(guarded)
@@ -139,7 +141,7 @@ def _train(
         )
     recipe = load_recipe(path, overrides)
     out = out or Path("runs") / recipe.name
-    pipeline = shell.room("pipeline", _debug)
+    pipeline = shell.room("pipeline")
     from lora_rlhf.reports import tables
     from lora_rlhf.runs.progress import Progress
 
@@ -231,7 +233,7 @@ def _plan_verb(
     recipe = load_recipe(path, overrides)
     if (run := _run_of(path)) is not None:
         typer.echo(f"{run} is a run: this plans the recipe that it has", err=True)
-    shell.room("pipeline", _debug)
+    shell.room("pipeline")
     from lora_rlhf.planning import plan_report
 
     report = plan_report.report(recipe, path if path.is_dir() else path.parent, gpu, probe=probe)
@@ -264,18 +266,11 @@ def _card_verb(
     """
     from lora_rlhf.reports.cards import model_card
     from lora_rlhf.runs.record import Record
-    from lora_rlhf.runs.run_lock import locked
 
-    record = Record.read(run)
     if role is not None:
-        typer.echo(model_card.render(record, role), nl=False)
+        typer.echo(model_card.render(Record.read(run), role), nl=False)
         return
-    with locked(run):
-        record = Record.read(run)  # as it is now that no other process writes it
-        if not (written := model_card.write(record)):
-            raise UsageError(f"{run} has no adapter yet", remedy="continue it with `lora-rlhf run`")
-        record.seal()
-    for path in written:
+    for path in model_card.rewrite(run):
         typer.echo(path)
 
 
@@ -374,7 +369,7 @@ def _generate_verb(
     from lora_rlhf.runs.record import Record
 
     Record.read(run)  # refuses a wrong folder before the slow imports
-    loaded = shell.room("serving.loaded_run", _debug)
+    loaded = shell.room("serving.loaded_run")
     from lora_rlhf.reports import tables
 
     tables.show_answers(

@@ -5,12 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 import signal
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
@@ -20,16 +18,6 @@ import typer
 from lora_rlhf.errors import INTERRUPTED, LoraRlhfError, MemoryLimitError, first_line
 from lora_rlhf.redaction import safe
 from lora_rlhf.runtime import interrupts
-
-_QUIET = {
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_HUB_VERBOSITY": "error",  # it reports every retry; we report the outcome
-    "TOKENIZERS_PARALLELISM": "false",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "DATASETS_VERBOSITY": "error",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-}
-"""Set before the libraries are imported, unless the user has set them."""
 
 
 @contextlib.contextmanager
@@ -135,26 +123,11 @@ def signals_raise() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def quieten() -> None:
-    """Silence library messages that are not about the user's run, except errors."""
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
-    warnings.filterwarnings("ignore")
-    # bitsandbytes warns about a missing optional kernel on CPUs with bfloat16 instructions.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-
-def room(name: str, debug: bool) -> Any:
-    """Import a module that needs the heavy libraries, and hide progress bars except downloads'."""
+def room(name: str) -> Any:
+    """Import a module that needs the heavy libraries."""
     import importlib
 
     with loading():
-        from huggingface_hub import utils
-        from transformers.utils import logging
-
-        if not debug:
-            logging.disable_progress_bar()  # bars of transformers and of the Hub
-            utils.enable_progress_bars()  # type: ignore[attr-defined]
         return importlib.import_module(f"lora_rlhf.{name}")
 
 

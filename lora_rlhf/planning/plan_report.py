@@ -14,6 +14,7 @@ from lora_rlhf.runtime import optional_packages  # noqa: F401  # isort: skip
 from lora_rlhf.models.loading import find_config
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.reports.tables import aligned
+from lora_rlhf.runtime import quiet
 
 from . import probe as probing
 from .gpu_fit import Fit, as_options, capacity, fit
@@ -97,6 +98,7 @@ class Report:
             yield from aligned(["phase", "planned", "measured", "planned/measured"], rows)
 
 
+@quiet.libraries()
 def report(recipe: Recipe, folder: Path, gpu: str | None, *, probe: bool) -> Report:
     """Plan a recipe for one GPU, or for the device of this machine and a table of GPUs.
 

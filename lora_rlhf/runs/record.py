@@ -92,6 +92,11 @@ class Record:
         # Called after each checkpoint (False) and each finished stage (True).
         self.on_saved: Callable[[bool], None] = lambda whole_stage: None
 
+    def __repr__(self) -> str:
+        stages = [f"{name} {entry['status']}" for name, entry in self.data["stages"].items()]
+        seed, state = self.data.get("seed"), ", ".join(stages) or "no stage begun"
+        return f"Record({str(self.folder)!r}: {self.algorithm}, seed {seed}; {state})"
+
     @classmethod
     def open(cls, folder: str | Path, recipe: Recipe, *, warm_start: bool = False) -> Record:
         """Start a new run, or continue an earlier run of the same recipe.

@@ -8,6 +8,7 @@ machine, even in a run without 4-bit. Import this module before PEFT and TRL.
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from typing import Any
 
@@ -17,6 +18,8 @@ BROKEN: dict[str, str] = {}
 """Package -> error of its import."""
 
 
+# It warns about a missing optional kernel on CPUs with bfloat16 instructions.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 try:
     importlib.import_module("bitsandbytes")
 except Exception as error:

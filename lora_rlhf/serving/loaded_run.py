@@ -14,10 +14,12 @@ from lora_rlhf.errors import UsageError
 from lora_rlhf.models import adapters
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.runs.record import Record
+from lora_rlhf.runtime import quiet
 from lora_rlhf.training import sft
 from lora_rlhf.training.reward import ensemble, reward_stage
 
 
+@quiet.libraries()
 def load(folder: str | Path) -> tuple[Backbone, Record]:
     """Load the backbone of a run with the roles of all finished stages.
 
@@ -45,6 +47,7 @@ def load_stage(stage: str, backbone: Backbone, record: Record) -> None:
         adapters.load_role(backbone, "policy", record.verified("adapters/policy"))
 
 
+@quiet.libraries()
 def generate(
     folder: str | Path,
     text: str,

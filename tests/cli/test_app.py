@@ -22,11 +22,12 @@ from typer.testing import CliRunner
 
 import lora_rlhf
 from lora_rlhf import tiny
-from lora_rlhf.cli import app, shell
+from lora_rlhf.cli import app
 from lora_rlhf.errors import GateError, LoraRlhfError, NonFiniteError
 from lora_rlhf.recipe import loader
 from lora_rlhf.reports import tables
 from lora_rlhf.runs.record import Record
+from lora_rlhf.runtime import quiet
 
 ROOT = Path(__file__).resolve().parents[2]
 VERBS = (
@@ -365,6 +366,7 @@ def test_signals(name, times, code, recipe, tmp_path):
         from lora_rlhf.cli import app as cli
         progress = types.ModuleType("lora_rlhf.runs.progress")
         progress.Progress = lambda: types.SimpleNamespace(end=lambda: None)
+        progress.clock = str
         sys.modules["lora_rlhf.runs.progress"] = progress
         def kill():
             os.kill(os.getpid(), signal.{name})
@@ -398,7 +400,7 @@ def test_handlers_are_put_back(recipe, fake, tmp_path):
 
 def test_silence_does_not_override_the_user(monkeypatch):
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "info")
-    shell.quieten()
+    quiet.process()
     assert os.environ["TRANSFORMERS_VERBOSITY"] == "info"
 
 

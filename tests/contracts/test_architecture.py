@@ -267,7 +267,7 @@ def test_only_the_hub_module_talks_to_the_hub():
     allowed = {
         "reports.cards.model_card": {"ModelCard"},
         "reports.cards.card_facts": {"EvalResult", "ModelCardData"},
-        "cli.shell": {"utils"},  # its progress bars
+        "runtime.quiet": {"utils"},  # its progress bars
         "hub.backup": {"utils"},  # none of them across a stage's line
     }
     for name in set(FILES) - {"hub.repository"}:

@@ -5,10 +5,17 @@ import importlib
 import subprocess
 import sys
 import types
+import warnings
 
+import card_run
+import datasets
 import pytest
+from transformers.utils import logging as transformers
 
 import lora_rlhf
+from lora_rlhf import tiny
+from lora_rlhf.cli.app import app
+from lora_rlhf.runtime import quiet
 
 
 def test_visible_names_are_exactly_all():
@@ -43,6 +50,39 @@ def test_demo_runs_the_packaged_recipe(monkeypatch, tmp_path):
     )
     lora_rlhf.demo(tmp_path, seed=3)
     assert (seen["recipe"].seed, seen["recipe"].model.id, seen["out"]) == (3, "tiny", tmp_path)
+
+
+def test_the_verbs_of_the_command_line_exist_in_python():
+    verbs = {command.name for command in app.registered_commands} - {"env"}
+    stages = {"sft", "reward", "ppo", "policy"}  # run(..., until=)
+    assert verbs - stages <= set(lora_rlhf.__all__)
+
+
+def test_verbs_over_runs_take_their_folder(tmp_path, capsys):
+    record = card_run.make_run(tmp_path / "run")
+    assert repr(record).startswith(f"Record('{record.folder}': ppo, seed ")
+    assert "sft done, reward done, ppo done" in repr(record)
+    assert {path.parent.name for path in lora_rlhf.card(record.folder)} >= {"sft", "policy"}
+    assert all(finding.stage for finding in lora_rlhf.doctor(record.folder))
+    other = card_run.make_run(tmp_path / "other").folder
+    with pytest.raises(lora_rlhf.LoraRlhfError, match="runs of the same recipe and seed"):
+        lora_rlhf.compare(record.folder, other)
+    plan = lora_rlhf.plan(lora_rlhf.load_recipe(tiny.recipe()), "16GB")
+    assert plan.fits and "fits 16 GB" in plan.as_text()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_libraries_are_quiet_inside_and_as_before_outside(capfd):
+    before = transformers.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
+    with pytest.warns(UserWarning, match="after"):
+        with quiet.libraries():
+            warnings.warn("inside", stacklevel=1)
+            list(transformers.tqdm(range(3)))
+            datasets.Dataset.from_dict({"a": [1]}).map(lambda row: row)
+        warnings.warn("after", stacklevel=1)
+    assert capfd.readouterr().err == ""
+    after = transformers.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
+    assert after == before
 
 
 def test_importing_loads_nothing_heavy():

@@ -14,6 +14,7 @@ from lora_rlhf.reports import kinds
 from lora_rlhf.runs.disk import write_atomically
 from lora_rlhf.runs.metric_names import METRICS
 from lora_rlhf.runs.record import Record
+from lora_rlhf.runs.run_lock import locked
 from lora_rlhf.runs.samples import sample_table
 
 from . import card_snippets
@@ -82,6 +83,21 @@ def render(record: Record, role: str, repo_ids: dict[str, str] | None = None) ->
     text = safe(text)
     ModelCard(text)  # raises if the Hub could not parse the card
     return text
+
+
+def rewrite(run: str | Path) -> list[Path]:
+    """Write the cards of a run again, and seal it with them; return their paths.
+
+    Raises:
+        UsageError: The run has no adapter yet.
+        BusyError: Another process works in it.
+    """
+    with locked(Path(run)):
+        record = Record.read(run)  # as it is now that no other process writes it
+        if not (written := write(record)):
+            raise UsageError(f"{run} has no adapter yet", remedy="continue it with `lora-rlhf run`")
+        record.seal()
+    return written
 
 
 def write(record: Record, repo_ids: dict[str, str] | None = None) -> list[Path]:
