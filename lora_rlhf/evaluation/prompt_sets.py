@@ -218,10 +218,11 @@ def _plain(rows: _Raw, folder: Path | None) -> _Rows:
         prompt = row.get("prompt")
         prompt = prompt if isinstance(prompt, str) and len(example.prompt) == 1 else example.prompt
         name = str(row["id"] if row.get("id") is not None else number)
-        yield where, Row(name, str(row.get("kind") or ""), _conversation(prompt), _answers(row))
+        kind, reference = str(row.get("kind") or ""), _reference(where, row)
+        yield where, Row(name, kind, _conversation(prompt), reference)
 
 
-def _answers(row: dict[str, Any]) -> dict[str, Any]:
+def _reference(where: str, row: dict[str, Any]) -> dict[str, Any]:
     """Return the column `reference`: an object (JSON in a CSV), or one or more right answers."""
     given = row.get("reference")
     if isinstance(given, str) and given.lstrip().startswith("{"):
@@ -229,9 +230,18 @@ def _answers(row: dict[str, Any]) -> dict[str, Any]:
             given = json.loads(given)
         except ValueError:
             pass  # an answer that begins with a brace
-    if given is None or isinstance(given, dict):
-        return given or {}
-    return {"answers": [str(answer) for answer in (given if isinstance(given, list) else [given])]}
+    if given is None or given == "":
+        return {}
+    reference = given if isinstance(given, dict) else {"answers": given}
+    answers = reference.get("answers", [""])
+    answers = answers if isinstance(answers, list) else [answers]
+    if not answers or not all(isinstance(one, str | int | float) for one in answers):
+        shown = f"the reference's answers are {sources.excerpt(answers)}"
+        raise DataError(shown, where=where, expected="one or more texts")
+    if not isinstance(reference.get("schema", {}), dict | bool):
+        shown = f"the reference's schema is {sources.excerpt(reference['schema'])}"
+        raise DataError(shown, where=where, expected="a JSON schema")
+    return {**reference, "answers": [*map(str, answers)]} if "answers" in reference else reference
 
 
 def _hh(rows: _Raw, folder: Path | None) -> _Rows:

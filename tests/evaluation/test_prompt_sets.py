@@ -33,7 +33,7 @@ TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ye
     [
         ("plain", [{"prompt": " a ", "id": 3, "kind": "k", "reference": {"schema": {}}}],
          [("3", "k", " a ", {"schema": {}})]),
-        ("plain", [{"instruction": "Add.", "input": "2 2", "reference": "4"},
+        ("plain", [{"instruction": "Add.", "input": "2 2", "reference": 4},
                    {"instruction": "Sing.", "input": "", "reference": ["la", "lo"]}],
          [("1", "", "Add.\n\n2 2", {"answers": ["4"]}),
           ("2", "", "Sing.", {"answers": ["la", "lo"]})]),
@@ -83,9 +83,9 @@ def test_text_csv_and_the_kinds_of_truthfulqa(tmp_path):
     found = load("x", path=str(tmp_path / "x.txt"))
     assert [row.prompt for row in found.rows] == ["one, two", "three"]
     assert (found.licence, found.source) == ("MIT License", f"{tmp_path.name}/x.txt")
-    (tmp_path / "x.csv").write_text('prompt,reference\na,"{""schema"": {}}"\nb,{or so\n')
+    (tmp_path / "x.csv").write_text('prompt,reference\na,"{""schema"": {}}"\nb,{or so\nc,\n')
     references = [row.reference for row in load("x", path=str(tmp_path / "x.csv")).rows]
-    assert references == [{"schema": {}}, {"answers": ["{or so"]}]
+    assert references == [{"schema": {}}, {"answers": ["{or so"]}, {}]
     (tmp_path / "TruthfulQA.csv").write_text("Type,Question\nAdversarial,Is it so?\n")
     (tmp_path / "mc.json").write_text(json.dumps([MC]))
     rows = load("x", path=str(tmp_path / "mc.json"), format="truthfulqa").rows
@@ -108,7 +108,10 @@ def test_the_draw_is_the_seed_s_and_keeps_the_order(tmp_path, monkeypatch):
 
 
 BAD = {
-    "plain": [{"prompt": 3}, {"id": 1}, {"messages": [{"role": "boss", "content": ""}]}],
+    "plain": [{"prompt": 3}, {"id": 1}, {"messages": [{"role": "boss", "content": ""}]},
+              {"prompt": "a", "reference": []}, {"prompt": "a", "reference": [{}]},
+              {"prompt": "a", "reference": {"answers": None}},
+              {"prompt": "a", "reference": {"schema": 3}}],
     "truthfulqa": [MC | {"mc1_targets": {"a": 1, "b": 1}}, MC | {"mc2_targets": 3}, {"question": 1},
                    MC | {"mc1_targets": {"choices": ["a"]}}],
     "xstest": [{"prompt": "a", "type": "b", "label": "harmless"}, {"prompt": "a"}],

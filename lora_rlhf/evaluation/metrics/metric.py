@@ -21,7 +21,10 @@ class OptionScorer(Protocol):
         ...
 
     def text_logprob(self, text: str) -> float:
-        """Return the natural log of the probability of a whole text, summed over its tokens."""
+        """Return the natural log of the probability of a whole text, summed over its tokens.
+
+        The first token follows the prefix token (BOS, or EOS), as in lm-eval's empty context.
+        """
         ...
 
 
