@@ -40,8 +40,8 @@ class Answers:
 
         kl = None if self.kl is None else take(self.kl)
         scores = {role: take(values) for role, values in self.scores.items()}
-        texts, finished, verdicts = map(take, (self.texts, self.finished, self.verdicts))
-        return Answers(take(self.ids), texts, finished, self.seconds, scores, kl, verdicts)
+        ids, texts, finished = take(self.ids), take(self.texts), take(self.finished)
+        return Answers(ids, texts, finished, self.seconds, scores, kl, take(self.verdicts))
 
     @property
     def lengths(self) -> list[int]:
