@@ -25,6 +25,12 @@ def of_record(record: Record) -> dict[str, dict[str, Metrics]]:
     return found if isinstance(found, dict) else {}
 
 
+def clearly_worse(kinds: Mapping[str, Metrics]) -> dict[str, Estimate]:
+    """Return the kinds of prompt on which the interval of the difference to SFT lies below 0."""
+    gaps = {kind: at(metrics, DIFFERENCE) for kind, metrics in kinds.items()}
+    return {k: gap for k, gap in gaps.items() if is_number(at(gap, "high")) and gap["high"] < 0}
+
+
 def sentences(who: str, own: Metrics, sft: Metrics, kinds: Mapping[str, Metrics]) -> dict[str, str]:
     """Say on which kinds of prompt a model is clearly worse than SFT, and how it abstains.
 
@@ -37,16 +43,13 @@ def sentences(who: str, own: Metrics, sft: Metrics, kinds: Mapping[str, Metrics]
         Sentences by topic: `worse` or `none_worse`, `false_abstention`, `missed_abstention`.
     """
     said: dict[str, str] = {}
-    gaps = {kind: at(metrics, DIFFERENCE) for kind, metrics in kinds.items()}
-    worse = [
+    worse = ", ".join(
         f"{kind.replace('_', ' ')} (gold reward {interval(gap, short=True)})"
-        for kind, gap in gaps.items()
-        if is_number(at(gap, "high")) and gap["high"] < 0
-    ]
+        for kind, gap in clearly_worse(kinds).items()
+    )
     if worse:
-        kinds_worse = ", ".join(worse)
-        said["worse"] = f"{who} is clearly worse than SFT on prompts of these kinds: {kinds_worse}."
-    elif any(gaps.values()):
+        said["worse"] = f"{who} is clearly worse than SFT on prompts of these kinds: {worse}."
+    elif any(DIFFERENCE in metrics for metrics in kinds.values()):
         said["none_worse"] = f"{who} is clearly worse than SFT on no kind of prompt."
     for metric, what in _ABSTENTION.items():
         before, after = at(sft, metric), at(own, metric)

@@ -9,6 +9,7 @@ seed share base, SFT and reward model. `--part` runs one part, `--seeds` fewer s
     gold        PPO against the exact checker: the optimiser alone
     algorithms  PPO, GRPO, RLOO, DPO and best of n against the learned reward
     curves      long PPO runs at several KL coefficients, and best of n, against sqrt(KL)
+    noise       signal to noise of one rollout's policy gradient at SFT, by kind of advantage
     lora        adapters on 1, 1/2 and 1/4 of the layers; ranks 1, 4 and 16
 
 A seed decides all randomness: records, demonstrations, labelers, samples, LoRA.
@@ -20,17 +21,24 @@ import math
 import os
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from torch import Tensor
 
 import lora_rlhf
 from lora_rlhf import tiny
 from lora_rlhf.algorithms.best_of_n import best_of_n_kl
+from lora_rlhf.algorithms.objectives import explained_variance, gae, masked_mean, whiten
+from lora_rlhf.algorithms.ppo import ppo_stage
 from lora_rlhf.cli import shell
 from lora_rlhf.data.closed_world import checkers
 from lora_rlhf.data.dataset_builder import prompts as read_prompts
 from lora_rlhf.evaluation import overoptimization
+from lora_rlhf.models import scoring
+from lora_rlhf.reports import kinds
 from lora_rlhf.serving import loaded_run
 from lora_rlhf.training.reward import ensemble
 
@@ -42,7 +50,10 @@ LORA = {
     "fraction-1-4": ["lora.top_fraction=0.25"],
     "rank-1": ["lora.r=1", "lora.alpha=2"], "rank-4": ["lora.r=4", "lora.alpha=8"],
 }  # fmt: skip
-METRICS = ("gold_reward", "gold_reward_minus_sft", "win_rate", "proxy_reward", "kl", "length")
+METRICS = (
+    "gold_reward", "gold_reward_minus_sft", "win_rate", "false_abstention", "missed_abstention",
+    "proxy_reward", "kl", "length",
+)  # fmt: skip
 
 
 def one(sets: list[str], out: Path, start: Path | None = None, until: str = "card") -> Any:
@@ -61,6 +72,8 @@ def row(record: Any, name: str, seed: int) -> dict[str, Any]:
         "name": name,
         "seed": seed,
         "sft": evaluation["sft"]["gold_reward"],
+        "sft_false_abstention": evaluation["sft"]["false_abstention"],
+        "worse": list(kinds.clearly_worse(kinds.of_record(record)[model])),
         **{metric: evaluation[model].get(metric) for metric in METRICS},
         "accuracy": record.data["stages"].get("reward", {}).get("accuracy"),
         "seconds": seconds,
@@ -153,7 +166,120 @@ def best_of_n(run: Path, samples: int = 64, prompts: int = 128) -> list[dict[str
     return points
 
 
-PARTS = {"gold": gold, "algorithms": algorithms, "curves": curves, "lora": lora}
+def noise(seed: int, out: Path) -> list[dict[str, Any]]:
+    """Measure signal to noise of one rollout's policy gradient at SFT, by kind of advantage."""
+    start = shared(seed, out)
+    backbone, _ = loaded_run.load(start)
+    recipe = lora_rlhf.load_recipe(start / "recipe.yaml")
+    prompts = read_prompts(recipe, backbone.tokenizer).train["prompt"]
+    measured, fresh = (sampled(backbone, recipe, prompts[i : i + 192]) for i in (0, 192))
+    rows: list[dict[str, Any]] = []
+    for name, (rollouts, epochs) in VALUES.items():
+        ppo_stage.start_roles(backbone, recipe)
+        with backbone.training("policy", "value"):
+            fit_value(backbone, fresh[:rollouts], epochs)
+            parts = [rollout_gradients(backbone, one, name, not rows) for one in measured]
+        explained = fmean(part for _, part in parts)
+        rows += [noise_row(seed, a, [v[a] for v, _ in parts], explained) for a in parts[0][0]]
+    return rows
+
+
+def noise_row(seed: int, advantage: str, vectors: list[Tensor], explained: float) -> dict[str, Any]:
+    """Return signal, from products of gradients on different prompts, over noise of one rollout."""
+    total = fmean(float(v @ v) for v in vectors)
+    blocks = torch.stack(vectors).view(SAMPLES, -1, len(vectors[0])).mean(0)  # same prompts
+    n = len(blocks)
+    signal = (float((blocks.sum(0) ** 2).sum()) - float((blocks**2).sum())) / (n * (n - 1))
+    result = {"name": advantage, "seed": seed, "snr": signal / (total - signal)}
+    result["explained"] = explained if "value" in advantage else None
+    print(result, flush=True)
+    return result
+
+
+VALUES = {
+    "value as it starts": (0, 0), "value after 1 rollout x 1": (1, 1),
+    "value after 1 rollout x 8": (1, 8), "value after 8 rollouts x 3": (8, 3),
+}  # fmt: skip
+"""Fit of the value before the policy moves -> rollouts of 64 episodes of SFT, passes over them."""
+
+
+SAMPLES = 4
+"""Answers to each prompt."""
+
+
+class Rollout(NamedTuple):
+    """Answers to 64 prompts, their scores, and the mean score of the prompt's other samples."""
+
+    batch: scoring.Batch
+    mask_bt: Tensor
+    scores_b: Tensor
+    others_b: Tensor
+
+
+def sampled(backbone: Any, recipe: Any, prompts: list[Any]) -> list[Rollout]:
+    """Sample rollouts of 64 prompts from SFT, in all SAMPLES answers to each prompt."""
+    ids = [backbone.encode_prompt(p) for p in prompts] * SAMPLES
+    limit = recipe.ppo.args["max_completion_length"]
+    answers = backbone.generate(ids, "reference", max_new_tokens=limit, seed=recipe.seed)
+    episodes = list(zip(ids, answers, strict=True))
+    scores = torch.tensor(ensemble.scores(backbone, episodes, recipe.reward).rewards)
+    ended = torch.tensor([a[-1] in backbone.eos_ids for a in answers])
+    scores = scores - recipe.ppo.missing_eos_penalty * (~ended).float()
+    table = scores.view(SAMPLES, -1)
+    others = ((table.sum(0) - table) / (SAMPLES - 1)).flatten()
+    rollouts = []
+    for start in range(0, len(ids), 64):
+        batch = scoring.batch(backbone, episodes, range(start, start + 64))
+        lengths = torch.tensor([len(answers[i]) for i in batch.index])
+        mask_bt = torch.arange(batch.tokens, 0, -1) <= lengths.unsqueeze(1)  # completions end last
+        part = slice(start, start + 64)
+        rollouts.append(Rollout(batch, mask_bt, scores[part], others[part]))
+    return rollouts
+
+
+def fit_value(backbone: Any, rollouts: list[Rollout], epochs: int, rate: float = 2e-3) -> None:
+    """Fit the value to the scores of rollouts, 64 episodes a step."""
+    parameters = [p for _, p in backbone.role_parameters("value")]
+    optimizer = torch.optim.AdamW(parameters, rate, betas=(0.9, 0.95), weight_decay=0.0)
+    for one in rollouts * epochs:
+        with backbone.role("value"):
+            values_bt = scoring.token_values(backbone, *one.batch.inputs)
+            error_bt = values_bt - one.scores_b.unsqueeze(1)
+            masked_mean(error_bt**2, one.mask_bt).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def rollout_gradients(
+    backbone: Any, one: Rollout, value: str, plain: bool
+) -> tuple[dict[str, Tensor], float]:
+    """Return the policy's gradient by kind of advantage, and the value's explained variance."""
+    mask_bt, scores = one.mask_bt, one.scores_b.unsqueeze(1)
+    with torch.no_grad(), backbone.role("value"):
+        values_bt = scoring.token_values(backbone, *one.batch.inputs)
+    rewards_bt = torch.zeros_like(values_bt)
+    rewards_bt[:, -1] = one.scores_b
+    relative_bt = (scores - one.others_b.unsqueeze(1)) * torch.ones_like(values_bt)
+    flat_bt = torch.ones_like(values_bt)
+    first = (values_bt * (mask_bt.cumsum(1) == 1)).sum(1, keepdim=True)
+    advantages = {
+        f"{value}, lambda 0.95": gae(rewards_bt, values_bt, mask_bt, 1.0, 0.95)[0],
+        f"{value}, lambda 1": scores - values_bt,
+        f"{value}, beside the other samples": relative_bt - (values_bt - first),
+    }
+    if plain:
+        advantages |= {"mean of the rollout": scores * flat_bt}
+        advantages |= {"mean of the prompt's other samples": relative_bt}
+    parameters = [p for _, p in backbone.role_parameters("policy")]
+    with backbone.role("policy"):
+        logprobs_bt, _ = scoring.completion_logprobs(backbone, *one.batch.inputs, 1.0)
+        vectors = {}
+        for name, advantage_bt in advantages.items():
+            loss = masked_mean(logprobs_bt * whiten(advantage_bt, mask_bt), mask_bt)
+            parts = torch.autograd.grad(loss, parameters, retain_graph=True)
+            vectors[name] = torch.cat([part.flatten() for part in parts])
+    targets_bt = scores * flat_bt
+    return vectors, explained_variance(values_bt, targets_bt, mask_bt)
 
 
 def fits(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -212,15 +338,27 @@ def cell(estimate: dict[str, Any] | None) -> str:
     return "{value:.2f} [{low:.2f}, {high:.2f}]".format(**estimate)
 
 
+PARTS = {"gold": gold, "algorithms": algorithms, "curves": curves, "noise": noise, "lora": lora}
+
+
 def tables(part: str, rows: list[dict[str, Any]], fitted: dict[str, Any]) -> str:
     """Write Markdown tables: every run, then the means over seeds with counts of clear wins."""
-    head = ["run", "seed", "SFT", *METRICS, "reward model", "seconds"]
+    head = ["run", "seed", "SFT", "SFT: false abstention", *METRICS]
+    head += ["kinds clearly worse", "reward model", "seconds"]
     lines = [f"## {part}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     full = [r for r in rows if r.get("gold_reward")]
     for r in full:
-        cells = [r["name"], str(r["seed"]), cell(r["sft"]), *(cell(r[m]) for m in METRICS)]
+        cells = [r["name"], str(r["seed"]), cell(r["sft"]), cell(r["sft_false_abstention"])]
+        cells += [*(cell(r[m]) for m in METRICS), ", ".join(r["worse"]) or "none"]
         cells += [cell(r["accuracy"]), f"{sum(r['seconds'].values()):.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
+    if part == "noise":
+        lines = [f"## {part}", "", "| advantage | seed | signal to noise | explained variance |"]
+        lines.append("|---|---|---|---|")
+        for r in rows:
+            shown = "" if r["explained"] is None else f"{r['explained']:.2f}"
+            lines.append(f"| {r['name']} | {r['seed']} | {r['snr']:.4f} | {shown} |")
+        return "\n".join([*lines, ""])
     lines += ["", f"| run | {' | '.join(METRICS)} | above SFT | wins |"]
     lines.append("|" + "---|" * (len(METRICS) + 3))
     for name in dict.fromkeys(r["name"] for r in full):
@@ -245,12 +383,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--part", choices=PARTS, action="append", help="default: all")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0, help="20: seeds that chose nothing")
     parser.add_argument("--kl-coef", type=float, action="append", help="of `curves`; default: all")
     args = parser.parse_args()
     KL_COEFS[:] = args.kl_coef or KL_COEFS
     shell.quieten()
     for part in args.part or PARTS:
-        rows = [r for seed in range(args.seeds) for r in PARTS[part](seed, args.out)]
+        seeds = range(args.first_seed, args.first_seed + args.seeds)
+        rows = [r for seed in seeds for r in PARTS[part](seed, args.out)]
         result = {"rows": rows} | ({"fits": fits(rows)} if part == "curves" else {})
         (args.out / f"{part}.json").write_text(json.dumps(result, indent=1) + "\n")
         if part == "curves":

@@ -6,7 +6,7 @@ from lora_rlhf.recipe.loader import load_recipe
 from lora_rlhf.recipe.schema import Recipe
 
 REDUCED = [
-    "data.demonstrations.0.n=40", "data.comparisons.0.n=24", "data.comparisons.0.completions=3",
+    "data.demonstrations.0.n=40", "data.comparisons.0.n=32", "data.comparisons.0.completions=3",
     "data.prompts.0.n=60", "evaluate.n=12", "data.evaluate.0.n=12", "reward.gate=warn",
     "sft.args.num_train_epochs=1", "ppo.updates=3", "ppo.args.per_device_train_batch_size=4",
     "ppo.args.steps_per_generation=2", "ppo.args.max_completion_length=24",
