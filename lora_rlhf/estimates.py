@@ -291,6 +291,33 @@ def length_controlled_win_rate(
     return _estimate(value, low, high, outcomes.size)
 
 
+def prediction_powered(labels: ArrayLike, predicted: ArrayLike, others: ArrayLike) -> Estimate:
+    """The mean of people's verdicts from n labels and a judge's verdicts on these and N others.
+
+    PPI++ (Angelopoulos, Duchi and Zrnic 2023, 2311.01453, example 6.1): the judge's mean over the N
+    others, corrected by how far it is from people on the n. The weight of the judge minimises the
+    variance, so a useless judge costs nothing. Unbiased whatever the judge's errors, if the n were
+    drawn at random. n counts labels.
+
+    Args:
+        labels: (n,) by people.
+        predicted: (n,) by the judge on the same prompts.
+        others: (N,) by the judge on prompts that nobody labelled.
+    """
+    y, f = _pair(labels, predicted)
+    rest = _floats(others)
+    n, many = y.size, rest.size
+    if n < 2 or many < 2:
+        return mean_interval(y)
+    spread = float(np.concatenate((f, rest)).var())
+    covariance = float(np.cov(y, f)[0, 1])
+    weight = covariance / ((1 + n / many) * spread) if spread > 1e-12 else 0.0
+    value = weight * float(rest.mean()) + float((y - weight * f).mean())
+    variance = weight**2 * float(rest.var(ddof=1)) / many + float((y - weight * f).var(ddof=1)) / n
+    half = t_quantile(n - 1) * math.sqrt(variance)
+    return _estimate(value, value - half, value + half, n)
+
+
 # --- text, labels, reward models ---------------------------------------------------------------
 
 

@@ -358,3 +358,40 @@ def test_share_interval_at_its_edges():
         estimates.share_interval([2.0], "a")
     with pytest.raises(ValueError, match="2 outcomes but 1"):
         estimates.share_interval([1, 0], "a")
+
+
+# --- a few labels by people and many verdicts by a judge -----------------------------------------
+
+
+def _draws(bias, n=100, many=400, rounds=1000, agreement=0.85):
+    """People's verdicts (rounds, n), and a judge's on these and on `many` others; truth 0.6.
+
+    The judge repeats a verdict with `agreement`, else says 1 with probability `bias`.
+    """
+    rng = np.random.default_rng(7)
+    truth = (rng.random((rounds, n + many)) < 0.6).astype(float)
+    says = (rng.random(truth.shape) < bias).astype(float)
+    judge = np.where(rng.random(truth.shape) < agreement, truth, says)
+    return truth[:, :n], judge[:, :n], judge[:, n:]
+
+
+@pytest.mark.parametrize("bias", [0.5, 1.0, 0.0])
+def test_prediction_powered_intervals_cover_whatever_the_judges_bias(bias):
+    covered, widths = 0, []
+    for labels, predicted, others in zip(*_draws(bias), strict=True):
+        found = estimates.prediction_powered(labels, predicted, others)
+        covered += found["low"] <= 0.6 <= found["high"]
+        alone = estimates.mean_interval(labels)
+        widths.append((found["high"] - found["low"]) / (alone["high"] - alone["low"]))
+    assert covered >= 940
+    assert np.mean(widths) < 0.75, "a good judge makes the interval narrower"
+
+
+def test_a_useless_judge_costs_nothing():
+    rng = np.random.default_rng(3)
+    labels = (rng.random(200) < 0.6).astype(float)
+    for judge in (rng.random(1000), np.ones(1000)):
+        found = estimates.prediction_powered(labels, judge[:200], judge[200:])
+        alone = estimates.mean_interval(labels)
+        assert found["high"] - found["low"] == pytest.approx(alone["high"] - alone["low"], rel=0.05)
+        assert found["value"] == pytest.approx(alone["value"], abs=0.03)

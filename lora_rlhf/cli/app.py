@@ -246,7 +246,105 @@ _recipe_verb("sft", "sft", "Run a recipe up to supervised fine-tuning.")
 _recipe_verb("reward", "reward", "Run a recipe up to the reward model.")
 _recipe_verb("ppo", "ppo", "Run a recipe up to PPO.")
 _recipe_verb("policy", "policy", "Run a recipe up to the policy, whichever algorithm trains it.")
-_recipe_verb("evaluate", "evaluate", "Run a recipe up to the evaluation of base, SFT and policy.")
+
+
+# --- verbs over models ---------------------------------------------------------------------------
+
+Base = Annotated[str | None, typer.Option(help="Base of adapters that name none.")]
+Targets = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="TARGET...",
+        help="Runs, RUN:policy, models and adapters (folders, Hub ids), URL#model; or one recipe.",
+    ),
+]
+SuiteName = Annotated[str | None, typer.Option(help="A packaged suite, or a YAML file.")]
+Against = Annotated[str | None, typer.Option(help="Target that the others are compared with.")]
+Judges = Annotated[
+    list[str] | None,
+    typer.Option("--judge", help="RUN:held_out, a reward model, a language model; repeatable."),
+]
+Labels = Annotated[list[Path] | None, typer.Option(help="People's rankings; repeatable.")]
+JudgeRecords = Annotated[
+    list[Path] | None, typer.Option("--judge-record", help="Of `judge`; repeatable.")
+]
+FewShot = Annotated[
+    int, typer.Option(min=0, max=3, help="Examples for a base without a chat template.")
+]
+Price = Annotated[float | None, typer.Option(min=0.0, help="Of this machine.")]
+
+
+@_command("evaluate")
+def _evaluate_verb(
+    targets: Targets,
+    suite: SuiteName = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the report; of the run.")] = None,
+    against: Against = None,
+    judges: Judges = None,
+    labels: Labels = None,
+    judge_records: JudgeRecords = None,
+    base: Base = None,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit")] = False,
+    few_shot: FewShot = 0,
+    price_per_hour: Price = None,
+    overrides: Set = None,
+    start_from: From = None,
+    warm_start: Warm = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Compare models on a suite, and write a report; or run a recipe up to its evaluation.
+
+    Writes report.json and report.html. An interrupted evaluation goes on where it was.
+    """
+    if suite is None and len(targets) == 1 and _is_recipe(Path(targets[0]), out):
+        _train(Path(targets[0]), out, overrides, dry_run, "evaluate", start_from, warm_start)
+        return
+    if overrides or start_from or warm_start or dry_run:
+        raise UsageError("--set, --from, --warm-start and --dry-run are for a recipe")
+    evaluate_targets = shell.room("evaluation.evaluate_targets", _debug)
+    folder = evaluate_targets.run(
+        targets,
+        suite=suite,
+        out=out,
+        against=against,
+        judge_names=judges,
+        labels=labels or [],
+        judge_records=judge_records or [],
+        base=base,
+        load_in_4bit=load_in_4bit,
+        few_shot=few_shot,
+        price_per_hour=price_per_hour,
+        say=functools.partial(typer.echo, err=True),
+    )
+    typer.echo("\n".join(evaluate_targets.summary(folder)))
+
+
+def _is_recipe(path: Path, out: Path | None) -> bool:
+    """Tell a recipe from a target; a run is one only if it is also the --out."""
+    run = _run_of(path)
+    if path.is_dir() and run is not None:
+        return out is not None and out.resolve() == run.resolve()
+    return path.suffix in (".yaml", ".yml") or (path / "recipe.yaml").is_file()
+
+
+@_command("judge")
+def _judge_verb(
+    judge: Annotated[
+        str, typer.Argument(help="RUN:held_out, a reward model, or a language model.")
+    ],
+    against: Annotated[Path, typer.Option(metavar="LABELS", help="Pairs with people's labels.")],
+    out: Annotated[Path, typer.Option(help="Record to write.")] = Path("judge.json"),
+    n: Annotated[int | None, typer.Option(min=2, help="Pairs, drawn with the seed.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    base: Base = None,
+) -> None:
+    """Compare a judge with people's labels: accuracy, their own agreement, and biases.
+
+    `evaluate --judge-record` reads the record; without one a judge decides nothing.
+    """
+    evaluate_targets = shell.room("evaluation.evaluate_targets", _debug)
+    for line in evaluate_targets.check_judge(judge, against, out, n=n, seed=seed, base=base):
+        typer.echo(line)
 
 
 # --- verbs over runs -----------------------------------------------------------------------------

@@ -17,10 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from lora_rlhf.data import row_formats, sources
+from lora_rlhf.data.closed_world import generator
 from lora_rlhf.errors import DataError
 from lora_rlhf.recipe.schema import DataSource
 
 Turns = str | list[dict[str, str]]
+
+
+class NotHereError(DataError):
+    """A public prompt set is neither on this machine nor can the Hub be reached."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ def load(
         name: The set's name in reports.
         path: A file; a relative one may also lie in the folder named by LORA_RLHF_DATA.
         hub: `org/name[:config[:split]]` (split `train` if left out), read if the file is absent.
-        format: One of `FORMATS`.
+        format: One of `FORMATS`, or `closed_world`, whose prompts are generated.
         n: Rows to draw; None: all.
         seed: The same seed draws the same rows.
         where: Place of the set's definition, for errors.
@@ -73,8 +78,10 @@ def load(
     Raises:
         DataError: The set cannot be read, or a row lacks what its format needs.
     """
+    if format == CLOSED_WORLD:
+        return _closed_world(name, n or 256, seed)
     if format not in FORMATS:
-        expected = f"one of {', '.join(FORMATS)}"
+        expected = f"one of {', '.join([*FORMATS, CLOSED_WORLD])}"
         raise DataError(f"{format!r} is no format of a prompt set", where=where, expected=expected)
     raw, file = _read(path, hub, where)
     given = _parse(format, raw, file)
@@ -93,10 +100,29 @@ def load(
     rows = [row for _, row in given]
     if n is not None and n < len(rows):
         rows = [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), n))]
-    lines = "".join(json.dumps(asdict(row), sort_keys=True) + "\n" for row in rows)
-    digest = hashlib.sha256(lines.encode()).hexdigest()
     source = f"{file.parent.name}/{file.name}" if file else str(hub)
-    return PromptSet(name, rows, source, _licence(file), digest)
+    return PromptSet(name, rows, source, _licence(file), _sha256(rows))
+
+
+def _sha256(rows: list[Row]) -> str:
+    lines = "".join(json.dumps(asdict(row), sort_keys=True) + "\n" for row in rows)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _closed_world(name: str, n: int, seed: int) -> PromptSet:
+    """Generate prompts of the closed world that no stage of a run has seen."""
+    rows = [
+        Row(
+            item.id,
+            item.family,
+            [{"role": "user", "content": item.prompt}],
+            {"item": item.to_dict()},
+        )
+        for item in generator.items(n, seed, "evaluate")
+    ]
+    return PromptSet(
+        name, rows, "generated: the packaged closed world", "apache-2.0", _sha256(rows)
+    )
 
 
 def _parse(format: str, raw: list[sources.Row], file: Path | None) -> list[tuple[str, Row]]:
@@ -139,7 +165,7 @@ def _read(path: str | None, hub: str | None, where: str) -> tuple[list[sources.R
             return sources.read(source, sources.Skips()), None
         except DataError as error:
             problem = f"{path} is no file here, and: " if path else ""
-            raise DataError(
+            raise NotHereError(
                 problem + error.given, expected=error.expected, remedy=error.remedy, where=where
             ) from None
     raise DataError(
@@ -415,6 +441,8 @@ def _squad(rows: _Raw, folder: Path | None) -> _Rows:
         kind = "answerable" if texts else "unanswerable"
         yield where, Row(str(row.get("id") or number), kind, prompt, reference)
 
+
+CLOSED_WORLD = "closed_world"
 
 FORMATS: dict[str, _Reader] = {
     "plain": _plain,

@@ -18,9 +18,11 @@ from huggingface_hub import (
     ModelInfo,
     constants,
     get_token,
+    hf_hub_download,
     set_client_factory,
 )
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
@@ -29,7 +31,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import _http, validate_repo_id  # type: ignore[attr-defined]
 
-from lora_rlhf.errors import HubError
+from lora_rlhf.errors import HubError, first_line
 from lora_rlhf.runtime import interrupts
 
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
@@ -62,6 +64,28 @@ def base_licence(model: dict[str, Any], token: str | None = None) -> str | None:
     licence = card.get("license")
     licence = card.get("license_name") or licence if licence == "other" else licence
     return licence if isinstance(licence, str) else None
+
+
+def adapter_folder(repo_id: str) -> Path | None:
+    """Return the local copy of a Hub repository's adapter; None if it holds none.
+
+    Without a network the Hub's cache is read.
+
+    Raises:
+        HubError: The repository cannot be read.
+    """
+    try:
+        config = hf_hub_download(repo_id, "adapter_config.json")
+        hf_hub_download(repo_id, "adapter_model.safetensors")
+    except (EntryNotFoundError, LocalEntryNotFoundError):
+        return None
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise HubError(
+            f"{repo_id} cannot be read: {first_line(error)}",
+            expected="a model or an adapter on the Hub, or in its cache",
+            remedy="check the id, and run `hf auth login` for a private one",
+        ) from None
+    return Path(config).parent
 
 
 class Repository:

@@ -30,6 +30,7 @@ from lora_rlhf.runtime import paths
 
 from . import fingerprints
 from .backbone import ADAPTERS, REWARDS, Backbone
+from .base_model import BaseModel
 from .views import has_token_class
 
 _LARGEST_OFFSET = 1e30
@@ -138,7 +139,7 @@ def load_role(backbone: Backbone, role: str, folder: str | Path) -> None:
         raise AdapterError(
             f"{path} cannot be read: {error}", remedy="train the stage again"
         ) from None
-    _check_base(backbone, folder)
+    check_base(backbone, folder)
     stacked, offset = _read_note(folder, role)
     _check_scale(backbone, folder, stacked)
     is_new = not backbone.has(role)
@@ -185,7 +186,7 @@ def _read_note(folder: Path, role: str) -> tuple[int, float | None]:
     return stacked, float(offset)
 
 
-def _check_base(backbone: Backbone, folder: Path) -> None:
+def check_base(backbone: BaseModel, folder: Path) -> None:
     """Check that the adapter was trained on this base, in any dtype, equally quantised."""
     check = read_check(folder)
     if check.get("base_fingerprint", backbone.fingerprint) == backbone.fingerprint:

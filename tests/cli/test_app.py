@@ -31,7 +31,8 @@ from lora_rlhf.runtime import quiet
 
 ROOT = Path(__file__).resolve().parents[2]
 VERBS = (
-    "run", "demo", "plan", "sft", "reward", "ppo", "policy", "evaluate", "card", "report", "doctor",
+    "run", "demo", "plan", "sft", "reward", "ppo", "policy", "evaluate", "judge", "card", "report",
+    "doctor",
     "push", "generate", "compare", "env",
 )  # fmt: skip
 SMALL = "name: small\nmodel: {id: tiny}\ndata: {demonstrations: [{task: closed-world}]}\n"
@@ -252,8 +253,10 @@ def test_dry_run_lists_everything_that_is_wrong(recipe, tmp_path):
     assert not (tmp_path / "new").exists() and "OK" not in result.output
 
 
-@pytest.mark.parametrize("verb", ["run", "sft", "evaluate"])
-@pytest.mark.parametrize("inside", ["", "recipe.yaml"])
+@pytest.mark.parametrize(
+    ("verb", "inside"),
+    [("run", ""), ("run", "recipe.yaml"), ("sft", ""), ("evaluate", "recipe.yaml")],
+)
 def test_a_run_is_not_taken_for_a_recipe(verb, inside, finished, fake):
     given = finished.folder / inside
     result = invoke(verb, given)

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from . import bias, tasks, truth
+from . import bias, closed_world, tasks, truth
 from .metric import Metric
 
 METRICS: dict[str, Metric] = {
-    metric.name: metric for metric in (*truth.METRICS, *tasks.METRICS, *bias.METRICS)
+    metric.name: metric
+    for metric in (*closed_world.METRICS, *truth.METRICS, *tasks.METRICS, *bias.METRICS)
 }

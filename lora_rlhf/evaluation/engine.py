@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers and log-probabilities of all targets that share a base, which is loaded once.
+
+Adapters are switched by PEFT; nothing is loaded again between two targets on one base.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from lora_rlhf.data.filters import breaker
+from lora_rlhf.models import sampler
+from lora_rlhf.models.base_model import BaseModel
+from lora_rlhf.models.plain_adapters import PlainAdapters, right_padded
+from lora_rlhf.recipe.schema import LoraSection, ModelSection
+
+from .few_shot import completed, without_template
+from .prompt_sets import Row
+from .suite import Suite
+from .targets import Target
+
+TIMED = 8
+"""Prompts that are answered one at a time for the latency."""
+
+
+@dataclass
+class Answer:
+    """One answer: its text, its tokens with the end, and whether it ended by itself."""
+
+    text: str
+    tokens: int
+    finished: bool
+
+
+@dataclass
+class Cost:
+    """Speed of a target's answers; memory is the device's peak, None on a CPU."""
+
+    p50_s: float
+    p95_s: float
+    first_token_s: float | None
+    tokens_per_second: float
+    peak_bytes: int | None
+
+    def report(self, price_per_hour: float | None) -> dict[str, float | None]:
+        """Return the figures, with the price of 1,000 answers one at a time."""
+        price = None if price_per_hour is None else 1000 * self.p50_s / 3600 * price_per_hour
+        return {**asdict(self), "per_1000": price}
+
+
+def cost_of(
+    spent: Sequence[float], first_token_s: float | None, tokens: int, peak_bytes: int | None
+) -> Cost:
+    """Make the figures from the seconds of each answer."""
+    last = len(spent) - 1
+    return Cost(
+        p50_s=statistics.median(spent),
+        p95_s=sorted(spent)[min(last, round(0.95 * last))],
+        first_token_s=first_token_s,
+        tokens_per_second=tokens / max(sum(spent), 1e-9),
+        peak_bytes=peak_bytes,
+    )
+
+
+class Engine:
+    """The targets of one base.
+
+    Args:
+        section: The base model.
+        targets: Targets on it; their adapters are loaded here.
+    """
+
+    def __init__(self, section: ModelSection, targets: Sequence[Target]) -> None:
+        self.base = BaseModel.load(section, LoraSection())
+        self.adapters = PlainAdapters(self.base)
+        self._plain = breaker(self.base.tokenizer)
+        for target in targets:
+            self.add(target)
+
+    def add(self, target: Target) -> None:
+        """Load a target's adapter onto the base, if it has one."""
+        if target.adapter is not None:
+            self.adapters.load(target.name, target.adapter)
+
+    @property
+    def identity(self) -> str:
+        """The fingerprint of the base."""
+        return self.base.fingerprint
+
+    def active(self, target: Target | None) -> contextlib.AbstractContextManager[None]:
+        """Make a target's adapter the active one; None or a model: the base itself."""
+        has_adapter = target is not None and target.adapter is not None
+        return self.adapters.active(target.name if target and has_adapter else None)
+
+    # --------------------------------------------------------------------- answers
+
+    def encode(self, target: Target, prompt: str | list[dict[str, str]]) -> list[int]:
+        """Encode a prompt: by the chat template, or as text with examples for a bare model."""
+        if self.base.tokenizer.chat_template:
+            turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            clean = [{**turn, "content": self._plain(turn["content"])} for turn in turns]
+            return self.base.encode_prompt(clean)
+        return self.base.encode_prompt(self._plain(without_template(prompt, target.few_shot)))
+
+    def answer(self, target: Target, rows: Sequence[Row], suite: Suite) -> list[Answer]:
+        """Answer every row, in their order."""
+        prompts = [self.encode(target, row.prompt) for row in rows]
+        with self.active(target):
+            sampled = sampler.sample(
+                self.base,
+                prompts,
+                max_new_tokens=suite.max_new_tokens,
+                temperature=suite.temperature,
+                batch_size=suite.batch_size,
+                seed=suite.seed,
+            )
+        bare = not self.base.tokenizer.chat_template
+        answers = []
+        for one in sampled:
+            finished = bool(one.ids) and one.ids[-1] in self.base.eos_ids
+            text = self.base.decode(one.ids)
+            if bare and (cut := completed(text)) != text:
+                text, finished = cut, True
+            answers.append(Answer(text, len(one.ids), finished))
+        return answers
+
+    def measure(self, target: Target, rows: Sequence[Row], suite: Suite) -> Cost:
+        """Time answers one at a time, after one to warm up."""
+        prompts = [self.encode(target, row.prompt) for row in rows[:TIMED]]
+        on_gpu = self.base.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        spent, tokens, first = [], 0, []
+        with self.active(target):
+            for ids in (prompts[0], *prompts):
+                once: dict[str, Any] = {
+                    "temperature": suite.temperature,
+                    "batch_size": 1,
+                    "seed": suite.seed,
+                }
+                start = time.perf_counter()
+                sampler.sample(self.base, [ids], max_new_tokens=1, **once)
+                first.append(time.perf_counter() - start)
+                start = time.perf_counter()
+                [one] = sampler.sample(
+                    self.base, [ids], max_new_tokens=suite.max_new_tokens, **once
+                )
+                spent.append(time.perf_counter() - start)
+                tokens += len(one.ids) * (len(spent) > 1)
+        spent, first = spent[1:], first[1:]
+        peak = int(torch.cuda.max_memory_allocated()) if on_gpu else None
+        return cost_of(spent, statistics.median(first), tokens, peak)
+
+    # ------------------------------------------------------------ log-probabilities
+
+    def options(self, target: Target | None) -> Options:
+        """Return what gives log-probabilities of texts under a target."""
+        return Options(self, target)
+
+    # ---------------------------------------------------------------------- rewards
+
+    def rewards(
+        self, name: str, prompts: Sequence[Any], texts: Sequence[str], batch_size: int
+    ) -> list[float]:
+        """Score answers with a loaded reward model: its head at the end token, plus its offset."""
+        bare = Target("", "model")
+        rows = [
+            self.encode(bare, prompt) + self.base.encode_completion(text)
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+        return self.adapters.scores(name, rows, batch_size)
+
+
+class Options:
+    """Log-probabilities of texts under one target, tokenized as lm-eval does."""
+
+    def __init__(self, engine: Engine, target: Target | None, batch_size: int = 8) -> None:
+        self.engine, self.target, self.batch_size = engine, target, batch_size
+
+    def logprobs(self, context: str, continuations: Sequence[str]) -> list[float]:
+        """Sum ln P(token) over each continuation after the context."""
+        return self._of([self._pair(context, each) for each in continuations])
+
+    def text_logprob(self, text: str) -> float:
+        """Sum ln P(token) over a text, from the beginning-of-text token on."""
+        return self._of([([self._prefix()], self._encode(text))])[0]
+
+    def after(self, ids: list[int], continuations: Sequence[str]) -> list[float]:
+        """Sum ln P(token) over each continuation after the ids of a chat prompt."""
+        return self._of([(ids, self._encode(each)) for each in continuations])
+
+    def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Split where lm-eval does: spaces at the context's end belong to the continuation."""
+        spaces = len(context) - len(context.rstrip())
+        if spaces:
+            continuation = context[-spaces:] + continuation
+            context = context[:-spaces]
+        if not context:
+            return [self._prefix()], self._encode(continuation)
+        first = self._encode(context)
+        return first, self._encode(context + continuation)[len(first) :]
+
+    def _encode(self, text: str) -> list[int]:
+        tokenizer = self.engine.base.tokenizer
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def _prefix(self) -> int:
+        tokenizer = self.engine.base.tokenizer
+        bos = tokenizer.bos_token_id
+        return int(tokenizer.eos_token_id if bos is None else bos)
+
+    @torch.no_grad()
+    def _of(self, pairs: list[tuple[list[int], list[int]]]) -> list[float]:
+        base, sums = self.engine.base, [0.0] * len(pairs)
+        order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
+        with self.engine.active(self.target):
+            for start in range(0, len(order), self.batch_size):
+                part = order[start : start + self.batch_size]
+                ids, mask = right_padded([sum(pairs[i], []) for i in part], base)
+                logits = base.causal(input_ids=ids, attention_mask=mask, use_cache=False).logits
+                for row, i in enumerate(part):
+                    context, continuation = pairs[i]
+                    span = slice(len(context) - 1, len(context) + len(continuation) - 1)
+                    logprobs = logits[row, span].float().log_softmax(-1)
+                    wanted = torch.tensor(continuation, device=logits.device).unsqueeze(1)
+                    sums[i] = float(logprobs.gather(1, wanted).sum())
+        return sums

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`lora-rlhf evaluate TARGET...` and `lora-rlhf judge`, for the command line and for Python."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_rlhf.errors import DataError, UsageError
+from lora_rlhf.reports import evaluation_report, html_report
+from lora_rlhf.runs.disk import write_atomically
+
+from . import judge_validation, judges, run_suite, targets
+from . import suite as suites
+from .engine import Engine
+from .targets import Target
+
+
+def run(
+    names: Sequence[str],
+    *,
+    suite: str | None = None,
+    out: Path | None = None,
+    against: str | None = None,
+    judge_names: Sequence[str] | None = None,
+    labels: Sequence[Path] = (),
+    judge_records: Sequence[Path] = (),
+    base: str | None = None,
+    load_in_4bit: bool = False,
+    few_shot: int = 0,
+    price_per_hour: float | None = None,
+    say: Callable[[str], object] = lambda line: None,
+) -> Path:
+    """Evaluate targets; returns the folder with `report.json` and `report.html`.
+
+    Args:
+        names: Targets, as a user names them.
+        suite: Default: `closed-world` if every target is of a run of the packaged recipe, else
+            `quick`.
+        out: Default: `evaluations/<suite>`.
+        against: Name of the reference; default: the first run's SFT, else the first target.
+        judge_names: Default: the reward models of the targets' runs.
+
+    Raises:
+        UsageError: A target, suite, metric or judge cannot be used.
+    """
+    named = targets.parse(names, base=base, load_in_4bit=load_in_4bit, few_shot=few_shot)
+    chosen, file = suites.load(suite or _suite_for(named))
+    folder = out or Path("evaluations") / chosen.name
+    evaluation = run_suite.Evaluation(
+        targets=named,
+        suite=chosen,
+        suite_file=file,
+        out=folder,
+        reference=against or _reference(named),
+        price_per_hour=price_per_hour,
+        validations=_validations(judge_records),
+        say=say,
+    )
+    if judge_names is None:
+        specs = judges.of_targets(named)
+    else:
+        specs = judges.parse(judge_names, base)
+    others: list[judges.Judge] = [
+        judges.Checker(),
+        *judges.people_of([str(path) for path in labels]),
+    ]
+    report = run_suite.run(evaluation, specs, others)
+    html_report.write(report, folder / "report.html")
+    return folder
+
+
+def _suite_for(named: Sequence[Target]) -> str:
+    tiny = all(one.base is not None and one.base.id == "tiny" for one in named)
+    return "closed-world" if tiny else "quick"
+
+
+def _reference(named: Sequence[Target]) -> str:
+    sft = [one.name for one in named if one.name.endswith(":sft")]
+    return (sft or [named[0].name])[0]
+
+
+def _validations(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    records = {}
+    for path in paths:
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            records[str(record["judge"])] = record
+            record["n"], record["constant"], record["accuracy"]["low"]  # noqa: B018
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"not a record of a judge: {type(error).__name__} {error}",
+                where=str(path),
+                expected="the --out of `lora-rlhf judge`",
+            ) from None
+    return records
+
+
+def summary(folder: Path) -> Iterator[str]:
+    """Yield the verdict of a report, and where it is."""
+    report = evaluation_report.read(folder)
+    yield from report["verdict"]
+    yield f"report  {folder / 'report.html'}"
+
+
+def check_judge(
+    name: str, labels: Path, out: Path, *, n: int | None, seed: int, base: str | None
+) -> Iterator[str]:
+    """Compare a judge with people's labels, write the record, and yield what it says."""
+    labelled = judge_validation.read(labels, seed, n)
+    [spec, *more] = judges.parse([name], base)
+    if more:
+        raise UsageError(f"{name} is {1 + len(more)} models", remedy=f"name one: {name}:policy")
+    engine = None
+    if spec.base is not None:
+        engine = Engine(spec.base, [spec.target] if spec.target else [])
+    judge = spec.load(engine)
+    record = judge_validation.validate(judge, labelled, str(labels))
+    write_atomically(out, json.dumps(record, indent=1) + "\n")
+    trusted, why = judges.trust(judge, record)
+    accuracy, people = record["accuracy"], record["longer"]["people"]["value"]
+    yield (
+        f"{spec.name} agrees with people on {accuracy['value']:.3f} "
+        f"[{accuracy['low']:.3f}, {accuracy['high']:.3f}] of {record['n']} pairs"
+    )
+    if record["ceiling"]:
+        yield f"one person agrees with the others on {record['ceiling']['value']:.3f}"
+    yield f"preferring the longer answer agrees on {people:.3f}"
+    if record["position"] is not None:
+        yield f"{record['position']:.1%} of its verdicts change with the order (counted as ties)"
+    yield f"it {'may' if trusted else 'may not'} decide a report: {why}"
+    yield f"record  {out}"

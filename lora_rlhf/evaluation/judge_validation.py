@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compare a judge with people's labels: accuracy, the people's own agreement, and biases.
+
+Each pair is shown in a random order, so that a judge that always prefers the first answer is right
+half of the time. People's ties are left out; a judge's tie counts half.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_rlhf import estimates
+from lora_rlhf.errors import DataError
+from lora_rlhf.estimates import Estimate
+
+from .judges import Judge
+from .prompt_sets import Row
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A pair of answers with people's verdicts: 1 (the first is better), 0, or 0.5 for a tie."""
+
+    row: Row
+    first: str
+    second: str
+    votes: tuple[float, ...]
+
+    @property
+    def majority(self) -> float | None:
+        """The verdict of most people; None for a tie or without a majority."""
+        [(most, count), *rest] = Counter(self.votes).most_common()
+        return None if most == 0.5 or (rest and rest[0][1] == count) else most
+
+
+def read(path: Path, seed: int = 0, n: int | None = None) -> list[Labelled]:
+    """Read labels, in an order of their own.
+
+    JSON Lines of {"prompt", "a", "b", "labels": ["a", "b", "tie"], "kind"}; pairs {"chosen",
+    "rejected"} as Anthropic's HH (`Human:` and `Assistant:` turns), also gzipped; or PandaLM's test
+    set (three raters).
+
+    Raises:
+        DataError: A row is none of these, with file and line.
+    """
+    if not path.is_file():
+        raise DataError(f"there is no file {path}", expected="people's labels, as JSON Lines")
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    text = raw.decode("utf-8")
+    rows = json.loads(text) if path.suffix == ".json" else None
+    if rows is None:
+        lines = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+    else:
+        lines = [(i, json.dumps(row)) for i, row in enumerate(rows, 1)]
+    made: list[Labelled] = []
+    for number, line in lines:
+        try:
+            made.append(_labelled(json.loads(line), str(number)))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"not a labelled pair: {type(error).__name__} {error}",
+                where=f"{path}:{number}",
+                expected='{"prompt": …, "a": …, "b": …, "labels": ["a", "b" or "tie"]}',
+            ) from None
+    rng = random.Random(seed)
+    rng.shuffle(made)
+    return [_swapped(one) if rng.random() < 0.5 else one for one in made[:n]]
+
+
+_VOTES = {"a": 1.0, "b": 0.0, "tie": 0.5}
+_PANDALM = {"1": 1.0, "2": 0.0, "0": 0.5}
+
+
+def _labelled(row: dict[str, Any], number: str) -> Labelled:
+    if "annotator1" in row:  # PandaLM
+        prompt = "\n\n".join(part for part in (row["instruction"], row["input"]) if part)
+        votes = tuple(_PANDALM[str(row[f"annotator{i}"])] for i in (1, 2, 3))
+        kind = str(row.get("motivation_app", ""))
+        return Labelled(Row(number, kind, prompt), row["response1"], row["response2"], votes)
+    if "chosen" in row and isinstance(row["chosen"], str):
+        first, second = (_last_answer(row[key]) for key in ("chosen", "rejected"))
+        if first[0] != second[0]:
+            raise ValueError("chosen and rejected answer different prompts")
+        return Labelled(Row(number, "", first[0]), first[1], second[1], (1.0,))
+    votes = tuple(_VOTES[label] for label in row["labels"])
+    kind = str(row.get("kind", ""))
+    return Labelled(Row(number, kind, row["prompt"]), row["a"], row["b"], votes)
+
+
+def _last_answer(transcript: str) -> tuple[Any, str]:
+    """Split a transcript into the turns before the last answer, and that answer."""
+    before, marker, answer = transcript.rpartition("\n\nAssistant:")
+    if not marker:
+        raise ValueError("no `Assistant:` turn")
+    turns = []
+    for part in before.split("\n\nHuman:")[1:]:
+        human, *answers = part.split("\n\nAssistant:")
+        turns.append({"role": "user", "content": human.strip()})
+        turns += [{"role": "assistant", "content": text.strip()} for text in answers]
+    return turns, answer.strip()
+
+
+def _swapped(one: Labelled) -> Labelled:
+    return Labelled(one.row, one.second, one.first, tuple(1 - vote for vote in one.votes))
+
+
+def validate(judge: Judge, labelled: Sequence[Labelled], source: str) -> dict[str, Any]:
+    """Compare a judge with the people's majority.
+
+    Returns:
+        `n` pairs on which people decided; `accuracy`; `constant`, the accuracy of preferring the
+        longer answer; `ceiling`, how often one person agrees with the others; `position`, the
+        share of verdicts that change with the order; `longer`, how often the judge and how often
+        people prefer the longer answer; all of it `by_kind` too.
+    """
+    known = [one for one in labelled if one.majority is not None]
+    if not known:
+        raise DataError(f"{source} has no pair on which people decided")
+    verdicts = judge.compare(
+        "", [o.row for o in known], [o.first for o in known], [o.second for o in known], ("a", "b")
+    )
+    if verdicts is None:
+        raise DataError(f"{judge.name} cannot judge {source}", expected="free text")
+    right = [_right(win, one) for win, one in zip(verdicts.wins, known, strict=True)]
+    longer = [_longer(one) for one in known]
+    kinds: dict[str, list[int]] = {}
+    for i, one in enumerate(known):
+        kinds.setdefault(one.row.kind, []).append(i)
+    mine = [1 - abs(x - (w or 0.0)) for x, w in zip(longer, verdicts.wins, strict=True)]
+    theirs = [1 - abs(x - (o.majority or 0.0)) for x, o in zip(longer, known, strict=True)]
+    return {
+        "version": VERSION,
+        "judge": judge.name,
+        "labels": source,
+        "sha256": hashlib.sha256(repr(labelled).encode()).hexdigest(),
+        "n": len(known),
+        "accuracy": _share(right),
+        "constant": estimates.mean_of_shares(theirs)["value"],
+        "ceiling": _ceiling(labelled),
+        "position": verdicts.changed,
+        "longer": {"judge": _share(mine), "people": _share(theirs)},
+        "by_kind": {
+            kind: _share([right[i] for i in at])
+            for kind, at in sorted(kinds.items())
+            if len(kinds) > 1
+        },
+    }
+
+
+def _right(win: float | None, one: Labelled) -> float:
+    return 0.5 if win is None else 1 - abs(win - (one.majority or 0.0))
+
+
+def _longer(one: Labelled) -> float:
+    a, b = len(one.first), len(one.second)
+    return 0.5 if a == b else float(a > b)
+
+
+def _share(values: Sequence[float]) -> Estimate:
+    return estimates.mean_of_shares(values)
+
+
+def _ceiling(labelled: Sequence[Labelled]) -> Estimate | None:
+    """Measure how often one person agrees with the majority of the others."""
+    agreed = []
+    for one in labelled:
+        if len(one.votes) < 3:
+            continue
+        for i, vote in enumerate(one.votes):
+            others = Labelled(one.row, "", "", one.votes[:i] + one.votes[i + 1 :]).majority
+            if others is not None and vote != 0.5:
+                agreed.append(float(vote == others))
+    return estimates.mean_of_shares(agreed) if agreed else None

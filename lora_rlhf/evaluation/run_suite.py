@@ -1,0 +1,490 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluate targets by a suite: sample, judge, tabulate, and write `report.json`.
+
+Each (target, prompt set) is sampled once and kept in `DIR/answers`; an interrupted evaluation goes
+on with what is missing, to the same bits.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_rlhf.errors import DataError, UsageError
+from lora_rlhf.recipe.schema import ModelSection
+from lora_rlhf.runs.disk import write_atomically
+from lora_rlhf.runs.samples import prompt_text
+from lora_rlhf.runtime import environment, interrupts
+
+from . import prompt_sets, suite_tables
+from .engine import Answer, Engine
+from .judges import AT_RANDOM, Judge, JudgeSpec, Verdicts, describe
+from .metrics.metric import Metric
+from .metrics.registry import METRICS
+from .prompt_sets import PromptSet
+from .server import Server
+from .suite import SetSection, Suite
+from .targets import Target
+
+VERSION = 1
+"""Version of `report.json`."""
+
+_SAMPLES = 200
+"""Rows of each set that the report shows."""
+
+_LABELS = 60
+"""Rows of each set that people are given for each reason; a judge needs 50 labels."""
+
+
+@dataclass
+class Evaluation:
+    """One evaluation while it is made.
+
+    Attributes:
+        reference: Name of the target that others are compared with.
+        validations: Judge -> its record against people's labels, from `lora-rlhf judge`.
+    """
+
+    targets: list[Target]
+    suite: Suite
+    suite_file: Path
+    out: Path
+    reference: str
+    price_per_hour: float | None = None
+    validations: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    say: Callable[[str], object] = lambda line: None
+    answers: dict[tuple[str, str], list[Answer]] = field(default_factory=dict)
+    values: dict[tuple[str, str], dict[str, list[float | None]]] = field(default_factory=dict)
+    at_random: dict[tuple[str, str], list[bool]] = field(default_factory=dict)
+    costs: dict[str, Any] = field(default_factory=dict)
+    not_measured: list[dict[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        names = [target.name for target in self.targets]
+        if self.reference not in names:
+            raise UsageError(
+                f"--against {self.reference!r} is no target", expected=f"one of: {', '.join(names)}"
+            )
+
+
+def run(
+    evaluation: Evaluation, specs: Sequence[JudgeSpec] = (), others: Sequence[Judge] = ()
+) -> dict[str, Any]:
+    """Evaluate, write `report.json`, and return the report.
+
+    Args:
+        specs: Judges that need a model.
+        others: Judges that need none.
+
+    Raises:
+        UsageError: A metric is unknown, or needs what its prompt set does not have.
+        DataError: A prompt set cannot be read.
+    """
+    sets = _load_sets(evaluation)
+    if not sets:
+        why = "; ".join(one["why"] for one in evaluation.not_measured)
+        raise DataError(f"no prompt set of {evaluation.suite_file.name} can be read: {why}")
+    evaluation.out.mkdir(parents=True, exist_ok=True)
+    engine: Engine | None = None
+    for section, group in _by_base(evaluation.targets):
+        engine = None  # before the next base is loaded
+        answering: Engine | Server = Server(group[0]) if section is None else Engine(section, group)
+        if isinstance(answering, Engine):
+            engine = answering
+        for target in group:
+            for one, prompts in sets:
+                _of_target(evaluation, answering, target, one, prompts)
+            cost = answering.measure(target, sets[0][1].rows, evaluation.suite)
+            evaluation.costs[target.name] = cost.report(evaluation.price_per_hour)
+    tables = [t for one, prompts in sets for t in _metric_tables(evaluation, one, prompts)]
+    compared = [prompts for one, prompts in sets if one.win_rate]
+    described: list[dict[str, Any]] = []
+    for judge in (*others, *_loaded(specs if compared else (), engine)):
+        evaluation.say(f"{judge.name} judges")
+        about = describe(judge, evaluation.validations.get(judge.name))
+        described.append(about)
+        for prompts in compared:
+            tables += _win_rates(evaluation, prompts, judge, about)
+    tables += _with_people(evaluation, compared, described)
+    report = _report(evaluation, sets, described, tables)
+    write_atomically(evaluation.out / "report.json", json.dumps(report, indent=1) + "\n")
+    tasks = [task for prompts in compared for task in _to_label(evaluation, prompts, described)]
+    lines = "".join(json.dumps(task) + "\n" for task in tasks)
+    write_atomically(evaluation.out / "to_label.jsonl", lines)
+    return report
+
+
+def _loaded(specs: Sequence[JudgeSpec], engine: Engine | None) -> Iterator[Judge]:
+    """Load judges one after the other, those on the base in memory first."""
+    here = engine.base.model_section if engine else None
+    for spec in sorted(specs, key=lambda spec: (spec.base != here, str(spec.base))):
+        if spec.base is None:
+            yield spec.load(None)
+            continue
+        if engine is None or engine.base.model_section != spec.base:
+            del engine
+            engine = Engine(spec.base, [])
+        if spec.target is not None:
+            engine.add(spec.target)
+        yield spec.load(engine)
+
+
+def _by_base(targets: Sequence[Target]) -> list[tuple[ModelSection | None, list[Target]]]:
+    """Group targets by their base; each server is a group of its own."""
+    groups: list[tuple[ModelSection | None, list[Target]]] = []
+    for target in targets:
+        own = [group for section, group in groups if section is not None and section == target.base]
+        if own:
+            own[0].append(target)
+        else:
+            groups.append((target.base, [target]))
+    return sorted(groups, key=lambda group: group[0] is not None)  # the last base stays in memory
+
+
+def _load_sets(evaluation: Evaluation) -> list[tuple[SetSection, PromptSet]]:
+    """Read every prompt set; one that is nowhere to be loaded is listed as not measured."""
+    loaded, suite = [], evaluation.suite
+    for one in suite.sets:
+        if unknown := [name for name in one.metrics if name not in METRICS]:
+            raise UsageError(
+                f"set {one.name}: unknown metric {unknown[0]!r}",
+                where=str(evaluation.suite_file),
+                expected=f"one of: {', '.join(sorted(METRICS))}",
+            )
+        try:
+            prompts = prompt_sets.load(
+                one.name,
+                path=_beside(evaluation.suite_file, one.path),
+                hub=one.hub,
+                format=one.format,
+                n=one.n,
+                seed=suite.seed,
+                where=str(evaluation.suite_file),
+            )
+        except prompt_sets.NotHereError as error:
+            evaluation.not_measured.append({"what": one.name, "why": error.given})
+            evaluation.say(f"{one.name} is not measured: {error.given}")
+            continue
+        for name in one.metrics:
+            missing = [key for key in METRICS[name].needs if key not in prompts.rows[0].reference]
+            if missing:
+                raise UsageError(
+                    f"set {one.name}: {name} needs {missing[0]!r}, which its rows do not have",
+                    where=str(evaluation.suite_file),
+                    remedy="take the metric out, or give rows with that reference",
+                )
+        loaded.append((one, prompts))
+    return loaded
+
+
+def _beside(suite_file: Path, path: str | None) -> str | None:
+    """Return a path relative to the suite's folder, if such a file lies there."""
+    if path is not None and (beside := suite_file.parent / path).is_file():
+        return str(beside)
+    return path
+
+
+# --- one target, one set ------------------------------------------------------------------------
+
+
+def _of_target(
+    evaluation: Evaluation,
+    engine: Engine | Server,
+    target: Target,
+    one: SetSection,
+    prompts: PromptSet,
+) -> None:
+    """Sample the answers and compute the values of one target on one set, or take them kept."""
+    interrupts.stop_if_requested()
+    metrics = [METRICS[name] for name in one.metrics]
+    sampled = one.win_rate or any(metric.score for metric in metrics)
+    suite = evaluation.suite
+    identity = {
+        "target": target.describe(),
+        "base": engine.identity,
+        "prompts": prompts.sha256,
+        "suite": [suite.seed, suite.temperature, suite.max_new_tokens, suite.batch_size],
+    }
+    path = evaluation.out / "answers" / f"{_digest([target.name, one.name])[:16]}.json"
+    kept = _take(path, identity)
+    key = (one.name, target.name)
+    if sampled:
+        if "answers" not in kept:
+            evaluation.say(f"{target.name} answers {len(prompts.rows)} prompts of {one.name}")
+            kept["answers"] = [asdict(a) for a in engine.answer(target, prompts.rows, suite)]
+            _put(path, identity, kept)
+        evaluation.answers[key] = [Answer(**each) for each in kept["answers"]]
+    by_metric = kept.setdefault("asked", {})
+    for metric in metrics:
+        if metric.ask is None or metric.name in by_metric:
+            continue
+        if isinstance(engine, Server):
+            by_metric[metric.name] = [None] * len(prompts.rows)
+            why = "a server gives no log-probabilities of texts"
+            what = f"{metric.name} of {target.name} on {one.name}"
+            evaluation.not_measured.append({"what": what, "why": why})
+        else:
+            evaluation.say(f"{target.name} is by_metric for {metric.name} on {one.name}")
+            options = engine.options(target)
+            by_metric[metric.name] = [metric.ask(row, options) for row in prompts.rows]
+            _put(path, identity, kept)
+    evaluation.values[key] = {
+        metric.name: list(by_metric[metric.name])
+        if metric.ask is not None
+        else _scores(metric, prompts, evaluation.answers[key])
+        for metric in metrics
+    }
+
+
+def _scores(metric: Metric, prompts: PromptSet, answers: Sequence[Answer]) -> list[float | None]:
+    assert metric.score is not None
+    return [metric.score(row, a.text) for row, a in zip(prompts.rows, answers, strict=True)]
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _take(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """Return what an earlier process kept, if it is whole and of the same evaluation."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["sha256"] == _digest([content["identity"], content["kept"]]) and content[
+            "identity"
+        ] == json.loads(json.dumps(identity)):
+            kept: dict[str, Any] = content["kept"]
+            return kept
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return {}
+
+
+def _put(path: Path, identity: dict[str, Any], kept: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sha256 = _digest([identity, kept])
+    write_atomically(path, json.dumps({"sha256": sha256, "identity": identity, "kept": kept}))
+
+
+# --- tables -------------------------------------------------------------------------------------
+
+
+def _metric_tables(
+    evaluation: Evaluation, one: SetSection, prompts: PromptSet
+) -> list[dict[str, Any]]:
+    return [
+        suite_tables.metric_table(
+            one.name,
+            METRICS[name],
+            prompts.rows,
+            {t.name: evaluation.values[one.name, t.name][name] for t in evaluation.targets},
+            evaluation.reference,
+            evaluation.suite.seed,
+        )
+        for name in one.metrics
+    ]
+
+
+def _win_rates(
+    evaluation: Evaluation, prompts: PromptSet, judge: Judge, about: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Make the tables of one judge on one set; none if it cannot judge this set."""
+    answers = {t.name: evaluation.answers[prompts.name, t.name] for t in evaluation.targets}
+    texts = {name: [a.text for a in each] for name, each in answers.items()}
+    lengths = {name: [a.tokens for a in each] for name, each in answers.items()}
+    reference = evaluation.reference
+    verdicts: dict[str, Verdicts] = {}
+    for name in answers:
+        if name == reference:
+            continue
+        interrupts.stop_if_requested()
+        made = judge.compare(
+            prompts.name, prompts.rows, texts[name], texts[reference], (name, reference)
+        )
+        if made is not None:
+            verdicts[name] = made
+            evaluation.values[prompts.name, name][f"wins by {judge.name}"] = made.wins
+            if made.at_random is not None:
+                evaluation.at_random[prompts.name, judge.name] = made.at_random
+    if changed := {n: v.changed for n, v in verdicts.items() if v.changed is not None}:
+        about.setdefault("changed_with_order", {})[prompts.name] = changed
+    if not verdicts:
+        return []
+    return suite_tables.win_rate_tables(
+        prompts.name, about, prompts.rows, verdicts, lengths, reference
+    )
+
+
+def _with_people(
+    evaluation: Evaluation, sets: Sequence[PromptSet], judges: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Make the tables of people's verdicts on some rows together with each judge's on all."""
+    names = [t.name for t in evaluation.targets if t.name != evaluation.reference]
+    made = []
+    for prompts in sets:
+        by = {name: evaluation.values[prompts.name, name] for name in names}
+        for people in (one for one in judges if one["kind"] == "people"):
+            for judge in (one for one in judges if one["kind"] != "people"):
+                ours, theirs = (f"wins by {one['name']}" for one in (people, judge))
+                drawn = evaluation.at_random.get((prompts.name, people["name"]), [])
+                wins = {
+                    name: (
+                        [w if at else None for w, at in zip(values[ours], drawn, strict=True)],
+                        values[theirs],
+                    )
+                    for name, values in by.items()
+                    if ours in values and theirs in values
+                }
+                if wins:
+                    made.append(
+                        suite_tables.powered_table(
+                            prompts.name, people, judge, wins, evaluation.reference
+                        )
+                    )
+    return [table for table in made if table is not None]
+
+
+# --- the report ---------------------------------------------------------------------------------
+
+
+def _report(
+    evaluation: Evaluation,
+    sets: Sequence[tuple[SetSection, PromptSet]],
+    judges: list[dict[str, Any]],
+    tables: list[dict[str, Any]],
+) -> dict[str, Any]:
+    suite = evaluation.suite
+    head = suite_tables.headline(suite.headline, tables, judges)
+    verdict = suite_tables.sentences(head, suite.headline, tables)
+    if head is not None:
+        head["sentence"] = verdict[0]
+    return {
+        "version": VERSION,
+        "suite": {
+            "name": suite.name,
+            "file": evaluation.suite_file.name,
+            "seed": suite.seed,
+            "temperature": suite.temperature,
+            "max_new_tokens": suite.max_new_tokens,
+        },
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "packages": environment.versions(),
+        "device": str(_device()),
+        "headline": head,
+        "verdict": verdict,
+        "targets": [target.describe() for target in evaluation.targets],
+        "sets": [
+            {
+                "name": prompts.name,
+                "n": len(prompts.rows),
+                "kinds": {k: len(i) for k, i in suite_tables.kinds_of(prompts.rows).items()},
+                "source": prompts.source,
+                "licence": prompts.licence,
+                "sha256": prompts.sha256,
+            }
+            for _, prompts in sets
+        ],
+        "tables": tables,
+        "judges": judges,
+        "samples": [sample for _, prompts in sets for sample in _samples(evaluation, prompts)],
+        "costs": evaluation.costs,
+        "not_measured": evaluation.not_measured,
+    }
+
+
+def _device() -> str:
+    from lora_rlhf.runtime.devices import pick_device
+
+    return str(pick_device())
+
+
+def _samples(evaluation: Evaluation, prompts: PromptSet) -> list[dict[str, Any]]:
+    """Rows with answers: half those where a target did worst, then the first; none is picked."""
+    names = [t.name for t in evaluation.targets if (prompts.name, t.name) in evaluation.answers]
+    if not names:
+        return []
+    rows = range(len(prompts.rows))
+    least = {i: _least(evaluation, prompts.name, names, i) for i in rows}
+    ranked = sorted((i for i in rows if least[i] is not None), key=lambda i: least[i] or 0.0)
+    worst = ranked[: _SAMPLES // 2]
+    chosen = [(i, "among the worst") for i in worst]
+    chosen += [(i, "among the first") for i in rows if i not in set(worst)]
+    return [
+        {
+            "set": prompts.name,
+            "id": prompts.rows[i].id,
+            "kind": prompts.rows[i].kind,
+            "prompt": prompt_text(prompts.rows[i].prompt),
+            "answers": {
+                name: {
+                    **asdict(evaluation.answers[prompts.name, name][i]),
+                    "values": {
+                        metric: values[i]
+                        for metric, values in evaluation.values[prompts.name, name].items()
+                    },
+                }
+                for name in names
+            },
+            "why": why,
+        }
+        for i, why in chosen[:_SAMPLES]
+    ]
+
+
+def _to_label(
+    evaluation: Evaluation, prompts: PromptSet, judges: Sequence[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Choose answers for people: drawn at random, judges that disagree, and ties of a judge.
+
+    Rankings of the random ones correct a judge (`estimates.prediction_powered`); the others find
+    its faults, and would bias that estimate.
+    """
+    names = [target.name for target in evaluation.targets]
+    rows = range(len(prompts.rows))
+    by_judge = [f"wins by {judge['name']}" for judge in judges if judge["kind"] != "people"]
+    spread: dict[int, float] = {}
+    ties: dict[int, int] = {}
+    for i in rows:
+        for name in names:
+            values = evaluation.values[prompts.name, name]
+            wins = [w for key in by_judge if key in values and (w := values[key][i]) is not None]
+            if wins:
+                spread[i] = max(spread.get(i, 0.0), max(wins) - min(wins))
+                ties[i] = ties.get(i, 0) + wins.count(0.5)
+    rng = random.Random(evaluation.suite.seed)
+    chosen = dict.fromkeys(rng.sample(rows, min(_LABELS, len(rows))), AT_RANDOM)
+    disputed = [i for i in sorted(spread, key=lambda i: -spread[i]) if spread[i] > 0]
+    chosen = dict.fromkeys(disputed[:_LABELS], "the judges disagree") | chosen
+    uncertain = [i for i in sorted(ties, key=lambda i: -ties[i]) if ties[i]]
+    chosen = dict.fromkeys(uncertain[:_LABELS], "a judge is undecided") | chosen
+    for i, why in chosen.items():
+        shown = names[:]
+        rng.shuffle(shown)
+        yield {
+            "set": prompts.name,
+            "id": prompts.rows[i].id,
+            "why": why,
+            "prompt": prompt_text(prompts.rows[i].prompt),
+            "answers": {name: evaluation.answers[prompts.name, name][i].text for name in shown},
+            "ranking": None,
+        }
+
+
+def _least(evaluation: Evaluation, set_name: str, names: Sequence[str], row: int) -> float | None:
+    """The sum of a row's values over metrics, lower being worse, of its worst target."""
+    signs = {"higher": 1, "lower": -1, "neither": 0}
+    sums = []
+    for name in names:
+        known = []
+        for metric, values in evaluation.values[set_name, name].items():
+            if (value := values[row]) is not None:
+                wins = metric not in METRICS
+                known.append(value - 0.5 if wins else signs[METRICS[metric].better] * value)
+        if known:
+            sums.append(sum(known))
+    return min(sums, default=None)

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Suites: the prompt sets, metrics and judges of an evaluation, as typed YAML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from lora_rlhf.errors import UsageError, first_line
+from lora_rlhf.recipe.schema import Rules, Section
+from lora_rlhf.recipe.strict_yaml import parse_yaml
+
+_SHIPPED = Path(__file__).parent / "suites"
+
+
+class SetSection(Section):
+    """A prompt set with what is measured on it."""
+
+    name: str
+    """Name in tables; unique in the suite."""
+    format: str
+    """Reader of the rows, such as `plain`, `truthfulqa` or `closed_world`."""
+    path: str | None = None
+    """File, relative to the suite, or below the folder that LORA_RLHF_DATA names."""
+    hub: str | None = None
+    """Hub id of the data set, read if there is no local file."""
+    n: int | None = Field(None, ge=2)
+    """Rows drawn with the suite's seed; default: all."""
+    metrics: list[str] = Field(default_factory=list)
+    """Metrics of each answer, or of log-probabilities."""
+    win_rate: bool = False
+    """Compare answers with those of the reference target, by every judge that can."""
+
+
+class Suite(Section):
+    """An evaluation: what is asked, how it is answered, and which number decides."""
+
+    version: Literal[1] = 1
+    """Version of this format."""
+    name: str
+    seed: int = Field(0, ge=0)
+    temperature: float = Field(0.0, ge=0)
+    """0: greedy, so that an evaluation repeats."""
+    max_new_tokens: int = Field(128, ge=1)
+    batch_size: int = Field(32, ge=1)
+    """Prompts generated at once."""
+    headline: str | None = None
+    """`SET/METRIC` that the verdict is about, chosen before anything is measured."""
+    sets: list[SetSection] = Field(min_length=1)
+
+    def rules(self) -> Rules:
+        """Names are unique, and the headline is measured."""
+        names = [one.name for one in self.sets]
+        if double := next((name for name in names if names.count(name) > 1), None):
+            yield f"two sets are called {double!r}", "sets"
+        if self.headline is None:
+            return
+        name, _, metric = self.headline.partition("/")
+        known = {s.name: [*s.metrics, *(["win_rate"] if s.win_rate else [])] for s in self.sets}
+        if metric not in known.get(name, []):
+            yield f"headline: {self.headline!r} is not measured by any set", "headline"
+
+
+def shipped() -> list[str]:
+    """Return the names of the packaged suites."""
+    return sorted(path.stem for path in _SHIPPED.glob("*.yaml"))
+
+
+def load(name: str) -> tuple[Suite, Path]:
+    """Load a packaged suite by name, or a YAML file; returns it with its file.
+
+    Raises:
+        UsageError: There is no such suite, or a key or value is wrong, with file and line.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = _SHIPPED / f"{name}.yaml"
+    if not path.is_file():
+        raise UsageError(
+            f"there is no suite {name!r}",
+            expected=f"a YAML file, or one of: {', '.join(shipped())}",
+            remedy="check --suite",
+        )
+    data, lines = parse_yaml(path.read_text(encoding="utf-8-sig"), str(path))
+    try:
+        return Suite.model_validate(data), path
+    except ValidationError as error:
+        items = error.errors(include_url=False)  # a misspelt key is also missing as its right one
+        item = min(items, key=lambda item: item["type"] != "extra_forbidden")
+        at = tuple(item["loc"])
+        known = at
+        while known and known not in lines:
+            known = known[:-1]
+        key = ".".join(map(str, at))
+        message = "is not a known key" if item["type"] == "extra_forbidden" else item["msg"]
+        raise UsageError(
+            f"{key or 'the suite'}: {first_line(Exception(message))}",
+            where=f"{path}:{lines.get(known, 1)}",
+            remedy="correct the suite; docs/evaluation.md lists the keys",
+        ) from None

@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From values by answer to the tables of a report: estimates, paired differences, verdict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lora_rlhf import estimates
+from lora_rlhf.estimates import Estimate
+
+from .judges import KINDS, Verdicts
+from .metrics.metric import Metric
+from .prompt_sets import Row
+
+Values = Mapping[str, Sequence[float | None]]
+"""Target -> value of each row; None where the metric does not apply or is undecided."""
+
+_RESAMPLES = 10_000
+_RESAMPLES_OF_A_KIND = 2_000
+_POWER = 2.8 / 3.92
+"""From an interval's width to the difference that is estimated with a power of 80 %."""
+
+
+def metric_table(
+    set_name: str, metric: Metric, rows: Sequence[Row], values: Values, reference: str, seed: int
+) -> dict[str, Any]:
+    """Make the table of a metric: every target, and every target less the reference."""
+
+    def differences(only: Sequence[int], resamples: int) -> dict[str, Estimate | None]:
+        return {
+            name: _difference(values[name], values[reference], only, seed, resamples, metric.scale)
+            for name in values
+            if name != reference
+        }
+
+    every = differences(range(len(rows)), _RESAMPLES)
+    kinds = kinds_of(rows)
+    by_kind = {kind: differences(only, _RESAMPLES_OF_A_KIND) for kind, only in kinds.items()}
+    return {
+        "set": set_name,
+        "metric": metric.name,
+        "meaning": metric.meaning,
+        "better": metric.better,
+        "judge": None,
+        "trusted": True,
+        "estimates": _by_target(metric, values, range(len(rows))),
+        "by_kind": {kind: _by_target(metric, values, only) for kind, only in kinds.items()},
+        "differences": [
+            {
+                "a": name,
+                "b": reference,
+                "estimate": estimate,
+                "detectable": _detectable(estimate),
+                "by_kind": {kind: estimated[name] for kind, estimated in by_kind.items()},
+            }
+            for name, estimate in every.items()
+        ],
+    }
+
+
+def win_rate_tables(
+    set_name: str,
+    judge: dict[str, Any],
+    rows: Sequence[Row],
+    verdicts: Mapping[str, Verdicts],
+    lengths: Mapping[str, Sequence[int]],
+    reference: str,
+) -> list[dict[str, Any]]:
+    """Make the tables of a judge: win rates against the reference, raw and length-controlled."""
+    kinds = kinds_of(rows)
+
+    def table(
+        metric: str, meaning: str, rate: Callable[[str, Sequence[int]], Estimate | None]
+    ) -> dict[str, Any]:
+        return {
+            "set": set_name,
+            "metric": metric,
+            "meaning": meaning,
+            "better": "higher",
+            "judge": judge["name"],
+            "trusted": judge["trusted"],
+            "estimates": {name: rate(name, range(len(rows))) for name in verdicts},
+            "by_kind": {
+                kind: {name: rate(name, only) for name in verdicts} for kind, only in kinds.items()
+            },
+            "differences": [],
+        }
+
+    def raw(name: str, only: Sequence[int]) -> Estimate | None:
+        return win_rate([verdicts[name].wins[i] for i in only])
+
+    def controlled(name: str, only: Sequence[int]) -> Estimate | None:
+        known = [i for i in only if verdicts[name].wins[i] is not None]
+        if len(known) < 2:
+            return None
+        return estimates.length_controlled_win_rate(
+            [verdicts[name].wins[i] or 0.0 for i in known],
+            [0.5] * len(known),
+            [lengths[name][i] for i in known],
+            [lengths[reference][i] for i in known],
+        )
+
+    by = f"by {judge['name']} ({KINDS[judge['kind']]})"
+    return [
+        table("win_rate", f"share of prompts won against {reference}, {by}; ties count half", raw),
+        table(
+            "win_rate_length_controlled",
+            f"the same, predicted for answers as long as those of {reference}",
+            controlled,
+        ),
+    ]
+
+
+def powered_table(
+    set_name: str,
+    people: dict[str, Any],
+    judge: dict[str, Any],
+    wins: Mapping[str, tuple[Sequence[float | None], Sequence[float | None]]],
+    reference: str,
+) -> dict[str, Any] | None:
+    """Make the table of win rates by people's verdicts on some rows and a judge's on all.
+
+    Args:
+        wins: Target -> verdicts by people and by the judge, of each row.
+    """
+    estimated: dict[str, Estimate | None] = {}
+    for name, (by_people, by_judge) in wins.items():
+        rows = [(y, f) for y, f in zip(by_people, by_judge, strict=True) if f is not None]
+        both = [(y, f) for y, f in rows if y is not None]
+        rest = [f for y, f in rows if y is None]
+        if len(both) < 2 or len(rest) < 2:
+            return None
+        labels, predicted = zip(*both, strict=True)
+        estimated[name] = estimates.prediction_powered(labels, predicted, rest)
+    name = f"{people['name']} + {judge['name']}"
+    return {
+        "set": set_name,
+        "metric": "win_rate",
+        "meaning": f"share of prompts won against {reference}, by {name} (people on n prompts, "
+        "and the judge on all: prediction-powered; right if the n were drawn at random)",
+        "better": "higher",
+        "judge": name,
+        "trusted": True,
+        "estimates": estimated,
+        "by_kind": {},
+        "differences": [],
+    }
+
+
+def win_rate(wins: Sequence[float | None]) -> Estimate | None:
+    """The share of wins among the known verdicts, ties counting half."""
+    known = [win for win in wins if win is not None]
+    if not known:
+        return None
+    if all(win in (0.0, 0.5, 1.0) for win in known):
+        return estimates.win_rate(known, [0.5] * len(known))
+    return estimates.mean_of_shares(known)  # the shares of several people's votes
+
+
+def kinds_of(rows: Sequence[Row]) -> dict[str, list[int]]:
+    """Group rows by kind of prompt; empty if all are of one kind."""
+    kinds: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        kinds.setdefault(row.kind, []).append(i)
+    return dict(sorted(kinds.items())) if len(kinds) > 1 else {}
+
+
+def _by_target(metric: Metric, values: Values, only: Sequence[int]) -> dict[str, Estimate | None]:
+    return {name: estimate(metric, [each[i] for i in only]) for name, each in values.items()}
+
+
+def estimate(metric: Metric, values: Sequence[float | None]) -> Estimate | None:
+    """The mean of a metric with its interval: Wilson's for shares, else Student's t."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    if metric.share:
+        made = estimates.wilson(sum(known), len(known))
+    else:
+        made = estimates.mean_interval(known)
+    return estimates.scaled(made, metric.scale) if metric.scale != 1 else made
+
+
+def _difference(
+    a: Sequence[float | None],
+    b: Sequence[float | None],
+    only: Sequence[int],
+    seed: int,
+    resamples: int,
+    scale: float,
+) -> Estimate | None:
+    pairs = [(x, y) for i in only if (x := a[i]) is not None and (y := b[i]) is not None]
+    if not pairs:
+        return None
+    first, second = zip(*pairs, strict=True)
+    made = estimates.paired_difference(first, second, seed, resamples)
+    return estimates.scaled(made, scale) if scale != 1 else made
+
+
+def _detectable(estimated: Estimate | None) -> float | None:
+    """The smallest difference that this many prompts show in 8 of 10 evaluations."""
+    if estimated is None or estimated["low"] is None or estimated["high"] is None:
+        return None
+    return _POWER * (estimated["high"] - estimated["low"])
+
+
+# --- the verdict, in words ---------------------------------------------------------------------
+
+
+def headline(
+    wanted: str | None, tables: Sequence[dict[str, Any]], judges: Sequence[dict[str, Any]]
+) -> dict[str, Any] | None:
+    """Choose the table of the headline: the suite's metric, by the first trusted judge."""
+    set_name, _, metric = (wanted or "").partition("/")
+    for table in tables:
+        if (table["set"], table["metric"]) == (set_name, metric) and table["trusted"]:
+            return {"set": set_name, "metric": metric, "judge": table["judge"]}
+    return None
+
+
+def sentences(
+    head: dict[str, Any] | None, wanted: str | None, tables: Sequence[dict[str, Any]]
+) -> list[str]:
+    """The verdict: the headline for every target, then what got clearly worse, by kind too."""
+    verdict: list[str] = []
+    if head is None and wanted:
+        verdict.append(
+            f"No verdict: {wanted} has no judge that may decide (see the judges and their reasons)."
+        )
+    if head is not None:
+        keys = ("set", "metric", "judge")
+        [table] = [t for t in tables if all(t[key] == head[key] for key in keys)]
+        verdict += _of_win_rate(table) if table["metric"] == "win_rate" else _of_metric(table)
+    verdict += _worse(tables, head)
+    looked = sum(1 + len(row["by_kind"]) for table in tables for row in table["differences"])
+    if looked > 1:
+        verdict.append(
+            f"{looked} differences were looked at, kinds of prompt included: about "
+            f"{looked / 20:.0f} of their intervals leave out 0 by chance."
+        )
+    return verdict
+
+
+def _of_win_rate(table: dict[str, Any]) -> list[str]:
+    out = []
+    for name, estimated in table["estimates"].items():
+        if estimated is None or estimated["low"] is None:
+            out.append(f"{name}: unknown, with too few verdicts.")
+            continue
+        rate = (
+            f"win rate {_percent(estimated)} on {table['set']}, {table['meaning'].split(', ')[1]}"
+        )
+        if estimated["low"] > 0.5:
+            out.append(f"{name} is better: {rate}; the interval lies above 50 %.")
+        elif estimated["high"] < 0.5:
+            out.append(f"{name} is worse: {rate}; the interval lies below 50 %.")
+        else:
+            out.append(f"{name} was not shown to be better or worse: {rate}.")
+    return out
+
+
+def _percent(estimated: Estimate) -> str:
+    value, low, high = (100 * float(estimated[key] or 0) for key in ("value", "low", "high"))
+    return f"{value:.1f} % [{low:.1f}, {high:.1f}], n={estimated['n']}"
+
+
+def _of_metric(table: dict[str, Any]) -> list[str]:
+    out = []
+    for row in table["differences"]:
+        sign = _sign(row["estimate"], table["better"])
+        words = {1: "is better", -1: "is worse", 0: "was not shown to be better or worse"}[sign]
+        out.append(f"{row['a']} {words} than {row['b']}: {_gap(table, row['estimate'])}.")
+    return out
+
+
+def _gap(table: dict[str, Any], estimated: Estimate | None) -> str:
+    if estimated is None:
+        return f"no {table['metric']} on both"
+    return f"{table['metric']} {_signed(estimated)} on {table['set']}, paired, n={estimated['n']}"
+
+
+def _signed(estimated: Estimate) -> str:
+    low, high = estimated["low"], estimated["high"]
+    interval = "" if low is None or high is None else f" [{low:+.3g}, {high:+.3g}]"
+    return f"{estimated['value']:+.3g}{interval}"
+
+
+def _sign(estimated: Estimate | None, better: str) -> int:
+    """1: clearly better, -1: clearly worse, 0: neither, by the interval of the difference."""
+    if (
+        estimated is None
+        or estimated["low"] is None
+        or estimated["high"] is None
+        or better == "neither"
+    ):
+        return 0
+    direction = 1 if better == "higher" else -1
+    if estimated["low"] > 0 and math.isfinite(estimated["low"]):
+        return direction
+    return -direction if estimated["high"] < 0 else 0
+
+
+def _worse(tables: Sequence[dict[str, Any]], head: dict[str, Any] | None) -> list[str]:
+    """List what is clearly worse than the reference: one sentence in all, one by kind of prompt."""
+    whole: dict[str, list[str]] = {}
+    by_kind: dict[str, list[str]] = {}
+    for table in tables:
+        is_head = head is not None and all(table[k] == head[k] for k in ("set", "metric", "judge"))
+        for row in table["differences"]:
+            who = f"{row['a']} is worse than {row['b']}"
+            if _sign(row["estimate"], table["better"]) < 0 and not is_head:
+                whole.setdefault(who, []).append(_gap(table, row["estimate"]))
+            kinds = [
+                f"{kind} {_signed(estimated)}"
+                for kind, estimated in row["by_kind"].items()
+                if _sign(estimated, table["better"]) < 0
+            ]
+            if kinds:
+                by_kind.setdefault(who, []).append(f"{table['metric']} on {', '.join(kinds)}")
+        if table["metric"] == "win_rate" and table["trusted"]:
+            for kind, rates in table["by_kind"].items():
+                for name, estimated in rates.items():
+                    if estimated and estimated["high"] is not None and estimated["high"] < 0.5:
+                        text = f"on {kind} {_percent(estimated)}"
+                        by_kind.setdefault(f"{name} loses", []).append(text)
+    out = []
+    for who in dict.fromkeys((*whole, *by_kind)):
+        if who in whole:
+            out.append(f"{who}: {'; '.join(whole[who])}.")
+        if who in by_kind:
+            out.append(f"{who} on some kinds of prompt: {'; '.join(by_kind[who])}.")
+    return out

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Targets of an evaluation: what a user may name, and how its answers are made.
+
+A run is base, SFT and policy; `RUN:policy` is one of them; a folder or Hub id is a model or an
+adapter; a URL is a chat-completions server. Adapters are read with plain PEFT, ours and others',
+so that all targets on one base share it in memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lora_rlhf.errors import AdapterError, UsageError
+from lora_rlhf.hub import repository
+from lora_rlhf.recipe.loader import load_recipe
+from lora_rlhf.recipe.schema import ModelSection
+from lora_rlhf.runs.disk import sha256
+from lora_rlhf.runs.record import Record
+
+MODELS = {"base": None, "sft": "sft", "policy": "policy"}
+"""Models of a run -> folder of the adapter."""
+
+Kind = Literal["run", "model", "adapter", "url"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One model that answers.
+
+    Attributes:
+        name: Name in tables, unique in an evaluation.
+        base: The base model; None for a URL.
+        adapter: Folder of a PEFT adapter on it.
+        url: A chat-completions endpoint, `http://host:port/v1#model`.
+        few_shot: Examples before each prompt, for a base model without a chat template.
+        run: The run that the target is a model of.
+    """
+
+    name: str
+    kind: Kind
+    base: ModelSection | None = None
+    adapter: Path | None = None
+    url: str | None = None
+    few_shot: int = 0
+    run: Path | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """Describe the target for the report; equal descriptions give equal answers."""
+        weights = None
+        if self.adapter is not None:
+            weights = sha256(self.adapter / "adapter_model.safetensors")
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "base": self.base.id if self.base else None,
+            "load_in_4bit": self.base.load_in_4bit if self.base else None,
+            "dtype": self.base.dtype if self.base else None,
+            "adapter_sha256": weights,
+            "id": self.url or str(self.adapter or (self.base.id if self.base else "")),
+            "few_shot": self.few_shot,
+        }
+
+
+def parse(
+    texts: Sequence[str], *, base: str | None = None, load_in_4bit: bool = False, few_shot: int = 0
+) -> list[Target]:
+    """Resolve what a user named to targets with unique names.
+
+    Args:
+        base: Base of the adapters whose config names none that can be named.
+        load_in_4bit: Quantise models and bases that are no run's; a run has its own setting.
+        few_shot: Examples before each prompt of a base without a chat template.
+
+    Raises:
+        UsageError: A text names nothing that can be evaluated.
+    """
+    named: list[Target] = []
+    for text in texts:
+        for target in _resolve(text, base, load_in_4bit):
+            if target.kind == "model" and few_shot:
+                target = dataclasses.replace(target, few_shot=few_shot)
+            named.append(_named_apart(target, named))
+    if not named:
+        raise UsageError("nothing to evaluate", expected="a run, a model, an adapter or a URL")
+    return named
+
+
+def _named_apart(target: Target, before: list[Target]) -> Target:
+    names = {one.name for one in before}
+    name, number = target.name, 2
+    while name in names:
+        name, number = f"{target.name} {number}", number + 1
+    return dataclasses.replace(target, name=name)
+
+
+def _resolve(text: str, base: str | None, load_in_4bit: bool) -> list[Target]:
+    if text.startswith(("http://", "https://")):
+        return [Target(text.partition("#")[2] or text, "url", url=text)]
+    folder, _, model = text.rpartition(":")
+    if folder and model in MODELS and (Path(folder) / "record.json").is_file():
+        return [_of_run(Path(folder), model)]
+    path = Path(os.path.expanduser(text))
+    if (path / "record.json").is_file():
+        return _all_of_run(path)
+    if (path / "adapter_config.json").is_file():
+        return [_adapter(path, path.name, base, load_in_4bit)]
+    if text == "tiny" or (path / "config.json").is_file():
+        section = ModelSection(id=text if text == "tiny" else str(path.resolve()))
+        section = section.model_copy(update={"load_in_4bit": load_in_4bit})
+        return [Target(text if text == "tiny" else path.name, "model", base=section)]
+    if path.exists() or text.count("/") != 1:
+        raise UsageError(
+            f"{text} is nothing that can be evaluated",
+            expected="a run directory or RUN:policy, a model or adapter folder, a Hub id, or the "
+            "URL of a chat-completions server",
+            remedy="check the name; `lora-rlhf run RECIPE` makes a run directory",
+        )
+    return [_on_hub(text, base, load_in_4bit)]
+
+
+def _on_hub(repo: str, base: str | None, load_in_4bit: bool) -> Target:
+    """Resolve a Hub id: an adapter if it has an adapter_config.json, else a model."""
+    folder = repository.adapter_folder(repo)
+    if folder is None:
+        return Target(repo, "model", base=ModelSection(id=repo, load_in_4bit=load_in_4bit))
+    return _adapter(folder, repo, base, load_in_4bit)
+
+
+def _adapter(folder: Path, name: str, base: str | None, load_in_4bit: bool) -> Target:
+    config = _read_json(folder / "adapter_config.json")
+    check = _read_json(folder / "check.json") if (folder / "check.json").is_file() else {}
+    named = base or config.get("base_model_name_or_path")
+    if not named:
+        raise UsageError(
+            f"{folder} names no base model",
+            expected="base_model_name_or_path in its adapter_config.json",
+            remedy="name the base with --base",
+        )
+    section = ModelSection(
+        id=str(named), load_in_4bit=load_in_4bit or check.get("load_in_4bit") is True
+    )
+    return Target(name, "adapter", base=section, adapter=folder)
+
+
+def _of_run(folder: Path, model: str) -> Target:
+    record = Record.read(folder)
+    recipe = load_recipe(folder / "recipe.yaml")
+    stages = {"sft": "sft", "policy": record.algorithm}
+    if model in stages and not record.done(stages[model]):
+        raise UsageError(
+            f"{folder} has no finished {model}", remedy=f"continue it: `lora-rlhf run {folder}`"
+        )
+    name = f"{folder.resolve().name}:{model}"
+    adapter = None if model == "base" else record.adapter(str(MODELS[model]))
+    return Target(name, "run", base=recipe.model, adapter=adapter, run=folder)
+
+
+def _all_of_run(folder: Path) -> list[Target]:
+    record = Record.read(folder)
+    done = ["base"] + ["sft"] * record.done("sft")
+    if record.algorithm != "best_of_n" and record.done(record.algorithm):
+        done.append("policy")
+    return [_of_run(folder, model) for model in done]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"a JSON {type(content).__name__}")
+    except (OSError, ValueError) as error:
+        raise AdapterError(
+            f"cannot be read: {error}", where=str(path), expected="a JSON object"
+        ) from None
+    return content

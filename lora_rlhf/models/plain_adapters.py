@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapter folders on one base by plain PEFT: anybody's, of any rank and target modules.
+
+`backbone` holds the roles of a run, all of one shape, to train them; this reads what others saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from lora_rlhf.errors import AdapterError, first_line
+from lora_rlhf.runtime import paths
+
+from . import adapters
+from .base_model import BaseModel
+from .views import build_view
+
+
+class PlainAdapters:
+    """Adapters by name on one base; they are switched, and never merged."""
+
+    def __init__(self, base: BaseModel) -> None:
+        self.base = base
+        self._policies: PeftModel | None = None
+        self._scorers: dict[str, tuple[PeftModel, float]] = {}
+
+    def load(self, name: str, folder: Path) -> None:
+        """Load a policy under `name`, unless it is loaded already.
+
+        Raises:
+            AdapterError: The folder holds no LoRA of this base.
+        """
+        if self._policies is not None and _safe(name) in self._policies.peft_config:
+            return
+        adapters.check_base(self.base, folder)
+        with self._errors(folder, "a LoRA adapter of this base, saved by PEFT"):
+            if self._policies is None:
+                self._policies = self._from(self.base.causal, name, folder)
+            else:
+                self._policies.load_adapter(str(folder), adapter_name=_safe(name))
+        self.base.causal.requires_grad_(False)
+        self.base.causal.eval()
+
+    def load_scorer(self, name: str, folder: Path) -> None:
+        """Load a reward model with its head and, if `reward.json` has one, its offset.
+
+        Raises:
+            AdapterError: The folder holds no reward model of this base.
+        """
+        if name in self._scorers:
+            return
+        adapters.check_base(self.base, folder)
+        view = build_view(self.base.causal, per_token=False)
+        view.config.pad_token_id = self.base.tokenizer.pad_token_id
+        with self._errors(folder, "an adapter with a score head, saved by PEFT"):
+            model = self._from(view, name, folder)
+            note = folder / "reward.json"
+            offset = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+            self._scorers[name] = (model, float(offset.get("reward_offset", 0.0)))
+        model.requires_grad_(False)
+        model.eval()
+
+    @contextlib.contextmanager
+    def _errors(self, folder: Path, expected: str) -> Iterator[None]:
+        paths.reject_escaping_links(folder, AdapterError)
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise AdapterError(
+                f"{folder} holds no adapter_model.safetensors",
+                expected="safetensors; pickles (.bin) are not read",
+            )
+        try:
+            yield
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise AdapterError(
+                f"{folder} cannot be loaded on {self.base.model_section.id}: {first_line(error)}",
+                expected=expected,
+                remedy="name the right base with --base",
+            ) from error
+
+    def _from(self, model: Any, name: str, folder: Path) -> PeftModel:
+        return PeftModel.from_pretrained(model, str(folder), adapter_name=_safe(name))
+
+    @contextlib.contextmanager
+    def active(self, name: str | None) -> Iterator[None]:
+        """Use a policy inside the context; None: the base alone."""
+        if name is not None:
+            assert self._policies is not None
+            self._policies.set_adapter(_safe(name))
+            yield
+            return
+        # Reward models live in the same layers.
+        peft = self._policies or next((model for model, _ in self._scorers.values()), None)
+        with peft.disable_adapter() if peft else contextlib.nullcontext():
+            yield
+
+    @torch.no_grad()
+    def scores(self, name: str, rows: Sequence[list[int]], batch_size: int) -> list[float]:
+        """Score rows of ids at their last token, with the offset, in their order."""
+        model, offset = self._scorers[name]
+        model.set_adapter(_safe(name))
+        whole = model.get_base_model()
+        head = whole.score if hasattr(whole, "score") else whole.classifier
+        out = [0.0] * len(rows)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            ids, mask = right_padded([rows[i] for i in part], self.base)
+            states = self.base.decoder(input_ids=ids, attention_mask=mask, use_cache=False)
+            ends = states.last_hidden_state[torch.arange(len(part)), mask.sum(dim=1) - 1]
+            for i, score in zip(part, head(ends.float()).squeeze(-1).tolist(), strict=True):
+                out[i] = score + offset
+        return out
+
+
+def right_padded(rows: Sequence[list[int]], base: BaseModel) -> tuple[Tensor, Tensor]:
+    """Stack rows of ids with their masks, padded on the right, on the base's device."""
+    tensors = [torch.tensor(row) for row in rows]
+    pad = base.tokenizer.pad_token_id
+    ids = pad_sequence(tensors, batch_first=True, padding_value=pad)
+    mask = pad_sequence([torch.ones_like(row) for row in tensors], batch_first=True)
+    return ids.to(base.device), mask.to(base.device)
+
+
+def _safe(name: str) -> str:
+    """Return a name that a torch module may have."""
+    return "".join(c if c.isalnum() else "_" for c in name)

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Targets on one base: the same answers, rewards and log-probabilities as the run's own roles."""
+
+import pytest
+import torch
+
+from lora_rlhf.errors import AdapterError, UsageError
+from lora_rlhf.evaluation import few_shot, judges, targets
+from lora_rlhf.evaluation.engine import Engine
+from lora_rlhf.evaluation.prompt_sets import Row
+from lora_rlhf.evaluation.suite import SetSection, Suite
+from lora_rlhf.runs import samples
+from lora_rlhf.runs.record import Record
+from lora_rlhf.serving import loaded_run
+
+SUITE = Suite(name="little", temperature=1.0, seed=5, max_new_tokens=8,
+              sets=[SetSection(name="x", format="plain")])  # fmt: skip
+TEXTS = ("w7 w8", "w9", "w5 w6 w7 w8")
+ROWS = [Row(str(i), "", [{"role": "user", "content": text}]) for i, text in enumerate(TEXTS)]
+
+
+@pytest.fixture(scope="module")
+def run(runs):
+    return runs.after("evaluate")
+
+
+@pytest.fixture(scope="module")
+def engine(run):
+    named = targets.parse([str(run)])
+    return Engine(named[0].base, named), named
+
+
+def test_a_run_is_three_targets(run):
+    named = targets.parse([str(run)])
+    assert [t.name.split(":")[1] for t in named] == ["base", "sft", "policy"]
+    assert targets.parse([f"{run}:policy"]) == named[2:]
+    assert [t.name for t in targets.parse([f"{run}:sft"] * 2)] == [
+        named[1].name,
+        f"{named[1].name} 2",
+    ]
+
+
+def test_an_adapter_folder_finds_its_base(run, tmp_path):
+    [found] = targets.parse([str(run / "adapters" / "policy")])
+    assert (found.kind, found.name) == ("adapter", "policy")
+    assert found.base.id == Record.read(run).data["model"]["id"] or found.base.id
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UsageError, match="names no base model"):
+        targets.parse([str(tmp_path)])
+    assert targets.parse([str(tmp_path)], base="tiny")[0].base.id == "tiny"
+
+
+def test_what_is_no_target_is_refused(tmp_path, run):
+    for text in (str(tmp_path), "nowhere", str(tmp_path / "x" / "y")):
+        with pytest.raises(UsageError, match="nothing that can be evaluated"):
+            targets.parse([text])
+
+
+def test_answers_are_those_of_the_runs_roles(engine, run):
+    made, named = engine
+    backbone, _ = loaded_run.load(run)
+    prompts = [backbone.encode_prompt(row.prompt) for row in ROWS]
+    for target, role in zip(named, (None, "reference", "policy"), strict=True):
+        ids = backbone.generate(prompts, role, max_new_tokens=8, temperature=1.0, seed=5)
+        answers = made.answer(target, ROWS, SUITE)
+        assert [a.text for a in answers] == [backbone.decode(one) for one in ids]
+        assert [a.tokens for a in answers] == [len(one) for one in ids]
+
+
+def test_rewards_are_those_in_the_runs_samples(engine, run):
+    made, named = engine
+    [held_out, reward] = judges.of_targets(named)
+    assert (held_out.independent, reward.independent) == (True, False)
+    judge = held_out.load(made)
+    by_prompt = samples.read(Record.read(run))
+    lines = [one["policy"] for one in by_prompt.values()]
+    rows = [
+        Row(str(i), "", [{"role": "user", "content": x["prompt"]}]) for i, x in enumerate(lines)
+    ]
+    found = judge.scores(rows, [line["completion"] for line in lines])
+    whole = [
+        i
+        for i, line in enumerate(lines)  # special tokens inside an answer are in no text
+        if line["finished"]
+        and len(made.base.encode_completion(line["completion"])) == line["tokens"]
+    ]
+    assert len(whole) > 3
+    for i in whole:
+        assert found[i] == pytest.approx(lines[i]["held_out_reward"], abs=1e-4)
+
+
+def test_the_base_is_bare_while_reward_adapters_are_loaded(run):
+    named = targets.parse([f"{run}:base"])
+    made = Engine(named[0].base, named)
+    before = made.options(named[0]).logprobs("w5 w6", [" w7", " w8 w9"])
+    judges.of_targets(named)[0].load(made)
+    made.rewards(judges.of_targets(named)[0].name, [ROWS[0].prompt], ["w5"], 4)
+    assert made.options(named[0]).logprobs("w5 w6", [" w7", " w8 w9"]) == before
+
+
+def test_log_probabilities_are_the_models(engine):
+    made, named = engine
+    target = named[2]
+    ids = [5, 6, 7, 8, 9]
+    with made.active(target), torch.no_grad():
+        logits = made.base.causal(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    wanted = [float(logits[1, 7]), float(logits[1, 7] + logits[2, 8] + logits[3, 9])]
+    found = made.options(target).logprobs("w5 w6", [" w7", " w7 w8 w9"])
+    assert found == pytest.approx(wanted, abs=1e-4)
+    assert made.options(target).logprobs("w5 w6 ", ["w7"]) == pytest.approx(wanted[:1], abs=1e-4)
+
+
+def test_an_adapter_of_another_base_is_refused(run):
+    [target] = targets.parse([str(run / "adapters" / "policy")], base="tiny")
+    with pytest.raises(AdapterError, match="another base"):
+        Engine(target.base, [target])
+
+
+def test_examples_come_before_the_prompt_of_a_bare_base():
+    text = few_shot.without_template([{"role": "user", "content": "Why?"}], 2)
+    assert text.count("Instruction:") == 3 and text.endswith("Instruction: Why?\nAnswer:")
+    assert few_shot.without_template("Why?", 0) == "Why?"
+    assert few_shot.completed(" Because.\n\nInstruction: more") == "Because."
+    assert few_shot.completed(" Because.") == " Because."
+
+
+def test_a_damaged_config_is_named(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("[]")
+    with pytest.raises(AdapterError, match="adapter_config.json: cannot be read"):
+        targets.parse([str(tmp_path)])

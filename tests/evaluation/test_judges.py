@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Judges and their validation against people's labels."""
+
+import gzip
+import json
+import random
+
+import pytest
+
+from lora_rlhf.errors import DataError
+from lora_rlhf.evaluation import judge_validation, judges
+from lora_rlhf.evaluation.judges import LanguageModel, People, Verdicts
+from lora_rlhf.evaluation.prompt_sets import Row
+from lora_rlhf.evaluation.targets import Target
+
+
+class ByRule:
+    """A judge that follows a rule on the two texts."""
+
+    name, kind, independent = "rule", "model", True
+
+    def __init__(self, rule, changed=None):
+        self.rule, self.changed = rule, changed
+
+    def compare(self, set_name, rows, first, second, names):
+        wins = [self.rule(a, b) for a, b in zip(first, second, strict=True)]
+        return Verdicts(wins, changed=self.changed)
+
+
+def labels(tmp_path, n=120, seed=0, kinds=("x", "y")):
+    """Three people who like the letter `g`, one of them in three quarters of cases."""
+    rng, lines = random.Random(seed), []
+    for i in range(n):
+        good, bad = "g" * rng.randint(1, 9), "b" * rng.randint(1, 9)
+        a, b, best = (good, bad, "a") if rng.random() < 0.5 else (bad, good, "b")
+        other = {"a": "b", "b": "a"}[best]
+        votes = [best, best, best if rng.random() < 0.75 else other]
+        lines.append({"prompt": f"p{i}", "a": a, "b": b, "labels": votes, "kind": kinds[i % 2]})
+    path = tmp_path / "labels.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_a_judge_that_agrees_with_people_may_decide(tmp_path):
+    labelled = judge_validation.read(labels(tmp_path))
+    judge = ByRule(lambda a, b: float("g" in a))
+    record = judge_validation.validate(judge, labelled, "labels")
+    assert record["accuracy"]["value"] == 1 and record["n"] == 120
+    assert record["by_kind"].keys() == {"x", "y"}
+    assert 0.75 < record["ceiling"]["value"] < 1, "one in twelve votes is against the others"
+    assert judges.trust(judge, record)[0]
+
+
+@pytest.mark.parametrize(
+    ("rule", "near"),
+    [
+        (lambda a, b: 1.0, 0.5),  # the first one always
+        (lambda a, b: 0.5, 0.5),  # a tie always
+        (lambda a, b: None, 0.5),
+        (lambda a, b: 0.5 if len(a) == len(b) else float(len(a) > len(b)), 0.5),
+        (lambda a, b: float("b" in a), 0.0),
+    ],
+    ids=["first", "tie", "silent", "longer", "swapped labels"],
+)
+def test_a_judge_without_knowledge_decides_nothing(tmp_path, rule, near):
+    labelled = judge_validation.read(labels(tmp_path))
+    judge = ByRule(rule)
+    record = judge_validation.validate(judge, labelled, "labels")
+    assert record["accuracy"]["value"] == pytest.approx(near, abs=0.15)
+    trusted, why = judges.trust(judge, record)
+    assert not trusted and "is not clearly above" in why
+
+
+def test_too_few_labels_or_none_decide_nothing(tmp_path):
+    judge = ByRule(lambda a, b: float("g" in a))
+    record = judge_validation.validate(judge, judge_validation.read(labels(tmp_path), n=40), "l")
+    assert judges.trust(judge, record) == (False, "only 40 labels by people, and 50 are needed")
+    assert "never been compared" in judges.trust(judge, None)[1]
+    judge.independent = False
+    assert "trained against it" in judges.trust(judge, None)[1]
+
+
+def test_pairs_of_transcripts_are_read_in_a_random_order(tmp_path):
+    begin = "\n\nHuman: a?\n\nAssistant: b\n\nHuman: c?\n\nAssistant:"
+    path = tmp_path / "pairs.jsonl.gz"
+    row = json.dumps({"chosen": begin + " good", "rejected": begin + " bad"})
+    path.write_bytes(gzip.compress((row + "\n").encode() * 40))
+    labelled = judge_validation.read(path)
+    firsts = [one.first for one in labelled]
+    assert 8 < firsts.count("good") < 32
+    assert all((one.majority == 1) == (one.first == "good") for one in labelled)
+    turns = labelled[0].row.prompt
+    assert [t["content"] for t in turns] == ["a?", "b", "c?"]
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[]", '{"prompt": "p", "a": "x", "b": "y", "labels": ["c"]}', '{"chosen": "x"}']
+)
+def test_a_row_that_is_no_labelled_pair_is_named(tmp_path, line):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"prompt": "p", "a": "x", "b": "y", "labels": ["a"]}\n' + line + "\n")
+    with pytest.raises(DataError, match="bad.jsonl:2: not a labelled pair"):
+        judge_validation.read(path)
+
+
+def test_ties_of_people_are_left_out():
+    one = judge_validation.Labelled(Row("1", "", "p"), "a", "b", (1.0, 0.0))
+    assert one.majority is None
+    assert judge_validation.Labelled(one.row, "a", "b", (1.0, 0.0, 1.0)).majority == 1
+    with pytest.raises(DataError, match="no pair on which people decided"):
+        judge_validation.validate(ByRule(lambda a, b: 1.0), [one], "labels")
+
+
+def test_a_language_models_verdict_that_changes_with_the_order_is_a_tie(monkeypatch):
+    judge = LanguageModel("m", engine=None, target=Target("m", "model"))
+    odds = [(1.0, 2.0), (-1.0, -0.5), (1.0, -1.0), (-2.0, 0.1), (3.0, 3.0)]
+    monkeypatch.setattr(LanguageModel, "odds", lambda *_: odds)
+    rows = [Row(str(i), "", "p") for i in range(5)]
+    found = judge.compare("s", rows, list("aaaaa"), list("bbbba"), ("x", "y"))
+    assert found.wins == [1.0, 0.0, 0.5, 0.5, 0.5]
+    assert found.changed == pytest.approx(2 / 5), "equal answers are a tie, not a change"
+
+
+def test_people_rank_targets(tmp_path):
+    path = tmp_path / "people.jsonl"
+    lines = [
+        {"set": "s", "id": "1", "ranking": [["policy"], ["sft", "base"]]},
+        {"set": "s", "id": "1", "ranking": [["sft"], ["policy"]]},
+        {"set": "s", "id": "2", "ranking": [["policy", "sft"]], "why": "the judges disagree"},
+        {"set": "t", "id": "3", "ranking": [["policy"], ["sft"]]},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = [Row(i, "", "p") for i in ("1", "2", "3")]
+    found = People("people", path).compare("s", rows, "aaa", "bbb", ("policy", "sft"))
+    assert found.wins == [0.5, 0.5, None] and found.at_random == [True, False, True]
+    assert People("people", path).compare("u", rows, "aaa", "bbb", ("policy", "sft")) is None
+    path.write_text(path.read_text() + '{"set": "s"}\n')
+    with pytest.raises(DataError, match=r"people.jsonl:5: not a ranking"):
+        People("people", path)

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole evaluation of a little run: sampled once, continued to the same bits, reported."""
+
+import json
+
+import pytest
+
+from lora_rlhf.errors import DataError, UsageError
+from lora_rlhf.evaluation import evaluate_targets, run_suite, suite
+from lora_rlhf.evaluation.engine import Engine
+
+SUITE = """version: 1
+name: little
+temperature: 1.0
+max_new_tokens: 6
+headline: words/win_rate
+sets:
+  - name: words
+    format: plain
+    path: {prompts}
+    metrics: [{metrics}]
+    win_rate: true
+"""
+
+
+@pytest.fixture
+def suite_file(tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    kinds = ("short", "long")
+    rows = [{"prompt": f"w{5 + i} w{6 + i}", "kind": kinds[i % 2]} for i in range(12)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = tmp_path / "little.yaml"
+    path.write_text(SUITE.format(prompts=prompts, metrics=""))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(runs):
+    return runs.after("evaluate")
+
+
+def evaluate(run, suite_file, out, **options):
+    folder = evaluate_targets.run([str(run)], suite=str(suite_file), out=out, **options)
+    report = json.loads((folder / "report.json").read_text())
+    return {key: value for key, value in report.items() if key not in ("created", "costs")}, report[
+        "costs"
+    ]
+
+
+def test_an_evaluation_goes_on_to_the_same_report(run, suite_file, tmp_path, monkeypatch):
+    whole, costs = evaluate(run, suite_file, tmp_path / "whole", price_per_hour=1.0)
+    assert (tmp_path / "whole" / "report.html").is_file()
+    assert len(whole["targets"]) == 3 and whole["sets"][0]["kinds"] == {"short": 6, "long": 6}
+    assert costs["after-evaluate:sft"]["per_1000"] > 0
+    assert len(whole["samples"]) == 12 and len(whole["samples"][0]["answers"]) == 3
+    by = {t["judge"] for t in whole["tables"]}
+    assert by == {"after-evaluate:held_out", "after-evaluate:reward"}
+    assert not any(t["trusted"] for t in whole["tables"]), "no judge was compared with people"
+    assert whole["headline"] is None and whole["verdict"][0].startswith("No verdict")
+
+    tasks = [json.loads(x) for x in (tmp_path / "whole" / "to_label.jsonl").open()]
+    assert {task["id"] for task in tasks} == {sample["id"] for sample in whole["samples"]}
+    ranked = [{**task, "ranking": [[n] for n in task["answers"]]} for task in tasks[:6]]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(task) + "\n" for task in ranked))
+    labelled, _ = evaluate(run, suite_file, tmp_path / "whole", labels=[tmp_path / "mine.jsonl"])
+    judges = {t["judge"]: t["trusted"] for t in labelled["tables"]}
+    assert judges["mine"] and judges["mine + after-evaluate:held_out"], "people may decide"
+    assert labelled["headline"]["judge"] == "mine"
+
+    own, sampled = Engine.answer, []
+
+    def answer(self, target, *rest):
+        if len(sampled) == 1:
+            raise KeyboardInterrupt
+        sampled.append(target.name)
+        return own(self, target, *rest)
+
+    monkeypatch.setattr(Engine, "answer", answer)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(run, suite_file, tmp_path / "cut")
+    [kept] = (tmp_path / "cut" / "answers").iterdir()
+    sampled.clear()
+    monkeypatch.setattr(Engine, "answer", lambda *a: sampled.append(a[1].name) or own(*a))
+    assert evaluate(run, suite_file, tmp_path / "cut")[0] == whole
+    assert len(sampled) == 2, "one of three targets had answered before"
+
+    sampled.clear()  # what is damaged is sampled again
+    kept.write_text(kept.read_text().replace("w", "v", 1))
+    assert evaluate(run, suite_file, tmp_path / "cut")[0] == whole
+    assert len(sampled) == 1
+
+
+def test_a_validated_judge_decides(run, suite_file, tmp_path):
+    record = {"judge": "after-evaluate:held_out", "n": 80, "constant": 0.5,
+              "accuracy": {"value": 0.9, "low": 0.8, "high": 0.95, "n": 80}}  # fmt: skip
+    (tmp_path / "judge.json").write_text(json.dumps(record))
+    options = {"judge_records": [tmp_path / "judge.json"], "against": "after-evaluate:base"}
+    report, _ = evaluate(run, suite_file, tmp_path / "out", **options)
+    assert report["headline"]["judge"] == "after-evaluate:held_out"
+    assert {t["trusted"] for t in report["tables"] if t["judge"].endswith("reward")} == {False}
+    head = next(t for t in report["tables"] if t["trusted"])
+    assert list(head["estimates"]) == ["after-evaluate:sft", "after-evaluate:policy"]
+    assert report["verdict"][0] == report["headline"]["sentence"]
+    (tmp_path / "judge.json").write_text("{}")
+    with pytest.raises(DataError, match=r"judge.json: not a record of a judge"):
+        evaluate(run, suite_file, tmp_path / "out", **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("metrics: []", "metrics: [beauty]"), "unknown metric 'beauty'"),
+        (("metrics: []", "metrics: [gold_reward]"), "gold_reward needs 'item'"),
+        (("version: 1", "version: 2"), "version"),
+        (("name: words", "names: words"), r"little.yaml:\d+: sets.0.names"),
+        (("words/win_rate", "words/f1"), "is not measured by any set"),
+        (("temperature: 1.0", "temperature: hot"), r"little.yaml:3: temperature"),
+    ],
+)
+def test_a_wrong_suite_is_one_error(run, suite_file, tmp_path, change, message):
+    suite_file.write_text(suite_file.read_text().replace(*change))
+    with pytest.raises(UsageError, match=message):
+        evaluate(run, suite_file, tmp_path / "out")
+
+
+def test_unknown_names_are_one_error(run, suite_file, tmp_path):
+    with pytest.raises(UsageError, match="--against 'gpt' is no target"):
+        evaluate(run, suite_file, tmp_path / "out", against="gpt")
+    with pytest.raises(UsageError, match="there is no suite 'everything'"):
+        suite.load("everything")
+    with pytest.raises(UsageError, match="there is no file"):
+        evaluate(run, suite_file, tmp_path / "out", labels=[tmp_path / "none.jsonl"])
+
+
+def test_packaged_suites_can_be_read():
+    assert {"closed-world", "quick"} <= set(suite.shipped())
+    for name in suite.shipped():
+        made, _ = suite.load(name)
+        assert made.name == name
+        known = run_suite.METRICS
+        assert all(metric in known for one in made.sets for metric in one.metrics), name
