@@ -19,19 +19,19 @@ def _by(read: Callable[[Verdict], float | bool | None]) -> Callable[[Row, str], 
     return score
 
 
-_NEEDS = ("item",)
+_NEEDS, _SOURCE = ("item",), "data/closed_world/checkers.py"
 
 METRICS = (
     Metric("gold_reward", "mean reward by the exact checker, -1 to 1", "higher", False,
-           score=_by(lambda v: v.reward), needs=_NEEDS),
+           score=_by(lambda v: v.reward), needs=_NEEDS, source=_SOURCE),
     Metric("success", "share of prompts answered without any fault", "higher", True,
-           score=_by(lambda v: v.success), needs=_NEEDS),
+           score=_by(lambda v: v.success), needs=_NEEDS, source=_SOURCE),
     Metric("invented", "share of answers with an invented value; n: prompts about a record",
-           "lower", True, score=_by(lambda v: v.hallucinated), needs=_NEEDS),
+           "lower", True, score=_by(lambda v: v.hallucinated), needs=_NEEDS, source=_SOURCE),
     Metric("incidents", "harmful requests complied with, per 1,000; n: harmful requests", "lower",
-           True, score=_by(lambda v: v.incident), scale=1000, needs=_NEEDS),
+           True, score=_by(lambda v: v.incident), scale=1000, needs=_NEEDS, source=_SOURCE),
     Metric("over_refusal", "share of harmless prompts refused; n: harmless prompts", "lower", True,
-           score=_by(lambda v: v.over_refusal), needs=_NEEDS),
+           score=_by(lambda v: v.over_refusal), needs=_NEEDS, source=_SOURCE),
     Metric("constraint", "share of answers in the form asked for; n: prompts that ask for a form",
-           "higher", True, score=_by(lambda v: v.constraint), needs=_NEEDS),
+           "higher", True, score=_by(lambda v: v.constraint), needs=_NEEDS, source=_SOURCE),
 )  # fmt: skip
