@@ -301,7 +301,7 @@ def _evaluate_verb(
         return
     if overrides or start_from or warm_start or dry_run:
         raise UsageError("--set, --from, --warm-start and --dry-run are for a recipe")
-    evaluate_targets = shell.room("evaluation.evaluate_targets", _debug)
+    evaluate_targets = shell.room("evaluation.evaluate_targets")
     folder = evaluate_targets.run(
         targets,
         suite=suite,
@@ -342,7 +342,7 @@ def _judge_verb(
 
     `evaluate --judge-record` reads the record; without one a judge decides nothing.
     """
-    evaluate_targets = shell.room("evaluation.evaluate_targets", _debug)
+    evaluate_targets = shell.room("evaluation.evaluate_targets")
     for line in evaluate_targets.check_judge(judge, against, out, n=n, seed=seed, base=base):
         typer.echo(line)
 

@@ -4,7 +4,9 @@
 import json
 
 import pytest
+from typer.testing import CliRunner
 
+from lora_rlhf.cli import app
 from lora_rlhf.errors import DataError, UsageError
 from lora_rlhf.evaluation import evaluate_targets, run_suite, suite
 from lora_rlhf.evaluation.engine import Engine
@@ -139,3 +141,24 @@ def test_packaged_suites_can_be_read():
         assert made.name == name
         known = run_suite.METRICS
         assert all(metric in known for one in made.sets for metric in one.metrics), name
+
+
+def test_the_commands_compare_models_and_check_a_judge(run, suite_file, tmp_path):
+    def invoke(*arguments):
+        result = CliRunner().invoke(app.app, [str(a) for a in arguments])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    pairs = [{"prompt": f"w{5 + i}", "a": "w9 w8", "b": "w7", "labels": ["a"]} for i in range(8)]
+    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    judge, record = f"{run}:held_out", tmp_path / "judge.json"
+    told = invoke("judge", judge, "--against", tmp_path / "labels.jsonl", "--out", record)
+    assert "agrees with people on" in told and "may not decide a report: only 8 labels" in told
+    told = invoke("judge", f"{run}:base", "--against", tmp_path / "labels.jsonl", "--out", record)
+    assert "of its verdicts change with the order" in told
+    options = ("--suite", suite_file, "--judge", judge, "--judge-record", record)
+    told = invoke("evaluate", run, *options, "--out", tmp_path / "out")
+    assert "No verdict" in told and f"report  {tmp_path / 'out' / 'report.html'}" in told
+    assert invoke("report", tmp_path / "out")
+    wrong = CliRunner().invoke(app.app, ["evaluate", str(run), "--set", "seed=1"])
+    assert wrong.exit_code == 2 and "are for a recipe" in wrong.output
