@@ -20,13 +20,13 @@ import torch
 
 from lora_rlhf.runtime import optional_packages  # noqa: F401  # isort: skip
 from lora_rlhf import preflight
-from lora_rlhf.algorithms import best_of_n, dpo, grpo_rloo, policy_stage
+from lora_rlhf.algorithms import best_of_n, custom_reward, dpo, grpo_rloo, policy_stage
 from lora_rlhf.algorithms.ppo import ppo_stage
 from lora_rlhf.algorithms.trainer_configs import TrainerConfigs
 from lora_rlhf.data import dataset_builder
 from lora_rlhf.data.dataset_builder import Prepared
 from lora_rlhf.data.filters import SECRET
-from lora_rlhf.errors import HubError, LoraRlhfError, MemoryLimitError, UsageError
+from lora_rlhf.errors import DataError, HubError, LoraRlhfError, MemoryLimitError, UsageError
 from lora_rlhf.evaluation import evaluate
 from lora_rlhf.hub import backup, publishing, repository
 from lora_rlhf.models.backbone import Backbone
@@ -275,7 +275,8 @@ def _run_stage(stage: str, context: StageContext, configs: TrainerConfigs, data:
     elif stage == "reward":
         if data.comparisons is None:
             with record.stage("reward") as entry:
-                entry["skipped"] = "ppo.reward is gold, and there are no comparisons"
+                kind = "a function" if recipe.ppo.function else "gold"
+                entry["skipped"] = f"ppo.reward is {kind}, and there are no comparisons"
             return
         main, held_out = data.comparisons
         rows = data.demonstrations.train
@@ -366,10 +367,23 @@ class _Data:
             yield lambda: policy_stage.check(recipe, configs.policy, self.prompts.train)
         elif stages & {recipe.algorithm, "evaluate"}:
             yield lambda: self.prompts
+        if recipe.ppo.function and stages & {recipe.algorithm, "evaluate"}:
+            yield self._check_function
         if recipe.algorithm == "ppo" and "ppo" in stages:
             yield lambda: self.texts
         if stages & {"reward", "dpo"} and not any(s.task for s in recipe.data.comparisons):
             yield lambda: self.comparisons
+
+    def _check_function(self) -> None:
+        """Load the user's reward function, and check that the policy was trained with it."""
+        custom_reward.load(self.recipe)
+        entry, now = self.record.data["stages"].get(self.recipe.algorithm, {}), self.recipe
+        before = entry.get("reward_sha256")
+        if before and before != custom_reward.describe(now)["reward_sha256"]:
+            raise DataError(
+                f"{entry['reward']} has changed since {now.algorithm}, which used it",
+                remedy="restore the file, or give another --out",
+            )
 
     def work(self, wanted: list[str], configs: TrainerConfigs) -> dict[str, float]:
         """Return the work of the trainings in the wanted stages."""

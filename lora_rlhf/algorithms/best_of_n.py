@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from lora_rlhf.errors import RecipeError
 from lora_rlhf.estimates import Estimate
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.runs.record import Record
-from lora_rlhf.training.reward import ensemble
+
+from . import custom_reward, reward_functions
 
 
 def best_of_n_kl(n: int) -> float:
@@ -48,7 +50,7 @@ def run(recipe: Recipe, record: Record) -> None:
     with record.stage("best_of_n") as entry:
         entry |= {
             "n": n,
-            "reward": "model",
+            **custom_reward.describe(recipe),
             "kl_bound": analytic(best_of_n_kl(n)),
             "samples_per_answer": n,
         }
@@ -59,11 +61,16 @@ def choose(
     prompts: Sequence[Sequence[int]],
     recipe: Recipe,
     *,
+    given: Sequence[Any] = (),
     max_new_tokens: int,
     temperature: float,
     seed: int,
 ) -> list[list[int]]:
-    """Return, for each prompt, the first of the highest-scored completions among n SFT samples."""
+    """Return, for each prompt, the first of the highest-scored completions among n SFT samples.
+
+    Args:
+        given: Each prompt as the data has it, for a reward function.
+    """
     n, size = recipe.best_of_n.n, recipe.evaluate.batch_size
     repeated = [list(prompt) for prompt in prompts for _ in range(n)]
     samples = backbone.generate(
@@ -74,9 +81,9 @@ def choose(
         seed=seed + 7_919_000,  # no random numbers shared with SFT's own answers
         batch_size=size,
     )
-    rewards = ensemble.scores(
-        backbone, list(zip(repeated, samples, strict=True)), recipe.reward, size
-    ).rewards
+    texts = [prompt for prompt in given for _ in range(n)]
+    pairs = list(zip(repeated, samples, strict=True))
+    rewards = reward_functions.scores(recipe, backbone, texts, pairs, size)
     best = []
     for start in range(0, len(samples), n):
         group = rewards[start : start + n]

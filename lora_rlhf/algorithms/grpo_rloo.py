@@ -28,7 +28,7 @@ from lora_rlhf.training.fit import fit
 from lora_rlhf.training.stage_context import StageContext
 from lora_rlhf.training.trl_config import build, effective, trainer_args
 
-from . import identities, policy_stage, reward_functions
+from . import custom_reward, identities, policy_stage, reward_functions
 from .objectives import kl_estimates, masked_mean
 from .policy_trainer import RolloutTrainer, TiedReferenceTrainer
 from .ppo import ppo_metrics, ppo_stage
@@ -72,7 +72,7 @@ def run(context: StageContext, args: GRPOConfig | RLOOConfig, prompts: Dataset) 
         updates = result.global_step // per_update
         entry |= {
             "updates": updates,
-            "reward": recipe.ppo.reward,
+            **custom_reward.describe(recipe),
             "kl_coef": args.beta,
             "num_generations": args.num_generations,
             "episodes": updates * args.generation_batch_size,

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -13,6 +13,8 @@ from lora_rlhf.data.closed_world import checkers
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.training.reward import ensemble
+
+from . import custom_reward
 
 RewardFunction = Callable[..., list[float]]
 
@@ -48,14 +50,41 @@ def of_recipe(
         [scores] = ensemble.member_scores(backbone, episodes, ["held_out"], states=trunk_states)
         return [float(score) for score in scores]
 
-    functions: list[RewardFunction] = [gold if recipe.ppo.reward == "gold" else model]
+    own = custom_reward.load(recipe)
+    functions: list[RewardFunction] = [own or (gold if recipe.ppo.reward == "gold" else model)]
     if recipe.ppo.reward == "model" and len(ensemble.roles(recipe.reward)) > 1:
         functions.append(disagreement)
-    if recipe.ppo.reward == "model" and has_checker(prompts):
+    if recipe.ppo.reward != "gold" and has_checker(prompts):
         functions.append(gold)
     if backbone.has("held_out") and recipe.ppo.watch != "off":
         functions.append(held_out)
     return functions, [1.0] + [0.0] * (len(functions) - 1)
+
+
+def scores(
+    recipe: Recipe,
+    backbone: Backbone,
+    prompts: Sequence[Any],
+    episodes: Sequence[tuple[Sequence[int], Sequence[int]]],
+    size: int,
+) -> list[float]:
+    """Score answers by the reward model, or by the recipe's own function.
+
+    Args:
+        prompts: The prompt of each episode as the data has it: text or messages.
+        episodes: Ids of each prompt and its answer.
+        size: Rows that the reward model scores at once.
+    """
+    if (function := custom_reward.load(recipe)) is None:
+        pairs = [(list(prompt), list(answer)) for prompt, answer in episodes]
+        return ensemble.scores(backbone, pairs, recipe.reward, size).rewards
+    texts = [backbone.decode(list(answer)) for _, answer in episodes]
+    completions = [
+        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    ids = [list(answer) for _, answer in episodes]
+    return function(prompts=list(prompts), completions=completions, completion_ids=ids)
 
 
 def eos_penalty(backbone: Backbone, penalty: float) -> RewardFunction:

@@ -17,7 +17,7 @@ from typing import Any
 from datasets import Dataset
 
 from lora_rlhf import estimates
-from lora_rlhf.algorithms import best_of_n
+from lora_rlhf.algorithms import best_of_n, reward_functions
 from lora_rlhf.algorithms.ppo import ppo_stage
 from lora_rlhf.data.closed_world.checkers import Item, check
 from lora_rlhf.errors import DataError, NonFiniteError
@@ -73,7 +73,7 @@ def run(
         earlier = {model: cache.take(model) for model in models}
         answers: dict[str, Answers] = {}
         for model in models:
-            one = earlier[model] or _answer(recipe, backbone, model, encoded, max_new_tokens)
+            one = earlier[model] or _answer(recipe, backbone, model, rows, encoded, max_new_tokens)
             one.verdicts = [
                 None if item is None else check(item, text)
                 for item, text in zip(items, one.texts, strict=True)
@@ -147,24 +147,30 @@ def _read(prompts: Dataset, n: int) -> tuple[list[dict[str, Any]], list[Item | N
 
 
 def _answer(
-    recipe: Recipe, backbone: Backbone, model: str, prompts: list[list[int]], max_new_tokens: int
+    recipe: Recipe,
+    backbone: Backbone,
+    model: str,
+    rows: list[dict[str, Any]],
+    prompts: list[list[int]],
+    max_new_tokens: int,
 ) -> Answers:
     """Answer with one model; score the answers with reward models, and log-ratios to SFT."""
     role, size = MODELS[model], recipe.evaluate.batch_size
     temperature = recipe.evaluate.temperature
     options: dict[str, Any] = {"temperature": temperature, "seed": recipe.seed}
     options["max_new_tokens"] = max_new_tokens
+    given = [row["prompt"] for row in rows]
     started = time.perf_counter()
     if model == "best_of_n":
-        ids = best_of_n.choose(backbone, prompts, recipe, **options)
+        ids = best_of_n.choose(backbone, prompts, recipe, given=given, **options)
     else:
         ids = backbone.generate(prompts, role, batch_size=size, **options)
     seconds = time.perf_counter() - started
     finished = [bool(completion) and completion[-1] in backbone.eos_ids for completion in ids]
     answers = Answers(ids, [backbone.decode(completion) for completion in ids], finished, seconds)
     sequences = list(zip(prompts, ids, strict=True))
-    if backbone.has("reward"):
-        rewards = ensemble.scores(backbone, sequences, recipe.reward, size).rewards
+    if recipe.ppo.function or backbone.has("reward"):
+        rewards = reward_functions.scores(recipe, backbone, given, sequences, size)
         answers.scores["reward"] = _finite(rewards, "reward score")
     if backbone.has("held_out"):
         raw = scores(backbone, sequences, role="held_out", batch_size=size)

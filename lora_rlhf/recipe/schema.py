@@ -293,8 +293,9 @@ class PpoSection(StageSection):
 
     updates: int = Field(100, ge=1)
     """Rollouts, each followed by its PPO epochs."""
-    reward: Literal["model", "gold"] = "model"
-    """gold: a task's exact checker instead of the reward model."""
+    reward: str = "model"
+    """The reward model; `gold`, a task's exact checker; or `module:function`, a function with TRL's
+    signature in module.py beside the recipe."""
     kl_coef: float = Field(0.05, ge=0)
     """beta of the per-token KL penalty in the reward; 0: no penalty."""
     kl_target: float | None = Field(None, gt=0)
@@ -338,6 +339,29 @@ class PpoSection(StageSection):
     watch: Literal["off", "warn", "raise_kl", "stop", "best"] = "warn"
     """On signs of over-optimisation: warn; double kl_coef; stop; or stop and return to the policy
     with the best held-out reward."""
+
+    @field_validator("reward")
+    @classmethod
+    def _resolve(cls, given: str, info: ValidationInfo) -> str:
+        """Make the file of a function absolute."""
+        if given in ("model", "gold"):
+            return given
+        file, _, name = given.rpartition(":")
+        if not file or not name.isidentifier() or "\0" in file:
+            raise ValueError("expected model, gold, or module:function of a file beside the recipe")
+        file = file if file.endswith(".py") else file.replace(".", "/") + ".py"
+        folder = info.context and info.context["folder"]
+        if folder or (info.context is not None and file.startswith("~")):
+            file = os.path.abspath((folder or Path()) / os.path.expanduser(file))
+        return f"{file}:{name}"
+
+    @property
+    def function(self) -> tuple[str, str] | None:
+        """File and name of the user's own reward function; None without one."""
+        if self.reward in ("model", "gold"):
+            return None
+        file, _, name = self.reward.rpartition(":")
+        return file, name
 
     def rules(self) -> Rules:
         """One key decides which policy is kept; the KL controller starts from a beta above 0."""
@@ -493,6 +517,7 @@ class Recipe(Section):
         if self.algorithm == "best_of_n" and self.ppo.reward == "gold":
             message = "algorithm: best_of_n chooses by the reward model, not by gold"
             yield message, "ppo.reward", "algorithm"
-        if self.algorithm in ("dpo", "best_of_n") and not self.data.comparisons:
+        by_model = self.algorithm == "best_of_n" and self.ppo.function is None
+        if (self.algorithm == "dpo" or by_model) and not self.data.comparisons:
             message = f"algorithm: {self.algorithm} needs data.comparisons"
             yield message, "algorithm", "data.comparisons"

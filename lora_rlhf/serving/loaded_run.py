@@ -80,7 +80,9 @@ def generate(
         if recipe.algorithm != "best_of_n":
             answers["policy"] = backbone.generate([ids], "policy", **options)
         elif temperature > 0:  # greedy answers are all the same
-            answers["best_of_n"] = best_of_n.choose(backbone, [ids], recipe, **options)
+            answers["best_of_n"] = best_of_n.choose(
+                backbone, [ids], recipe, given=[prompt], **options
+            )
     rows: list[dict[str, Any]] = []
     for model, [answer] in answers.items():
         rows.append({"model": model, "text": backbone.decode(answer), "tokens": len(answer)})

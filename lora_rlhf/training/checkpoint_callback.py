@@ -9,6 +9,7 @@ import json
 import random
 import shutil
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.recipe.stage_keys import READS, fingerprints, keys_read
 from lora_rlhf.runs import checkpoint
 from lora_rlhf.runs.checkpoint import Checkpoint
-from lora_rlhf.runs.disk import sync
+from lora_rlhf.runs.disk import sha256, sync
 from lora_rlhf.runs.record import Record
 from lora_rlhf.runtime import interrupts
 
@@ -261,6 +262,9 @@ def identity(backbone: Backbone, record: Record, stage: str) -> dict[str, Any]:
     for name, stages in READS.items():
         if stage in stages and name in record.data["data"]:
             flat[f"data.{name}"] = fingerprints(record.data["data"][name])
+    own = record.recipe().ppo.function
+    if own and stage not in ("sft", "reward"):
+        flat["ppo.reward.sha256"] = sha256(Path(own[0]))
     frozen = backbone.views.keys() - backbone.trained_roles
     if stage == "evaluate":  # it does not use the value, which exists only right after PPO
         frozen -= {"value"}

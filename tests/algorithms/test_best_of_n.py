@@ -19,7 +19,7 @@ def test_the_highest_reward_is_chosen(tmp_path, monkeypatch):
     monkeypatch.setattr(type(made), "generate", lambda *_, **__: drawn)
     score = {7: 0.5, 8: 2.0, 9: 1.0}
     monkeypatch.setattr(
-        best_of_n.ensemble,
+        ensemble,
         "scores",
         lambda _, episodes, *__: ensemble.Scores([score[c[0]] for _, c in episodes], []),
     )

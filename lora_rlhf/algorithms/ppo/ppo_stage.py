@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import set_seed
 
-from lora_rlhf.algorithms import policy_stage, reward_functions
+from lora_rlhf.algorithms import custom_reward, policy_stage, reward_functions
 from lora_rlhf.errors import RecipeError
 from lora_rlhf.models import fused_layers
 from lora_rlhf.models.backbone import Backbone
@@ -105,7 +105,7 @@ def run(
         updates = result.global_step // per_update
         entry |= {
             "updates": updates,
-            "reward": recipe.ppo.reward,
+            **custom_reward.describe(recipe),
             "kl_coef": recipe.ppo.kl_coef,
             "episodes": updates * args.generation_batch_size,
             "args": effective(args),

@@ -44,15 +44,17 @@ def gate_verdict(facts: Facts) -> str | None:
         return None
     reason = facts.get("stages.reward.gate_reason")
     why = f"Reason: {cell(reason)}." if reason else "The reason was not recorded."
-    if facts.get(f"stages.{facts.algorithm}.status") and not _gold(facts):
+    if facts.get(f"stages.{facts.algorithm}.status") and not other_reward(facts):
         used = {"dpo": "", "best_of_n": "it chose the answers"}
         if done := used.get(facts.algorithm, "the policy was trained on it"):
             why += f" The recipe asked for a warning only, so {done} anyway."
     return f"The reward model did not pass its gate: it may be no better than guessing. {why}"
 
 
-def _gold(facts: Facts) -> bool:
-    return bool(facts.get(f"stages.{facts.algorithm}.reward") == "gold")
+def other_reward(facts: Facts) -> str:
+    """Return the reward that took the place of the reward model; empty if none did."""
+    reward = facts.get(f"stages.{facts.algorithm}.reward") or "model"
+    return "" if reward == "model" else str(reward)
 
 
 def digest(facts: Facts, role: str) -> str:
@@ -66,7 +68,10 @@ def digest(facts: Facts, role: str) -> str:
 
 def reward_source(facts: Facts) -> str:
     """Describe the source of the policy's reward."""
-    if _gold(facts):
+    if (reward := other_reward(facts)) and reward != "gold":
+        sha = code(facts.get(f"stages.{facts.algorithm}.reward_sha256"))
+        return f"the author's own function {code(reward)} (sha256 {sha}); not the reward model"
+    if reward:
         return "the gold reward, an exact checker; not the reward model"
     if facts.algorithm == "dpo":
         return "none; DPO learns from the comparisons directly"

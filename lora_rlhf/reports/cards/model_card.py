@@ -152,7 +152,7 @@ def _lineage(facts: Facts) -> str:
         identity += f", on the Hub {code(facts.base)}"
     quantised = "quantised to 4-bit NF4 during training" if get("load_in_4bit") else "not quantised"
     start, parent = _START[facts.role]
-    if facts.role == "value" and facts.get(f"stages.{facts.algorithm}.reward") == "gold":
+    if facts.role == "value" and training.other_reward(facts):
         start, parent = "a copy of the SFT adapter with a new head", "sft"
     items = [
         f"Base: {identity}",
