@@ -39,7 +39,7 @@ from lora_rlhf.reports.doctor import findings
 from lora_rlhf.runs import disk, reuse, run_lock
 from lora_rlhf.runs.progress import Progress
 from lora_rlhf.runs.record import Record
-from lora_rlhf.runtime import interrupts, paths, quiet
+from lora_rlhf.runtime import environment, interrupts, paths, quiet
 from lora_rlhf.runtime.devices import hardware_limitations
 from lora_rlhf.serving import loaded_run
 from lora_rlhf.training import checkpoint_callback, sft
@@ -97,6 +97,10 @@ def run(
             now = ", ".join(f"{key} {was!r} -> {new!r}" for key, was, new in record.changed)
             progress.say(f"changed in this run: {now} (as before: {record.as_options()})")
         record.check_place = check_place
+        record.data["clock"]["environment"] = environment.result_variables()
+        if environment.ignored:
+            names = ", ".join(f"{name}={value}" for name, value in environment.ignored.items())
+            progress.say(f"ignored variables of the environment: {names} (the recipe decides)")
         if source is not None and (copied := reuse.copy_stages(source, record)):
             progress.say(f"copied from {source.folder}: {', '.join(copied)}")
         if "card" in stages:  # before hours of training, not after them
@@ -203,6 +207,13 @@ def _run_stages(
     wanted = [stage for stage in stages if not _finished(recipe, record, stage)]
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
+    threads, clock = torch.get_num_threads(), record.data["clock"]
+    if wanted and clock.setdefault("threads", threads) != threads:
+        progress.say(
+            f"{threads} threads, and {clock['threads']} before: sums round differently, so the "
+            "results are not those of an undisturbed run, bit for bit"
+        )
+        clock["threads"] = threads
     if computed := [stage for stage in wanted if stage != "card"]:
         try:
             _compute(recipe, configs, record, computed, progress)

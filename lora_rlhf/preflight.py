@@ -3,36 +3,27 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 from pathlib import Path
 
 from lora_rlhf.algorithms import best_of_n
 from lora_rlhf.algorithms import trainer_configs as configs
-from lora_rlhf.errors import RecipeError, SetupError
+from lora_rlhf.errors import RecipeError
 from lora_rlhf.recipe import trl_args
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.recipe.stage_keys import ALGORITHMS
+from lora_rlhf.runtime import environment
 from lora_rlhf.training import trl_config
-
-_PROCESSES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-"""Variables in which launchers give the number of processes, which accelerate would use."""
 
 
 def check_launch(recipe: Recipe, stages: Collection[str]) -> None:
     """Reject several processes, and pushes of adapters that the run does not train.
 
     Raises:
-        SetupError: Several processes were launched.
+        SetupError: A variable of the environment asks for several processes or another engine.
         RecipeError: `hub:` names a repository for an adapter that is not trained.
     """
-    for name in _PROCESSES:
-        if (count := os.environ.get(name, "1")) not in ("", "0", "1"):
-            raise SetupError(
-                f"this is one of {count} processes ({name})",
-                expected="one process: all roles share one backbone on one GPU",
-                remedy="start `lora-rlhf` itself, without torchrun, accelerate launch or mpirun",
-            )
+    environment.settle()
     trained = {"best_of_n": set(), "ppo": {"policy", "value"}}.get(recipe.algorithm, {"policy"})
     trained -= {"value"} if recipe.ppo.value == "head" else set()
     for role in ("policy", "value") if "card" in stages else ():

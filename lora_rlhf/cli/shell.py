@@ -128,6 +128,7 @@ def room(name: str) -> Any:
     import importlib
 
     with loading():
+        importlib.import_module("lora_rlhf.runtime.optional_packages")  # may refuse
         return importlib.import_module(f"lora_rlhf.{name}")
 
 

@@ -103,7 +103,9 @@ def _read(folder: str | Path, all_folders: Sequence[str | Path]) -> Run:
     model = "best_of_n" if record.algorithm == "best_of_n" else "policy"
     answers = samples.read(record)
     lines = {index: line[model] for index, line in answers.items() if model in line}
-    return Run(label, record, model, lines, identity(record.recipe(), without=("seed", "name")))
+    return Run(
+        label, record, model, lines, identity(record.recipe(), without=("seed", "name", "threads"))
+    )
 
 
 def _grouped(runs: list[Run]) -> list[list[Run]]:

@@ -55,6 +55,7 @@ def check(source: str | Path, recipe: Recipe, out: str | Path) -> Record:
     Raises:
         UsageError: `source` is not a run or has no finished stage, a key that its stages read
             differs, or `out` holds a run that did not start from it.
+        DamageError: An adapter or the log of `source` is not as it wrote it.
     """
     other = Record.read(source)
     if not other.done("sft"):
@@ -79,6 +80,10 @@ def check(source: str | Path, recipe: Recipe, out: str | Path) -> Record:
             expected="a recipe that differs only in what later stages read",
             remedy="leave --from out, or give those keys the values of that run",
         )
+    for stage in _SHARED:
+        for role in _roles(other, stage) if other.done(stage) else ():
+            other.verified(f"adapters/{role}")
+    other.metrics()
     return other
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Versions and devices, for records and bug reports, without secrets and paths."""
+"""Versions, devices and environment variables: for records and bug reports; refused or ignored."""
 
 from __future__ import annotations
 
@@ -8,12 +8,74 @@ import importlib.metadata
 import os
 import platform
 
-from lora_rlhf.errors import first_line
+from lora_rlhf.errors import SetupError, first_line
 
 _FLAGS = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "CUDA_VISIBLE_DEVICES")
 _PRESENT = ("HF_TOKEN", "LORA_RLHF_DATA", "HF_HOME", "HF_ENDPOINT")
 _PACKAGES = ("lora-rlhf", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate",
              "datasets", "huggingface_hub")  # fmt: skip
+
+
+_OFF = ("", "0", "-1", "false", "no", "off", "n", "f")
+_ONE_PROCESS = (
+    "one process: all roles share one backbone on one GPU",
+    "start `lora-rlhf` itself, without torchrun, accelerate launch or mpirun",
+)
+_PLAIN = (
+    "plain PyTorch: this package trains without DeepSpeed, FSDP and Megatron",
+    "unset the variable, which accelerate reads",
+)
+_REFUSED = {
+    **dict.fromkeys(
+        ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"),
+        (*_ONE_PROCESS, (*_OFF, "1")),
+    ),
+    **dict.fromkeys(("RANK", "LOCAL_RANK"), (*_ONE_PROCESS, _OFF)),
+    **{
+        f"ACCELERATE_USE_{name}": (*_PLAIN, _OFF)
+        for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")
+    },
+}
+"""Variable -> what a run expects, what to do, and the values that change nothing."""
+
+_IGNORED = (
+    "ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE",
+    "FORK_LAUNCHED", "TORCHELASTIC_RUN_ID", "TRANSFORMERS_SDPA_FORCE_GQA", "XLA_USE_BF16",
+    "XLA_DOWNCAST_BF16", "NVIDIA_TF32_OVERRIDE", "ONEDNN_DEFAULT_FPMATH_MODE",
+    "DNNL_DEFAULT_FPMATH_MODE",
+)  # fmt: skip
+"""Beginnings of variables that would change results, and that the recipe decides instead."""
+
+_RECORDED = (
+    "OMP_NUM_THREADS", "MKL_", "OPENBLAS_", "KMP_", "GOMP_", "ATEN_CPU_CAPABILITY", "ONEDNN_",
+    "DNNL_", "CUBLAS_", "CUDA_VISIBLE_DEVICES", "CUDA_LAUNCH_BLOCKING", "CUDNN_",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "TORCH_BLAS_PREFER", "PYTORCH_TUNABLEOP_",
+    "FLASH_ATTENTION_DETERMINISTIC", "USE_HUB_KERNELS", "USE_TORCH_XLA", "PYTHONOPTIMIZE",
+    "PYTHONHASHSEED", *_FLAGS[:3],
+)  # fmt: skip
+"""Beginnings of variables with which sums may round differently; a run leaves and records them."""
+
+ignored: dict[str, str] = {}
+"""Variables that were taken out of the environment of this process."""
+
+
+def settle() -> None:
+    """Take variables that would change a run's results out of the environment of this process.
+
+    Raises:
+        SetupError: A variable asks for something that a run cannot do.
+    """
+    for name, (expected, remedy, harmless) in _REFUSED.items():
+        if (value := os.environ.get(name, "")).lower() not in harmless:
+            raise SetupError(f"{name}={value} is set", expected=expected, remedy=remedy)
+    for name in [name for name in os.environ if name.startswith(_IGNORED)]:
+        ignored[name] = os.environ.pop(name)
+
+
+def result_variables() -> dict[str, str]:
+    """Return the variables that may change a run's bits, those that are ignored included."""
+    kept = {name: value for name, value in os.environ.items() if name.startswith(_RECORDED)}
+    return dict(sorted((kept | ignored).items()))
 
 
 def versions() -> dict[str, str]:

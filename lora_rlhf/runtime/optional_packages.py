@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packages that may be absent; those that cannot be imported are hidden, as if they were absent.
 
+An interpreter in which transformers cannot be imported is refused first.
+
 PEFT and TRL import bitsandbytes whenever it is installed, and fail if it cannot be loaded on this
 machine, even in a run without 4-bit. Import this module before PEFT and TRL.
 """
@@ -17,6 +19,11 @@ from lora_rlhf.errors import SetupError, first_line
 BROKEN: dict[str, str] = {}
 """Package -> error of its import."""
 
+if sys.flags.optimize > 1:
+    raise SetupError(
+        "PYTHONOPTIMIZE=2 (python -OO) removes docstrings, which transformers reads",
+        remedy="unset PYTHONOPTIMIZE, or leave -OO out",
+    )
 
 # It warns about a missing optional kernel on CPUs with bfloat16 instructions.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

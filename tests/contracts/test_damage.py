@@ -2,19 +2,26 @@
 """Damage to any file of a run is one error that names the file, whoever reads it."""
 
 import json
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 
+import killed
 import pytest
 from damage import flip_bit
+from typer.testing import CliRunner
 
+from lora_rlhf.cli import app
 from lora_rlhf.errors import DamageError, UsageError
 from lora_rlhf.hub import staging
-from lora_rlhf.reports import compare
+from lora_rlhf.reports import compare, plots
 from lora_rlhf.reports.cards import model_card
 from lora_rlhf.reports.doctor import doctor
 from lora_rlhf.runs import reuse, samples
 from lora_rlhf.runs.record import Record
+from lora_rlhf.runs.run_lock import locked
 from lora_rlhf.serving import loaded_run
 
 
@@ -195,3 +202,61 @@ def test_a_kill_while_the_recipe_is_stored_leaves_a_recipe(run, monkeypatch):
         assert Record.read(run).recipe().evaluate.n == (9 if at == "after" else 12)
     monkeypatch.undo()
     assert Record.open(run, changed).recipe().evaluate.n == 9
+
+
+# --- what is not a plain file --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.mknod(path, 0o140600)])
+@pytest.mark.parametrize(
+    "name", ["record.json", "recipe.yaml", "metrics.jsonl", "samples.jsonl",
+             "adapters/sft/check.json", "adapters/policy/adapter_model.safetensors", "stray"]
+)  # fmt: skip
+def test_a_pipe_or_a_socket_is_refused_and_not_read(run, name, make):
+    (run / name).unlink(missing_ok=True)
+    make(run / name)
+    with pytest.raises(UsageError, match=f"{name} is a pipe, a socket or a device"):
+        Record.read(run)
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_nothing_is_written_through_a_link(run, link):
+    """Not a card, nor the record, the recipe, the log, a picture, or their temporary files."""
+    inside, canary = run / "adapters" / "canary", run.parent / "canary"
+    record = Record.read(run)
+    recipe = record.recipe().model_copy(update={"report_to": ["none"]})
+    names = ["adapters/policy/README.md", "adapters/policy/README.md.tmp", "record.json.tmp",
+             "metrics.jsonl", "plots/training.png"]  # fmt: skip
+    (run / "plots").mkdir(exist_ok=True)
+    kept = (run / "metrics.jsonl").read_text()
+    for name in names:
+        target = inside if link is os.symlink else canary  # a link out of the run is refused
+        target.write_text(kept)
+        (run / name).unlink(missing_ok=True)
+        link(target, run / name)
+        record = Record.open(run, recipe)
+        if "README" in name:
+            model_card.write(record)
+        record.log("later", 1, {})
+        record.save()
+        plots._save(run / "plots" / "training.png", [lambda axes: None])
+        assert target.read_text() == kept
+        record.truncate_log("later")
+        target.unlink()
+
+
+def test_a_card_waits_until_the_run_is_left_alone(run, monkeypatch):
+    child = killed.start(hold, run)
+    while not (run / "held").exists():
+        time.sleep(0.01)
+    result = CliRunner().invoke(app.app, ["card", str(run)])
+    os.kill(child, signal.SIGKILL)
+    killed.wait(child)
+    assert result.exit_code == 4 and "another process works in" in result.stderr
+    assert CliRunner().invoke(app.app, ["card", str(run)]).exit_code == 0
+
+
+def hold(folder: Path) -> None:
+    with locked(folder):
+        (folder / "held").touch()
+        time.sleep(60)

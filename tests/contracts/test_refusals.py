@@ -36,7 +36,7 @@ def test_changed_seed_or_rate_is_refused_with_a_table(
 ):
     with pytest.raises(UsageError, match=f"(?s){change.split('=')[0]}: .* -> .*{stage}") as caught:
         pipeline.run(killed.recipe(half.parent, change), out, until="policy")
-    for free in ("threads", "checkpoint", "report_to"):
+    for free in ("checkpoint", "report_to"):
         assert free in caught.value.expected, "keys that may change are listed"
     assert "--warm-start" in caught.value.remedy
     assert Record.read(out).in_flight("ppo")
