@@ -323,7 +323,7 @@ def _load_backbone(
         record.data["plan"] = planned.as_dict()
     peak, clock = run_memory.PeakMemory(planned), record.data["clock"]
     started = time.perf_counter()
-    backbone = Backbone.load(recipe.model, recipe.lora)
+    backbone = Backbone.load(record.model_section(recipe), recipe.lora)
     if planned is None:  # said after loading, so that a missing base is reported once
         progress.say(line)
     backbone.backoff.say = progress.say

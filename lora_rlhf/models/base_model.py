@@ -91,7 +91,7 @@ class BaseModel:
             "revision": None,  # a folder has none
             "fingerprint": self.fingerprint,
             "dtype": str(self.causal.dtype).removeprefix("torch."),
-            "load_in_4bit": section.load_in_4bit,
+            "load_in_4bit": bool(getattr(self.causal, "is_loaded_in_4bit", False)),
             "parameters": self.causal.num_parameters(),
             "layers": len(self.layers),
             "hidden_size": config.get_text_config().hidden_size,

@@ -72,7 +72,7 @@ def load(model: ModelSection) -> tuple[PreTrainedModel, PreTrainedTokenizerBase,
         named.name_or_path = safe(where)
     folder = local_folder(model)  # absolute, so that adapters on this disk find their base
     causal.loaded_from = os.path.abspath(folder) if folder else where
-    if model.load_in_4bit:
+    if getattr(causal, "is_loaded_in_4bit", False):  # by the recipe or by its own config
         _forbid_repacking(causal)
     notes = [special_tokens.append_nothing(tokenizer), special_tokens.end_turns(tokenizer, causal)]
     special_tokens.ensure_distinct_pad(tokenizer, causal)
@@ -115,7 +115,7 @@ def _locate(model: ModelSection) -> str:
         raise BaseModelError(
             f"{model.id} holds no config.json",
             expected="a folder saved by transformers",
-            remedy="check model.id",
+            remedy="check model.id; a run finds a base that was moved or renamed together with it",
         )
     if local_folder(model):  # a relative id may be a folder too
         paths.reject_escaping_links(path, BaseModelError)

@@ -31,7 +31,7 @@ from typing import Any
 
 from lora_rlhf.errors import LoraRlhfError, RecipeError, SetupError, UsageError
 from lora_rlhf.recipe.loader import dump_recipe, parse_recipe
-from lora_rlhf.recipe.schema import Recipe
+from lora_rlhf.recipe.schema import ModelSection, Recipe
 from lora_rlhf.recipe.stage_keys import (
     ALGORITHMS,
     FREE,
@@ -44,7 +44,7 @@ from lora_rlhf.recipe.stage_keys import (
 from lora_rlhf.recipe.strict_yaml import parse_yaml
 from lora_rlhf.redaction import hide, safe
 from lora_rlhf.runtime.environment import changed_versions, versions
-from lora_rlhf.runtime.paths import reject_escaping_links
+from lora_rlhf.runtime.paths import moved, reject_escaping_links
 
 from .disk import BACKUP, append, damaged, is_signed, sha256, signed, sync, write_atomically
 from .run_lock import LOCK
@@ -247,12 +247,33 @@ class Record:
         return cls(folder, data)
 
     def recipe(self) -> Recipe:
-        """Read the resolved recipe of this run.
+        """Read the resolved recipe of this run; files that were moved together with it are found.
+
+        The base is compared by its fingerprint, and data by sha256, before a stage uses them.
 
         Raises:
             DamageError: The file is not the recipe of this run.
         """
-        return parse_recipe(self.recipe_text(), str(self.folder / "recipe.yaml"))
+        recipe = parse_recipe(self.recipe_text(), str(self.folder / "recipe.yaml"))
+        model = recipe.model.model_copy(update={"id": moved(recipe.model.id, self.folder)})
+        sets = {
+            name: [
+                source.model_copy(update={"path": moved(source.path, self.folder)})
+                if isinstance(source.path, str)
+                else source
+                for source in getattr(recipe.data, name)
+            ]
+            for name in ("demonstrations", "comparisons", "prompts", "text", "evaluate")
+        }
+        data = recipe.data.model_copy(update=sets)
+        return recipe.model_copy(update={"model": model, "data": data})
+
+    def model_section(self, recipe: Recipe) -> ModelSection:
+        """Return the recipe's base at the precision at which this run loaded it first."""
+        model, dtype = recipe.model, self.data["model"].get("dtype")
+        return (
+            model.model_copy(update={"dtype": dtype}) if dtype and model.dtype == "auto" else model
+        )
 
     def recipe_text(self) -> str:
         """Read the text of the recipe, or of its copy if more than free keys was edited.

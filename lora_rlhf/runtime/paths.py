@@ -55,6 +55,23 @@ def _leads_to(path: Path, place: Path) -> bool:
         return False
 
 
+def moved(path: str, beside: Path) -> str:
+    """Return where a file lies now, if a folder that holds it and `beside` was moved or renamed.
+
+    The longest end of its old path that exists in `beside` or a folder above it; without one, the
+    old path.
+    """
+    old = Path(path)
+    if not old.is_absolute() or old.exists():
+        return path
+    here = beside.resolve()
+    for count in range(len(old.parts) - 1, 0, -1):
+        for folder in [here, *here.parents][:-1]:
+            if (new := folder.joinpath(*old.parts[-count:])).exists():
+                return str(new)
+    return path
+
+
 def reject_escaping_shards(folder: Path, error: type[LoraRlhfError]) -> None:
     """Refuse a safetensors index that names anything but plain files in its own folder.
 

@@ -30,7 +30,7 @@ def load(folder: str | Path) -> tuple[Backbone, Record]:
     if not record.done("sft"):
         raise UsageError(f"{folder} has no finished stage", remedy="continue with `lora-rlhf run`")
     recipe = record.recipe()
-    backbone = Backbone.load(recipe.model, recipe.lora)
+    backbone = Backbone.load(record.model_section(recipe), recipe.lora)
     for stage in ("sft", "reward", record.algorithm):
         if record.done(stage):
             load_stage(stage, backbone, record)

@@ -274,11 +274,11 @@ def identity(backbone: Backbone, record: Record, stage: str) -> dict[str, Any]:
 def _differences(
     before: dict[str, Any], now: dict[str, Any], keys: list[str] | None = None
 ) -> list[str]:
-    """List `  key: before -> now` of every key that differs."""
+    """List `  key: before -> now` of every key that differs; hashes stand for moved files."""
     return [
         f"  {key}: {before.get(key)!r:.80} -> {now.get(key)!r:.80}"
         for key in keys or sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
+        if before.get(key) != now.get(key) and key != "model.id" and not key.endswith(".path")
     ]
 
 

@@ -297,6 +297,17 @@ def test_a_prompt_cannot_leave_its_string(run):
     assert prompt in values
 
 
+def test_the_code_ends_answers_as_the_run_did(run):
+    """The base's generation config may know other end tokens, and a repetition penalty."""
+    record = run()
+    record.data["model"] |= {"eos_ids": [7, 2], "pad_id": 0}
+    code = pythons(model_card.render(record, "policy"))[0]
+    assert "GenerationConfig(eos_token_id=[7, 2], pad_token_id=0)" in code
+    imported = next(n for n in ast.parse(code).body if getattr(n, "module", "") == "transformers")
+    assert "GenerationConfig" in {name.name for name in imported.names}
+    assert "GenerationConfig" not in pythons(model_card.render(record, "reward"))[0]
+
+
 def test_the_card_is_made_again_from_a_finished_run_without_torch(run):
     record = run()
     code = f"""

@@ -243,3 +243,32 @@ def test_a_folder_that_cannot_be_written_is_no_full_disk(tmp_path, monkeypatch):
     with pytest.raises(SetupError, match="cannot write to .*run: Permission denied") as caught:
         Record.open(tmp_path / "run", recipe())
     assert caught.value.remedy == "give another --out"
+
+
+def test_a_renamed_project_keeps_its_runs(tmp_path):
+    """Base and data are recorded by their folders; what they hold is compared by its hash."""
+    before = tmp_path / "before"
+    (before / "base").mkdir(parents=True)
+    (before / "base" / "config.json").write_text("{}")
+    (before / "data").mkdir()
+    (before / "data" / "d.jsonl").write_text("{}")
+    text = "name: x\nmodel: {id: ./base}\ndata: {prompts: [{path: data/d.jsonl}]}\n"
+    record = Record.open(before / "run", parse_recipe(text, "r", folder=before))
+    with record.stage("sft"):
+        pass
+    before.rename(tmp_path / "after")
+    now = parse_recipe(text, "r", folder=tmp_path / "after")
+    assert Record.read(tmp_path / "after" / "run").recipe() == now
+    Record.open(tmp_path / "after" / "run", now)
+    (tmp_path / "after" / "base" / "config.json").unlink()
+    (tmp_path / "after" / "base").rmdir()
+    left = Record.read(tmp_path / "after" / "run").recipe()
+    assert left.model.id == str(tmp_path / "after" / "base"), "as the continued run recorded it"
+
+
+def test_a_continued_run_keeps_its_precision(tmp_path):
+    record = Record.open(tmp_path / "run", recipe())
+    assert record.model_section(recipe()).dtype == "auto"
+    record.data["model"]["dtype"] = "bfloat16"
+    assert record.model_section(recipe()).dtype == "bfloat16"
+    assert record.model_section(recipe("model.dtype=float32")).dtype == "float32"

@@ -26,7 +26,8 @@ _ROWS = 16
 def how_to_load(facts: Facts) -> str:
     """Write the section with code that loads, uses and checks the adapter."""
     four_bit = bool(facts.get("model.load_in_4bit"))
-    use = {"reward": _use_reward, "value": _use_value}.get(facts.role, _use_policy)
+    use = {"reward": _use_reward, "value": _use_value}.get(facts.role, _use_policy)(facts)
+    more = ["GenerationConfig"] * ("GenerationConfig" in use)
     need = "`lora-rlhf` is not needed"
     if facts.packaged:
         need = "`lora-rlhf` is needed only for the base model that is shipped with it"
@@ -44,13 +45,13 @@ the outputs of the adapter for them when it was saved.
 With plain `transformers` and `peft`; {need}.
 
 ```python
-{_start(facts, four_bit)}
+{_start(facts, four_bit, *more)}
 
 tokenizer = AutoTokenizer.from_pretrained(adapter_id)
 {_base(facts, four_bit)}
 model = PeftModel.from_pretrained(base, adapter_id).eval()
 
-{use(facts)}
+{use}
 ```{check}"""
 
 
@@ -130,9 +131,11 @@ def _model_class(facts: Facts) -> str:
     return _CLASSES.get(task, _CLASSES["CAUSAL_LM"])
 
 
-def _start(facts: Facts, four_bit: bool) -> str:
+def _start(facts: Facts, four_bit: bool, *more: str) -> str:
     """Imports, and the paths or Hub ids of base and adapter."""
-    names = sorted([_model_class(facts), "AutoTokenizer", *["BitsAndBytesConfig"] * four_bit])
+    names = sorted(
+        [_model_class(facts), "AutoTokenizer", *["BitsAndBytesConfig"] * four_bit, *more]
+    )
     imports = "from importlib.resources import files\n\n" if facts.packaged else ""
     adapter = '"."  # the folder of this card'
     if facts.published:
@@ -215,9 +218,16 @@ def _use_policy(facts: Facts) -> str:
     tokens = facts.get("stages.evaluate.max_new_tokens", tokens)
     temperature = at(facts.recipe, "evaluate.temperature", 1.0)
     options = "do_sample=False"
-    if temperature:  # top_k=0, because the base's generation config may have top_k=50
+    if temperature:  # top_k=0, because transformers' own default is 50
         options = f"do_sample=True, temperature={temperature}, top_k=0"
     options += f", max_new_tokens={tokens}" if is_number(tokens) else ""
+    ends, pad = facts.get("model.eos_ids"), facts.get("model.pad_id")
+    config = ""
+    if ends and all(map(is_number, ends)) and is_number(pad):
+        config = f"""\
+# the tokens that ended answers in training, without the settings of the base's generation config
+model.generation_config = GenerationConfig(eos_token_id={list(ends)}, pad_token_id={pad})
+"""
     inputs = 'tokenizer(prompt, return_tensors="pt")'
     if _chat(facts):
         inputs = """\
@@ -226,7 +236,7 @@ tokenizer.apply_chat_template(
     add_generation_prompt=True, return_tensors="pt", return_dict=True,
 )"""
     return f"""\
-prompt = {_example(facts)[0]}
+{config}prompt = {_example(facts)[0]}
 inputs = {inputs}
 with torch.no_grad():
     output = model.generate(**inputs, {options})
