@@ -167,9 +167,11 @@ def check(
         backbone = None
         if record is not None:
             progress.say(run_memory.before_run(recipe)[1])
-            backbone = ok(Backbone.load, recipe.model, recipe.lora)
+            backbone = ok(Backbone.load, record.model_section(recipe), recipe.lora)
         if backbone is None:
             return wrong
+        for note in backbone.source.get("token_notes", ()):
+            progress.say(note)
         wanted = [stage for stage in stages if not _finished(recipe, record, stage)]
         for stage in stages:
             if stage not in (*wanted, "card"):

@@ -369,5 +369,5 @@ def _prompt_sizes(kept: FilteredSet, batch: list[dict[str, Any]], tokenizer: Any
     except Exception as error:  # a template may raise anything: find the rows it refuses
         if len(batch) > 1:
             return [size for row in batch for size in _prompt_sizes(kept, [row], tokenizer)]
-        kept.notes[f"{REFUSES}: {first_line(error)}"] += 1
+        kept.notes[f"{REFUSES}: {excerpt(first_line(error), 200)}"] += 1
         return [math.inf]

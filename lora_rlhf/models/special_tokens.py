@@ -27,7 +27,7 @@ def append_nothing(tokenizer: PreTrainedTokenizerBase) -> str:
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=[*(token for token, _ in before), "$A"], special_tokens=before
     )
-    return f"the tokenizer appends {' '.join(after)} to every text: not to prompts, here"
+    return f"the tokenizer appends {' '.join(after)!r} to every text: not to prompts, here"
 
 
 def end_turns(tokenizer: PreTrainedTokenizerBase, causal: PreTrainedModel) -> str:
@@ -42,7 +42,7 @@ def end_turns(tokenizer: PreTrainedTokenizerBase, causal: PreTrainedModel) -> st
     ids = end_ids(tokenizer, causal) if before is not None else []
     tokenizer.eos_token = end
     causal.generation_config.eos_token_id = list(dict.fromkeys([tokenizer.eos_token_id, *ids]))
-    return f"answers end with {end}, as in the chat template; the tokenizer's own eos is {before}"
+    return f"answers end with {end!r}, as in the chat template; the tokenizer's eos is {before!r}"
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, causal: PreTrainedModel) -> list[int]:

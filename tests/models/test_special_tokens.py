@@ -75,7 +75,7 @@ def test_nothing_is_appended_to_a_prompt(tmp_path):
     )
     base = small.base(small.with_tokenizer(tmp_path / "base", tokenizer))
     assert base.encode_prompt("w5 w6") == [9, 5, 6]
-    assert "appends </s>" in base.source["token_notes"][0]
+    assert "appends '</s>'" in base.source["token_notes"][0]
     base.tokenizer.save_pretrained(tmp_path / "saved")  # beside an adapter, for the card's code
     assert AutoTokenizer.from_pretrained(tmp_path / "saved")("w5")["input_ids"] == [9, 5]
 

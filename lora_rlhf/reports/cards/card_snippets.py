@@ -225,9 +225,8 @@ def _use_policy(facts: Facts) -> str:
     config = ""
     if ends and all(map(is_number, ends)) and is_number(pad):
         config = f"""\
-# the tokens that ended answers in training, without the settings of the base's generation config
 model.generation_config = GenerationConfig(eos_token_id={list(ends)}, pad_token_id={pad})
-"""
+"""  # the tokens that ended answers in training, and no setting of the base's generation config
     inputs = 'tokenizer(prompt, return_tensors="pt")'
     if _chat(facts):
         inputs = """\
