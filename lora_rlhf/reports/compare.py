@@ -88,8 +88,8 @@ def run(folders: Sequence[str | Path]) -> dict[str, Any]:
     notes = _notes(groups, metric)
     for number, row in enumerate(rows[1:]):
         of_sft = [r.evaluated("sft") for r in groups[number]]
-        said = kinds.sentences(row["label"], row["metrics"], _means(of_sft), row["by_kind"])
-        notes += said.values()
+        sentences = kinds.sentences(row["label"], row["metrics"], _means(of_sft), row["by_kind"])
+        notes += sentences.values()
     return {"metric": metric, "rows": rows, "differences": differences, "notes": notes}
 
 

@@ -21,8 +21,8 @@ _ABSTENTION = {
 
 def of_record(record: Record) -> dict[str, dict[str, Metrics]]:
     """Return model -> kind of prompt -> metrics; empty for prompts without kinds."""
-    found = at(record.data, "stages.evaluate.by_kind", {})
-    return found if isinstance(found, dict) else {}
+    by_kind = at(record.data, "stages.evaluate.by_kind", {})
+    return by_kind if isinstance(by_kind, dict) else {}
 
 
 def clearly_worse(kinds: Mapping[str, Metrics]) -> dict[str, Estimate]:
@@ -42,22 +42,22 @@ def sentences(who: str, own: Metrics, sft: Metrics, kinds: Mapping[str, Metrics]
     Returns:
         Sentences by topic: `worse` or `none_worse`, `false_abstention`, `missed_abstention`.
     """
-    said: dict[str, str] = {}
+    by_topic: dict[str, str] = {}
     worse = ", ".join(
         f"{kind.replace('_', ' ')} (gold reward {interval(gap, short=True)})"
         for kind, gap in clearly_worse(kinds).items()
     )
     if worse:
-        said["worse"] = f"{who} is clearly worse than SFT on prompts of these kinds: {worse}."
+        by_topic["worse"] = f"{who} is clearly worse than SFT on prompts of these kinds: {worse}."
     elif any(DIFFERENCE in metrics for metrics in kinds.values()):
-        said["none_worse"] = f"{who} is clearly worse than SFT on no kind of prompt."
+        by_topic["none_worse"] = f"{who} is clearly worse than SFT on no kind of prompt."
     for metric, what in _ABSTENTION.items():
         before, after = at(sft, metric), at(own, metric)
         low, high = at(after, "low"), at(before, "high")
         if is_number(low) and is_number(high) and low > high:
             shares = " to ".join(interval(share, short=True) for share in (before, after))
-            said[metric] = f"{who} {what}: {shares}."
-    return said
+            by_topic[metric] = f"{who} {what}: {shares}."
+    return by_topic
 
 
 def columns(kinds: Iterable[str]) -> list[str]:
@@ -70,6 +70,6 @@ def values(
 ) -> Iterator[tuple[str, list[Estimate | None]]]:
     """Yield each metric that is known, with its value over all prompts and by kind."""
     for name in names:
-        found = [at(metrics, name) for metrics in (own, *kinds.values())]
-        if any(found):
-            yield name, found
+        known = [at(metrics, name) for metrics in (own, *kinds.values())]
+        if any(known):
+            yield name, known

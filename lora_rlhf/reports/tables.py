@@ -209,10 +209,10 @@ def _print_kinds(
     """Print each metric of some models, over all prompts and by kind; on a terminal values only."""
     names = list(dict.fromkeys(kind for _, own in models.values() for kind in own))
     lines = [
-        [f"{metric}, {model}", *(cell(e, difference=metric in DIFFERENCES) for e in found)]
+        [f"{metric}, {model}", *(cell(e, difference=metric in DIFFERENCES) for e in known)]
         for metric in METRICS
         for model, (all_prompts, own) in models.items()
-        for _, found in kinds.values(all_prompts, {n: own.get(n, {}) for n in names}, [metric])
+        for _, known in kinds.values(all_prompts, {n: own.get(n, {}) for n in names}, [metric])
     ]
     if not console.is_terminal:
         for text in aligned(["by kind of prompt", *kinds.columns(names)], lines):

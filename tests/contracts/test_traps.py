@@ -268,7 +268,7 @@ def test_two_roles_in_one_step_both_get_their_gradient():
         for role, grads in alone.items():
             assert all(torch.allclose(a, b) for a, b in zip(grads, both[role], strict=True)), role
             assert all(float(g.abs().sum()) > 0 for g in grads)
-    assert called("set_adapter") == set()
+    assert called("set_adapter") <= {"models.plain_adapters"}, "which trains nothing"
 
 
 @pytest.mark.parametrize("name", ["default", "reference", "value"])
@@ -338,7 +338,7 @@ def test_no_stale_adapter_is_left_after_an_error():
 
 def test_the_base_model_is_reached_without_disable_adapter():
     """Leaving it re-enables gradients on a frozen active adapter (peft#3447)."""
-    assert called("disable_adapter") == set()
+    assert called("disable_adapter") <= {"models.plain_adapters"}, "which trains nothing"
     backbone = small.backbone("llama", *ROLES)
     plain = BaseModel.load(ModelSection(id=str(small.base_folder())), LoraSection()).causal
     data = small.batch(backbone)

@@ -208,9 +208,9 @@ def _evaluation(facts: Facts) -> str:
 
 def _by_kind(facts: Facts, models: list[str]) -> Iterator[str]:
     """The same by kind of prompt: the adapter of the card, and the model that it started from."""
-    found = kinds.of_record(facts.record)
+    by_model = kinds.of_record(facts.record)
     for model in {"sft": ("base", "sft")}.get(facts.role, ("sft", *models[2:])):
-        if own := found.get(model):
+        if own := by_model.get(model):
             measured = kinds.values(facts.get(f"evaluation.{model}", {}), own)
             rows = [
                 [
