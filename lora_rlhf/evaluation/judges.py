@@ -26,7 +26,7 @@ from lora_rlhf.runs.samples import prompt_text
 from lora_rlhf.runtime.devices import pick_device
 
 from . import targets
-from .engine import Engine, Options
+from .engine import Engine
 from .prompt_sets import Row
 from .targets import Target
 
@@ -189,18 +189,15 @@ class LanguageModel:
         self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]
     ) -> list[tuple[float, float]]:
         """Return the log-odds of the first answer, shown as A and shown as B."""
-        options: Options = self.engine.options(self.target)
-        out = []
-        for prompt, a, b in zip(prompts, first, second, strict=True):
-            pair = []
-            for one, other, letters in ((a, b, "AB"), (b, a, "BA")):
-                text = _RUBRIC.format(prompt=prompt, a=one, b=other)
-                ids = self.engine.encode(self.target, text)
-                space = "" if self.engine.base.tokenizer.chat_template else " "
-                own, others = options.after(ids, [space + letters[0], space + letters[1]])
-                pair.append(own - others)
-            out.append((pair[0], pair[1]))
-        return out
+        contexts = [
+            self.engine.encode(self.target, _RUBRIC.format(prompt=prompt, a=one, b=other))
+            for prompt, a, b in zip(prompts, first, second, strict=True)
+            for one, other in ((a, b), (b, a))
+        ]
+        space = "" if self.engine.base.tokenizer.chat_template else " "
+        letters = self.engine.options(self.target).next_token(contexts, [space + "A", space + "B"])
+        odds = [a - b for a, b in letters]
+        return [(odds[i], -odds[i + 1]) for i in range(0, len(odds), 2)]
 
 
 AT_RANDOM = "drawn at random"

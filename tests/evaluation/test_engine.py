@@ -110,6 +110,20 @@ def test_log_probabilities_are_the_models(engine):
     assert made.options(target).logprobs("w5 w6 ", ["w7"]) == pytest.approx(wanted[:1], abs=1e-4)
 
 
+def test_letters_after_a_context_take_one_forward(engine):
+    made, named = engine
+    options = made.options(named[2])
+    contexts = [[5, 6, 7], [8], [9, 10, 11, 12]]
+    found = options.next_token(contexts, ["w20", "w21"])
+    for ids, (a, b) in zip(contexts, found, strict=True):
+        text = " ".join(f"w{i}" for i in ids)
+        assert [a, b] == pytest.approx(options.logprobs(text, [" w20", " w21"]), abs=1e-4)
+    judge = judges.LanguageModel("m", made, named[2])
+    [(_, shown_second)] = judge.odds(["w5"], ["w7"], ["w8"])
+    [(swapped, _)] = judge.odds(["w5"], ["w8"], ["w7"])
+    assert shown_second == pytest.approx(-swapped, abs=1e-5)
+
+
 def test_an_adapter_of_another_base_is_refused(run):
     [target] = targets.parse([str(run / "adapters" / "policy")], base="tiny")
     with pytest.raises(AdapterError, match="another base"):
