@@ -12,7 +12,7 @@ import errno
 import json
 import time
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from lora_rlhf.data.filters import SECRET
 from lora_rlhf.errors import DataError, HubError, LoraRlhfError, MemoryLimitError, UsageError
 from lora_rlhf.evaluation import evaluate
 from lora_rlhf.hub import backup, publishing, repository
+from lora_rlhf.models import adapters
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.planning import run_memory, stage_work
 from lora_rlhf.recipe.schema import Recipe
@@ -284,16 +285,18 @@ def _run_stage(stage: str, context: StageContext, configs: TrainerConfigs, data:
     """Run one stage that needs the backbone."""
     recipe, backbone, record, progress = context
     if stage == "sft":
-        sft.run(context, configs.sft, data.demonstrations)
+        sft.run(context, configs.sft, None if recipe.sft.start else data.demonstrations)
     elif stage == "reward":
-        if data.comparisons is None:
+        if data.comparisons is None and not recipe.reward.start:
             with record.stage("reward") as entry:
                 kind = "a function" if recipe.ppo.function else "gold"
                 entry["skipped"] = f"ppo.reward is {kind}, and there are no comparisons"
             return
-        main, held_out = data.comparisons
-        rows = data.demonstrations.train
-        rows = rows.select(range(min(_OFFSET_ROWS, len(rows))))
+        main, held_out = data.comparisons or (None, None)
+        rows = None
+        if recipe.data.demonstrations or not recipe.reward.start:
+            rows = data.demonstrations.train
+            rows = rows.select(range(min(_OFFSET_ROWS, len(rows))))
         reward_stage.run(context, configs.reward, main, rows, held_out)
     elif stage == "evaluate":
         same, prompts = checkpoint_callback.identity(backbone, record, "evaluate"), data.prompts
@@ -374,7 +377,11 @@ class _Data:
     ) -> Iterator[Callable[[], Any]]:
         """Yield the reading of each set that is needed, to be done before any training."""
         recipe, stages = self.recipe, set(wanted)
-        if stages & {"sft", "reward"}:
+        starts = {s: getattr(recipe, s).start for s in ("sft", "reward") if s in stages}
+        for role, folder in starts.items():
+            if folder:
+                yield partial(adapters.read_role, self.backbone, role, folder)
+        if None in starts.values() or ("reward" in starts and recipe.data.demonstrations):
             yield lambda: self.demonstrations
         if configs and recipe.algorithm in stages - {"dpo", "best_of_n"}:
             yield lambda: policy_stage.check(recipe, configs.policy, self.prompts.train)
@@ -402,7 +409,8 @@ class _Data:
         """Return the work of the trainings in the wanted stages."""
         rows = {}
         if "sft" in wanted:
-            rows["demonstrations"] = len(self.demonstrations.train)
+            start = self.recipe.sft.start
+            rows["demonstrations"] = 0 if start else len(self.demonstrations.train)
         if {"reward", "dpo"} & {*wanted} and not any(s.task for s in self.recipe.data.comparisons):
             rows["comparisons"] = len(self.comparisons[0].train) if self.comparisons else 0
         if "evaluate" in wanted:
@@ -439,7 +447,8 @@ class _Data:
     @cached_property
     def comparisons(self) -> tuple[Prepared, Prepared | None] | None:
         """Comparisons of the reward model and of the held-out one; None if neither is trained."""
-        if not has_reward_model(self.recipe):
+        given = self.recipe.reward.start and not self.recipe.data.comparisons
+        if given or not has_reward_model(self.recipe):
             return None
 
         def read(name: str, part: Literal["all", "proxy", "held_out_model"]) -> Prepared:

@@ -124,24 +124,8 @@ def load_role(backbone: Backbone, role: str, folder: str | Path) -> None:
         AdapterError: The folder or a tensor is missing, unreadable, of another shape or scale,
             not finite, trained on another base, or without the role's head. The role is unchanged.
     """
-    folder = Path(folder)
-    path = folder / "adapter_model.safetensors"
-    paths.reject_escaping_links(folder, AdapterError)
-    if not path.is_file() or not (folder / "adapter_config.json").is_file():
-        raise AdapterError(
-            f"{folder} holds no adapter",
-            expected="adapter_config.json and adapter_model.safetensors; never a pickle (.bin)",
-            remedy="check the path; a stage that was interrupted leaves none",
-        )
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(
-            f"{path} cannot be read: {error}", remedy="train the stage again"
-        ) from None
-    check_base(backbone, folder)
-    stacked, offset = _read_note(folder, role)
-    _check_scale(backbone, folder, stacked)
+    tensors, stacked, offset = read_role(backbone, role, folder)
+    path = Path(folder) / "adapter_model.safetensors"
     is_new = not backbone.has(role)
     if is_new:
         backbone.add_role(role, stacked=stacked)
@@ -163,6 +147,35 @@ def load_role(backbone: Backbone, role: str, folder: str | Path) -> None:
         )
     if offset is not None:
         backbone.reward_offset[role] = offset
+
+
+def read_role(
+    backbone: Backbone, role: str, folder: str | Path
+) -> tuple[dict[str, Tensor], int, float | None]:
+    """Read a folder for `load_role`; return its tensors, stacked adapters, and reward offset.
+
+    Raises:
+        AdapterError: As `load_role`, as far as it can be told without adding the role.
+    """
+    folder = Path(folder)
+    path = folder / "adapter_model.safetensors"
+    paths.reject_escaping_links(folder, AdapterError)
+    if not path.is_file() or not (folder / "adapter_config.json").is_file():
+        raise AdapterError(
+            f"{folder} holds no adapter",
+            expected="adapter_config.json and adapter_model.safetensors; never a pickle (.bin)",
+            remedy="check the path; a stage that was interrupted leaves none",
+        )
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(
+            f"{path} cannot be read: {error}", remedy="train the stage again"
+        ) from None
+    check_base(backbone, folder)
+    stacked, offset = _read_note(folder, role)
+    _check_scale(backbone, folder, stacked)
+    return tensors, stacked, offset
 
 
 def _read_note(folder: Path, role: str) -> tuple[int, float | None]:

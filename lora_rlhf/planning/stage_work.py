@@ -24,20 +24,23 @@ def work(
     sampled = sum(s.n * s.completions for s in recipe.data.comparisons if s.task)
     compared = sampled or 2 * rows.get("comparisons", 0)
     counts: dict[str, float] = {}
-    if "sft" in stages:
+    if "sft" in stages and not recipe.sft.start:
         counts["sft"] = _TRAIN * _seen(configs.sft, rows.get("demonstrations", 0))
     if "reward" in stages:
         counts |= {"sampling": _SAMPLE * sampled} if sampled else {}
-        counts |= {role: _TRAIN * _seen(args, compared) for role, args in configs.reward.items()}
+        trained = {
+            r: a for r, a in configs.reward.items() if r != "reward" or not recipe.reward.start
+        }
+        counts |= {role: _TRAIN * _seen(args, compared) for role, args in trained.items()}
     if recipe.algorithm in stages and recipe.algorithm != "best_of_n":
         args = configs.policy
         if recipe.algorithm == "dpo":
             counts["dpo"] = (_TRAIN + 1) * _seen(args, compared)
         else:
-            trained = _TRAIN * args.num_iterations * (2 if recipe.algorithm == "ppo" else 1)
+            passes = _TRAIN * args.num_iterations * (2 if recipe.algorithm == "ppo" else 1)
             steps = args.max_steps * args.gradient_accumulation_steps / args.num_iterations
             episodes = steps * args.per_device_train_batch_size
-            counts[recipe.algorithm] = episodes * (_SAMPLE + _TRAIN + trained)
+            counts[recipe.algorithm] = episodes * (_SAMPLE + _TRAIN + passes)
     if "evaluate" in stages:
         n = recipe.best_of_n.n + 2 if recipe.algorithm == "best_of_n" else 3
         counts["evaluate"] = n * rows.get("evaluate", 0) * (_SAMPLE + _TRAIN)

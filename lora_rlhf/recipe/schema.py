@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     ValidationInfo,
+    create_model,
     field_validator,
     model_validator,
 )
@@ -261,11 +262,50 @@ def _check_plain(value: Any) -> None:
         raise ValueError(f"{value!r:.80} is no plain data, such as a number, text or a list")
 
 
-class SftSection(StageSection):
+def _resolved_adapter(cls: Any, given: str | None, info: ValidationInfo) -> str | None:
+    """Make a folder beside the recipe absolute."""
+    if given is None or info.context is None or "\0" in given:
+        return given
+    folder = info.context["folder"]
+    beside = folder or given.startswith("~")
+    return os.path.abspath((folder or Path()) / os.path.expanduser(given)) if beside else given
+
+
+if TYPE_CHECKING:
+    StartSection = StageSection
+else:  # `from` is no name that a class could give
+    StartSection = create_model(
+        "StartSection",
+        __base__=StageSection,
+        __validators__={"_resolve_from": field_validator("from")(_resolved_adapter)},
+        **{
+            "from": (
+                str | None,
+                Field(
+                    None,
+                    description="Folder of an adapter of your own, relative to the recipe, that is "
+                    "used as it is in place of this training.",
+                ),
+            )
+        },
+    )
+
+
+class SftSection(StartSection):
     """`sft`: supervised fine-tuning on demonstrations."""
 
+    @property
+    def start(self) -> str | None:
+        """Folder of the adapter that takes the place of the training."""
+        return getattr(self, "from")  # type: ignore[no-any-return]  # noqa: B009
 
-class RewardSection(StageSection):
+    def rules(self) -> Rules:
+        """Nothing is trained with `from`."""
+        if self.start and self.args:
+            yield "sft.args are not read with sft.from, which is used as it is", "args", "from"
+
+
+class RewardSection(StartSection):
     """`reward`: the reward model, from comparisons."""
 
     gate: Literal["stop", "warn"] = "stop"
@@ -279,8 +319,18 @@ class RewardSection(StageSection):
     combine_std: float = Field(1.0, ge=0)
     """Standard deviations subtracted by combine: mean_minus_std."""
 
+    @property
+    def start(self) -> str | None:
+        """Folder of the adapter that takes the place of the training."""
+        return getattr(self, "from")  # type: ignore[no-any-return]  # noqa: B009
+
     def rules(self) -> Rules:
         """`combine` is for ensembles, `combine_std` for `combine: mean_minus_std`."""
+        if self.start and self.ensemble is not None:
+            yield "reward.from is one adapter: leave reward.ensemble out", "ensemble", "from"
+        if self.start and self.args and not self.held_out_model:
+            message = "reward.args are not read with reward.from, which is used as it is"
+            yield message, "args", "from"
         if self.ensemble is None and self.changed("combine"):
             yield "reward.combine needs reward.ensemble: 2 or more adapters", "combine"
         if self.combine != "mean_minus_std" and self.changed("combine_std"):
@@ -517,7 +567,8 @@ class Recipe(Section):
         if self.algorithm == "best_of_n" and self.ppo.reward == "gold":
             message = "algorithm: best_of_n chooses by the reward model, not by gold"
             yield message, "ppo.reward", "algorithm"
-        by_model = self.algorithm == "best_of_n" and self.ppo.function is None
+        given = self.ppo.function or self.reward.start
+        by_model = self.algorithm == "best_of_n" and not given
         if (self.algorithm == "dpo" or by_model) and not self.data.comparisons:
             message = f"algorithm: {self.algorithm} needs data.comparisons"
             yield message, "algorithm", "data.comparisons"

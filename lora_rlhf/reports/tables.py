@@ -75,8 +75,11 @@ def stage_line(record: Record, stage: str) -> str:
         results.append(f"loss {entry['train_loss']:.3g}")
     if "held_out_loss" in entry:
         results.append(f"held-out loss {entry['held_out_loss']:.3g}")
-    if "gate" in entry:
+    if "from" in entry:
+        results.append(f"taken from {entry['from']['adapter']}")
+    if "accuracy" in entry:
         results.append(f"held-out accuracy {cell(entry['accuracy'])}")
+    if "gate" in entry:
         reason = entry.get("gate_reason")
         results.append(f"gate {entry['gate']}{f' ({reason})' if reason else ''}")
     if lines:

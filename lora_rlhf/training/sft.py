@@ -53,8 +53,8 @@ class ResumableSFTTrainer(ResumableTrainer, SFTTrainer):
         self.held_out_loss = self.evaluate()["eval_loss"]
 
 
-def run(context: StageContext, args: SFTConfig, data: Prepared) -> None:
-    """Train on demonstrations; leaves equal roles `policy` and `reference`.
+def run(context: StageContext, args: SFTConfig, data: Prepared | None) -> None:
+    """Train on demonstrations, or take `sft.from`; leaves equal roles `policy` and `reference`.
 
     The loss is on completion tokens only, the eos included.
 
@@ -64,6 +64,12 @@ def run(context: StageContext, args: SFTConfig, data: Prepared) -> None:
     recipe, backbone, record, _ = context
     with record.stage("sft") as entry:
         set_seed(recipe.seed)
+        if recipe.sft.start:
+            entry["from"] = context.take_adapter("policy", recipe.sft.start)
+            entry["adapter_sha256"] = context.save_adapter("policy", "sft")
+            load(backbone, record)
+            return
+        assert data is not None  # without `from` it is an error to have none
         backbone.add_role("policy")
         build_trainer = functools.partial(
             ResumableSFTTrainer,

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 from lora_rlhf.models import adapters
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.recipe.schema import Recipe
+from lora_rlhf.runs.disk import sha256
 from lora_rlhf.runs.progress import Progress
 from lora_rlhf.runs.record import Record
 
@@ -19,6 +21,12 @@ class StageContext(NamedTuple):
     backbone: Backbone
     record: Record
     progress: Progress
+
+    def take_adapter(self, role: str, folder: str) -> dict[str, str]:
+        """Load an adapter of the user's into a role; return its name and sha256, for the record."""
+        adapters.load_role(self.backbone, role, folder)
+        weights = Path(folder) / "adapter_model.safetensors"
+        return {"adapter": Path(folder).name, "sha256": sha256(weights)}
 
     def save_adapter(self, role: str, name: str | None = None) -> str:
         """Save a role as `adapters/NAME`, by default its own name; returns the file's sha256."""

@@ -36,7 +36,8 @@ def refused(text: str, *sets: str) -> RecipeError:
 
 """Every key of a recipe with a value other than its default, except `LEFT_OUT`."""
 
-LEFT_OUT = {"ModelSection.revision", "PpoSection.ema"}  # not beside the others
+LEFT_OUT = {"ModelSection.revision", "PpoSection.ema", "SftSection.from", "RewardSection.from"}
+"""Not beside the others."""
 
 
 def unset(section: BaseModel) -> set[str]:

@@ -153,11 +153,18 @@ def _listed(values: Any) -> str:
     return ", ".join(_flat(values) if isinstance(values, Mapping) else ()) or MISSING
 
 
+def _taken(adapter: Mapping[str, Any]) -> str:
+    name, sha = code(at(adapter, "adapter")), code(at(adapter, "sha256"))
+    return f"Not trained in this run: the author's adapter {name} (sha256 {sha}) was used as it is."
+
+
 def sft(facts: Facts) -> str:
     """Describe the supervised stage."""
     get = facts.get("stages.sft", {}).get
     if not get("status"):
         return "The record has no SFT stage."
+    if taken := get("from"):
+        return _taken(taken)
     return bullets(
         [
             f"Steps: {number(get('steps'))}",
@@ -175,8 +182,9 @@ def reward(facts: Facts) -> str:
         return "The record has no reward-model stage, so its accuracy is unknown."
     if stage.get("skipped"):
         return f"There is none: {cell(stage['skipped'])}."
-    passed = "passed" if stage.get("gate") == "passed" else MISSING
+    passed = stage["gate"] if stage.get("gate") in ("passed", "not judged") else MISSING
     items = [
+        *([_taken(stage["from"])] if stage.get("from") else []),
         f"Held-out accuracy: {interval(stage.get('accuracy'))}",
         "Accuracy of always preferring the longer answer: "
         f"{interval(stage.get('accuracy_length_baseline'))}",

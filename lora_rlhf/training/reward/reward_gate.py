@@ -10,6 +10,9 @@ from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.runs.progress import Progress
 from lora_rlhf.runs.record import Record
 
+UNKNOWN = "not judged"
+"""Verdict on a reward model of the user's own, for which there are no comparisons."""
+
 
 def check(recipe: Recipe, record: Record, progress: Progress) -> None:
     """Reject optimisation against a reward model that failed its gate.
@@ -19,6 +22,9 @@ def check(recipe: Recipe, record: Record, progress: Progress) -> None:
     """
     entry = record.data["stages"]["reward"]
     if entry["gate"] == "passed" or recipe.ppo.reward != "model":
+        return
+    if entry["gate"] == UNKNOWN:
+        progress.say("warning: the reward model was not judged: there are no comparisons")
         return
     if recipe.reward.gate == "stop":
         raise GateError(

@@ -44,30 +44,45 @@ _SEEDS = ("reward", "held_out", *MEMBERS[1:])
 def run(
     context: StageContext,
     args: Mapping[str, RewardConfig],
-    data: Prepared,
-    demonstrations: Dataset,
+    data: Prepared | None,
+    demonstrations: Dataset | None,
     held_out_data: Prepared | None = None,
 ) -> None:
     """Train the reward role (and a held-out one on other comparisons), fit its offset, judge it.
 
+    With `reward.from` that adapter is taken instead of training one.
+
     Args:
-        data: Comparisons: `prompt`, `chosen`, `rejected`, and `group` if prompts repeat.
-        demonstrations: Rows on which the offset gives mean score 0.
+        data: Comparisons: `prompt`, `chosen`, `rejected`, and `group` if prompts repeat. None: with
+            `reward.from`, which is not judged then.
+        demonstrations: Rows on which the offset gives mean score 0. None: with `reward.from`, which
+            keeps its offset.
         held_out_data: Other comparisons, for a reward model that only evaluates; it is judged on
             the held-out rows of `data`.
     """
     recipe, backbone, record, _ = context
     with record.stage("reward") as entry:
-        shown = _episodes(backbone, demonstrations)
+        shown = _episodes(backbone, demonstrations) if demonstrations is not None else []
+        if recipe.reward.start:
+            entry["from"] = context.take_adapter("reward", recipe.reward.start)
+        if data is None:
+            if shown:
+                fit_offset(backbone, shown, "reward")
+            entry |= {
+                "offset": backbone.reward_offset.get("reward", 0.0),
+                "offset_from": len(shown),
+            }
+            entry |= {"adapter_sha256": context.save_adapter("reward"), "gate": reward_gate.UNKNOWN}
+            return
         held_out = Comparisons.encode(backbone, data.held_out)
         members = ensemble.trained(recipe.reward)
-        trained = [_train(context, args[role], data, role) for role in members]
-        entry |= trained[0]
+        trained = [_train(context, args[r], data, r) for r in members if "from" not in entry]
+        entry |= trained[0] if trained else {}
         if len(members) > 1:
             entry["ensemble"] = _ensemble(recipe, backbone, shown, held_out, trained)
-        else:
+        elif shown:
             fit_offset(backbone, shown, "reward")
-        entry |= {"offset": backbone.reward_offset["reward"], "offset_from": len(shown)}
+        entry |= {"offset": backbone.reward_offset.get("reward", 0.0), "offset_from": len(shown)}
         rewards = ensemble.scores(backbone, held_out.episodes, recipe.reward).rewards
         entry |= report(held_out, rewards)
         if limit := ceiling(data.report.get("labeler_agreement")):

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`sft.from` and `reward.from`: adapters of one's own in place of the trainings."""
+
+import shutil
+from pathlib import Path
+
+import killed
+import pytest
+
+from lora_rlhf import pipeline
+from lora_rlhf.errors import AdapterError, RecipeError
+from lora_rlhf.recipe.loader import dump_recipe, load_recipe, parse_recipe
+from lora_rlhf.runs.disk import sha256
+
+
+@pytest.fixture
+def own(runs: killed.Runs, tmp_path: Path) -> Path:
+    """Plain PEFT folders: what this package adds to them is missing."""
+    for role in ("sft", "reward"):
+        folder = tmp_path / "own" / role
+        shutil.copytree(runs.before("ppo") / "adapters" / role, folder)
+        for extra in ("check.json", "reward.json", "README.md"):
+            (folder / extra).unlink(missing_ok=True)
+    return tmp_path / "own"
+
+
+def weights(folder: Path) -> str:
+    return sha256(folder / "adapter_model.safetensors")
+
+
+def sets(own: Path, *more: str) -> list[str]:
+    return [f"sft.from={own / 'sft'}", "sft.args={}", f"reward.from={own / 'reward'}",
+            "reward.args={}", "reward.held_out_model=false", *more]  # fmt: skip
+
+
+def test_both_are_used_as_they_are(runs: killed.Runs, own: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    made = runs.recipe("ppo", *sets(own, "data.comparisons=[]", "data.demonstrations=[]"))
+    assert pipeline.check(made, out) == []
+    record = pipeline.run(made, out, until="ppo")
+    for stage in ("sft", "reward"):
+        entry = record.data["stages"][stage]
+        assert entry["from"] == {"adapter": stage, "sha256": weights(own / stage)}
+        assert entry["adapter_sha256"] == weights(out / "adapters" / stage)
+        assert weights(own / stage) == weights(out / "adapters" / stage)
+    assert (entry["gate"], entry["offset"], entry["offset_from"]) == ("not judged", 0.0, 0)
+    assert not record.metrics("sft") and record.metrics("ppo")
+
+
+def test_a_reward_model_is_judged_where_there_is_data(runs: killed.Runs, own: Path, tmp_path: Path):
+    shutil.copytree(runs.before("reward"), tmp_path / "run")
+    options = sets(own)[2:]
+    record = pipeline.run(runs.recipe("ppo", *options), tmp_path / "run", until="reward")
+    entry = record.data["stages"]["reward"]
+    assert entry["gate"] in ("passed", "failed") and entry["accuracy"]["n"] > 0
+    assert entry["offset_from"] > 0 and "args" not in entry
+    trained = runs.recipe("ppo")
+    before = pipeline.Record.read(runs.before("ppo")).data["stages"]["reward"]
+    assert trained.reward.start is None
+    assert entry["accuracy"] == before["accuracy"] and entry["offset"] == before["offset"]
+
+
+def test_a_wrong_adapter_is_refused_before_anything(runs: killed.Runs, own: Path, tmp_path: Path):
+    options = sets(own, "lora.alpha=3")
+    errors = pipeline.check(runs.recipe("ppo", *options), tmp_path / "run")
+    assert [type(error) for error in errors] == [AdapterError, AdapterError]
+    with pytest.raises(AdapterError, match="lora_alpha"):
+        pipeline.run(runs.recipe("ppo", *options), tmp_path / "run")
+    gone = runs.recipe("ppo", f"sft.from={own / 'gone'}", "sft.args={}")
+    with pytest.raises(AdapterError, match="holds no adapter"):
+        pipeline.run(gone, tmp_path / "other")
+
+
+def test_the_folder_is_relative_to_the_recipe(tmp_path: Path):
+    text = "name: x\nmodel: {id: tiny}\nsft: {from: mine}\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    made = load_recipe(tmp_path)
+    assert made.sft.start == str(tmp_path / "mine")
+    assert parse_recipe(dump_recipe(made), "again") == made
+    for more in ("reward: {from: a, ensemble: 2}", "reward: {from: a, args: {seed: 1}}"):
+        with pytest.raises(RecipeError, match=r"reward\.from"):
+            parse_recipe(f"name: x\nmodel: {{id: tiny}}\n{more}\n", "x")
