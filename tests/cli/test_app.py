@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 import lora_rlhf
 from lora_rlhf import tiny
 from lora_rlhf.cli import app
+from lora_rlhf.data.closed_world import vocabulary
 from lora_rlhf.errors import GateError, LoraRlhfError, NonFiniteError
 from lora_rlhf.recipe import loader
 from lora_rlhf.reports import tables
@@ -448,6 +449,16 @@ def test_the_report_shows_every_metric_by_kind_and_the_kind_that_got_worse(finis
         assert "0.31" in rows["success, policy"] and "0.62" in rows["success, sft"]
         assert ("[0.20, 0.40]" in rows["success, policy"]) is not terminal
         assert "PPO is clearly worse than SFT on prompts of these kinds: json" in text
+
+
+def test_eight_kinds_fit_a_terminal():
+    own = {kind: {"kl": estimate(-0.123, -0.2, -0.1)} for kind in vocabulary.FAMILIES}
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=80, color_system=None)
+    tables._print_kinds(console, {"policy": ({"kl": estimate(-0.123, -0.2, -0.1)}, own)})
+    head, names, values = (line.split() for line in stream.getvalue().splitlines()[:3])
+    assert head[-2:] == ["not", "max"] and set(names) >= {"answer", "stated", "words", "benign"}
+    assert values == ["kl,", "policy", *["-0.12"] * 9]
 
 
 @pytest.mark.parametrize("width", [80, 120])
