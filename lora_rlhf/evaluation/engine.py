@@ -131,6 +131,14 @@ class Engine:
             answers.append(Answer(text, len(one.ids), finished))
         return answers
 
+    def too_long(self, target: Target, rows: Sequence[Row], suite: Suite) -> str | None:
+        """Say that an answer to the longest prompt would not fit the base's context."""
+        most = getattr(self.base.causal.config.get_text_config(), "max_position_embeddings", None)
+        longest = max(len(self.encode(target, row.prompt)) for row in rows) + suite.max_new_tokens
+        if most is None or longest <= most:
+            return None
+        return f"prompt and answer may have {longest:,} tokens, and its context holds {most:,}"
+
     def measure(self, target: Target, rows: Sequence[Row], suite: Suite) -> Cost:
         """Time answers one at a time, after one to warm up."""
         prompts = [self.encode(target, row.prompt) for row in rows[:TIMED]]

@@ -11,7 +11,7 @@ import json
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ class PromptSet:
     source: str  # file or Hub id
     licence: str
     sha256: str  # of the rows
+    clean: str = ""  # name of the set whose prompts were changed, see `stress`
 
 
 def load(
@@ -101,10 +102,11 @@ def load(
     if n is not None and n < len(rows):
         rows = [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), n))]
     source = f"{file.parent.name}/{file.name}" if file else str(hub)
-    return PromptSet(name, rows, source, _licence(file), _sha256(rows))
+    return PromptSet(name, rows, source, _licence(file), sha256_of(rows))
 
 
-def _sha256(rows: list[Row]) -> str:
+def sha256_of(rows: Sequence[Row]) -> str:
+    """Return the SHA-256 of the rows."""
     lines = "".join(json.dumps(asdict(row), sort_keys=True) + "\n" for row in rows)
     return hashlib.sha256(lines.encode()).hexdigest()
 
@@ -121,7 +123,7 @@ def _closed_world(name: str, n: int, seed: int) -> PromptSet:
         for item in generator.items(n, seed, "evaluate")
     ]
     return PromptSet(
-        name, rows, "generated: the packaged closed world", "apache-2.0", _sha256(rows)
+        name, rows, "generated: the packaged closed world", "apache-2.0", sha256_of(rows)
     )
 
 

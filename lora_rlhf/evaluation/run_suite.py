@@ -22,7 +22,7 @@ from lora_rlhf.runs.disk import write_atomically
 from lora_rlhf.runs.samples import prompt_text
 from lora_rlhf.runtime import environment, interrupts
 
-from . import prompt_sets, suite_tables
+from . import prompt_sets, stress, suite_tables
 from .engine import Answer, Engine
 from .judges import AT_RANDOM, Judge, JudgeSpec, Verdicts, describe
 from .metrics.metric import Metric
@@ -37,6 +37,9 @@ VERSION = 1
 
 _SAMPLES = 200
 """Rows of each set that the report shows."""
+
+_SAMPLES_CHANGED = 20
+"""Rows of each set of changed prompts that the report shows."""
 
 _LABELS = 60
 """Rows of each set that people are given for each reason; a judge needs 50 labels."""
@@ -179,8 +182,26 @@ def _load_sets(evaluation: Evaluation) -> list[tuple[SetSection, PromptSet]]:
                     where=str(evaluation.suite_file),
                     remedy="take the metric out, or give rows with that reference",
                 )
-        loaded.append((one, prompts))
+        loaded += [(one, prompts), *_changed(evaluation, one, prompts)]
     return loaded
+
+
+def _changed(
+    evaluation: Evaluation, one: SetSection, prompts: PromptSet
+) -> Iterator[tuple[SetSection, PromptSet]]:
+    """Make the sets of changed prompts, on which the same is measured."""
+    deaf = [name for name in one.metrics if not METRICS[name].reads_prompt]
+    if one.stress and deaf:
+        raise UsageError(
+            f"set {one.name}: {deaf[0]} reads no prompt, so no change of prompts can matter",
+            where=str(evaluation.suite_file),
+            remedy="take stress out of this set",
+        )
+    for kind in one.stress:
+        made = stress.changed(prompts, kind, evaluation.suite.seed)
+        own = [m.name for m in stress.METRICS if set(m.needs) <= set(made.rows[0].reference)]
+        update = {"name": made.name, "metrics": one.metrics + own, "win_rate": False, "stress": []}
+        yield one.model_copy(update=update), made
 
 
 def _beside(suite_file: Path, path: str | None) -> str | None:
@@ -203,8 +224,14 @@ def _of_target(
     """Sample the answers and compute the values of one target on one set, or take them kept."""
     interrupts.stop_if_requested()
     metrics = [METRICS[name] for name in one.metrics]
+    key, suite = (one.name, target.name), evaluation.suite
+    if prompts.clean and isinstance(engine, Engine):
+        if why := engine.too_long(target, prompts.rows, suite):
+            what = f"{target.name} on {one.name}"
+            evaluation.not_measured.append({"what": what, "why": why})
+            evaluation.values[key] = {m.name: [None] * len(prompts.rows) for m in metrics}
+            return
     sampled = one.win_rate or any(metric.score for metric in metrics)
-    suite = evaluation.suite
     identity = {
         "target": target.describe(),
         "base": engine.identity,
@@ -213,7 +240,6 @@ def _of_target(
     }
     path = evaluation.out / "answers" / f"{_digest([target.name, one.name])[:16]}.json"
     kept = _take(path, identity)
-    key = (one.name, target.name)
     if sampled:
         if "answers" not in kept:
             evaluation.say(f"{target.name} answers {len(prompts.rows)} prompts of {one.name}")
@@ -277,14 +303,21 @@ def _put(path: Path, identity: dict[str, Any], kept: dict[str, Any]) -> None:
 def _metric_tables(
     evaluation: Evaluation, one: SetSection, prompts: PromptSet
 ) -> list[dict[str, Any]]:
+    """Make the table of each metric; on changed prompts, with the change from the clean ones."""
+
+    def values(set_name: str, metric: str) -> dict[str, list[float | None]]:
+        each = {t.name: evaluation.values[set_name, t.name] for t in evaluation.targets}
+        return {name: known[metric] for name, known in each.items() if metric in known}
+
     return [
         suite_tables.metric_table(
             one.name,
             METRICS[name],
             prompts.rows,
-            {t.name: evaluation.values[one.name, t.name][name] for t in evaluation.targets},
+            values(one.name, name),
             evaluation.reference,
             evaluation.suite.seed,
+            values(prompts.clean, name) if prompts.clean else None,
         )
         for name in one.metrics
     ]
@@ -411,7 +444,8 @@ def _samples(evaluation: Evaluation, prompts: PromptSet) -> list[dict[str, Any]]
     rows = range(len(prompts.rows))
     least = {i: _least(evaluation, prompts.name, names, i) for i in rows}
     ranked = sorted((i for i in rows if least[i] is not None), key=lambda i: least[i] or 0.0)
-    worst = ranked[: _SAMPLES // 2]
+    most = _SAMPLES_CHANGED if prompts.clean else _SAMPLES
+    worst = ranked[: most // 2]
     chosen = [(i, "among the worst") for i in worst]
     chosen += [(i, "among the first") for i in rows if i not in set(worst)]
     return [
@@ -432,7 +466,7 @@ def _samples(evaluation: Evaluation, prompts: PromptSet) -> list[dict[str, Any]]
             },
             "why": why,
         }
-        for i, why in chosen[:_SAMPLES]
+        for i, why in chosen[:most]
     ]
 
 

@@ -15,6 +15,12 @@ from lora_rlhf.recipe.strict_yaml import parse_yaml
 _SHIPPED = Path(__file__).parent / "suites"
 
 
+Change = Literal[
+    "typos", "case", "white_space", "homoglyphs", "long_context", "injection", "repetition", "empty"
+]
+"""Changes of prompts; `stress` makes them."""
+
+
 class SetSection(Section):
     """A prompt set with what is measured on it."""
 
@@ -32,6 +38,13 @@ class SetSection(Section):
     """Metrics of each answer, or of log-probabilities."""
     win_rate: bool = False
     """Compare answers with those of the reference target, by every judge that can."""
+    stress: list[Change] = Field(default_factory=list)
+    """Changes of the prompts; every metric is measured on the changed prompts too."""
+
+    def rules(self) -> Rules:
+        """Changes are different, and there is something to measure under them."""
+        if len({*self.stress}) < len(self.stress) or (self.stress and not self.metrics):
+            yield f"set {self.name}: stress needs metrics, and names each change once", "stress"
 
 
 class Suite(Section):

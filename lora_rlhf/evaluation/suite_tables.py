@@ -13,6 +13,7 @@ from lora_rlhf.estimates import Estimate
 from .judges import KINDS, Verdicts
 from .metrics.metric import Metric
 from .prompt_sets import Row
+from .stress import EMPTY
 
 Values = Mapping[str, Sequence[float | None]]
 """Target -> value of each row; None where the metric does not apply or is undecided."""
@@ -24,9 +25,20 @@ _POWER = 2.8 / 3.92
 
 
 def metric_table(
-    set_name: str, metric: Metric, rows: Sequence[Row], values: Values, reference: str, seed: int
+    set_name: str,
+    metric: Metric,
+    rows: Sequence[Row],
+    values: Values,
+    reference: str,
+    seed: int,
+    clean: Values | None = None,
 ) -> dict[str, Any]:
-    """Make the table of a metric: every target, and every target less the reference."""
+    """Make the table of a metric: every target, and every target less the reference.
+
+    Args:
+        clean: Values on the clean prompts, if these are changed ones: every target also gets the
+            difference, paired by prompt (`from_clean`).
+    """
 
     def differences(only: Sequence[int], resamples: int) -> dict[str, Estimate | None]:
         return {
@@ -38,7 +50,7 @@ def metric_table(
     every = differences(range(len(rows)), _RESAMPLES)
     kinds = kinds_of(rows)
     by_kind = {kind: differences(only, _RESAMPLES_OF_A_KIND) for kind, only in kinds.items()}
-    return {
+    table = {
         "set": set_name,
         "metric": metric.name,
         "meaning": metric.meaning,
@@ -58,6 +70,13 @@ def metric_table(
             for name, estimate in every.items()
         ],
     }
+    if clean:
+        whole = range(len(rows))
+        table["from_clean"] = {
+            name: _difference(values[name], clean[name], whole, seed, _RESAMPLES, metric.scale)
+            for name in clean
+        }
+    return table
 
 
 def win_rate_tables(
@@ -233,8 +252,10 @@ def sentences(
         keys = ("set", "metric", "judge")
         [table] = [t for t in tables if all(t[key] == head[key] for key in keys)]
         verdict += _of_win_rate(table) if table["metric"] == "win_rate" else _of_metric(table)
-    verdict += _worse(tables, head)
+    verdict += _worse([t for t in tables if "from_clean" not in t], head)
+    verdict += _under_stress(tables)
     looked = sum(1 + len(row["by_kind"]) for table in tables for row in table["differences"])
+    looked += sum(len(table.get("from_clean", ())) for table in tables)
     if looked > 1:
         verdict.append(
             f"{looked} differences were looked at, kinds of prompt included: about "
@@ -332,3 +353,17 @@ def _worse(tables: Sequence[dict[str, Any]], head: dict[str, Any] | None) -> lis
         if who in by_kind:
             out.append(f"{who} on some kinds of prompt: {'; '.join(by_kind[who])}.")
     return out
+
+
+def _under_stress(tables: Sequence[dict[str, Any]]) -> list[str]:
+    """List what of a target is clearly worse on changed prompts; empty ones must be worse."""
+    gaps: dict[str, list[str]] = {}
+    for table in tables:
+        for name, estimated in table.get("from_clean", {}).items():
+            wanted = not table["set"].endswith(f" under {EMPTY}")
+            if wanted and estimated and _sign(estimated, table["better"]) < 0:
+                gaps.setdefault(name, []).append(_gap(table, estimated))
+    return [
+        f"{name} is worse on changed prompts than on the same ones unchanged: {'; '.join(each)}."
+        for name, each in gaps.items()
+    ]

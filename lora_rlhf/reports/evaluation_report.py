@@ -61,6 +61,8 @@ class Table(Part):
     estimates: Estimates
     by_kind: dict[str, Estimates]
     differences: list[Difference]
+    from_clean: Estimates = Field(default_factory=dict)
+    """On changed prompts: the difference from the clean ones, paired by prompt."""
 
 
 class Suite(Part):
@@ -179,7 +181,9 @@ class Report(Part):
         """Yield each kind of name, its list, and the names that the rest of the report uses."""
         used = {*self.costs} | {name for sample in self.samples for name in sample.answers}
         for table in self.tables:
-            used |= {*table.estimates} | {n for d in table.differences for n in (d.a, d.b)}
+            used |= {*table.estimates, *table.from_clean} | {
+                n for d in table.differences for n in (d.a, d.b)
+            }
             used |= {name for row in table.by_kind.values() for name in row}
         yield "the target", {target.name for target in self.targets}, used
         placed: list[Table | Sample] = [*self.tables, *self.samples]

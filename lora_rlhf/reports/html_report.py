@@ -111,9 +111,16 @@ def _view(number: int, table: Table, names: Sequence[str]) -> dict[str, Any]:
         "table": table,
         "models": [(name, table.estimates.get(name), "") for name in names],
         "differences": [(f"{d.a} − {d.b}", d.estimate, text) for d, text in pairs],
+        "from_clean": [_from_clean(*item, table.better) for item in table.from_clean.items()],
         "kinds": [row(kind) for kind in kinds],
         "shown": [f"{text} than {d.b}" for d, text in pairs if text.startswith(f"{d.a} is")],
     }
+
+
+def _from_clean(name: str, estimate: Interval | None, better: str) -> tuple[str, Any, str]:
+    """Return the row of a model's change from the clean prompts."""
+    change = Difference(a=name, b="clean", estimate=estimate, by_kind={})
+    return f"{name}: changed − clean", estimate, reading(change, better)
 
 
 def _headline(report: Report) -> Table | None:

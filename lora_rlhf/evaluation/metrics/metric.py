@@ -45,3 +45,4 @@ class Metric:
     scale: float = 1  # 1000: printed per 1,000 prompts
     needs: tuple[str, ...] = ()  # keys of Row.reference
     source: str = ""  # paper and equation
+    reads_prompt: bool = True  # False: it asks for texts of the reference alone

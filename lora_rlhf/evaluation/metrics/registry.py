@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from lora_rlhf.evaluation import stress
+
 from . import bias, closed_world, tasks, truth
 from .metric import Metric
 
 METRICS: dict[str, Metric] = {
     metric.name: metric
-    for metric in (*closed_world.METRICS, *truth.METRICS, *tasks.METRICS, *bias.METRICS)
+    for module in (closed_world, truth, tasks, bias, stress)
+    for metric in module.METRICS
 }
