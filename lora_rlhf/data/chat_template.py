@@ -189,6 +189,8 @@ def note(tokenizer: Any) -> str | None:
     """Return a note for the record: the template could not be tried, or rewrites earlier turns."""
     notes = [prefix_note(tokenizer)]
     for template, tokens in _templates(tokenizer):
+        if "strftime_now" in template:
+            notes.append("the chat template writes the date, so prompts change from day to day")
         try:
             _try(template, tokens)
         except _UntriedError as error:

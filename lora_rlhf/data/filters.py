@@ -232,6 +232,11 @@ def expand(kept: FilteredSet, examples: list[Example]) -> list[dict[str, Any]]:
     return rows
 
 
+def _by_assistant(row: dict[str, Any]) -> bool:
+    answers = (row[k] for k in ("completion", "chosen", "rejected") if k in row)
+    return all(isinstance(a, str) or (a and a[-1]["role"] == "assistant") for a in answers)
+
+
 def _one_turn(row: dict[str, Any]) -> bool:
     answers = (row["chosen"], row["rejected"])
     return all(isinstance(answer, str) or len(answer) == 1 for answer in answers)
@@ -252,6 +257,8 @@ def drop_useless(kept: FilteredSet) -> None:
         return bool(last and first_turn(prompt).strip() and text_of(prompt).strip())
 
     rows = kept.filter("no prompt, or none that ends with a question", rows, asks)
+    if comparing or kept.name == "demonstrations":
+        rows = kept.filter("answers of another role than the assistant", rows, _by_assistant)
     if kept.name == "demonstrations":
         empty = "empty completion"
         rows = kept.filter(empty, rows, lambda r: bool(text_of(r["completion"]).strip()))

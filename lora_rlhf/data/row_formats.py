@@ -78,6 +78,7 @@ _RENDERED = re.compile(
 )
 """The beginning of a conversation that was written as one text in the form of some template."""
 
+_ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "</s>", "<eos>")
 _NOT_TRAINED = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking",
                 "images", "image", "audio")  # fmt: skip
 """Keys of a turn whose content no stage would see."""
@@ -128,7 +129,8 @@ def examples(
             column that is not read looks needed; prompts are conversations written as one text.
         TokenizerError: The rows hold messages, but there is no chat template.
     """
-    rows = [(where, _unfolded(row, notes)) for where, row in rows]
+    ignored = set(source.ignore) if source is not None else set()
+    rows = [(where, _unfolded(row, ignored, notes)) for where, row in rows]
     present = {key for _, row in rows for key, value in row.items() if value is not None}
     layout = next((one for one in LAYOUTS[name] if present.issuperset(one)), None)
     if layout is None:
@@ -148,8 +150,9 @@ def examples(
             parsed.append(None)
     _skip(bad, skips, len(rows), layout, name)
     if source is not None and name != "text":
-        _check_rendered(rows, parsed, chat)
-        _take_off_prompts(parsed, notes)
+        if chat:
+            _check_rendered(rows, parsed)
+        _take_off(parsed, notes)
     fitting = [(where, one) for (where, _), one in zip(rows, parsed, strict=True) if one]
     for where, example in fitting:
         _as_chat(example, notes) if chat else _as_text(example, where)
@@ -179,12 +182,12 @@ def _skip(
     )
 
 
-def _check_rendered(rows: list[Row], parsed: list[Example | None], chat: bool) -> None:
+def _check_rendered(rows: list[Row], parsed: list[Example | None]) -> None:
     """Refuse prompts that are conversations in the form of some template, written as one text."""
     rendered = [
         (where, example.prompt)
         for (where, _), example in zip(rows, parsed, strict=True)
-        if chat and example and isinstance(example.prompt, str)
+        if example and isinstance(example.prompt, str)
         if _RENDERED.match(example.prompt) and not transcript(example.prompt)
     ]
     if 2 * len(rendered) > len(rows):
@@ -196,6 +199,12 @@ def _check_rendered(rows: list[Row], parsed: list[Example | None], chat: bool) -
             "template writes the turns",
             remedy="write the turns as `messages`, or use a base without a chat template",
         )
+
+
+def _take_off(parsed: list[Example | None], notes: Counter[str]) -> None:
+    """Take off answers what frames them: the prompt before, a token of some template after."""
+    _take_off_prompts(parsed, notes)
+    _take_off_ends(parsed, notes)
 
 
 def _take_off_prompts(parsed: list[Example | None], notes: Counter[str]) -> None:
@@ -219,6 +228,26 @@ def _take_off_prompts(parsed: list[Example | None], notes: Counter[str]) -> None
         one.answers = [answer if rest is None else rest for rest, answer in pairs]
     if repeated:
         notes["answers began with their prompt, which was taken off them"] += len(repeated)
+
+
+def _take_off_ends(parsed: list[Example | None], notes: Counter[str]) -> None:
+    """Take a token with which some base ends a turn off the answers, if most end with it."""
+    given = [one for one in parsed if one and one.answers]
+    for token in _ENDS:
+        ended = [one for one in given if all(_last(a).endswith(token) for a in one.answers)]
+        if 2 * len(ended) > len(given):
+            for one in ended:
+                one.answers = [
+                    answer.rstrip().removesuffix(token)
+                    if isinstance(answer, str)
+                    else [*answer[:-1], {**answer[-1], "content": _last(answer)[: -len(token)]}]
+                    for answer in one.answers
+                ]
+            notes[f"answers ended with {token}, which was taken off them"] += len(ended)
+
+
+def _last(answer: Turns) -> str:
+    return (answer if isinstance(answer, str) else answer[-1]["content"]).rstrip()
 
 
 def _rest(prompt: Turns, answer: Turns) -> Turns | None:
@@ -253,13 +282,14 @@ def text_of(turns: Turns) -> str:
     return turns if isinstance(turns, str) else "\n".join(turn["content"] for turn in turns)
 
 
-def _unfolded(row: dict[str, Any], notes: Counter[str]) -> dict[str, Any]:
+def _unfolded(row: dict[str, Any], ignored: set[str], notes: Counter[str]) -> dict[str, Any]:
     """Read lists that a cell holds as text, and ShareGPT's turns of `from` and `value`.
 
     TRL's `maybe_convert_to_chatml` would keep the roles `human` and `gpt`, and load torch.
     """
-    converted, sharegpt, serialised = dict(row), False, False
-    if "conversations" in row:
+    converted = {key: value for key, value in row.items() if key not in ignored}
+    sharegpt = serialised = False
+    if "conversations" in converted:
         converted.setdefault("prompt" if "chosen" in row else "messages", row["conversations"])
     for column in (*_MESSAGES, "completions", "ranks", "scores"):
         turns = converted.get(column)

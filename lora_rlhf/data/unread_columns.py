@@ -27,7 +27,8 @@ _NO_COLUMN = ("tools", "functions", "tool_calls", "images", "image", "thinking",
 _JUDGES = frozenset(
     "label labels score scores rating ratings reward rewards grade grades stars vote votes upvotes "
     "downvotes likes dislikes thumb thumbs correct quality preference preferred winner verdict "
-    "accepted approved rank ranks ranking toxic toxicity safe harmful".split()
+    "accepted approved rank ranks ranking toxic toxicity safe harmful helpful helpfulness "
+    "correctness coherence honesty harmlessness".split()
 )
 _ANSWERS = ("completion", "messages", "chosen", "rejected", "completions")
 _LABELS = {"true": True, "false": False, "1": True, "0": False, "-1": False, "1.0": True,
@@ -45,12 +46,12 @@ def check(rows: list[Row], layout: tuple[str, ...], name: str, source: DataSourc
     Raises:
         DataError: One of them looks needed, judges the answers, or contradicts the layout.
     """
-    read = {*layout, *source.ignore, "labeler", "item", "system"}
+    read = {*layout, "labeler", "item", "system"}
     if layout != ("messages",):
         read |= {"input"}
     if "chosen" in layout:
         read |= {"prompt", "margin"}
-    if "label" in source.columns:
+    if "label" in source.columns and name == "demonstrations":
         read.add("label")
     values: dict[str, list[Any]] = {}
     for _, row in rows:
@@ -60,7 +61,7 @@ def check(rows: list[Row], layout: tuple[str, ...], name: str, source: DataSourc
     for column, given in values.items():
         _check_part(rows, column, given, layout, source)
         if name in ("demonstrations", "comparisons") and column not in _ANSWERS:
-            _check_judgement(rows, column, given, source)
+            _check_judgement(rows, column, given, name, source)
     theirs = source.columns.get("ranks", "")
     if "ranks" in layout and _words(theirs) & _JUDGES - {"rank", "ranks", "ranking"}:
         raise DataError(
@@ -103,7 +104,9 @@ def _check_part(
     )
 
 
-def _check_judgement(rows: list[Row], column: str, given: list[Any], source: DataSource) -> None:
+def _check_judgement(
+    rows: list[Row], column: str, given: list[Any], name: str, source: DataSource
+) -> None:
     """Refuse to leave out a column that says how good the answers are."""
     if not _words(column) & _JUDGES:
         return
@@ -113,8 +116,10 @@ def _check_judgement(rows: list[Row], column: str, given: list[Any], source: Dat
     kinds = Counter(excerpt(value, 30) for value in given)
     if len(kinds) == 1 and label(given[0]) is not False:
         return  # it judges no row apart from the others
-    remedy = "leave in the file what the model should learn"
-    if all(label(value) is not None for value in given):
+    remedy = "leave in the file what the model should learn, such as the answers judged good"
+    if name == "comparisons":
+        remedy = "give the better answer as `chosen`, and leave out pairs that should not count"
+    if name == "demonstrations" and all(label(value) is not None for value in given):
         remedy = f"{_mapping(source, 'label', column)} trains on the answers judged good only"
     shown = ", ".join(f"{value}: {n}" for value, n in kinds.most_common(3))
     raise DataError(

@@ -41,6 +41,7 @@ def test_useless_rows_are_dropped_and_counted(tmp_path, plain):
         "chosen equal to rejected": 1,
         "answers that part before their last turn": 0,
         "no prompt, or none that ends with a question": 1,
+        "answers of another role than the assistant": 0,
         "empty chosen or rejected": 2,
         "duplicate": 1,
         "labelled both ways": 2,

@@ -81,6 +81,23 @@ def test_a_conversation_rendered_as_one_text_is_refused(tmp_path, chat, plain, t
         assert len(all_rows(demonstrations(tmp_path, plain, rows))) == N
 
 
+@pytest.mark.parametrize("templated", [True, False])
+def test_an_end_of_turn_that_most_answers_hold_as_text_is_taken_off(
+    tmp_path, chat, plain, templated
+):
+    rows = [{"prompt": f"q{i}", "completion": f"a{i}<|eot_id|>\n"} for i in range(N)]
+    rows.append({"prompt": "how do turns end?", "completion": "With </s>"})
+    prepared = demonstrations(tmp_path, chat if templated else plain, rows)
+    for row in all_rows(prepared):
+        text = row["completion"][0]["content"] if templated else row["completion"]
+        assert (
+            text == f"a{row['prompt'][0]['content'][1:] if templated else row['prompt'][1:]}"
+            or (text == "With </s>")
+        )
+    note = f"answers ended with <|eot_id|>, which was taken off them ({N} rows)"
+    assert note in prepared.report["notes"]
+
+
 @pytest.mark.parametrize("delimiter", [";", "|", "\t"])
 def test_a_csv_may_part_its_columns_otherwise(tmp_path, plain, delimiter):
     lines = [delimiter.join(("prompt", "completion"))]

@@ -88,6 +88,25 @@ def test_thumbs_are_used_or_left_out_on_purpose(tmp_path, plain):
         prepare(tmp_path, plain, rows, columns={"label": "label"})
 
 
+def test_an_ignored_column_is_not_read(tmp_path, plain):
+    rows = with_column("input", ["more"])
+    assert prepare(tmp_path, plain, rows).train[0]["prompt"].endswith("\n\nmore")
+    row = prepare(tmp_path, plain, rows, ignore=["input"]).train[0]
+    assert "more" not in row["prompt"]
+
+
+def test_a_label_cannot_judge_pairs(tmp_path, plain):
+    rows = with_column("label", [True, False], PREFS)
+    with pytest.raises(DataError, match="judges the answers") as caught:
+        prepare(tmp_path, plain, rows, "comparisons", columns={"label": "label"})
+    assert "columns: {" not in caught.value.remedy
+
+
+def test_an_answer_by_the_user_is_no_answer(tmp_path, chat):
+    rows = [*PAIRS, {"prompt": "q", "completion": user("a")}]
+    assert "left out: 1 answers of another role" in prepare(tmp_path, chat, rows).lines[0]
+
+
 @pytest.mark.parametrize("column", ["rating", "qualityScore", "is_correct", "upvotes"])
 def test_a_column_that_judges_the_answers_stops(tmp_path, plain, column):
     with pytest.raises(DataError, match=f"'{column}' is not read, and judges"):
