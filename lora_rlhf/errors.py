@@ -33,7 +33,7 @@ do, as an instruction:
 
 from __future__ import annotations
 
-from lora_rlhf.redaction import safe
+from lora_rlhf.redaction import printable, safe
 
 INTERRUPTED = {"SIGHUP": 129, "SIGINT": 130, "SIGTERM": 143}
 """Exit codes of an interrupted run, as a shell reports them (128 + signal number)."""
@@ -48,7 +48,7 @@ def first_line(error: BaseException) -> str:
 class LoraRlhfError(Exception):
     """Base of all errors that a user can fix; the CLI prints them without a traceback.
 
-    Secrets and home folders are masked in the message.
+    Secrets and home folders are masked in the message, and control characters are escaped.
 
     Args:
         given: The problem, with the offending value.
@@ -62,7 +62,8 @@ class LoraRlhfError(Exception):
     def __init__(
         self, given: str, *, expected: str = "", remedy: str = "", where: str = ""
     ) -> None:
-        given, expected, remedy, where = map(safe, (given, expected, remedy, where))
+        texts = (given, expected, remedy, where)
+        given, expected, remedy, where = (printable(safe(text)) for text in texts)
         self.given, self.expected, self.remedy, self.where = given, expected, remedy, where
         lines = [f"{where}: {given}" if where else given]
         if expected:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mask secrets by their shape or their key, and home folders, which name a person."""
+"""Mask secrets by their shape or their key, and home folders; escape what a terminal would obey."""
 
 from __future__ import annotations
 
@@ -82,6 +82,16 @@ def _masked(value: Any, known: _Known, key: str | None) -> Any:
         return HIDDEN if value and secret else _without_secrets(value, known)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return HIDDEN if number and secret and _NUMBER_TOO.search(key or "") else value
+
+
+_OBEYED = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def printable(text: str) -> str:
+    """Escape characters that a terminal would obey: controls, directions, halves of a surrogate."""
+    return _OBEYED.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def count_secrets(text: str) -> Counter[str]:

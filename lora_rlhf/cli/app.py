@@ -79,7 +79,7 @@ def _version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
 
-        typer.echo(f"lora-rlhf {version('lora-rlhf')}")
+        shell.echo(f"lora-rlhf {version('lora-rlhf')}")
         raise typer.Exit
 
 
@@ -149,10 +149,10 @@ def _train(
     options = {"until": until, "start_from": start_from, "warm_start": warm_start}
     if dry_run:
         if wrong := pipeline.check(recipe, out, progress=progress, **options):
-            typer.echo("\n".join(map(str, wrong)), err=True)
+            shell.echo("\n".join(map(str, wrong)), err=True)
             raise typer.Exit(wrong[0].exit_code)
-        typer.echo(dump_recipe(recipe), nl=False)
-        typer.echo(f"OK: nothing stands in the way of `{verb}` in {out}", err=True)
+        shell.echo(dump_recipe(recipe), nl=False)
+        shell.echo(f"OK: nothing stands in the way of `{verb}` in {out}", err=True)
         return
     try:
         record = pipeline.run(recipe, out, progress=progress, **options)
@@ -232,12 +232,12 @@ def _plan_verb(
 
     recipe = load_recipe(path, overrides)
     if (run := _run_of(path)) is not None:
-        typer.echo(f"{run} is a run: this plans the recipe that it has", err=True)
+        shell.echo(f"{run} is a run: this plans the recipe that it has", err=True)
     shell.room("pipeline")
     from lora_rlhf.planning import plan_report
 
     report = plan_report.report(recipe, path if path.is_dir() else path.parent, gpu, probe=probe)
-    typer.echo(report.as_json() if as_json else report.as_text())
+    shell.echo(report.as_json() if as_json else report.as_text())
     if gpu is not None and not report.fits:
         raise typer.Exit(SetupError.exit_code)
 
@@ -314,9 +314,9 @@ def _evaluate_verb(
         load_in_4bit=load_in_4bit,
         few_shot=few_shot,
         price_per_hour=price_per_hour,
-        say=functools.partial(typer.echo, err=True),
+        say=functools.partial(shell.echo, err=True),
     )
-    typer.echo("\n".join(evaluate_targets.summary(folder)))
+    shell.echo("\n".join(evaluate_targets.summary(folder)))
 
 
 def _is_recipe(path: Path, out: Path | None) -> bool:
@@ -344,7 +344,7 @@ def _judge_verb(
     """
     evaluate_targets = shell.room("evaluation.evaluate_targets")
     for line in evaluate_targets.check_judge(judge, against, out, n=n, seed=seed, base=base):
-        typer.echo(line)
+        shell.echo(line)
 
 
 # --- verbs over runs -----------------------------------------------------------------------------
@@ -366,10 +366,10 @@ def _card_verb(
     from lora_rlhf.runs.record import Record
 
     if role is not None:
-        typer.echo(model_card.render(Record.read(run), role), nl=False)
+        shell.echo(model_card.render(Record.read(run), role), nl=False)
         return
     for path in model_card.rewrite(run):
-        typer.echo(path)
+        shell.echo(path)
 
 
 @_command("report")
@@ -385,12 +385,12 @@ def _report_verb(
 
     page = folder / html_report.NAME
     html_report.write(evaluation_report.read(folder), page)
-    typer.echo(page)
+    shell.echo(page)
     if show:
         import webbrowser
 
         if not webbrowser.open(page.resolve().as_uri()):
-            typer.echo("no browser was found: open the file yourself", err=True)
+            shell.echo("no browser was found: open the file yourself", err=True)
 
 
 @_command("doctor")
@@ -405,7 +405,7 @@ def _doctor_verb(run: RunPath, as_json: Json = False) -> None:
     record = Record.read(run)
     findings = doctor.examine(record)
     if as_json:
-        typer.echo(doctor.as_json(record, findings))
+        shell.echo(doctor.as_json(record, findings))
     else:
         doctor.show(record, findings)
 
@@ -445,9 +445,9 @@ def _push_verb(
 
 def _say_pushed(role: str, result: dict[str, Any]) -> None:
     seen = "private" if result["private"] else "public"
-    typer.echo(f"{role:6s} {result['url']} ({seen}, commit {result['commit']})")
+    shell.echo(f"{role:6s} {result['url']} ({seen}, commit {result['commit']})")
     for note in result["notes"]:
-        typer.echo(f"note: {note}", err=True)
+        shell.echo(f"note: {note}", err=True)
 
 
 @_command("generate")
@@ -503,9 +503,9 @@ def _compare_verb(
         from lora_rlhf.reports import plots
 
         plots.comparison(report, plot)
-        typer.echo(f"plot: {plot}", err=True)
+        shell.echo(f"plot: {plot}", err=True)
     if as_json:
-        typer.echo(json.dumps(finite(report), indent=1))
+        shell.echo(json.dumps(finite(report), indent=1))
     else:
         from lora_rlhf.reports import tables
 
@@ -523,4 +523,4 @@ def _env_verb() -> None:
     with shell.loading():
         facts = environment.describe()
     for name, value in facts.items():
-        typer.echo(f"{name:16s} {value}")
+        shell.echo(f"{name:16s} {value}")

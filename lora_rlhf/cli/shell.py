@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import typer
 
 from lora_rlhf.errors import INTERRUPTED, LoraRlhfError, MemoryLimitError, first_line
-from lora_rlhf.redaction import safe
+from lora_rlhf.redaction import printable, safe
 from lora_rlhf.runtime import interrupts
 
 
@@ -89,12 +89,17 @@ def _lasting_streams() -> Iterator[None]:
         sys.stdout, sys.stderr = out, err
 
 
+def echo(text: object = "", *, err: bool = False, nl: bool = True) -> None:
+    """Print a text in which no character is one that a terminal obeys."""
+    typer.echo(printable(str(text)), err=err, nl=nl)
+
+
 def _fail(debug: bool, message: str, code: int) -> NoReturn:
     if debug:
         import traceback
 
-        typer.echo(safe(traceback.format_exc()), err=True, nl=False)
-    typer.echo(safe(message), err=True)
+        echo(safe(traceback.format_exc()), err=True, nl=False)
+    echo(safe(message), err=True)
     raise typer.Exit(code) from None
 
 

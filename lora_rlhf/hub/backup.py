@@ -414,12 +414,12 @@ def _read_index(folder: Path, repo_id: str) -> dict[str, Any] | None:
         index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if index["schema"] != SCHEMA:
             raise ValueError(f"schema {index['schema']!r}, this version reads {SCHEMA}")
-        names = [*index["files"], *index["hidden"], *index.setdefault("sealed", [])]
+        names = [*dict(index["files"]), *index["hidden"], *index.setdefault("sealed", [])]
         if wrong := [n for n in names if ".." in n.split("/") or Path(n).is_absolute()]:
             raise ValueError(f"it names {wrong[0]}")
         index["run"]["started"]
         index["progress"] = [int(n) for n in index.get("progress", ())]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(repo_id, f"{INDEX} cannot be read: {error}") from None
     return index
 

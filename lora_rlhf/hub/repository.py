@@ -41,6 +41,8 @@ _LICENCE_SECONDS = 10.0
 _SILENCE_SECONDS = 60.0  # huggingface_hub sets no timeout: a dead connection would block for good
 # 409, 412: somebody else committed meanwhile; a retry builds on that commit, if allowed.
 _TRANSIENT = frozenset({408, 409, 412, 425, 429, 500, 502, 503, 504})
+_NONSENSE = (AttributeError, LookupError, TypeError)
+"""What huggingface_hub raises for an answer that is not one of the Hub."""
 # The base class of connection errors and time-outs, whichever HTTP library huggingface_hub uses.
 _TRANSPORT: type[Exception] = HfHubHTTPError.__mro__[1]
 
@@ -58,11 +60,11 @@ def base_licence(model: dict[str, Any], token: str | None = None) -> str | None:
         info = HfApi(token=token).model_info(
             str(model["id"]), revision=model.get("revision"), timeout=_LICENCE_SECONDS
         )
-    except (HFValidationError, _TRANSPORT, OSError):
+        card: Any = info.card_data or {}
+        licence = card.get("license")
+        licence = card.get("license_name") or licence if licence == "other" else licence
+    except (*_NONSENSE, _TRANSPORT, OSError, ValueError):
         return None  # only the card needs it, and can say "not recorded"
-    card: Any = info.card_data or {}
-    licence = card.get("license")
-    licence = card.get("license_name") or licence if licence == "other" else licence
     return licence if isinstance(licence, str) else None
 
 
@@ -140,7 +142,10 @@ class Repository:
         Raises:
             HubError: The token is not valid, or lacks write access.
         """
-        me = self.call(self.api.whoami)
+        self.call(self._check_access)
+
+    def _check_access(self) -> None:
+        me = self.api.whoami()
         namespace = self.repo_id.split("/")[0]
         orgs = {org["name"]: org.get("roleInOrg") for org in me.get("orgs", [])}
         if namespace != me.get("name") and namespace not in orgs:
@@ -271,6 +276,14 @@ class Repository:
                 if pause is None:
                     raise self._failed(error) from None
                 pause = _retry_after(error, pause)
+            except _NONSENSE as error:
+                raise HubError(
+                    f"{self.operation} to {self.repo_id} failed: the answer of "
+                    f"{self.api.endpoint:.80} is not one of the Hub ({error!r:.120})",
+                    expected="the Hub, or a mirror of it",
+                    remedy="check HF_ENDPOINT and the network's proxy, then run "
+                    f"`{self.again}` again",
+                ) from error
             interrupts.sleep(pause)
 
     def _failed(self, error: Exception) -> HubError:

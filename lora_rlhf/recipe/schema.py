@@ -34,6 +34,10 @@ Rules = Iterator[tuple[str, *tuple[str, ...]]]
 points to the first that the recipe has."""
 
 
+SEEDS = 2**32 - 1000
+"""Seeds below it can be used: NumPy's end at 2**32, and each role adds a number of its own."""
+
+
 class Section(BaseModel):
     """Base of all sections; unknown keys and wrong types are errors."""
 
@@ -524,7 +528,7 @@ class Recipe(Section):
 
     name: str = Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]*$")
     """Default name of the run directory."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=SEEDS)
     """Random seed for the whole run."""
     threads: int | None = Field(None, ge=1)
     """torch threads on a CPU."""

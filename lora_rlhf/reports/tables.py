@@ -14,7 +14,7 @@ from rich.text import Text
 
 from lora_rlhf.estimates import Estimate
 from lora_rlhf.recipe.stage_keys import ALGORITHMS, stage_names
-from lora_rlhf.redaction import safe
+from lora_rlhf.redaction import printable, safe
 from lora_rlhf.runs.metric_names import DIFFERENCES, METRICS
 from lora_rlhf.runs.progress import clock
 from lora_rlhf.runs.record import Record
@@ -177,12 +177,7 @@ def show_answers(answers: Sequence[dict[str, Any]], console: Console | None = No
 
 def say(console: Console, text: str) -> None:
     """Print one line without markup or wrapping, so that paths can be copied."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def printable(text: str) -> str:
-    """Escape the control characters of a model's text, so that a terminal does not obey them."""
-    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+    console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def aligned(header: Sequence[str], table: Sequence[Sequence[str]]) -> Iterator[str]:

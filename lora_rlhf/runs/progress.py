@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.text import Text
 
 from lora_rlhf.recipe.stage_keys import stage_of
-from lora_rlhf.redaction import safe
+from lora_rlhf.redaction import printable, safe
 
 _ROLLOUTS = ("reward/score", "kl/sequence", "rewards/gold", "completions/length")
 _PAIRS = ("loss", "accuracy", "margin")
@@ -52,7 +52,7 @@ class Progress:
     def say(self, text: str) -> None:
         """Print a permanent line."""
         if not self.quiet:
-            self.console.print(safe(text), highlight=False, markup=False)
+            self.console.print(printable(safe(text)), highlight=False, markup=False)
 
     def begin(self, stage: str, total: int, first: int = 0) -> None:
         """Start a training of `total` steps, of which `first` are done already."""

@@ -13,6 +13,7 @@ from lora_rlhf.data.filters import breaker
 from lora_rlhf.errors import UsageError
 from lora_rlhf.models import adapters
 from lora_rlhf.models.backbone import Backbone
+from lora_rlhf.recipe.schema import SEEDS
 from lora_rlhf.runs.record import Record
 from lora_rlhf.runtime import quiet
 from lora_rlhf.training import sft
@@ -61,7 +62,19 @@ def generate(
     Returns:
         For each model of the run a dict with `model`, `text`, `tokens`, and `reward` if there is a
         reward model.
+
+    Raises:
+        UsageError: The folder is no run, or the text or the seed cannot be used.
     """
+    if not 0 <= seed < SEEDS:
+        raise UsageError(f"seed {seed}", expected=f"0 to {SEEDS - 1}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"the prompt is not valid Unicode: half of a surrogate pair at {error.start}",
+            remedy="give the text in UTF-8",
+        ) from None
     backbone, record = load(folder)
     recipe = record.recipe()
     text = breaker(backbone.tokenizer)(text)  # the user's text must hold no control tokens

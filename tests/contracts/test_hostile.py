@@ -7,6 +7,7 @@ beside the folder that no attack may touch.
 
 import contextlib
 import gzip
+import io
 import json
 import os
 import pickle
@@ -16,14 +17,18 @@ import sys
 from pathlib import Path
 
 import broken_runs
+import card_run
 import damage
 import pytest
 import small
 import torch
 from hub_server import HubServer, hub_env
+from rich.console import Console
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from lora_rlhf import pipeline
+from lora_rlhf.cli import app
 from lora_rlhf.data import chat_template, dataset_builder
 from lora_rlhf.errors import (
     AdapterError,
@@ -38,8 +43,11 @@ from lora_rlhf.models.base_model import BaseModel
 from lora_rlhf.recipe import trl_args
 from lora_rlhf.recipe.loader import load_recipe, parse_recipe
 from lora_rlhf.recipe.schema import LoraSection, ModelSection
+from lora_rlhf.reports.doctor import doctor
 from lora_rlhf.runs import checkpoint
+from lora_rlhf.runs.progress import Progress
 from lora_rlhf.runs.record import Record
+from lora_rlhf.serving import loaded_run
 from lora_rlhf.training.resumable_trainer import ResumableTrainer
 
 
@@ -622,3 +630,42 @@ def test_nobody_is_told_of_a_run_unless_that_is_asked_for(tmp_path, asked):
         told = [r.path for r in server.requests if "telemetry" in r.path]
         assert bool(told) == asked, told
         assert asked or not server.requests
+
+
+# --- the screen ------------------------------------------------------------------------------
+
+ESCAPE = "\x1b]0;owned\x07\x9b31m\u202e\udcff"
+
+
+def test_no_text_of_others_reaches_the_terminal_as_it_is(tmp_path):
+    """Errors, the doctor's report, what a run says, cards and the name of its folder."""
+    folder = tmp_path / f"a{ESCAPE[:-1]}"
+    record = card_run.make_run(folder)
+    record.data["stages"]["ppo"] = {
+        "status": "interrupted",
+        "error": {"type": "LoraRlhfError", "message": ESCAPE},
+    }
+    record.data["model"]["id"] = ESCAPE[:-1]
+    record.save()
+    out = io.StringIO()
+    doctor.show(record, doctor.examine(record), Console(file=out, highlight=False))
+    progress = Progress()
+    progress.console = Console(file=out)
+    progress.say(ESCAPE)
+    out.write(str(UsageError(ESCAPE, remedy=str(folder))))
+    for command in (["doctor", str(folder)], ["card", "--role", "policy", str(folder)],
+                    ["generate", str(tmp_path / ESCAPE[:-1]), "x"]):  # fmt: skip
+        result = CliRunner().invoke(app.app, command)
+        out.write(result.stdout + result.stderr)
+    said = out.getvalue()
+    assert said.count("owned") >= 5
+    assert not set("\x1b\x07\x9b\u202e\udcff") & set(said)
+
+
+@pytest.mark.parametrize(
+    ("text", "seed", "wrong"), [("a\ud83d", 0, "half of a surrogate"), ("a", 2**64, "seed 1844"),
+                                ("a", -1, "seed -1")],
+)  # fmt: skip
+def test_a_prompt_or_a_seed_that_cannot_be_used_is_one_error(text, seed, wrong):
+    with pytest.raises(UsageError, match=wrong):
+        loaded_run.generate("nowhere", text, seed=seed)

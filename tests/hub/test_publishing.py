@@ -487,3 +487,28 @@ def test_check_pushes_needs_a_token_with_write_access(server, here, monkeypatch)
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(HubError, match="no token"):
         publishing.check_pushes(wanted)
+
+
+NONSENSE = [
+    ("GET", "whoami", []), ("GET", "whoami", "hello"), ("GET", "whoami", {"orgs": [{}]}),
+    ("GET", "whoami", {"orgs": 7, "auth": []}), ("GET", "/api/models/", []),
+    ("GET", "/api/models/", {}), ("GET", "/api/models/", "<html>"), ("POST", "repos/create", []),
+    ("POST", "/commit/", []), ("POST", "/commit/", {}), ("POST", "preupload", {}),
+    ("POST", "preupload", []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "path", "body"), NONSENSE)
+def test_an_answer_that_makes_no_sense_is_one_error(run, server, here, method, path, body):
+    server.fail_next(method, path, 200, times=99, body=body)
+    with pytest.raises(HubError) as caught:
+        publishing.push(run, "policy", "acme/p")
+    assert "acme/" in str(caught.value) and caught.value.remedy
+
+
+def test_escapes_of_the_hubs_error_do_not_reach_the_screen(run, server, here):
+    text = "\x1b]0;owned\x07\x9b31m\u202e"
+    server.fail_next("GET", "whoami", 403, times=99, body={"error": text})
+    with pytest.raises(HubError, match="owned") as caught:
+        publishing.push(run, "policy", "acme/p")
+    assert not set(text) & set("\x1b\x07\x9b\u202e") & set(str(caught.value))

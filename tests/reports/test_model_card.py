@@ -332,3 +332,63 @@ print(*(p.parent.name for p in paths))
 def test_a_role_that_the_run_lacks_gets_no_card(run):
     record = run(roles=("sft",))
     assert [path.parent.name for path in model_card.write(record)] == ["sft"]
+
+
+# --- what is not to be trusted --------------------------------------------------------------------
+
+EVIL = (
+    "x\n---\n# Title\n<img src=x onerror=alert(1)>![i](https://evil.example/i)\x1b[3m\u202e`{{y}}`"
+)
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]")
+RENDERED = re.compile(r"<img|!\[i|\n# Title")
+CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
+KEYS = {"base_model", "base_model_relation", "library_name", "pipeline_tag", "license", "language",
+        "license_name", "datasets", "tags", "model-index"}  # fmt: skip
+
+
+def with_evil(data):
+    """The same data with every text made hostile."""
+    if isinstance(data, dict):
+        return {key: with_evil(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [with_evil(value) for value in data]
+    return EVIL if isinstance(data, str) else data
+
+
+@pytest.mark.parametrize("role", ["policy", "reward"])
+@pytest.mark.parametrize("part", [*RECORD, "keys", "recipe"])
+def test_no_text_of_a_run_is_markup_on_its_card(run, role, part):
+    recipe = with_evil(RECIPE) if part == "recipe" else RECIPE
+    if part == "recipe":
+        recipe["evaluate"]["temperature"] = EVIL
+
+    def edit(data):
+        if part == "keys":
+            for name in ("versions", "data", "evaluation"):
+                data[name][EVIL] = next(iter(data[name].values()))
+            data["stages"]["sft"]["args"][EVIL] = 1
+            data["evaluation"]["policy"][EVIL] = data["evaluation"]["policy"]["length"]
+        elif part in data:
+            data[part] = with_evil(data[part])
+
+    text = model_card.render(run(edit, recipe), role)
+    assert not CONTROL.search(text), CONTROL.search(text)
+    card = ModelCard(text)
+    shown = CODE.sub("", card.text)
+    assert not RENDERED.search(shown), RENDERED.search(shown)
+    assert card.data.to_dict().keys() <= KEYS
+
+
+@pytest.mark.parametrize(
+    "language",
+    [["en\nlicense: evil"], ["en\n---\n# x"], [{"license": "evil"}], "en\x85tags: [evil]"],
+)
+def test_a_language_adds_nothing_to_the_front_matter(run, language):
+    plain = RECIPE | {"card": {"language": language}}
+    data = ModelCard(model_card.render(run(None, plain), "policy")).data.to_dict()
+    assert "language" not in data and data["license"] != "evil" and "evil" not in data["tags"]
+    spoken = RECIPE | {"card": {"language": ["en", "pt-BR", "x\ny"]}}
+    assert ModelCard(model_card.render(run(None, spoken), "policy")).data.language == [
+        "en",
+        "pt-BR",
+    ]

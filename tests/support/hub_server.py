@@ -131,15 +131,19 @@ class HubServer:
         self._httpd.shutdown()
         self._httpd.server_close()
 
-    def fail_next(self, method, path_regex, status, times=1, *, after=False, headers=None):
+    def fail_next(
+        self, method, path_regex, status, times=1, *, after=False, headers=None, body=None
+    ):
         """Answer the next `times` matching requests with `status`.
 
         0: drop the connection, -1: never answer, -2: drop it in the middle of the true answer,
         -3: drop it in the middle of the request.
 
-        `after=True` does the work and loses only the answer; `headers` may hold X-Error-Code."""
+        `after=True` does the work and loses only the answer; `headers` may hold X-Error-Code;
+        `body` is sent in place of an error."""
         fault = {"method": method, "path": path_regex, "times": times, "after": after}
-        fault["reply"] = Reply({"error": "injected"}, status, headers or {})
+        body = {"error": "injected"} if body is None else body
+        fault["reply"] = Reply(body, status, headers or {})
         self._faults.append(fault)
 
     def hangs_up(self, method: str, path: str) -> bool:

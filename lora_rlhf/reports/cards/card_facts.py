@@ -16,7 +16,7 @@ from lora_rlhf.recipe.stage_keys import ALGORITHMS
 from lora_rlhf.reports.alarms import series
 from lora_rlhf.runs.record import Record
 
-from .card_markdown import at, cell, interval, is_number, number, without_paths
+from .card_markdown import at, cell, interval, is_number, number, one_line, without_paths
 
 ROLES = ("policy", "reward", "value", "sft")
 RL_STAGES = tuple(ALGORITHMS)
@@ -31,6 +31,7 @@ _KNOWN = {
 }  # fmt: skip
 """Licence identifiers of the Hub."""
 
+_LANGUAGE = re.compile(r"[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*|code|multilingual")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -65,7 +66,7 @@ class Facts:
     @property
     def algorithm_name(self) -> str:
         """The algorithm's usual name, such as PPO."""
-        return ALGORITHMS.get(self.algorithm, self.algorithm.upper())
+        return ALGORITHMS.get(self.algorithm) or cell(self.algorithm.upper())
 
     @property
     def base(self) -> str | None:
@@ -92,7 +93,7 @@ class Facts:
     def sets(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Yield every data set of the record; separate evaluation prompts are one more."""
         for name, entry in self.get("data", {}).items():
-            yield name, entry
+            yield cell(name), entry
             if "sources" in at(entry, "evaluate", {}):
                 yield "evaluate", entry["evaluate"]
 
@@ -157,7 +158,8 @@ def front_matter(facts: Facts) -> str:
     tags = ["lora-rlhf", "rlhf", "lora", "trl", stage, f"{facts.role}-adapter"]
     if facts.role in ("reward", "value"):
         tags.append("reward-trainer" if facts.role == "reward" else "value-model")
-    results = _eval_results(facts)
+    results, codes = _eval_results(facts), facts.own("language")
+    codes = codes if isinstance(codes, list) else [codes]
     data = ModelCardData(
         base_model=facts.base,
         base_model_relation="adapter" if facts.base else None,
@@ -165,13 +167,15 @@ def front_matter(facts: Facts) -> str:
         pipeline_tag=task.get(facts.role, "text-generation"),
         license=(slug(chosen) if known else "other") if chosen else None,
         license_name=None if known else slug(chosen),
-        language=facts.own("language") or None,
+        language=[code for code in codes if _LANGUAGE.fullmatch(str(code))] or None,
         datasets=sorted({str(name) for name in hub_data if name}) or None,
         tags=tags,
         model_name=str(facts.get("name", "run")) if results else None,
         eval_results=results or None,
     )
-    return f"---\n{data.to_yaml()}\n---\n"
+    values = one_line(data.to_dict())  # type: ignore[no-untyped-call]
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return f"---\n{text.strip()}\n---\n"
 
 
 def _eval_results(facts: Facts) -> list[EvalResult]:

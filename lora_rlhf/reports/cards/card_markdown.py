@@ -87,8 +87,8 @@ def cell(value: Any, limit: int = _MAX_CHARS) -> str:
 
 
 def paragraph(value: Any) -> str:
-    """Clean a paragraph by the recipe's author: Markdown without HTML, headings or fences."""
-    text = _UNSEEN.sub("", str(value)).replace("<", "&lt;").strip()
+    """Clean a paragraph by the author: Markdown without HTML, pictures, headings or fences."""
+    text = _UNSEEN.sub("", str(value)).replace("<", "&lt;").replace("![", "&#33;[").strip()
     return re.sub(r"(?m)^\s*(`{3,}|~{3,}|-{3,}|#+)", "", text)
 
 
@@ -97,6 +97,15 @@ def code(value: Any) -> str:
     if value is None:
         return MISSING
     return "`" + re.sub(r"[`<>|\s]+", " ", _UNSEEN.sub("", relative(str(value)))).strip() + "`"
+
+
+def one_line(data: Any) -> Any:
+    """Put every text in the data on one line, without invisible characters."""
+    if isinstance(data, Mapping):
+        return {one_line(key): one_line(item) for key, item in data.items()}
+    if isinstance(data, list | tuple):
+        return [one_line(item) for item in data]
+    return " ".join(_UNSEEN.sub("", data).split()) if isinstance(data, str) else data
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

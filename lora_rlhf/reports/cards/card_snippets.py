@@ -81,7 +81,7 @@ AutoTokenizer.from_pretrained(adapter_id).save_pretrained("merged")
 
 def how_to_reproduce(facts: Facts) -> str:
     """Write the section with the command, the recipe and the versions."""
-    versions = [f"`{name}=={version}`" for name, version in facts.get("versions", {}).items()]
+    versions = [code(f"{name}=={version}") for name, version in facts.get("versions", {}).items()]
     place = "in this repository" if facts.published else "in the folder of the run"
     entries = {name: facts.get(f"stages.{name}", {}) for name in ("sft", "reward", *RL_STAGES)}
     stages = [name for name, entry in entries.items() if entry and "skipped" not in entry]
@@ -218,6 +218,7 @@ def _use_policy(facts: Facts) -> str:
     tokens = facts.get("stages.evaluate.max_new_tokens", tokens)
     temperature = at(facts.recipe, "evaluate.temperature", 1.0)
     options = "do_sample=False"
+    temperature = temperature if is_number(temperature) else 1.0
     if temperature:  # top_k=0, because transformers' own default is 50
         options = f"do_sample=True, temperature={temperature}, top_k=0"
     options += f", max_new_tokens={tokens}" if is_number(tokens) else ""
