@@ -107,7 +107,7 @@ def run(
         if "card" in stages:  # before hours of training, not after them
             for note in publishing.check_pushes(recipe, record):
                 progress.say(note)
-        with backup.uploading(remote, recipe, record, progress):
+        with backup.uploading(remote, recipe, record, progress), _end_recorded(record):
             _run_stages(recipe, configs, record, stages, progress)
     return record
 
@@ -182,6 +182,20 @@ def check(
         for part in _Data(recipe, record, backbone, progress).checks(wanted, configs):
             ok(part)
     return wrong
+
+
+@contextlib.contextmanager
+def _end_recorded(record: Record) -> Iterator[None]:
+    """Record under `clock.stopped` why a run ends early; the doctor reads it."""
+    record.data["clock"].pop("stopped", None)
+    try:
+        yield
+    except BaseException as error:
+        stopped = {"type": type(error).__name__, "message": str(error)[:2000]}
+        record.data["clock"]["stopped"] = stopped
+        with contextlib.suppress(OSError, LoraRlhfError):  # the error that is raised says more
+            record.save()
+        raise
 
 
 @contextlib.contextmanager
@@ -468,6 +482,8 @@ class _Data:
         self.record.data["data"][name] = rows.report
         for line in rows.lines if name != "comparisons_held_out_model" else ():
             self.say(line)
+        for small in findings.few_rows(name, rows.report):
+            self.say(small.line())
         for note in rows.report["notes"]:
             if note.startswith(SECRET):
                 self.say(f"warning: data.{name}: {note}")

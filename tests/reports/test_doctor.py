@@ -27,6 +27,11 @@ def names(record, *severities):
     return [f.name for f in findings if f.severity in (severities or ("fault",))]
 
 
+def notable(record):
+    """Return the findings, without those on sets that are small in every test."""
+    return [f for f in doctor.examine(record) if not f.name.startswith("few_rows")]
+
+
 def fault(record, name):
     """Return the finding of this name, which must be the first fault."""
     faults = [f for f in doctor.examine(record) if f.severity == "fault"]
@@ -204,8 +209,56 @@ def test_a_stage_that_stopped_without_an_error(healthy, tmp_path):
     record = edited(
         Record.read(healthy / "run"), tmp_path / "r", stages__ppo={"status": "interrupted"}
     )
-    [finding] = doctor.examine(record)
+    [finding] = notable(record)
     assert (finding.stage, finding.severity, finding.name) == ("ppo", "warning", "interrupted")
+
+
+def test_why_a_run_stopped_is_read(healthy, tmp_path):
+    """Also where that was outside of a stage, or no error of ours."""
+    stopped = {"type": "DataError", "message": "no rows\n  to do: give more rows"}
+    record = edited(Record.read(healthy / "run"), tmp_path / "a", clock__stopped=stopped)
+    finding = fault(record, "stopped_ppo")
+    assert finding.stage == "data" and finding.what.endswith("DataError: no rows")
+    assert finding.remedy == "give more rows"
+    broken = {"type": "ZeroDivisionError", "message": "division by zero"}
+    changes = {"stages__ppo": {"status": "interrupted"}, "clock__stopped": broken}
+    finding = fault(edited(record, tmp_path / "b", **changes), "stopped_ppo")
+    assert finding.what == "ppo stopped with ZeroDivisionError: division by zero"
+    changes["clock__stopped"] = {"type": "Interrupted", "message": "SIGTERM"}
+    [finding] = notable(edited(record, tmp_path / "c", **changes))
+    assert (finding.severity, finding.what) == ("note", "ppo was stopped by SIGTERM")
+
+
+def test_a_run_notes_why_it_stopped_and_forgets_it_when_it_goes_on(healthy, tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("out of luck")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo_stage, "run", broken)
+        with pytest.raises(RuntimeError):
+            continued(healthy, "stopped", "ppo.updates=3")
+    record = Record.read(healthy / "stopped")
+    assert record.data["clock"]["stopped"] == {"type": "RuntimeError", "message": "out of luck"}
+    assert fault(record, "stopped_ppo").what.endswith("RuntimeError: out of luck")
+    record = broken_runs.run(healthy, "ppo.updates=3", until="ppo", out="stopped")
+    assert "stopped" not in record.data["clock"] and "stopped_ppo" not in names(record)
+
+
+def test_a_learning_rate_is_accused_before_the_reward_model(evaluated, tmp_path):
+    lines = [{"learning_rate": 0.1, "policy/entropy": 1.0, "kl/k1": 0.01 + 3.0 * i, "kl/coef": 0.1}
+             for i in range(8)]  # fmt: skip
+    record = logged(evaluated, tmp_path / "r", lines)
+    wins = {"win_rate": rate(0.3, 0.2, 0.4), "win_rate_proxy": rate(0.8, 0.7, 0.9)}
+    record.data["evaluation"]["policy"] |= wins
+    assert fault(record, "learning_rate").stage == "ppo"
+    assert "hacked_win_rate" in names(record, "note")
+
+
+def test_a_reward_model_with_too_large_a_rate(evaluated, tmp_path):
+    lines = [{"accuracy": 0.5, "learning_rate": 0.3, "loss": 0.7 + i} for i in range(12)]
+    record = logged(evaluated, tmp_path / "r", lines, "reward")
+    record.data["stages"]["reward"] |= {"accuracy": rate(0.5, 0.4, 0.6), "gate": "failed"}
+    assert "loss of 10" in fault(record, "reward_learning_rate").what
 
 
 # ------------------------------------------------------------------- read from the record
@@ -249,6 +302,8 @@ RECORDS = {
         "data__comparisons__labeler_agreement": {"measured": 0.55, "pairs": 90}}),
     "contradictions_comparisons": ("data", {
         "data__comparisons__counts": {"labelled both ways": {"before": 100, "after": 80}}}),
+    "filtered_comparisons": ("data", {
+        "data__comparisons__counts": {"chosen equal to rejected": {"before": 9, "after": 3}}}),
     "dropped_prompts": ("data", {
         "data__prompts__counts": {"over data.max_prompt_tokens = 9": {"before": 9, "after": 4}}}),
 }  # fmt: skip
@@ -262,7 +317,7 @@ def test_a_finding_that_needs_only_the_record(evaluated, tmp_path, name):
     assert set(by_name) <= {name, *NOTES}
 
 
-NOTES = {"few_prompts", "no_judge"}
+NOTES = {"few_prompts", "no_judge", "few_rows_demonstrations", "few_rows_comparisons"}
 """Findings on the unedited run: few prompts, and the proxy is the only judge."""
 
 
@@ -334,7 +389,7 @@ def test_findings_come_in_the_order_of_the_stages(evaluated, tmp_path):
         for name in ("worse_win_rate", "reward_inverted", "agreement_comparisons")
         for k, v in RECORDS[name][1].items()
     }
-    findings = doctor.examine(edited(evaluated, tmp_path / "r", **changes))
+    findings = notable(edited(evaluated, tmp_path / "r", **changes))
     assert [f.stage for f in findings] == ["data", "reward", "evaluate"]
     assert doctor.verdict(findings).startswith("stage at fault: reward (held-out accuracy 0.300")
 

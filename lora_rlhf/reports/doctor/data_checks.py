@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from lora_rlhf.runs.record import Record
 
-from .findings import Findings, Lines, finding
+from .findings import Findings, Lines, few_rows, finding
 
 DROPPED = 0.5, 0.9
 """Share of the rows dropped by one filter above which there is a note, and a warning."""
@@ -15,6 +15,10 @@ CONTRADICTED = 0.05
 
 AGREEMENT = 0.6
 """Agreement of two labelers below which there is a warning; InstructGPT's was 0.73, chance 0.5."""
+
+
+_INTENDED = ("limit", "part ", "held out in other sets", "in the evaluation set", "expanded")
+"""Beginnings of the filters that the recipe asked for."""
 
 
 def check(record: Record, lines: Lines) -> Findings:
@@ -28,10 +32,12 @@ def check(record: Record, lines: Lines) -> Findings:
             if step == "labelled both ways" and share > CONTRADICTED:
                 what = f"{share:.0%} of {name} were labelled both ways and dropped"
                 yield finding("contradictions", what, name)
-            elif step.startswith(("over ", "refused")) and share > DROPPED[0]:
+            elif share > DROPPED[0] and not step.startswith(_INTENDED):
                 severity = "warning" if share > DROPPED[1] else "note"
                 what = f"{share:.0%} of {name} were dropped: {step}"
-                yield finding("dropped", what, name, severity)
+                kind = "dropped" if step.startswith("over ") else "filtered"
+                yield finding(kind, what, name, severity)
+        yield from few_rows(name, report)
         agreement = (report.get("labeler_agreement") or {}).get("measured")
         if agreement is not None and agreement < AGREEMENT:
             what = f"two labelers of {name} agree on only {agreement:.0%} of pairs"

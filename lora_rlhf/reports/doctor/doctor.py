@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from rich.console import Console
 
+from lora_rlhf.errors import INTERRUPTED
+from lora_rlhf.recipe.stage_keys import stage_names
 from lora_rlhf.reports.tables import say
 from lora_rlhf.runs.record import Record
 
@@ -38,6 +40,11 @@ def examine(record: Record) -> list[Finding]:
     findings = {f.name: f for f in _stopped(record)}
     for module in (data_checks, sft_checks, reward_checks, ppo_checks, evaluation_checks):
         findings |= {f.name: f for f in module.check(record, lines)}
+    if "learning_rate" in findings:  # answers that fell apart say nothing about the reward model
+        for name in {"gold_falls", "paid_by_length", *(n for n in findings if "hacked" in n)}:
+            if name in findings:
+                why = "too large a learning rate alone explains this"
+                findings[name] = replace(findings[name], severity="note", why=why)
     return sorted(
         findings.values(), key=lambda f: (STAGES.index(f.stage), SEVERITIES.index(f.severity))
     )
@@ -82,22 +89,34 @@ def _numbers(line: dict[str, Any]) -> Line:
 
 
 def _stopped(record: Record) -> Findings:
-    """Stages that ended early; the message of an IdentityError names the stage at fault."""
+    """Stages that ended early, and a run that ended outside of its stages, with the reason."""
+    stages, ended = record.data["stages"], record.data["clock"].get("stopped")
+    begun = [name for name, entry in stages.items() if entry["status"] == "interrupted"]
+    for name in begun:
+        yield _reason(record, name, stages[name].get("error") or ended)
+    if ended and not begun:
+        names = stage_names(record.algorithm)
+        yield _reason(record, next((n for n in names if n not in stages), names[-1]), ended)
+
+
+def _reason(record: Record, name: str, error: dict[str, Any] | None) -> Finding:
+    """Say why the stage `name` has no result; the message of an error may name another stage."""
     again = "run the same command again; it repeats this stage"
-    for name, entry in record.data["stages"].items():
-        if entry["status"] != "interrupted":
-            continue
-        stage = "ppo" if name == record.algorithm else name if name in STAGES else "evaluate"
-        error = entry.get("error")
-        if not error:
-            why = "it has no result: it was killed, ran out of memory, or met an error"
-            what = f"{name} did not finish, or is still running"
-            yield Finding(stage, "warning", "interrupted", what, why, again)
-            continue
-        first, *rest = str(error["message"]).splitlines()
-        remedy = next((r.split(":", 1)[1].strip() for r in rest if "to do:" in r), again)
-        if blamed := re.search(r"stage at fault: (\w+)", remedy):
-            stage = blamed[1] if blamed[1] in STAGES else "ppo"
-        why = _IN_VAIN.get(error["type"], f"{name} has no result")
-        what = f"{name} stopped with {error['type']}: {first}"
-        yield Finding(stage, "fault", f"stopped_{name}", what, why, remedy)
+    stage = "ppo" if name == record.algorithm else name if name in STAGES else "evaluate"
+    if not error:
+        why = "it has no result: it was killed, ran out of memory, or met an error"
+        what = f"{name} did not finish, or is still running"
+        return Finding(stage, "warning", "interrupted", what, why, again)
+    kind = error["type"]
+    first, *rest = str(error["message"]).splitlines() or [""]
+    if kind in ("Interrupted", "KeyboardInterrupt", "OutOfTime"):
+        by = f"by {first}" if first in INTERRUPTED else "by the user or its time budget"
+        why, what = "nothing is wrong with it", f"{name} was stopped {by}"
+        return Finding(stage, "note", "interrupted", what, why, "run the same command to continue")
+    remedy = next((r.split(":", 1)[1].strip() for r in rest if "to do:" in r), again)
+    stage = {"GateError": "reward", "DataError": "data"}.get(kind, stage)
+    if blamed := re.search(r"stage at fault: (\w+)", remedy):
+        stage = blamed[1] if blamed[1] in STAGES else "ppo"
+    why = _IN_VAIN.get(kind, f"{name} has no result")
+    what = f"{name} stopped with {kind}: {first}"
+    return Finding(stage, "fault", f"stopped_{name}", what, why, remedy)

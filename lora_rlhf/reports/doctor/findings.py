@@ -38,6 +38,8 @@ Lines = dict[str, list[Line]]
 _EXPLOITED = "PPO increases whatever the reward model rewards, right or wrong"
 _SHUFFLED = "read twenty comparisons to see whether their labels are shuffled; add comparisons; "
 
+_LEARNERS = {"demonstrations": "SFT", "comparisons": "the reward model"}
+
 KNOWN: dict[str, tuple[str, str, str, str]] = {
     "pad_is_eos": (
         "data", "fault", "padding is masked out of the loss, and the end token with it, so the "
@@ -49,6 +51,12 @@ KNOWN: dict[str, tuple[str, str, str, str]] = {
     "dropped": (
         "data", "note", "the remaining rows may differ from the prompts of users",
         "raise data.max_tokens or data.max_prompt_tokens, if memory allows"),
+    "filtered": (
+        "data", "note", "what is in the file is not what is trained on",
+        "read a few of the dropped rows; `columns:` maps columns that have other names"),
+    "few_rows": (
+        "data", "note", "with fewer than 100 rows, what is learned and measured may be chance",
+        "use more rows"),
     "agreement": (
         "data", "warning", "a reward model is seldom more consistent than its labelers",
         "give clearer instructions, use fewer and better labelers, or collect more labels per "
@@ -83,6 +91,9 @@ KNOWN: dict[str, tuple[str, str, str, str]] = {
         "raise reward.args.learning_rate (1e-4 to 1e-3 is usual), or train for more epochs"),
     "reward_memorised": (
         "reward", "fault", _EXPLOITED, _SHUFFLED + "train for fewer epochs"),
+    "reward_learning_rate": (
+        "reward", "fault", "updates are too large to learn anything from the comparisons",
+        "divide reward.args.learning_rate by ten (1e-4 to 1e-3 is usual)"),
     "reward_at_chance": (
         "reward", "fault", _EXPLOITED,
         _SHUFFLED + "raise reward.args.learning_rate, or train for more epochs"),
@@ -148,6 +159,14 @@ def finding(kind: str, what: str, about: str = "", severity: str = "", more: str
     stage, usual, why, remedy = KNOWN[kind]
     name = f"{kind}_{about}" if about else kind
     return Finding(stage, severity or usual, name, what, why, remedy + more)
+
+
+def few_rows(name: str, report: dict[str, Any]) -> Findings:
+    """Check the sizes of the sets that SFT and the reward model learn from and are judged on."""
+    train, held_out = report.get("train", SMALL), report.get("held_out", SMALL)
+    if name in _LEARNERS and min(train, held_out) < SMALL:
+        what = f"{train} {name} to learn from, and {held_out} to test {_LEARNERS[name]} on"
+        yield finding("few_rows", what, name)
 
 
 def few_prompts(n: int) -> Findings:

@@ -14,6 +14,9 @@ from .findings import Finding, Findings, Lines, above, below, finding, rate
 UNTRAINED = 1e-2, 1e-6
 """Standard deviation of the scores, and learning rate, below which the model was hardly trained."""
 
+DIVERGED = 1.0
+"""Loss on the last training batches above which the learning rate is too large; a coin has 0.69."""
+
 MEMORISED = 0.75
 """Accuracy on training batches above which a model with held-out accuracy at chance memorised."""
 
@@ -48,7 +51,7 @@ def _unlearned(
     entry: dict[str, Any], lines: list[dict[str, float]], held_out: str, severity: str
 ) -> Finding:
     """Say why a reward model is at chance, from its log."""
-    accuracies = alarms.series(lines, "accuracy")
+    accuracies, losses = alarms.series(lines, "accuracy"), alarms.series(lines, "loss")
     late = fmean(accuracies[-max(1, len(accuracies) // 3) :]) if accuracies else 0.0
     fastest = max(alarms.series(lines, "learning_rate"), default=1.0)
     if not entry["score_std"] > UNTRAINED[0] or fastest < UNTRAINED[1]:
@@ -57,6 +60,9 @@ def _unlearned(
             f"the model was hardly trained: the standard deviation of its scores is "
             f"{entry['score_std']:.2g}, its highest learning rate {fastest:.2g}"
         )
+    elif (loss := fmean(losses[-max(1, len(losses) // 3) :] or [0.0])) > DIVERGED:
+        name = "reward_learning_rate"
+        cause = f"learning rate {fastest:.2g}, and a loss of {loss:.2g} where a coin has 0.69"
     elif late > MEMORISED:
         name, cause = "reward_memorised", f"{late:.2f} on training batches: it memorised them"
     else:
