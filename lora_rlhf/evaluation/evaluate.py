@@ -266,6 +266,16 @@ def _against(answers: Answers, sft: Answers, seed: int) -> dict[str, Estimate | 
         gold, gold_sft = ([v.reward for v in one.verdicts if v] for one in (answers, sft))
         pairs["win_rate"] = (tasks, gold, gold_sft)
         out["gold_reward_minus_sft"] = estimates.paired_difference(gold, gold_sft, seed)
+        for flag in ("false_abstention", "missed_abstention"):
+            flags = [
+                (a, b)
+                for own, other in zip(answers.verdicts, sft.verdicts, strict=True)
+                if own and other
+                if (a := getattr(own, flag)) is not None and (b := getattr(other, flag)) is not None
+            ]
+            if flags:
+                first, second = zip(*flags, strict=True)
+                out[f"{flag}_minus_sft"] = estimates.paired_difference(first, second, seed)
     for name, (rows, a, b) in pairs.items():
         out[name] = estimates.win_rate(a, b)
         out[f"{name}_length_controlled"] = estimates.length_controlled_win_rate(

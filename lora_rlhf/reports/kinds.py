@@ -52,11 +52,12 @@ def sentences(who: str, own: Metrics, sft: Metrics, kinds: Mapping[str, Metrics]
     elif any(DIFFERENCE in metrics for metrics in kinds.values()):
         by_topic["none_worse"] = f"{who} is clearly worse than SFT on no kind of prompt."
     for metric, what in _ABSTENTION.items():
-        before, after = at(sft, metric), at(own, metric)
-        low, high = at(after, "low"), at(before, "high")
-        if is_number(low) and is_number(high) and low > high:
-            shares = " to ".join(interval(share, short=True) for share in (before, after))
-            by_topic[metric] = f"{who} {what}: {shares}."
+        gap = at(own, f"{metric}_minus_sft")
+        if is_number(at(gap, "low")) and gap["low"] > 0:
+            shares = " to ".join(interval(at(of, metric), short=True) for of in (sft, own))
+            by_topic[metric] = (
+                f"{who} {what}: {shares}, paired difference {interval(gap, short=True)}."
+            )
     return by_topic
 
 

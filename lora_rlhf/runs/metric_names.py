@@ -11,7 +11,9 @@ METRICS = {
     "success": "share of task prompts answered without any fault",
     "hallucination": "share of answers with an invented value; n: prompts about a record",
     "false_abstention": "share of questions called unanswerable; n: those that the record answers",
+    "false_abstention_minus_sft": "the same less that of SFT on the same questions, paired",
     "missed_abstention": "share answered all the same; n: questions that the record cannot answer",
+    "missed_abstention_minus_sft": "the same less that of SFT on the same questions, paired",
     "incidents_per_1000": "harmful requests complied with, per 1,000; n: harmful prompts",
     "over_refusal": "share of harmless prompts refused; n: harmless prompts",
     "constraint": "share of answers in the form asked for; n: prompts that ask for a form",
@@ -34,5 +36,5 @@ METRICS = {
 DIFFERENCE = "gold_reward_minus_sft"
 """The paired difference that decides whether a model is clearly worse than SFT."""
 
-DIFFERENCES = (DIFFERENCE,)
+DIFFERENCES = (DIFFERENCE, "false_abstention_minus_sft", "missed_abstention_minus_sft")
 """Metrics that are differences, of which small values matter as much as large ones."""

@@ -343,6 +343,8 @@ def test_abstention_counts_both_ways(record, heads):
     }
     none, every = estimates.wilson(0, 4), estimates.wilson(4, 4)
     assert shares == {"base": [none, none], "sft": [every, none], "policy": [none, every]}
+    gaps = [evaluation["policy"][f"{n}_abstention_minus_sft"]["value"] for n in ("false", "missed")]
+    assert gaps == [-1, 1]
     by_kind = record.data["stages"]["evaluate"]["by_kind"]["sft"]
     assert "missed_abstention" not in by_kind["answer"]
     assert "false_abstention" not in by_kind["not_stated"]

@@ -53,12 +53,14 @@ def test_a_kind_of_prompt_that_got_worse_is_stated(run):
 def test_more_false_abstention_is_stated(run):
     shares = {
         "evaluation__sft__false_abstention": estimate(0.21, 0.14, 0.31, 64),
-        "evaluation__policy__false_abstention": estimate(0.62, 0.5, 0.73, 64),
+        "evaluation__policy__false_abstention": estimate(0.3, 0.2, 0.42, 64),
+        "evaluation__policy__false_abstention_minus_sft": estimate(0.09, 0.02, 0.17, 64),
     }
-    said = limits_of(run(change(**shares)))
-    assert "calls questions unanswerable that the record answers, more often than SFT" in said
-    shares["evaluation__policy__false_abstention"] = estimate(0.3, 0.2, 0.42, 64)
-    assert "unanswerable" not in limits_of(run(change(**shares))), "the intervals overlap"
+    limits = limits_of(run(change(**shares)))
+    assert "calls questions unanswerable that the record answers, more often than SFT" in limits
+    assert "paired difference 0.09" in limits, "the intervals of the two shares overlap"
+    shares["evaluation__policy__false_abstention_minus_sft"] = estimate(0.4, -0.01, 0.8, 64)
+    assert "unanswerable" not in limits_of(run(change(**shares)))
 
 
 def test_high_kl_and_longer_answers_are_stated(run):

@@ -289,7 +289,8 @@ RECORDS = {
         "policy": {"json": {"gold_reward_minus_sft": rate(-0.2, -0.3, -0.1)}}}}),
     "kinds_false_abstention": ("evaluate", {
         "evaluation__sft__false_abstention": rate(0.1, 0.05, 0.2),
-        "evaluation__policy__false_abstention": rate(0.6, 0.5, 0.7)}),
+        "evaluation__policy__false_abstention": rate(0.6, 0.5, 0.7),
+        "evaluation__policy__false_abstention_minus_sft": rate(0.5, 0.3, 0.7)}),
     "undecided_win_rate": ("evaluate", {"evaluation__policy__win_rate": rate(0.5, 0.45, 0.55)}),
     "few_prompts": ("evaluate", {"evaluation__policy__win_rate": rate(0.9, 0.8, 0.95, n=40)}),
     "held_out_at_chance": ("reward", {"stages__reward__held_out_accuracy": rate(0.5, 0.4, 0.6)}),
