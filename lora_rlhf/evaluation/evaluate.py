@@ -257,6 +257,15 @@ def _against(answers: Answers, sft: Answers, seed: int) -> dict[str, Estimate | 
     out: dict[str, Estimate | None] = {
         "longer_than_sft": estimates.win_rate(answers.lengths, sft.lengths)
     }
+    for name, own in _by_prompt(answers).items():
+        known = [
+            (a, b)
+            for a, b in zip(own, _by_prompt(sft).get(name, []), strict=False)
+            if a is not None and b is not None
+        ]
+        if known:
+            gaps = zip(*known, strict=True)
+            out[f"{name}_minus_sft"] = estimates.paired_difference(*gaps, seed)
     pairs: dict[str, tuple[Sequence[int], list[float], list[float]]] = {
         f"win_rate_{name}": (all_rows, answers.scores[role], sft.scores[role])
         for name, role in (("proxy", "reward"), ("held_out", "held_out"))
@@ -265,23 +274,24 @@ def _against(answers: Answers, sft: Answers, seed: int) -> dict[str, Estimate | 
     if tasks := [i for i in all_rows if answers.verdicts[i] is not None]:
         gold, gold_sft = ([v.reward for v in one.verdicts if v] for one in (answers, sft))
         pairs["win_rate"] = (tasks, gold, gold_sft)
-        out["gold_reward_minus_sft"] = estimates.paired_difference(gold, gold_sft, seed)
-        for flag in ("false_abstention", "missed_abstention"):
-            flags = [
-                (a, b)
-                for own, other in zip(answers.verdicts, sft.verdicts, strict=True)
-                if own and other
-                if (a := getattr(own, flag)) is not None and (b := getattr(other, flag)) is not None
-            ]
-            if flags:
-                first, second = zip(*flags, strict=True)
-                out[f"{flag}_minus_sft"] = estimates.paired_difference(first, second, seed)
     for name, (rows, a, b) in pairs.items():
         out[name] = estimates.win_rate(a, b)
         out[f"{name}_length_controlled"] = estimates.length_controlled_win_rate(
             a, b, [answers.lengths[i] for i in rows], [sft.lengths[i] for i in rows]
         )
     return out
+
+
+def _by_prompt(answers: Answers) -> dict[str, Sequence[float | None]]:
+    """Metric -> its value of each prompt, of those that are compared with SFT's by their mean."""
+    verdicts = answers.verdicts
+    return {
+        "gold_reward": [v and v.reward for v in verdicts],
+        "false_abstention": [v and v.false_abstention for v in verdicts],
+        "missed_abstention": [v and v.missed_abstention for v in verdicts],
+        "length": answers.lengths,
+        **{_REWARDS[role]: values for role, values in answers.scores.items()},
+    }
 
 
 def _mean(values: Sequence[float | None]) -> Estimate | None:

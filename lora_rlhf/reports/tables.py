@@ -15,18 +15,11 @@ from rich.text import Text
 from lora_rlhf.estimates import Estimate
 from lora_rlhf.recipe.stage_keys import ALGORITHMS, stage_names
 from lora_rlhf.redaction import printable, safe
-from lora_rlhf.runs.metric_names import DIFFERENCES, METRICS
+from lora_rlhf.runs.metric_names import DIFFERENCES, JUDGES, METRICS
 from lora_rlhf.runs.progress import clock
 from lora_rlhf.runs.record import Record
 
 from . import kinds
-
-_JUDGES = {
-    "win_rate": "by the task's exact checker",
-    "win_rate_held_out": "by a reward model that training never saw",
-    "win_rate_proxy": "by the reward model that {} itself optimised, which proves little",
-}
-"""Win rate -> its judge, the most reliable one first."""
 
 _COMPARED = (
     "algorithm", "seeds", "episodes", "comparisons", "samples_per_answer", "seconds",
@@ -106,14 +99,16 @@ def verdict(
 
 def _by_win_rate(metrics: dict[str, Any], algorithm: str) -> str:
     who = ALGORITHMS[algorithm]
-    metric = next((name for name in _JUDGES if metrics.get(name)), None)
+    metric = next((name for name in JUDGES if metrics.get(name)), None)
     unknown = f"It is unknown whether {who} beat SFT:"
     if metric is None:
         return f"{unknown} this run has no win rate."
     value, low, high, n = (metrics[metric][key] for key in ("value", "low", "high", "n"))
-    judge = _JUDGES[metric].format(who)
-    if algorithm == "dpo" and metric == "win_rate_proxy":
-        judge = "by a reward model that learned from the same comparisons, which proves little"
+    judge = f"by {JUDGES[metric]}"
+    if metric == "win_rate_proxy":
+        if algorithm == "dpo":
+            judge = "by a reward model that learned from the same comparisons"
+        judge += ", which proves little"
     rate = f"win rate {100 * value:.1f} %"
     if low is None or high is None:
         return f"{unknown} {rate} {judge}, with no interval (n={n})."

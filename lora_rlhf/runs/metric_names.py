@@ -19,15 +19,18 @@ METRICS = {
     "constraint": "share of answers in the form asked for; n: prompts that ask for a form",
     "words": "mean words per answer to a task prompt",
     "held_out_reward": "mean score of a reward model that training never saw, centred",
+    "held_out_reward_minus_sft": "the same less that of SFT on the same prompts, paired",
     "win_rate_held_out": "share of prompts on which that model prefers the answer to SFT's",
     "win_rate_held_out_length_controlled": "the same, predicted for answers as long as SFT's",
     "proxy_reward": "mean score of the reward model that training optimised, centred",
+    "proxy_reward_minus_sft": "the same less that of SFT on the same prompts, paired",
     "win_rate_proxy": "share of prompts on which that model prefers the answer to SFT's",
     "win_rate_proxy_length_controlled": "the same, predicted for answers as long as SFT's",
     "longer_than_sft": "share of prompts with more tokens than SFT; ties count half",
     "kl": "nats per sequence, on the model's own samples: log-probability less that under SFT",
     "kl_bound": "the same, an upper bound: log n - (n - 1) / n, from a formula, not measured",
     "length": "mean completion tokens, the end token included",
+    "length_minus_sft": "the same less that of SFT on the same prompts, paired",
     "eos_rate": "share of completions that ended by themselves",
     "repetition": "mean share of 4-grams that occurred before; n: completions with 4 tokens",
 }
@@ -36,5 +39,12 @@ METRICS = {
 DIFFERENCE = "gold_reward_minus_sft"
 """The paired difference that decides whether a model is clearly worse than SFT."""
 
-DIFFERENCES = (DIFFERENCE, "false_abstention_minus_sft", "missed_abstention_minus_sft")
+DIFFERENCES = tuple(name for name in METRICS if name.endswith("_minus_sft"))
 """Metrics that are differences, of which small values matter as much as large ones."""
+
+JUDGES = {
+    "win_rate": "the task's exact checker",
+    "win_rate_held_out": "a reward model that training never saw",
+    "win_rate_proxy": "the reward model that training optimised",
+}
+"""Win rate -> its judge, the most reliable one first: the first that a run has is its headline."""

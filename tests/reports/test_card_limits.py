@@ -67,7 +67,7 @@ def test_high_kl_and_longer_answers_are_stated(run):
     assert "far from SFT" not in limits_of(run())
     assert "far from SFT: KL 88.25 nats" in limits_of(run(change(stages__ppo__kl_last=88.25)))
     assert "not finite" in limits_of(run(change(stages__ppo__kl_last="NaN")))
-    longer = run(change(evaluation__policy__length=estimate(40.5, 37.5, 43.5, 128)))
+    longer = run(change(evaluation__policy__length_minus_sft=estimate(1.5, 0.2, 2.9, 128)))
     assert "Answers grew longer: 21.7" in limits_of(longer)
     assert "grew longer" not in limits_of(run())
 
@@ -81,9 +81,22 @@ def test_signs_of_alarm_are_stated(run):
 
 
 def test_a_proxy_that_rises_alone_is_stated(run):
-    gold = run(change(evaluation__policy__gold_reward=estimate(0.12, 0.03, 0.21, 128)))
-    assert "may exploit the reward model" in limits_of(gold)
+    rose = {"evaluation__policy__proxy_reward_minus_sft": estimate(0.8, 0.5, 1.1, 128)}
+    level = {"evaluation__policy__gold_reward_minus_sft": estimate(0.05, -0.02, 0.12, 128)}
+    assert "may exploit the reward model" in limits_of(run(change(**rose, **level)))
+    above = {"evaluation__policy__gold_reward_minus_sft": estimate(0.05, 0.02, 0.08, 128)}
+    assert "may exploit" not in limits_of(run(change(**rose, **above))), "the gain is paired"
     assert "may exploit" not in limits_of(run())
+
+
+def test_one_judge_decides_and_length_is_named(run):
+    """A win by the headline's judge is not contradicted by other win rates."""
+    clear = {"evaluation__policy__win_rate": estimate(0.63, 0.57, 0.69, 128)}
+    other = {"evaluation__policy__win_rate_proxy": estimate(0.5, 0.4, 0.6, 128)}
+    assert "did not clearly beat" not in limits_of(run(change(**clear, **other)))
+    level = {"evaluation__policy__win_rate_length_controlled": estimate(0.51, 0.45, 0.57, 128)}
+    text = limits_of(run(change(**clear, **level)))
+    assert "With answers as long as SFT's, PPO was not shown to win: win rate 0.51" in text
 
 
 def test_a_gate_that_only_warned_is_stated_at_the_top(run):

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lora_rlhf.reports import kinds
+from lora_rlhf.runs.metric_names import JUDGES
 
 from .card_facts import Facts
 from .card_markdown import at, cell, interval, is_number, number, paragraph
@@ -78,18 +79,26 @@ def _of_rl(facts: Facts) -> Iterator[str]:
 
 def _of_win_rate(facts: Facts) -> Iterator[str]:
     metrics, name = facts.get("evaluation.policy", {}), facts.algorithm_name
-    rates = {key: value for key, value in metrics.items() if key.startswith("win_rate")}
-    for key, rate in rates.items():
-        label, low, high = cell(key).replace("_", " "), at(rate, "low"), at(rate, "high")
-        if not (is_number(low) and is_number(high)):
-            yield f"The {label}, {interval(rate)}, has no interval, so it may be chance."
-        elif low <= 0.5 <= high:
-            yield f"{name} did not clearly beat SFT: {label} {interval(rate)} includes one half."
-        elif high < 0.5:
-            yield f"{name} made the model worse than SFT: {label} {interval(rate)}."
-    if not rates:
+    metric = next((key for key in JUDGES if metrics.get(key)), None)
+    if metric is None:
         yield f"No win rate was recorded, so it is unknown whether {name} beat SFT."
-    elif all("proxy" in key for key in rates):
+        return
+    label, rate = cell(metric).replace("_", " "), metrics[metric]
+    low, high = at(rate, "low"), at(rate, "high")
+    if not (is_number(low) and is_number(high)):
+        yield f"The {label}, {interval(rate)}, has no interval, so it may be chance."
+    elif low <= 0.5 <= high:
+        yield f"{name} did not clearly beat SFT: {label} {interval(rate)} includes one half."
+    elif high < 0.5:
+        yield f"{name} made the model worse than SFT: {label} {interval(rate)}."
+    else:
+        controlled = metrics.get(f"{metric}_length_controlled")
+        if is_number(at(controlled, "low")) and controlled["low"] <= 0.5:
+            yield (
+                f"With answers as long as SFT's, {name} was not shown to win: {label} "
+                f"{interval(controlled)}. Part of the gain may be length."
+            )
+    if metric == "win_rate_proxy":
         yield (
             "The only judge of the win rate is the reward model that training optimised, so people "
             "may not see the gain."
@@ -104,13 +113,12 @@ def _of_kinds(facts: Facts) -> Iterator[str]:
 
 def _of_length(facts: Facts) -> Iterator[str]:
     before, after = (facts.get(f"evaluation.{model}.length") for model in ("sft", "policy"))
-    low, high = at(after, "low"), at(before, "high")
-    if is_number(low) and is_number(high):
-        if low > high:
-            yield (
-                f"Answers grew longer: {interval(before)} tokens for SFT, {interval(after)} for "
-                "the policy. Part of any gain may be length."
-            )
+    if rose := _rose(facts, "length"):
+        yield (
+            f"Answers grew longer: {interval(before)} tokens for SFT, {interval(after)} for "
+            "the policy. Part of any gain may be length."
+        )
+    if rose is not None:
         return
     values = facts.curve(*LENGTH_KEYS)
     if len(values) > 1 and values[-1] > _LONGER * values[0]:
@@ -120,22 +128,22 @@ def _of_length(facts: Facts) -> Iterator[str]:
         )
 
 
-def _of_proxy(facts: Facts) -> Iterator[str]:
-    def rose(metric: str) -> bool | None:
-        """True if the policy's interval lies above SFT's; None if one is missing."""
-        low = facts.get(f"evaluation.policy.{metric}.low")
-        high = facts.get(f"evaluation.sft.{metric}.high")
-        return low > high if is_number(low) and is_number(high) else None
+def _rose(facts: Facts, metric: str) -> bool | None:
+    """Tell if the paired difference to SFT is clearly above 0; None if it was not recorded."""
+    low = facts.get(f"evaluation.policy.{metric}_minus_sft.low")
+    return low > 0 if is_number(low) else None
 
-    def both(metric: str) -> str:
-        values = (facts.get(f"evaluation.{model}.{metric}") for model in ("sft", "policy"))
-        return " to ".join(interval(value, short=True) for value in values)
+
+def _of_proxy(facts: Facts) -> Iterator[str]:
+    def gap(metric: str) -> str:
+        return interval(facts.get(f"evaluation.policy.{metric}_minus_sft"), short=True)
 
     for judge, label in (("gold_reward", "gold reward"), ("held_out_reward", "held-out reward")):
-        if rose("proxy_reward") and rose(judge) is False:
+        if _rose(facts, "proxy_reward") and _rose(facts, judge) is False:
             yield (
-                f"The score that training optimised rose ({both('proxy_reward')}), but the {label} "
-                f"did not clearly rise ({both(judge)}): the policy may exploit the reward model."
+                f"The score that training optimised rose above SFT's (by {gap('proxy_reward')}), "
+                f"but the {label} did not clearly (by {gap(judge)}): the policy may exploit the "
+                "reward model."
             )
 
 

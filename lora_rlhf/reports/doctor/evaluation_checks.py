@@ -5,12 +5,10 @@ from __future__ import annotations
 
 from lora_rlhf.recipe.stage_keys import ALGORITHMS
 from lora_rlhf.reports import kinds
+from lora_rlhf.runs.metric_names import JUDGES
 from lora_rlhf.runs.record import Record
 
 from .findings import Findings, Lines, above, below, few_prompts, finding, rate
-
-JUDGES = {"win_rate": "the exact checker", "win_rate_held_out": "the held-out reward model"}
-"""Win rates by judges that PPO did not optimise."""
 
 MATERIAL = 0.5
 """Share of a gain in win rate that must vanish at equal length to be attributed to length."""
@@ -20,7 +18,7 @@ def check(record: Record, lines: Lines) -> Findings:
     """Check the win rates of the policy over SFT."""
     policy = record.data["evaluation"].get("policy", {})
     proxy = policy.get("win_rate_proxy")
-    judged = [name for name in JUDGES if policy.get(name)]
+    judged = [name for name in JUDGES if policy.get(name) and name != "win_rate_proxy"]
     if judged or proxy:
         yield from few_prompts((policy[judged[0]] if judged else proxy)["n"])
     if proxy and not judged:
