@@ -165,7 +165,9 @@ def _run_of(path: Path) -> Path | None:
     """Return the run directory that is, or holds, what was given as a recipe."""
     folder = path if path.is_dir() else path.parent
     inside = path.is_dir() or path.name == "recipe.yaml"
-    return folder if inside and (folder / "record.json").exists() else None
+    from lora_rlhf.runs.record import is_run
+
+    return folder if inside and is_run(folder) else None
 
 
 def _recipe_verb(name: str, until: str, help: str) -> None:

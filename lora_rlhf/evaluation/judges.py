@@ -22,6 +22,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from lora_rlhf.data.closed_world.checkers import Item, check
 from lora_rlhf.errors import BaseModelError, DataError, UsageError, first_line
 from lora_rlhf.recipe.schema import ModelSection
+from lora_rlhf.runs.record import Record, is_run
 from lora_rlhf.runs.samples import prompt_text
 from lora_rlhf.runtime.devices import pick_device
 
@@ -379,7 +380,7 @@ def of_targets(named: Sequence[Target]) -> list[JudgeSpec]:
         if target.kind != "run" or target.run is None:
             continue
         for role in ("held_out", "reward"):
-            folder = target.run / "adapters" / role
+            folder = Record.read(target.run).verified(f"adapters/{role}")
             if (folder / "adapter_config.json").is_file():
                 name = f"{target.run.resolve().name}:{role}"
                 specs[name] = JudgeSpec(
@@ -397,7 +398,7 @@ def parse(texts: Sequence[str], base: str | None = None) -> list[JudgeSpec]:
     specs = []
     for text in texts:
         run, _, role = text.rpartition(":")
-        if run and role in ("held_out", "reward") and (Path(run) / "record.json").is_file():
+        if run and role in ("held_out", "reward") and is_run(Path(run)):
             own = [s for s in of_targets(targets.parse([f"{run}:base"])) if s.name.endswith(role)]
             if not own:
                 raise UsageError(f"{run} has no reward model {role!r}")

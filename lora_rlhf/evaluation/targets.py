@@ -18,10 +18,9 @@ from typing import Any, Literal
 
 from lora_rlhf.errors import AdapterError, UsageError
 from lora_rlhf.hub import repository
-from lora_rlhf.recipe.loader import load_recipe
 from lora_rlhf.recipe.schema import ModelSection
 from lora_rlhf.runs.disk import sha256
-from lora_rlhf.runs.record import Record
+from lora_rlhf.runs.record import Record, is_run
 
 MODELS = {"base": None, "sft": "sft", "policy": "policy"}
 """Models of a run -> folder of the adapter."""
@@ -103,10 +102,10 @@ def _resolve(text: str, base: str | None, load_in_4bit: bool) -> list[Target]:
     if text.startswith(("http://", "https://")):
         return [Target(text.partition("#")[2] or text, "url", url=text)]
     folder, _, model = text.rpartition(":")
-    if folder and model in MODELS and (Path(folder) / "record.json").is_file():
+    if folder and model in MODELS and is_run(Path(folder)):
         return [_of_run(Path(folder), model)]
     path = Path(os.path.expanduser(text))
-    if (path / "record.json").is_file():
+    if is_run(path):
         return _all_of_run(path)
     if (path / "adapter_config.json").is_file():
         return [_adapter(path, path.name, base, load_in_4bit)]
@@ -150,14 +149,14 @@ def _adapter(folder: Path, name: str, base: str | None, load_in_4bit: bool) -> T
 
 def _of_run(folder: Path, model: str) -> Target:
     record = Record.read(folder)
-    recipe = load_recipe(folder / "recipe.yaml")
+    recipe = record.recipe()
     stages = {"sft": "sft", "policy": record.algorithm}
     if model in stages and not record.done(stages[model]):
         raise UsageError(
             f"{folder} has no finished {model}", remedy=f"continue it: `lora-rlhf run {folder}`"
         )
     name = f"{folder.resolve().name}:{model}"
-    adapter = None if model == "base" else record.adapter(str(MODELS[model]))
+    adapter = None if model == "base" else record.verified(f"adapters/{MODELS[model]}")
     return Target(name, "run", base=recipe.model, adapter=adapter, run=folder)
 
 

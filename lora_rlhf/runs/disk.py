@@ -51,8 +51,8 @@ def damaged(path: Path, what: str) -> DamageError:
     return DamageError(
         f"{path}: {what}",
         expected="the file as the run wrote it",
-        remedy="restore the file, or run the recipe into a new --out; there, `--from` copies the "
-        "stages that are whole",
+        remedy="restore the file, or run the recipe into a new --out, with `--from` this run if "
+        "its SFT and reward model are whole",
     )
 
 

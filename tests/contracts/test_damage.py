@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 
 from lora_rlhf.cli import app
 from lora_rlhf.errors import DamageError, UsageError
+from lora_rlhf.evaluation import judges, targets
 from lora_rlhf.hub import staging
+from lora_rlhf.recipe.loader import load_recipe
 from lora_rlhf.reports import compare, plots
 from lora_rlhf.reports.cards import model_card
 from lora_rlhf.reports.doctor import doctor
@@ -62,6 +64,8 @@ READERS = {
     "card": lambda record: model_card.render(record, "policy"),
     "card sft": lambda record: model_card.render(record, "sft"),
     "doctor": doctor.examine,
+    "evaluate": lambda record: targets.parse([f"{record.folder}:policy"]),
+    "judge": lambda record: judges.of_targets(targets.parse([f"{record.folder}:base"])),
     "compare": lambda record: compare.run([record.folder]),
     "push": lambda record: staging.check_adapter(record, "policy"),
 }
@@ -95,12 +99,12 @@ WEIGHTS = "adapter_model.safetensors"
 LOG = ("from", "run", "card", "doctor", "push")
 DAMAGES = [
     (f"adapters/sft/{WEIGHTS}", flip_bit, ("sft", "from", "card sft")),
-    (f"adapters/reward/{WEIGHTS}", flip_bit, ("reward", "from")),
-    (f"adapters/held_out/{WEIGHTS}", flip_bit, ("reward", "from")),
-    (f"adapters/policy/{WEIGHTS}", flip_bit, ("policy", "card", "push")),
+    (f"adapters/reward/{WEIGHTS}", flip_bit, ("reward", "from", "judge")),
+    (f"adapters/held_out/{WEIGHTS}", flip_bit, ("reward", "from", "judge")),
+    (f"adapters/policy/{WEIGHTS}", flip_bit, ("policy", "card", "push", "evaluate")),
     (f"adapters/policy/{WEIGHTS}", swap, ("policy", "sft", "card", "push", "from")),
     (f"adapters/reward/{WEIGHTS}", Path.unlink, ("reward", "from")),
-    ("adapters/reward", shutil.rmtree, ("reward", "from")),
+    ("adapters/reward", shutil.rmtree, ("reward", "from", "judge")),
     ("adapters/reward/reward.json", change('"reward_offset": ', '"reward_offset": 1'),
      ("reward", "from")),
     ("adapters/reward/reward.json", Path.unlink, ("reward", "from")),
@@ -169,6 +173,14 @@ def test_a_changed_number_in_the_record_is_noticed(run, caplog):
     change('"seed": 0', '"seed": 9')(run / "record.json")
     assert Record.read(run).data["seed"] == 0
     assert "its own sha256 differs" in caplog.text
+
+
+def test_an_empty_recipe_of_a_run_names_its_copy(run):
+    (run / "recipe.yaml").write_bytes(bytes(9))
+    with pytest.raises(UsageError, match="is empty") as caught:
+        load_recipe(run)
+    assert caught.value.remedy == f"give its copy {run / 'recipe.yaml.bak'}"
+    assert load_recipe(run / "recipe.yaml.bak") == Record.read(run).recipe()
 
 
 def test_a_recipe_that_was_edited_is_not_believed(run, caplog):

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import pytest
 import small
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from small import EPISODES
 from transformers import (
@@ -388,3 +391,23 @@ def test_an_adapter_that_changes_nothing_is_warned_about(saved, tmp_path, caplog
     load_role(small.backbone(), "reward", folder)
     [record] = caplog.records
     assert f"{folder}/adapter_model.safetensors changes nothing" in record.getMessage()
+
+
+@pytest.mark.parametrize("error", [Exception("No space left on device (os error 28)"),
+                                   SafetensorError("Error: No space left on device (os error 28)"),
+                                   OSError(errno.ENOSPC, "No space left on device")])  # fmt: skip
+def test_a_full_disk_is_one_kind_of_error_and_leaves_the_earlier_adapter(
+    tmp_path, monkeypatch, error
+):
+    """tokenizers and safetensors raise their own classes for it."""
+    made = small.backbone("llama", "policy")
+    before = save_role(made, "policy", tmp_path / "policy")
+
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr(made.tokenizer, "save_pretrained", full)
+    with pytest.raises(OSError) as caught:
+        save_role(made, "policy", tmp_path / "policy")
+    assert caught.value.errno == errno.ENOSPC
+    assert (before / "tokenizer.json").exists() and os.listdir(tmp_path) == ["policy"]
