@@ -28,6 +28,7 @@ _JUDGES = frozenset(
     "label labels score scores rating ratings reward rewards grade grades stars vote votes upvotes "
     "downvotes likes dislikes thumb thumbs correct quality preference preferred winner verdict "
     "accepted approved rank ranks ranking toxic toxicity safe harmful helpful helpfulness "
+    "choice better best annotator annotators "
     "correctness coherence honesty harmlessness".split()
 )
 _ANSWERS = ("completion", "messages", "chosen", "rejected", "completions")
@@ -114,6 +115,10 @@ def _check_judgement(
         _check_pair(rows, column)
         return
     kinds = Counter(excerpt(value, 30) for value in given)
+    if _words(column) & {"annotator", "annotators"} and not (
+        len(kinds) <= 5 and all(isinstance(value, int | float) for value in given)
+    ):
+        return  # names of people, not what they said
     if len(kinds) == 1 and label(given[0]) is not False:
         return  # it judges no row apart from the others
     remedy = "leave in the file what the model should learn, such as the answers judged good"

@@ -102,6 +102,13 @@ def test_a_label_cannot_judge_pairs(tmp_path, plain):
     assert "columns: {" not in caught.value.remedy
 
 
+def test_annotators_may_be_people_or_judgements(tmp_path, plain):
+    people = with_column("annotator", ["ann", "bo"], PREFS)
+    assert len(all_rows(prepare(tmp_path, plain, people, "comparisons"))) == 60
+    with pytest.raises(DataError, match="'annotator1' is not read, and judges .* .1: 30, 2: 30"):
+        prepare(tmp_path, plain, with_column("annotator1", [1, 2], PREFS), "comparisons")
+
+
 def test_an_answer_by_the_user_is_no_answer(tmp_path, chat):
     rows = [*PAIRS, {"prompt": "q", "completion": user("a")}]
     assert "left out: 1 answers of another role" in prepare(tmp_path, chat, rows).lines[0]
