@@ -130,5 +130,7 @@ def check_judge(
     yield f"preferring the longer answer agrees on {people:.3f}"
     if record["position"] is not None:
         yield f"{record['position']:.1%} of its verdicts change with the order (counted as ties)"
+    if worst := evaluation_report.worst_probe(record):
+        yield f"of {len(record['probes'])} probes, the worst: {worst}"
     yield f"it {'may' if trusted else 'may not'} decide a report: {why}"
     yield f"record  {out}"

@@ -21,6 +21,7 @@ from lora_rlhf import estimates
 from lora_rlhf.errors import DataError
 from lora_rlhf.estimates import Estimate
 
+from .judge_probes import probe
 from .judges import Judge
 from .prompt_sets import Row
 
@@ -121,7 +122,8 @@ def validate(judge: Judge, labelled: Sequence[Labelled], source: str) -> dict[st
         `n` pairs on which people decided; `accuracy`; `constant`, the accuracy of preferring the
         longer answer; `ceiling`, how often one person agrees with the others; `position`, the
         share of verdicts that change with the order; `longer`, how often the judge and how often
-        people prefer the longer answer; all of it `by_kind` too.
+        people prefer the longer answer; the accuracy `by_kind`; `probes`, how often it prefers an
+        answer that was made worse.
     """
     known = [one for one in labelled if one.majority is not None]
     if not known:
@@ -137,6 +139,7 @@ def validate(judge: Judge, labelled: Sequence[Labelled], source: str) -> dict[st
     for i, one in enumerate(known):
         kinds.setdefault(one.row.kind, []).append(i)
     mine = [1 - abs(x - (w or 0.0)) for x, w in zip(longer, verdicts.wins, strict=True)]
+    best_first = [one if one.majority else _swapped(one) for one in known]
     theirs = [1 - abs(x - (o.majority or 0.0)) for x, o in zip(longer, known, strict=True)]
     return {
         "version": VERSION,
@@ -149,6 +152,7 @@ def validate(judge: Judge, labelled: Sequence[Labelled], source: str) -> dict[st
         "ceiling": _ceiling(labelled),
         "position": verdicts.changed,
         "longer": {"judge": _share(mine), "people": _share(theirs)},
+        "probes": probe(judge, [(o.row, o.first, o.second) for o in best_first]),
         "by_kind": {
             kind: _share([right[i] for i in at])
             for kind, at in sorted(kinds.items())

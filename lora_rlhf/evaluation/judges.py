@@ -22,6 +22,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from lora_rlhf.data.closed_world.checkers import Item, check
 from lora_rlhf.errors import BaseModelError, DataError, UsageError, first_line
 from lora_rlhf.recipe.schema import ModelSection
+from lora_rlhf.reports import evaluation_report
 from lora_rlhf.runs.record import Record, is_run
 from lora_rlhf.runs.samples import prompt_text
 from lora_rlhf.runtime.devices import pick_device
@@ -423,6 +424,8 @@ def parse(texts: Sequence[str], base: str | None = None) -> list[JudgeSpec]:
 def describe(judge: Judge, validation: dict[str, Any] | None) -> dict[str, Any]:
     """Describe a judge for the report, with the reason why it may or may not be believed."""
     trusted, why = trust(judge, validation)
+    if worst := evaluation_report.worst_probe(validation):
+        why += f"; at worst, {worst}"
     return {
         "name": judge.name,
         "kind": judge.kind,

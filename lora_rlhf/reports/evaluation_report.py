@@ -190,6 +190,28 @@ class Report(Part):
         yield "the set", {entry.name for entry in self.sets}, {item.set for item in placed}
 
 
+PROBES = {
+    "padded": "padded with empty sentences",
+    "repeated": "repeated",
+    "flattering": "after flattery",
+    "prompt_copied": "after a copy of the prompt",
+    "confidently_wrong": "that people rejected, in a sure tone,",
+    "empty": "that is empty",
+}
+"""Probe of a judge -> the worse answer that it was shown beside the better one."""
+
+
+def worst_probe(validation: dict[str, Any] | None) -> str | None:
+    """Say which worse answer a judge prefers most often, from its record; None without probes."""
+    probes = (validation or {}).get("probes") or {}
+    if not probes:
+        return None
+    name = max(probes, key=lambda name: probes[name]["value"])
+    value, low, high = (100 * probes[name][key] for key in ("value", "low", "high"))
+    rate = f"{value:.0f} % [{low:.0f}, {high:.0f}]"
+    return f"it prefers an answer {PROBES.get(name, name)} to the better one in {rate} of pairs"
+
+
 def read(folder: Path) -> dict[str, Any]:
     """Read and check the report of an evaluation's folder.
 

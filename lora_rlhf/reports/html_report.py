@@ -23,7 +23,17 @@ from markupsafe import Markup
 from lora_rlhf.redaction import safe
 from lora_rlhf.runs.disk import write_atomically
 
-from .evaluation_report import FILE, Answer, Difference, Interval, Report, Sample, Table, checked
+from .evaluation_report import (
+    FILE,
+    PROBES,
+    Answer,
+    Difference,
+    Interval,
+    Report,
+    Sample,
+    Table,
+    checked,
+)
 
 NAME = "report.html"
 
@@ -71,7 +81,7 @@ def _page(report: Report, samples: str, cuts: str) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"shown": shown, "fields": fields, "plain": plain}
-    environment.globals |= {"axis": Axis.of, "width": WIDTH}
+    environment.globals |= {"axis": Axis.of, "width": WIDTH, "probe_words": PROBES}
     policy = (
         f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; "
         "img-src data:; base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'"

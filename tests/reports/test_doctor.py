@@ -322,6 +322,22 @@ NOTES = {"few_prompts", "no_judge", "few_rows_demonstrations", "few_rows_compari
 """Findings on the unedited run: few prompts, and the proxy is the only judge."""
 
 
+def test_the_worst_probe_of_a_judges_record_in_the_run_is_named(evaluated, tmp_path):
+    record = edited(evaluated, tmp_path / "r")
+    (record.folder / "judge-other.json").write_text("[]")
+    probes = {"padded": rate(0.7, 0.6, 0.8, n=100), "empty": rate(0.1, 0.05, 0.2, n=100)}
+    judged = {"judge": f"{record.folder.name}:reward", "probes": probes}
+    (record.folder / "judge.json").write_text(json.dumps(judged))
+    by_name = {f.name: f for f in doctor.examine(record)}
+    assert set(by_name) == {"probes_reward", *NOTES}
+    one = by_name["probes_reward"]
+    assert (one.stage, one.severity) == ("reward", "warning")
+    assert "padded with empty sentences to the better one in 70 % [60, 80]" in one.what
+    probes["padded"] = rate(0.5, 0.4, 0.6, n=100)
+    (record.folder / "judge.json").write_text(json.dumps(judged))
+    assert {f.name: f for f in doctor.examine(record)}["probes_reward"].severity == "note"
+
+
 def test_an_evaluation_by_the_proxy_on_few_prompts_proves_little(evaluated, tmp_path):
     """Without a checker or a held-out reward model, the proxy is the only judge."""
     changes = {"evaluation__policy__win_rate_proxy": rate(0.42, 0.22, 0.68, n=6)}

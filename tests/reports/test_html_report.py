@@ -130,7 +130,7 @@ def test_foreign_text_stays_text(tmp_path, page):
     for table in report["tables"]:
         table["estimates"][NASTY] = table["estimates"].pop("base")
         table["by_kind"] = {NASTY: {}}
-        table["differences"] = []
+        table["differences"], table["from_clean"] = [], {}
         table["meaning"] = NASTY
     report["costs"] = {}
     report["verdict"] = [NASTY]
@@ -169,6 +169,8 @@ def test_every_number_is_that_of_the_report(report, page):
             assert shown[name] == numbers(estimate)
         for d in table["differences"]:
             assert shown[f"{d['a']} − {d['b']}"] == numbers(d["estimate"])
+        for name, estimate in table.get("from_clean", {}).items():
+            assert shown[f"{name}: changed − clean"] == numbers(estimate)
         for kind, row in table["by_kind"].items():
             pairs = [d["by_kind"][kind] for d in table["differences"]]
             assert shown[kind] == numbers(*row.values(), *pairs)
@@ -206,6 +208,11 @@ def test_the_page_says_what_the_report_says(report, page):
     for said in (
         *("Toxic continuations", "The detector is not installed.", "not trusted"),
         *("0.550 [0.470, 0.630] (n = 150)", "by category, harmless", "suites/quick.yaml"),
+        *(
+            "policy is worse",
+            "an answer padded with empty sentences",
+            "0.70 [0.60, 0.80] (n = 100)",
+        ),
     ):
         assert said in body
     assert "<script>" not in page.text("main")[0]

@@ -75,6 +75,7 @@ def report(prompts=64, words=20, metrics=("correct", "invented"), seed=0):
         table(draw, "length", "neither", scale=100, n=prompts),
         table(draw, "mc1", "higher", set="truth", n=prompts // 4),
     ]  # fmt: skip
+    tables[-1]["from_clean"] = {"policy": interval(-0.25, 0.1, prompts // 4), "base": None}
     tables[-1]["estimates"]["base"] = tables[-1]["differences"][1]["estimate"] = None
     headline = "policy beats sft by its gold reward: the paired difference lies above 0."
     return {
@@ -104,7 +105,8 @@ def report(prompts=64, words=20, metrics=("correct", "invented"), seed=0):
              "why": "An exact checker of the task: it cannot be wrong about a fact of the record."},
             {"name": judge, "kind": "reward", "trusted": False,
              "validation": {"accuracy": interval(0.55, 0.08, 150), "raters": 3,
-                            "by category": {"harmless": 0.61, "helpful": 0.49}, "chance": True},
+                            "by category": {"harmless": 0.61, "helpful": 0.49}, "chance": True,
+                            "probes": {"padded": interval(0.7, 0.1, 100)}},
              "why": "Its accuracy against people's labels may be that of chance."},
         ],
         "samples": samples,

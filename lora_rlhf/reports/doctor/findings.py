@@ -108,6 +108,9 @@ KNOWN: dict[str, tuple[str, str, str, str]] = {
     "held_out_at_chance": (
         "reward", "warning", "its scores of the policy, and ppo.watch: best, mean nothing",
         "add comparisons: each of the two models is trained on half of them"),
+    "probes": (
+        "reward", "warning", "a policy that is trained against it learns to do the same",
+        "add comparisons in which such an answer is the worse one; read the samples for it"),
     "gold_falls": (
         "reward", "fault", "the reward model rewards something other than what is wanted",
         "read the samples to see what it rewards; improve the comparisons; raise ppo.kl_coef"),

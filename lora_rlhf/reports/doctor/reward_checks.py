@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import json
 from statistics import fmean
 from typing import Any
 
-from lora_rlhf.reports import alarms
+from lora_rlhf.reports import alarms, evaluation_report
 from lora_rlhf.runs.record import Record
 
 from .findings import Finding, Findings, Lines, above, below, finding, rate
@@ -26,6 +27,7 @@ def check(record: Record, lines: Lines) -> Findings:
     entry = record.data["stages"].get("reward", {})
     if entry.get("status") == "done" and "accuracy" in entry:
         yield from _accuracy(entry, lines.get("reward", []))
+    yield from _probed(record)
     yield from _exploited(lines["ppo"])
 
 
@@ -87,6 +89,22 @@ def _length(entry: dict[str, Any], accuracy: dict[str, Any], length: dict[str, A
         what,
         more=f"add comparisons in which the {word} completion is worse",
     )
+
+
+def _probed(record: Record) -> Findings:
+    """Name the worst probe in a record of `lora-rlhf judge RUN:reward` that lies in the run."""
+    for path in sorted(record.folder.glob("judge*.json")):
+        try:
+            validation = json.loads(path.read_text(encoding="utf-8"))
+            role = str(validation["judge"]).rpartition(":")[2]
+            worst = evaluation_report.worst_probe(validation)
+            fooled = any(above(rate, 0.5) for rate in validation.get("probes", {}).values())
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            continue  # of another program
+        if worst and role in ("reward", "held_out"):
+            what = f"{path.name}: of {validation['judge']}: {worst}"
+            severity = "warning" if fooled and role == "reward" else "note"
+            yield finding("probes", what, role, severity=severity)
 
 
 def _exploited(ppo: list[dict[str, float]]) -> Findings:
