@@ -248,6 +248,15 @@ def continuation(tokenizer: Any, turns: list[dict[str, str]], tail: str) -> tupl
         text = whole[len(opened) : len(whole) - len(tail)]
         if text == given:
             return text, ""
+        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+        control = {str(token) for token in added if token.special}
+        if any(token in text and token not in given for token in control):
+            # Answers are encoded as text, so the token would be spelled out.
+            return (
+                given,
+                "answers are trained as given: the chat template writes control tokens "
+                "before them, after its generation prompt if it has one",
+            )
         if text.strip() == given.strip():
             return text, "white space around answers is as the chat template writes it"
         return text, "answers are trained as the chat template writes them"

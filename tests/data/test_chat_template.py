@@ -44,13 +44,15 @@ def trained(tmp_path, template, text):
         (turns(_ANSWERS_ONLY, "<think>"), REASONED, "why\n</think>It is 4."),
         (turns(_ANSWERS_ONLY, "<think>"), PLAIN, "\n</think>\n\nIt is 4."),
         (turns(_SPLIT, ""), PLAIN, "<think></think>It is 4."),
+        (TEMPLATE.split("{% if")[0], PLAIN, PLAIN),  # no generation prompt
         (turns(": {{ m.content | trim }}", ":"), f"{PLAIN} ", f" {PLAIN}"),
     ],
 )  # fmt: skip
 def test_an_answer_is_what_the_template_writes(tmp_path, template, text, expected):
     completion, prepared = trained(tmp_path, template, text)
     assert completion == expected
-    assert bool(prepared.report["notes"]) == (expected != text), "the change is counted"
+    same = expected == text and template == TEMPLATE
+    assert bool(prepared.report["notes"]) != same, "the difference is counted"
     assert [line.strip() for line in prepared.lines[1:-1]] == prepared.report["notes"]
 
 
