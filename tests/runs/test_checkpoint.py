@@ -234,6 +234,13 @@ def test_an_undamaged_run_with_stray_files_goes_on_to_the_same_bits(half: Path, 
     assert killed.bits(tmp_path / "a") == killed.bits(gone_on.folder)
 
 
+def test_another_number_of_threads_is_said(half: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(pipeline.torch, "get_num_threads", lambda: 2)
+    lines = again(half, tmp_path / "a").lines
+    assert any(line.startswith("2 threads, and 1 before") for line in lines)
+    assert Record.read(tmp_path / "a").data["clock"]["threads"] == 2
+
+
 def reseal(folder: Path) -> None:
     """Update the hashes of an edited checkpoint."""
     sums = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in folder.iterdir()}
