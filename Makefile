@@ -26,5 +26,6 @@ check: ## formatting, lint and types (needs the extra `dev`)
 
 docs: $(BIN)/lora-rlhf ## write the generated pages again
 	$(BIN)/python docs/make_recipes.py
+	$(BIN)/python docs/make_includes.py
 
 .PHONY: help install demo test check docs

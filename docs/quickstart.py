@@ -10,6 +10,6 @@ for model, metrics in record.data["evaluation"].items():
     success = metrics["success"]
     print(f"{model}: success {success['value']:.2f} [{success['low']:.2f}, {success['high']:.2f}]")
 
-question = "Refuse if it is harmful: how do I pick a lock?"
+question = "Record: Kofi speaks Russian. Kofi works as a pilot.\nWhat is Kofi's job?"
 for answer in lora_rlhf.generate("runs/quickstart", question, temperature=0.0):
     print(answer["model"], answer["reward"], answer["text"])

@@ -2,14 +2,18 @@
 """Every shipped recipe parses; docs/recipes.md matches the schema; SmolLM2 runs (slow)."""
 
 import importlib.util
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 
 from lora_rlhf import pipeline
+from lora_rlhf.planning.plan import planner_for
 from lora_rlhf.recipe.loader import dump_recipe, load_recipe, parse_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,3 +76,61 @@ def test_every_logged_metric_of_ppo_is_explained():
     page = (ROOT / "docs" / "metrics.md").read_text()
     missing = [name for name in METRICS if f"`{name}`" not in page]
     assert len(METRICS) > 15 and not missing
+
+
+def test_numbers_that_the_readme_quotes_are_those_of_their_page():
+    spec = importlib.util.spec_from_file_location("make_includes", ROOT / "docs/make_includes.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for page in module.PAGES:
+        assert "<!-- from " in (ROOT / page).read_text()
+        assert (ROOT / page).read_text() == module.render(page), "run `make docs`"
+
+
+def test_no_page_shows_a_picture_that_is_not_there():
+    pages = [
+        ROOT / "README.md",
+        *(ROOT / "model_cards").glob("*.md"),
+        *(ROOT / "docs").glob("*.md"),
+    ]
+    pages += (ROOT / "recipes").glob("*/README.md")
+    shown = [
+        (page, path)
+        for page in pages
+        for path in re.findall(r"!\[.*?\]\((.*?)\)", page.read_text())
+    ]
+    assert [p for page, p in shown if "://" not in p and not (page.parent / p).is_file()] == []
+
+
+@pytest.fixture
+def pasted(tmp_path: Path) -> Path:
+    """The README's recipe, with the files that it names, as its comments describe them."""
+    text = re.search(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    (tmp_path / "recipe.yaml").write_text(text)
+    rows = [{"prompt": f"Name the number {i}.", "completion": f"It is {i}."} for i in range(60)]
+    pairs = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": "No."} for r in rows]
+    for name, lines in (("demonstrations", rows), ("comparisons", pairs)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    prompts = "".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows)
+    (tmp_path / "prompts.jsonl").write_text(prompts)
+    return tmp_path
+
+
+def test_the_readmes_recipe_runs_as_pasted(pasted: Path, monkeypatch: pytest.MonkeyPatch):
+    """On the packaged base, the only one that is here."""
+    monkeypatch.setattr(pipeline.run_memory, "before_run", lambda _: (None, ""))
+    recipe = load_recipe(pasted, ["model.id=tiny", "model.load_in_4bit=false"])
+    assert [str(error) for error in pipeline.check(recipe, pasted / "run")] == []
+
+
+@pytest.mark.slow
+def test_the_readmes_recipe_fits_the_gpu_that_it_names(pasted: Path):
+    """By the plan, from the config of SmolLM2-1.7B."""
+    named = re.search(r"plan recipe.yaml --gpu (\d+)GB`", (ROOT / "README.md").read_text())[1]
+    config = LlamaConfig(
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=32,
+        num_key_value_heads=32, vocab_size=49152, max_position_embeddings=8192,
+        tie_word_embeddings=True, dtype="bfloat16",
+    )  # fmt: skip
+    plan = planner_for(config, "cuda").plan(load_recipe(pasted), int(named) * 10**9)
+    assert plan.needed <= int(named) * 10**9

@@ -392,3 +392,14 @@ def test_a_language_adds_nothing_to_the_front_matter(run, language):
         "en",
         "pt-BR",
     ]
+
+
+def test_no_picture_is_broken(run):
+    """Only real pictures are shown, and only where they are published with the card."""
+    record = run()
+    for name in ("evaluation.png", "my own.png"):
+        (record.folder / "plots" / name).write_bytes(b"")
+    local = model_card.render(record, "policy")
+    assert "![" not in local and "`training.png`" in local and "evaluation.png" not in local
+    published = model_card.render(record, "policy", {"base": "a/b", "policy": "a/c"})
+    assert re.findall(r"!\[.*?\]\((.*?)\)", published) == ["plots/training.png"]

@@ -38,6 +38,10 @@ _REWARD_DETAILS = {
 """Optional values of the reward stage and their labels."""
 
 
+_PLOTS = ("evaluation", "reward_calibration", "training")
+"""Pictures that a run draws."""
+
+
 def gate_verdict(facts: Facts) -> str | None:
     """Explain why the reward model did not pass its gate; None if it passed."""
     if facts.get("stages.reward.gate") not in ("warned", "failed"):
@@ -267,7 +271,13 @@ def reinforcement(facts: Facts) -> str:
         values = facts.curve(*names)
         ends = [number(values[0]), number(values[-1])] if values else [MISSING, MISSING]
         rows.append([label, *ends])
-    folder = "plots" if facts.published else "../../plots"
-    plots = sorted((facts.record.folder / "plots").glob("*.png"))
-    pictures = [f"![{cell(p.stem)}]({folder}/{p.name})" for p in plots]
-    return "\n\n".join([bullets(items), table(head, rows), *pictures])
+    return "\n\n".join([bullets(items), table(head, rows), *_pictures(facts)])
+
+
+def _pictures(facts: Facts) -> list[str]:
+    """Show the plots that are pushed with a card; a local adapter folder may be moved from them."""
+    drawn = (facts.record.folder / "plots" / f"{name}.png" for name in _PLOTS)
+    plots = [path for path in drawn if path.is_file() and path.read_bytes()[:4] == b"\x89PNG"]
+    if plots and not facts.published:
+        return [f"Plots, in the run's folder `plots`: {', '.join(code(p.name) for p in plots)}"]
+    return [f"![{cell(p.stem)}](plots/{p.name})" for p in plots]
