@@ -22,7 +22,7 @@ from lora_rlhf.runs.disk import write_atomically
 from lora_rlhf.runs.samples import prompt_text
 from lora_rlhf.runtime import environment, interrupts
 
-from . import prompt_sets, stress, suite_tables
+from . import alignment_tax, prompt_sets, stress, suite_tables
 from .engine import Answer, Engine
 from .judges import AT_RANDOM, Judge, JudgeSpec, Verdicts, describe
 from .metrics.metric import Metric
@@ -65,6 +65,7 @@ class Evaluation:
     answers: dict[tuple[str, str], list[Answer]] = field(default_factory=dict)
     values: dict[tuple[str, str], dict[str, list[float | None]]] = field(default_factory=dict)
     at_random: dict[tuple[str, str], list[bool]] = field(default_factory=dict)
+    grades: dict[str, alignment_tax.Grades] = field(default_factory=dict)
     costs: dict[str, Any] = field(default_factory=dict)
     not_measured: list[dict[str, str]] = field(default_factory=list)
 
@@ -103,9 +104,11 @@ def run(
         for target in group:
             for one, prompts in sets:
                 _of_target(evaluation, answering, target, one, prompts)
+            _of_tasks(evaluation, answering, target)
             cost = answering.measure(target, sets[0][1].rows, evaluation.suite)
             evaluation.costs[target.name] = cost.report(evaluation.price_per_hour)
     tables = [t for one, prompts in sets for t in _metric_tables(evaluation, one, prompts)]
+    tables += _task_tables(evaluation)
     compared = [prompts for one, prompts in sets if one.win_rate]
     described: list[dict[str, Any]] = []
     for judge in (*others, *_loaded(specs if compared else (), engine)):
@@ -273,6 +276,67 @@ def _scores(metric: Metric, prompts: PromptSet, answers: Sequence[Answer]) -> li
     return [metric.score(row, a.text) for row, a in zip(prompts.rows, answers, strict=True)]
 
 
+def _of_tasks(evaluation: Evaluation, engine: Engine | Server, target: Target) -> None:
+    """Let lm-eval grade a target on the suite's tasks, or take the grades kept."""
+    section = evaluation.suite.lm_eval
+    if section is None:
+        return
+    if isinstance(engine, Server):
+        why = "a server gives no log-probabilities of texts"
+        evaluation.not_measured.append({"what": f"lm-eval on {target.name}", "why": why})
+        return
+    identity = {
+        "target": target.describe(),
+        "base": engine.identity,
+        "lm_eval": section.model_dump(mode="json"),
+        "seed": evaluation.suite.seed,
+    }
+    path = evaluation.out / "answers" / f"{_digest([target.name, 'lm-eval'])[:16]}.json"
+    kept = _take(path, identity)
+    if not kept:
+        evaluation.say(f"lm-eval asks {target.name}: {', '.join(section.tasks)}")
+        kept = {"grades": alignment_tax.grades(engine, target, section, evaluation.suite.seed)}
+        _put(path, identity, kept)
+    evaluation.grades[target.name] = kept["grades"]
+
+
+def _task_tables(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Make the tables of lm-eval's tasks, of the targets that were asked."""
+    graded = evaluation.grades
+    if not graded:
+        return []
+    first = next(iter(graded.values()))
+    reference = evaluation.reference if evaluation.reference in graded else next(iter(graded))
+    return [
+        suite_tables.metric_table(
+            task,
+            alignment_tax.metric_of(task, name),
+            alignment_tax.rows_of(task, len(values)),
+            {target: grades[task][name] for target, grades in graded.items()},
+            reference,
+            evaluation.suite.seed,
+        )
+        for task, by_metric in first.items()
+        for name, values in by_metric.items()
+    ]
+
+
+def _task_sets(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Describe lm-eval's tasks for the report's list of prompt sets."""
+    first: alignment_tax.Grades = next(iter(evaluation.grades.values()), {})
+    return [
+        {
+            "name": task,
+            "n": len(next(iter(by_metric.values()), [])),
+            "kinds": {},
+            "source": f"lm-eval's task {task}",
+            "licence": "",
+            "sha256": "",
+        }
+        for task, by_metric in first.items()
+    ]
+
+
 def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -421,7 +485,8 @@ def _report(
                 "sha256": prompts.sha256,
             }
             for _, prompts in sets
-        ],
+        ]
+        + _task_sets(evaluation),
         "tables": tables,
         "judges": judges,
         "samples": [sample for _, prompts in sets for sample in _samples(evaluation, prompts)],

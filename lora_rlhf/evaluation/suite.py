@@ -47,6 +47,19 @@ class SetSection(Section):
             yield f"set {self.name}: stress needs metrics, and names each change once", "stress"
 
 
+class LmEvalSection(Section):
+    """Tasks of lm-eval, for the alignment tax: what a policy lost against SFT and base."""
+
+    tasks: list[str] = Field(min_length=1)
+    path: str | None = None
+    """Folder with task files of your own, in the place of lm-eval's."""
+    n: int | None = Field(None, ge=2)
+    """First documents of each task; default: all."""
+    few_shot: int | None = Field(None, ge=0)
+    """Default: the task's own."""
+    batch_size: int = Field(8, ge=1)
+
+
 class Suite(Section):
     """An evaluation: what is asked, how it is answered, and which number decides."""
 
@@ -62,6 +75,7 @@ class Suite(Section):
     headline: str | None = None
     """`SET/METRIC` that the verdict is about, chosen before anything is measured."""
     sets: list[SetSection] = Field(min_length=1)
+    lm_eval: LmEvalSection | None = None
 
     def rules(self) -> Rules:
         """Names are unique, and the headline is measured."""
