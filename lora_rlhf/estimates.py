@@ -291,6 +291,52 @@ def length_controlled_win_rate(
     return _estimate(value, low, high, outcomes.size)
 
 
+def bradley_terry(wins: ArrayLike, seed: int, resamples: int = 2_000) -> list[list[Estimate]]:
+    """Bradley-Terry ratings of K models: [i][j] is the log-odds that model i beats model j.
+
+    Args:
+        wins: (N, K, K) over prompts, 1 where i beats j, 0 where it loses, 0.5 for both in a tie, 0
+            for both without a verdict.
+
+    Fitted by the MM algorithm of Hunter 2004 (eq. 3), with one more tie for each pair of models
+    (the log-F(1, 1) prior of `length_controlled_win_rate`), so that a model that always wins has a
+    finite rating. Seeded percentile bootstrap over prompts, all verdicts of a prompt together. n:
+    prompts with a verdict on the pair. Fewer than two prompts: no interval.
+    """
+    array = np.asarray(wins, dtype=np.float64)
+    if array.ndim != 3 or array.shape[1] != array.shape[2] or not array.size:
+        raise ValueError(f"wins of prompts by model and model are needed, not shape {array.shape}")
+    n, models = array.shape[:2]
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
+    sums = np.concatenate((array.sum(axis=0)[None], np.tensordot(drawn, array, axes=1)))
+    ratings = _ratings(sums)
+    table: list[list[Estimate]] = []
+    for i in range(models):
+        table.append([])
+        for j in range(models):
+            gaps = ratings[:, i] - ratings[:, j]
+            low, high = np.quantile(gaps[1:], (0.025, 0.975)) if n > 1 else (None, None)
+            judged = int(np.count_nonzero(array[:, i, j] + array[:, j, i])) if i != j else n
+            table[-1].append(_estimate(float(gaps[0]), low, high, judged))
+    return table
+
+
+def _ratings(wins: Floats) -> Floats:
+    """(R, K) logs of Bradley-Terry strengths from (R, K, K) sums of wins, one more tie per pair."""
+    wins = wins + 0.5 * (1 - np.eye(wins.shape[1]))
+    games, own = wins + wins.swapaxes(1, 2), wins.sum(axis=2)
+    strength: Floats = np.ones_like(own)
+    for _ in range(10_000):
+        pairs = strength[:, :, None] + strength[:, None, :]
+        new = own / (games / pairs).sum(axis=2)
+        new /= np.exp(np.log(new).mean(axis=1, keepdims=True))
+        step, strength = float(np.abs(np.log(new / strength)).max()), new
+        if step < 1e-9:
+            break
+    logs: Floats = np.log(strength)
+    return logs
+
+
 def prediction_powered(labels: ArrayLike, predicted: ArrayLike, others: ArrayLike) -> Estimate:
     """The mean of people's verdicts from n labels and a judge's verdicts on these and N others.
 

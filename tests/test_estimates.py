@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Intervals compared with scipy, and their coverage by simulation."""
 
+import itertools
 import math
 
 import numpy as np
@@ -395,3 +396,54 @@ def test_a_useless_judge_costs_nothing():
         alone = estimates.mean_interval(labels)
         assert found["high"] - found["low"] == pytest.approx(alone["high"] - alone["low"], rel=0.05)
         assert found["value"] == pytest.approx(alone["value"], abs=0.03)
+
+
+# --- ratings -------------------------------------------------------------------
+
+
+def compared(n, quality, seed, noise=1.0):
+    """(n, K, K) verdicts on n prompts whose difficulty all pairs share."""
+    rng = np.random.default_rng(seed)
+    shown = np.array(quality) + noise * rng.normal(size=(n, len(quality)))
+    gaps = shown[:, :, None] - shown[:, None, :]
+    wins = np.where(np.abs(gaps) < 0.3, 0.5, (gaps > 0).astype(float))
+    return wins * (1 - np.eye(len(quality)))
+
+
+@pytest.mark.parametrize("quality", [(0, 0.4), (0, 0.3, 1.0), (0, 0, 0.5, 9)])
+def test_bradley_terry_is_the_likelihoods_maximum(quality):
+    wins = compared(60, quality, seed=1)
+    sums = wins.sum(axis=0) + 0.5 * (1 - np.eye(len(quality)))  # with one more tie per pair
+
+    def loss(theta):
+        theta = np.concatenate(([0.0], theta))
+        return float((sums * np.log1p(np.exp(theta[None, :] - theta[:, None]))).sum())
+
+    best = optimize.minimize(loss, np.zeros(len(quality) - 1), method="BFGS", tol=1e-10)
+    table = estimates.bradley_terry(wins, seed=0, resamples=100)
+    mine = [table[i][0]["value"] for i in range(1, len(quality))]
+    assert mine == pytest.approx(list(best.x), abs=1e-4)
+    for i, j in itertools.combinations(range(len(quality)), 2):
+        assert table[i][j]["value"] == pytest.approx(-table[j][i]["value"])
+        assert table[i][j]["low"] < table[i][j]["value"] < table[i][j]["high"]
+        assert table[i][j]["n"] == 60
+
+
+def test_bradley_terry_intervals_cover():
+    quality, covered = (0, 0.3, 1.0), []
+    truth = estimates._ratings(compared(50_000, quality, seed=0).sum(axis=0)[None])[0]
+    for seed in range(100):
+        table = estimates.bradley_terry(compared(100, quality, seed + 1), seed, resamples=300)
+        for i, j in itertools.combinations(range(3), 2):
+            covered.append(table[i][j]["low"] <= truth[i] - truth[j] <= table[i][j]["high"])
+    assert 0.9 <= np.mean(covered) <= 0.99
+
+
+def test_equal_models_are_rated_alike_and_missing_verdicts_count_nothing():
+    level = np.full((30, 3, 3), 0.5) * (1 - np.eye(3))
+    level[10:, 0, 1] = level[10:, 1, 0] = 0
+    table = estimates.bradley_terry(level, seed=0, resamples=50)
+    assert table[0][1] == {"value": 0, "low": 0, "high": 0, "n": 10} and table[0][2]["n"] == 30
+    assert estimates.bradley_terry(level[:1], seed=0)[0][1]["low"] is None
+    with pytest.raises(ValueError, match="not shape"):
+        estimates.bradley_terry(level[0], seed=0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import itertools
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -412,9 +413,21 @@ def _win_rates(
         about.setdefault("changed_with_order", {})[prompts.name] = changed
     if not verdicts:
         return []
-    return suite_tables.win_rate_tables(
+    tables = suite_tables.win_rate_tables(
         prompts.name, about, prompts.rows, verdicts, lengths, reference
     )
+    pairs = {(name, reference): made.wins for name, made in verdicts.items()}
+    if len(pairs) > 1 and len(pairs) == len(texts) - 1:
+        for pair in itertools.combinations(verdicts, 2):
+            interrupts.stop_if_requested()
+            one, other = (texts[name] for name in pair)
+            made = judge.compare(prompts.name, prompts.rows, one, other, pair)
+            if made is None:
+                return tables
+            pairs[pair] = made.wins
+        seed = evaluation.suite.seed
+        tables.append(suite_tables.ratings_table(prompts.name, about, pairs, reference, seed))
+    return tables
 
 
 def _with_people(

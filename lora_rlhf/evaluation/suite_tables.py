@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from lora_rlhf import estimates
 from lora_rlhf.estimates import Estimate
 
@@ -17,6 +19,12 @@ from .stress import EMPTY
 
 Values = Mapping[str, Sequence[float | None]]
 """Target -> value of each row; None where the metric does not apply or is undecided."""
+
+RATING = "bradley_terry"
+"""Name of the ratings from all pairs of targets."""
+
+_ELO = 400 / math.log(10)
+"""Elo points of a log-odds of 1."""
 
 _RESAMPLES = 10_000
 _RESAMPLES_OF_A_KIND = 2_000
@@ -130,6 +138,45 @@ def win_rate_tables(
             controlled,
         ),
     ]
+
+
+def ratings_table(
+    set_name: str,
+    judge: dict[str, Any],
+    wins: Mapping[tuple[str, str], Sequence[float | None]],
+    reference: str,
+    seed: int,
+) -> dict[str, Any]:
+    """Make the table of Bradley-Terry ratings, in Elo points above the reference.
+
+    Args:
+        wins: (target, other target) -> verdicts of each row, for every pair of targets.
+    """
+    names = list(dict.fromkeys(name for pair in wins for name in pair))
+    array = np.zeros((len(next(iter(wins.values()))), len(names), len(names)))
+    for pair, each in wins.items():
+        i, j = map(names.index, pair)
+        for row, win in enumerate(each):
+            if win is not None:
+                array[row, i, j], array[row, j, i] = win, 1 - win
+    rated = estimates.bradley_terry(array[array.any(axis=(1, 2))], seed)
+    gaps = {
+        (a, b): estimates.scaled(rated[i][j], _ELO)
+        for i, a in enumerate(names)
+        for j, b in enumerate(names)
+    }
+    return {
+        "set": set_name,
+        "metric": RATING,
+        "meaning": f"rating in Elo points, by {judge['name']} ({KINDS[judge['kind']]}), from all "
+        f"pairs of models; {reference} has 0, and 100 points more win 64 % of comparisons",
+        "better": "higher",
+        "judge": judge["name"],
+        "trusted": judge["trusted"],
+        "estimates": {name: gaps[name, reference] for name in names},
+        "by_kind": {},
+        "differences": [{"a": a, "b": b, "estimate": gaps[a, b], "by_kind": {}} for a, b in wins],
+    }
 
 
 def powered_table(
@@ -327,7 +374,7 @@ def _worse(tables: Sequence[dict[str, Any]], head: dict[str, Any] | None) -> lis
     """List what is clearly worse than the reference: one sentence in all, one by kind of prompt."""
     whole: dict[str, list[str]] = {}
     by_kind: dict[str, list[str]] = {}
-    for table in tables:
+    for table in (one for one in tables if one["metric"] != RATING):  # win rates say it
         is_head = head is not None and all(table[k] == head[k] for k in ("set", "metric", "judge"))
         for row in table["differences"]:
             who = f"{row['a']} is worse than {row['b']}"

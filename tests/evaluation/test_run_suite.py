@@ -57,6 +57,9 @@ def test_an_evaluation_goes_on_to_the_same_report(run, suite_file, tmp_path, mon
     assert len(whole["samples"]) == 12 and len(whole["samples"][0]["answers"]) == 3
     by = {t["judge"] for t in whole["tables"]}
     assert by == {"after-evaluate:held_out", "after-evaluate:reward"}
+    ratings = [t for t in whole["tables"] if t["metric"] == "bradley_terry"]
+    assert {t["judge"] for t in ratings} == by and all(len(t["differences"]) == 3 for t in ratings)
+    assert ratings[0]["estimates"]["after-evaluate:sft"]["value"] == 0
     assert not any(t["trusted"] for t in whole["tables"]), "no judge was compared with people"
     assert whole["headline"] is None and whole["verdict"][0].startswith("No verdict")
 

@@ -102,3 +102,23 @@ def test_several_peoples_votes_are_shares():
     found = suite_tables.win_rate([1 / 3, 2 / 3, 1.0, None, 0.5] * 4)
     assert found["n"] == 16 and found["value"] == pytest.approx(0.625)
     assert suite_tables.win_rate([None]) is None
+
+
+def test_ratings_from_all_pairs_order_the_models():
+    rng = random.Random(3)
+
+    def wins(rate):
+        return [float(rng.random() < rate) if i else None for i in range(60)]
+
+    pairs = {
+        ("base", "sft"): wins(0.3),
+        ("policy", "sft"): wins(0.7),
+        ("policy", "base"): wins(0.85),
+    }
+    made = suite_tables.ratings_table("s", CHECKER, pairs, "sft", 0)
+    elo = {name: estimated["value"] for name, estimated in made["estimates"].items()}
+    assert elo["base"] < elo["sft"] == 0 < elo["policy"]
+    assert made["estimates"]["policy"]["n"] == 59 and made["estimates"]["policy"]["low"] > 0
+    last = made["differences"][2]
+    assert last["estimate"]["value"] == pytest.approx(elo["policy"] - elo["base"])
+    assert len(suite_tables.sentences(None, None, [made])) == 1, "win rates say what is worse"
