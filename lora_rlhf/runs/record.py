@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_rlhf.errors import LoraRlhfError, RecipeError, SetupError, UsageError
+from lora_rlhf.errors import DamageError, LoraRlhfError, RecipeError, SetupError, UsageError
 from lora_rlhf.recipe.loader import dump_recipe, parse_recipe
 from lora_rlhf.recipe.schema import ModelSection, Recipe
 from lora_rlhf.recipe.stage_keys import (
@@ -367,24 +367,31 @@ class Record:
     def verified(self, name: str) -> Path:
         """Compare a file of the run, or a folder's, with the record; return its path.
 
-        Files that the run did not write, and cards, which people may edit, are not looked at.
-
         Raises:
             DamageError: A file is missing, or has another sha256.
         """
+        for damage in self.damages(name):
+            raise damage
+        return self.folder / name
+
+    def damages(self, name: str = "") -> Iterator[DamageError]:
+        """Yield an error for each file, by default of the whole run, that a stage wrote otherwise.
+
+        Files that the run did not write, and cards, which people may edit, are not looked at.
+        """
 
         def known(files: dict[str, str]) -> dict[str, str]:
-            names = (n for n in files if f"{n}/".startswith(f"{name}/"))
+            names = (n for n in files if not name or f"{n}/".startswith(f"{name}/"))
             return {n: files[n] for n in names if not n.endswith("README.md")}
 
         # Runs of earlier versions list their files only when they are sealed.
-        for each, digest in (known(self._by_stages()) or known(self.data.get("files", {}))).items():
+        files = known(self._by_stages()) or (known(self.data.get("files", {})) if name else {})
+        for each, digest in files.items():
             path = self.folder / each
             if not path.is_file():
-                raise damaged(path, "it is missing")
-            if self._sha256(path) != digest:
-                raise damaged(path, "its sha256 is not the one in record.json")
-        return self.folder / name
+                yield damaged(path, "it is missing")
+            elif self._sha256(path) != digest:
+                yield damaged(path, "its sha256 is not the one in record.json")
 
     def rehash(self, names: Sequence[str]) -> None:
         """List files anew that were rewritten on purpose, wherever they are listed."""

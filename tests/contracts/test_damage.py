@@ -142,6 +142,17 @@ def test_an_undamaged_run_is_read(run, reader):
     READERS[reader](record)
 
 
+def test_the_doctor_names_every_damaged_file(run):
+    flip_bit(run / f"adapters/policy/{WEIGHTS}")
+    (run / f"adapters/held_out/{WEIGHTS}").unlink()
+    cut(run / "samples.jsonl")
+    found = [f for f in doctor.examine(Record.read(run)) if f.name.startswith("damaged")]
+    assert [(f.stage, f.severity) for f in found] == [
+        ("reward", "fault"), ("ppo", "fault"), ("evaluate", "fault")
+    ]  # fmt: skip
+    assert doctor.verdict(found).startswith("stage at fault: reward")
+
+
 # --- record and recipe ---------------------------------------------------------------------------
 
 BROKEN = [

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`lora-rlhf doctor RUN`: the stage of a run that is at fault, and the remedy.
 
-Reads only `record.json` and `metrics.jsonl`, without a model or torch. A reward that does not rise
-may be due to the data, SFT, the reward model or PPO, and faults of one stage cause symptoms in the
-next. Therefore findings are in the order of the stages, and the first fault is to be fixed first.
+Reads only `record.json` and `metrics.jsonl`, without a model or torch, and hashes the other files.
+A reward that does not rise may be due to the data, SFT, the reward model or PPO, and faults of one
+stage cause symptoms in the next. Therefore findings are in the order of the stages, and the first
+fault is to be fixed first.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -37,7 +39,7 @@ def examine(record: Record) -> list[Finding]:
     for line in record.metrics():
         lines.setdefault(line["stage"], []).append(_numbers(line))
     lines["ppo"] = lines.get(record.algorithm, [])
-    findings = {f.name: f for f in _stopped(record)}
+    findings = {f.name: f for f in (*_damaged(record), *_stopped(record))}
     for module in (data_checks, sft_checks, reward_checks, ppo_checks, evaluation_checks):
         findings |= {f.name: f for f in module.check(record, lines)}
     if "learning_rate" in findings:  # answers that fell apart say nothing about the reward model
@@ -86,6 +88,16 @@ def _numbers(line: dict[str, Any]) -> Line:
         if value in ("nan", "inf", "-inf")
         or (isinstance(value, int | float) and not isinstance(value, bool))
     }
+
+
+def _damaged(record: Record) -> Findings:
+    """Files that are not as a finished stage wrote them."""
+    for damage in record.damages():
+        place = damage.given.rsplit(":", 1)[0]
+        role = Path(place).parent.name if "/adapters/" in place else "evaluate"
+        stage = {"policy": "ppo", "value": "ppo"}.get(role, role if role in STAGES else "reward")
+        why = "what rests on this file is not what the run made"
+        yield Finding(stage, "fault", f"damaged {place}", damage.given, why, damage.remedy)
 
 
 def _stopped(record: Record) -> Findings:
