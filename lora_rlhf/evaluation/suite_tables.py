@@ -313,7 +313,7 @@ def sentences(
 
 def _of_win_rate(table: dict[str, Any]) -> list[str]:
     out = []
-    for name, estimated in table["estimates"].items():
+    for name, estimated in reversed(table["estimates"].items()):  # a run's policy is its last
         if estimated is None or estimated["low"] is None:
             out.append(f"{name}: unknown, with too few verdicts.")
             continue
@@ -336,7 +336,7 @@ def _percent(estimated: Estimate) -> str:
 
 def _of_metric(table: dict[str, Any]) -> list[str]:
     out = []
-    for row in table["differences"]:
+    for row in reversed(table["differences"]):
         sign = _sign(row["estimate"], table["better"])
         words = {1: "is better", -1: "is worse", 0: "was not shown to be better or worse"}[sign]
         out.append(f"{row['a']} {words} than {row['b']}: {_gap(table, row['estimate'])}.")
@@ -394,7 +394,7 @@ def _worse(tables: Sequence[dict[str, Any]], head: dict[str, Any] | None) -> lis
                         text = f"on {kind} {_percent(estimated)}"
                         by_kind.setdefault(f"{name} loses", []).append(text)
     out = []
-    for who in dict.fromkeys((*whole, *by_kind)):
+    for who in reversed(dict.fromkeys((*whole, *by_kind))):
         if who in whole:
             out.append(f"{who}: {'; '.join(whole[who])}.")
         if who in by_kind:
