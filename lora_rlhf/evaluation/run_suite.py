@@ -155,7 +155,7 @@ def _by_base(targets: Sequence[Target]) -> list[tuple[ModelSection | None, list[
 
 
 def _load_sets(evaluation: Evaluation) -> list[tuple[SetSection, PromptSet]]:
-    """Read every prompt set; one that is nowhere to be loaded is listed as not measured."""
+    """Read every prompt set; one that is not on this machine is listed as not measured."""
     loaded, suite = [], evaluation.suite
     for one in suite.sets:
         if unknown := [name for name in one.metrics if name not in METRICS]:
@@ -260,7 +260,7 @@ def _of_target(
             what = f"{metric.name} of {target.name} on {one.name}"
             evaluation.not_measured.append({"what": what, "why": why})
         else:
-            evaluation.say(f"{target.name} is by_metric for {metric.name} on {one.name}")
+            evaluation.say(f"{target.name} is asked for {metric.name} on {one.name}")
             options = engine.options(target)
             by_metric[metric.name] = [metric.ask(row, options) for row in prompts.rows]
             _put(path, identity, kept)

@@ -29,7 +29,7 @@ _ELO = 400 / math.log(10)
 _RESAMPLES = 10_000
 _RESAMPLES_OF_A_KIND = 2_000
 _POWER = 2.8 / 3.92
-"""From an interval's width to the difference that is estimated with a power of 80 %."""
+"""From an interval's width to the difference that is seen with a power of 80 %."""
 
 
 def metric_table(

@@ -72,7 +72,7 @@ def parse(
     """Resolve what a user named to targets with unique names.
 
     Args:
-        base: Base of the adapters whose config names none that can be named.
+        base: Base of the adapters whose config names none that can be loaded.
         load_in_4bit: Quantise models and bases that are no run's; a run has its own setting.
         few_shot: Examples before each prompt of a base without a chat template.
 
