@@ -204,6 +204,95 @@ def mean_of_shares(values: ArrayLike) -> Estimate:
     return {**_score_interval(value, effective), "n": n}
 
 
+def corrected_share(
+    positives: float, n: int, sensitivity: tuple[int, int], specificity: tuple[int, int]
+) -> Estimate:
+    """The share of true positives behind the verdicts of a detector that errs.
+
+    Rogan and Gladen 1978: (q + Sp - 1) / (Se + Sp - 1) for a share q of verdicts. The interval is
+    that of Lang and Reiczigel 2014 (eq. 1): n, and the labels that Se and Sp come from, are all
+    samples. It supposes that the detector errs here as often as on those labels; if there are fewer
+    positive (or negative) verdicts than its errors alone would give, it must err less, and the
+    interval reaches to that of the raw share.
+
+    Args:
+        positives: Positive verdicts among n.
+        sensitivity: (right, labels) among true positives; `specificity`: among true negatives.
+
+    Raises:
+        ValueError: The detector is no better than chance.
+    """
+    naive = wilson(positives, n)
+    raw = naive["value"]
+    gain = _youden(sensitivity, specificity)["value"]
+    value = (raw + specificity[0] / specificity[1] - 1) / gain
+    # Shrunk as in the paper: z^2 more verdicts, half of them positive; one more label of each sort.
+    q = (n * raw + _Z**2 / 2) / (n + _Z**2)
+    (se, labels_se), (sp, labels_sp) = (
+        ((right + 1) / (labels + 2), labels + 2) for right, labels in (sensitivity, specificity)
+    )
+    slope = se + sp - 1
+    p = (q + sp - 1) / slope
+    by_se, by_sp = se * (1 - se) / labels_se, sp * (1 - sp) / labels_sp
+    middle = p + 2 * _Z**2 * (p * by_se - (1 - p) * by_sp)
+    variance = q * (1 - q) / (n + _Z**2) + p**2 * by_se + (1 - p) ** 2 * by_sp
+    half = _Z * math.sqrt(variance) / abs(slope)
+    low, high = min(middle - half, value), max(middle + half, value)
+    if value < 0:
+        high = max(high, naive["high"] or 0.0)
+    if value > 1:
+        low = min(low, naive["low"] or 0.0)
+    value, low, high = (min(1.0, max(0.0, x)) for x in (value, low, high))
+    return _estimate(value, low, high, n)
+
+
+def corrected_difference(
+    difference: Estimate, sensitivity: tuple[int, int], specificity: tuple[int, int]
+) -> Estimate:
+    """The difference of two shares, corrected for the errors of the detector that judged both.
+
+    D / (Se + Sp - 1), since the false positives cancel. The interval is that of a ratio from the
+    intervals of its parts (Donner and Zou 2012, MOVER-R), so that it leaves out 0 whenever that of
+    the raw difference does.
+    """
+    gain = _youden(sensitivity, specificity)
+    value, low, high = difference["value"], difference["low"], difference["high"]
+    if low is None or high is None:
+        return _estimate(_clipped(value / gain["value"]), None, None, difference["n"])
+    limits = [_ratio_limit(x, value, gain, upper) for x, upper in ((low, False), (high, True))]
+    low, value, high = map(_clipped, (limits[0], value / gain["value"], limits[1]))
+    return _estimate(value, low, high, difference["n"])
+
+
+def _clipped(difference: float) -> float:
+    return min(1.0, max(-1.0, difference))
+
+
+def _youden(sensitivity: tuple[int, int], specificity: tuple[int, int]) -> Estimate:
+    """Se + Sp - 1 with the interval of a sum from Wilson's (MOVER)."""
+    parts = [wilson(*sensitivity), wilson(*specificity)]
+    value = sum(part["value"] for part in parts) - 1
+    down, up = (
+        math.hypot(*((part[key] or 0.0) - part["value"] for part in parts))
+        for key in ("low", "high")
+    )
+    if value <= max(down, up):
+        raise ValueError(f"Se + Sp - 1 = {value:.2f}: the detector may be no better than chance")
+    return _estimate(value, value - down, min(1.0, value + up), sensitivity[1] + specificity[1])
+
+
+def _ratio_limit(limit: float, value: float, gain: Estimate, upper: bool) -> float:
+    """One limit of value / gain, from a limit of the value and the opposite one of the gain."""
+    if value < 0:
+        return -_ratio_limit(-limit, -value, gain, not upper)
+    j = gain["value"]
+    far = gain["low"] if upper else gain["high"]
+    assert far is not None
+    inside = (value * j) ** 2 - limit * far * (2 * value - limit) * (2 * j - far)
+    sign = 1 if upper else -1
+    return (value * j + sign * math.sqrt(max(0.0, inside))) / (far * (2 * j - far))
+
+
 # --- two models on the same prompts ------------------------------------------------------------
 
 

@@ -447,3 +447,70 @@ def test_equal_models_are_rated_alike_and_missing_verdicts_count_nothing():
     assert estimates.bradley_terry(level[:1], seed=0)[0][1]["low"] is None
     with pytest.raises(ValueError, match="not shape"):
         estimates.bradley_terry(level[0], seed=0)
+
+
+# --- a detector that errs ------------------------------------------------------------------------
+
+
+def _labelled(rng, share, labels):
+    return int(rng.binomial(labels, share)), labels
+
+
+@pytest.mark.parametrize("truth", [0.02, 0.2, 0.5, 0.9])
+def test_corrected_shares_cover_the_truth_though_the_detector_errs(truth):
+    rng, covered, raw, values, rounds = np.random.default_rng(5), 0, 0, [], 1000
+    for _ in range(rounds):
+        errors = _labelled(rng, 0.93, 75), _labelled(rng, 0.88, 120)
+        positives = rng.binomial(200, truth * 0.93 + (1 - truth) * 0.12)
+        found = estimates.corrected_share(positives, 200, *errors)
+        covered += found["low"] <= truth <= found["high"]
+        raw += (
+            estimates.wilson(positives, 200)["low"]
+            <= truth
+            <= estimates.wilson(positives, 200)["high"]
+        )
+        values.append(found["value"])
+    assert covered >= 0.935 * rounds
+    assert np.mean(values) == pytest.approx(truth, abs=0.02)
+    assert raw < covered
+
+
+def test_corrected_differences_cover_the_truth():
+    rng, covered, rounds = np.random.default_rng(6), 0, 400
+    for _ in range(rounds):
+        errors = _labelled(rng, 0.85, 75), _labelled(rng, 0.8, 75)
+        truth = rng.random((2, 150)) < np.array([[0.3], [0.6]])
+        says = np.where(truth, rng.random(truth.shape) < 0.85, rng.random(truth.shape) < 0.2)
+        raw = estimates.paired_difference(*says.astype(float), seed=0, resamples=500)
+        found = estimates.corrected_difference(raw, *errors)
+        covered += found["low"] <= -0.3 <= found["high"]
+        assert (found["high"] < 0) == (raw["high"] < 0)
+    assert 0.92 <= covered / rounds <= 0.99
+
+
+def test_corrections_by_hand():
+    perfect = (1000, 1000)
+    found = estimates.corrected_share(30, 100, perfect, perfect)
+    assert found["value"] == pytest.approx(0.3) and found["n"] == 100
+    assert found["low"] == pytest.approx(estimates.wilson(30, 100)["low"], abs=0.01)
+    # Rogan and Gladen: (0.3 + 0.9 - 1) / (0.8 + 0.9 - 1)
+    assert estimates.corrected_share(30, 100, (80, 100), (90, 100))["value"] == pytest.approx(2 / 7)
+    none = estimates.corrected_share(0, 100, (80, 100), (90, 100))
+    assert none["value"] == none["low"] == 0
+    assert none["high"] >= estimates.wilson(0, 100)["high"]  # fewer than the false alarms alone
+    every = estimates.corrected_share(100, 100, (80, 100), (90, 100))
+    assert (
+        every["value"] == every["high"] == 1 and every["low"] <= estimates.wilson(100, 100)["low"]
+    )
+    gap = {"value": -0.2, "low": -0.3, "high": -0.1, "n": 100}
+    found = estimates.corrected_difference(gap, (80, 100), (90, 100))
+    assert (
+        found["value"] == pytest.approx(-2 / 7) and found["low"] < -3 / 7 < -1 / 7 < found["high"]
+    )
+    mirrored = {"value": 0.2, "low": 0.1, "high": 0.3, "n": 100}
+    turned = estimates.corrected_difference(mirrored, (80, 100), (90, 100))
+    assert turned["low"] == pytest.approx(-found["high"])
+    alone = estimates.corrected_difference(gap | {"low": None, "high": None}, (8, 10), (9, 10))
+    assert alone["low"] is None
+    with pytest.raises(ValueError, match="no better than chance"):
+        estimates.corrected_share(3, 10, (5, 10), (6, 10))

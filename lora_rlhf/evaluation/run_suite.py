@@ -111,7 +111,8 @@ def run(
     tables = [t for one, prompts in sets for t in _metric_tables(evaluation, one, prompts)]
     tables += _task_tables(evaluation)
     compared = [prompts for one, prompts in sets if one.win_rate]
-    described: list[dict[str, Any]] = []
+    by_name = {m.judge["name"]: m.judge for one, _ in sets for m in _metrics(one) if m.judge}
+    described: list[dict[str, Any]] = [*by_name.values()]
     for judge in (*others, *_loaded(specs if compared else (), engine)):
         evaluation.say(f"{judge.name} judges")
         about = describe(judge, evaluation.validations.get(judge.name))
@@ -208,6 +209,10 @@ def _changed(
         yield one.model_copy(update=update), made
 
 
+def _metrics(one: SetSection) -> list[Metric]:
+    return [METRICS[name] for name in one.metrics]
+
+
 def _beside(suite_file: Path, path: str | None) -> str | None:
     """Return a path relative to the suite's folder, if such a file lies there."""
     if path is not None and (beside := suite_file.parent / path).is_file():
@@ -227,7 +232,7 @@ def _of_target(
 ) -> None:
     """Sample the answers and compute the values of one target on one set, or take them kept."""
     interrupts.stop_if_requested()
-    metrics = [METRICS[name] for name in one.metrics]
+    metrics = _metrics(one)
     key, suite = (one.name, target.name), evaluation.suite
     if prompts.clean and isinstance(engine, Engine):
         if why := engine.too_long(target, prompts.rows, suite):

@@ -50,7 +50,7 @@ def metric_table(
 
     def differences(only: Sequence[int], resamples: int) -> dict[str, Estimate | None]:
         return {
-            name: _difference(values[name], values[reference], only, seed, resamples, metric.scale)
+            name: _difference(values[name], values[reference], only, seed, resamples, metric)
             for name in values
             if name != reference
         }
@@ -63,8 +63,8 @@ def metric_table(
         "metric": metric.name,
         "meaning": metric.meaning,
         "better": metric.better,
-        "judge": None,
-        "trusted": True,
+        "judge": metric.judge["name"] if metric.judge else None,
+        "trusted": metric.judge is None or metric.judge["trusted"],
         "estimates": _by_target(metric, values, range(len(rows))),
         "by_kind": {kind: _by_target(metric, values, only) for kind, only in kinds.items()},
         "differences": [
@@ -81,7 +81,7 @@ def metric_table(
     if clean:
         whole = range(len(rows))
         table["from_clean"] = {
-            name: _difference(values[name], clean[name], whole, seed, _RESAMPLES, metric.scale)
+            name: _difference(values[name], clean[name], whole, seed, _RESAMPLES, metric)
             for name in clean
         }
     return table
@@ -238,11 +238,16 @@ def _by_target(metric: Metric, values: Values, only: Sequence[int]) -> dict[str,
 
 
 def estimate(metric: Metric, values: Sequence[float | None]) -> Estimate | None:
-    """The mean of a metric with its interval: Wilson's for shares, else Student's t."""
+    """The mean of a metric with its interval: Wilson's for shares, else Student's t.
+
+    A share that is corrected for the errors of what decides: Rogan and Gladen's.
+    """
     known = [value for value in values if value is not None]
     if not known:
         return None
-    if metric.share:
+    if metric.errors:
+        made = estimates.corrected_share(sum(known), len(known), *metric.errors)
+    elif metric.share:
         made = estimates.wilson(sum(known), len(known))
     else:
         made = estimates.mean_interval(known)
@@ -255,14 +260,16 @@ def _difference(
     only: Sequence[int],
     seed: int,
     resamples: int,
-    scale: float,
+    metric: Metric,
 ) -> Estimate | None:
     pairs = [(x, y) for i in only if (x := a[i]) is not None and (y := b[i]) is not None]
     if not pairs:
         return None
     first, second = zip(*pairs, strict=True)
     made = estimates.paired_difference(first, second, seed, resamples)
-    return estimates.scaled(made, scale) if scale != 1 else made
+    if metric.errors:
+        made = estimates.corrected_difference(made, *metric.errors)
+    return estimates.scaled(made, metric.scale) if metric.scale != 1 else made
 
 
 def _detectable(estimated: Estimate | None) -> float | None:

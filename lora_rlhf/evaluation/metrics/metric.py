@@ -5,9 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from lora_rlhf.evaluation.prompt_sets import Row
+
+Errors = tuple[tuple[int, int], tuple[int, int]]
+"""Sensitivity and specificity of what decides, each as (right, n) on people's labels."""
 
 
 class OptionScorer(Protocol):
@@ -46,3 +49,5 @@ class Metric:
     needs: tuple[str, ...] = ()  # keys of Row.reference
     source: str = ""  # paper and equation
     reads_prompt: bool = True  # False: it asks for texts of the reference alone
+    judge: dict[str, Any] | None = None  # what decides if it can err, as in the report's judges
+    errors: Errors | None = None  # its errors, if the mean is corrected for them
