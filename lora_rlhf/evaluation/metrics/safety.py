@@ -67,8 +67,8 @@ def _errors() -> tuple[Errors, Errors]:
     )
     every = [a + b for a, b in zip(refused, counts["safe refused"], strict=True)]
 
-    def right(said: list[int], index: int) -> tuple[int, int]:
-        return said[index], said[0] + said[1]
+    def right(verdicts: list[int], index: int) -> tuple[int, int]:
+        return verdicts[index], verdicts[0] + verdicts[1]
 
     return (right(complied, 0), right(refused, 1)), (right(every, 1), right(fine, 0))
 
