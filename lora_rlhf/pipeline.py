@@ -159,8 +159,7 @@ def check(
             ok(lambda: stack.enter_context(run_lock.locked(out)))
         ok(disk.check_writable, out)
         record = ok(Record.peek, out, recipe, warm_start=warm_start)
-        if start_from is not None:
-            ok(reuse.check, start_from, recipe, out)
+        source = ok(reuse.check, start_from, recipe, out) if start_from is not None else None
         ok(backup.prepare, recipe, out, progress, warm_start=warm_start, dry_run=True)
         if "card" in stages:
             for note in ok(publishing.check_pushes, recipe, record) or ():
@@ -174,9 +173,12 @@ def check(
         for note in backbone.source.get("token_notes", ()):
             progress.say(note)
         wanted = [stage for stage in stages if not _finished(recipe, record, stage)]
+        copied = [s for s in ("sft", "reward") if source is not None and source.done(s)]
+        copied = [stage for stage in copied if stage in wanted]
+        wanted = [stage for stage in wanted if stage not in copied]
         for stage in stages:
             if stage not in (*wanted, "card"):
-                ok(loaded_run.load_stage, stage, backbone, record)
+                ok(loaded_run.load_stage, stage, backbone, source if stage in copied else record)
         if record.done("reward") and recipe.algorithm in wanted and recipe.reward.gate == "stop":
             ok(reward_gate.check, recipe, record, progress)
         for part in _Data(recipe, record, backbone, progress).checks(wanted, configs):

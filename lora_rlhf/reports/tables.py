@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.text import Text
 from lora_rlhf.estimates import Estimate
 from lora_rlhf.recipe.stage_keys import ALGORITHMS, stage_names
 from lora_rlhf.redaction import printable, safe
+from lora_rlhf.runs import samples
 from lora_rlhf.runs.metric_names import DIFFERENCES, JUDGES, METRICS
 from lora_rlhf.runs.progress import clock
 from lora_rlhf.runs.record import Record
@@ -41,8 +43,8 @@ def show(record: Record, console: Console | None = None) -> None:
         kl = evaluation.get("policy", {}).get("kl")
         if kl:
             say(console, f"KL of the policy to SFT: {cell(kl)}, in nats per sequence")
-        if samples := record.data["stages"]["evaluate"].get("samples_per_answer"):
-            n = samples["best_of_n"]
+        if drawn := record.data["stages"]["evaluate"].get("samples_per_answer"):
+            n = drawn["best_of_n"]
             say(console, f"every answer of best of n costs {n} samples of SFT")
         say(console, "")
     stages = [name for name, entry in record.data["stages"].items() if entry["status"] == "done"]
@@ -50,9 +52,17 @@ def show(record: Record, console: Console | None = None) -> None:
     lines += [("card", str(path)) for path in sorted(record.folder.glob("adapters/*/README.md"))]
     lines += [("plot", str(path)) for path in sorted(record.folder.glob("plots/*.png"))]
     if record.done("sft"):
-        lines.append(("try it", f'lora-rlhf generate {record.folder} "your text"'))
+        lines.append(("try it", f"lora-rlhf generate {record.folder} {_a_prompt(record)}"))
     for name, value in lines:
         say(console, f"{name:9s} {safe(value)}")
+
+
+def _a_prompt(record: Record) -> str:
+    """Return a prompt of the evaluation, which the models can answer, quoted for a shell."""
+    rows = samples.read(record).values() if (record.folder / "samples.jsonl").exists() else ()
+    prompts = (str(line["prompt"]) for row in rows for line in row.values())
+    short = (shlex.quote(p) for p in prompts if p.isprintable() and len(p) <= 100)
+    return next(short, '"your text"')
 
 
 def stage_line(record: Record, stage: str) -> str:

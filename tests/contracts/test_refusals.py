@@ -97,6 +97,14 @@ def test_a_dry_run_of_a_begun_run_checks_it(half: Path, out: Path):
     assert {p for p in out.rglob("*") if p.is_file()} == before.keys()
 
 
+def test_a_dry_run_needs_no_data_of_stages_that_it_would_copy(runs: killed.Runs, tmp_path: Path):
+    source = runs.before("ppo")
+    gone = ["data.demonstrations=[{path: gone.jsonl}]"]
+    assert pipeline.check(runs.recipe("ppo"), tmp_path / "run", start_from=source) == []
+    errors = pipeline.check(runs.recipe("ppo", *gone), tmp_path / "run", start_from=source)
+    assert "its stages read other values" in str(errors[0])
+
+
 def test_keys_of_stages_that_are_not_asked_for_refuse_nothing(runs: killed.Runs, tmp_path: Path):
     sets = ["ppo.value_warmup_updates=5", "ppo.args.nonsense=1", "hub.value=a/b", "ppo.value=head"]
     recipe = runs.recipe("ppo", *sets, "data.prompts=[{path: gone.jsonl}]", "reward.args.x=1")

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole pipeline at reduced size: from demonstrations to cards, twice, interrupted, gated."""
 
+import io
 import json
 import os
 import runpy
+import shlex
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from reduced_run import REDUCED, recipe
+from rich.console import Console
 
 import lora_rlhf
 from lora_rlhf import pipeline
@@ -397,6 +400,17 @@ def test_the_quickstart_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     runpy.run_path(str(script))
     assert "policy" in capsys.readouterr().out
     assert os.path.exists("runs/quickstart/record.json")
+
+
+def test_the_last_line_asks_what_the_model_was_asked(finished: Record):
+    console = Console(file=io.StringIO(), highlight=False)
+    tables.show(finished, console)
+    (line,) = [x for x in console.file.getvalue().splitlines() if x.startswith("try it")]
+    asked = {
+        json.loads(x)["prompt"]
+        for x in (finished.folder / "samples.jsonl").read_text().splitlines()
+    }
+    assert shlex.split(line)[-1] in asked
 
 
 def test_each_finished_stage_leaves_one_line(finished: Record):
