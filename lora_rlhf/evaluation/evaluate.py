@@ -264,8 +264,8 @@ def _against(answers: Answers, sft: Answers, seed: int) -> dict[str, Estimate | 
             if a is not None and b is not None
         ]
         if known:
-            gaps = zip(*known, strict=True)
-            out[f"{name}_minus_sft"] = estimates.paired_difference(*gaps, seed)
+            mine, others = zip(*known, strict=True)
+            out[f"{name}_minus_sft"] = estimates.paired_difference(mine, others, seed)
     pairs: dict[str, tuple[Sequence[int], list[float], list[float]]] = {
         f"win_rate_{name}": (all_rows, answers.scores[role], sft.scores[role])
         for name, role in (("proxy", "reward"), ("held_out", "held_out"))
@@ -286,9 +286,9 @@ def _by_prompt(answers: Answers) -> dict[str, Sequence[float | None]]:
     """Metric -> its value of each prompt, of those that are compared with SFT's by their mean."""
     verdicts = answers.verdicts
     return {
-        "gold_reward": [v and v.reward for v in verdicts],
-        "false_abstention": [v and v.false_abstention for v in verdicts],
-        "missed_abstention": [v and v.missed_abstention for v in verdicts],
+        "gold_reward": [None if v is None else v.reward for v in verdicts],
+        "false_abstention": [None if v is None else v.false_abstention for v in verdicts],
+        "missed_abstention": [None if v is None else v.missed_abstention for v in verdicts],
         "length": answers.lengths,
         **{_REWARDS[role]: values for role, values in answers.scores.items()},
     }
