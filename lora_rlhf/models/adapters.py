@@ -204,7 +204,7 @@ def check_base(backbone: BaseModel, folder: Path) -> None:
     check = read_check(folder)
     if check.get("base_fingerprint", backbone.fingerprint) == backbone.fingerprint:
         return
-    now = backbone.model_section.load_in_4bit
+    now = backbone.is_4bit
     then = check.get("load_in_4bit", now)
     if now != then:
         raise AdapterError(
@@ -288,7 +288,7 @@ def expected_outputs(backbone: Backbone, role: str) -> dict[str, Any]:
         "role": role,
         "base_fingerprint": backbone.fingerprint,
         "dtype": str(backbone.causal.dtype).removeprefix("torch."),
-        "load_in_4bit": backbone.model_section.load_in_4bit,
+        "load_in_4bit": backbone.is_4bit,
         "base_sample": fingerprints.sample(backbone.causal),
         "input_ids": ids.tolist(),
         "attention_mask": mask.tolist(),

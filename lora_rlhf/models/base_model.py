@@ -70,6 +70,11 @@ class BaseModel:
         return device
 
     @property
+    def is_4bit(self) -> bool:
+        """True if the base is quantised to 4 bits, by the recipe or by its own config."""
+        return bool(getattr(self.causal, "is_loaded_in_4bit", False))
+
+    @property
     def decoder(self) -> nn.Module:
         """The base model without its LM head: tokens to hidden states."""
         decoder: nn.Module = self.causal.base_model
@@ -91,7 +96,7 @@ class BaseModel:
             "revision": None,  # a folder has none
             "fingerprint": self.fingerprint,
             "dtype": str(self.causal.dtype).removeprefix("torch."),
-            "load_in_4bit": bool(getattr(self.causal, "is_loaded_in_4bit", False)),
+            "load_in_4bit": self.is_4bit,
             "parameters": self.causal.num_parameters(),
             "layers": len(self.layers),
             "hidden_size": config.get_text_config().hidden_size,
