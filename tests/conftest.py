@@ -36,6 +36,7 @@ HEAVY = (
     "test_pipeline.py", "test_plan.py", "test_ppo_trainer.py", "test_backup.py", "test_resume.py",
     "test_oom.py", "test_hostile.py", "test_doctor.py", "test_publishing.py",
     "test_nonfinite_guard.py", "test_hub_protocol.py", "test_interrupts.py", "test_disk.py",
+    "test_refusals.py", "test_custom_reward.py", "test_start_from.py",
 )  # fmt: skip
 """The files that take longest. They begin, so that two workers end at about the same time."""
 
