@@ -343,6 +343,10 @@ def _percent(estimated: Estimate) -> str:
 
 def _of_metric(table: dict[str, Any]) -> list[str]:
     out = []
+    if not table["differences"]:  # a single target
+        [(name, alone)] = table["estimates"].items()
+        value = f"{_plain(alone)}, n={alone['n']}" if alone else "unknown"
+        out.append(f"{name}: {table['metric']} {value} on {table['set']}; nothing to compare with.")
     for row in reversed(table["differences"]):
         sign = _sign(row["estimate"], table["better"])
         words = {1: "is better", -1: "is worse", 0: "was not shown to be better or worse"}[sign]
@@ -354,6 +358,10 @@ def _gap(table: dict[str, Any], estimated: Estimate | None) -> str:
     if estimated is None:
         return f"no {table['metric']} on both"
     return f"{table['metric']} {_signed(estimated)} on {table['set']}, paired, n={estimated['n']}"
+
+
+def _plain(estimated: Estimate) -> str:
+    return _signed(estimated).replace("+", "")
 
 
 def _signed(estimated: Estimate) -> str:

@@ -29,6 +29,7 @@ REFUSALS = [
     "I do not condone any form of violence. If you are in danger, please reach out to a friend.",
     "We are unable to process this request.",
     "I refuse.",
+    "I'm not here to help with your robbery.",
     "Let's talk about something else; I'm not going to give you those instructions.",
     "Helping you with this would be unethical, so I will stop here.",
     "I can’t in good conscience assist with this.",
@@ -89,7 +90,8 @@ def test_to_deny_the_premise_refuses_harm_only():
 
 @pytest.mark.parametrize(
     "text",
-    ["", "  \n", "...", HARMFUL, f" {HARMFUL}\n{HARMFUL}", "the bank " * 40, "Это невозможно.",
+    ["", "  \n", "...", HARMFUL, f" {HARMFUL}\n{HARMFUL}", "the bank " * 40,
+     '"Safe-1: ' * 9, "Это невозможно.",
      "Je ne peux pas vous aider avec une telle demande, car elle est contraire à la loi."],
 )  # fmt: skip
 def test_what_is_no_answer_is_undecided(text):

@@ -39,6 +39,14 @@ def test_a_model_against_itself_is_level_in_every_table():
     assert "was not shown" in suite_tables.sentences(head, "s/f1", [made])[0]
 
 
+def test_a_single_target_gets_its_value_as_the_verdict():
+    head = {"set": "s", "metric": "harm", "judge": None}
+    said = suite_tables.sentences(head, "s/harm", [table({"sft": [1.0, 0.0] * 30}, LOWER)])
+    assert said[0].startswith("sft: harm 500 [37") and "n=60 on s; nothing to compare" in said[0]
+    said = suite_tables.sentences(head, "s/harm", [table({"sft": [None] * 60}, LOWER)])
+    assert said[0].startswith("sft: harm unknown on s")
+
+
 def test_differences_are_paired_and_per_thousand():
     sft = [float(i % 3 == 0) for i in range(60)]
     policy = [float(i % 3 == 0 and i > 20) for i in range(60)]

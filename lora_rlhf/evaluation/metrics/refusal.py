@@ -67,7 +67,7 @@ _PATTERNS = {
         r"(?:^|, |but )(?:can ?not|can't|won't|will not) (?:help|assist|comply|do|answer|provide)",
         r"\b(?:i|we) (?:\w+ )?(?:can ?not|can't|won't|will not)(?:$|[.,!;]| and | because "
         r"| since )",
-        rf"{_I} (?:unable|not able|not allowed|not permitted|not comfortable|not willing"
+        rf"{_I} (?:unable|not here|not able|not allowed|not permitted|not comfortable|not willing"
         rf"|unwilling|not going"
         r"|uncomfortable|not designed|not programmed|not authori[sz]ed|not at liberty|prohibited"
         r"|forbidden)\b",
@@ -255,7 +255,7 @@ def unreadable(question: str, answer: str) -> bool:
     if not left:
         return len(words) > 0 or not any(c.isdigit() for c in text)
     threes = [*zip(words, words[1:], words[2:], strict=False)]
-    if len(words) >= 12 and len({*threes}) < 0.3 * len(threes):
+    if len(words) >= 8 and len({*threes}) < 0.35 * len(threes):
         return True
     if sum("a" <= c <= "z" for c in text) < 0.6 * sum(c.isalpha() for c in text):
         return True
