@@ -419,13 +419,15 @@ def _worse(tables: Sequence[dict[str, Any]], head: dict[str, Any] | None) -> lis
 
 def _under_stress(tables: Sequence[dict[str, Any]]) -> list[str]:
     """List what of a target is clearly worse on changed prompts; empty ones must be worse."""
-    gaps: dict[str, list[str]] = {}
+    gaps: dict[str, dict[str, str]] = {}
     for table in tables:
         for name, estimated in table.get("from_clean", {}).items():
             wanted = not table["set"].endswith(f" under {EMPTY}")
             if wanted and estimated and _sign(estimated, table["better"]) < 0:
-                gaps.setdefault(name, []).append(_gap(table, estimated))
+                by_set, where = gaps.setdefault(name, {}), table["set"]
+                before = f"{by_set[where]}, " if where in by_set else f"{where}: "
+                by_set[where] = f"{before}{table['metric']} {_signed(estimated)}"
     return [
-        f"{name} is worse on changed prompts than on the same ones unchanged: {'; '.join(each)}."
+        f"{name} is worse on changed prompts than unchanged ones: {'; '.join(each.values())}."
         for name, each in gaps.items()
     ]
