@@ -113,7 +113,7 @@ def run(
     compared = [prompts for one, prompts in sets if one.win_rate]
     by_name = {m.judge["name"]: m.judge for one, _ in sets for m in _metrics(one) if m.judge}
     described: list[dict[str, Any]] = [*by_name.values()]
-    for judge in (*others, *_loaded(specs if compared else (), engine)):
+    for judge in (*others, *_loaded(specs, engine)) if compared else ():
         evaluation.say(f"{judge.name} judges")
         about = describe(judge, evaluation.validations.get(judge.name))
         described.append(about)

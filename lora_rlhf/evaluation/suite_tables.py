@@ -299,9 +299,9 @@ def sentences(
     """The verdict: the headline for every target, then what got clearly worse, by kind too."""
     verdict: list[str] = []
     if head is None and wanted:
-        verdict.append(
-            f"No verdict: {wanted} has no judge that may decide (see the judges and their reasons)."
-        )
+        measured = any(f"{table['set']}/{table['metric']}" == wanted for table in tables)
+        why = "has no judge that may decide (see the judges and their reasons)"
+        verdict.append(f"No verdict: {wanted} {why if measured else 'was not measured'}.")
     if head is not None:
         keys = ("set", "metric", "judge")
         [table] = [t for t in tables if all(t[key] == head[key] for key in keys)]

@@ -91,8 +91,10 @@ def test_the_headline_is_the_suites_by_a_judge_that_may_decide():
     assert head == {"set": "s", "metric": "win_rate", "judge": "checker"}
     assert "policy is worse" in suite_tables.sentences(head, "s/win_rate", by_both)[0]
     assert suite_tables.headline("s/win_rate", by_both[:2], []) is None
-    said = suite_tables.sentences(None, "s/win_rate", by_both[:2])
-    assert said[0].startswith("No verdict") and len(said) == 1
+    [said] = suite_tables.sentences(None, "s/win_rate", by_both[:2])
+    assert said.startswith("No verdict: s/win_rate has no judge that may decide")
+    [said] = suite_tables.sentences(None, "t/win_rate", by_both[:2])
+    assert said == "No verdict: t/win_rate was not measured."
 
 
 def test_length_control_takes_the_gain_of_length_away():
