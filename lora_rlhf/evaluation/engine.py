@@ -7,6 +7,7 @@ Adapters are switched by PEFT; nothing is loaded again between two targets on on
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -16,10 +17,12 @@ from typing import Any
 import torch
 
 from lora_rlhf.data.filters import breaker
+from lora_rlhf.errors import NonFiniteError
 from lora_rlhf.models import sampler
 from lora_rlhf.models.base_model import BaseModel
 from lora_rlhf.models.plain_adapters import PlainAdapters, right_padded
 from lora_rlhf.recipe.schema import LoraSection, ModelSection
+from lora_rlhf.runtime import environment
 
 from .few_shot import completed, without_template
 from .prompt_sets import Row
@@ -87,17 +90,19 @@ class Engine:
     def add(self, target: Target) -> None:
         """Load a target's adapter onto the base, if it has one."""
         if target.adapter is not None:
-            self.adapters.load(target.name, target.adapter)
+            self.adapters.load(str(target.adapter.resolve()), target.adapter)
 
     @property
-    def identity(self) -> str:
-        """The fingerprint of the base."""
-        return self.base.fingerprint
+    def identity(self) -> list[Any]:
+        """All of the base and of this machine that an answer depends on."""
+        base = self.base
+        loaded = [base.fingerprint, str(base.causal.dtype), base.is_4bit, base.device.type]
+        return [*loaded, base.tokenizer.chat_template, base.eos_ids, environment.versions()]
 
     def active(self, target: Target | None) -> contextlib.AbstractContextManager[None]:
         """Make a target's adapter the active one; None or a model: the base itself."""
-        has_adapter = target is not None and target.adapter is not None
-        return self.adapters.active(target.name if target and has_adapter else None)
+        folder = target.adapter if target else None
+        return self.adapters.active(str(folder.resolve()) if folder else None)
 
     # --------------------------------------------------------------------- answers
 
@@ -126,9 +131,10 @@ class Engine:
         for one in sampled:
             finished = bool(one.ids) and one.ids[-1] in self.base.eos_ids
             text = self.base.decode(one.ids)
+            tokens = len(one.ids)
             if bare and (cut := completed(text)) != text:
-                text, finished = cut, True
-            answers.append(Answer(text, len(one.ids), finished))
+                text, finished, tokens = cut, True, len(self.base.encode_completion(cut))
+            answers.append(Answer(text, tokens, finished))
         return answers
 
     def too_long(self, target: Target, rows: Sequence[Row], suite: Suite) -> str | None:
@@ -192,7 +198,7 @@ class Options:
     def __init__(self, engine: Engine, target: Target | None, batch_size: int = 8) -> None:
         self.engine, self.target, self.batch_size = engine, target, batch_size
 
-    def logprobs(self, context: str, continuations: Sequence[str]) -> list[float]:
+    def logprobs(self, context: str, continuations: Sequence[str]) -> Sequence[float]:
         """Sum ln P(token) over each continuation after the context."""
         return self._of([self._pair(context, each) for each in continuations])
 
@@ -239,7 +245,7 @@ class Options:
         return int(tokenizer.eos_token_id if bos is None else bos)
 
     @torch.no_grad()
-    def _of(self, pairs: list[tuple[list[int], list[int]]]) -> list[float]:
+    def _of(self, pairs: list[tuple[list[int], list[int]]]) -> Sequence[float]:
         base, sums = self.engine.base, [0.0] * len(pairs)
         order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
         with self.engine.active(self.target):
@@ -253,4 +259,19 @@ class Options:
                     logprobs = logits[row, span].float().log_softmax(-1)
                     wanted = torch.tensor(continuation, device=logits.device).unsqueeze(1)
                     sums[i] = float(logprobs.gather(1, wanted).sum())
-        return sums
+        return finite("a text's log-probability", sums)
+
+
+def finite(what: str, values: Sequence[float]) -> Sequence[float]:
+    """Return the values.
+
+    Raises:
+        NonFiniteError: One is NaN or infinite.
+    """
+    if not all(map(math.isfinite, values)):
+        raise NonFiniteError(
+            f"{what} is {next(x for x in values if not math.isfinite(x))}",
+            expected="finite numbers",
+            remedy="check the model's weights, or load it in another dtype",
+        )
+    return values

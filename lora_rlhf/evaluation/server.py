@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import InferenceClient
 
 from lora_rlhf.errors import SetupError, UsageError, first_line
+from lora_rlhf.redaction import safe
 
 from .engine import TIMED, Answer, Cost, cost_of
 from .prompt_sets import Row
@@ -29,7 +30,7 @@ class Server:
         if not self._model:
             raise UsageError(f"{url} names no model", expected=f"{url}#model")
         self._client = InferenceClient(base_url=url, timeout=_SECONDS)
-        self.identity = str(target.url)
+        self.identity = safe(str(target.url))
 
     def answer(self, target: Target, rows: Sequence[Row], suite: Suite) -> list[Answer]:
         """Answer every row, in their order."""

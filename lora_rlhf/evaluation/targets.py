@@ -9,6 +9,7 @@ so that all targets on one base share it in memory.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from typing import Any, Literal
 from lora_rlhf.errors import AdapterError, UsageError
 from lora_rlhf.hub import repository
 from lora_rlhf.recipe.schema import ModelSection
+from lora_rlhf.redaction import safe
 from lora_rlhf.runs.disk import sha256
 from lora_rlhf.runs.record import Record, is_run
 
@@ -51,19 +53,20 @@ class Target:
 
     def describe(self) -> dict[str, Any]:
         """Describe the target for the report; equal descriptions give equal answers."""
-        weights = None
-        if self.adapter is not None:
-            weights = sha256(self.adapter / "adapter_model.safetensors")
-        return {
+        files = () if self.adapter is None else ("adapter_model.safetensors", "adapter_config.json")
+        sums = [sha256(Path(str(self.adapter), name)) for name in files]  # its config scales it
+        described: dict[str, Any] = {
             "name": self.name,
             "kind": self.kind,
             "base": self.base.id if self.base else None,
             "load_in_4bit": self.base.load_in_4bit if self.base else None,
             "dtype": self.base.dtype if self.base else None,
-            "adapter_sha256": weights,
+            "adapter_sha256": sums[0] if sums else None,
+            "adapter_config_sha256": sums[1] if sums else None,
             "id": self.url or str(self.adapter or (self.base.id if self.base else "")),
             "few_shot": self.few_shot,
         }
+        return safe(described)
 
 
 def parse(
@@ -84,18 +87,17 @@ def parse(
         for target in _resolve(text, base, load_in_4bit):
             if target.kind == "model" and few_shot:
                 target = dataclasses.replace(target, few_shot=few_shot)
-            named.append(_named_apart(target, named))
+            name = apart(target.name, [one.name for one in named])
+            named.append(dataclasses.replace(target, name=name))
     if not named:
         raise UsageError("nothing to evaluate", expected="a run, a model, an adapter or a URL")
     return named
 
 
-def _named_apart(target: Target, before: list[Target]) -> Target:
-    names = {one.name for one in before}
-    name, number = target.name, 2
-    while name in names:
-        name, number = f"{target.name} {number}", number + 1
-    return dataclasses.replace(target, name=name)
+def apart(name: str, taken: Sequence[str]) -> str:
+    """Return the name, with a number if it is taken."""
+    numbered = (f"{name} {number}" for number in itertools.count(2))
+    return next(one for one in itertools.chain([name], numbered) if one not in taken)
 
 
 def _resolve(text: str, base: str | None, load_in_4bit: bool) -> list[Target]:

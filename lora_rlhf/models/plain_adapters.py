@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -131,5 +132,5 @@ def right_padded(rows: Sequence[list[int]], base: BaseModel) -> tuple[Tensor, Te
 
 
 def _safe(name: str) -> str:
-    """Return a name that a torch module may have."""
-    return "".join(c if c.isalnum() else "_" for c in name)
+    """Return a name that a torch module may have, another one for every name."""
+    return f"a{hashlib.sha256(name.encode()).hexdigest()[:16]}"

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Targets on one base: the same answers, rewards and log-probabilities as the run's own roles."""
 
+import dataclasses
+import json
+import shutil
+
 import pytest
 import torch
 
-from lora_rlhf.errors import AdapterError, UsageError
+from lora_rlhf.errors import AdapterError, NonFiniteError, UsageError
 from lora_rlhf.evaluation import few_shot, judges, targets
 from lora_rlhf.evaluation.engine import Engine
 from lora_rlhf.evaluation.prompt_sets import Row
@@ -142,3 +146,51 @@ def test_a_damaged_config_is_named(tmp_path):
     (tmp_path / "adapter_config.json").write_text("[]")
     with pytest.raises(AdapterError, match="adapter_config.json: cannot be read"):
         targets.parse([str(tmp_path)])
+
+
+def test_adapters_of_one_name_stay_apart(run, tmp_path):
+    """Names that differ in signs only, and a judge that has a target's name."""
+    for name, role in (("a-b", "sft"), ("a_b", "policy")):
+        shutil.copytree(run / "adapters" / role, tmp_path / name)
+    named = [targets.parse([str(tmp_path / name)], base="tiny")[0] for name in ("a-b", "a_b")]
+    section = targets.parse([str(run)])[0].base
+    made = Engine(section, named)
+    other = dataclasses.replace(named[1], name="a-b")
+    made.add(other)
+    first, second, same = (made.options(t).logprobs("w5 w6", [" w7"]) for t in (*named, other))
+    assert first != second == same
+
+
+def test_what_changes_an_answer_is_in_its_identity(run, tmp_path):
+    folder = tmp_path / "policy"
+    shutil.copytree(run / "adapters" / "policy", folder)
+    [target] = targets.parse([str(folder)], base="tiny")
+    before = target.describe()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 1}))
+    assert target.describe() != before
+
+    section = targets.parse([str(run)])[0].base
+    made = Engine(section, [])
+    before = made.identity
+    made.base.tokenizer.chat_template = "{{ messages }}"
+    assert made.identity != before and before == Engine(section, []).identity
+
+
+def test_a_cut_answer_counts_its_own_tokens(engine, monkeypatch):
+    made, named = engine
+    monkeypatch.setattr(made.base.tokenizer, "chat_template", None)
+    monkeypatch.setattr(made.base, "decode", lambda ids: "w7 w8\nInstruction: w9 w9 w9")
+    rows = [Row("1", "", "w5")]
+    [found] = made.answer(named[0], rows, SUITE)
+    assert (found.text, found.tokens, found.finished) == ("w7 w8", 3, True)
+
+
+def test_log_probabilities_that_are_no_numbers_are_an_error(engine, monkeypatch):
+    made, named = engine
+    head = made.base.causal.get_output_embeddings()
+    with head.register_forward_hook(lambda *_: torch.full_like(_[2], torch.nan)):
+        with pytest.raises(NonFiniteError, match="a text's log-probability is nan"):
+            made.options(named[0]).text_logprob("w5 w6")
+        with pytest.raises(NonFiniteError, match="a judge's log-odds is nan"):
+            judges.LanguageModel("m", made, named[2]).odds(["w5"], ["w7"], ["w8"])

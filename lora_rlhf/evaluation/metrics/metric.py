@@ -16,7 +16,7 @@ Errors = tuple[tuple[int, int], tuple[int, int]]
 class OptionScorer(Protocol):
     """Log-probabilities under one target, with nothing sampled."""
 
-    def logprobs(self, context: str, continuations: Sequence[str]) -> list[float]:
+    def logprobs(self, context: str, continuations: Sequence[str]) -> Sequence[float]:
         """Return the natural log of P(continuation | context), summed over its tokens.
 
         Tokens are split as lm-eval does: those of context + continuation, less those of context.
