@@ -7,9 +7,7 @@ half of the time. People's ties are left out; a judge's tie counts half.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -18,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_rlhf import estimates
+from lora_rlhf.data import sources
 from lora_rlhf.errors import DataError
 from lora_rlhf.estimates import Estimate
+from lora_rlhf.recipe.schema import DataSource
 
 from .judge_probes import probe
 from .judges import Judge
@@ -54,23 +54,18 @@ def read(path: Path, seed: int = 0, n: int | None = None) -> list[Labelled]:
     Raises:
         DataError: A row is none of these, with file and line.
     """
-    if not path.is_file():
-        raise DataError(f"there is no file {path}", expected="people's labels, as JSON Lines")
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    text = raw.decode("utf-8")
-    rows = json.loads(text) if path.suffix == ".json" else None
-    if rows is None:
-        lines = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
-    else:
-        lines = [(i, json.dumps(row)) for i, row in enumerate(rows, 1)]
     made: list[Labelled] = []
-    for number, line in lines:
+    rows = sources.read(DataSource(path=str(path)), sources.Skips())
+    for number, (where, row) in enumerate(rows, 1):
         try:
-            made.append(_labelled(json.loads(line), str(number)))
+            one = _labelled(row, str(number))
+            if not (isinstance(one.first, str) and isinstance(one.second, str) and one.votes):
+                raise ValueError("two texts and a label are needed")
+            made.append(one)
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"not a labelled pair: {type(error).__name__} {error}",
-                where=f"{path}:{number}",
+                where=where,
                 expected='{"prompt": …, "a": …, "b": …, "labels": ["a", "b" or "tie"]}',
             ) from None
     rng = random.Random(seed)
@@ -120,14 +115,16 @@ def validate(judge: Judge, labelled: Sequence[Labelled], source: str) -> dict[st
 
     Returns:
         `n` pairs on which people decided; `accuracy`; `constant`, the accuracy of preferring the
-        longer answer; `ceiling`, how often one person agrees with the others; `position`, the
-        share of verdicts that change with the order; `longer`, how often the judge and how often
-        people prefer the longer answer; the accuracy `by_kind`; `probes`, how often it prefers an
-        answer that was made worse.
+        longer or the shorter answer, the higher one; `ceiling`, how often one person agrees with
+        the others; `position`, the share of verdicts that change with the order; `longer`, how
+        often the judge and how often people prefer the longer answer; the accuracy `by_kind`;
+        `probes`, how often it prefers an answer that was made worse.
     """
     known = [one for one in labelled if one.majority is not None]
-    if not known:
-        raise DataError(f"{source} has no pair on which people decided")
+    if len(known) < 2:
+        raise DataError(
+            f"{source} has {len(known) or 'no'} pair on which people decided", expected="2 or more"
+        )
     verdicts = judge.compare(
         "", [o.row for o in known], [o.first for o in known], [o.second for o in known], ("a", "b")
     )
@@ -138,7 +135,8 @@ def validate(judge: Judge, labelled: Sequence[Labelled], source: str) -> dict[st
     kinds: dict[str, list[int]] = {}
     for i, one in enumerate(known):
         kinds.setdefault(one.row.kind, []).append(i)
-    mine = [1 - abs(x - (w or 0.0)) for x, w in zip(longer, verdicts.wins, strict=True)]
+    wins = [0.5 if win is None else win for win in verdicts.wins]
+    mine = [x * win + (1 - x) * (1 - win) for x, win in zip(longer, wins, strict=True)]
     best_first = [one if one.majority else _swapped(one) for one in known]
     theirs = [1 - abs(x - (o.majority or 0.0)) for x, o in zip(longer, known, strict=True)]
     return {
@@ -148,7 +146,7 @@ def validate(judge: Judge, labelled: Sequence[Labelled], source: str) -> dict[st
         "sha256": hashlib.sha256(repr(labelled).encode()).hexdigest(),
         "n": len(known),
         "accuracy": _share(right),
-        "constant": estimates.mean_of_shares(theirs)["value"],
+        "constant": max(value := estimates.mean_of_shares(theirs)["value"], 1 - value),
         "ceiling": _ceiling(labelled),
         "position": verdicts.changed,
         "longer": {"judge": _share(mine), "people": _share(theirs)},

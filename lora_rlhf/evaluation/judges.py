@@ -10,8 +10,7 @@ that changes with the order is a tie, and the share of such verdicts is reported
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,16 +18,17 @@ from typing import Any, Protocol
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from lora_rlhf.data import sources
 from lora_rlhf.data.closed_world.checkers import Item, check
 from lora_rlhf.errors import BaseModelError, DataError, UsageError, first_line
-from lora_rlhf.recipe.schema import ModelSection
+from lora_rlhf.recipe.schema import DataSource, ModelSection
 from lora_rlhf.reports import evaluation_report
 from lora_rlhf.runs.record import Record, is_run
 from lora_rlhf.runs.samples import prompt_text
 from lora_rlhf.runtime.devices import pick_device
 
 from . import targets
-from .engine import Engine
+from .engine import Engine, finite
 from .prompt_sets import Row
 from .targets import Target
 
@@ -77,7 +77,12 @@ class Judge(Protocol):
 
 
 def by_score(first: Sequence[float], second: Sequence[float]) -> list[float | None]:
-    """Turn scores into verdicts; equal scores are a tie."""
+    """Turn scores into verdicts; equal scores are a tie.
+
+    Raises:
+        NonFiniteError: A score is NaN or infinite, which would count as a loss.
+    """
+    finite("a judge's score", (*first, *second))
     return [0.5 if abs(a - b) <= 1e-9 else float(a > b) for a, b in zip(first, second, strict=True)]
 
 
@@ -198,7 +203,7 @@ class LanguageModel:
         ]
         space = "" if self.engine.base.tokenizer.chat_template else " "
         letters = self.engine.options(self.target).next_token(contexts, [space + "A", space + "B"])
-        odds = [a - b for a, b in letters]
+        odds = finite("a judge's log-odds", [a - b for a, b in letters])
         return [(odds[i], -odds[i + 1]) for i in range(0, len(odds), 2)]
 
 
@@ -220,16 +225,11 @@ class People:
         self.name, self.path = name, path
         self._ranks: dict[tuple[str, str], list[dict[str, int]]] = {}
         self._chosen: set[tuple[str, str]] = set()
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            if not line.strip():
-                continue
+        for place, row in sources.read(DataSource(path=str(path)), sources.Skips()):
+            if "ranking" in row and row["ranking"] is None:
+                continue  # a task of to_label.jsonl that nobody has done
             try:
-                row = json.loads(line)
-                places = {
-                    str(target): place
-                    for place, tied in enumerate(row["ranking"])
-                    for target in tied
-                }
+                places = _places(row["ranking"])
                 key = (str(row["set"]), str(row["id"]))
                 self._ranks.setdefault(key, []).append(places)
                 if row.get("why", AT_RANDOM) != AT_RANDOM:
@@ -237,9 +237,38 @@ class People:
             except (ValueError, TypeError, KeyError) as error:
                 raise DataError(
                     f"not a ranking: {type(error).__name__} {error}",
-                    where=f"{path}:{number}",
+                    where=place,
                     expected='{"set": "quick", "id": "1", "ranking": [["policy"], ["sft"]]}',
                 ) from None
+
+    def check(
+        self, sets: Mapping[str, Collection[str]], names: Collection[str], reference: str
+    ) -> None:
+        """Find a ranking that can be used.
+
+        Args:
+            sets: Set whose answers are compared -> ids of its rows.
+
+        Raises:
+            DataError: None is of these prompts, or none of the reference and another model.
+        """
+        here = [
+            places
+            for (name, row), ranked in self._ranks.items()
+            if row in sets.get(name, ())
+            for places in ranked
+        ]
+        if any(reference in places and len(places.keys() & {*names}) > 1 for places in here):
+            return
+        models = sorted({name for places in here for name in places})
+        raise DataError(
+            f"no ranking is of {reference} and another model here, but of {', '.join(models)}"
+            if here
+            else "no ranking is of a prompt whose answers are compared here",
+            where=str(self.path),
+            expected=f"models: {', '.join(names)}; sets: {', '.join(sets) or 'none'}",
+            remedy="rank the tasks of this evaluation's to_label.jsonl",
+        )
 
     def compare(
         self,
@@ -261,6 +290,14 @@ class People:
         if all(win is None for win in wins):
             return None
         return Verdicts(wins, at_random=[(set_name, row.id) not in self._chosen for row in rows])
+
+
+def _places(ranking: list[list[str]]) -> dict[str, int]:
+    """Return the place of each model."""
+    named = [name for tied in ranking for name in tied]
+    if not all(isinstance(tied, list) for tied in ranking) or len({*named}) < len(named):
+        raise ValueError("ranking is a list of lists, and names each model once")
+    return {str(name): place for place, tied in enumerate(ranking) for name in tied}
 
 
 @dataclass
@@ -376,15 +413,16 @@ class JudgeSpec:
 
 def of_targets(named: Sequence[Target]) -> list[JudgeSpec]:
     """The reward models of the targets' runs: the held-out one, and the one that was optimised."""
-    specs: dict[str, JudgeSpec] = {}
+    specs: dict[Path, JudgeSpec] = {}
     for target in named:
         if target.kind != "run" or target.run is None:
             continue
         for role in ("held_out", "reward"):
             folder = Record.read(target.run).verified(f"adapters/{role}")
-            if (folder / "adapter_config.json").is_file():
+            if (folder / "adapter_config.json").is_file() and folder.resolve() not in specs:
                 name = f"{target.run.resolve().name}:{role}"
-                specs[name] = JudgeSpec(
+                name = targets.apart(name, [spec.name for spec in specs.values()])
+                specs[folder.resolve()] = JudgeSpec(
                     name, "reward", target.base, str(folder), independent=role == "held_out"
                 )
     return list(specs.values())
@@ -410,6 +448,11 @@ def parse(texts: Sequence[str], base: str | None = None) -> list[JudgeSpec]:
             specs.append(JudgeSpec(Path(text).name, "reward", None, text))
             continue
         for target in targets.parse([text], base=base):
+            if target.base is None:
+                raise UsageError(
+                    f"{text} cannot judge: a server gives no log-probabilities of letters",
+                    expected="a model or adapter, in a folder or on the Hub",
+                )
             scores = target.adapter is not None and "SEQ_CLS" in (
                 target.adapter / "adapter_config.json"
             ).read_text(encoding="utf-8")
@@ -454,6 +497,6 @@ def trust(judge: Judge, validation: dict[str, Any] | None) -> tuple[bool, str]:
     if low is None or low <= floor:
         return False, (
             f"its accuracy against people {validation['accuracy']['value']:.2f} is not clearly "
-            f"above {floor:.2f}, what a constant answer or the longer answer reaches"
+            f"above {floor:.2f}, what a constant answer, or one by length alone, reaches"
         )
     return True, f"it agrees with people on {validation['accuracy']['value']:.0%} of {n} labels"

@@ -3,11 +3,12 @@
 
 import gzip
 import json
+import math
 import random
 
 import pytest
 
-from lora_rlhf.errors import DataError
+from lora_rlhf.errors import DataError, NonFiniteError, UsageError
 from lora_rlhf.evaluation import judge_validation, judges
 from lora_rlhf.evaluation.judges import LanguageModel, People, Verdicts
 from lora_rlhf.evaluation.prompt_sets import Row
@@ -94,12 +95,15 @@ def test_pairs_of_transcripts_are_read_in_a_random_order(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ["{", "[]", '{"prompt": "p", "a": "x", "b": "y", "labels": ["c"]}', '{"chosen": "x"}']
-)
+    "line",
+    ["{", "[]", '{"prompt": "p", "a": "x", "b": "y", "labels": ["c"]}', '{"chosen": "x"}',
+     '{"prompt": "p", "a": "x", "b": "y", "labels": []}',
+     '{"prompt": "p", "a": "x", "b": null, "labels": ["a"]}'],
+)  # fmt: skip
 def test_a_row_that_is_no_labelled_pair_is_named(tmp_path, line):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"prompt": "p", "a": "x", "b": "y", "labels": ["a"]}\n' + line + "\n")
-    with pytest.raises(DataError, match="bad.jsonl:2: not a labelled pair"):
+    with pytest.raises(DataError, match=r"bad.jsonl:2: (not|expected|a JSON)"):
         judge_validation.read(path)
 
 
@@ -137,3 +141,48 @@ def test_people_rank_targets(tmp_path):
     path.write_text(path.read_text() + '{"set": "s"}\n')
     with pytest.raises(DataError, match=r"people.jsonl:5: not a ranking"):
         People("people", path)
+    path.write_text('{"set": "s", "id": "1", "ranking": ["policy", "sft"]}\n')
+    with pytest.raises(DataError, match=r"people.jsonl:1: not a ranking.*a list of lists"):
+        People("people", path)
+
+
+def test_people_who_ranked_something_else_are_an_error(tmp_path):
+    path = tmp_path / "people.jsonl"
+    undone = {"set": "s", "id": "2", "ranking": None}
+    lines = [undone, {"set": "s", "id": "1", "ranking": [["policy"], ["sft"]], "note": "\u2028"}]
+    path.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
+    people = People("people", path)
+    people.check({"s": {"1", "2"}}, ["sft", "policy"], "sft")
+    for sets, names, message in (
+        ({"s": {"2"}}, ["sft", "policy"], "no ranking is of a prompt"),
+        ({}, ["sft", "policy"], "no ranking is of a prompt"),
+        ({"s": {"1"}}, ["sft", "polcy"], "no ranking is of sft and another model here, but of pol"),
+    ):
+        with pytest.raises(DataError, match=message):
+            people.check(sets, names, "sft")
+
+
+def test_a_score_that_is_no_number_is_no_loss(monkeypatch):
+    with pytest.raises(NonFiniteError, match="a judge's score is nan"):
+        judges.by_score([0.0, math.nan], [1.0, 1.0])
+
+
+def test_a_silent_judge_prefers_neither_length(tmp_path):
+    labelled = judge_validation.read(labels(tmp_path))
+    record = judge_validation.validate(ByRule(lambda a, b: None), labelled, "labels")
+    assert record["longer"]["judge"]["value"] == 0.5
+
+
+def test_the_shorter_answer_is_a_constant_too(tmp_path):
+    rows = [{"prompt": f"p{i}", "a": "b", "b": "bb", "labels": ["a"]} for i in range(60)]
+    path = tmp_path / "labels.json"
+    path.write_text(json.dumps(rows))
+    judge = ByRule(lambda a, b: float(len(a) < len(b)))
+    record = judge_validation.validate(judge, judge_validation.read(path), "labels")
+    assert record["accuracy"]["value"] == 1 and record["constant"] == 1
+    assert not judges.trust(judge, record)[0]
+
+
+def test_a_server_cannot_judge():
+    with pytest.raises(UsageError, match="cannot judge: a server gives no log-probabilities"):
+        judges.parse(["http://localhost:1/v1#m"])
