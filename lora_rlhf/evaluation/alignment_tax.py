@@ -7,9 +7,12 @@ and grades; here its grades of each document become values that are paired like 
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 from lora_rlhf.errors import UsageError, first_line
+from lora_rlhf.runs.disk import sha256
 from lora_rlhf.runtime import optional_packages
 
 from .engine import Engine
@@ -17,6 +20,8 @@ from .metrics.metric import Metric
 from .prompt_sets import Row
 from .suite import LmEvalSection
 from .targets import Target
+
+_USER = "lm_eval of a suite"
 
 Grades = dict[str, dict[str, list[float]]]
 """Task -> metric -> grade of each document, higher is better."""
@@ -29,10 +34,9 @@ def grades(engine: Engine, target: Target, section: LmEvalSection, seed: int) ->
         UsageError: A task is unknown, or its data cannot be read.
         SetupError: lm-eval is not installed.
     """
-    user = "lm_eval of a suite"
-    lm_eval = optional_packages.load("lm_eval", user, "eval")
-    models = optional_packages.load("lm_eval.models.huggingface", user, "eval")
-    tasks = optional_packages.load("lm_eval.tasks", user, "eval")
+    lm_eval = optional_packages.load("lm_eval", _USER, "eval")
+    models = optional_packages.load("lm_eval.models.huggingface", _USER, "eval")
+    tasks = optional_packages.load("lm_eval.tasks", _USER, "eval")
     base = engine.base
     model = models.HFLM(
         pretrained=base.causal, tokenizer=base.tokenizer, batch_size=section.batch_size
@@ -61,6 +65,17 @@ def grades(engine: Engine, target: Target, section: LmEvalSection, seed: int) ->
             remedy="`lm-eval ls tasks` lists them; lm_eval.path names a folder with your own",
         ) from error
     return {task: _by_metric(made, task, samples) for task, samples in made["samples"].items()}
+
+
+def digest(section: LmEvalSection) -> str:
+    """Hash what grades depend on: lm-eval's version, own task files and the files beside them."""
+    lm_eval = optional_packages.load("lm_eval", _USER, "eval")
+    made = hashlib.sha256(str(lm_eval.__version__).encode())
+    tasks = Path(section.path).rglob("*.yaml") if section.path else ()
+    for path in sorted({file for task in tasks for file in task.parent.iterdir()}):
+        if path.is_file():
+            made.update(f"{path}\n{sha256(path)}\n".encode())
+    return made.hexdigest()
 
 
 def _by_metric(made: dict[str, Any], task: str, samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -19,13 +19,16 @@ from typing import Any
 
 from lora_rlhf.errors import DataError, UsageError
 from lora_rlhf.recipe.schema import ModelSection
+from lora_rlhf.redaction import safe
+from lora_rlhf.reports import evaluation_report
 from lora_rlhf.runs.disk import write_atomically
+from lora_rlhf.runs.record import is_run
 from lora_rlhf.runs.samples import prompt_text
 from lora_rlhf.runtime import environment, interrupts
 
 from . import alignment_tax, prompt_sets, stress, suite_tables
 from .engine import Answer, Engine
-from .judges import AT_RANDOM, Judge, JudgeSpec, Verdicts, describe
+from .judges import AT_RANDOM, Judge, JudgeSpec, People, Verdicts, describe
 from .metrics.metric import Metric
 from .metrics.registry import METRICS
 from .prompt_sets import PromptSet
@@ -95,37 +98,99 @@ def run(
     if not sets:
         why = "; ".join(one["why"] for one in evaluation.not_measured)
         raise DataError(f"no prompt set of {evaluation.suite_file.name} can be read: {why}")
+    compared = [prompts for one, prompts in sets if one.win_rate]
+    names = [*(judge.name for judge in others), *(spec.name for spec in specs)]
+    _check_judges(evaluation, names, others, compared)
+    _check_out(evaluation)
     evaluation.out.mkdir(parents=True, exist_ok=True)
-    engine: Engine | None = None
+    loaded = _loaded(specs, _of_targets(evaluation, sets))
+    tables = [t for one, prompts in sets for t in _metric_tables(evaluation, one, prompts)]
+    tables += _task_tables(evaluation)
+    by_name = {m.judge["name"]: m.judge for one, _ in sets for m in _metrics(one) if m.judge}
+    described: list[dict[str, Any]] = [*by_name.values()]
+    for judge in itertools.chain(others, loaded) if compared else ():
+        evaluation.say(f"{judge.name} judges")
+        about = describe(judge, evaluation.validations.get(judge.name))
+        described.append(about)
+        for prompts in compared:
+            tables += _win_rates(evaluation, prompts, judge, about)
+        del judge  # with its base, before the next one is loaded
+    tables += _with_people(evaluation, compared, described)
+    report = safe(_report(evaluation, sets, described, tables))
+    write_atomically(evaluation.out / "report.json", json.dumps(report, indent=1) + "\n")
+    tasks = [task for prompts in compared for task in _to_label(evaluation, prompts, described)]
+    lines = "".join(json.dumps(safe(task)) + "\n" for task in tasks)
+    write_atomically(evaluation.out / "to_label.jsonl", lines)
+    return report
+
+
+def _check_judges(
+    evaluation: Evaluation,
+    names: Sequence[str],
+    others: Sequence[Judge],
+    compared: Sequence[PromptSet],
+) -> None:
+    """Refuse judges of one name, records of judges that are not here, and people of other runs."""
+    if double := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(
+            f"two judges are called {double!r}",
+            expected="each judge once; a file of rankings is called as the file",
+            remedy="leave one out, or rename the file",
+        )
+    if unknown := next((name for name in evaluation.validations if name not in names), None):
+        raise UsageError(
+            f"--judge-record is of {unknown!r}, which does not judge here",
+            expected=f"one of: {', '.join(names)}",
+            remedy="name it with --judge, or leave the record out",
+        )
+    ids = {prompts.name: {row.id for row in prompts.rows} for prompts in compared}
+    for judge in others:
+        if isinstance(judge, People):
+            judge.check(ids, [target.name for target in evaluation.targets], evaluation.reference)
+
+
+def _check_out(evaluation: Evaluation) -> None:
+    """Refuse a place for the report that is a file, a run, or another evaluation's."""
+    out, now = evaluation.out, {target.name for target in evaluation.targets}
+    given = ""
+    if out.exists() and not out.is_dir():
+        given = "it is a file"
+    elif is_run(out):
+        given = "it is a run"
+    elif (out / evaluation_report.FILE).exists():
+        try:
+            before = evaluation_report.read(out)
+        except UsageError as error:
+            given = f"its {evaluation_report.FILE} cannot be read: {error.given}"
+        else:
+            lost = [one["name"] for one in before["targets"] if one["name"] not in now]
+            if (suite := before["suite"]["name"]) != evaluation.suite.name:
+                given = f"it holds a report on the suite {suite}"
+            elif lost:
+                given = f"it holds a report on {', '.join(lost)}"
+    if given:
+        raise UsageError(
+            f"the report cannot be written to {out}: {given}",
+            expected="a new folder, or that of an earlier evaluation of the same suite and targets",
+            remedy="give another --out",
+        )
+
+
+def _of_targets(
+    evaluation: Evaluation, sets: Sequence[tuple[SetSection, PromptSet]]
+) -> Engine | None:
+    """Let every target answer, base by base; returns the last base, which stays in memory."""
+    answering: Engine | Server | None = None
     for section, group in _by_base(evaluation.targets):
-        engine = None  # before the next base is loaded
-        answering: Engine | Server = Server(group[0]) if section is None else Engine(section, group)
-        if isinstance(answering, Engine):
-            engine = answering
+        answering = None  # before the next base is loaded
+        answering = Server(group[0]) if section is None else Engine(section, group)
         for target in group:
             for one, prompts in sets:
                 _of_target(evaluation, answering, target, one, prompts)
             _of_tasks(evaluation, answering, target)
             cost = answering.measure(target, sets[0][1].rows, evaluation.suite)
             evaluation.costs[target.name] = cost.report(evaluation.price_per_hour)
-    tables = [t for one, prompts in sets for t in _metric_tables(evaluation, one, prompts)]
-    tables += _task_tables(evaluation)
-    compared = [prompts for one, prompts in sets if one.win_rate]
-    by_name = {m.judge["name"]: m.judge for one, _ in sets for m in _metrics(one) if m.judge}
-    described: list[dict[str, Any]] = [*by_name.values()]
-    for judge in (*others, *_loaded(specs, engine)) if compared else ():
-        evaluation.say(f"{judge.name} judges")
-        about = describe(judge, evaluation.validations.get(judge.name))
-        described.append(about)
-        for prompts in compared:
-            tables += _win_rates(evaluation, prompts, judge, about)
-    tables += _with_people(evaluation, compared, described)
-    report = _report(evaluation, sets, described, tables)
-    write_atomically(evaluation.out / "report.json", json.dumps(report, indent=1) + "\n")
-    tasks = [task for prompts in compared for task in _to_label(evaluation, prompts, described)]
-    lines = "".join(json.dumps(task) + "\n" for task in tasks)
-    write_atomically(evaluation.out / "to_label.jsonl", lines)
-    return report
+    return answering if isinstance(answering, Engine) else None
 
 
 def _loaded(specs: Sequence[JudgeSpec], engine: Engine | None) -> Iterator[Judge]:
@@ -180,10 +245,16 @@ def _load_sets(evaluation: Evaluation) -> list[tuple[SetSection, PromptSet]]:
             evaluation.say(f"{one.name} is not measured: {error.given}")
             continue
         for name in one.metrics:
-            missing = [key for key in METRICS[name].needs if key not in prompts.rows[0].reference]
+            missing = [
+                (key, row.id)
+                for row in prompts.rows
+                for key in METRICS[name].needs
+                if key not in row.reference
+            ]
             if missing:
                 raise UsageError(
-                    f"set {one.name}: {name} needs {missing[0]!r}, which its rows do not have",
+                    f"set {one.name}: {name} needs {missing[0][0]!r}, which {len(missing)} of its "
+                    f"{len(prompts.rows)} rows do not have, the first {missing[0][1]!r}",
                     where=str(evaluation.suite_file),
                     remedy="take the metric out, or give rows with that reference",
                 )
@@ -294,7 +365,7 @@ def _of_tasks(evaluation: Evaluation, engine: Engine | Server, target: Target) -
     identity = {
         "target": target.describe(),
         "base": engine.identity,
-        "lm_eval": section.model_dump(mode="json"),
+        "lm_eval": [section.model_dump(mode="json"), alignment_tax.digest(section)],
         "seed": evaluation.suite.seed,
     }
     path = evaluation.out / "answers" / f"{_digest([target.name, 'lm-eval'])[:16]}.json"

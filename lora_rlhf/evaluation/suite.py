@@ -42,7 +42,9 @@ class SetSection(Section):
     """Changes of the prompts; every metric is measured on the changed prompts too."""
 
     def rules(self) -> Rules:
-        """Changes are different, and there is something to measure under them."""
+        """Metrics and changes are named once, and there is something to measure under changes."""
+        if len({*self.metrics}) < len(self.metrics):
+            yield f"set {self.name}: metrics names one twice", "metrics"
         if len({*self.stress}) < len(self.stress) or (self.stress and not self.metrics):
             yield f"set {self.name}: stress needs metrics, and names each change once", "stress"
 

@@ -74,3 +74,8 @@ def test_tasks_are_tables_with_paired_differences(runs, section, tmp_path, monke
     assert all(row["estimate"]["n"] == 8 for row in table["differences"])
     monkeypatch.setattr(alignment_tax, "grades", lambda *_: pytest.fail("they were kept"))
     evaluate_targets.run([str(run)], suite=str(suite), out=out)
+    with (tmp_path / "data.jsonl").open("a") as file:
+        file.write('{"text": "w9", "choices": ["w5", "w6"], "label": 0}\n')
+    monkeypatch.setattr(alignment_tax, "grades", lambda *_: {"words": {"acc": [1.0] * 9}})
+    evaluate_targets.run([str(run)], suite=str(suite), out=out)
+    assert json.loads((out / "report.json").read_text())["sets"][-1]["n"] == 9

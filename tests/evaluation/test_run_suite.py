@@ -2,14 +2,18 @@
 """A whole evaluation of a little run: sampled once, continued to the same bits, reported."""
 
 import json
+import shutil
+import weakref
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
 from lora_rlhf.cli import app
 from lora_rlhf.errors import DataError, UsageError
-from lora_rlhf.evaluation import evaluate_targets, run_suite, suite
-from lora_rlhf.evaluation.engine import Engine
+from lora_rlhf.evaluation import evaluate_targets, judges, run_suite, suite, targets
+from lora_rlhf.evaluation.engine import Engine, cost_of
+from lora_rlhf.recipe.schema import ModelSection
 
 SUITE = """version: 1
 name: little
@@ -116,6 +120,7 @@ def test_a_validated_judge_decides(run, suite_file, tmp_path):
     [
         (("metrics: []", "metrics: [beauty]"), "unknown metric 'beauty'"),
         (("metrics: []", "metrics: [gold_reward]"), "gold_reward needs 'item'"),
+        (("metrics: []", "metrics: [f1, f1]"), "metrics names one twice"),
         (("version: 1", "version: 2"), "version"),
         (("name: words", "names: words"), r"little.yaml:\d+: sets.0.names"),
         (("words/win_rate", "words/f1"), "is not measured by any set"),
@@ -155,13 +160,111 @@ def test_the_commands_compare_models_and_check_a_judge(run, suite_file, tmp_path
     pairs = [{"prompt": f"w{5 + i}", "a": "w9 w8", "b": "w7", "labels": ["a"]} for i in range(8)]
     (tmp_path / "labels.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     judge, record = f"{run}:held_out", tmp_path / "judge.json"
-    told = invoke("judge", judge, "--against", tmp_path / "labels.jsonl", "--out", record)
-    assert "agrees with people on" in told and "may not decide a report: only 8 labels" in told
     told = invoke("judge", f"{run}:base", "--against", tmp_path / "labels.jsonl", "--out", record)
     assert "of its verdicts change with the order" in told
+    options = ("--suite", suite_file, "--judge", judge, "--judge-record", record)
+    options = (*options, "--out", tmp_path / "out")
+    wrong = CliRunner().invoke(app.app, ["evaluate", str(run), *map(str, options)])
+    assert wrong.exit_code == 2 and "is of 'after-evaluate:base', which does not" in wrong.output
+    told = invoke("judge", judge, "--against", tmp_path / "labels.jsonl", "--out", record)
+    assert "agrees with people on" in told and "may not decide a report: only 8 labels" in told
     options = ("--suite", suite_file, "--judge", judge, "--judge-record", record)
     told = invoke("evaluate", run, *options, "--out", tmp_path / "out")
     assert "No verdict" in told and f"report  {tmp_path / 'out' / 'report.html'}" in told
     assert invoke("report", tmp_path / "out")
     wrong = CliRunner().invoke(app.app, ["evaluate", str(run), "--set", "seed=1"])
     assert wrong.exit_code == 2 and "are for a recipe" in wrong.output
+
+
+def test_a_row_without_reference_is_named_before_anything_is_sampled(run, suite_file, tmp_path):
+    rows = [{"prompt": "w5", "reference": "w6"}, {"prompt": "w6"}, {"prompt": "w7"}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    suite_file.write_text(suite_file.read_text().replace("metrics: []", "metrics: [f1]"))
+    with pytest.raises(UsageError, match="2 of its 3 rows do not have, the first '2'"):
+        evaluate(run, suite_file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_report_is_written_over_something_else(run, suite_file, tmp_path):
+    out = tmp_path / "out"
+    evaluate(f"{run}:sft", suite_file, out)
+    before = (out / "report.json").read_bytes()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "report.json").write_text("{}")
+    other = tmp_path / "other.yaml"
+    other.write_text(suite_file.read_text().replace("little", "other"))
+    for target, file, place, message in (
+        (f"{run}:policy", suite_file, out, "it holds a report on after-evaluate:sft"),
+        (f"{run}:sft", other, out, "it holds a report on the suite little"),
+        (run, suite_file, tmp_path / "file", "it is a file"),
+        (run, suite_file, run, "it is a run"),
+        (run, suite_file, tmp_path / "foreign", "cannot be read: not a report of version 1"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            evaluate(target, file, place)
+    assert (out / "report.json").read_bytes() == before
+    assert len(evaluate(run, suite_file, out)[0]["targets"]) == 3, "targets may be added"
+
+
+def test_judges_of_one_name_are_one_error(run, suite_file, tmp_path):
+    line = json.dumps({"set": "words", "id": "1", "ranking": [["a"], ["b"]]}) + "\n"
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.jsonl").write_text(line)
+    files = [tmp_path / folder / "mine.jsonl" for folder in ("x", "y")]
+    with pytest.raises(UsageError, match="two judges are called 'mine'"):
+        evaluate(run, suite_file, tmp_path / "out", labels=files)
+    with pytest.raises(
+        DataError, match="of after-evaluate:sft and another model here, but of a, b"
+    ):
+        evaluate(run, suite_file, tmp_path / "out", labels=files[:1])
+    shutil.copytree(run, tmp_path / run.name)
+    names = [
+        spec.name for spec in judges.of_targets(targets.parse([str(run), str(tmp_path / run.name)]))
+    ]
+    assert names == [f"{run.name}:{x}" for x in ("held_out", "reward", "held_out 2", "reward 2")]
+
+
+def test_secrets_and_home_folders_stay_out_of_the_report(run, suite_file, tmp_path, monkeypatch):
+    token = "hf_" + "a" * 20
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": f"w5 {token}"}) + "\n")
+    monkeypatch.setenv("HOME", str(run.parent))
+    folder = evaluate_targets.run([str(run)], suite=str(suite_file), out=tmp_path / "out")
+    for path in folder.rglob("*.*"):
+        assert token not in path.read_text() and str(run.parent) not in path.read_text(), path
+    assert targets.Target("m", "url", url="https://me:word@host/v1#m").describe()["id"] == (
+        "https://me:***@host/v1#m"
+    )
+
+
+def test_one_base_at_a_time_is_in_memory(monkeypatch, tmp_path):
+    alive, most = weakref.WeakSet(), []
+
+    class Fake:
+        def __init__(self, section, group):
+            alive.add(self)
+            most.append(len(alive))
+            self.base = SimpleNamespace(model_section=section)
+            self.adapters = SimpleNamespace(load_scorer=lambda *_: None)
+
+        def measure(self, *_):
+            return cost_of([1.0], None, 1, None)
+
+    monkeypatch.setattr(run_suite, "Engine", Fake)
+    monkeypatch.setattr(run_suite, "_of_target", lambda *_: None)
+    monkeypatch.setattr(
+        run_suite, "_load_sets", lambda _: [(words, SimpleNamespace(rows=[], name="x"))]
+    )
+    monkeypatch.setattr(run_suite, "_win_rates", lambda *_: [])
+    monkeypatch.setattr(run_suite, "_with_people", lambda *_: [])
+    monkeypatch.setattr(run_suite, "_report", lambda *_: {})
+    monkeypatch.setattr(run_suite, "_to_label", lambda *_: [])
+    words = suite.SetSection(name="x", format="plain", win_rate=True)
+    bases = [ModelSection(id=name) for name in ("a/a", "b/b", "c/c")]
+    named = [targets.Target(base.id, "model", base=base) for base in bases[:2]]
+    made = run_suite.Evaluation(
+        named, suite.Suite(name="s", sets=[words]), tmp_path, tmp_path / "o", "a/a"
+    )
+    run_suite.run(made, [judges.JudgeSpec(str(i), "reward", bases[i], "x") for i in (0, 1, 2)])
+    assert most == [1] * 4
