@@ -138,7 +138,7 @@ class CheckpointError(SetupError):
 class DamageError(SetupError):
     """A file of a run that is missing, or is not as the run wrote it.
 
-    A bit of `adapters/reward` that a bad disk turned. Restore the file, or run into a new --out.
+    A flipped bit in `adapters/reward`. Restore the file, or run into a new --out.
     """
 
 

@@ -207,13 +207,13 @@ def mean_of_shares(values: ArrayLike) -> Estimate:
 def corrected_share(
     positives: float, n: int, sensitivity: tuple[int, int], specificity: tuple[int, int]
 ) -> Estimate:
-    """The share of true positives behind the verdicts of a detector that errs.
+    """The true share of positives, from the verdicts of a detector with known error rates.
 
     Rogan and Gladen 1978: (q + Sp - 1) / (Se + Sp - 1) for a share q of verdicts. The interval is
     that of Lang and Reiczigel 2014 (eq. 1): n, and the labels that Se and Sp come from, are all
-    samples. It supposes that the detector errs here as often as on those labels; if there are fewer
-    positive (or negative) verdicts than its errors alone would give, it must err less, and the
-    interval reaches to that of the raw share.
+    samples. It assumes that the detector errs here as often as on those labels. If there are fewer
+    positive (or negative) verdicts than its errors alone would produce, it must err less often
+    here, and the interval is extended to that of the raw share.
 
     Args:
         positives: Positive verdicts among n.

@@ -96,12 +96,12 @@ def run(
         record = Record.open(out, recipe, warm_start=warm_start)
         if record.changed:
             now = ", ".join(f"{key} {was!r} -> {new!r}" for key, was, new in record.changed)
-            progress.say(f"changed in this run: {now} (as before: {record.as_options()})")
+            progress.say(f"changed in this run: {now} (to undo: {record.as_options()})")
         record.check_place = check_place
         record.data["clock"]["environment"] = environment.result_variables()
         if environment.ignored:
             names = ", ".join(f"{name}={value}" for name, value in environment.ignored.items())
-            progress.say(f"ignored variables of the environment: {names} (the recipe decides)")
+            progress.say(f"ignored environment variables: {names} (the recipe decides)")
         if source is not None and (copied := reuse.copy_stages(source, record)):
             progress.say(f"copied from {source.folder}: {', '.join(copied)}")
         if "card" in stages:  # before hours of training, not after them
@@ -141,7 +141,7 @@ def check(
     out, progress, wrong = Path(out), progress or Progress(), list[LoraRlhfError]()
 
     def ok(step: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """Call a step; keep its error, and return None then."""
+        """Call a step; if it fails, collect the error and return None."""
         try:
             return step(*args, **options)
         except LoraRlhfError as error:
@@ -229,8 +229,8 @@ def _run_stages(
     threads, clock = torch.get_num_threads(), record.data["clock"]
     if wanted and clock.setdefault("threads", threads) != threads:
         progress.say(
-            f"{threads} threads, and {clock['threads']} before: sums round differently, so the "
-            "results are not those of an undisturbed run, bit for bit"
+            f"{threads} threads instead of {clock['threads']}: sums round differently, so the "
+            "results are not bit-identical to those of an uninterrupted run"
         )
         clock["threads"] = threads
     if computed := [stage for stage in wanted if stage != "card"]:
@@ -391,7 +391,7 @@ class _Data:
     def checks(
         self, wanted: list[str], configs: TrainerConfigs | None
     ) -> Iterator[Callable[[], Any]]:
-        """Yield the reading of each set that is needed, to be done before any training."""
+        """Yield functions that read and check the needed sets, to call before any training."""
         recipe, stages = self.recipe, set(wanted)
         starts = {s: getattr(recipe, s).start for s in ("sft", "reward") if s in stages}
         for role, folder in starts.items():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mask secrets by their shape or their key, and home folders; escape what a terminal would obey."""
+"""Mask secrets by their shape or their key, and home folders; escape control characters."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ _OBEYED = re.compile(
 
 
 def printable(text: str) -> str:
-    """Escape characters that a terminal would obey: controls, directions, halves of a surrogate."""
+    """Escape control characters, bidirectional marks and lone surrogates."""
     return _OBEYED.sub(lambda match: ascii(match[0])[1:-1], text)
 
 

@@ -137,7 +137,7 @@ def _train(
         raise UsageError(
             f"{run} is a run, not a recipe",
             expected="a recipe, as a YAML file or its folder",
-            remedy=f"continue it with `{again}`, or start its recipe anew with another --out",
+            remedy=f"continue it with `{again}`, or start the recipe again with another --out",
         )
     recipe = load_recipe(path, overrides)
     out = out or Path("runs") / recipe.name
@@ -152,7 +152,7 @@ def _train(
             shell.echo("\n".join(map(str, wrong)), err=True)
             raise typer.Exit(wrong[0].exit_code)
         shell.echo(dump_recipe(recipe), nl=False)
-        shell.echo(f"OK: nothing stands in the way of `{verb}` in {out}", err=True)
+        shell.echo(f"OK: `{verb}` can start in {out}", err=True)
         return
     try:
         record = pipeline.run(recipe, out, progress=progress, **options)
@@ -162,7 +162,7 @@ def _train(
 
 
 def _run_of(path: Path) -> Path | None:
-    """Return the run directory that is, or holds, what was given as a recipe."""
+    """Return the run directory if it, or the recipe inside it, was given as a recipe."""
     folder = path if path.is_dir() else path.parent
     inside = path.is_dir() or path.name == "recipe.yaml"
     from lora_rlhf.runs.record import is_run
@@ -234,7 +234,7 @@ def _plan_verb(
 
     recipe = load_recipe(path, overrides)
     if (run := _run_of(path)) is not None:
-        shell.echo(f"{run} is a run: this plans the recipe that it has", err=True)
+        shell.echo(f"{run} is a run directory: this plans its recipe", err=True)
     shell.room("pipeline")
     from lora_rlhf.planning import plan_report
 
@@ -252,7 +252,7 @@ _recipe_verb("policy", "policy", "Run a recipe up to the policy, whichever algor
 
 # --- verbs over models ---------------------------------------------------------------------------
 
-Base = Annotated[str | None, typer.Option(help="Base of adapters that name none.")]
+Base = Annotated[str | None, typer.Option(help="Base model of adapters whose config names none.")]
 Targets = Annotated[
     list[str],
     typer.Argument(
@@ -261,26 +261,26 @@ Targets = Annotated[
     ),
 ]
 SuiteName = Annotated[str | None, typer.Option(help="A packaged suite, or a YAML file.")]
-Against = Annotated[str | None, typer.Option(help="Target that the others are compared with.")]
+Against = Annotated[str | None, typer.Option(help="Reference target for all comparisons.")]
 Judges = Annotated[
     list[str] | None,
     typer.Option("--judge", help="RUN:held_out, a reward model, a language model; repeatable."),
 ]
-Labels = Annotated[list[Path] | None, typer.Option(help="People's rankings; repeatable.")]
+Labels = Annotated[list[Path] | None, typer.Option(help="File of people's rankings; repeatable.")]
 JudgeRecords = Annotated[
-    list[Path] | None, typer.Option("--judge-record", help="Of `judge`; repeatable.")
+    list[Path] | None, typer.Option("--judge-record", help="Record of `judge`; repeatable.")
 ]
 FewShot = Annotated[
     int, typer.Option(min=0, max=3, help="Examples for a base without a chat template.")
 ]
-Price = Annotated[float | None, typer.Option(min=0.0, help="Of this machine.")]
+Price = Annotated[float | None, typer.Option(min=0.0, help="Price of this machine.")]
 
 
 @_command("evaluate")
 def _evaluate_verb(
     targets: Targets,
     suite: SuiteName = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the report; of the run.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the report or run.")] = None,
     against: Against = None,
     judges: Judges = None,
     labels: Labels = None,
@@ -296,7 +296,7 @@ def _evaluate_verb(
 ) -> None:
     """Compare models on a suite, and write a report; or run a recipe up to its evaluation.
 
-    Writes report.json and report.html. An interrupted evaluation goes on where it was.
+    Writes report.json and report.html. An interrupted evaluation continues where it stopped.
     """
     if suite is None and len(targets) == 1 and _is_recipe(Path(targets[0]), out):
         _train(Path(targets[0]), out, overrides, dry_run, "evaluate", start_from, warm_start)
@@ -322,7 +322,7 @@ def _evaluate_verb(
 
 
 def _is_recipe(path: Path, out: Path | None) -> bool:
-    """Tell a recipe from a target; a run is one only if it is also the --out."""
+    """Return True for a recipe; a run directory counts as one only if it is also the --out."""
     run = _run_of(path)
     if path.is_dir() and run is not None:
         return out is not None and out.resolve() == run.resolve()
@@ -336,13 +336,13 @@ def _judge_verb(
     ],
     against: Annotated[Path, typer.Option(metavar="LABELS", help="Pairs with people's labels.")],
     out: Annotated[Path, typer.Option(help="Record to write.")] = Path("judge.json"),
-    n: Annotated[int | None, typer.Option(min=2, help="Pairs, drawn with the seed.")] = None,
+    n: Annotated[int | None, typer.Option(min=2, help="Number of pairs; default: all.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     base: Base = None,
 ) -> None:
-    """Compare a judge with people's labels: accuracy, their own agreement, and biases.
+    """Compare a judge with people's labels: accuracy, agreement among people, and biases.
 
-    `evaluate --judge-record` reads the record; without one a judge decides nothing.
+    Give the record to `evaluate --judge-record`; without one, no model may decide a report.
     """
     evaluate_targets = shell.room("evaluation.evaluate_targets")
     for line in evaluate_targets.check_judge(judge, against, out, n=n, seed=seed, base=base):
@@ -379,9 +379,9 @@ def _report_verb(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with a report.json.")],
     show: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
-    """Write the page of an evaluation again.
+    """Rebuild report.html from the report.json of an evaluation.
 
-    From its report.json alone, offline: report.html is one file that needs no network.
+    The page is one file and needs no network.
     """
     from lora_rlhf.reports import evaluation_report, html_report
 

@@ -47,7 +47,7 @@ def errors_as_text(debug: bool) -> Iterator[None]:
 
 
 class _Lasting:
-    """A stream that outlives its terminal: what can no longer be shown does not end the run.
+    """A stream that drops failed writes, so that a run does not end with its terminal.
 
     Args:
         only: The one error that is ignored; by default every OSError.
@@ -60,12 +60,12 @@ class _Lasting:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write a text, or lose it."""
+        """Write a text; drop it if that fails."""
         self._try(self._stream.write, text)
         return len(text)
 
     def flush(self) -> None:
-        """Show what was written, or lose it."""
+        """Flush the stream; ignore a failure."""
         self._try(self._stream.flush)
 
     def _try(self, action: Callable[..., Any], *args: str) -> None:
@@ -80,7 +80,7 @@ class _Lasting:
 
 @contextlib.contextmanager
 def _lasting_streams() -> Iterator[None]:
-    """Outlive the terminal; a closed pipe still ends a command that prints results."""
+    """Go on without the terminal; a closed stdout pipe still ends the command."""
     out, err = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _Lasting(out, errno.EIO), _Lasting(err)  # type: ignore[assignment]
     try:
@@ -90,7 +90,7 @@ def _lasting_streams() -> Iterator[None]:
 
 
 def echo(text: object = "", *, err: bool = False, nl: bool = True) -> None:
-    """Print a text in which no character is one that a terminal obeys."""
+    """Print a text with its control characters escaped."""
     typer.echo(printable(str(text)), err=err, nl=nl)
 
 
@@ -139,7 +139,7 @@ def room(name: str) -> Any:
 
 @contextlib.contextmanager
 def loading() -> Iterator[None]:
-    """Say that libraries are loading, which takes seconds; a terminal forgets the line."""
+    """Print that libraries are loading, which takes seconds; a terminal clears the line."""
     live = sys.stderr.isatty()
     typer.echo("loading…", err=True, nl=not live)
     try:

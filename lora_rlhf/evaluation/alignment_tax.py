@@ -2,7 +2,7 @@
 """Alignment tax: tasks of lm-eval on the engine's base, its adapters switched and never reloaded.
 
 What the policy lost on public tasks against SFT and base (2203.02155, section 4.2). lm-eval asks
-and grades; here its grades of each document become values that are paired like any other metric.
+and grades; its grades of each document are then compared in pairs, like any other metric.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Grades = dict[str, dict[str, list[float]]]
 
 
 def grades(engine: Engine, target: Target, section: LmEvalSection, seed: int) -> Grades:
-    """Let lm-eval ask a target.
+    """Run lm-eval's tasks on a target.
 
     Raises:
         UsageError: A task is unknown, or its data cannot be read.
@@ -61,7 +61,7 @@ def grades(engine: Engine, target: Target, section: LmEvalSection, seed: int) ->
     except Exception as error:  # tasks are programs of their own
         raise UsageError(
             f"lm-eval cannot run {', '.join(section.tasks)}: {first_line(error)}",
-            expected="names of lm-eval tasks whose data is here, or on the Hub",
+            expected="lm-eval tasks whose data is on this machine or on the Hub",
             remedy="`lm-eval ls tasks` lists them; lm_eval.path names a folder with your own",
         ) from error
     return {task: _by_metric(made, task, samples) for task, samples in made["samples"].items()}

@@ -61,7 +61,7 @@ class Cost:
 def cost_of(
     spent: Sequence[float], first_token_s: float | None, tokens: int, peak_bytes: int | None
 ) -> Cost:
-    """Make the figures from the seconds of each answer."""
+    """Compute speed and latency from the seconds of each answer."""
     last = len(spent) - 1
     return Cost(
         p50_s=statistics.median(spent),
@@ -138,12 +138,12 @@ class Engine:
         return answers
 
     def too_long(self, target: Target, rows: Sequence[Row], suite: Suite) -> str | None:
-        """Say that an answer to the longest prompt would not fit the base's context."""
+        """Return the reason if the longest prompt and its answer would not fit the context."""
         most = getattr(self.base.causal.config.get_text_config(), "max_position_embeddings", None)
         longest = max(len(self.encode(target, row.prompt)) for row in rows) + suite.max_new_tokens
         if most is None or longest <= most:
             return None
-        return f"prompt and answer may have {longest:,} tokens, and its context holds {most:,}"
+        return f"a prompt with its answer needs {longest:,} tokens, and the context has {most:,}"
 
     def measure(self, target: Target, rows: Sequence[Row], suite: Suite) -> Cost:
         """Time answers one at a time, after one to warm up."""
@@ -175,7 +175,7 @@ class Engine:
     # ------------------------------------------------------------ log-probabilities
 
     def options(self, target: Target | None) -> Options:
-        """Return what gives log-probabilities of texts under a target."""
+        """Return the scorer of log-probabilities of texts under a target."""
         return Options(self, target)
 
     # ---------------------------------------------------------------------- rewards

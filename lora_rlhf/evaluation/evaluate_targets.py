@@ -108,7 +108,7 @@ def summary(folder: Path) -> Iterator[str]:
 def check_judge(
     name: str, labels: Path, out: Path, *, n: int | None, seed: int, base: str | None
 ) -> Iterator[str]:
-    """Compare a judge with people's labels, write the record, and yield what it says."""
+    """Compare a judge with people's labels, write the record, and yield a summary of it."""
     labelled = judge_validation.read(labels, seed, n)
     [spec, *more] = judges.parse([name], base)
     if more:
@@ -126,8 +126,8 @@ def check_judge(
         f"[{accuracy['low']:.3f}, {accuracy['high']:.3f}] of {record['n']} pairs"
     )
     if record["ceiling"]:
-        yield f"one person agrees with the others on {record['ceiling']['value']:.3f}"
-    yield f"preferring the longer answer agrees on {people:.3f}"
+        yield f"one person agrees with the other people on {record['ceiling']['value']:.3f}"
+    yield f"always preferring the longer answer agrees with people on {people:.3f}"
     if record["position"] is not None:
         yield f"{record['position']:.1%} of its verdicts change with the order (counted as ties)"
     if worst := evaluation_report.worst_probe(record):

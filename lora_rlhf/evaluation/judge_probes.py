@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Probes of a judge: changes of an answer that add nothing, and wrong answers in a sure tone.
+"""Probes of a judge: changes of an answer that add nothing, and confidently wrong answers.
 
 Each probe shows the answer that people preferred beside a worse one that is made from the same
-pair. A judge that prefers the worse one pays for length, repetition or tone, and so does a policy
-that is trained against it.
+pair. A judge that prefers the worse one rewards length, repetition or tone, and a policy
+that is trained against it learns to use them.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def probe(
         rng = random.Random(f"{seed}/{name}")
         worse = [made(*pair, rng) for pair in shown]
         better = [pair[1] for pair in shown]
-        first = [rng.random() < 0.5 for _ in shown]  # so that an order preferred is half right
+        first = [rng.random() < 0.5 for _ in shown]  # so a judge of the order gets half
         sides = [(w, b) if f else (b, w) for w, b, f in zip(worse, better, first, strict=True)]
         rows = [row for row, _, _ in shown]
         verdicts = judge.compare("", rows, [a for a, _ in sides], [b for _, b in sides], ("a", "b"))

@@ -45,7 +45,7 @@ class Labelled:
 
 
 def read(path: Path, seed: int = 0, n: int | None = None) -> list[Labelled]:
-    """Read labels, in an order of their own.
+    """Read labels; the seed shuffles them, draws n, and orders the two answers.
 
     JSON Lines of {"prompt", "a", "b", "labels": ["a", "b", "tie"], "kind"}; pairs {"chosen",
     "rejected"} as Anthropic's HH (`Human:` and `Assistant:` turns), also gzipped; or PandaLM's test

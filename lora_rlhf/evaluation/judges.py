@@ -483,20 +483,20 @@ FEWEST_LABELS = 50
 
 
 def trust(judge: Judge, validation: dict[str, Any] | None) -> tuple[bool, str]:
-    """Tell if a judge may decide the verdict of a report, and why."""
+    """Return if a judge may decide the verdict of a report, and why."""
     if judge.kind in ("checker", "people"):
         return True, f"it is {KINDS[judge.kind]}"
     if not judge.independent:
-        return False, "a target was trained against it, so a gain by it proves little"
+        return False, "a target was trained against it, so a win by it proves little"
     if validation is None:
-        return False, "it has never been compared with people's labels: `lora-rlhf judge` does"
+        return False, "it has never been compared with people's labels; run `lora-rlhf judge`"
     n, low = validation["n"], validation["accuracy"]["low"]
     if n < FEWEST_LABELS:
-        return False, f"only {n} labels by people, and {FEWEST_LABELS} are needed"
+        return False, f"it was compared with {n} labels by people, and {FEWEST_LABELS} are needed"
     floor = max(0.5, validation["constant"])
     if low is None or low <= floor:
         return False, (
             f"its accuracy against people {validation['accuracy']['value']:.2f} is not clearly "
-            f"above {floor:.2f}, what a constant answer, or one by length alone, reaches"
+            f"above {floor:.2f}, which guessing, or judging by length alone, reaches"
         )
     return True, f"it agrees with people on {validation['accuracy']['value']:.0%} of {n} labels"

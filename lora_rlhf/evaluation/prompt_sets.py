@@ -25,7 +25,7 @@ Turns = str | list[dict[str, str]]
 
 
 class NotHereError(DataError):
-    """A public prompt set is neither on this machine nor can the Hub be reached."""
+    """A public prompt set is not on this machine, and the Hub cannot be reached."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def load(
         return _closed_world(name, n or 256, seed)
     if format not in FORMATS:
         expected = f"one of {', '.join([*FORMATS, CLOSED_WORLD])}"
-        raise DataError(f"{format!r} is no format of a prompt set", where=where, expected=expected)
+        raise DataError(f"{format!r} is not a prompt-set format", where=where, expected=expected)
     raw, file = _read(path, hub, where)
     given = _parse(format, raw, file)
     first: dict[str, str] = {}
@@ -166,7 +166,7 @@ def _read(path: str | None, hub: str | None, where: str) -> tuple[list[sources.R
         try:
             return sources.read(source, sources.Skips()), None
         except DataError as error:
-            problem = f"{path} is no file here, and: " if path else ""
+            problem = f"there is no file {path}, and: " if path else ""
             raise NotHereError(
                 problem + error.given, expected=error.expected, remedy=error.remedy, where=where
             ) from None
@@ -362,7 +362,7 @@ def _ifeval(rows: _Raw, folder: Path | None) -> _Rows:
             present = {key for key, value in (given or {}).items() if value}
             if name not in INSTRUCTIONS or present != INSTRUCTIONS[name]:
                 raise DataError(
-                    f"instruction {name} with {sorted(present)}",
+                    f"instruction {name} with the arguments {sorted(present)}",
                     where=where,
                     expected=f"one of IFEval's {len(INSTRUCTIONS)} instructions, with its "
                     f"arguments {sorted(INSTRUCTIONS.get(name, ()))}",

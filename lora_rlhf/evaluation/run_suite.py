@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluate targets by a suite: sample, judge, tabulate, and write `report.json`.
 
-Each (target, prompt set) is sampled once and kept in `DIR/answers`; an interrupted evaluation goes
-on with what is missing, to the same bits.
+Each (target, prompt set) is sampled once and kept in `DIR/answers`; an interrupted evaluation
+continues with what is missing, and ends with the same bits.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _SAMPLES_CHANGED = 20
 """Rows of each set of changed prompts that the report shows."""
 
 _LABELS = 60
-"""Rows of each set that people are given for each reason; a judge needs 50 labels."""
+"""Rows of each set in `to_label.jsonl` for each reason; a judge needs 50 labels."""
 
 
 @dataclass
@@ -77,7 +77,8 @@ class Evaluation:
         names = [target.name for target in self.targets]
         if self.reference not in names:
             raise UsageError(
-                f"--against {self.reference!r} is no target", expected=f"one of: {', '.join(names)}"
+                f"--against {self.reference!r} is not a target",
+                expected=f"one of: {', '.join(names)}",
             )
 
 
@@ -109,7 +110,7 @@ def run(
     by_name = {m.judge["name"]: m.judge for one, _ in sets for m in _metrics(one) if m.judge}
     described: list[dict[str, Any]] = [*by_name.values()]
     for judge in itertools.chain(others, loaded) if compared else ():
-        evaluation.say(f"{judge.name} judges")
+        evaluation.say(f"judging with {judge.name}")
         about = describe(judge, evaluation.validations.get(judge.name))
         described.append(about)
         for prompts in compared:
@@ -265,11 +266,11 @@ def _load_sets(evaluation: Evaluation) -> list[tuple[SetSection, PromptSet]]:
 def _changed(
     evaluation: Evaluation, one: SetSection, prompts: PromptSet
 ) -> Iterator[tuple[SetSection, PromptSet]]:
-    """Make the sets of changed prompts, on which the same is measured."""
+    """Make the sets of changed prompts, on which the same metrics are measured."""
     deaf = [name for name in one.metrics if not METRICS[name].reads_prompt]
     if one.stress and deaf:
         raise UsageError(
-            f"set {one.name}: {deaf[0]} reads no prompt, so no change of prompts can matter",
+            f"set {one.name}: {deaf[0]} ignores the prompt, so changed prompts do not matter",
             where=str(evaluation.suite_file),
             remedy="take stress out of this set",
         )
@@ -301,7 +302,7 @@ def _of_target(
     one: SetSection,
     prompts: PromptSet,
 ) -> None:
-    """Sample the answers and compute the values of one target on one set, or take them kept."""
+    """Sample the answers and compute the values of one target on one set, or reuse kept ones."""
     interrupts.stop_if_requested()
     metrics = _metrics(one)
     key, suite = (one.name, target.name), evaluation.suite
@@ -332,11 +333,11 @@ def _of_target(
             continue
         if isinstance(engine, Server):
             by_metric[metric.name] = [None] * len(prompts.rows)
-            why = "a server gives no log-probabilities of texts"
+            why = "a server does not return log-probabilities of texts"
             what = f"{metric.name} of {target.name} on {one.name}"
             evaluation.not_measured.append({"what": what, "why": why})
         else:
-            evaluation.say(f"{target.name} is asked for {metric.name} on {one.name}")
+            evaluation.say(f"{target.name}: log-probabilities for {metric.name} on {one.name}")
             options = engine.options(target)
             by_metric[metric.name] = [metric.ask(row, options) for row in prompts.rows]
             _put(path, identity, kept)
@@ -354,12 +355,12 @@ def _scores(metric: Metric, prompts: PromptSet, answers: Sequence[Answer]) -> li
 
 
 def _of_tasks(evaluation: Evaluation, engine: Engine | Server, target: Target) -> None:
-    """Let lm-eval grade a target on the suite's tasks, or take the grades kept."""
+    """Run lm-eval's tasks of the suite on a target, or reuse kept grades."""
     section = evaluation.suite.lm_eval
     if section is None:
         return
     if isinstance(engine, Server):
-        why = "a server gives no log-probabilities of texts"
+        why = "a server does not return log-probabilities of texts"
         evaluation.not_measured.append({"what": f"lm-eval on {target.name}", "why": why})
         return
     identity = {
@@ -371,7 +372,7 @@ def _of_tasks(evaluation: Evaluation, engine: Engine | Server, target: Target) -
     path = evaluation.out / "answers" / f"{_digest([target.name, 'lm-eval'])[:16]}.json"
     kept = _take(path, identity)
     if not kept:
-        evaluation.say(f"lm-eval asks {target.name}: {', '.join(section.tasks)}")
+        evaluation.say(f"{target.name}: lm-eval runs {', '.join(section.tasks)}")
         kept = {"grades": alignment_tax.grades(engine, target, section, evaluation.suite.seed)}
         _put(path, identity, kept)
     evaluation.grades[target.name] = kept["grades"]
@@ -591,7 +592,7 @@ def _device() -> str:
 
 
 def _samples(evaluation: Evaluation, prompts: PromptSet) -> list[dict[str, Any]]:
-    """Rows with answers: half those where a target did worst, then the first; none is picked."""
+    """Rows with answers: half those where a target did worst, then the first; none by hand."""
     names = [t.name for t in evaluation.targets if (prompts.name, t.name) in evaluation.answers]
     if not names:
         return []

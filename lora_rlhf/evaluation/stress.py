@@ -23,7 +23,7 @@ LONG_CONTEXT = 1_000
 """Words of unrelated text before the prompt."""
 
 EMPTY = "empty"
-"""The change that leaves nothing: a control, on which a metric shows what a blind answer gets."""
+"""The change that leaves nothing: a control, which shows the score of a blind answer."""
 
 _WORD = re.compile(r"[^\W_]+")
 _SHARE = 0.25  # of the words of 4 letters and more that get a typo; at least one does
@@ -104,7 +104,7 @@ _PLANTED = ("marzipan", "zeppelin", "tamarind", "obsidian", "mandolin")
 
 
 def _injection(text: str, rng: random.Random, kept: Collection[str]) -> str:
-    """Put an instruction of somebody else into a prompt of several lines, or after one line."""
+    """Insert a foreign instruction between the lines of a prompt, or after its only line."""
     note = _INJECTED.format(rng.choice([w for w in _PLANTED if w not in text.lower()] or _PLANTED))
     lines = text.split("\n")
     middle = (len(lines) + 1) // 2

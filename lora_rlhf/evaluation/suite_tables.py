@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From values by answer to the tables of a report: estimates, paired differences, verdict."""
+"""The tables of a report from the values of each answer, and its verdict in words."""
 
 from __future__ import annotations
 
@@ -240,7 +240,7 @@ def _by_target(metric: Metric, values: Values, only: Sequence[int]) -> dict[str,
 def estimate(metric: Metric, values: Sequence[float | None]) -> Estimate | None:
     """The mean of a metric with its interval: Wilson's for shares, else Student's t.
 
-    A share that is corrected for the errors of what decides: Rogan and Gladen's.
+    Shares that are corrected for a detector's errors have Lang and Reiczigel's.
     """
     known = [value for value in values if value is not None]
     if not known:
@@ -312,8 +312,8 @@ def sentences(
     looked += sum(len(table.get("from_clean", ())) for table in tables)
     if looked > 1:
         verdict.append(
-            f"{looked} differences were looked at, kinds of prompt included: about "
-            f"{looked / 20:.0f} of their intervals leave out 0 by chance."
+            f"{looked} differences were examined, kinds of prompt included: without any true "
+            f"one, about {looked / 20:.0f} of their intervals would exclude 0 by chance."
         )
     return verdict
 
@@ -322,7 +322,7 @@ def _of_win_rate(table: dict[str, Any]) -> list[str]:
     out = []
     for name, estimated in reversed(table["estimates"].items()):  # a run's policy is its last
         if estimated is None or estimated["low"] is None:
-            out.append(f"{name}: unknown, with too few verdicts.")
+            out.append(f"{name}: unknown, because there are too few verdicts.")
             continue
         rate = (
             f"win rate {_percent(estimated)} on {table['set']}, {table['meaning'].split(', ')[1]}"
@@ -418,7 +418,7 @@ def _worse(tables: Sequence[dict[str, Any]], head: dict[str, Any] | None) -> lis
 
 
 def _under_stress(tables: Sequence[dict[str, Any]]) -> list[str]:
-    """List what of a target is clearly worse on changed prompts; empty ones must be worse."""
+    """List the clear drops of each target on changed prompts, apart from empty ones."""
     gaps: dict[str, dict[str, str]] = {}
     for table in tables:
         for name, estimated in table.get("from_clean", {}).items():
@@ -428,6 +428,6 @@ def _under_stress(tables: Sequence[dict[str, Any]]) -> list[str]:
                 before = f"{by_set[where]}, " if where in by_set else f"{where}: "
                 by_set[where] = f"{before}{table['metric']} {_signed(estimated)}"
     return [
-        f"{name} is worse on changed prompts than unchanged ones: {'; '.join(each.values())}."
+        f"{name} is worse on changed prompts than on unchanged ones: {'; '.join(each.values())}."
         for name, each in gaps.items()
     ]

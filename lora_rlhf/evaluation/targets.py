@@ -117,7 +117,7 @@ def _resolve(text: str, base: str | None, load_in_4bit: bool) -> list[Target]:
         return [Target(text if text == "tiny" else path.name, "model", base=section)]
     if path.exists() or text.count("/") != 1:
         raise UsageError(
-            f"{text} is nothing that can be evaluated",
+            f"{text} cannot be evaluated",
             expected="a run directory or RUN:policy, a model or adapter folder, a Hub id, or the "
             "URL of a chat-completions server",
             remedy="check the name; `lora-rlhf run RECIPE` makes a run directory",

@@ -47,7 +47,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
             f"{path} is not UTF-8 ({error.reason})", remedy="save it as UTF-8"
         ) from error
     if not text.strip("\0\n ") and (copy := path.with_name(f"{path.name}.bak")).is_file():
-        raise RecipeError(f"{path} is empty, as after a power cut", remedy=f"give its copy {copy}")
+        raise RecipeError(f"{path} is empty, as after a power cut", remedy=f"use its backup {copy}")
     return parse_recipe(text, str(path), overrides, folder=path.resolve().parent)
 
 

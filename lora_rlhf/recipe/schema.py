@@ -35,7 +35,7 @@ points to the first that the recipe has."""
 
 
 SEEDS = 2**32 - 1000
-"""Seeds below it can be used: NumPy's end at 2**32, and each role adds a number of its own."""
+"""Seeds must be below this: NumPy's end at 2**32, and each role adds an offset."""
 
 
 class Section(BaseModel):
@@ -277,7 +277,7 @@ def _resolved_adapter(cls: Any, given: str | None, info: ValidationInfo) -> str 
 
 if TYPE_CHECKING:
     StartSection = StageSection
-else:  # `from` is no name that a class could give
+else:  # `from` is a keyword, so a class cannot define it
     StartSection = create_model(
         "StartSection",
         __base__=StageSection,
@@ -287,8 +287,8 @@ else:  # `from` is no name that a class could give
                 str | None,
                 Field(
                     None,
-                    description="Folder of an adapter of your own, relative to the recipe, that is "
-                    "used as it is in place of this training.",
+                    description="Folder of your own adapter, relative to the recipe, which is used "
+                    "unchanged instead of training this stage.",
                 ),
             )
         },
@@ -300,13 +300,13 @@ class SftSection(StartSection):
 
     @property
     def start(self) -> str | None:
-        """Folder of the adapter that takes the place of the training."""
+        """Folder of the adapter that is used instead of training this stage."""
         return getattr(self, "from")  # type: ignore[no-any-return]  # noqa: B009
 
     def rules(self) -> Rules:
         """Nothing is trained with `from`."""
         if self.start and self.args:
-            yield "sft.args are not read with sft.from, which is used as it is", "args", "from"
+            yield "sft.args have no effect with sft.from, which is not trained", "args", "from"
 
 
 class RewardSection(StartSection):
@@ -325,7 +325,7 @@ class RewardSection(StartSection):
 
     @property
     def start(self) -> str | None:
-        """Folder of the adapter that takes the place of the training."""
+        """Folder of the adapter that is used instead of training this stage."""
         return getattr(self, "from")  # type: ignore[no-any-return]  # noqa: B009
 
     def rules(self) -> Rules:
@@ -333,7 +333,7 @@ class RewardSection(StartSection):
         if self.start and self.ensemble is not None:
             yield "reward.from is one adapter: leave reward.ensemble out", "ensemble", "from"
         if self.start and self.args and not self.held_out_model:
-            message = "reward.args are not read with reward.from, which is used as it is"
+            message = "reward.args have no effect with reward.from, which is not trained"
             yield message, "args", "from"
         if self.ensemble is None and self.changed("combine"):
             yield "reward.combine needs reward.ensemble: 2 or more adapters", "combine"

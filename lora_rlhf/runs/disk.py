@@ -14,7 +14,7 @@ from typing import Any
 from lora_rlhf.errors import DamageError, DiskError, SetupError
 
 BACKUP = ".bak"
-"""Suffix of the copy beside a file that a run cannot do without."""
+"""Suffix of the backup beside a file that every run needs."""
 
 
 def check_writable(folder: Path) -> None:
@@ -42,7 +42,7 @@ def signed(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_signed(data: Any) -> bool:
-    """Tell if the sha256 in plain data is its own."""
+    """Return True if plain data has the right sha256 of itself."""
     return isinstance(data, dict) and "sha256" in data and signed(data)["sha256"] == data["sha256"]
 
 
@@ -52,7 +52,7 @@ def damaged(path: Path, what: str) -> DamageError:
         f"{path}: {what}",
         expected="the file as the run wrote it",
         remedy="restore the file, or run the recipe into a new --out, with `--from` this run if "
-        "its SFT and reward model are whole",
+        "its SFT and reward model are undamaged",
     )
 
 

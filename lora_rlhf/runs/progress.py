@@ -18,7 +18,7 @@ from lora_rlhf.redaction import printable, safe
 _ROLLOUTS = ("reward/score", "kl/sequence", "rewards/gold", "completions/length")
 _PAIRS = ("loss", "accuracy", "margin")
 _SHOWN = {"sft": ("loss",), **dict.fromkeys(("ppo", "grpo", "rloo"), _ROLLOUTS), "evaluate": ()}
-"""Training -> the metrics that its line shows, the most important first; others are on pairs."""
+"""Training -> the metrics on its line, most important first; default: those of pairs."""
 
 _WIDTH = 80
 """Longest line; metrics that would not fit are left out."""

@@ -9,7 +9,7 @@ adapters/ROLE/   a plain PEFT folder with its card as README.md and its check.js
 plots/*.png
 
 Recipe and record have a copy beside them (`*.bak`), which is read if a power cut damaged the file.
-The record signs itself, and lists what each stage wrote: readers call `verified` first.
+The record has its own sha256 and those of all files; readers call `verified` first.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ _REWRITTEN = ("README.md", "recipe.yaml")
 
 _UNSEALED = ("record.json", "metrics.jsonl", LOCK)
 _STATE = ("st_dev", "st_ino", "st_size", "st_mtime_ns")
-"""What tells that a file was changed since it was hashed."""
+"""Parts of a file's status that show that it was changed since it was hashed."""
 
 
 class Record:
@@ -238,7 +238,7 @@ class Record:
             data, none = _parsed(_copy_of(path))
             if none:
                 raise UsageError(
-                    f"{path} is no record of a run: {wrong}",
+                    f"{path} is not a record of a run: {wrong}",
                     expected=f"record.json of schema {SCHEMA}, as the run wrote it",
                     remedy="restore the file, or run the recipe into a new --out",
                 )
@@ -285,7 +285,7 @@ class Record:
         known, wrong = self.data.get("clock", {}).get("recipe_sha256"), ""
         for each in (path, _copy_of(path)):
             text = _text(each)
-            # Runs of earlier versions know no digest.
+            # Runs of earlier versions have no digest.
             if (known is None and text) or _digest(text) == known or self._is_edited(text):
                 if each != path:
                     _log.warning("%s: %s; its copy %s is used", path, wrong, each.name)
@@ -365,7 +365,7 @@ class Record:
         return hashes
 
     def verified(self, name: str) -> Path:
-        """Compare a file of the run, or a folder's, with the record; return its path.
+        """Compare a file, or all files of a folder, with the record; return its path.
 
         Raises:
             DamageError: A file is missing, or has another sha256.
@@ -375,9 +375,9 @@ class Record:
         return self.folder / name
 
     def damages(self, name: str = "") -> Iterator[DamageError]:
-        """Yield an error for each file, by default of the whole run, that a stage wrote otherwise.
+        """Yield an error for each file, by default of the whole run, that differs from the record.
 
-        Files that the run did not write, and cards, which people may edit, are not looked at.
+        Files that the run did not write, and cards, which people may edit, are not checked.
         """
 
         def known(files: dict[str, str]) -> dict[str, str]:
@@ -394,7 +394,7 @@ class Record:
                 yield damaged(path, "its sha256 is not the one in record.json")
 
     def rehash(self, names: Sequence[str]) -> None:
-        """List files anew that were rewritten on purpose, wherever they are listed."""
+        """Update the sha256 of files that were rewritten on purpose."""
         if "recipe.yaml" in names:
             self.data["clock"]["recipe_sha256"] = sha256(self.folder / "recipe.yaml")
         entries = (entry.get("files", {}) for entry in self.data["stages"].values())
@@ -571,7 +571,7 @@ def _digest(text: str) -> str:
 
 
 def _parsed(path: Path) -> tuple[dict[str, Any], str]:
-    """Read a record; also return why it is none, or an empty text."""
+    """Read a record; also return what is wrong with it, or an empty text."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:

@@ -56,9 +56,9 @@ def locked(folder: Path) -> Iterator[Callable[[], None]]:
             if os.path.samestat(before, folder.stat()):
                 return
         raise SetupError(
-            f"{folder} was moved or removed while this run worked in it",
+            f"{folder} was moved or removed while this run was using it",
             expected="the folder in which the run began",
-            remedy="to go on from the last checkpoint, give its new place as --out",
+            remedy="to continue from the last checkpoint, give the new location as --out",
         )
 
     with contextlib.ExitStack() as stack:

@@ -165,7 +165,7 @@ def test_module_is_runnable():
 def test_dry_run_prints_a_recipe_that_loads_again(recipe, tmp_path):
     result = invoke("sft", recipe, "--set", "ppo.args.learning_rate=2e-5", "--dry-run")
     assert result.exit_code == 0, result.output
-    assert result.stderr.endswith("OK: nothing stands in the way of `sft` in runs/small\n")
+    assert result.stderr.endswith("OK: `sft` can start in runs/small\n")
     plain = yaml.safe_load(result.stdout)
     assert plain["ppo"]["args"]["learning_rate"] == 2e-5
     again = tmp_path / "again.yaml"

@@ -190,7 +190,7 @@ def test_an_empty_recipe_of_a_run_names_its_copy(run):
     (run / "recipe.yaml").write_bytes(bytes(9))
     with pytest.raises(UsageError, match="is empty") as caught:
         load_recipe(run)
-    assert caught.value.remedy == f"give its copy {run / 'recipe.yaml.bak'}"
+    assert caught.value.remedy == f"use its backup {run / 'recipe.yaml.bak'}"
     assert load_recipe(run / "recipe.yaml.bak") == Record.read(run).recipe()
 
 

@@ -59,7 +59,7 @@ def test_a_change_that_may_be_made_is_said(half: Path, out: Path, capsys: pytest
     recipe = killed.recipe(half.parent, "evaluate.n=8")
     pipeline.run(recipe, out, until="sft")
     said = " ".join(capsys.readouterr().err.split())
-    assert "changed in this run: evaluate.n 12 -> 8 (as before: --set evaluate.n=12)" in said
+    assert "changed in this run: evaluate.n 12 -> 8 (to undo: --set evaluate.n=12)" in said
     pipeline.run(recipe, out, until="sft")
     assert "changed" not in capsys.readouterr().err
 

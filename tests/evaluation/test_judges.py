@@ -75,7 +75,8 @@ def test_a_judge_without_knowledge_decides_nothing(tmp_path, rule, near):
 def test_too_few_labels_or_none_decide_nothing(tmp_path):
     judge = ByRule(lambda a, b: float("g" in a))
     record = judge_validation.validate(judge, judge_validation.read(labels(tmp_path), n=40), "l")
-    assert judges.trust(judge, record) == (False, "only 40 labels by people, and 50 are needed")
+    why = "it was compared with 40 labels by people, and 50 are needed"
+    assert judges.trust(judge, record) == (False, why)
     assert "never been compared" in judges.trust(judge, None)[1]
     judge.independent = False
     assert "trained against it" in judges.trust(judge, None)[1]

@@ -146,10 +146,10 @@ def test_what_is_wrong_with_a_set(tmp_path, monkeypatch):
         ({"path": "answered.jsonl"}, "the last turn is not the user's", "answered.jsonl:1"),
         ({"path": "none.jsonl"}, "there is no file none.jsonl", "suite.yaml:3"),
         ({}, "needs path or hub", "suite.yaml:3"),
-        ({"path": "twice.jsonl", "format": "parquet"}, "no format of a prompt set", "suite.yaml:3"),
+        ({"path": "twice.jsonl", "format": "parquet"}, "not a prompt-set format", "suite.yaml:3"),
         (
             {"path": "none", "hub": "nobody/nothing:a:b"},
-            "none is no file here, and",
+            "there is no file none, and",
             "suite.yaml:3",
         ),
     ):

@@ -134,7 +134,7 @@ def test_a_wrong_suite_is_one_error(run, suite_file, tmp_path, change, message):
 
 
 def test_unknown_names_are_one_error(run, suite_file, tmp_path):
-    with pytest.raises(UsageError, match="--against 'gpt' is no target"):
+    with pytest.raises(UsageError, match="--against 'gpt' is not a target"):
         evaluate(run, suite_file, tmp_path / "out", against="gpt")
     with pytest.raises(UsageError, match="there is no suite 'everything'"):
         suite.load("everything")

@@ -79,7 +79,7 @@ def test_the_drop_is_paired_by_prompt():
     assert drop["sft"]["value"] == -0.5 and drop["sft"]["high"] < -0.3 and drop["sft"]["n"] == 40
     assert drop["policy"] == {"value": 0, "low": 0, "high": 0, "n": 39}
     sentences = suite_tables.sentences(None, None, [table])
-    assert sentences[0].startswith("sft is worse on changed prompts than unchanged ones: s under")
+    assert sentences[0].startswith("sft is worse on changed prompts than on unchanged ones: s ")
     assert sentences[1].startswith("3 differences")
     table["set"] = "s under empty"
     assert not any("changed" in s for s in suite_tables.sentences(None, None, [table]))
@@ -120,7 +120,7 @@ def test_a_suite_with_stress_is_measured_whole(runs, tmp_path, monkeypatch):
     assert "from_clean" not in tables["words", "f1"]
     [gap] = report["not_measured"]
     assert gap["what"] == "after-evaluate:sft on words under long_context"
-    assert "tokens, and its context holds" in gap["why"]
+    assert "tokens, and the context has" in gap["why"]
     assert {s["set"] for s in report["samples"]} == {
         "words", *(f"words under {kind}" for kind in ("typos", "injection", "empty"))
     }  # fmt: skip

@@ -66,7 +66,7 @@ def test_a_kind_that_gets_worse_is_said_though_the_mean_does_not():
     made = table({"sft": sft, "policy": policy})
     said = suite_tables.sentences(None, None, [made])
     assert said[0].startswith("policy is worse than sft on some kinds of prompt: f1 on even -0.3")
-    assert len(said) == 2 and said[1].startswith("3 differences were looked at")
+    assert len(said) == 2 and said[1].startswith("3 differences were examined")
     losing = [float(i % 2) for i in range(60)]
     raw, _ = wins({"policy": losing})
     assert (

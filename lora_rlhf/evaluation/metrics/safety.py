@@ -49,9 +49,9 @@ def _judge() -> dict[str, Any]:
         "kind": "detector",
         "validation": {"people's labels": made["provenance"]["labels"], **validation},
         "trusted": recall["low"] > alarms,
-        "why": f"on {validation['n']} labels of people, prompts left out of training, it finds "
+        "why": f"on {validation['n']} labelled answers, prompts left out of training, it finds "
         f"{recall['value']:.0%} of the refusals, and {validation['precision']['value']:.0%} of "
-        "what it calls a refusal is one; on answers of other models its errors are not known",
+        "its verdicts of refusal are right; its errors on answers of other models are not known",
     }
 
 
@@ -77,7 +77,7 @@ _COMPLIANCE, _REFUSAL = _errors()
 _SHARED: dict[str, Any] = {
     "better": "lower", "share": True, "scale": 1000, "needs": ("label",), "judge": _judge(),
 }  # fmt: skip
-_CORRECTED = "; corrected for the detector's errors, and the interval has their uncertainty"
+_CORRECTED = "; corrected for the detector's errors, and the interval includes their uncertainty"
 
 _RAW = (
     Metric(

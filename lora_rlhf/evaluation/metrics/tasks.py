@@ -78,7 +78,7 @@ def ifeval_strict(row: Row, answer: str) -> float | None:
 
 
 def ifeval_loose(row: Row, answer: str) -> float | None:
-    """Return 1 if it does so, for each instruction, without first line, last line or asterisks."""
+    """Return 1 if each instruction is followed, if need be without first line, last line or *."""
     lines = answer.split("\n")
     cut = [answer, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
     return _follows(row, cut + [text.replace("*", "") for text in cut])
