@@ -175,10 +175,10 @@ def break_control_tokens(kept: FilteredSet, examples: list[Example], tokenizer: 
 
 
 def follow_template(kept: FilteredSet, examples: list[Example], tokenizer: Any) -> None:
-    """Make answers the text that the chat template writes after its generation prompt, and count.
+    """Make answers the text that the chat template writes after its generation prompt.
 
-    So prompt and answer encoded apart are what the template would make of the whole conversation:
-    a template may begin answers with a space, trim them, or put reasoning into <think>.
+    Prompt and answer, encoded apart, then equal the template's text of the whole conversation: a
+    template may begin answers with a space, trim them, or put reasoning into <think>.
     """
     if not any(isinstance(example.prompt, list) for example in examples):
         return
@@ -249,7 +249,7 @@ def drop_useless(kept: FilteredSet) -> None:
     if comparing:
         rows = kept.filter("chosen equal to rejected", rows, lambda r: r["chosen"] != r["rejected"])
         # Stages encode one prompt and one answer: the turns before the last would be lost.
-        rows = kept.filter("answers that part before their last turn", rows, _one_turn)
+        rows = kept.filter("answers that differ before their last turn", rows, _one_turn)
 
     def asks(row: dict[str, Any]) -> bool:
         prompt = row["prompt"]
@@ -293,8 +293,8 @@ def drop_useless(kept: FilteredSet) -> None:
 def check_losses(kept: FilteredSet, max_lost: float) -> None:
     """Stop if a filter dropped more than `data.max_lost` of the rows that it was given.
 
-    Prompts come in several rows of a file of comparisons, and so do its pairs if several people
-    judged them: there duplicates lose nothing.
+    A file of comparisons has several rows for a prompt, and for a pair that several people judged;
+    dropping such duplicates loses nothing.
 
     Raises:
         DataError: A filter did.
@@ -365,7 +365,7 @@ def _count_changed(kept: FilteredSet, tokenizer: Any, texts: list[str], ids: lis
     for given, read in zip(texts, decoded, strict=True):
         if given.strip() != read.strip():
             kept.changed = kept.changed or f"{excerpt(given, 60)!r} is {excerpt(read, 60)!r}"
-            kept.notes[f"the tokenizer changes answers: {kept.changed} in its tokens"] += 1
+            kept.notes[f"the tokenizer changes answers: {kept.changed} when decoded"] += 1
 
 
 def _prompt_sizes(kept: FilteredSet, batch: list[dict[str, Any]], tokenizer: Any) -> list[float]:

@@ -202,13 +202,13 @@ def _check_rendered(rows: list[Row], parsed: list[Example | None]) -> None:
 
 
 def _take_off(parsed: list[Example | None], notes: Counter[str]) -> None:
-    """Take off answers what frames them: the prompt before, a token of some template after."""
+    """Remove what frames the answers: the prompt before, a token of some template after."""
     _take_off_prompts(parsed, notes)
     _take_off_ends(parsed, notes)
 
 
 def _take_off_prompts(parsed: list[Example | None], notes: Counter[str]) -> None:
-    """Take the prompt off answers that repeat it: always turns, text if most answers do."""
+    """Remove the prompt from answers that repeat it: always turns, text if most answers do."""
     both = [one for one in parsed if one and isinstance(one.prompt, str) and one.prompt.strip()]
     texts = [
         one
@@ -227,11 +227,11 @@ def _take_off_prompts(parsed: list[Example | None], notes: Counter[str]) -> None
         pairs = zip(rests, one.answers, strict=True)
         one.answers = [answer if rest is None else rest for rest, answer in pairs]
     if repeated:
-        notes["answers began with their prompt, which was taken off them"] += len(repeated)
+        notes["answers began with their prompt, which was removed"] += len(repeated)
 
 
 def _take_off_ends(parsed: list[Example | None], notes: Counter[str]) -> None:
-    """Take a token with which some base ends a turn off the answers, if most end with it."""
+    """Remove a token with which some base ends a turn, if most answers end with it."""
     given = [one for one in parsed if one and one.answers]
     for token in _ENDS:
         ended = [one for one in given if all(_last(a).endswith(token) for a in one.answers)]
@@ -243,7 +243,7 @@ def _take_off_ends(parsed: list[Example | None], notes: Counter[str]) -> None:
                     else [*answer[:-1], {**answer[-1], "content": _last(answer)[: -len(token)]}]
                     for answer in one.answers
                 ]
-            notes[f"answers ended with {token}, which was taken off them"] += len(ended)
+            notes[f"answers ended with {token}, which was removed"] += len(ended)
 
 
 def _last(answer: Turns) -> str:
@@ -339,7 +339,7 @@ def _shown(rows: list[tuple[str, str]]) -> str:
 def _no_layout(rows: list[Row], name: str) -> DataError:
     """Create the error for a source that fits no layout, and suggest a mapping of columns."""
     columns = [key for key in rows[0][1] if isinstance(key, str)]
-    remedy = "write the rows with these columns: no mapping makes them from those"
+    remedy = "write the rows with these columns; `columns:` cannot make them"
     first = rows[0][1]
     usable = [key for key in columns if isinstance(first[key], str | list)]
     if len(usable) >= min(map(len, LAYOUTS[name])):
@@ -415,7 +415,7 @@ def _question(row: dict[str, Any]) -> Turns:
     if not given.strip() or given.strip() in text_of(prompt):
         return prompt
     if not isinstance(prompt, str):
-        raise _Unfit("column 'input' stands beside a prompt of messages: write it into a message")
+        raise _Unfit("column 'input' needs a prompt of text, not of messages: write it into one")
     return f"{prompt}\n\n{given}"
 
 
@@ -437,7 +437,7 @@ def _turns(row: dict[str, Any], column: str) -> Turns:
     value = row.get(column)
     if isinstance(value, str):
         if _SERIALISED.match(value):
-            raise _Unfit(f"column {column!r} holds messages as text, no JSON: {excerpt(value)}")
+            raise _Unfit(f"column {column!r} holds messages as invalid JSON: {excerpt(value)}")
         return _valid(value, column)
     if value is None:
         raise _Unfit(f"column {column!r} is missing")
@@ -488,7 +488,7 @@ def _ranking(row: dict[str, Any], column: str) -> Example:
         best = finite.count(min(finite))  # equal ranks count as the first, the mean or the last
         if min(finite) not in (1, (best + 1) / 2, best) or max(finite) > len(answers):
             raise _Unfit(
-                f"column 'ranks': {excerpt(given)} are no ranks of {len(answers)} answers, from 1 "
+                f"column 'ranks': {excerpt(given)} are not ranks of {len(answers)} answers, from 1 "
                 f"(the best) to {len(answers)}; if they are scores, of which the highest is the "
                 "best, map them to `scores`"
             )
@@ -518,7 +518,7 @@ def _margin(row: dict[str, Any]) -> float | None:
     if margin is None:
         raise _Unfit(f"column 'margin' must be a finite number: {excerpt(value)}")
     if margin < 0:
-        raise _Unfit(f"column 'margin' is {margin:g}, so the rejected answer would be the better")
+        raise _Unfit(f"column 'margin' is {margin:g}, so the rejected answer would be better")
     return margin
 
 
@@ -588,7 +588,7 @@ def _as_chat(example: Example, notes: Counter[str]) -> None:
         for answer in example.answers
     ]
     if stripped and not example.item:
-        notes["white space around prompts or answers was taken off"] += 1
+        notes["white space around prompts or answers was removed"] += 1
     if example.system and example.prompt and example.prompt[0]["role"] != "system":
         example.prompt = [{"role": "system", "content": example.system}, *example.prompt]
 

@@ -266,7 +266,7 @@ def _object(row: Any, where: str, shown: Any) -> Row:
 
 
 def _delimiter(text: str, usual: str) -> str:
-    """Return what parts the columns; a German or French Excel writes semicolons into a .csv."""
+    """Return the delimiter; a German or French Excel writes semicolons into a .csv."""
     columns = {}
     for delimiter in dict.fromkeys((usual, ",", ";", "\t", "|")):
         with contextlib.suppress(csv.Error):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lines that a run prints of a set: its layout, rows left and why, and one as the model sees it."""
+"""Lines that a run prints of a set: layout, rows, losses, and one row as the model sees it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stop at a column that is not read, but looks like a part of the prompt or judges the answers.
+"""Stop at an unread column that looks like a part of the prompt or judges the answers.
 
-Training without it would train on something else than the rows say.
+Training without it would not train on what the rows mean.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapter folders on one base by plain PEFT: anybody's, of any rank and target modules.
+"""LoRA adapter folders on one base by plain PEFT, of any origin, rank and target modules.
 
 `backbone` holds the roles of a run, all of one shape, to train them; this reads what others saved.
 """

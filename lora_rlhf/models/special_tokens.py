@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A base's special tokens: what ends an answer, a pad that is not eos, a row for every token."""
+"""A base's special tokens: the end of an answer, a pad that is not eos, a row for every token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_
 
 
 def append_nothing(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Take away what the tokenizer appends to every text, such as an eos; returns a note of it.
+    """Remove what the tokenizer appends to every text, such as an eos; returns a note on it.
 
     It would stand between a prompt and its answer.
     """
@@ -27,7 +27,7 @@ def append_nothing(tokenizer: PreTrainedTokenizerBase) -> str:
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=[*(token for token, _ in before), "$A"], special_tokens=before
     )
-    return f"the tokenizer appends {' '.join(after)!r} to every text: not to prompts, here"
+    return f"the tokenizer appends {' '.join(after)!r} to every text; prompts are left without it"
 
 
 def end_turns(tokenizer: PreTrainedTokenizerBase, causal: PreTrainedModel) -> str:

@@ -40,7 +40,7 @@ def before_run(recipe: Recipe) -> tuple[Plan | None, str]:
     peak = f"{format_bytes(plan.peak)} at the peak ({plan.worst}, with the longest texts allowed)"
     if total is None:
         own = psutil.Process().memory_info().rss
-        whole = f"{format_bytes(plan.peak + own)} with the process's own {format_bytes(own)}"
+        whole = f"{format_bytes(plan.peak + own)} with the {format_bytes(own)} held already"
         return plan, f"plan: {peak} in tensors on the CPU, {whole}"
     free = torch.cuda.mem_get_info()[0]
     line = f"plan: {peak}, {format_bytes(plan.needed)} with CUDA's own, {format_bytes(free)} free"

@@ -195,14 +195,14 @@ PROBES = {
     "repeated": "repeated",
     "flattering": "after flattery",
     "prompt_copied": "after a copy of the prompt",
-    "confidently_wrong": "that people rejected, in a sure tone,",
+    "confidently_wrong": "that people rejected, in a confident tone,",
     "empty": "that is empty",
 }
 """Probe of a judge -> the worse answer that it was shown beside the better one."""
 
 
 def worst_probe(validation: dict[str, Any] | None) -> str | None:
-    """Say which worse answer a judge prefers most often, from its record; None without probes."""
+    """Return the probe that a judge fails most often, as a sentence; None without probes."""
     probes = (validation or {}).get("probes") or {}
     if not probes:
         return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results by kind of prompt, and the sentences on what the mean over all kinds hides."""
+"""Results by kind of prompt, and sentences on losses that the mean over all kinds hides."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .cards.card_markdown import at, interval, is_number
 Metrics = Mapping[str, Estimate]
 
 _ABSTENTION = {
-    "false_abstention": "calls questions unanswerable that the record answers, more often than SFT",
-    "missed_abstention": "answers questions that the record cannot answer, more often than SFT",
+    "false_abstention": "calls answerable questions unanswerable more often than SFT",
+    "missed_abstention": "answers unanswerable questions more often than SFT",
 }
 
 

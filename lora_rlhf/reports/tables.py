@@ -100,7 +100,7 @@ def verdict(
     algorithm: str = "ppo",
     by_kind: Mapping[str, Mapping[str, kinds.Metrics]] | None = None,
 ) -> str:
-    """Judge whether the policy beat SFT, by the interval of its win rate; then what that hides."""
+    """Say if the policy beat SFT, by its win rate's interval, and on which kinds it got worse."""
     who, model = ALGORITHMS[algorithm], "best_of_n" if algorithm == "best_of_n" else "policy"
     metrics, own = evaluation.get(model, {}), (by_kind or {}).get(model, {})
     hidden = kinds.sentences(who, metrics, evaluation.get("sft", {}), own)

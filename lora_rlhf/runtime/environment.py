@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Versions, devices and environment variables: for records and bug reports; refused or ignored."""
+"""Versions and devices for records and bug reports; environment variables that change results."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Silence of libraries: their bars and warnings are not about the user's run."""
+"""Hide progress bars and warnings of libraries, which are not about the user's run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def process() -> None:
 
 @contextlib.contextmanager
 def libraries() -> Iterator[None]:
-    """Hide the bars of libraries, except downloads', and their warnings; a script has them back."""
+    """Hide bars of libraries, except downloads', and warnings; restore them at the end."""
     if loud:
         yield
         return

@@ -39,7 +39,7 @@ def test_useless_rows_are_dropped_and_counted(tmp_path, plain):
         "expanded to pairs": 0,
         "ties": 0,
         "chosen equal to rejected": 1,
-        "answers that part before their last turn": 0,
+        "answers that differ before their last turn": 0,
         "no prompt, or none that ends with a question": 1,
         "answers of another role than the assistant": 0,
         "empty chosen or rejected": 2,

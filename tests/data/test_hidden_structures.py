@@ -31,7 +31,7 @@ def test_a_prompt_that_the_answers_repeat_is_taken_off_them(tmp_path, plain, cha
         [pair] = {json.dumps([r["chosen"], r["rejected"]]) for r in all_rows(prepared)}
         texts = (" No.", " So") if made is str else ("No.", "So")
         assert json.loads(pair) == [made(text) for text in texts]
-        note = f"answers began with their prompt, which was taken off them ({N} rows)"
+        note = f"answers began with their prompt, which was removed ({N} rows)"
         assert note in prepared.report["notes"]
     rows = [{"prompt": user(f"q{i}"), "completion": user(f"q{i}") + answer("a")} for i in range(N)]
     for row in all_rows(demonstrations(tmp_path, chat, rows)):
@@ -66,7 +66,7 @@ def test_lists_written_as_text_are_read(tmp_path, chat, write):
 def test_a_list_of_messages_that_cannot_be_read_is_no_text(tmp_path, chat):
     text = "[{'role': 'user', 'content': 'q'}\n {'role': 'assistant', 'content': 'a'}]"
     rows = [{"prompt": text, "completion": "a"} for _ in range(N)]
-    with pytest.raises(DataError, match="holds messages as text, no JSON"):
+    with pytest.raises(DataError, match="holds messages as invalid JSON"):
         demonstrations(tmp_path, chat, rows)
 
 
@@ -94,7 +94,7 @@ def test_an_end_of_turn_that_most_answers_hold_as_text_is_taken_off(
             text == f"a{row['prompt'][0]['content'][1:] if templated else row['prompt'][1:]}"
             or (text == "With </s>")
         )
-    note = f"answers ended with <|eot_id|>, which was taken off them ({N} rows)"
+    note = f"answers ended with <|eot_id|>, which was removed ({N} rows)"
     assert note in prepared.report["notes"]
 
 

@@ -118,12 +118,12 @@ def test_conversations_that_diverge_early_are_no_comparison(tmp_path, chat):
     row = dataset_builder.demonstrations(recipe(demonstrations=path), chat).train[0]
     assert row["completion"] == answer("yes")
     assert row["prompt"][1:] == tails["chosen"][:-1]
-    with pytest.raises(DataError, match="answers that part before their last turn: 40 -> 0"):
+    with pytest.raises(DataError, match="answers that differ before their last turn: 40 -> 0"):
         dataset_builder.comparisons(recipe(comparisons=path), chat)
     path = jsonl(tmp_path / "e.jsonl", [*rows, *PREFS])
     prepared = dataset_builder.comparisons(recipe(comparisons=path, max_lost=0.5), chat)
-    assert removed(prepared, "answers that part before their last turn") == 40
-    with pytest.raises(DataError, match="40% of the comparisons are dropped as: answers that part"):
+    assert removed(prepared, "answers that differ before their last turn") == 40
+    with pytest.raises(DataError, match="40% of the comparisons are dropped as: answers that differ"):
         dataset_builder.comparisons(recipe(comparisons=path, max_lost=0.3), chat)
 
 

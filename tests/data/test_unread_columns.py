@@ -145,7 +145,7 @@ def test_advice_that_no_mapping_can_follow_is_not_given(tmp_path, plain):
     rows = [{"info": {"post": "q"}, "summaries": {"text": "a"}, "choice": 1}] * 3
     with pytest.raises(DataError, match="no usable columns") as caught:
         prepare(tmp_path, plain, rows, "comparisons")
-    assert "no mapping makes them from those" in caught.value.remedy
+    assert "`columns:` cannot make them" in caught.value.remedy
 
 
 @pytest.mark.parametrize(("max_lost", "stops"), [(0.2, True), (0.6, False)])

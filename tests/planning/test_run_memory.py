@@ -26,7 +26,7 @@ def test_a_run_prints_its_plan_at_the_start_and_its_peak_at_the_end(tmp_path: Pa
     assert sum(line.startswith("plan: ") for line in progress.lines) == 1
     assert progress.lines[-1].startswith("measured: ")
     # Both lines are of one quantity: on a CPU the whole process.
-    whole = progress.lines[0].split("in tensors on the CPU, ")[1].split(" with the process")[0]
+    whole = progress.lines[0].split("in tensors on the CPU, ")[1].split(" with the ")[0]
     assert f", {whole} planned (highest resident set" in progress.lines[-1]
     clock = record.data["clock"]
     assert clock["peak_memory_mb"] > 0 and "resident set" in clock["peak_memory_is"]

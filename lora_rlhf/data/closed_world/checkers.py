@@ -51,7 +51,7 @@ class Verdict:
     constraint: bool | None
     words: int
     false_abstention: bool | None = None  # "not stated", although the record answers the question
-    missed_abstention: bool | None = None  # not said, although it does not
+    missed_abstention: bool | None = None  # answered, although it does not
 
 
 _NAMED = "|".join(v.lower() for pool in POOLS.values() for v in pool if not v.isdigit())

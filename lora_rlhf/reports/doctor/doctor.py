@@ -91,12 +91,12 @@ def _numbers(line: dict[str, Any]) -> Line:
 
 
 def _damaged(record: Record) -> Findings:
-    """Files that are not as a finished stage wrote them."""
+    """Files that differ from what a finished stage wrote."""
     for damage in record.damages():
         place = damage.given.rsplit(":", 1)[0]
         role = Path(place).parent.name if "/adapters/" in place else "evaluate"
         stage = {"policy": "ppo", "value": "ppo"}.get(role, role if role in STAGES else "reward")
-        why = "what rests on this file is not what the run made"
+        why = "results that depend on this file are not those of the run"
         yield Finding(stage, "fault", f"damaged {place}", damage.given, why, damage.remedy)
 
 

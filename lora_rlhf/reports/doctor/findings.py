@@ -52,10 +52,10 @@ KNOWN: dict[str, tuple[str, str, str, str]] = {
         "data", "note", "the remaining rows may differ from the prompts of users",
         "raise data.max_tokens or data.max_prompt_tokens, if memory allows"),
     "filtered": (
-        "data", "note", "what is in the file is not what is trained on",
+        "data", "note", "training does not see all that is in the file",
         "read a few of the dropped rows; `columns:` maps columns that have other names"),
     "few_rows": (
-        "data", "note", "with fewer than 100 rows, what is learned and measured may be chance",
+        "data", "note", "with fewer than 100 rows, learning and results may be chance",
         "use more rows"),
     "agreement": (
         "data", "warning", "a reward model is seldom more consistent than its labelers",

@@ -16,7 +16,7 @@ UNTRAINED = 1e-2, 1e-6
 """Standard deviation of the scores, and learning rate, below which the model was hardly trained."""
 
 DIVERGED = 1.0
-"""Loss on the last training batches above which the learning rate is too large; a coin has 0.69."""
+"""Loss on the last training batches above which the learning rate is too large; chance: 0.69."""
 
 MEMORISED = 0.75
 """Accuracy on training batches above which a model with held-out accuracy at chance memorised."""
@@ -64,7 +64,7 @@ def _unlearned(
         )
     elif (loss := fmean(losses[-max(1, len(losses) // 3) :] or [0.0])) > DIVERGED:
         name = "reward_learning_rate"
-        cause = f"learning rate {fastest:.2g}, and a loss of {loss:.2g} where a coin has 0.69"
+        cause = f"learning rate {fastest:.2g}, and a loss of {loss:.2g}, where guessing has 0.69"
     elif late > MEMORISED:
         name, cause = "reward_memorised", f"{late:.2f} on training batches: it memorised them"
     else:
@@ -92,7 +92,7 @@ def _length(entry: dict[str, Any], accuracy: dict[str, Any], length: dict[str, A
 
 
 def _probed(record: Record) -> Findings:
-    """Name the worst probe in a record of `lora-rlhf judge RUN:reward` that lies in the run."""
+    """Report the worst probe of each judge's record in the run directory."""
     for path in sorted(record.folder.glob("judge*.json")):
         try:
             validation = json.loads(path.read_text(encoding="utf-8"))
@@ -102,7 +102,7 @@ def _probed(record: Record) -> Findings:
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             continue  # of another program
         if worst and role in ("reward", "held_out"):
-            what = f"{path.name}: of {validation['judge']}: {worst}"
+            what = f"{validation['judge']}: {worst} ({path.name})"
             severity = "warning" if fooled and role == "reward" else "note"
             yield finding("probes", what, role, severity=severity)
 
