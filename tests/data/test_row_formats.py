@@ -123,7 +123,7 @@ def test_conversations_that_diverge_early_are_no_comparison(tmp_path, chat):
     path = jsonl(tmp_path / "e.jsonl", [*rows, *PREFS])
     prepared = dataset_builder.comparisons(recipe(comparisons=path, max_lost=0.5), chat)
     assert removed(prepared, "answers that differ before their last turn") == 40
-    with pytest.raises(DataError, match="40% of the comparisons are dropped as: answers that differ"):
+    with pytest.raises(DataError, match="40% of the comparisons are dropped as: answers that diff"):
         dataset_builder.comparisons(recipe(comparisons=path, max_lost=0.3), chat)
 
 
