@@ -264,7 +264,7 @@ SuiteName = Annotated[str | None, typer.Option(help="A packaged suite, or a YAML
 Against = Annotated[str | None, typer.Option(help="Reference target for all comparisons.")]
 Judges = Annotated[
     list[str] | None,
-    typer.Option("--judge", help="RUN:held_out, a reward model, a language model; repeatable."),
+    typer.Option("--judge", help="RUN:held_out, a reward or a language model; repeatable."),
 ]
 Labels = Annotated[list[Path] | None, typer.Option(help="File of people's rankings; repeatable.")]
 JudgeRecords = Annotated[
@@ -294,9 +294,9 @@ def _evaluate_verb(
     warm_start: Warm = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Compare models on a suite, and write a report; or run a recipe up to its evaluation.
+    """Compare models on a suite, or run a recipe up to evaluation.
 
-    Writes report.json and report.html. An interrupted evaluation continues where it stopped.
+    A comparison writes report.json and report.html; if interrupted, it continues later.
     """
     if suite is None and len(targets) == 1 and _is_recipe(Path(targets[0]), out):
         _train(Path(targets[0]), out, overrides, dry_run, "evaluate", start_from, warm_start)
@@ -340,9 +340,10 @@ def _judge_verb(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     base: Base = None,
 ) -> None:
-    """Compare a judge with people's labels: accuracy, agreement among people, and biases.
+    """Compare a judge with people's labels.
 
-    Give the record to `evaluate --judge-record`; without one, no model may decide a report.
+    Measures its accuracy, the agreement among people, and its biases. Give the record to
+    `evaluate --judge-record`: without one, no reward or language model may decide a report.
     """
     evaluate_targets = shell.room("evaluation.evaluate_targets")
     for line in evaluate_targets.check_judge(judge, against, out, n=n, seed=seed, base=base):

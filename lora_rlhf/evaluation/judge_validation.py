@@ -123,7 +123,7 @@ def validate(judge: Judge, labelled: Sequence[Labelled], source: str) -> dict[st
     known = [one for one in labelled if one.majority is not None]
     if len(known) < 2:
         raise DataError(
-            f"{source} has {len(known) or 'no'} pair on which people decided", expected="2 or more"
+            f"pairs of {source} on which people decided: {len(known)}", expected="2 or more"
         )
     verdicts = judge.compare(
         "", [o.row for o in known], [o.first for o in known], [o.second for o in known], ("a", "b")

@@ -131,18 +131,18 @@ def _check_judges(
     others: Sequence[Judge],
     compared: Sequence[PromptSet],
 ) -> None:
-    """Refuse judges of one name, records of judges that are not here, and people of other runs."""
+    """Refuse judges of the same name, unused judge records, and rankings of other models."""
     if double := next((name for name in names if names.count(name) > 1), None):
         raise UsageError(
             f"two judges are called {double!r}",
-            expected="each judge once; a file of rankings is called as the file",
+            expected="each judge once; the judge of a file of rankings has the file's name",
             remedy="leave one out, or rename the file",
         )
     if unknown := next((name for name in evaluation.validations if name not in names), None):
         raise UsageError(
-            f"--judge-record is of {unknown!r}, which does not judge here",
+            f"--judge-record is of the judge {unknown!r}, which is not used here",
             expected=f"one of: {', '.join(names)}",
-            remedy="name it with --judge, or leave the record out",
+            remedy="name the judge with --judge, or leave the record out",
         )
     ids = {prompts.name: {row.id for row in prompts.rows} for prompts in compared}
     for judge in others:
@@ -151,7 +151,7 @@ def _check_judges(
 
 
 def _check_out(evaluation: Evaluation) -> None:
-    """Refuse a place for the report that is a file, a run, or another evaluation's."""
+    """Refuse an --out that is a file, a run, or the folder of another evaluation."""
     out, now = evaluation.out, {target.name for target in evaluation.targets}
     given = ""
     if out.exists() and not out.is_dir():

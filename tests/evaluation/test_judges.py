@@ -112,7 +112,7 @@ def test_ties_of_people_are_left_out():
     one = judge_validation.Labelled(Row("1", "", "p"), "a", "b", (1.0, 0.0))
     assert one.majority is None
     assert judge_validation.Labelled(one.row, "a", "b", (1.0, 0.0, 1.0)).majority == 1
-    with pytest.raises(DataError, match="no pair on which people decided"):
+    with pytest.raises(DataError, match="on which people decided: 0"):
         judge_validation.validate(ByRule(lambda a, b: 1.0), [one], "labels")
 
 

@@ -165,7 +165,7 @@ def test_the_commands_compare_models_and_check_a_judge(run, suite_file, tmp_path
     options = ("--suite", suite_file, "--judge", judge, "--judge-record", record)
     options = (*options, "--out", tmp_path / "out")
     wrong = CliRunner().invoke(app.app, ["evaluate", str(run), *map(str, options)])
-    assert wrong.exit_code == 2 and "is of 'after-evaluate:base', which does not" in wrong.output
+    assert wrong.exit_code == 2 and "judge 'after-evaluate:base', which is not" in wrong.output
     told = invoke("judge", judge, "--against", tmp_path / "labels.jsonl", "--out", record)
     assert (
         "agrees with people on" in told
