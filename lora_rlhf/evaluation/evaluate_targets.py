@@ -88,7 +88,8 @@ def _validations(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             records[str(record["judge"])] = record
-            record["n"], record["constant"], record["accuracy"]["low"]  # noqa: B018
+            accuracy = record["accuracy"]
+            record["n"] + record["constant"] + accuracy["value"] + (accuracy["low"] or 0)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"not a record of a judge: {type(error).__name__} {error}",

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_rlhf.errors import DataError, UsageError
+from lora_rlhf.errors import DataError, UsageError, first_line
 from lora_rlhf.recipe.schema import ModelSection
 from lora_rlhf.redaction import safe
 from lora_rlhf.reports import evaluation_report
@@ -31,7 +31,7 @@ from .engine import Answer, Engine
 from .judges import AT_RANDOM, Judge, JudgeSpec, People, Verdicts, describe
 from .metrics.metric import Metric
 from .metrics.registry import METRICS
-from .prompt_sets import PromptSet
+from .prompt_sets import PromptSet, Row
 from .server import Server
 from .suite import SetSection, Suite
 from .targets import Target
@@ -186,11 +186,15 @@ def _of_targets(
         answering = None  # before the next base is loaded
         answering = Server(group[0]) if section is None else Engine(section, group)
         for target in group:
-            for one, prompts in sets:
-                _of_target(evaluation, answering, target, one, prompts)
+            measured = [
+                prompts
+                for one, prompts in sets
+                if _of_target(evaluation, answering, target, one, prompts)
+            ]
             _of_tasks(evaluation, answering, target)
-            cost = answering.measure(target, sets[0][1].rows, evaluation.suite)
-            evaluation.costs[target.name] = cost.report(evaluation.price_per_hour)
+            if measured:
+                cost = answering.measure(target, measured[0].rows, evaluation.suite)
+                evaluation.costs[target.name] = cost.report(evaluation.price_per_hour)
     return answering if isinstance(answering, Engine) else None
 
 
@@ -301,18 +305,22 @@ def _of_target(
     target: Target,
     one: SetSection,
     prompts: PromptSet,
-) -> None:
-    """Sample the answers and compute the values of one target on one set, or reuse kept ones."""
+) -> bool:
+    """Sample the answers and compute the values of one target on one set, or reuse kept ones.
+
+    Returns:
+        False if the prompts are too long for the target's context.
+    """
     interrupts.stop_if_requested()
     metrics = _metrics(one)
     key, suite = (one.name, target.name), evaluation.suite
-    if prompts.clean and isinstance(engine, Engine):
+    sampled = one.win_rate or any(metric.score for metric in metrics)
+    if (sampled or prompts.clean) and isinstance(engine, Engine):
         if why := engine.too_long(target, prompts.rows, suite):
             what = f"{target.name} on {one.name}"
             evaluation.not_measured.append({"what": what, "why": why})
             evaluation.values[key] = {m.name: [None] * len(prompts.rows) for m in metrics}
-            return
-    sampled = one.win_rate or any(metric.score for metric in metrics)
+            return False
     identity = {
         "target": target.describe(),
         "base": engine.identity,
@@ -339,19 +347,34 @@ def _of_target(
         else:
             evaluation.say(f"{target.name}: log-probabilities for {metric.name} on {one.name}")
             options = engine.options(target)
-            by_metric[metric.name] = [metric.ask(row, options) for row in prompts.rows]
+            by_metric[metric.name] = _each(metric, prompts, [options] * len(prompts.rows))
             _put(path, identity, kept)
     evaluation.values[key] = {
         metric.name: list(by_metric[metric.name])
         if metric.ask is not None
-        else _scores(metric, prompts, evaluation.answers[key])
+        else _each(metric, prompts, [answer.text for answer in evaluation.answers[key]])
         for metric in metrics
     }
+    return True
 
 
-def _scores(metric: Metric, prompts: PromptSet, answers: Sequence[Answer]) -> list[float | None]:
-    assert metric.score is not None
-    return [metric.score(row, a.text) for row, a in zip(prompts.rows, answers, strict=True)]
+def _each(metric: Metric, prompts: PromptSet, given: Sequence[Any]) -> list[float | None]:
+    """Compute a metric of each row from its answer, or from what gives log-probabilities."""
+    value: Callable[[Row, Any], float | None] | None = metric.score or metric.ask
+    assert value is not None
+    values: list[float | None] = []
+    for row, one in zip(prompts.rows, given, strict=True):
+        try:
+            values.append(value(row, one))
+        except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+            raise DataError(
+                f"{metric.name} cannot use the reference of row {row.id!r} of {prompts.name}: "
+                f"{type(error).__name__}: {first_line(error)}",
+                where=prompts.source,
+                expected=f"a reference with {', '.join(metric.needs)}, as {metric.name} reads it",
+                remedy="correct the row; answers that were sampled are kept",
+            ) from error
+    return values
 
 
 def _of_tasks(evaluation: Evaluation, engine: Engine | Server, target: Target) -> None:
@@ -465,11 +488,19 @@ def _metric_tables(
     ]
 
 
+def _answers(evaluation: Evaluation, prompts: PromptSet) -> dict[str, list[Answer]]:
+    """Return the answers of the targets that answered a set."""
+    keys = {target.name: (prompts.name, target.name) for target in evaluation.targets}
+    return {n: evaluation.answers[key] for n, key in keys.items() if key in evaluation.answers}
+
+
 def _win_rates(
     evaluation: Evaluation, prompts: PromptSet, judge: Judge, about: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Make the tables of one judge on one set; none if it cannot judge this set."""
-    answers = {t.name: evaluation.answers[prompts.name, t.name] for t in evaluation.targets}
+    answers = _answers(evaluation, prompts)
+    if evaluation.reference not in answers:
+        return []
     texts = {name: [a.text for a in each] for name, each in answers.items()}
     lengths = {name: [a.tokens for a in each] for name, each in answers.items()}
     reference = evaluation.reference
@@ -593,7 +624,7 @@ def _device() -> str:
 
 def _samples(evaluation: Evaluation, prompts: PromptSet) -> list[dict[str, Any]]:
     """Rows with answers: half those where a target did worst, then the first; none by hand."""
-    names = [t.name for t in evaluation.targets if (prompts.name, t.name) in evaluation.answers]
+    names = [*_answers(evaluation, prompts)]
     if not names:
         return []
     rows = range(len(prompts.rows))
@@ -633,7 +664,7 @@ def _to_label(
     Rankings of the random ones correct a judge (`estimates.prediction_powered`); the others find
     its faults, and would bias that estimate.
     """
-    names = [target.name for target in evaluation.targets]
+    names = [*_answers(evaluation, prompts)]
     rows = range(len(prompts.rows))
     by_judge = [f"wins by {judge['name']}" for judge in judges if judge["kind"] != "people"]
     spread: dict[int, float] = {}

@@ -112,7 +112,11 @@ def load(name: str) -> tuple[Suite, Path]:
             expected=f"a YAML file, or one of: {', '.join(shipped())}",
             remedy="check --suite",
         )
-    data, lines = parse_yaml(path.read_text(encoding="utf-8-sig"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the suite cannot be read: {error}", where=str(path)) from error
+    data, lines = parse_yaml(text, str(path))
     try:
         return Suite.model_validate(data), path
     except ValidationError as error:

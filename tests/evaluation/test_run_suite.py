@@ -110,9 +110,10 @@ def test_a_validated_judge_decides(run, suite_file, tmp_path):
     head = next(t for t in report["tables"] if t["trusted"])
     assert list(head["estimates"]) == ["after-evaluate:sft", "after-evaluate:policy"]
     assert report["verdict"][0] == report["headline"]["sentence"]
-    (tmp_path / "judge.json").write_text("{}")
-    with pytest.raises(DataError, match=r"judge.json: not a record of a judge"):
-        evaluate(run, suite_file, tmp_path / "out", **options)
+    for wrong in ({}, {**record, "n": "80"}, {**record, "constant": None}):
+        (tmp_path / "judge.json").write_text(json.dumps(wrong))
+        with pytest.raises(DataError, match=r"judge.json: not a record of a judge"):
+            evaluate(run, suite_file, tmp_path / "out", **options)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +139,9 @@ def test_unknown_names_are_one_error(run, suite_file, tmp_path):
         evaluate(run, suite_file, tmp_path / "out", against="gpt")
     with pytest.raises(UsageError, match="there is no suite 'everything'"):
         suite.load("everything")
+    (tmp_path / "x.yaml").write_bytes(b"\xff")
+    with pytest.raises(UsageError, match=r"x.yaml: the suite cannot be read"):
+        suite.load(str(tmp_path / "x.yaml"))
     with pytest.raises(UsageError, match="there is no file"):
         evaluate(run, suite_file, tmp_path / "out", labels=[tmp_path / "none.jsonl"])
 
@@ -186,6 +190,36 @@ def test_a_row_without_reference_is_named_before_anything_is_sampled(run, suite_
     with pytest.raises(UsageError, match="2 of its 3 rows do not have, the first '2'"):
         evaluate(run, suite_file, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("metric", "reference"),
+    [
+        ("gold_reward", {"item": "x"}),
+        ("unsafe_compliance", {"label": "Unsafe"}),
+        ("crows_pairs_preference", {"sent_more": "w5", "sent_less": 3}),
+        ("truthfulqa_mc1", {"mc1_targets": {"choices": [], "labels": []}}),
+    ],
+)
+def test_a_reference_of_another_layout_is_one_error(run, suite_file, tmp_path, metric, reference):
+    rows = [{"prompt": "w5", "reference": reference}]
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    text = suite_file.read_text().replace("metrics: []", f"metrics: [{metric}]")
+    suite_file.write_text(text)
+    with pytest.raises(DataError, match=f"{metric} cannot use the reference of row '1' of words"):
+        evaluate(f"{run}:base", suite_file, tmp_path / "out")
+
+
+def test_prompts_that_do_not_fit_the_context_are_not_measured(run, suite_file, tmp_path):
+    rows = [{"prompt": "w5 " * 3000}, {"prompt": "w6"}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report, costs = evaluate(run, suite_file, tmp_path / "out")
+    assert [gap["what"].split(":")[1] for gap in report["not_measured"]] == [
+        "base on words",
+        "sft on words",
+        "policy on words",
+    ]
+    assert not report["samples"] and not costs and report["verdict"][0].startswith("No verdict")
 
 
 def test_no_report_is_written_over_something_else(run, suite_file, tmp_path):
