@@ -299,6 +299,13 @@ def _evaluate_verb(
     A comparison writes report.json and report.html; if interrupted, it continues later.
     """
     if suite is None and len(targets) == 1 and _is_recipe(Path(targets[0]), out):
+        of_targets = (against, judges, labels, judge_records, base, price_per_hour)
+        if any(one is not None for one in of_targets) or load_in_4bit or few_shot:
+            raise UsageError(
+                f"{targets[0]} is a recipe, which reads only --out, --set, --from, --warm-start "
+                "and --dry-run",
+                expected="a run, such as its --out, for the other options",
+            )
         _train(Path(targets[0]), out, overrides, dry_run, "evaluate", start_from, warm_start)
         return
     if overrides or start_from or warm_start or dry_run:

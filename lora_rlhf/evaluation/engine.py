@@ -137,13 +137,20 @@ class Engine:
             answers.append(Answer(text, tokens, finished))
         return answers
 
+    @property
+    def context(self) -> float:
+        """Tokens that the base's context has room for; infinite if its config names no limit."""
+        config = self.base.causal.config.get_text_config()
+        most: int | None = getattr(config, "max_position_embeddings", None)
+        return most or math.inf
+
     def too_long(self, target: Target, rows: Sequence[Row], suite: Suite) -> str | None:
         """Return the reason if the longest prompt and its answer would not fit the context."""
-        most = getattr(self.base.causal.config.get_text_config(), "max_position_embeddings", None)
         longest = max(len(self.encode(target, row.prompt)) for row in rows) + suite.max_new_tokens
-        if most is None or longest <= most:
+        if longest <= self.context:
             return None
-        return f"a prompt with its answer needs {longest:,} tokens, and the context has {most:,}"
+        room = f"the context has {self.context:,}"
+        return f"a prompt with its answer needs {longest:,} tokens, and {room}"
 
     def measure(self, target: Target, rows: Sequence[Row], suite: Suite) -> Cost:
         """Time answers one at a time, after one to warm up."""

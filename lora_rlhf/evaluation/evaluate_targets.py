@@ -90,6 +90,7 @@ def _validations(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
             records[str(record["judge"])] = record
             accuracy = record["accuracy"]
             record["n"] + record["constant"] + accuracy["value"] + (accuracy["low"] or 0)
+            evaluation_report.worst_probe(record)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"not a record of a judge: {type(error).__name__} {error}",
@@ -110,6 +111,8 @@ def check_judge(
     name: str, labels: Path, out: Path, *, n: int | None, seed: int, base: str | None
 ) -> Iterator[str]:
     """Compare a judge with people's labels, write the record, and yield a summary of it."""
+    if out.is_dir():
+        raise UsageError(f"--out {out} is a folder", expected="a file for the record")
     labelled = judge_validation.read(labels, seed, n)
     [spec, *more] = judges.parse([name], base)
     if more:

@@ -46,13 +46,11 @@ class Verdicts:
 
     Attributes:
         wins: (N,) 1, 0.5 or 0; None where the judge cannot tell.
-        scores: Scores of the first and of the second answers, of a judge that scores answers.
         changed: Share of verdicts that changed with the order; None for a judge without orders.
         at_random: (N,) whether the row was drawn at random for this judge; None: it judged all.
     """
 
     wins: list[float | None]
-    scores: tuple[list[float], list[float]] | None = None
     changed: float | None = None
     at_random: list[bool] | None = None
 
@@ -110,7 +108,7 @@ class Checker:
             [check(item, text).reward for item, text in zip(items, texts, strict=True)]
             for texts in (first, second)
         )
-        return Verdicts(by_score(a, b), (a, b))
+        return Verdicts(by_score(a, b))
 
 
 @dataclass
@@ -134,7 +132,7 @@ class RewardModel:
     ) -> Verdicts | None:
         """Compare by the score."""
         a, b = (self.scores(rows, texts) for texts in (first, second))
-        return Verdicts(by_score(a, b), (a, b))
+        return Verdicts(by_score(a, b))
 
     def scores(self, rows: Sequence[Row], texts: Sequence[str]) -> list[float]:
         """Score the answers to the rows."""
@@ -182,29 +180,42 @@ class LanguageModel:
         odds = self.odds([prompt_text(row.prompt) for row in rows], first, second)
         wins: list[float | None] = []
         changed = 0
-        for (a, b), texts in zip(odds, zip(first, second, strict=True), strict=True):
+        for pair, texts in zip(odds, zip(first, second, strict=True), strict=True):
+            a, b = pair or (0.0, 0.0)
             if texts[0] == texts[1]:
                 wins.append(0.5)
+            elif pair is None:
+                wins.append(None)
             elif (a > 0) == (b > 0) and a and b:
                 wins.append(float(a > 0))
             else:
                 wins.append(0.5)
                 changed += 1
-        return Verdicts(wins, changed=changed / max(len(wins), 1))
+        return Verdicts(wins, changed=changed / max(len(wins) - wins.count(None), 1))
 
     def odds(
         self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]
-    ) -> list[tuple[float, float]]:
-        """Return the log-odds of the first answer, shown as A and shown as B."""
+    ) -> list[tuple[float, float] | None]:
+        """Return the log-odds of the first answer, shown as A and shown as B.
+
+        None for a pair that does not fit the context.
+        """
         contexts = [
             self.engine.encode(self.target, _RUBRIC.format(prompt=prompt, a=one, b=other))
             for prompt, a, b in zip(prompts, first, second, strict=True)
             for one, other in ((a, b), (b, a))
         ]
         space = "" if self.engine.base.tokenizer.chat_template else " "
-        letters = self.engine.options(self.target).next_token(contexts, [space + "A", space + "B"])
-        odds = finite("a judge's log-odds", [a - b for a, b in letters])
-        return [(odds[i], -odds[i + 1]) for i in range(0, len(odds), 2)]
+        short = [i for i, ids in enumerate(contexts) if len(ids) <= self.engine.context]
+        letters = self.engine.options(self.target).next_token(
+            [contexts[i] for i in short], [space + "A", space + "B"]
+        )
+        made = finite("a judge's log-odds", [a - b for a, b in letters])
+        odds = dict(zip(short, made, strict=True))
+        return [
+            (odds[i], -odds[i + 1]) if i in odds and i + 1 in odds else None
+            for i in range(0, len(contexts), 2)
+        ]
 
 
 AT_RANDOM = "drawn at random"
@@ -321,7 +332,7 @@ class Classifier:
     ) -> Verdicts | None:
         """Compare by the score."""
         a, b = (self.scores(rows, texts) for texts in (first, second))
-        return Verdicts(by_score(a, b), (a, b))
+        return Verdicts(by_score(a, b))
 
     @torch.no_grad()
     def scores(self, rows: Sequence[Row], texts: Sequence[str]) -> list[float]:
@@ -368,6 +379,7 @@ class Classifier:
                 f"the judge {self.where} has {model.config.num_labels} labels",
                 expected="one label: a score that grows with the quality",
             )
+        self._tokenizer.truncation_side = "left"  # the answer is at the end
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         model.config.pad_token_id = self._tokenizer.pad_token_id

@@ -24,7 +24,7 @@ from lora_rlhf.reports import evaluation_report
 from lora_rlhf.runs.disk import write_atomically
 from lora_rlhf.runs.record import is_run
 from lora_rlhf.runs.samples import prompt_text
-from lora_rlhf.runtime import environment, interrupts
+from lora_rlhf.runtime import devices, environment, interrupts
 
 from . import alignment_tax, prompt_sets, stress, suite_tables
 from .engine import Answer, Engine
@@ -577,7 +577,7 @@ def _report(
     tables: list[dict[str, Any]],
 ) -> dict[str, Any]:
     suite = evaluation.suite
-    head = suite_tables.headline(suite.headline, tables, judges)
+    head = suite_tables.headline(suite.headline, tables)
     verdict = suite_tables.sentences(head, suite.headline, tables)
     if head is not None:
         head["sentence"] = verdict[0]
@@ -592,7 +592,7 @@ def _report(
         },
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "packages": environment.versions(),
-        "device": str(_device()),
+        "device": str(devices.pick_device()),
         "headline": head,
         "verdict": verdict,
         "targets": [target.describe() for target in evaluation.targets],
@@ -614,12 +614,6 @@ def _report(
         "costs": evaluation.costs,
         "not_measured": evaluation.not_measured,
     }
-
-
-def _device() -> str:
-    from lora_rlhf.runtime.devices import pick_device
-
-    return str(pick_device())
 
 
 def _samples(evaluation: Evaluation, prompts: PromptSet) -> list[dict[str, Any]]:

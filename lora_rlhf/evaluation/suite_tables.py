@@ -282,9 +282,7 @@ def _detectable(estimated: Estimate | None) -> float | None:
 # --- the verdict, in words ---------------------------------------------------------------------
 
 
-def headline(
-    wanted: str | None, tables: Sequence[dict[str, Any]], judges: Sequence[dict[str, Any]]
-) -> dict[str, Any] | None:
+def headline(wanted: str | None, tables: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """Choose the table of the headline: the suite's metric, by the first trusted judge."""
     set_name, _, metric = (wanted or "").partition("/")
     for table in tables:

@@ -56,7 +56,7 @@ def test_an_adapter_folder_finds_its_base(run, tmp_path):
 
 def test_what_is_no_target_is_refused(tmp_path, run):
     for text in (str(tmp_path), "nowhere", str(tmp_path / "x" / "y")):
-        with pytest.raises(UsageError, match="nothing that can be evaluated"):
+        with pytest.raises(UsageError, match="cannot be evaluated"):
             targets.parse([text])
 
 
@@ -126,6 +126,9 @@ def test_letters_after_a_context_take_one_forward(engine):
     [(_, shown_second)] = judge.odds(["w5"], ["w7"], ["w8"])
     [(swapped, _)] = judge.odds(["w5"], ["w8"], ["w7"])
     assert shown_second == pytest.approx(-swapped, abs=1e-5)
+    rows = [Row("1", "", "w5"), Row("2", "", "w5 " * 3000)]
+    compared = judge.compare("s", rows, ["w7", "w7"], ["w8", "w8"], ("a", "b"))
+    assert None not in compared.wins[:1] and compared.wins[1] is None, "beyond the context"
 
 
 def test_an_adapter_of_another_base_is_refused(run):

@@ -25,7 +25,7 @@ class Scored:
     def compare(self, set_name, rows, first, second, names):
         a, b = ([self.score(row, text) for row, text in zip(rows, texts, strict=True)]
                 for texts in (first, second))  # fmt: skip
-        return Verdicts(judges.by_score(a, b), (a, b))
+        return Verdicts(judges.by_score(a, b))
 
 
 def exact(row, text):

@@ -7,12 +7,16 @@ import math
 import random
 
 import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from lora_rlhf.errors import DataError, NonFiniteError, UsageError
 from lora_rlhf.evaluation import judge_validation, judges
 from lora_rlhf.evaluation.judges import LanguageModel, People, Verdicts
 from lora_rlhf.evaluation.prompt_sets import Row
 from lora_rlhf.evaluation.targets import Target
+from lora_rlhf.models import loading
+from lora_rlhf.recipe.schema import ModelSection
 
 
 class ByRule:
@@ -187,3 +191,18 @@ def test_the_shorter_answer_is_a_constant_too(tmp_path):
 def test_a_server_cannot_judge():
     with pytest.raises(UsageError, match="cannot judge: a server gives no log-probabilities"):
         judges.parse(["http://localhost:1/v1#m"])
+
+
+def test_a_classifier_reads_the_end_of_a_long_text(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(loading.local_folder(ModelSection(id="tiny")))
+    sizes = dict.fromkeys(("num_labels", "num_hidden_layers", "num_attention_heads"), 1)
+    sizes |= {"vocab_size": len(tokenizer), "hidden_size": 8, "intermediate_size": 8}
+    config = LlamaConfig(**sizes)
+    torch.manual_seed(0)
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer.model_max_length = 16
+    tokenizer.save_pretrained(tmp_path)
+    [spec] = judges.parse([str(tmp_path)])
+    judge, row = spec.load(None), Row("1", "", "Which room is it? " * 9)
+    found = judge.scores([row] * 3, ["It is in room 4.", "no " * 30 + "blue", "It is in room 4."])
+    assert found[0] == pytest.approx(found[2]) and found[0] != pytest.approx(found[1], abs=1e-6)

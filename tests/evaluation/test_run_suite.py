@@ -110,7 +110,12 @@ def test_a_validated_judge_decides(run, suite_file, tmp_path):
     head = next(t for t in report["tables"] if t["trusted"])
     assert list(head["estimates"]) == ["after-evaluate:sft", "after-evaluate:policy"]
     assert report["verdict"][0] == report["headline"]["sentence"]
-    for wrong in ({}, {**record, "n": "80"}, {**record, "constant": None}):
+    for wrong in (
+        {},
+        {**record, "n": "80"},
+        {**record, "constant": None},
+        {**record, "probes": {"empty": 1}},
+    ):
         (tmp_path / "judge.json").write_text(json.dumps(wrong))
         with pytest.raises(DataError, match=r"judge.json: not a record of a judge"):
             evaluate(run, suite_file, tmp_path / "out", **options)
@@ -179,6 +184,11 @@ def test_the_commands_compare_models_and_check_a_judge(run, suite_file, tmp_path
     told = invoke("evaluate", run, *options, "--out", tmp_path / "out")
     assert "No verdict" in told and f"report  {tmp_path / 'out' / 'report.html'}" in told
     assert invoke("report", tmp_path / "out")
+    wrong = CliRunner().invoke(app.app, ["evaluate", "recipe.yaml", "--judge", "x"])
+    assert wrong.exit_code == 2 and "is a recipe, which reads only" in wrong.output
+    labels = ("--against", str(tmp_path / "labels.jsonl"), "--out", str(tmp_path))
+    wrong = CliRunner().invoke(app.app, ["judge", judge, *labels])
+    assert wrong.exit_code == 2 and "is a folder" in wrong.output
     wrong = CliRunner().invoke(app.app, ["evaluate", str(run), "--set", "seed=1"])
     assert wrong.exit_code == 2 and "are for a recipe" in wrong.output
 

@@ -87,10 +87,10 @@ def test_values_that_do_not_apply_are_left_out_of_both_sides():
 def test_the_headline_is_the_suites_by_a_judge_that_may_decide():
     doubted = {"name": "reward", "kind": "reward", "trusted": False}
     by_both = [*wins({"policy": [1.0] * 60}, doubted), *wins({"policy": [0.0] * 60})]
-    head = suite_tables.headline("s/win_rate", by_both, [])
+    head = suite_tables.headline("s/win_rate", by_both)
     assert head == {"set": "s", "metric": "win_rate", "judge": "checker"}
     assert "policy is worse" in suite_tables.sentences(head, "s/win_rate", by_both)[0]
-    assert suite_tables.headline("s/win_rate", by_both[:2], []) is None
+    assert suite_tables.headline("s/win_rate", by_both[:2]) is None
     [said] = suite_tables.sentences(None, "s/win_rate", by_both[:2])
     assert said.startswith("No verdict: s/win_rate has no judge that may decide")
     [said] = suite_tables.sentences(None, "t/win_rate", by_both[:2])
