@@ -15,8 +15,13 @@ from lora_rlhf import pipeline
 from lora_rlhf.evaluation.answers import AnswerCache
 from lora_rlhf.runs.record import Record
 
+QUICK = ("sft", "ppo", "evaluate")
+"""Stages that are killed by default; the others share their code and are slow."""
 
-@pytest.mark.parametrize("stage", STAGES)
+
+@pytest.mark.parametrize(
+    "stage", [s if s in QUICK else pytest.param(s, marks=pytest.mark.slow) for s in STAGES]
+)
 def test_killed_at_random_moments(runs: Runs, stage: str, tmp_path: Path):
     """One run, killed again and again wherever it has got to: each update is logged once."""
     wanted, recipe = killed.bits(runs.after(stage)), runs.recipe(stage)

@@ -125,6 +125,7 @@ def python(code: str, server, tmp_path, where: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow  # two fresh interpreters; test_adapters.py loads with plain PEFT by default
 def test_pushed_adapters_load_without_this_package(finished, server, tmp_path):
     home = tmp_path / "home"
     shutil.copytree(finished.parent, home)

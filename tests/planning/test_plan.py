@@ -162,7 +162,9 @@ def recipe_of(name: str, checkpointing: bool, fraction: float, four_bit: bool, *
     ("name", "checkpointing", "fraction", "four_bit"),
     [
         pytest.param("tiny", False, 1.0, False, marks=pytest.mark.slow), ("tiny", True, 0.5, False),
-        ("llama", False, 0.5, False), ("gpt2", False, 1.0, False), ("gemma2", True, 0.5, True),
+        pytest.param("llama", False, 0.5, False, marks=pytest.mark.slow),
+        ("gpt2", False, 1.0, False),
+        pytest.param("gemma2", True, 0.5, True, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_a_probe_measures_what_was_planned(name, checkpointing, fraction, four_bit):
