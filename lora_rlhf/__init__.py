@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_rlhf.errors import LoraRlhfError
+    from lora_rlhf.evaluation.evaluate_targets import evaluate_targets
     from lora_rlhf.hub.publishing import push
     from lora_rlhf.models.backbone import Backbone
     from lora_rlhf.pipeline import run
@@ -40,6 +41,7 @@ __all__ = [
     "demo",
     "doctor",
     "evaluate",
+    "evaluate_targets",
     "generate",
     "load",
     "load_recipe",
@@ -53,6 +55,7 @@ _HOMES = {
     "LoraRlhfError": "errors",
     "Recipe": "recipe.schema",
     "Record": "runs.record",
+    "evaluate_targets": "evaluation.evaluate_targets",
     "generate": "serving.loaded_run",
     "load": "serving.loaded_run",
     "load_recipe": "recipe.loader",

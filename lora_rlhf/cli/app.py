@@ -311,7 +311,7 @@ def _evaluate_verb(
     if overrides or start_from or warm_start or dry_run:
         raise UsageError("--set, --from, --warm-start and --dry-run are for a recipe")
     evaluate_targets = shell.room("evaluation.evaluate_targets")
-    folder = evaluate_targets.run(
+    folder = evaluate_targets.evaluate_targets(
         targets,
         suite=suite,
         out=out,

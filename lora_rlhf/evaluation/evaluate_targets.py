@@ -11,6 +11,7 @@ from typing import Any
 from lora_rlhf.errors import DataError, UsageError
 from lora_rlhf.reports import evaluation_report, html_report
 from lora_rlhf.runs.disk import write_atomically
+from lora_rlhf.runtime import quiet
 
 from . import judge_validation, judges, run_suite, targets
 from . import suite as suites
@@ -18,7 +19,8 @@ from .engine import Engine
 from .targets import Target
 
 
-def run(
+@quiet.libraries()
+def evaluate_targets(
     names: Sequence[str],
     *,
     suite: str | None = None,
@@ -107,10 +109,11 @@ def summary(folder: Path) -> Iterator[str]:
     yield f"report  {folder / 'report.html'}"
 
 
+@quiet.libraries()
 def check_judge(
     name: str, labels: Path, out: Path, *, n: int | None, seed: int, base: str | None
-) -> Iterator[str]:
-    """Compare a judge with people's labels, write the record, and yield a summary of it."""
+) -> list[str]:
+    """Compare a judge with people's labels, write the record, and return a summary of it."""
     if out.is_dir():
         raise UsageError(f"--out {out} is a folder", expected="a file for the record")
     labelled = judge_validation.read(labels, seed, n)
@@ -123,10 +126,15 @@ def check_judge(
     judge = spec.load(engine)
     record = judge_validation.validate(judge, labelled, str(labels))
     write_atomically(out, json.dumps(record, indent=1) + "\n")
+    return [*_summary_of(spec.name, judge, record), f"record  {out}"]
+
+
+def _summary_of(name: str, judge: judges.Judge, record: dict[str, Any]) -> Iterator[str]:
+    """Yield what a judge's record says."""
     trusted, why = judges.trust(judge, record)
     accuracy, people = record["accuracy"], record["longer"]["people"]["value"]
     yield (
-        f"{spec.name} agrees with people on {accuracy['value']:.3f} "
+        f"{name} agrees with people on {accuracy['value']:.3f} "
         f"[{accuracy['low']:.3f}, {accuracy['high']:.3f}] of {record['n']} pairs"
     )
     if record["ceiling"]:
@@ -137,4 +145,3 @@ def check_judge(
     if worst := evaluation_report.worst_probe(record):
         yield f"of {len(record['probes'])} probes, the worst: {worst}"
     yield f"it {'may' if trusted else 'may not'} decide a report: {why}"
-    yield f"record  {out}"

@@ -66,16 +66,16 @@ def test_tasks_are_tables_with_paired_differences(runs, section, tmp_path, monke
         f"lm_eval: {{tasks: [words], path: {tmp_path}}}\n"
     )
     run, out = runs.after("evaluate"), tmp_path / "out"
-    evaluate_targets.run([str(run)], suite=str(suite), out=out)
+    evaluate_targets.evaluate_targets([str(run)], suite=str(suite), out=out)
     report = json.loads((out / "report.json").read_text())
     [table] = report["tables"]
     assert (table["set"], table["metric"]) == ("words", "words acc")
     assert [row["a"].split(":")[1] for row in table["differences"]] == ["base", "policy"]
     assert all(row["estimate"]["n"] == 8 for row in table["differences"])
     monkeypatch.setattr(alignment_tax, "grades", lambda *_: pytest.fail("they were kept"))
-    evaluate_targets.run([str(run)], suite=str(suite), out=out)
+    evaluate_targets.evaluate_targets([str(run)], suite=str(suite), out=out)
     with (tmp_path / "data.jsonl").open("a") as file:
         file.write('{"text": "w9", "choices": ["w5", "w6"], "label": 0}\n')
     monkeypatch.setattr(alignment_tax, "grades", lambda *_: {"words": {"acc": [1.0] * 9}})
-    evaluate_targets.run([str(run)], suite=str(suite), out=out)
+    evaluate_targets.evaluate_targets([str(run)], suite=str(suite), out=out)
     assert json.loads((out / "report.json").read_text())["sets"][-1]["n"] == 9

@@ -46,7 +46,9 @@ def run(runs):
 
 
 def evaluate(run, suite_file, out, **options):
-    folder = evaluate_targets.run([str(run)], suite=str(suite_file), out=out, **options)
+    folder = evaluate_targets.evaluate_targets(
+        [str(run)], suite=str(suite_file), out=out, **options
+    )
     report = json.loads((folder / "report.json").read_text())
     return {key: value for key, value in report.items() if key not in ("created", "costs")}, report[
         "costs"
@@ -277,7 +279,9 @@ def test_secrets_and_home_folders_stay_out_of_the_report(run, suite_file, tmp_pa
     token = "hf_" + "a" * 20
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": f"w5 {token}"}) + "\n")
     monkeypatch.setenv("HOME", str(run.parent))
-    folder = evaluate_targets.run([str(run)], suite=str(suite_file), out=tmp_path / "out")
+    folder = evaluate_targets.evaluate_targets(
+        [str(run)], suite=str(suite_file), out=tmp_path / "out"
+    )
     for path in folder.rglob("*.*"):
         assert token not in path.read_text() and str(run.parent) not in path.read_text(), path
     assert targets.Target("m", "url", url="https://me:word@host/v1#m").describe()["id"] == (

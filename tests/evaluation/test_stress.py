@@ -108,7 +108,9 @@ def write(tmp_path, metrics="f1", stress="typos, injection, long_context, empty"
 def test_a_suite_with_stress_is_measured_whole(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(stress, "LONG_CONTEXT", 2_500)  # the little base holds 2,048 tokens
     target = f"{runs.after('evaluate')}:sft"
-    out = evaluate_targets.run([target], suite=str(write(tmp_path)), out=tmp_path / "out")
+    out = evaluate_targets.evaluate_targets(
+        [target], suite=str(write(tmp_path)), out=tmp_path / "out"
+    )
     report = json.loads((out / "report.json").read_text())
     tables = {(t["set"], t["metric"]): t for t in report["tables"]}
     for kind in ("typos", "empty"):
@@ -140,4 +142,4 @@ def test_a_suite_with_stress_is_measured_whole(runs, tmp_path, monkeypatch):
 def test_wrong_stress_is_one_error(tmp_path, options, message):
     with pytest.raises(UsageError, match=message):
         file = str(write(tmp_path, **options))
-        evaluate_targets.run(["tiny"], suite=file, out=tmp_path / "out")
+        evaluate_targets.evaluate_targets(["tiny"], suite=file, out=tmp_path / "out")
