@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import urlsplit
 
 from huggingface_hub import InferenceClient
 
@@ -18,18 +20,35 @@ from .prompt_sets import Row
 from .suite import Suite
 from .targets import Target
 
+KEY = "LORA_RLHF_API_KEY"
+"""Variable with the token of a server that is not Hugging Face's."""
+
 _SECONDS = 120.0
 _AT_ONCE = 4
 
 
+_HOSTS = (".huggingface.co", ".huggingface.cloud", ".hf.space")
+
+
+def _token_for(url: str) -> str | None:
+    """Return the token for a server; None, for Hugging Face's hosts, is the user's token there.
+
+    Of itself the client sends that token to every host.
+    """
+    parts = urlsplit(url)
+    if parts.scheme == "https" and f".{parts.hostname}".endswith(_HOSTS):
+        return None
+    return os.environ.get(KEY) or "none"
+
+
 class Server:
-    """Answers from `URL#model`; the token is HF_TOKEN's, and never written anywhere."""
+    """Answers from `URL#model`; its token is never written anywhere."""
 
     def __init__(self, target: Target) -> None:
         url, _, self._model = (target.url or "").partition("#")
         if not self._model:
             raise UsageError(f"{url} names no model", expected=f"{url}#model")
-        self._client = InferenceClient(base_url=url, timeout=_SECONDS)
+        self._client = InferenceClient(base_url=url, timeout=_SECONDS, token=_token_for(url))
         self.identity = safe(str(target.url))
 
     def answer(self, target: Target, rows: Sequence[Row], suite: Suite) -> list[Answer]:

@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from lora_rlhf.errors import SetupError, UsageError
 from lora_rlhf.evaluation import targets
 from lora_rlhf.evaluation.prompt_sets import Row
-from lora_rlhf.evaluation.server import Server
+from lora_rlhf.evaluation.server import KEY, Server, _token_for
 from lora_rlhf.evaluation.suite import SetSection, Suite
 
 SUITE = Suite(name="s", seed=4, sets=[SetSection(name="x", format="plain")])
@@ -28,6 +28,7 @@ def chat(monkeypatch):
         def do_POST(self):
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             seen.append((self.path, asked))
+            server.headers.append(self.headers["Authorization"])
             body = server.reply(asked)
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
@@ -45,7 +46,7 @@ def chat(monkeypatch):
                            "choices": [choice], "usage": usage}).encode()  # fmt: skip
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.reply, server.seen = reply, seen
+    server.reply, server.seen, server.headers = reply, seen, []
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -81,3 +82,19 @@ def test_a_url_without_a_model_is_refused():
     [target] = targets.parse(["http://127.0.0.1:1/v1"])
     with pytest.raises(UsageError, match="names no model"):
         Server(target)
+
+
+def test_a_hugging_face_token_goes_to_hugging_face_alone(chat, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "a" * 20)
+    Server(target_of(chat)).answer(target_of(chat), ROWS[:1], SUITE)
+    assert chat.headers[0] == "Bearer none"
+    monkeypatch.setenv(KEY, "sk-1")
+    Server(target_of(chat)).answer(target_of(chat), ROWS[:1], SUITE)
+    assert chat.headers[1] == "Bearer sk-1"
+    for url, sent in (
+        ("https://router.huggingface.co/v1", True),
+        ("https://x.endpoints.huggingface.cloud/v1", True),
+        ("http://router.huggingface.co/v1", False),
+        ("https://huggingface.co.example.com/v1", False),
+    ):
+        assert (_token_for(url) is None) == sent, url
