@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-from urllib.parse import urlsplit
 
 from huggingface_hub import InferenceClient
 
@@ -27,7 +27,9 @@ _SECONDS = 120.0
 _AT_ONCE = 4
 
 
-_HOSTS = (".huggingface.co", ".huggingface.cloud", ".hf.space")
+_HUGGING_FACE = re.compile(
+    r"https://(?:[\w-]+\.)*(?:huggingface\.co|huggingface\.cloud|hf\.space)(?::\d+)?(?:/|\Z)"
+)
 
 
 def _token_for(url: str) -> str | None:
@@ -35,10 +37,7 @@ def _token_for(url: str) -> str | None:
 
     Of itself the client sends that token to every host.
     """
-    parts = urlsplit(url)
-    if parts.scheme == "https" and f".{parts.hostname}".endswith(_HOSTS):
-        return None
-    return os.environ.get(KEY) or "none"
+    return None if _HUGGING_FACE.match(url) else os.environ.get(KEY) or "none"
 
 
 class Server:

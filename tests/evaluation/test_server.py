@@ -96,5 +96,7 @@ def test_a_hugging_face_token_goes_to_hugging_face_alone(chat, monkeypatch):
         ("https://x.endpoints.huggingface.cloud/v1", True),
         ("http://router.huggingface.co/v1", False),
         ("https://huggingface.co.example.com/v1", False),
+        ("https://huggingface.co:80@example.com/v1", False),
+        ("https://xhuggingface.co/v1", False),
     ):
         assert (_token_for(url) is None) == sent, url
