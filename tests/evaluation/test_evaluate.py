@@ -349,8 +349,8 @@ def test_abstention_counts_both_ways(record, heads):
     assert "missed_abstention" not in by_kind["answer"]
     assert "false_abstention" not in by_kind["not_stated"]
     said = tables.verdict(evaluation, "ppo")
-    assert "PPO answers questions that the record cannot answer" in said
-    assert "unanswerable" not in said, "it abstains less often than SFT"
+    assert "PPO answers unanswerable questions more often than SFT" in said
+    assert "questions unanswerable" not in said, "it abstains less often than SFT"
 
 
 # --- record and samples ---
