@@ -95,6 +95,7 @@ def _config(backbone: Backbone, role: str) -> Any:
     if where:  # the config in memory has no local path, because trackers upload it
         config.base_model_name_or_path = where
     config.inference_mode = True
+    config.target_modules = sorted(config.target_modules)  # a set's order differs by process
     return config
 
 

@@ -145,6 +145,14 @@ def test_the_check_has_padded_and_unpadded_rows(saved):
     json.dumps(check)
 
 
+def test_the_saved_config_is_the_same_in_every_process(tmp_path):
+    """PEFT keeps target modules as a set, whose order depends on the process's hash seed."""
+    made = small.backbone("llama", "policy")
+    folder = save_role(made, "policy", tmp_path / "policy")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(made.target_modules)
+
+
 def test_the_config_names_the_hub_id_when_there_is_one(tmp_path):
     backbone = small.backbone("llama", "reward", hub_id="someone/base")
     folder = save_role(backbone, "reward", tmp_path / "reward")

@@ -237,7 +237,7 @@ def test_an_undamaged_run_with_stray_files_goes_on_to_the_same_bits(half: Path, 
 def test_another_number_of_threads_is_said(half: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(pipeline.torch, "get_num_threads", lambda: 2)
     lines = again(half, tmp_path / "a").lines
-    assert any(line.startswith("2 threads, and 1 before") for line in lines)
+    assert any(line.startswith("2 threads instead of 1") for line in lines)
     assert Record.read(tmp_path / "a").data["clock"]["threads"] == 2
 
 
