@@ -154,7 +154,7 @@ if "{error}" == "absent":
 else:
     sys.meta_path.insert(0, Broken())
 sys.argv = ["lora-rlhf", *sys.argv[1:]]
-from lora_rlhf.cli import main
+from lora_rlhf.cli.app import main
 main()
 """
 
