@@ -623,7 +623,7 @@ def test_nobody_is_told_of_a_run_unless_that_is_asked_for(tmp_path, asked):
             env["HF_HUB_DISABLE_TELEMETRY"] = "0"
         here = Path(__file__).parent
         env |= {"PYTHONPATH": str(here.parents[1]), "OMP_NUM_THREADS": "1"}
-        code = TRAIN.format(tests=str(here))
+        code = TRAIN.format(tests=str(here.parent / "support"))
         subprocess.run(
             [sys.executable, "-c", code], env=env, cwd=tmp_path, check=True, capture_output=True
         )
