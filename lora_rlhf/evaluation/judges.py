@@ -84,13 +84,8 @@ def by_score(first: Sequence[float], second: Sequence[float]) -> list[float | No
     return [0.5 if abs(a - b) <= 1e-9 else float(a > b) for a, b in zip(first, second, strict=True)]
 
 
-@dataclass
-class Checker:
-    """The closed world's exact checker."""
-
-    name: str = "checker"
-    kind: str = "checker"
-    independent: bool = True
+class _Scorer:
+    """A judge that scores each answer by itself, and compares the scores."""
 
     def compare(
         self,
@@ -100,19 +95,40 @@ class Checker:
         second: Sequence[str],
         names: tuple[str, str],
     ) -> Verdicts | None:
-        """Compare by the gold reward."""
-        if not all("item" in row.reference for row in rows):
+        """Compare by the score; None if an answer to these rows has none."""
+        if not self.can_score(rows):
             return None
-        items = [Item.from_dict(row.reference["item"]) for row in rows]
-        a, b = (
-            [check(item, text).reward for item, text in zip(items, texts, strict=True)]
-            for texts in (first, second)
-        )
-        return Verdicts(by_score(a, b))
+        return Verdicts(by_score(self.scores(rows, first), self.scores(rows, second)))
+
+    def can_score(self, rows: Sequence[Row]) -> bool:
+        """Tell if answers to these rows can be scored."""
+        return True
+
+    def scores(self, rows: Sequence[Row], texts: Sequence[str]) -> list[float]:
+        """Score the answers to the rows."""
+        raise NotImplementedError
 
 
 @dataclass
-class RewardModel:
+class Checker(_Scorer):
+    """The closed world's exact checker."""
+
+    name: str = "checker"
+    kind: str = "checker"
+    independent: bool = True
+
+    def can_score(self, rows: Sequence[Row]) -> bool:
+        """Tell if all rows are of the closed world."""
+        return all("item" in row.reference for row in rows)
+
+    def scores(self, rows: Sequence[Row], texts: Sequence[str]) -> list[float]:
+        """Return the gold rewards."""
+        items = [Item.from_dict(row.reference["item"]) for row in rows]
+        return [check(item, text).reward for item, text in zip(items, texts, strict=True)]
+
+
+@dataclass
+class RewardModel(_Scorer):
     """A reward adapter on the engine's base; each answer is scored once."""
 
     name: str
@@ -121,18 +137,6 @@ class RewardModel:
     batch_size: int = 32
     kind: str = "reward"
     _known: dict[tuple[str, str], float] = field(default_factory=dict)
-
-    def compare(
-        self,
-        set_name: str,
-        rows: Sequence[Row],
-        first: Sequence[str],
-        second: Sequence[str],
-        names: tuple[str, str],
-    ) -> Verdicts | None:
-        """Compare by the score."""
-        a, b = (self.scores(rows, texts) for texts in (first, second))
-        return Verdicts(by_score(a, b))
 
     def scores(self, rows: Sequence[Row], texts: Sequence[str]) -> list[float]:
         """Score the answers to the rows."""
@@ -312,7 +316,7 @@ def _places(ranking: list[list[str]]) -> dict[str, int]:
 
 
 @dataclass
-class Classifier:
+class Classifier(_Scorer):
     """Any Hugging Face sequence classifier with one label, such as a published reward model."""
 
     name: str
@@ -321,18 +325,6 @@ class Classifier:
     independent: bool = True
     kind: str = "reward"
     _model: Any = None
-
-    def compare(
-        self,
-        set_name: str,
-        rows: Sequence[Row],
-        first: Sequence[str],
-        second: Sequence[str],
-        names: tuple[str, str],
-    ) -> Verdicts | None:
-        """Compare by the score."""
-        a, b = (self.scores(rows, texts) for texts in (first, second))
-        return Verdicts(by_score(a, b))
 
     @torch.no_grad()
     def scores(self, rows: Sequence[Row], texts: Sequence[str]) -> list[float]:
