@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_rlhf import estimates
-from lora_rlhf.data import sources
+from lora_rlhf.data import row_formats, sources
 from lora_rlhf.errors import DataError
 from lora_rlhf.estimates import Estimate
 from lora_rlhf.recipe.schema import DataSource
@@ -93,17 +93,12 @@ def _labelled(row: dict[str, Any], number: str) -> Labelled:
     return Labelled(Row(number, kind, row["prompt"]), row["a"], row["b"], votes)
 
 
-def _last_answer(transcript: str) -> tuple[Any, str]:
+def _last_answer(text: str) -> tuple[list[row_formats.Message], str]:
     """Split a transcript into the turns before the last answer, and that answer."""
-    before, marker, answer = transcript.rpartition("\n\nAssistant:")
-    if not marker:
-        raise ValueError("no `Assistant:` turn")
-    turns = []
-    for part in before.split("\n\nHuman:")[1:]:
-        human, *answers = part.split("\n\nAssistant:")
-        turns.append({"role": "user", "content": human.strip()})
-        turns += [{"role": "assistant", "content": text.strip()} for text in answers]
-    return turns, answer.strip()
+    turns = row_formats.transcript(text)
+    if not turns or turns[-1]["role"] != "assistant":
+        raise ValueError("no transcript that ends with an `Assistant:` turn")
+    return turns[:-1], turns[-1]["content"]
 
 
 def _swapped(one: Labelled) -> Labelled:
