@@ -83,7 +83,7 @@ class AnswerCache:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             kept = content["kept"]
-            if content["sha256"] != _sha256(kept):
+            if content["sha256"] != digest(kept):
                 raise ValueError("its sha256 differs")
             if kept["run"] != self.identity:
                 raise ValueError("it belongs to a different run")
@@ -107,10 +107,11 @@ class AnswerCache:
         kept = {name: getattr(answers, name) for name in _KEPT}
         kept |= {"run": self.identity, "spent": spent}
         self.folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"sha256": _sha256(kept), "kept": kept})
+        text = json.dumps({"sha256": digest(kept), "kept": kept})
         write_atomically(self.folder / f"{model}.json", text)
         self.record.on_saved(False)
 
 
-def _sha256(kept: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+def digest(content: Any) -> str:
+    """Return the sha256 of JSON content, in hex."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

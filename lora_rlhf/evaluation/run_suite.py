@@ -8,7 +8,6 @@ continues with what is missing, and ends with the same bits.
 from __future__ import annotations
 
 import datetime
-import hashlib
 import itertools
 import json
 import random
@@ -27,6 +26,7 @@ from lora_rlhf.runs.samples import prompt_text
 from lora_rlhf.runtime import devices, environment, interrupts
 
 from . import alignment_tax, prompt_sets, stress, suite_tables
+from .answers import digest
 from .engine import Answer, Engine
 from .judges import AT_RANDOM, Judge, JudgeSpec, People, Verdicts, describe
 from .metrics.metric import Metric
@@ -327,7 +327,7 @@ def _of_target(
         "prompts": prompts.sha256,
         "suite": [suite.seed, suite.temperature, suite.max_new_tokens, suite.batch_size],
     }
-    path = evaluation.out / "answers" / f"{_digest([target.name, one.name])[:16]}.json"
+    path = evaluation.out / "answers" / f"{digest([target.name, one.name])[:16]}.json"
     kept = _take(path, identity)
     if sampled:
         if "answers" not in kept:
@@ -392,7 +392,7 @@ def _of_tasks(evaluation: Evaluation, engine: Engine | Server, target: Target) -
         "lm_eval": [section.model_dump(mode="json"), alignment_tax.digest(section)],
         "seed": evaluation.suite.seed,
     }
-    path = evaluation.out / "answers" / f"{_digest([target.name, 'lm-eval'])[:16]}.json"
+    path = evaluation.out / "answers" / f"{digest([target.name, 'lm-eval'])[:16]}.json"
     kept = _take(path, identity)
     if not kept:
         evaluation.say(f"{target.name}: lm-eval runs {', '.join(section.tasks)}")
@@ -438,15 +438,11 @@ def _task_sets(evaluation: Evaluation) -> list[dict[str, Any]]:
     ]
 
 
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def _take(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """Return what an earlier process kept, if it is whole and of the same evaluation."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["sha256"] == _digest([content["identity"], content["kept"]]) and content[
+        if content["sha256"] == digest([content["identity"], content["kept"]]) and content[
             "identity"
         ] == json.loads(json.dumps(identity)):
             kept: dict[str, Any] = content["kept"]
@@ -458,7 +454,7 @@ def _take(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
 
 def _put(path: Path, identity: dict[str, Any], kept: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    sha256 = _digest([identity, kept])
+    sha256 = digest([identity, kept])
     write_atomically(path, json.dumps({"sha256": sha256, "identity": identity, "kept": kept}))
 
 
