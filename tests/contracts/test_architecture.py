@@ -36,7 +36,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("training", "reports"),
     ("algorithms", "hub"),
     ("evaluation", "planning", "serving", "preflight"),
-    ("pipeline",),
+    ("pipeline", "feedback"),
     ("cli",),
     ("__main__",),
 ]
