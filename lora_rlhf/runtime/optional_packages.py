@@ -12,9 +12,9 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
-from typing import Any
 
 from lora_rlhf.errors import SetupError, first_line
+from lora_rlhf.extras import load as load
 
 BROKEN: dict[str, str] = {}
 """Package -> error of its import."""
@@ -35,23 +35,3 @@ except Exception as error:
         for module in [m for m in sys.modules if m.split(".")[0] == "bitsandbytes"]:
             del sys.modules[module]
         sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
-
-
-def load(module: str, user: str, extra: str) -> Any:
-    """Import a module of an extra.
-
-    Args:
-        module: Its full name.
-        user: The metric or feature that needs it, for the error.
-        extra: The extra of `lora-rlhf` that installs it.
-
-    Raises:
-        SetupError: It cannot be imported.
-    """
-    try:
-        return importlib.import_module(module)
-    except Exception as error:  # a broken package raises anything
-        raise SetupError(
-            f"{user} needs the package {module.split('.')[0]}: {first_line(error)}",
-            remedy=f'pip install "lora-rlhf[{extra}]"',
-        ) from error

@@ -30,7 +30,7 @@ LONGEST_FUNCTION = 60
 FLOORS: list[tuple[str, ...]] = [
     ("estimates", "redaction", "tiny"),
     ("errors",),
-    ("recipe", "_trl"),
+    ("recipe", "_trl", "extras"),
     ("data", "runtime"),
     ("models", "runs"),
     ("training", "reports"),

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import re
 import string
@@ -14,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lora_rlhf.data import answer_format
 from lora_rlhf.errors import DataError
 from lora_rlhf.evaluation.prompt_sets import Row
 from lora_rlhf.runtime import optional_packages
@@ -140,28 +140,16 @@ def json_valid(row: Row, answer: str) -> float | None:
     Raises:
         DataError: The schema itself is invalid.
     """
-    jsonschema = optional_packages.load("jsonschema", "json_valid", "eval")
-    registry = optional_packages.load("referencing", "json_valid", "eval").Registry()
-    schema = row.reference["schema"]
-    kind = jsonschema.validators.validator_for(schema)
     fenced = _FENCED.fullmatch(answer)
     try:
-        kind.check_schema(schema)
-        value = json.loads(fenced[1] if fenced else answer, parse_constant=_not_json)
-        # The registry is empty, so that no `$ref` is fetched from the network.
-        return float(kind(schema, registry=registry).is_valid(value))
-    except (ValueError, RecursionError):
-        return 0.0
-    except Exception as error:  # jsonschema and referencing have no common base class
+        checks = {"json_schema": row.reference["schema"]}
+        return float(not answer_format.problems(fenced[1] if fenced else answer, checks))
+    except ValueError as error:
         raise DataError(
-            f"the schema of the prompt {row.id!r} is invalid: {str(error).splitlines()[0]}",
+            f"the schema of the prompt {row.id!r} is invalid: {error}",
             expected="a JSON schema without references to other files",
             remedy="correct `reference: {schema: ...}` of this row",
         ) from error
-
-
-def _not_json(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
 
 
 _NEAREST = "the reference that is nearest (0 to 1), mean over prompts"
