@@ -189,14 +189,20 @@ class Engine:
 
     def rewards(
         self, name: str, prompts: Sequence[Any], texts: Sequence[str], batch_size: int
-    ) -> list[float]:
-        """Score answers with a loaded reward model: its head at the end token, plus its offset."""
+    ) -> list[float | None]:
+        """Score answers with a loaded reward model: its head at the end token, plus its offset.
+
+        None for an answer that does not fit the context with its prompt.
+        """
         bare = Target("", "model")
         rows = [
             self.encode(bare, prompt) + self.base.encode_completion(text)
             for prompt, text in zip(prompts, texts, strict=True)
         ]
-        return self.adapters.scores(name, rows, batch_size)
+        fits = [i for i, ids in enumerate(rows) if len(ids) <= self.context]
+        scored = self.adapters.scores(name, [rows[i] for i in fits], batch_size) if fits else []
+        known = dict(zip(fits, scored, strict=True))
+        return [known.get(i) for i in range(len(rows))]
 
 
 class Options:

@@ -116,7 +116,7 @@ def check_judge(
     """Compare a judge with people's labels, write the record, and return a summary of it."""
     if out.is_dir():
         raise UsageError(f"--out {out} is a folder", expected="a file for the record")
-    labelled = judge_validation.read(labels, seed, n)
+    labelled, left_out = judge_validation.read(labels, seed, n)
     [spec, *more] = judges.parse([name], base)
     if more:
         raise UsageError(f"{name} is {1 + len(more)} models", remedy=f"name one: {name}:policy")
@@ -124,7 +124,7 @@ def check_judge(
     if spec.base is not None:
         engine = Engine(spec.base, [spec.target] if spec.target else [])
     judge = spec.load(engine)
-    record = judge_validation.validate(judge, labelled, str(labels))
+    record = judge_validation.validate(judge, labelled, str(labels), left_out)
     write_atomically(out, json.dumps(record, indent=1) + "\n")
     return [*_summary_of(spec.name, judge, record), f"record  {out}"]
 
@@ -137,6 +137,9 @@ def _summary_of(name: str, judge: judges.Judge, record: dict[str, Any]) -> Itera
         f"{name} agrees with people on {accuracy['value']:.3f} "
         f"[{accuracy['low']:.3f}, {accuracy['high']:.3f}] of {record['n']} pairs"
     )
+    if record["left_out"]:
+        counts = judge_validation.counts(record["left_out"])
+        yield f"{sum(record['left_out'].values())} pairs are left out ({counts})"
     if record["ceiling"]:
         yield f"one person agrees with the other people on {record['ceiling']['value']:.3f}"
     yield f"always preferring the longer answer agrees with people on {people:.3f}"

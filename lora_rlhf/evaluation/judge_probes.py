@@ -78,6 +78,8 @@ def probe(
 ) -> dict[str, Estimate]:
     """Measure how often a judge prefers the worse answer of each probe; a tie counts half.
 
+    A pair without a verdict, because it is over the judge's context, is left out.
+
     Args:
         pairs: (row, the answer that people preferred, the other); at most 100 are used.
     """
@@ -91,9 +93,8 @@ def probe(
         sides = [(w, b) if f else (b, w) for w, b, f in zip(worse, better, first, strict=True)]
         rows = [row for row, _, _ in shown]
         verdicts = judge.compare("", rows, [a for a, _ in sides], [b for _, b in sides], ("a", "b"))
-        if not shown or verdicts is None:
-            continue
-        wins = [0.5 if win is None else win for win in verdicts.wins]
-        lost = [win if f else 1 - win for win, f in zip(wins, first, strict=True)]
-        rates[name] = estimates.win_rate(lost, [0.5] * len(lost))
+        wins = verdicts.wins if verdicts else []
+        lost = [w if f else 1 - w for w, f in zip(wins, first, strict=False) if w is not None]
+        if lost:
+            rates[name] = estimates.win_rate(lost, [0.5] * len(lost))
     return rates

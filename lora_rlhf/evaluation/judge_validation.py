@@ -2,7 +2,8 @@
 """Compare a judge with people's labels: accuracy, the people's own agreement, and biases.
 
 Each pair is shown in a random order, so that a judge that always prefers the first answer is right
-half of the time. People's ties are left out; a judge's tie counts half.
+half of the time. A judge's tie counts half. Pairs that people did not decide, or that cannot be
+judged, are left out and counted.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from lora_rlhf.data import row_formats, sources
 from lora_rlhf.errors import DataError
 from lora_rlhf.estimates import Estimate
 from lora_rlhf.recipe.schema import DataSource
+from lora_rlhf.runs.samples import prompt_text
 
 from .judge_probes import probe
 from .judges import Judge
@@ -44,24 +46,31 @@ class Labelled:
         return None if most == 0.5 or (rest and rest[0][1] == count) else most
 
 
-def read(path: Path, seed: int = 0, n: int | None = None) -> list[Labelled]:
+class _Unusable(Exception):
+    """A pair that cannot be judged, with the reason under which it is counted."""
+
+
+def read(path: Path, seed: int = 0, n: int | None = None) -> tuple[list[Labelled], Counter[str]]:
     """Read labels; the seed shuffles them, draws n, and orders the two answers.
 
     JSON Lines of {"prompt", "a", "b", "labels": ["a", "b", "tie"], "kind"}; pairs {"chosen",
     "rejected"} as Anthropic's HH (`Human:` and `Assistant:` turns), also gzipped; or PandaLM's test
     set (three raters).
 
+    Returns:
+        The pairs, and how many of the file are left out, by reason: those that training drops too.
+
     Raises:
         DataError: A row is none of these, with file and line.
     """
     made: list[Labelled] = []
+    left_out: Counter[str] = Counter()
     rows = sources.read(DataSource(path=str(path)), sources.Skips())
     for number, (where, row) in enumerate(rows, 1):
         try:
-            one = _labelled(row, str(number))
-            if not (isinstance(one.first, str) and isinstance(one.second, str) and one.votes):
-                raise ValueError("two texts and a label are needed")
-            made.append(one)
+            made.append(_usable(_labelled(row, str(number))))
+        except _Unusable as reason:
+            left_out[str(reason)] += 1
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"not a labelled pair: {type(error).__name__} {error}",
@@ -70,7 +79,19 @@ def read(path: Path, seed: int = 0, n: int | None = None) -> list[Labelled]:
             ) from None
     rng = random.Random(seed)
     rng.shuffle(made)
-    return [_swapped(one) if rng.random() < 0.5 else one for one in made[:n]]
+    return [_swapped(one) if rng.random() < 0.5 else one for one in made[:n]], left_out
+
+
+def _usable(one: Labelled) -> Labelled:
+    if not (isinstance(one.first, str) and isinstance(one.second, str) and one.votes):
+        raise ValueError("two texts and a label are needed")
+    if not prompt_text(one.row.prompt).strip():
+        raise _Unusable("no prompt")
+    if not (one.first.strip() and one.second.strip()):
+        raise _Unusable("an empty answer")
+    if one.first == one.second:
+        raise _Unusable("equal answers")
+    return one
 
 
 _VOTES = {"a": 1.0, "b": 0.0, "tie": 0.5}
@@ -86,7 +107,7 @@ def _labelled(row: dict[str, Any], number: str) -> Labelled:
     if "chosen" in row and isinstance(row["chosen"], str):
         first, second = (_last_answer(row[key]) for key in ("chosen", "rejected"))
         if first[0] != second[0]:
-            raise ValueError("chosen and rejected answer different prompts")
+            raise _Unusable("answers that differ before their last turn")
         return Labelled(Row(number, "", first[0]), first[1], second[1], (1.0,))
     votes = tuple(_VOTES[label] for label in row["labels"])
     kind = str(row.get("kind", ""))
@@ -96,8 +117,10 @@ def _labelled(row: dict[str, Any], number: str) -> Labelled:
 def _last_answer(text: str) -> tuple[list[row_formats.Message], str]:
     """Split a transcript into the turns before the last answer, and that answer."""
     turns = row_formats.transcript(text)
-    if not turns or turns[-1]["role"] != "assistant":
-        raise ValueError("no transcript that ends with an `Assistant:` turn")
+    if not turns:
+        raise ValueError("no transcript of `Human:` and `Assistant:` turns")
+    if turns[-1]["role"] != "assistant":
+        raise _Unusable("answers of another role than the assistant")
     return turns[:-1], turns[-1]["content"]
 
 
@@ -105,32 +128,35 @@ def _swapped(one: Labelled) -> Labelled:
     return Labelled(one.row, one.second, one.first, tuple(1 - vote for vote in one.votes))
 
 
-def validate(judge: Judge, labelled: Sequence[Labelled], source: str) -> dict[str, Any]:
+def validate(
+    judge: Judge,
+    labelled: Sequence[Labelled],
+    source: str,
+    left_out: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
     """Compare a judge with the people's majority.
 
+    Args:
+        left_out: Reason -> pairs of the source that are not in `labelled`.
+
     Returns:
-        `n` pairs on which people decided; `accuracy`; `constant`, the accuracy of preferring the
-        longer or the shorter answer, the higher one; `ceiling`, how often one person agrees with
-        the others; `position`, the share of verdicts that change with the order; `longer`, how
-        often the judge and how often people prefer the longer answer; the accuracy `by_kind`;
-        `probes`, how often it prefers an answer that was made worse.
+        `n` pairs on which people decided; `left_out`, the others by reason; `accuracy`; `constant`,
+        the accuracy of preferring the longer or the shorter answer, the higher one; `ceiling`, how
+        often one person agrees with the others; `position`, the share of verdicts that change with
+        the order; `longer`, how often the judge and how often people prefer the longer answer; the
+        accuracy `by_kind`; `probes`, how often it prefers an answer that was made worse.
+
+    Raises:
+        DataError: Fewer than two pairs are left.
     """
-    known = [one for one in labelled if one.majority is not None]
-    if len(known) < 2:
-        raise DataError(
-            f"pairs of {source} on which people decided: {len(known)}", expected="2 or more"
-        )
-    verdicts = judge.compare(
-        "", [o.row for o in known], [o.first for o in known], [o.second for o in known], ("a", "b")
-    )
-    if verdicts is None:
-        raise DataError(f"{judge.name} cannot judge {source}", expected="free text")
-    right = [_right(win, one) for win, one in zip(verdicts.wins, known, strict=True)]
+    left_out = dict(left_out or {})
+    judged, position = _judged(judge, labelled, source, left_out)
+    wins, known = zip(*judged, strict=True)
+    right = [1 - abs(win - (one.majority or 0.0)) for win, one in judged]
     longer = [_longer(one) for one in known]
     kinds: dict[str, list[int]] = {}
     for i, one in enumerate(known):
         kinds.setdefault(one.row.kind, []).append(i)
-    wins = [0.5 if win is None else win for win in verdicts.wins]
     mine = [x * win + (1 - x) * (1 - win) for x, win in zip(longer, wins, strict=True)]
     best_first = [one if one.majority else _swapped(one) for one in known]
     theirs = [1 - abs(x - (o.majority or 0.0)) for x, o in zip(longer, known, strict=True)]
@@ -140,10 +166,11 @@ def validate(judge: Judge, labelled: Sequence[Labelled], source: str) -> dict[st
         "labels": source,
         "sha256": hashlib.sha256(repr(labelled).encode()).hexdigest(),
         "n": len(known),
+        "left_out": left_out,
         "accuracy": _share(right),
         "constant": max(value := estimates.mean_of_shares(theirs)["value"], 1 - value),
         "ceiling": _ceiling(labelled),
-        "position": verdicts.changed,
+        "position": position,
         "longer": {"judge": _share(mine), "people": _share(theirs)},
         "probes": probe(judge, [(o.row, o.first, o.second) for o in best_first]),
         "by_kind": {
@@ -154,8 +181,28 @@ def validate(judge: Judge, labelled: Sequence[Labelled], source: str) -> dict[st
     }
 
 
-def _right(win: float | None, one: Labelled) -> float:
-    return 0.5 if win is None else 1 - abs(win - (one.majority or 0.0))
+def _judged(
+    judge: Judge, labelled: Sequence[Labelled], source: str, left_out: dict[str, int]
+) -> tuple[list[tuple[float, Labelled]], float | None]:
+    """Return the pairs with a verdict, and the share that changed with the order; count others."""
+    decided = [o for o in labelled if o.majority is not None]
+    first, second = [one.first for one in decided], [one.second for one in decided]
+    verdicts = judge.compare("", [one.row for one in decided], first, second, ("a", "b"))
+    if verdicts is None:
+        raise DataError(f"{judge.name} cannot judge {source}", expected="free text")
+    judged = [(w, o) for w, o in zip(verdicts.wins, decided, strict=True) if w is not None]
+    for reason, n in (
+        ("people are undecided", len(labelled) - len(decided)),
+        ("over the judge's context", len(decided) - len(judged)),
+    ):
+        if n:
+            left_out[reason] = n
+    if len(judged) < 2:
+        why = counts(left_out) or "there are no others"
+        raise DataError(
+            f"pairs of {source} that can be judged: {len(judged)} ({why})", expected="2 or more"
+        )
+    return judged, verdicts.changed
 
 
 def _longer(one: Labelled) -> float:
@@ -178,3 +225,8 @@ def _ceiling(labelled: Sequence[Labelled]) -> Estimate | None:
             if others is not None and vote != 0.5:
                 agreed.append(float(vote == others))
     return estimates.mean_of_shares(agreed) if agreed else None
+
+
+def counts(left_out: Mapping[str, int]) -> str:
+    """Write counts by reason on one line."""
+    return ", ".join(f"{reason}: {n}" for reason, n in left_out.items())

@@ -74,14 +74,21 @@ class Judge(Protocol):
         """Compare answers to the rows; None if this judge cannot judge this set."""
 
 
-def by_score(first: Sequence[float], second: Sequence[float]) -> list[float | None]:
+Scores = Sequence[float | None]
+"""Score of each answer; None for one that does not fit the judge's context."""
+
+
+def by_score(first: Scores, second: Scores) -> list[float | None]:
     """Turn scores into verdicts; equal scores are a tie.
 
     Raises:
         NonFiniteError: A score is NaN or infinite, which would count as a loss.
     """
-    finite("a judge's score", (*first, *second))
-    return [0.5 if abs(a - b) <= 1e-9 else float(a > b) for a, b in zip(first, second, strict=True)]
+    finite("a judge's score", [score for score in (*first, *second) if score is not None])
+    return [
+        None if a is None or b is None else 0.5 if abs(a - b) <= 1e-9 else float(a > b)
+        for a, b in zip(first, second, strict=True)
+    ]
 
 
 class _Scorer:
@@ -104,7 +111,7 @@ class _Scorer:
         """Tell if answers to these rows can be scored."""
         return True
 
-    def scores(self, rows: Sequence[Row], texts: Sequence[str]) -> list[float]:
+    def scores(self, rows: Sequence[Row], texts: Sequence[str]) -> Scores:
         """Score the answers to the rows."""
         raise NotImplementedError
 
@@ -121,7 +128,7 @@ class Checker(_Scorer):
         """Tell if all rows are of the closed world."""
         return all("item" in row.reference for row in rows)
 
-    def scores(self, rows: Sequence[Row], texts: Sequence[str]) -> list[float]:
+    def scores(self, rows: Sequence[Row], texts: Sequence[str]) -> Scores:
         """Return the gold rewards."""
         items = [Item.from_dict(row.reference["item"]) for row in rows]
         return [check(item, text).reward for item, text in zip(items, texts, strict=True)]
@@ -136,9 +143,9 @@ class RewardModel(_Scorer):
     independent: bool
     batch_size: int = 32
     kind: str = "reward"
-    _known: dict[tuple[str, str], float] = field(default_factory=dict)
+    _known: dict[tuple[str, str], float | None] = field(default_factory=dict)
 
-    def scores(self, rows: Sequence[Row], texts: Sequence[str]) -> list[float]:
+    def scores(self, rows: Sequence[Row], texts: Sequence[str]) -> Scores:
         """Score the answers to the rows."""
         keys = [(prompt_text(row.prompt), text) for row, text in zip(rows, texts, strict=True)]
         new = list(dict.fromkeys(key for key in keys if key not in self._known))
@@ -327,7 +334,7 @@ class Classifier(_Scorer):
     _model: Any = None
 
     @torch.no_grad()
-    def scores(self, rows: Sequence[Row], texts: Sequence[str]) -> list[float]:
+    def scores(self, rows: Sequence[Row], texts: Sequence[str]) -> Scores:
         """Score the answers to the rows."""
         if self._model is None:
             self._load()

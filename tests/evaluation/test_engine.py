@@ -129,6 +129,9 @@ def test_letters_after_a_context_take_one_forward(engine):
     rows = [Row("1", "", "w5"), Row("2", "", "w5 " * 3000)]
     compared = judge.compare("s", rows, ["w7", "w7"], ["w8", "w8"], ("a", "b"))
     assert None not in compared.wins[:1] and compared.wins[1] is None, "beyond the context"
+    [held_out, _] = judges.of_targets(named)
+    compared = held_out.load(made).compare("s", rows, ["w7", "w7"], ["w8", "w8"], ("a", "b"))
+    assert None not in compared.wins[:1] and compared.wins[1] is None, "for a reward model too"
 
 
 def test_an_adapter_of_another_base_is_refused(run):

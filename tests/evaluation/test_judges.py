@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from lora_rlhf.errors import DataError, NonFiniteError, UsageError
-from lora_rlhf.evaluation import judge_validation, judges
+from lora_rlhf.evaluation import evaluate_targets, judge_validation, judges
 from lora_rlhf.evaluation.judges import LanguageModel, People, Verdicts
 from lora_rlhf.evaluation.prompt_sets import Row
 from lora_rlhf.evaluation.targets import Target
@@ -47,7 +47,7 @@ def labels(tmp_path, n=120, seed=0, kinds=("x", "y")):
 
 
 def test_a_judge_that_agrees_with_people_may_decide(tmp_path):
-    labelled = judge_validation.read(labels(tmp_path))
+    labelled, _ = judge_validation.read(labels(tmp_path))
     judge = ByRule(lambda a, b: float("g" in a))
     record = judge_validation.validate(judge, labelled, "labels")
     assert record["accuracy"]["value"] == 1 and record["n"] == 120
@@ -61,14 +61,13 @@ def test_a_judge_that_agrees_with_people_may_decide(tmp_path):
     [
         (lambda a, b: 1.0, 0.5),  # the first one always
         (lambda a, b: 0.5, 0.5),  # a tie always
-        (lambda a, b: None, 0.5),
         (lambda a, b: 0.5 if len(a) == len(b) else float(len(a) > len(b)), 0.5),
         (lambda a, b: float("b" in a), 0.0),
     ],
-    ids=["first", "tie", "silent", "longer", "swapped labels"],
+    ids=["first", "tie", "longer", "swapped labels"],
 )
 def test_a_judge_without_knowledge_decides_nothing(tmp_path, rule, near):
-    labelled = judge_validation.read(labels(tmp_path))
+    labelled, _ = judge_validation.read(labels(tmp_path))
     judge = ByRule(rule)
     record = judge_validation.validate(judge, labelled, "labels")
     assert record["accuracy"]["value"] == pytest.approx(near, abs=0.15)
@@ -78,7 +77,8 @@ def test_a_judge_without_knowledge_decides_nothing(tmp_path, rule, near):
 
 def test_too_few_labels_or_none_decide_nothing(tmp_path):
     judge = ByRule(lambda a, b: float("g" in a))
-    record = judge_validation.validate(judge, judge_validation.read(labels(tmp_path), n=40), "l")
+    labelled, _ = judge_validation.read(labels(tmp_path), n=40)
+    record = judge_validation.validate(judge, labelled, "l")
     why = "it was compared with 40 labels by people, and 50 are needed"
     assert judges.trust(judge, record) == (False, why)
     assert "never been compared" in judges.trust(judge, None)[1]
@@ -91,7 +91,7 @@ def test_pairs_of_transcripts_are_read_in_a_random_order(tmp_path):
     path = tmp_path / "pairs.jsonl.gz"
     row = json.dumps({"chosen": begin + " good", "rejected": begin + " bad"})
     path.write_bytes(gzip.compress((row + "\n").encode() * 40))
-    labelled = judge_validation.read(path)
+    labelled, _ = judge_validation.read(path)
     firsts = [one.first for one in labelled]
     assert 8 < firsts.count("good") < 32
     assert all((one.majority == 1) == (one.first == "good") for one in labelled)
@@ -116,7 +116,7 @@ def test_ties_of_people_are_left_out():
     one = judge_validation.Labelled(Row("1", "", "p"), "a", "b", (1.0, 0.0))
     assert one.majority is None
     assert judge_validation.Labelled(one.row, "a", "b", (1.0, 0.0, 1.0)).majority == 1
-    with pytest.raises(DataError, match="on which people decided: 0"):
+    with pytest.raises(DataError, match=r"can be judged: 0 \(people are undecided: 1\)"):
         judge_validation.validate(ByRule(lambda a, b: 1.0), [one], "labels")
 
 
@@ -172,10 +172,40 @@ def test_a_score_that_is_no_number_is_no_loss(monkeypatch):
         judges.by_score([0.0, math.nan], [1.0, 1.0])
 
 
-def test_a_silent_judge_prefers_neither_length(tmp_path):
-    labelled = judge_validation.read(labels(tmp_path))
-    record = judge_validation.validate(ByRule(lambda a, b: None), labelled, "labels")
-    assert record["longer"]["judge"]["value"] == 0.5
+def test_pairs_that_cannot_be_judged_are_counted_and_no_stop(tmp_path):
+    ask, answer = "\n\nHuman: a?", "\n\nAssistant:"
+    good = {"chosen": f"{ask}{answer} good", "rejected": f"{ask}{answer} bad"}
+    early = {**good, "rejected": f"{ask}{answer} no\n\nHuman: why?{answer} bad"}
+    rows = [
+        *[good] * 5,
+        *[early] * 4,
+        {**good, "chosen": good["chosen"] + "\n\nHuman: thanks"},
+        *[{**good, "rejected": ask + answer}] * 3,
+        *[{**good, "rejected": good["chosen"]}] * 2,
+        {"prompt": " ", "a": "x", "b": "y", "labels": ["a"]},
+        {"prompt": "p", "a": "x", "b": "y", "labels": ["a", "b"]},
+        {"prompt": "p", "a": "long", "b": "y", "labels": ["a"]},
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    labelled, left_out = judge_validation.read(path)
+    judge = ByRule(lambda a, b: None if "long" in (a, b) else float("good" in a))
+    record = judge_validation.validate(judge, labelled, "labels", left_out)
+    assert (record["n"], record["accuracy"]["value"]) == (5, 1.0)
+    assert record["left_out"] == {
+        "answers that differ before their last turn": 4,
+        "answers of another role than the assistant": 1,
+        "an empty answer": 3,
+        "equal answers": 2,
+        "no prompt": 1,
+        "people are undecided": 1,
+        "over the judge's context": 1,
+    }
+    said = list(evaluate_targets._summary_of("rule", judge, record))
+    assert said[1].startswith("13 pairs are left out (") and "equal answers: 2" in said[1]
+    with pytest.raises(DataError, match=r"can be judged: 0 \(over the judge's context: 6\)"):
+        decided = [one for one in labelled if one.majority is not None]
+        judge_validation.validate(ByRule(lambda a, b: None), decided, "labels")
 
 
 def test_the_shorter_answer_is_a_constant_too(tmp_path):
@@ -183,7 +213,7 @@ def test_the_shorter_answer_is_a_constant_too(tmp_path):
     path = tmp_path / "labels.json"
     path.write_text(json.dumps(rows))
     judge = ByRule(lambda a, b: float(len(a) < len(b)))
-    record = judge_validation.validate(judge, judge_validation.read(path), "labels")
+    record = judge_validation.validate(judge, judge_validation.read(path)[0], "labels")
     assert record["accuracy"]["value"] == 1 and record["constant"] == 1
     assert not judges.trust(judge, record)[0]
 
