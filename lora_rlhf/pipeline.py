@@ -60,6 +60,7 @@ def run(
     progress: Progress | None = None,
     start_from: str | Path | None = None,
     warm_start: bool = False,
+    redo: str | None = None,
 ) -> Record:
     """Run a recipe in a directory, or continue the run that is there.
 
@@ -72,6 +73,8 @@ def run(
             that they read is equal.
         warm_start: Restart the interrupted stage from the adapters of its newest checkpoint. This
             is not an exact resume, and the record says so.
+        redo: A stage of the run in `out`, which is dropped and runs again with all later ones, for
+            a file that is damaged.
 
     Returns:
         The record, with `evaluation` if that stage is done.
@@ -93,7 +96,7 @@ def run(
     ):
         source = reuse.check(start_from, recipe, out) if start_from is not None else None
         remote = backup.prepare(recipe, out, progress, warm_start=warm_start)
-        record = Record.open(out, recipe, warm_start=warm_start)
+        record = Record.open(out, recipe, warm_start=warm_start, redo=redo)
         if record.changed:
             now = ", ".join(f"{key} {was!r} -> {new!r}" for key, was, new in record.changed)
             progress.say(f"changed in this run: {now} (to undo: {record.as_options()})")
@@ -133,6 +136,7 @@ def check(
     progress: Progress | None = None,
     start_from: str | Path | None = None,
     warm_start: bool = False,
+    redo: str | None = None,
 ) -> list[LoraRlhfError]:
     """Return every error that `run` would raise before it trains; write nothing.
 
@@ -158,7 +162,7 @@ def check(
         if out.is_dir():
             ok(lambda: stack.enter_context(run_lock.locked(out)))
         ok(disk.check_writable, out)
-        record = ok(Record.peek, out, recipe, warm_start=warm_start)
+        record = ok(Record.peek, out, recipe, warm_start=warm_start, redo=redo)
         source = ok(reuse.check, start_from, recipe, out) if start_from is not None else None
         ok(backup.prepare, recipe, out, progress, warm_start=warm_start, dry_run=True)
         if "card" in stages:

@@ -66,6 +66,10 @@ Warm = Annotated[
         "--warm-start", help="Restart the interrupted stage from its adapters; not an exact resume."
     ),
 ]
+Redo = Annotated[
+    str | None,
+    typer.Option("--redo", metavar="STAGE", help="Drop a stage and the later ones; run them."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 RepoId = Annotated[str | None, typer.Option(metavar="ORG/NAME")]
 
@@ -128,6 +132,7 @@ def _train(
     until: str = "card",
     start_from: Path | None = None,
     warm_start: bool = False,
+    redo: str | None = None,
 ) -> None:
     from lora_rlhf.recipe.loader import dump_recipe, load_recipe
 
@@ -146,7 +151,9 @@ def _train(
     from lora_rlhf.runs.progress import Progress
 
     progress = Progress()
-    options = {"until": until, "start_from": start_from, "warm_start": warm_start}
+    options = {
+        "until": until, "start_from": start_from, "warm_start": warm_start, "redo": redo
+    }  # fmt: skip
     if dry_run:
         if wrong := pipeline.check(recipe, out, progress=progress, **options):
             shell.echo("\n".join(map(str, wrong)), err=True)
@@ -179,9 +186,10 @@ def _recipe_verb(name: str, until: str, help: str) -> None:
         overrides: Set = None,
         start_from: From = None,
         warm_start: Warm = False,
+        redo: Redo = None,
         dry_run: DryRun = False,
     ) -> None:
-        _train(recipe, out, overrides, dry_run, until, start_from, warm_start)
+        _train(recipe, out, overrides, dry_run, until, start_from, warm_start, redo)
 
     verb.__doc__ = help
     _command(name)(verb)
@@ -404,7 +412,14 @@ def _report_verb(
 
 
 @_command("doctor")
-def _doctor_verb(run: RunPath, as_json: Json = False) -> None:
+def _doctor_verb(
+    run: RunPath,
+    as_json: Json = False,
+    rebuild_record: Annotated[
+        bool,
+        typer.Option("--rebuild-record", help="Rebuild a lost record.json from the other files."),
+    ] = False,
+) -> None:
     """Find the stage of a run that is at fault, and what to try.
 
     From the record and the log alone. The exit code is always 0.
@@ -412,6 +427,10 @@ def _doctor_verb(run: RunPath, as_json: Json = False) -> None:
     from lora_rlhf.reports.doctor import doctor
     from lora_rlhf.runs.record import Record
 
+    if rebuild_record:
+        from lora_rlhf.runs import repair
+
+        repair.rebuild(run)
     record = Record.read(run)
     findings = doctor.examine(record)
     if as_json:

@@ -39,6 +39,11 @@ def stage_of(training: str) -> str:
     return training if training in ("sft", *ALGORITHMS, "evaluate") else "reward"
 
 
+def stage_of_role(role: str, algorithm: str) -> str:
+    """Return the stage that makes the adapter of a role, by the name of its folder."""
+    return algorithm if role in ("policy", "value") else stage_of(role)
+
+
 def fingerprints(report: dict[str, Any]) -> list[Any]:
     """Return the sha256 of every source of a set, including its evaluation prompts."""
     sources = [*report.get("sources", []), *report.get("evaluate", {}).get("sources", [])]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,13 +47,18 @@ def is_signed(data: Any) -> bool:
     return isinstance(data, dict) and "sha256" in data and signed(data)["sha256"] == data["sha256"]
 
 
-def damaged(path: Path, what: str) -> DamageError:
-    """Return the error for a file that is not as its run wrote it."""
+def damaged(path: Path, what: str, run: Path | None = None, stage: str = "") -> DamageError:
+    """Return the error for a file that is not as its run wrote it, in this stage if given."""
+    new = "run the recipe into a new --out, with `--from` this run if its SFT and reward model are "
+    again = new + "undamaged"
+    if run is not None:
+        at = shlex.quote(str(run))
+        again = f"do its stage again, and the later ones: `lora-rlhf run {at} --out {at} --redo "
+        again += f"{stage}`"
     return DamageError(
         f"{path}: {what}",
         expected="the file as the run wrote it",
-        remedy="restore the file, or run the recipe into a new --out, with `--from` this run if "
-        "its SFT and reward model are undamaged",
+        remedy=f"restore the file, or {again}",
     )
 
 

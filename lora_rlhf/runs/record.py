@@ -40,6 +40,7 @@ from lora_rlhf.recipe.stage_keys import (
     identity,
     stage_names,
     stage_of,
+    stage_of_role,
 )
 from lora_rlhf.recipe.strict_yaml import parse_yaml
 from lora_rlhf.redaction import hide, safe
@@ -88,6 +89,7 @@ class Record:
         self.check_place: Callable[[], None] = lambda: None  # called before the run is written to
         self._written: dict[str, str] = {}  # path -> sha256, by the stage that runs now
         self._seen: dict[str, tuple[os.stat_result, str]] = {}  # path -> sha256 of that state
+        self._forgotten: tuple[str, ...] = ()  # stages that run again
         self.on_done: Callable[[], None] = lambda: None  # called before a stage is marked as done
         # Called after each checkpoint (False) and each finished stage (True).
         self.on_saved: Callable[[bool], None] = lambda whole_stage: None
@@ -98,20 +100,29 @@ class Record:
         return f"Record({str(self.folder)!r}: {self.algorithm}, seed {seed}; {state})"
 
     @classmethod
-    def open(cls, folder: str | Path, recipe: Recipe, *, warm_start: bool = False) -> Record:
+    def open(
+        cls,
+        folder: str | Path,
+        recipe: Recipe,
+        *,
+        warm_start: bool = False,
+        redo: str | None = None,
+    ) -> Record:
         """Start a new run, or continue an earlier run of the same recipe.
 
         Args:
             warm_start: Allow changes of keys that only the interrupted stage reads, which restarts.
+            redo: Drop this stage and the later ones, which then run again.
 
         Raises:
             UsageError: The folder holds a run of another recipe or other files, or `warm_start`
                 finds no interrupted stage.
             SetupError: The folder cannot be written.
         """
-        record = cls.peek(folder, recipe, warm_start=warm_start)
+        record = cls.peek(folder, recipe, warm_start=warm_start, redo=redo)
         folder, text = record.folder, dump_recipe(recipe)
         if is_run(folder):
+            record._remove_forgotten()
             for other in ALGORITHMS.keys() - {recipe.algorithm}:  # interrupted before a change
                 record.data["stages"].pop(other, None)
                 record.truncate_log(other)
@@ -129,7 +140,14 @@ class Record:
         return record
 
     @classmethod
-    def peek(cls, folder: str | Path, recipe: Recipe, *, warm_start: bool = False) -> Record:
+    def peek(
+        cls,
+        folder: str | Path,
+        recipe: Recipe,
+        *,
+        warm_start: bool = False,
+        redo: str | None = None,
+    ) -> Record:
         """Return the record that `open` would start or continue, and write nothing.
 
         Raises:
@@ -139,6 +157,8 @@ class Record:
         if is_run(folder):
             record = cls.read(folder)
             record.warm_start = warm_start
+            if redo is not None:
+                record.forget(redo)
             record.metrics()  # raises if the log of a finished stage was changed
             record._check_recipe(recipe)
             record.data |= {"recipe_sha256": digest, "algorithm": recipe.algorithm}
@@ -147,29 +167,60 @@ class Record:
             not folder.is_dir() or {p.name for p in folder.iterdir()} - BEGINNINGS
         ):
             raise UsageError(
-                f"{folder} exists and is not a run", remedy="give an empty or new --out"
+                f"{folder} exists and is not a run",
+                remedy=_rebuild(folder) or "give an empty or new --out",
             )
-        data: dict[str, Any] = {
-            "schema": SCHEMA,
-            "name": recipe.name,
-            "seed": recipe.seed,
-            "algorithm": recipe.algorithm,
-            "recipe_sha256": digest,
-            "versions": versions(),
-            **{part: {} for part in _PARTS},
-            "clock": {
-                "started": _now(),
-                "recipe_sha256": _digest(dump_recipe(recipe)),
-                "host": {
-                    "python": platform.python_version(),
-                    "machine": platform.machine(),
-                    "system": platform.system(),
-                    "cores": os.cpu_count(),
-                },
-                "stages": {},
-            },
+        if redo is not None:
+            raise UsageError(f"{folder} holds no run", remedy="leave --redo out")
+        host = {
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "system": platform.system(),
+            "cores": os.cpu_count(),
         }
-        return cls(folder, data)
+        record = cls(folder, blank(recipe, dump_recipe(recipe)))
+        record.data["versions"] = versions()
+        record.data["clock"] |= {"started": _now(), "host": host}
+        return record
+
+    def forget(self, stage: str) -> None:
+        """Drop a stage and all later ones from the record in memory, not yet from the disk.
+
+        Raises:
+            UsageError: The stage has not begun.
+        """
+        names = stage_names(self.algorithm)
+        stage = self.algorithm if stage == "policy" else stage
+        if stage not in self.data["stages"] or stage not in names:
+            begun = [name for name in names if name in self.data["stages"]]
+            raise UsageError(
+                f"{self.folder} has no stage {stage!r} to do again",
+                expected=", ".join(begun) or "a stage that has begun",
+                remedy="leave --redo out to continue the run",
+            )
+        self._forgotten = names[names.index(stage) :]
+        clock = self.data["clock"]
+        for kept in (self.data["stages"], clock["stages"], clock.get("log", {})):
+            for name in [n for n in kept if stage_of(n) in self._forgotten]:
+                del kept[name]
+        self.data["files"] = {}
+        if stage != "card":
+            self.data["evaluation"] = {}
+
+    def _remove_forgotten(self) -> None:
+        """Remove from the disk what the forgotten stages wrote, so that none of it is read."""
+        if not self._forgotten:
+            return
+        self.save()  # if the process is killed now, the stages are known not to be done
+        for stage in self._forgotten:
+            self._drop_checkpoints(stage)
+            for training in [t for t in self.log_states() if stage_of(t) == stage]:
+                self.truncate_log(training)
+            for folder in (self.folder / "adapters").glob("*"):
+                if stage_of_role(folder.name, self.algorithm) == stage:
+                    shutil.rmtree(folder)
+        if self._forgotten != ("card",):
+            (self.folder / "samples.jsonl").unlink(missing_ok=True)
 
     def _check_recipe(self, recipe: Recipe) -> None:
         """Refuse a recipe that changes keys which a finished or interrupted stage has read."""
@@ -231,16 +282,17 @@ class Record:
             raise UsageError(
                 f"{folder} is not a run directory",
                 expected="a folder that holds record.json",
-                remedy="give the --out of a `lora-rlhf run`",
+                remedy=_rebuild(path.parent) or "give the --out of a `lora-rlhf run`",
             )
         data, wrong = _parsed(path)
         if wrong:
             data, none = _parsed(_copy_of(path))
             if none:
+                again = "run the recipe into a new --out"
                 raise UsageError(
                     f"{path} is not a record of a run: {wrong}",
                     expected=f"record.json of schema {SCHEMA}, as the run wrote it",
-                    remedy="restore the file, or run the recipe into a new --out",
+                    remedy=f"restore the file, or {_rebuild(path.parent) or again}",
                 )
             _log.warning("%s: %s; its copy %s is used", path, wrong, _copy_of(path).name)
         data.pop("sha256", None)
@@ -388,10 +440,13 @@ class Record:
         files = known(self._by_stages()) or (known(self.data.get("files", {})) if name else {})
         for each, digest in files.items():
             path = self.folder / each
+            entries = self.data["stages"].items()
+            stage = next((s for s, entry in entries if each in entry.get("files", {})), "")
+            place = self.folder if stage else None, stage
             if not path.is_file():
-                yield damaged(path, "it is missing")
+                yield damaged(path, "it is missing", *place)
             elif self._sha256(path) != digest:
-                yield damaged(path, "its sha256 is not the one in record.json")
+                yield damaged(path, "its sha256 is not the one in record.json", *place)
 
     def rehash(self, names: Sequence[str]) -> None:
         """Update the sha256 of files that were rewritten on purpose."""
@@ -487,6 +542,8 @@ class Record:
                 raise damaged(
                     self.folder / "metrics.jsonl",
                     f"the lines of {training} are not the {known['lines']} that it wrote",
+                    self.folder,
+                    stage_of(training),
                 )
         return [line for _, line in self._logged() if stage is None or line["stage"] == stage]
 
@@ -548,10 +605,32 @@ def finite(value: Any) -> Any:
     return [finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+def blank(recipe: Recipe, text: str) -> dict[str, Any]:
+    """Return the record of a run in which no stage has begun; `text` is its recipe.yaml."""
+    return {
+        "schema": SCHEMA,
+        "name": recipe.name,
+        "seed": recipe.seed,
+        "algorithm": recipe.algorithm,
+        "recipe_sha256": identity(recipe),
+        "versions": {},
+        **{part: {} for part in _PARTS},
+        "clock": {"recipe_sha256": _digest(text), "stages": {}},
+    }
+
+
 def is_run(folder: Path) -> bool:
     """Tell if a folder holds the record of a run, or its copy."""
     path = folder / "record.json"
     return path.exists() or _copy_of(path).exists()
+
+
+def _rebuild(folder: Path) -> str:
+    """Return how to rebuild a record, if a folder holds a recipe and adapters; else empty."""
+    whole = (folder / "recipe.yaml").exists() or (folder / f"recipe.yaml{BACKUP}").exists()
+    if not whole or not any(folder.glob("adapters/*")):
+        return ""
+    return f"rebuild it: `lora-rlhf doctor {shlex.quote(str(folder))} --rebuild-record`"
 
 
 def _copy_of(path: Path) -> Path:

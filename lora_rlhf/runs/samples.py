@@ -38,7 +38,8 @@ def read(record: Record) -> dict[int, dict[str, dict[str, Any]]]:
                     raise TypeError(f"{key} is {line[key]!r:.20}")
             by_prompt.setdefault(line["index"], {})[line["model"]] = line
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise damaged(path, f"line {number} is not a sample ({error!r:.80})") from None
+            what = f"line {number} is not a sample ({error!r:.80})"
+            raise damaged(path, what, record.folder, "evaluate") from None
     return by_prompt
 
 

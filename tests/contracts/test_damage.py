@@ -13,6 +13,7 @@ import pytest
 from damage import flip_bit
 from typer.testing import CliRunner
 
+from lora_rlhf import pipeline
 from lora_rlhf.cli import app
 from lora_rlhf.errors import DamageError, UsageError
 from lora_rlhf.evaluation import judges, targets
@@ -21,7 +22,8 @@ from lora_rlhf.recipe.loader import load_recipe
 from lora_rlhf.reports import compare, plots
 from lora_rlhf.reports.cards import model_card
 from lora_rlhf.reports.doctor import doctor
-from lora_rlhf.runs import reuse, samples
+from lora_rlhf.runs import repair, reuse, samples
+from lora_rlhf.runs.progress import Progress
 from lora_rlhf.runs.record import Record
 from lora_rlhf.runs.run_lock import locked
 from lora_rlhf.serving import loaded_run
@@ -178,6 +180,68 @@ def test_record_and_recipe_come_back_from_their_copies(run, caplog, name, harm):
     harm(run / f"{name}.bak")
     with pytest.raises((DamageError, UsageError), match=name if name[2] == "c" else "run"):
         Record.read(run).recipe()
+
+
+@pytest.mark.parametrize("harm", [BROKEN[0], Path.unlink])
+def test_a_lost_record_is_rebuilt_by_the_command_that_the_error_names(run, harm):
+    before, recipe = Record.read(run), Record.read(run).recipe()
+    for name in ("record.json", "record.json.bak"):
+        harm(run / name)
+    for read in (lambda: Record.read(run), lambda: Record.open(run, recipe)):
+        with pytest.raises(UsageError) as caught:
+            read()
+        assert f"lora-rlhf doctor {run} --rebuild-record" in caught.value.remedy
+    said = CliRunner().invoke(app.app, ["doctor", str(run), "--rebuild-record"]).stdout
+    assert "record.json was lost and rebuilt" in said
+    now = Record.open(run, recipe)
+    assert not now.done("evaluate") and now.data["seed"] == before.data["seed"]
+    for stage in ("sft", "reward", "ppo"):
+        kept = now.data["stages"][stage]
+        old = before.data["stages"][stage]
+        assert now.done(stage)
+        for key in ("adapter_sha256", "files", "offset", "held_out_adapter_sha256"):
+            assert kept.get(key) == old.get(key), (stage, key)
+    assert now.data["clock"]["log"] == before.data["clock"]["log"]
+    assert now.data["model"]["fingerprint"] == before.data["model"]["fingerprint"]
+    for reader in ("samples", "card", "card sft", "doctor", "evaluate", "judge"):
+        READERS[reader](now)
+    assert "was lost and rebuilt" in model_card.render(now, "policy")
+    with pytest.raises(UsageError, match="can be read"):
+        repair.rebuild(run)
+
+
+def test_only_whole_adapters_count_when_a_record_is_rebuilt(run):
+    for name in ("record.json", "record.json.bak"):
+        (run / name).unlink()
+    cut(run / f"adapters/reward/{WEIGHTS}")
+    assert list(repair.rebuild(run).data["stages"]) == ["sft"]
+    (run / "record.json").unlink()
+    (run / "record.json.bak").unlink()
+    (run / "adapters/sft/check.json").unlink()
+    with pytest.raises(DamageError, match="no whole adapter"):
+        repair.rebuild(run)
+
+
+def test_a_damaged_stage_is_done_again_with_all_that_stands_on_it(run, runs):
+    flip_bit(run / f"adapters/held_out/{WEIGHTS}")
+    with pytest.raises(DamageError) as caught:
+        Record.read(run).verified("adapters/held_out")
+    assert f"lora-rlhf run {run} --out {run} --redo reward" in caught.value.remedy
+    recipe = Record.read(run).recipe()
+    with pytest.raises(UsageError, match="no stage 'grpo'"):
+        Record.peek(run, recipe, redo="grpo")
+    record = Record.open(run, recipe, redo="reward")
+    assert list(Record.read(run).data["stages"]) == ["sft"] and not record.data["evaluation"]
+    assert [path.name for path in (run / "adapters").iterdir()] == ["sft"]
+    assert {line["stage"] for line in record.metrics()} == {"sft"}
+    assert not (run / "samples.jsonl").exists()
+
+
+def test_a_stage_that_is_done_again_has_the_same_bits(runs, tmp_path):
+    out = Path(shutil.copytree(runs.after("sft"), tmp_path / "run"))
+    flip_bit(out / f"adapters/sft/{WEIGHTS}")
+    pipeline.run(runs.recipe(), out, until="sft", redo="sft", progress=Progress(quiet=True))
+    assert killed.bits(out) == killed.bits(runs.after("sft"))
 
 
 def test_a_changed_number_in_the_record_is_noticed(run, caplog):

@@ -41,6 +41,8 @@ def _of_data(facts: Facts) -> Iterator[str]:
             "Trained on a synthetic task with simulated labelers: the results show how the method "
             "works there, and say nothing about what people prefer."
         )
+    if unknown := facts.get("rebuilt.unknown"):
+        yield f"The record of this run was lost and rebuilt; not known: {', '.join(unknown)}."
     if facts.get("model.load_in_4bit"):
         yield "Trained and evaluated on a 4-bit base; other precisions give different outputs."
 

@@ -24,6 +24,9 @@ _INTENDED = ("limit", "part ", "held out in other sets", "in the evaluation set"
 def check(record: Record, lines: Lines) -> Findings:
     """Check the padding token, the rows dropped by filters and the agreement of labelers."""
     model = record.data["model"]
+    if "rebuilt" in record.data:
+        unknown = ", ".join(record.data["rebuilt"]["unknown"])
+        yield finding("rebuilt", f"record.json was lost and rebuilt; not known: {unknown}")
     if model.get("pad_id") is not None and model["pad_id"] in model.get("eos_ids", []):
         yield finding("pad_is_eos", f"the padding token {model['pad_id']} is also an end token")
     for name, report in record.data["data"].items():

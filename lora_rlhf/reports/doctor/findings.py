@@ -45,6 +45,9 @@ KNOWN: dict[str, tuple[str, str, str, str]] = {
         "data", "fault", "padding is masked out of the loss, and the end token with it, so the "
         "model never learns to stop",
         "set tokenizer.pad_token to an unused token and save the tokenizer beside the base model"),
+    "rebuilt": (
+        "data", "warning", "the files were taken as they are: nothing shows if they were changed",
+        "run the recipe into a new --out if the result matters"),
     "contradictions": (
         "data", "warning", "contradictory labels limit what a reward model can learn",
         "give labelers clearer instructions; check the order of `ranks` (1 is best)"),

@@ -24,7 +24,8 @@ def check(recipe: Recipe, record: Record, progress: Progress) -> None:
     if entry["gate"] == "passed" or recipe.ppo.reward != "model":
         return
     if entry["gate"] == UNKNOWN:
-        progress.say("warning: the reward model was not judged: there are no comparisons")
+        why = entry.get("gate_reason", "there are no comparisons")
+        progress.say(f"warning: the reward model was not judged: {why}")
         return
     if recipe.reward.gate == "stop":
         raise GateError(
