@@ -102,9 +102,8 @@ def run(
             progress.say(f"changed in this run: {now} (to undo: {record.as_options()})")
         record.check_place = check_place
         record.data["clock"]["environment"] = environment.result_variables()
-        if environment.ignored:
-            names = ", ".join(f"{name}={value}" for name, value in environment.ignored.items())
-            progress.say(f"ignored environment variables: {names} (the recipe decides)")
+        if ignored := environment.note():
+            progress.say(ignored)
         if source is not None and (copied := reuse.copy_stages(source, record)):
             progress.say(f"copied from {source.folder}: {', '.join(copied)}")
         if "card" in stages:  # before hours of training, not after them

@@ -26,7 +26,17 @@ _debug = False
 
 
 class _Group(TyperGroup):
-    """Command group that accepts `--debug` anywhere, also at the end of a command."""
+    """Command group that accepts `--debug` anywhere, and escapes what it quotes in its errors."""
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        """Parse the options before the verb."""
+        with shell.escaped_usage_errors():
+            return super().make_context(*args, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Parse the verb's own options, and call it."""
+        with shell.escaped_usage_errors():
+            return super().invoke(ctx)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         end = args.index("--") if "--" in args else len(args)
@@ -363,6 +373,7 @@ def _judge_verb(
     evaluate_targets = shell.room("evaluation.evaluate_targets")
     for line in evaluate_targets.check_judge(judge, against, out, n=n, seed=seed, base=base):
         shell.echo(line)
+    _say_ignored()
 
 
 # --- verbs over runs -----------------------------------------------------------------------------
@@ -504,6 +515,15 @@ def _generate_verb(
             run, text, temperature=temperature, seed=seed, max_new_tokens=max_new_tokens
         )
     )
+    _say_ignored()
+
+
+def _say_ignored() -> None:
+    """Name the environment variables that would have changed the answers."""
+    from lora_rlhf.runtime import environment
+
+    if note := environment.note():
+        shell.echo(note, err=True)
 
 
 @_command("compare")

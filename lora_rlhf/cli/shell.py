@@ -19,6 +19,9 @@ from lora_rlhf.errors import INTERRUPTED, LoraRlhfError, MemoryLimitError, first
 from lora_rlhf.redaction import printable, safe
 from lora_rlhf.runtime import interrupts
 
+_USAGE: Any = typer.BadParameter.__base__
+"""The class of all errors in the arguments; typer does not export it."""
+
 
 @contextlib.contextmanager
 def errors_as_text(debug: bool) -> Iterator[None]:
@@ -44,6 +47,17 @@ def errors_as_text(debug: bool) -> Iterator[None]:
             what = name if text == name else f"{name}: {text}"
             hint = "" if debug else "; run again with --debug for the traceback"
             _fail(debug, f"unexpected error: {what}{hint}", 1)
+
+
+@contextlib.contextmanager
+def escaped_usage_errors() -> Iterator[None]:
+    """Escape control characters and mask secrets in the arguments that an error quotes."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, _USAGE):
+            error.message = printable(safe(str(error.message)))
+        raise
 
 
 class _Lasting:

@@ -11,7 +11,7 @@ from typing import Any
 from lora_rlhf.errors import DataError, UsageError
 from lora_rlhf.reports import evaluation_report, html_report
 from lora_rlhf.runs.disk import write_atomically
-from lora_rlhf.runtime import quiet
+from lora_rlhf.runtime import environment, quiet
 
 from . import judge_validation, judges, run_suite, targets
 from . import suite as suites
@@ -48,6 +48,9 @@ def evaluate_targets(
     Raises:
         UsageError: A target, suite, metric or judge cannot be used.
     """
+    environment.settle()
+    if note := environment.note():
+        say(note)
     named = targets.parse(names, base=base, load_in_4bit=load_in_4bit, few_shot=few_shot)
     chosen, file = suites.load(suite or _suite_for(named))
     folder = out or Path("evaluations") / chosen.name
@@ -116,6 +119,7 @@ def check_judge(
     """Compare a judge with people's labels, write the record, and return a summary of it."""
     if out.is_dir():
         raise UsageError(f"--out {out} is a folder", expected="a file for the record")
+    environment.settle()
     labelled, left_out = judge_validation.read(labels, seed, n)
     [spec, *more] = judges.parse([name], base)
     if more:
@@ -125,6 +129,7 @@ def check_judge(
         engine = Engine(spec.base, [spec.target] if spec.target else [])
     judge = spec.load(engine)
     record = judge_validation.validate(judge, labelled, str(labels), left_out)
+    record["environment"] = environment.result_variables()
     write_atomically(out, json.dumps(record, indent=1) + "\n")
     return [*_summary_of(spec.name, judge, record), f"record  {out}"]
 

@@ -588,6 +588,7 @@ def _report(
         },
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "packages": environment.versions(),
+        "environment": environment.result_variables(),
         "device": str(devices.pick_device()),
         "headline": head,
         "verdict": verdict,

@@ -15,6 +15,7 @@ from typing import Any
 from lora_rlhf.errors import HubError, UsageError
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.reports.cards.card_facts import ROLES, hub_base
+from lora_rlhf.runs import run_lock
 from lora_rlhf.runs.record import Record
 
 from .repository import Repository, base_licence, offline
@@ -41,6 +42,15 @@ def push(
         HubError: A check failed before anything was sent, or the Hub could not be reached; the
             message holds the command that tries again.
     """
+    with run_lock.locked(record.folder):
+        record.refresh()  # the caller may have read it before the run went on
+        return _push(record, role, repo_id, public, token)
+
+
+def _push(
+    record: Record, role: str, repo_id: str, public: bool, token: str | None
+) -> dict[str, Any]:
+    """Publish an adapter of a run that is locked."""
     again = f"lora-rlhf push {shlex.quote(str(record.folder))} --{role} {repo_id}"
     hub = Repository(repo_id, token, public, again, f"the push of the {role} adapter")
     base, model = check_adapter(record, role), record.data["model"]
@@ -70,13 +80,17 @@ def push_base(record: Record, repo_id: str, *, public: bool = False) -> dict[str
     """
     again = f"lora-rlhf push {shlex.quote(str(record.folder))} --base {repo_id}"
     hub = Repository(repo_id, None, public, again, "the push of the base model")
-    with tempfile.TemporaryDirectory(prefix="lora-rlhf-push-") as name:
+    with (
+        run_lock.locked(record.folder),
+        tempfile.TemporaryDirectory(prefix="lora-rlhf-push-") as name,
+    ):
+        record.refresh()
         files = stage_base(record, Path(name))
         hub.check_access()
         result = hub.upload(Path(name), files, f"base model of {record.data.get('name')}")
-    published = {"hub_id": repo_id, "hub_revision": result["commit"]}
-    record.data.setdefault("model", {}).update(published)
-    record.save()
+        published = {"hub_id": repo_id, "hub_revision": result["commit"]}
+        record.data.setdefault("model", {}).update(published)
+        record.save()
     return result
 
 

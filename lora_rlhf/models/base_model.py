@@ -20,6 +20,7 @@ from lora_rlhf.data import chat_template, tokenization
 from lora_rlhf.errors import BaseModelError
 from lora_rlhf.recipe.schema import LoraSection, ModelSection
 from lora_rlhf.redaction import safe
+from lora_rlhf.runtime import environment
 from lora_rlhf.runtime.oom import BatchSizeBackoff
 
 from . import fingerprints, loading, special_tokens
@@ -54,7 +55,11 @@ class BaseModel:
 
     @classmethod
     def load(cls, model: ModelSection, lora: LoraSection) -> Self:
-        """Load base model and tokenizer; raises the errors of `loading.load`."""
+        """Load base model and tokenizer; raises the errors of `loading.load`.
+
+        Environment variables that would change its outputs are refused or ignored first.
+        """
+        environment.settle()
         causal, tokenizer, source = loading.load(model)
         return cls(causal, tokenizer, model, lora, source)
 

@@ -89,6 +89,7 @@ class Record:
         self.check_place: Callable[[], None] = lambda: None  # called before the run is written to
         self._written: dict[str, str] = {}  # path -> sha256, by the stage that runs now
         self._seen: dict[str, tuple[os.stat_result, str]] = {}  # path -> sha256 of that state
+        self._digest = ""  # of record.json as it was read or written here
         self._forgotten: tuple[str, ...] = ()  # stages that run again
         self.on_done: Callable[[], None] = lambda: None  # called before a stage is marked as done
         # Called after each checkpoint (False) and each finished stage (True).
@@ -295,8 +296,16 @@ class Record:
                     remedy=f"restore the file, or {_rebuild(path.parent) or again}",
                 )
             _log.warning("%s: %s; its copy %s is used", path, wrong, _copy_of(path).name)
-        data.pop("sha256", None)
-        return cls(folder, data)
+        digest = data.pop("sha256", "")
+        record = cls(folder, data)
+        record._digest = digest
+        return record
+
+    def refresh(self) -> None:
+        """Read the record again if somebody has written it since this object did."""
+        now = Record.read(self.folder)
+        if now._digest != self._digest:
+            self.data, self._digest = now.data, now._digest
 
     def recipe(self) -> Recipe:
         """Read the resolved recipe of this run; files that were moved together with it are found.
@@ -363,8 +372,10 @@ class Record:
     def save(self) -> None:
         """Write `record.json` and the copy beside it, each whole or not at all."""
         self.check_place()
-        text = json.dumps(signed(json.loads(json.dumps(safe(finite(self.data))))), indent=1)
-        write_atomically(self.folder / "record.json", text + "\n", twice=True)
+        data = signed(json.loads(json.dumps(safe(finite(self.data)))))
+        text = json.dumps(data, indent=1) + "\n"
+        write_atomically(self.folder / "record.json", text, twice=True)
+        self._digest = data["sha256"]
 
     def done(self, stage: str) -> bool:
         """Return whether `stage` is finished; for `card`, the run must be sealed too."""

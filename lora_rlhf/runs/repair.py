@@ -141,9 +141,9 @@ def _is_whole(folder: Path) -> bool:
     """Tell if an adapter's files are there and its weights have the length that they state."""
     try:
         with safe_open(folder / "adapter_model.safetensors", "np") as weights:
-            return bool(weights.keys() and _json(folder / "adapter_config.json")) and {
-                "base_fingerprint", "dtype", "load_in_4bit"
-            } <= _json(folder / "check.json").keys()  # fmt: skip
+            config, check = (_json(folder / f"{n}.json") for n in ("adapter_config", "check"))
+            known = {"base_fingerprint", "dtype", "load_in_4bit"} <= check.keys()
+            return bool(weights.keys() and config and known)
     except (OSError, SafetensorError):
         return False
 

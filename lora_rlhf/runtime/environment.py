@@ -72,6 +72,12 @@ def settle() -> None:
         ignored[name] = os.environ.pop(name)
 
 
+def note() -> str:
+    """Name the variables that are ignored; empty if there are none."""
+    names = ", ".join(f"{name}={value}" for name, value in ignored.items())
+    return f"ignored environment variables: {names} (they would change results)" if names else ""
+
+
 def result_variables() -> dict[str, str]:
     """Return the variables that may change a run's bits, those that are ignored included."""
     kept = {name: value for name, value in os.environ.items() if name.startswith(_RECORDED)}

@@ -55,9 +55,9 @@ def fake(monkeypatch):
     """A pipeline that does what the test says."""
     made = SimpleNamespace(calls=[], raises=None, record=None)
 
-    def run(recipe, out, *, until="card", progress=None, start_from=None, warm_start=False):
+    def run(recipe, out, *, until, progress, start_from, warm_start, redo):
         made.calls.append((recipe, Path(out), until))
-        made.start_from, made.warm_start = start_from, warm_start
+        made.start_from, made.warm_start, made.redo = start_from, warm_start, redo
         if made.raises is not None:
             raise made.raises
         return made.record or Record.open(out, recipe)
@@ -224,7 +224,9 @@ def test_a_warm_start_is_asked_for_explicitly(verb, recipe, fake, tmp_path):
     assert invoke(verb, recipe, "--out", tmp_path / "b").exit_code == 0
     assert fake.warm_start is False
     assert invoke(verb, recipe, "--out", tmp_path / "b", "--warm-start").exit_code == 0
-    assert fake.warm_start is True
+    assert fake.warm_start is True and fake.redo is None
+    invoke(verb, recipe, "--out", tmp_path / "run", "--redo", "sft")
+    assert fake.redo == "sft"
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "policy", "evaluate"])

@@ -10,8 +10,9 @@ import time
 import killed
 import pytest
 import typer
+from typer.testing import CliRunner
 
-from lora_rlhf.cli import shell
+from lora_rlhf.cli import app, shell
 from lora_rlhf.runtime import interrupts
 
 
@@ -47,3 +48,14 @@ def test_a_closed_terminal_ends_no_run_without_saving(tmp_path, ignore, code):
     (tmp_path / "done.closed").touch()
     assert killed.wait(child) == code
     assert (tmp_path / "done").exists()
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["\x1b[31mverb"], ["--\x1b[31m"], ["demo", "--\x1b]0;owned\x07"],
+     ["demo", "\x9b31mextra"], ["card", "run", "--\u202ex"]],
+)  # fmt: skip
+def test_what_an_error_of_the_options_quotes_is_escaped(args):
+    result = CliRunner().invoke(app.app, args)
+    assert result.exit_code == 2 and not set(result.output) & set("\x1b\x07\x9b\u202e")
+    assert "\\x" in result.output or "\\u202e" in result.output

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from hub_server import hub_env, turn_to
+from hub_server import HubServer, hub_env, turn_to
 from huggingface_hub import constants
 
 from lora_rlhf import pipeline
@@ -180,6 +180,16 @@ def test_a_second_push_changes_nothing_and_a_new_card_is_one_commit(run, server,
     assert len(server.repos["acme/p"].commits) == 3
     assert b"123.5" in server.repos["acme/p"].files["README.md"]
     assert len(server.sent("PUT", "^/_lfs/")) == 1  # the weights, once
+
+
+def test_a_record_that_was_read_earlier_does_not_replace_the_newer_one(run, server, here):
+    newer = Record.read(run.folder)
+    newer.data["clock"]["peak_memory_mb"] = 123.5
+    newer.save()
+    publishing.push(run, "policy", "acme/p")
+    kept = Record.read(run.folder).data["clock"]
+    assert kept["peak_memory_mb"] == 123.5 and kept["pushed"]["policy"]["repo_id"] == "acme/p"
+    assert b"123.5" in server.repos["acme/p"].files["README.md"]
 
 
 @pytest.mark.parametrize(
@@ -505,6 +515,23 @@ def test_an_answer_that_makes_no_sense_is_one_error(run, server, here, method, p
     with pytest.raises(HubError) as caught:
         publishing.push(run, "policy", "acme/p")
     assert "acme/" in str(caught.value) and caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", "whoami"), ("GET", "/api/models/"), ("POST", "repos/create"), ("POST", "/commit/")],
+)
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_redirect_elsewhere_is_one_error_and_takes_no_token(
+    run, server, here, method, path, status
+):
+    with HubServer(user="stranger") as elsewhere:
+        to = {"Location": f"{elsewhere.url}/api/trap"}
+        server.fail_next(method, path, status, times=99, headers=to)
+        with pytest.raises(HubError) as caught:
+            publishing.push(run, "policy", "acme/p")
+        assert "acme/" in str(caught.value) and caught.value.remedy
+        assert not any("authorization" in request.headers for request in elsewhere.requests)
 
 
 def test_escapes_of_the_hubs_error_do_not_reach_the_screen(run, server, here):

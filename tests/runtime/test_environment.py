@@ -4,10 +4,14 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from lora_rlhf.errors import SetupError
+from lora_rlhf.evaluation.evaluate_targets import check_judge
+from lora_rlhf.models.base_model import BaseModel
+from lora_rlhf.recipe.schema import LoraSection, ModelSection
 from lora_rlhf.runtime import environment
 
 
@@ -40,6 +44,17 @@ def test_what_the_recipe_decides_is_ignored_and_recorded(monkeypatch, name, valu
     assert name not in os.environ and environment.ignored == {name: value}
     recorded = environment.result_variables()
     assert recorded[name] == value and recorded["OMP_NUM_THREADS"] == "3"
+
+
+def test_every_base_is_loaded_without_them(monkeypatch):
+    """So are the models of `generate`, `evaluate` and `judge`."""
+    monkeypatch.setattr(environment, "ignored", {})
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    BaseModel.load(ModelSection(id="tiny"), LoraSection())
+    assert "ACCELERATE_MIXED_PRECISION=bf16" in environment.note()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SetupError, match="LOCAL_RANK=1"):
+        check_judge("x", Path("labels"), Path("judge.json"), n=None, seed=0, base=None)
 
 
 def test_an_interpreter_without_docstrings_is_refused():
