@@ -6,11 +6,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from lora_rlhf.errors import UsageError, first_line
+from lora_rlhf.errors import UsageError
+from lora_rlhf.recipe.loader import load_section
 from lora_rlhf.recipe.schema import Rules, Section
-from lora_rlhf.recipe.strict_yaml import parse_yaml
 
 _SHIPPED = Path(__file__).parent / "suites"
 
@@ -112,24 +112,4 @@ def load(name: str) -> tuple[Suite, Path]:
             expected=f"a YAML file, or one of: {', '.join(shipped())}",
             remedy="check --suite",
         )
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the suite cannot be read: {error}", where=str(path)) from error
-    data, lines = parse_yaml(text, str(path))
-    try:
-        return Suite.model_validate(data), path
-    except ValidationError as error:
-        items = error.errors(include_url=False)  # a misspelt key is also missing as its right one
-        item = min(items, key=lambda item: item["type"] != "extra_forbidden")
-        at = tuple(item["loc"])
-        known = at
-        while known and known not in lines:
-            known = known[:-1]
-        key = ".".join(map(str, at))
-        message = "is not a known key" if item["type"] == "extra_forbidden" else item["msg"]
-        raise UsageError(
-            f"{key or 'the suite'}: {first_line(Exception(message))}",
-            where=f"{path}:{lines.get(known, 1)}",
-            remedy="correct the suite; docs/evaluation.md lists the keys",
-        ) from None
+    return load_section(Suite, path, "correct the suite; docs/evaluation.md lists the keys"), path

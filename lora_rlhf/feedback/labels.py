@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 TYPES = ("ranking", "pair", "rating", "demonstration")
 FLAGS = ("harmful", "personal_data", "broken")
@@ -172,5 +172,23 @@ _CHECKS = {
 }
 
 
-def _whole(value: Any) -> bool:
+def _whole(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def in_task_order(kind: str, value: dict[str, Any], order: tuple[int, ...]) -> dict[str, Any]:
+    """Return a value given in the order shown as one in the task's own order of answers."""
+    if kind == "pair":
+        return {"strength": value["strength"] * (1 if order[0] == 0 else -1)}
+    if kind != "ranking":
+        return value
+    ranks = [0] * len(order)
+    for place, index in enumerate(order):
+        ranks[index] = value["ranks"][place]
+    return {"ranks": ranks}
+
+
+def in_shown_order(kind: str, value: dict[str, Any], order: tuple[int, ...]) -> dict[str, Any]:
+    """Return a value in the task's own order as one in the order shown."""
+    places = tuple(order.index(index) for index in range(len(order)))
+    return in_task_order(kind, value, places)

@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from lora_rlhf.errors import RecipeError
+from lora_rlhf.errors import RecipeError, UsageError, first_line
 from lora_rlhf.redaction import hide
 
 from . import suggestions, trl_args
-from .schema import Recipe
+from .schema import Recipe, Section
 from .strict_yaml import Key, Lines, dump_yaml, parse_yaml
+
+S = TypeVar("S", bound=Section)
 
 _MAX_BYTES = 250_000
 _MAX_PROBLEMS = 20
@@ -65,6 +67,33 @@ def parse_recipe(
         return Recipe.model_validate(data, context={"folder": folder})
     except ValidationError as error:
         raise _recipe_error(error, name, lines) from None
+
+
+def load_section(model: type[S], path: Path, remedy: str) -> S:
+    """Load another YAML file with a schema, such as a suite.
+
+    Raises:
+        UsageError: It cannot be read, or a key or value is wrong, with file and line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"it cannot be read: {error}", where=str(path)) from error
+    data, lines = parse_yaml(text, str(path))
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        items = error.errors(include_url=False)  # a misspelt key is also missing as its right one
+        item = dict(min(items, key=lambda item: item["type"] != "extra_forbidden"))
+        at = known = tuple(item["loc"])
+        while known and known not in lines:
+            known = known[:-1]
+        key = ".".join(map(str, at)) or path.name
+        unknown = item["type"] == "extra_forbidden"
+        message = "is not a known key" if unknown else first_line(Exception(item["msg"]))
+        raise UsageError(
+            f"{key}: {message}", where=f"{path}:{lines.get(known, 1)}", remedy=remedy
+        ) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -1,0 +1,893 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The store of a labelling project: tasks, assignments, labels and guidelines in SQLite.
+
+Rows of tasks, assignments, labels, labelers and guidelines are added and never changed; a
+correction is a new row. Each has a checksum over its content and the checksum of the row before
+it, so that an edited, removed or inserted row is noticed when the store is opened. The checksums
+hold no secret: they show accidents and careless edits, not forgery.
+
+A label counts as saved when `submit` returns: SQLite then has synced it to the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import random
+import sqlite3
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from lora_rlhf.errors import (
+    BusyError,
+    DamageError,
+    DataError,
+    DiskError,
+    LoraRlhfError,
+    SetupError,
+    UsageError,
+    first_line,
+)
+from lora_rlhf.runtime import optional_packages
+
+from .labels import (
+    FLAGS,
+    LONGEST_NOTE,
+    Answer,
+    Label,
+    Task,
+    check_value,
+    in_shown_order,
+    in_task_order,
+)
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection, Engine, Table
+    from sqlalchemy.engine import Row
+
+sa: Any = optional_packages.load("sqlalchemy", "a labelling project", "feedback")
+
+APPLICATION = 0x4C6F5246
+"""SQLite's application_id of our stores."""
+
+VERSION = 1
+"""Version of the tables: SQLite's user_version."""
+
+MIGRATIONS: dict[int, tuple[str, ...]] = {}
+"""Version -> statements that lead from it to the next one."""
+
+BUSY_SECONDS = 5.0
+OWN_IDLE, IDLE = 120.0, 24 * 3600.0
+"""Seconds without a sign of life after which another tab of the labeler, or another labeler, may
+have what was assigned."""
+
+SCREENING = "screening"
+"""The `why` of gold tasks that every labeler gets first."""
+
+_META = sa.MetaData()
+
+
+def _table(name: str, *columns: Any) -> Any:
+    return sa.Table(name, _META, sa.Column("id", sa.Integer, primary_key=True), *columns)
+
+
+def _text(name: str, nullable: bool = False, unique: bool = False) -> Any:
+    return sa.Column(name, sa.Text, nullable=nullable, unique=unique)
+
+
+def _number(name: str, nullable: bool = False) -> Any:
+    return sa.Column(name, sa.Integer, nullable=nullable)
+
+
+_tasks = _table(
+    "tasks",
+    _text("task", unique=True),
+    _text("content"),
+    _text("checksum"),
+    _text("role"),  # normal, gold or screening
+    _number("wanted"),
+    _number("taken"),
+)
+_assignments = _table(
+    "assignments",
+    _text("task"),
+    _text("labeler"),
+    _text("shown"),
+    _text("checksum"),
+    _text("tab"),
+    _text("state"),  # open, labelled, skipped or released
+    sa.Column("since", sa.Float, nullable=False),
+    sa.Column("active", sa.Float, nullable=False),
+    _number("replaces", nullable=True),
+    sa.UniqueConstraint("task", "labeler"),
+)
+_labels = _table(
+    "labels",
+    _number("assignment"),
+    _text("task"),
+    _text("labeler"),
+    _text("value", nullable=True),
+    _text("flags"),
+    _number("both_bad"),
+    _text("note"),
+    _text("shown"),
+    sa.Column("seconds", sa.Float, nullable=False),
+    _text("guidelines"),
+    _text("created"),
+    _number("replaces", nullable=True),
+    _text("submission", unique=True),
+    _text("checksum"),
+)
+_labelers = _table(
+    "labelers", _text("name"), _text("people", nullable=True), _text("created"), _text("checksum")
+)
+_guidelines = _table(
+    "guidelines", _text("sha256", unique=True), _text("text"), _text("created"), _text("checksum")
+)
+_readings = _table(
+    "readings", _text("labeler"), _text("sha256"), _text("created"), _text("checksum")
+)
+_drafts = _table("drafts", _text("draft"))
+_heads = _table("heads", _text("name", unique=True), _number("rows"), _text("checksum"))
+
+sa.Index("open_tasks", _tasks.c.id, sqlite_where=_tasks.c.taken < _tasks.c.wanted)
+sa.Index("roles", _tasks.c.role)
+sa.Index("states", _assignments.c.labeler, _assignments.c.state)
+sa.Index("of_labeler", _labels.c.labeler)
+sa.Index("readings_of", _readings.c.labeler)
+sa.Index("replaced_once", _labels.c.replaces, unique=True)
+sa.Index(
+    "labelled_once", _labels.c.assignment, unique=True, sqlite_where=_labels.c.replaces.is_(None)
+)
+
+_NOT_CHAINED = {
+    "tasks": ("role", "wanted", "taken"),
+    "assignments": ("tab", "state", "since", "active", "replaces"),
+    "labels": (), "labelers": (), "guidelines": (), "readings": (),
+}  # fmt: skip
+"""Table with checksums -> its columns that may change."""
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How many labels a task gets, and how often a labeler meets a gold item.
+
+    Args:
+        overlap: Share of the tasks that get `labels_per_overlap` labels, by different people.
+        gold_share: Share of gold items in what a labeler sees.
+    """
+
+    labels_per_task: int = 1
+    overlap: float = 0.0
+    labels_per_overlap: int = 2
+    gold_share: float = 0.0
+    seed: int = 0
+
+    def wanted(self, task: Task) -> int:
+        """Return the number of labels that a task should get; 0 for gold, which all may get."""
+        if task.gold is not None:
+            return 0
+        chosen = random.Random(f"{self.seed}/overlap/{task.id}").random() < self.overlap
+        return max(self.labels_per_task, self.labels_per_overlap if chosen else 0)
+
+
+class AssignmentError(UsageError):
+    """A request that the state of a labeling does not allow; nothing was changed.
+
+    A task that was answered in another tab. Go on with the next one.
+
+    Args:
+        code: answered, elsewhere, unknown, reused, nothing, labeler or guidelines.
+    """
+
+    def __init__(self, code: str, given: str, remedy: str) -> None:
+        super().__init__(given, remedy=remedy)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One task for one labeler, with the order in which its answers are shown.
+
+    `previous` is the label to correct, in the order shown; `draft` is what a page saved.
+    """
+
+    id: int
+    task: Task
+    labeler: str
+    order: tuple[int, ...]
+    draft: Any = None
+    previous: dict[str, Any] | None = None
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
+def now() -> str:
+    """Return the time in UTC as ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def task_from(content: str) -> Task:
+    """Return the task of its JSON."""
+    data = json.loads(content)
+    answers = tuple(Answer(**one) for one in data.pop("answers"))
+    return Task(prompt=tuple(data.pop("prompt")), answers=answers, **data)
+
+
+class Store:
+    """A file with everything that a labelling project collected; safe among threads.
+
+    Other processes may use the file at the same time: each change is one transaction.
+    """
+
+    def __init__(self, path: str | Path, sharing: Sharing | None = None) -> None:
+        self.path = Path(path)
+        self.sharing = sharing or Sharing()
+        self._lock = threading.Lock()
+        self._engine: Engine | None = None
+
+    # ---------------------------------------------------------------- opening and closing
+
+    def open(self, create: bool = False, readonly: bool = False) -> Self:
+        """Open the file, and compare all rows with their checksums.
+
+        Args:
+            readonly: Only read, also from a folder that cannot be written.
+
+        Raises:
+            UsageError: There is no such file, and `create` is False.
+            SetupError: The file is of another version or program, or is not as it was written.
+            BusyError: Another process keeps it locked.
+            DiskError: It cannot be written.
+        """
+        if not create and not self.path.is_file():
+            raise UsageError(
+                "there is no store of labels here",
+                where=str(self.path),
+                expected="the labels.sqlite of a labelling project",
+                remedy="give the project's folder, or make one with `--new`",
+            )
+        self._engine = self._connected(create, readonly)
+        try:
+            with self._transaction() as connection:
+                check = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
+                if check != "ok":
+                    raise _known(self.path, "SQLITE_CORRUPT", str(check))
+                self._check_version(connection, readonly)
+                self._verify(connection)
+                if not readonly:
+                    self._share(connection)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def close(self) -> None:
+        """Close the file; the store may be opened again."""
+        if self._engine is not None:
+            self._engine.dispose()
+            self._engine = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _connected(self, create: bool, readonly: bool) -> Engine:
+        mode = "ro" if readonly else "rwc" if create else "rw"
+        query = {"mode": mode, "uri": "true"}
+        if readonly and not _wal(self.path).exists():
+            query["immutable"] = "1"  # else SQLite would make files beside it
+        url = sa.URL.create("sqlite", database=self.path.absolute().as_uri(), query=query)
+        engine: Engine = sa.create_engine(
+            url,
+            poolclass=sa.StaticPool,
+            connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False},
+        )
+
+        def connected(raw: Any, _: Any) -> None:
+            raw.isolation_level = None  # transactions begin where we say so
+            if not readonly:
+                raw.execute("PRAGMA journal_mode=WAL")
+                raw.execute("PRAGMA synchronous=FULL")
+
+        def begun(connection: Connection) -> None:
+            connection.exec_driver_sql("BEGIN" if readonly else "BEGIN IMMEDIATE")
+
+        sa.event.listen(engine, "connect", connected)
+        sa.event.listen(engine, "begin", begun)
+        return engine
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[Connection]:
+        if self._engine is None:
+            raise RuntimeError("the store is not open")
+        with self._lock, _translated(self.path), self._engine.begin() as connection:
+            yield connection
+
+    def _check_version(self, connection: Connection, readonly: bool) -> None:
+        """Make the tables of a new file, or bring those of an older version up to date."""
+        number = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
+        application = connection.exec_driver_sql("PRAGMA application_id").scalar_one()
+        empty = not connection.exec_driver_sql("SELECT count(*) FROM sqlite_master").scalar_one()
+        if empty and not readonly:
+            _META.create_all(connection)
+            for change in ("UPDATE", "DELETE"):
+                connection.exec_driver_sql(
+                    f"CREATE TRIGGER no_{change.lower()} BEFORE {change} ON labels BEGIN "
+                    "SELECT RAISE(ABORT, 'a label is never changed'); END"
+                )
+            heads = [{"name": name, "rows": 0, "checksum": ""} for name in _NOT_CHAINED]
+            connection.execute(sa.insert(_heads), heads)
+        elif application != APPLICATION:
+            raise SetupError(
+                "this SQLite file was not made by lora-rlhf",
+                where=str(self.path),
+                expected="the labels.sqlite of a labelling project",
+            )
+        elif number > VERSION or (number < VERSION and (readonly or number not in MIGRATIONS)):
+            newer = number > VERSION
+            raise SetupError(
+                f"the store has version {number}",
+                where=str(self.path),
+                expected=f"version {VERSION}",
+                remedy="update lora-rlhf" if newer else "open it once for writing with `label`",
+            )
+        else:
+            for before in range(number, VERSION):
+                for statement in MIGRATIONS[before]:
+                    connection.exec_driver_sql(statement)
+        if not readonly:
+            connection.exec_driver_sql(f"PRAGMA application_id={APPLICATION}")
+            connection.exec_driver_sql(f"PRAGMA user_version={VERSION}")
+
+    # -------------------------------------------------------------------------- checksums
+
+    def _append(self, connection: Connection, table: Table, rows: list[dict[str, Any]]) -> int:
+        """Add rows with their numbers and checksums; returns the number of the last."""
+        head = connection.execute(
+            sa.select(_heads.c.rows, _heads.c.checksum).where(_heads.c.name == table.name)
+        ).one()
+        number, checksum = head.rows, head.checksum
+        for row in rows:
+            number += 1
+            row["id"] = number
+            row["checksum"] = checksum = _chained(checksum, table.name, row)
+        if rows:
+            connection.execute(sa.insert(table), rows)
+            connection.execute(
+                sa.update(_heads)
+                .where(_heads.c.name == table.name)
+                .values(rows=number, checksum=checksum)
+            )
+        return int(number)
+
+    def _verify(self, connection: Connection) -> None:
+        """Compare every row with its checksum."""
+        heads = {row.name: row for row in connection.execute(sa.select(_heads))}
+        for name in _NOT_CHAINED:
+            table, checksum, number = _META.tables[name], "", 0
+            for row in connection.execute(sa.select(table).order_by(table.c.id)).mappings():
+                number += 1
+                if row["id"] != number:
+                    raise self._edited(f"{name[:-1]} {number} is missing")
+                checksum = _chained(checksum, name, row)
+                if checksum != row["checksum"]:
+                    raise self._edited(f"{_described(name, row)} is not as it was written")
+            head = heads.get(name)
+            if head is None or (head.rows, head.checksum) != (number, checksum):
+                last = head.rows if head else 0
+                raise self._edited(f"{name[:-1]} {max(number, last)} was removed or added by hand")
+
+    def _edited(self, problem: str) -> DamageError:
+        return DamageError(
+            problem,
+            where=str(self.path),
+            expected="rows that only lora-rlhf wrote: each carries a checksum",
+            remedy="restore the file from a backup, with its -wal and -shm if they exist",
+        )
+
+    # ------------------------------------------------------------------------------ tasks
+
+    def add_tasks(self, tasks: Iterable[Task]) -> dict[str, int]:
+        """Add tasks, all or none; one that is there already is left as it is.
+
+        Returns:
+            How many were `added`, and how many were there `already`.
+
+        Raises:
+            DataError: Another task has the same id.
+        """
+        with self._transaction() as connection:
+            known = connection.execute(sa.select(_tasks.c.task, _tasks.c.content))
+            old = {row.task: row.content for row in known}
+            rows, counts = [], Counter(added=0, already=0)
+            for task in tasks:
+                content = _json(asdict(task))
+                if task.id in old:
+                    if old[task.id] != content:
+                        raise DataError(
+                            f"task {task.id!r} differs from the task with this id in the project",
+                            where=str(self.path),
+                            expected="the same prompt and answers, or another id",
+                            remedy="rename the new task, or label it in another project",
+                        )
+                    counts["already"] += 1
+                    continue
+                old[task.id] = content
+                rows.append(
+                    {
+                        "task": task.id,
+                        "content": content,
+                        "role": _role(task),
+                        "wanted": self.sharing.wanted(task),
+                        "taken": 0,
+                    }
+                )
+                counts["added"] += 1
+            self._append(connection, _tasks, rows)
+            return dict(counts)
+
+    def tasks(self) -> list[Task]:
+        """Return all tasks in the order in which they were added."""
+        with self._transaction() as connection:
+            query = sa.select(_tasks.c.content).order_by(_tasks.c.id)
+            return [task_from(content) for content in connection.execute(query).scalars()]
+
+    def _share(self, connection: Connection) -> None:
+        """Set how many labels each task should get, which the project file may have changed."""
+        rows = connection.execute(sa.select(_tasks.c.id, _tasks.c.content, _tasks.c.wanted))
+        changed = [
+            {"number": row.id, "now": wanted}
+            for row in rows
+            if (wanted := self.sharing.wanted(task_from(row.content))) != row.wanted
+        ]
+        if changed:
+            connection.execute(
+                sa.update(_tasks)
+                .where(_tasks.c.id == sa.bindparam("number"))
+                .values(wanted=sa.bindparam("now")),
+                changed,
+            )
+
+    # ----------------------------------------------------------- labelers and guidelines
+
+    def add_labeler(self, name: str, group: str | None = None) -> None:
+        """Add a labeler, or the group that they say they belong to."""
+        with self._transaction() as connection:
+            before = _latest(connection, _labelers.c.name == name, _labelers)
+            if before is None or (group is not None and before.people != group):
+                row = {"name": name, "people": group, "created": now()}
+                self._append(connection, _labelers, [row])
+
+    def labelers(self) -> dict[str, str | None]:
+        """Return the pseudonyms, each with the group that the person gave, if any."""
+        with self._transaction() as connection:
+            rows = connection.execute(sa.select(_labelers).order_by(_labelers.c.id))
+            return {row.name: row.people for row in rows}
+
+    def guidelines(self) -> dict[str, str]:
+        """Return every version of the guidelines that was shown: sha256 -> text."""
+        with self._transaction() as connection:
+            rows = connection.execute(sa.select(_guidelines).order_by(_guidelines.c.id))
+            return {row.sha256: row.text for row in rows}
+
+    def acknowledge(self, labeler: str, text: str) -> str:
+        """Record that a labeler read these guidelines; returns their sha256."""
+        sha256 = hashlib.sha256(text.encode()).hexdigest()
+        with self._transaction() as connection:
+            seen = connection.execute(
+                sa.select(_guidelines.c.id).where(_guidelines.c.sha256 == sha256)
+            ).first()
+            row = {"sha256": sha256, "created": now()}
+            if seen is None:
+                self._append(connection, _guidelines, [{**row, "text": text}])
+            if _reading(connection, labeler) != sha256:
+                self._append(connection, _readings, [{**row, "labeler": labeler}])
+        return sha256
+
+    def acknowledged(self, labeler: str) -> str | None:
+        """Return the sha256 of the guidelines that a labeler read last."""
+        with self._transaction() as connection:
+            return _reading(connection, labeler)
+
+    # ------------------------------------------------------------------------ assignments
+
+    def next_assignment(self, labeler: str, tab: str = "") -> Assignment | None:
+        """Return what this tab shows now, or assign a task to it; None if nothing is left.
+
+        A task that was reopened by `undo` comes first.
+        """
+        with self._transaction() as connection:
+            row = _open_in(connection, labeler, tab)
+            if row is None:
+                row = self._assign(connection, labeler, tab)
+            if row is None:
+                return None
+            _touch(connection, row.id)
+            return _assignment(connection, row)
+
+    def _assign(self, connection: Connection, labeler: str, tab: str) -> Row[Any] | None:
+        """Choose a task: screening, gold by its share, any open one, then what was left lying."""
+        number = connection.execute(_fresh(labeler, "screening")).scalar()
+        had = connection.execute(
+            sa.select(sa.func.count()).where(_assignments.c.labeler == labeler)
+        ).scalar_one()
+        draw = random.Random(f"{self.sharing.seed}/gold/{labeler}/{had}").random()
+        if number is None and draw < self.sharing.gold_share:
+            number = connection.execute(_fresh(labeler, "gold")).scalar()
+        if number is None:
+            number = connection.execute(_fresh(labeler)).scalar()
+        if number is None:
+            if (lying := _lying(connection, labeler)) is not None:
+                _set(connection, lying.id, tab=tab)
+                return lying
+            if _release(connection):
+                number = connection.execute(_fresh(labeler)).scalar()
+        if number is None and not _count(connection, _tasks.c.role == "normal"):
+            number = connection.execute(_fresh(labeler, "gold")).scalar()
+        if number is None:
+            return None
+        task = task_from(
+            connection.execute(
+                sa.select(_tasks.c.content).where(_tasks.c.id == number)
+            ).scalar_one()
+        )
+        order = list(range(len(task.answers)))
+        random.Random(f"{self.sharing.seed}/order/{labeler}/{task.id}").shuffle(order)
+        made = {"task": task.id, "labeler": labeler, "shown": _json(order)}
+        state = {"tab": tab, "state": "open", "since": time.time(), "active": time.time()}
+        new = self._append(connection, _assignments, [{**made, **state}])
+        _recount(connection, task.id)
+        return _by_id(connection, new)
+
+    def submit(
+        self,
+        labeler: str,
+        assignment: int,
+        value: dict[str, Any] | None,
+        *,
+        tab: str = "",
+        submission: str = "",
+        flags: Iterable[str] = (),
+        both_bad: bool = False,
+        note: str = "",
+    ) -> Label:
+        """Save a label, or that the task is skipped, where the value is None.
+
+        Args:
+            value: In the order in which the answers were shown.
+            submission: Any unique text; the same one again returns the label that it made.
+
+        Raises:
+            ValueError: The value, a flag or the note is not as expected.
+            AssignmentError: The task is not this tab's, or was answered already.
+        """
+        flags = tuple(flag for flag in FLAGS if flag in (given := set(flags)))
+        if unknown := given - {*FLAGS}:
+            raise ValueError(f"flag {min(unknown)!r:.40}: expected {', '.join(FLAGS)}")
+        if len(note) > LONGEST_NOTE:
+            raise ValueError(f"the note has {len(note)} characters: expected {LONGEST_NOTE}")
+        with self._transaction() as connection:
+            if submission and (before := _submitted(connection, submission)) is not None:
+                if (before.assignment, before.labeler) != (assignment, labeler):
+                    raise AssignmentError(
+                        "reused", "this submission belongs to another task", "load the page again"
+                    )
+                return _label(before)
+            row = _held(connection, labeler, assignment, tab)
+            task, order = _task_of(connection, row.task), tuple(json.loads(row.shown))
+            if value is not None:
+                value = check_value(task.type, value, len(task.answers))
+                value = in_task_order(task.type, value, order)
+            made = {
+                "assignment": assignment,
+                "task": task.id,
+                "labeler": labeler,
+                "value": None if value is None else _json(value),
+                "flags": _json(flags),
+                "both_bad": int(both_bad),
+                "note": note,
+                "shown": row.shown,
+                "seconds": round(max(0.0, time.time() - row.since), 3),
+                "guidelines": _reading(connection, labeler) or "",
+                "created": now(),
+                "replaces": row.replaces,
+                "submission": submission or f"{assignment}/{row.replaces or 0}",
+            }
+            self._append(connection, _labels, [made])
+            state = "skipped" if value is None else "labelled"
+            _set(connection, assignment, state=state, replaces=None)
+            connection.execute(sa.delete(_drafts).where(_drafts.c.id == assignment))
+            _recount(connection, task.id)
+            return _label(_submitted(connection, made["submission"]))
+
+    def skip(
+        self,
+        labeler: str,
+        assignment: int,
+        *,
+        tab: str = "",
+        flags: Iterable[str] = (),
+        note: str = "",
+    ) -> Label:
+        """Record that a labeler will not answer a task, which then goes to someone else."""
+        return self.submit(labeler, assignment, None, tab=tab, flags=flags, note=note)
+
+    def undo(self, labeler: str, tab: str = "") -> Assignment:
+        """Open the last task again that the labeler answered, first of all in this tab.
+
+        Its label stays as it is until another one replaces it.
+        """
+        with self._transaction() as connection:
+            row = connection.execute(
+                sa.select(_assignments, _labels.c.id.label("last"))
+                .join(_labels, _labels.c.assignment == _assignments.c.id)
+                .where(_assignments.c.labeler == labeler, _assignments.c.state != "open")
+                .order_by((_assignments.c.tab == tab).desc(), _labels.c.id.desc())
+                .limit(1)
+            ).first()
+            if row is None:
+                raise AssignmentError("nothing", "there is nothing to undo", "go on")
+            _set(connection, row.id, state="open", tab=tab, since=time.time(), replaces=row.last)
+            _touch(connection, row.id)
+            return _assignment(connection, _by_id(connection, row.id))
+
+    def save_draft(self, labeler: str, assignment: int, draft: Any, *, tab: str = "") -> None:
+        """Keep what a labeler has typed so far; a draft is no label, and may be overwritten."""
+        with self._transaction() as connection:
+            _held(connection, labeler, assignment, tab)
+            row = {"id": assignment, "draft": _json(draft)}
+            connection.execute(sa.insert(_drafts).prefix_with("OR REPLACE"), row)
+            _touch(connection, assignment)
+
+    def assigned(self, labeler: str, assignment: int, tab: str = "") -> Assignment:
+        """Return an open assignment of this tab.
+
+        Raises:
+            AssignmentError: It is not open, or not this tab's.
+        """
+        with self._transaction() as connection:
+            return _assignment(connection, _held(connection, labeler, assignment, tab))
+
+    # ----------------------------------------------------------------------------- labels
+
+    def labels(self, current: bool = True) -> list[Label]:
+        """Return the labels in the order in which they were given.
+
+        Args:
+            current: Leave out those that a later one replaced.
+        """
+        with self._transaction() as connection:
+            rows = connection.execute(sa.select(_labels).order_by(_labels.c.id)).all()
+        replaced = {row.replaces for row in rows} if current else set()
+        return [_label(row) for row in rows if row.id not in replaced]
+
+    def progress(self, labeler: str) -> dict[str, Any]:
+        """Count what a labeler did and what is left for them; seconds are those of the last 50."""
+        with self._transaction() as connection:
+            mine = _assignments.c.labeler == labeler
+            state = _assignments.c.state
+            counted = sa.select(state, sa.func.count()).where(mine).group_by(state)
+            states = {row[0]: row[1] for row in connection.execute(counted)}
+            waiting = _tasks.c.taken < _tasks.c.wanted
+            seen = connection.execute(
+                sa.select(sa.func.count())
+                .select_from(_assignments.join(_tasks, _tasks.c.task == _assignments.c.task))
+                .where(mine, waiting)
+            ).scalar_one()
+            left = _count(connection, waiting) - seen
+            seconds = connection.execute(
+                sa.select(_labels.c.seconds)
+                .where(_labels.c.labeler == labeler)
+                .order_by(_labels.c.id.desc())
+                .limit(50)
+            ).scalars()
+            median = statistics.median(list(seconds) or [0.0])
+        done = states.get("labelled", 0) + states.get("skipped", 0)
+        total = done + states.get("open", 0) + left
+        return {"done": done, "total": total, "seconds_median": round(median, 1)}
+
+
+def _wal(path: Path) -> Path:
+    return path.with_name(path.name + "-wal")
+
+
+def _chained(before: str, table: str, row: Any) -> str:
+    """Hash what never changes in a row, after the checksum of the row before it."""
+    skipped = ("checksum", *_NOT_CHAINED[table])
+    content = {key: value for key, value in row.items() if key not in skipped}
+    return hashlib.sha256(f"{before}{table}{_json(content)}".encode()).hexdigest()
+
+
+def _described(table: str, row: Any) -> str:
+    """Name a record for an error."""
+    about = {"labels": "task", "assignments": "task", "tasks": "task", "labelers": "name"}
+    key, by = about.get(table), f" by {row['labeler']}" if "labeler" in row else ""
+    return f"{table[:-1]} {row['id']}" + (f" ({row[key]}{by})" if key else by)
+
+
+def _role(task: Task) -> str:
+    gold = task.gold is not None
+    return "normal" if not gold else "screening" if task.why == SCREENING else "gold"
+
+
+def _count(connection: Connection, where: Any) -> int:
+    query = sa.select(sa.func.count()).select_from(_tasks).where(where)
+    return int(connection.execute(query).scalar_one())
+
+
+def _fresh(labeler: str, role: str = "normal") -> Any:
+    """Select the first task of this role that waits for a label and that the labeler never had."""
+    waits = _tasks.c.taken < _tasks.c.wanted if role == "normal" else _tasks.c.role == role
+    mine = sa.exists().where(
+        _assignments.c.task == _tasks.c.task, _assignments.c.labeler == labeler
+    )
+    return sa.select(_tasks.c.id).where(waits, ~mine).order_by(_tasks.c.id).limit(1)
+
+
+def _by_id(connection: Connection, number: int) -> Row[Any]:
+    return connection.execute(sa.select(_assignments).where(_assignments.c.id == number)).one()
+
+
+def _open_in(connection: Connection, labeler: str, tab: str) -> Row[Any] | None:
+    """Return the open assignment of a tab; one that is corrected comes first."""
+    a = _assignments.c
+    query = sa.select(_assignments).where(a.labeler == labeler, a.state == "open", a.tab == tab)
+    return connection.execute(
+        query.order_by(a.replaces.is_(None), a.replaces, a.id).limit(1)
+    ).first()
+
+
+def _lying(connection: Connection, labeler: str) -> Row[Any] | None:
+    """Return what another tab of the labeler left open."""
+    a = _assignments.c
+    idle = a.active < time.time() - OWN_IDLE
+    query = sa.select(_assignments).where(
+        a.labeler == labeler, a.state.in_(["open", "released"]), idle
+    )
+    return connection.execute(query.order_by(a.id).limit(1)).first()
+
+
+def _release(connection: Connection) -> bool:
+    """Give tasks that labelers left open long ago to others; a late answer still counts."""
+    a = _assignments.c
+    idle = (a.state == "open", a.replaces.is_(None), a.active < time.time() - IDLE)
+    rows = connection.execute(sa.select(a.id, a.task).where(*idle)).all()
+    for row in rows:
+        _set(connection, row.id, state="released")
+        _recount(connection, row.task)
+    return bool(rows)
+
+
+def _set(connection: Connection, assignment: int, **values: Any) -> None:
+    query = sa.update(_assignments).where(_assignments.c.id == assignment).values(**values)
+    connection.execute(query)
+
+
+def _touch(connection: Connection, assignment: int) -> None:
+    _set(connection, assignment, active=time.time())
+
+
+def _recount(connection: Connection, task: str) -> None:
+    """Count the people who answered a task or are at it."""
+    a = _assignments.c
+    states = a.state.in_(["open", "labelled"])
+    number = sa.select(sa.func.count()).where(a.task == task, states).scalar_subquery()
+    connection.execute(sa.update(_tasks).where(_tasks.c.task == task).values(taken=number))
+
+
+def _held(connection: Connection, labeler: str, assignment: int, tab: str) -> Row[Any]:
+    """Return an assignment that this tab may answer."""
+    a = _assignments.c
+    row = connection.execute(sa.select(_assignments).where(a.id == assignment)).first()
+    if row is None or row.labeler != labeler:
+        raise AssignmentError("unknown", f"{labeler} has no task {assignment}", "go on")
+    if row.state in ("labelled", "skipped"):
+        raise AssignmentError(
+            "answered", "this task was answered already", "go on; use undo to correct the answer"
+        )
+    if row.tab != tab:
+        raise AssignmentError(
+            "elsewhere", "this task is open in another tab", "go on here with the next task"
+        )
+    return row
+
+
+def _task_of(connection: Connection, task: str) -> Task:
+    query = sa.select(_tasks.c.content).where(_tasks.c.task == task)
+    return task_from(connection.execute(query).scalar_one())
+
+
+def _assignment(connection: Connection, row: Row[Any]) -> Assignment:
+    """Return an assignment with its draft and the label that it corrects."""
+    task, order = _task_of(connection, row.task), tuple(json.loads(row.shown))
+    draft = connection.execute(sa.select(_drafts.c.draft).where(_drafts.c.id == row.id)).scalar()
+    previous = None
+    if row.replaces is not None:
+        old = _label(
+            connection.execute(sa.select(_labels).where(_labels.c.id == row.replaces)).one()
+        )
+        previous = {
+            "value": old.value and in_shown_order(task.type, old.value, order),
+            "flags": list(old.flags),
+            "both_bad": old.both_bad,
+            "note": old.note,
+        }
+    return Assignment(row.id, task, row.labeler, order, draft and json.loads(draft), previous)
+
+
+def _submitted(connection: Connection, submission: str) -> Any:
+    return connection.execute(sa.select(_labels).where(_labels.c.submission == submission)).first()
+
+
+def _latest(connection: Connection, where: Any, table: Table) -> Row[Any] | None:
+    query = sa.select(table).where(where).order_by(table.c.id.desc()).limit(1)
+    return connection.execute(query).first()
+
+
+def _reading(connection: Connection, labeler: str) -> str | None:
+    row = _latest(connection, _readings.c.labeler == labeler, _readings)
+    return None if row is None else row.sha256
+
+
+def _label(row: Any) -> Label:
+    return Label(
+        id=row.id,
+        task=row.task,
+        labeler=row.labeler,
+        value=None if row.value is None else json.loads(row.value),
+        flags=tuple(json.loads(row.flags)),
+        both_bad=bool(row.both_bad),
+        note=row.note,
+        order=tuple(json.loads(row.shown)),
+        seconds=row.seconds,
+        guidelines=row.guidelines,
+        created=row.created,
+        replaces=row.replaces,
+    )
+
+
+@contextlib.contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    """Turn SQLite's errors into ours."""
+    try:
+        yield
+    except (sqlite3.Error, sa.exc.DBAPIError) as error:
+        raw = getattr(error, "orig", error)
+        raise _known(path, getattr(raw, "sqlite_errorname", ""), first_line(raw)) from error
+
+
+def _known(path: Path, name: str, text: str) -> LoraRlhfError:
+    """Return our error for one of SQLite's codes, such as SQLITE_BUSY."""
+    code = name.removeprefix("SQLITE_").split("_")[0]
+    if code in ("BUSY", "LOCKED"):
+        return BusyError(
+            f"another process has kept the store locked for {BUSY_SECONDS:g} seconds",
+            where=str(path),
+            remedy="close the program that has the file open, and try again",
+        )
+    if code in ("READONLY", "CANTOPEN", "FULL", "IOERR", "PERM"):
+        return DiskError(
+            f"the store cannot be written: {text}",
+            where=str(path),
+            expected="a file and a folder that this user may write, and free space",
+            remedy="change their permissions, or make room; labels that were saved are intact",
+        )
+    return DamageError(
+        f"the store is damaged: {text} ({name or 'SQLite'})",
+        where=str(path),
+        expected="the SQLite file as lora-rlhf wrote it",
+        remedy="restore it from a backup",
+    )
