@@ -26,6 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from lora_rlhf import extras
 from lora_rlhf.errors import (
     BusyError,
     DamageError,
@@ -36,7 +37,6 @@ from lora_rlhf.errors import (
     UsageError,
     first_line,
 )
-from lora_rlhf.runtime import optional_packages
 
 from .labels import (
     FLAGS,
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine, Table
     from sqlalchemy.engine import Row
 
-sa: Any = optional_packages.load("sqlalchemy", "a labelling project", "feedback")
+sa: Any = extras.load("sqlalchemy", "a labelling project", "feedback")
 
 APPLICATION = 0x4C6F5246
 """SQLite's application_id of our stores."""
@@ -262,7 +262,7 @@ class Store:
             with self._transaction() as connection:
                 check = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
                 if check != "ok":
-                    raise _known(self.path, "SQLITE_CORRUPT", str(check))
+                    raise _known(self.path, "SQLITE_CORRUPT", str(check).splitlines()[-1])
                 self._check_version(connection, readonly)
                 self._verify(connection)
                 if not readonly:
@@ -652,14 +652,14 @@ class Store:
             connection.execute(sa.insert(_drafts).prefix_with("OR REPLACE"), row)
             _touch(connection, assignment)
 
-    def assigned(self, labeler: str, assignment: int, tab: str = "") -> Assignment:
-        """Return an open assignment of this tab.
+    def assigned(self, labeler: str, assignment: int) -> Assignment:
+        """Return an open assignment of a labeler.
 
         Raises:
-            AssignmentError: It is not open, or not this tab's.
+            AssignmentError: It is not open, or not theirs.
         """
         with self._transaction() as connection:
-            return _assignment(connection, _held(connection, labeler, assignment, tab))
+            return _assignment(connection, _held(connection, labeler, assignment, None))
 
     # ----------------------------------------------------------------------------- labels
 
@@ -788,8 +788,8 @@ def _recount(connection: Connection, task: str) -> None:
     connection.execute(sa.update(_tasks).where(_tasks.c.task == task).values(taken=number))
 
 
-def _held(connection: Connection, labeler: str, assignment: int, tab: str) -> Row[Any]:
-    """Return an assignment that this tab may answer."""
+def _held(connection: Connection, labeler: str, assignment: int, tab: str | None) -> Row[Any]:
+    """Return an open assignment of a labeler, in this tab if one is given."""
     a = _assignments.c
     row = connection.execute(sa.select(_assignments).where(a.id == assignment)).first()
     if row is None or row.labeler != labeler:
@@ -798,7 +798,7 @@ def _held(connection: Connection, labeler: str, assignment: int, tab: str) -> Ro
         raise AssignmentError(
             "answered", "this task was answered already", "go on; use undo to correct the answer"
         )
-    if row.tab != tab:
+    if tab is not None and row.tab != tab:
         raise AssignmentError(
             "elsewhere", "this task is open in another tab", "go on here with the next task"
         )

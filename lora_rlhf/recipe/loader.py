@@ -78,14 +78,14 @@ def load_section(model: type[S], path: Path, remedy: str) -> S:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"it cannot be read: {error}", where=str(path)) from error
+        raise UsageError(f"the file cannot be read: {error}", where=str(path)) from error
     data, lines = parse_yaml(text, str(path))
     try:
         return model.model_validate(data)
     except ValidationError as error:
         items = error.errors(include_url=False)  # a misspelt key is also missing as its right one
-        item = dict(min(items, key=lambda item: item["type"] != "extra_forbidden"))
-        at = known = tuple(item["loc"])
+        item = min(items, key=lambda item: item["type"] != "extra_forbidden")
+        at = known = item["loc"]
         while known and known not in lines:
             known = known[:-1]
         key = ".".join(map(str, at)) or path.name

@@ -147,7 +147,7 @@ def test_unknown_names_are_one_error(run, suite_file, tmp_path):
     with pytest.raises(UsageError, match="there is no suite 'everything'"):
         suite.load("everything")
     (tmp_path / "x.yaml").write_bytes(b"\xff")
-    with pytest.raises(UsageError, match=r"x.yaml: the suite cannot be read"):
+    with pytest.raises(UsageError, match=r"x.yaml: the file cannot be read"):
         suite.load(str(tmp_path / "x.yaml"))
     with pytest.raises(UsageError, match="there is no file"):
         evaluate(run, suite_file, tmp_path / "out", labels=[tmp_path / "none.jsonl"])
