@@ -14,6 +14,7 @@ from lora_rlhf.redaction import hide
 
 from . import suggestions, trl_args
 from .schema import Recipe, Section
+from .stage_keys import ALGORITHMS
 from .strict_yaml import Key, Lines, dump_yaml, parse_yaml
 
 S = TypeVar("S", bound=Section)
@@ -162,6 +163,8 @@ def _problem(item: dict[str, Any], name: str, lines: Lines) -> tuple[str, str]:
     if item["type"] == "conflict":
         in_list = any(isinstance(part, int) for part in at) and key not in message
         return where, f"{key}: {message}" if in_list else message
+    if item["type"] == "extra_forbidden" and at[-1] == "privacy" and at[0] in ALGORITHMS:
+        return where, f"unknown key {key!r}; {_NOT_PRIVATE}"
     if item["type"] == "extra_forbidden":
         hint = (
             suggestions.described(at, trl_args.usable())
@@ -174,6 +177,12 @@ def _problem(item: dict[str, Any], name: str, lines: Lines) -> tuple[str, str]:
     shown = f"{hide(value, str(at[-1]) if at else '')!r:.80}"
     return where, f"{key} = {'a mapping' if isinstance(value, dict) else shown}: {message}"
 
+
+_NOT_PRIVATE = (
+    "there is no private training of the policy: each of its rollouts depends on all earlier ones, "
+    "so its updates cannot be split into examples with bounded weight. Set sft.privacy and "
+    "reward.privacy: what the policy learns from those adapters stays protected; its prompts do not"
+)
 
 _EXPECTED = {
     "int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number",

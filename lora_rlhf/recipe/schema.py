@@ -275,6 +275,27 @@ def _resolved_adapter(cls: Any, given: str | None, info: ValidationInfo) -> str 
     return os.path.abspath((folder or Path()) / os.path.expanduser(given)) if beside else given
 
 
+class PrivacySection(Section):
+    """`sft.privacy`, `reward.privacy`: DP-SGD (1607.00133), and an audit of what is remembered."""
+
+    epsilon: float | None = Field(None, gt=0)
+    """Train privately with this budget: one demonstration, or one prompt with its comparisons, can
+    change the probability of any result by a factor of e^epsilon at most. Needs the extra
+    `privacy`."""
+    delta: float | None = Field(None, gt=0, lt=1)
+    """Probability with which the guarantee may fail; default: a tenth of 1 / examples."""
+    clip_norm: float = Field(1.0, gt=0)
+    """Largest gradient norm of one example."""
+    canaries: int = Field(0, ge=0)
+    """Random examples that are planted, each with probability one half, to audit how much of them
+    is remembered (2305.08846, 1802.08232)."""
+
+    def rules(self) -> Rules:
+        """`delta` and `clip_norm` belong to a budget."""
+        for key in self.changed("delta", "clip_norm") if self.epsilon is None else ():
+            yield f"privacy.{key} is read with privacy.epsilon only", key
+
+
 if TYPE_CHECKING:
     StartSection = StageSection
 else:  # `from` is a keyword, so a class cannot define it
@@ -298,6 +319,8 @@ else:  # `from` is a keyword, so a class cannot define it
 class SftSection(StartSection):
     """`sft`: supervised fine-tuning on demonstrations."""
 
+    privacy: PrivacySection = PrivacySection()
+
     @property
     def start(self) -> str | None:
         """Folder of the adapter that is used instead of training this stage."""
@@ -307,6 +330,8 @@ class SftSection(StartSection):
         """Nothing is trained with `from`."""
         if self.start and self.args:
             yield "sft.args have no effect with sft.from, which is not trained", "args", "from"
+        if self.start and self.changed("privacy"):
+            yield "sft.privacy has no effect with sft.from, which is not trained", "privacy", "from"
 
 
 class RewardSection(StartSection):
@@ -322,6 +347,7 @@ class RewardSection(StartSection):
     """How an ensemble scores; warm: as one adapter, the mean of their B·A products."""
     combine_std: float = Field(1.0, ge=0)
     """Standard deviations subtracted by combine: mean_minus_std."""
+    privacy: PrivacySection = PrivacySection()
 
     @property
     def start(self) -> str | None:
@@ -335,6 +361,9 @@ class RewardSection(StartSection):
         if self.start and self.args and not self.held_out_model:
             message = "reward.args have no effect with reward.from, which is not trained"
             yield message, "args", "from"
+        if self.start and self.changed("privacy") and not self.held_out_model:
+            message = "reward.privacy has no effect with reward.from, which is not trained"
+            yield message, "privacy", "from"
         if self.ensemble is None and self.changed("combine"):
             yield "reward.combine needs reward.ensemble: 2 or more adapters", "combine"
         if self.combine != "mean_minus_std" and self.changed("combine_std"):
@@ -571,6 +600,9 @@ class Recipe(Section):
         if self.algorithm == "best_of_n" and self.ppo.reward == "gold":
             message = "algorithm: best_of_n chooses by the reward model, not by gold"
             yield message, "ppo.reward", "algorithm"
+        if self.algorithm == "dpo" and self.reward.privacy.epsilon is not None:
+            message = "algorithm: dpo trains the policy on the comparisons themselves, which "
+            yield f"{message}reward.privacy does not protect", "reward.privacy.epsilon", "algorithm"
         given = self.ppo.function or self.reward.start
         by_model = self.algorithm == "best_of_n" and not given
         if (self.algorithm == "dpo" or by_model) and not self.data.comparisons:

@@ -31,6 +31,7 @@ _ENTRIES = {
     **{name: name for name in ("_step", "_buffered_inputs", "_metrics", "_total_train_tokens")},
     "health": "guard",
     "halving": "backoff",
+    "privacy": "private",
 }
 
 

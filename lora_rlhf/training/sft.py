@@ -22,8 +22,9 @@ from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.runs.record import Record
 
+from . import canaries
 from .fit import fit
-from .resumable_trainer import ResumableTrainer
+from .private_training import PrivateTraining, check_args
 from .stage_context import StageContext
 from .trl_config import build, effective, trainer_args
 
@@ -36,7 +37,7 @@ _OTHER_DTYPE = 0.5
 """Largest difference of a logit between two dtypes of one base, a few roundings of bfloat16."""
 
 
-class ResumableSFTTrainer(ResumableTrainer, SFTTrainer):
+class ResumableSFTTrainer(PrivateTraining, SFTTrainer):
     """TRL's SFT, with the loss on held-out rows after training."""
 
     held_out_loss: float
@@ -71,16 +72,22 @@ def run(context: StageContext, args: SFTConfig, data: Prepared | None) -> None:
             return
         assert data is not None  # without `from` it is an error to have none
         backbone.add_role("policy")
+        planted = canaries.draw(recipe.sft.privacy.canaries, recipe.seed, data.train)
         build_trainer = functools.partial(
             ResumableSFTTrainer,
             backbone,
             "policy",
+            privacy=recipe.sft.privacy,
             args=args,
-            train_dataset=tokenize(backbone, data.train),
+            train_dataset=tokenize(backbone, canaries.plant(data.train, planted)),
             eval_dataset=tokenize(backbone, data.held_out),
         )
         with backbone.training("policy"):
             trainer, result = fit(context, build_trainer, "sft")
+        if spent := trainer.spent(result.global_step):
+            entry["privacy"] = spent
+        if planted:
+            entry["memorisation"] = canaries.audit_sft(backbone, planted, trainer.delta)
         entry |= {
             "held_out_loss": trainer.held_out_loss,
             "steps": result.global_step,
@@ -97,7 +104,9 @@ def arguments(recipe: Recipe, out: Path) -> SFTConfig:
     Raises:
         RecipeError: TRL refuses `sft.args`.
     """
-    return build("sft", SFTConfig, trainer_args(recipe, out, "sft", _DEFAULTS, recipe.sft.args))
+    args = build("sft", SFTConfig, trainer_args(recipe, out, "sft", _DEFAULTS, recipe.sft.args))
+    check_args("sft", recipe.sft.privacy, args)
+    return args  # type: ignore[no-any-return]
 
 
 def load(backbone: Backbone, record: Record) -> None:

@@ -11,6 +11,7 @@ seed share base, SFT and reward model. `--part` runs one part, `--seeds` fewer s
     curves      long PPO runs at several KL coefficients, and best of n, against sqrt(KL)
     noise       signal to noise of one rollout's policy gradient at SFT, by kind of advantage
     lora        adapters on 1, 1/2 and 1/4 of the layers; ranks 1, 4 and 16
+    privacy     private reward models: accuracy, epsilon promised and epsilon found by an audit
 
 A seed decides all randomness: records, demonstrations, labelers, samples, LoRA.
 """
@@ -33,12 +34,12 @@ from lora_rlhf import tiny
 from lora_rlhf.algorithms.best_of_n import best_of_n_kl
 from lora_rlhf.algorithms.objectives import explained_variance, gae, masked_mean, whiten
 from lora_rlhf.algorithms.ppo import ppo_stage
-from lora_rlhf.cli import shell
 from lora_rlhf.data.closed_world import checkers
 from lora_rlhf.data.dataset_builder import prompts as read_prompts
 from lora_rlhf.evaluation import overoptimization
 from lora_rlhf.models import scoring
 from lora_rlhf.reports import kinds
+from lora_rlhf.runtime import quiet
 from lora_rlhf.serving import loaded_run
 from lora_rlhf.training.reward import ensemble
 
@@ -50,6 +51,11 @@ LORA = {
     "fraction-1-4": ["lora.top_fraction=0.25"],
     "rank-1": ["lora.r=1", "lora.alpha=2"], "rank-4": ["lora.r=4", "lora.alpha=8"],
 }  # fmt: skip
+EPSILONS = (None, 8.0, 3.0, 1.0)
+PRIVACY = [
+    "reward.privacy.canaries=1000", "reward.args.num_train_epochs=6", "reward.gate=warn",
+    "reward.args.per_device_train_batch_size=64",
+]  # fmt: skip
 METRICS = (
     "gold_reward", "gold_reward_minus_sft", "win_rate", "false_abstention", "missed_abstention",
     "proxy_reward", "kl", "length",
@@ -108,6 +114,19 @@ def lora(seed: int, out: Path) -> list[dict[str, Any]]:
         where = out / f"seed-{seed}" / (name if more else "ppo")
         start = None if more else shared(seed, out)
         rows.append(row(one(sets, where, start), name, seed))
+    return rows
+
+
+def privacy(seed: int, out: Path) -> list[dict[str, Any]]:
+    start, rows = shared(seed, out), []
+    for epsilon in EPSILONS:
+        sets = [f"seed={seed}", *PRIVACY]
+        sets += [] if epsilon is None else [f"reward.privacy.epsilon={epsilon}"]
+        name = f"epsilon-{epsilon or 'none'}"
+        record = one(sets, out / f"seed-{seed}" / name, start, until="reward")
+        stage = record.data["stages"]["reward"]
+        keys = "accuracy", "accuracy_against_gold", "memorisation", "privacy"
+        rows.append({"name": name, "seed": seed, **{key: stage.get(key) for key in keys}})
     return rows
 
 
@@ -338,7 +357,10 @@ def cell(estimate: dict[str, Any] | None) -> str:
     return "{value:.2f} [{low:.2f}, {high:.2f}]".format(**estimate)
 
 
-PARTS = {"gold": gold, "algorithms": algorithms, "curves": curves, "noise": noise, "lora": lora}
+PARTS = {
+    "gold": gold, "algorithms": algorithms, "curves": curves, "noise": noise, "lora": lora,
+    "privacy": privacy,
+}  # fmt: skip
 
 
 def tables(part: str, rows: list[dict[str, Any]], fitted: dict[str, Any]) -> str:
@@ -358,6 +380,18 @@ def tables(part: str, rows: list[dict[str, Any]], fitted: dict[str, Any]) -> str
         for r in rows:
             shown = "" if r["explained"] is None else f"{r['explained']:.2f}"
             lines.append(f"| {r['name']} | {r['seed']} | {r['snr']:.4f} | {shown} |")
+        return "\n".join([*lines, ""])
+    if part == "privacy":
+        lines = [f"## {part}", "", "| run | seed | accuracy | against the checker | promised |"]
+        lines[-1] += " found, at least | right guesses | noise | clipped |"
+        lines.append("|" + "---|" * 9)
+        for r in rows:
+            spent, audit = r["privacy"] or {}, r["memorisation"]
+            cells = [r["name"], str(r["seed"]), cell(r["accuracy"])]
+            cells += [cell(r["accuracy_against_gold"]), f"{spent.get('epsilon', math.inf):.2f}"]
+            cells += [f"{audit['epsilon_at_least']:.2f}", f"{cell(audit['right'])}"]
+            cells += [f"{spent.get('noise_multiplier', 0):.2f}", f"{spent.get('clipped', 0):.2f}"]
+            lines.append(f"| {' | '.join(cells)} |")
         return "\n".join([*lines, ""])
     lines += ["", f"| run | {' | '.join(METRICS)} | above SFT | wins |"]
     lines.append("|" + "---|" * (len(METRICS) + 3))
@@ -387,7 +421,7 @@ def main() -> None:
     parser.add_argument("--kl-coef", type=float, action="append", help="of `curves`; default: all")
     args = parser.parse_args()
     KL_COEFS[:] = args.kl_coef or KL_COEFS
-    shell.quieten()
+    quiet.process()
     for part in args.part or PARTS:
         seeds = range(args.first_seed, args.first_seed + args.seeds)
         rows = [r for seed in seeds for r in PARTS[part](seed, args.out)]

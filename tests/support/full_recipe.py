@@ -21,10 +21,12 @@ data:
   max_prompt_tokens: 9
   max_tokens: 10
   max_lost: 0.5
-sft: {args: {learning_rate: 1e-5, tags: [a, "1"], nested: {"1": null, yes: "no"}}}
+sft: {privacy: {epsilon: 8, delta: 1e-6, clip_norm: 0.5, canaries: 9},
+  args: {learning_rate: 1e-5, tags: [a, "1"], nested: {"1": null, yes: "no"}}}
 reward:
   {gate: warn, held_out_model: true, ensemble: 3, combine: mean_minus_std,
-   combine_std: 0.5, args: {a: 1}}
+   combine_std: 0.5, privacy: {epsilon: 3, delta: 1e-7, clip_norm: 2, canaries: 7},
+   args: {a: 1}}
 algorithm: grpo
 ppo: {updates: 2, reward: gold, kl_coef: 1, kl_target: 3, kl_horizon: 5, kl_budget: 9, gamma: 0.9,
   lam: 0.9, clip_value: 0.3, vf_coef: 0.2, missing_eos_penalty: 0, value_learning_rate: 1e-4,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -162,6 +163,41 @@ def _taken(adapter: Mapping[str, Any]) -> str:
     return f"Not trained in this run: the author's adapter {name} (sha256 {sha}) was used as it is."
 
 
+def _privacy(stage: Mapping[str, Any], example: str) -> list[str]:
+    """Lines on what private training guarantees, and on what an audit found."""
+    items = []
+    if spent := stage.get("privacy"):
+        get = functools.partial(at, spent)
+        items.append(
+            f"Differentially private (DP-SGD): epsilon {number(get('epsilon'))}, delta "
+            f"{number(get('delta'))}, for adding or removing one {example} of "
+            f"{number(get('examples'))}; noise multiplier {number(get('noise_multiplier'))}, clip "
+            f"norm {number(get('clip_norm'))}, sample rate {number(get('sample_rate'))}, "
+            f"{number(get('steps'))} steps, accountant {cell(get('accountant'))}. A person with k "
+            f"of them has k times this epsilon"
+        )
+        items.append(
+            "Not covered by it: the numbers on this card that were computed on the data (losses, "
+            "accuracies, samples, the reward offset), and the prompts of later stages"
+        )
+    if audit := stage.get("memorisation"):
+        get = functools.partial(at, audit)
+        items.append(
+            f"Memorisation: {number(get('canaries'))} random examples, of which a coin planted "
+            f"{number(get('planted'))}; guessing which gives epsilon of at least "
+            f"{number(get('epsilon_at_least'))} (95 % confidence; share of right guesses "
+            f"{interval(get('right'))})"
+        )
+        for name, label in (("exposure", "exposure, in bits"), ("extracted", "share extracted")):
+            if values := at(audit, name, {}):
+                listed = ", ".join(
+                    f"{cell(key.replace('_', ' '))} {number(at(value, 'bits', at(value, 'value')))}"
+                    for key, value in values.items()
+                )
+                items.append(f"Memorisation, {label}: {listed}")
+    return items
+
+
 def sft(facts: Facts) -> str:
     """Describe the supervised stage."""
     get = facts.get("stages.sft", {}).get
@@ -175,6 +211,7 @@ def sft(facts: Facts) -> str:
             f"Training loss: {number(get('train_loss'))}",
             f"Held-out loss: {interval(get('held_out_loss'), short=True)}",
             f"Settings, including defaults: {_listed(get('args'))}",
+            *_privacy(facts.get("stages.sft", {}), "demonstration"),
         ]
     )
 
@@ -199,6 +236,7 @@ def reward(facts: Facts) -> str:
         f"{gate_verdict(facts) or passed}",
         f"Settings, including defaults: {_listed(stage.get('args'))}",
         *_reward_details(stage),
+        *_privacy(stage, "prompt with all its comparisons"),
     ]
     bins = []
     for b in stage.get("calibration") or []:

@@ -10,6 +10,7 @@ B prompts in a batch, N completions in total, P pairs in total, L tokens of the 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lora_rlhf._trl import RewardTrainer
 from lora_rlhf.models.backbone import Backbone
-from lora_rlhf.training.resumable_trainer import ResumableTrainer
+from lora_rlhf.training.private_training import PrivateTraining
 
 MAX_COMPLETIONS = 16
 """Most completions in one element; a prompt with more becomes several elements."""
@@ -29,12 +30,13 @@ _Pair = tuple[tuple[int, ...], tuple[int, ...], float]
 """Ids of winner and loser, prompts included, and the margin."""
 
 
-def rankings(backbone: Backbone, rows: Dataset) -> Dataset:
+def rankings(backbone: Backbone, rows: Dataset, *, whole: bool = False) -> Dataset:
     """Group rows of pairs by prompt, in the order in which prompts first appear.
 
     Args:
         rows: `prompt`, `chosen`, `rejected`, optionally `margin`, and `group`, which is equal for
             all pairs of one prompt; without `group` every pair is a prompt of its own.
+        whole: Keep a prompt in one element even if it has more than `MAX_COMPLETIONS`.
 
     Returns:
         `completions`: ids of prompt + completion + eos, each once; `pairs`: [winner, loser] as
@@ -49,15 +51,18 @@ def rankings(backbone: Backbone, rows: Dataset) -> Dataset:
         if chosen != rejected:  # different texts may have the same ids
             pair = (chosen, rejected, float(row.get("margin") or 0.0))
             groups.setdefault(row.get("group", f"row {number}"), []).append(pair)
-    return Dataset.from_list([element for pairs in groups.values() for element in _elements(pairs)])
+    most = sys.maxsize if whole else MAX_COMPLETIONS
+    return Dataset.from_list(
+        [element for pairs in groups.values() for element in _elements(pairs, most)]
+    )
 
 
-def _elements(pairs: list[_Pair]) -> Iterator[dict[str, Any]]:
-    """Make one element of a prompt's pairs, or several of at most `MAX_COMPLETIONS`."""
+def _elements(pairs: list[_Pair], most: int) -> Iterator[dict[str, Any]]:
+    """Make one element of a prompt's pairs, or several of at most `most` completions."""
     position: dict[tuple[int, ...], int] = {}
     start = 0
     for stop, (chosen, rejected, _) in enumerate(pairs):
-        if len(position.keys() | {chosen, rejected}) > MAX_COMPLETIONS:
+        if len(position.keys() | {chosen, rejected}) > most:
             yield _element(position, pairs[start:stop])
             position, start = {}, stop
         for ids in (chosen, rejected):
@@ -115,7 +120,7 @@ def ranking_loss(rewards: Tensor, pairs: Tensor, margins: Tensor, weights: Tenso
     return -(weights * nn.functional.logsigmoid(winners - losers - margins)).sum()
 
 
-class RankingTrainer(ResumableTrainer, RewardTrainer):
+class RankingTrainer(PrivateTraining, RewardTrainer):
     """TRL's RewardTrainer on rows of `rankings`: `per_device_train_batch_size` counts prompts.
 
     Every prompt of an optimizer step has the same weight, however the step is split into batches.

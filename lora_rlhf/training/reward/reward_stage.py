@@ -24,7 +24,9 @@ from lora_rlhf.models.backbone import MEMBERS, Backbone
 from lora_rlhf.models.scoring import Episode
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.runs.record import Record
+from lora_rlhf.training import canaries
 from lora_rlhf.training.fit import fit
+from lora_rlhf.training.private_training import check_args
 from lora_rlhf.training.stage_context import StageContext
 from lora_rlhf.training.trl_config import build, effective, trainer_args
 
@@ -123,6 +125,7 @@ def arguments(recipe: Recipe, out: Path) -> dict[str, RewardConfig]:
         given = trainer_args(recipe, out, role, _DEFAULTS, recipe.reward.args)
         given["seed"] = recipe.seed + _SEEDS.index(role)
         configs[role] = build("reward", RewardConfig, given)
+        check_args("reward", recipe.reward.privacy, configs[role])
     return configs
 
 
@@ -133,23 +136,34 @@ def _train(context: StageContext, args: RewardConfig, data: Prepared, role: str)
     common = recipe.reward.combine == "warm" and role in MEMBERS
     set_seed(recipe.seed if common else args.seed)
     backbone.add_role(role, copy_from="reference")
-    train = rankings(backbone, data.train)
+    privacy = recipe.reward.privacy
+    planted = canaries.draw(privacy.canaries if role != "held_out" else 0, recipe.seed, data.train)
+    rows = canaries.plant(data.train, planted)
+    # A private example is a whole prompt, however many completions it has.
+    train = rankings(backbone, rows, whole=privacy.epsilon is not None)
     build_trainer = functools.partial(
         RankingTrainer,
         backbone,
         role,
+        privacy=privacy,
+        times=1 if role == "held_out" else len(ensemble.trained(recipe.reward)),
         args=args,
         train_dataset=train,
         data_collator=functools.partial(collate, pad_token_id=backbone.tokenizer.pad_token_id),
     )
     with backbone.training(role):
-        _, result = fit(context, build_trainer, "reward", name=role)
-    return {
+        trainer, result = fit(context, build_trainer, "reward", name=role)
+    entry = {
         "steps": result.global_step,
         "train_loss": result.training_loss,
         "prompts": len(train),
         "args": effective(args),
     }
+    if spent := trainer.spent(result.global_step):
+        entry["privacy"] = spent
+    if planted:
+        entry["memorisation"] = canaries.audit_reward(backbone, role, planted, trainer.delta)
+    return entry
 
 
 def _ensemble(
