@@ -1,5 +1,5 @@
 "use strict";
-// The labeling page. Foreign text only ever becomes a text node, and every request goes to the
+// The labelling page. Foreign text only ever becomes a text node, and every request goes to the
 // server that sent this page.
 (() => {
   const $ = (id) => document.getElementById(id);
