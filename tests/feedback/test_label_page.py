@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 import pytest
 from label_sitting import Sitting, task
 
+from lora_rlhf.feedback import store
+
 pytestmark = pytest.mark.browser
 
 ANSWERS = ("Boil the water first.", "Tea is a drink.", "No.", "Ask someone else.")
@@ -372,6 +374,54 @@ def test_a_killed_server_loses_nothing(page):
     sitting.browser.refresh()
     sitting.sees("Which answer is better?")
     assert sitting.find("input[name=strength][value='2']").is_selected()
+
+
+def test_a_server_with_a_new_token_goes_on_when_its_link_was_opened(page):
+    sitting = page(WRITING).begin().sees("Write the best answer")
+    sitting.errors = 100
+    first = sitting.browser.current_window_handle
+    sitting.find("#text").send_keys("We meet on Thursday")
+    sitting.sitting.kill()
+    sitting.sitting.start(token="another")
+    sitting.find("#save").click()
+    sitting.says("The token is missing or old. Open the address that", "#gone")
+    sitting.browser.switch_to.new_window("tab")
+    sitting.open().sees("Nothing left to label here")
+    sitting.browser.switch_to.window(first)
+    sitting.run("document.getElementById('retry').click()")
+    sitting.sees("Nothing left to label here")
+    assert [x.value for x in sitting.sitting.labels()] == [{"text": "We meet on Thursday"}]
+
+
+def test_what_only_the_owner_can_mend_is_said(page):
+    sitting = page(PAIR).begin().sees("Which answer is better?").type("4")
+    sitting.errors = 100
+    guidelines = sitting.sitting.project.folder / "guidelines.md"
+    guidelines.rename(guidelines.with_suffix(".old"))
+    sitting.find("#save").click()
+    sitting.says("guidelines.md", "#gone")
+    guidelines.with_suffix(".old").rename(guidelines)
+    sitting.run("document.getElementById('retry').click()")
+    sitting.sees("Nothing left to label here")
+    assert len(sitting.sitting.labels()) == 1
+
+
+def test_a_task_that_another_tab_took_over(page, monkeypatch):
+    monkeypatch.setattr(store, "OWN_IDLE", 0.0)
+    sitting = page(WRITING).begin().sees("Write the best answer")
+    sitting.errors = 100
+    first = sitting.browser.current_window_handle
+    sitting.find("#text").send_keys("We meet")
+    sitting.says("Draft saved", "#saved")
+    sitting.browser.switch_to.new_window("tab")
+    sitting.open().sees("Write the best answer")
+    assert sitting.find("#text").get_property("value") == "We meet"
+    sitting.browser.switch_to.window(first)
+    sitting.find("#text").send_keys(" today")
+    sitting.find("#save").click()
+    sitting.says("another tab")
+    assert sitting.find("#text").get_property("value") == "We meet today"
+    assert not sitting.sitting.labels()
 
 
 # ------------------------------------------------------------------------------- hostile text

@@ -24,7 +24,7 @@ def task(kind, prompt, *answers, checks=None):
 
 
 class Sitting:
-    """A project of these tasks; `start` serves it always under the same address."""
+    """A project of these tasks; `start` serves it, always on the same port."""
 
     def __init__(self, folder, tasks, name="Tea", guidelines="# Ours\n\nBe kind.\n", **settings):
         values = {"name": name, "overlap": 0.0, "gold_share": 0.0, **settings}
@@ -35,24 +35,25 @@ class Sitting:
             store.add_tasks(list(named))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            self.access = Access(port=free.getsockname()[1])
-        self.url = f"http://127.0.0.1:{self.access.port}/?token={self.access.token}"
+            self.port = free.getsockname()[1]
         self.start()
 
     def write_guidelines(self, text):
         (self.project.folder / "guidelines.md").write_text(text, encoding="utf-8")
 
-    def start(self):
+    def start(self, token="secret"):
+        access = Access(port=self.port, token=token)
+        self.url = f"http://127.0.0.1:{self.port}/?token={token}"
         self.child = os.fork()
         if not self.child:
             try:
-                LabelServer(self.project, self.access).run()
+                LabelServer(self.project, access).run()
             finally:
                 os._exit(1)
         end = time.monotonic() + 20
         while True:
             try:
-                socket.create_connection(("127.0.0.1", self.access.port)).close()
+                socket.create_connection(("127.0.0.1", self.port)).close()
                 return
             except OSError:
                 assert time.monotonic() < end, "the server does not start"
