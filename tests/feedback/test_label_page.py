@@ -110,7 +110,9 @@ class Page:
 
     def save(self, then):
         self.find("#save").click()
-        return self.sees(then)
+        self.sees(then)
+        assert not self.text("#message") and self.focused().tag_name == "h1"
+        return self
 
     def focused(self):
         return self.browser.switch_to.active_element

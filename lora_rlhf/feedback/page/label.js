@@ -417,9 +417,9 @@
       return !missing;
     };
     if (busy || !task || !complete()) return;
-    const { flags, both_bad, note } = entry;
+    const { flags, both_bad, note } = entry, mine = task;
     await send("label", { submission, value: form.value(), flags, both_bad, note }, form.ready);
-    if (task && !$("message").textContent) complete();
+    if (task === mine && !$("message").textContent) complete(); // its check has found something
   }
   const skip = () => send("skip", { flags: entry.flags, note: entry.note });
   async function undo() {
