@@ -73,6 +73,15 @@ class Page:
         ActionChains(self.browser, duration=0).send_keys(*keys).perform()
         return self
 
+    def insert_at(self, rank):
+        """Press Shift and a digit."""
+        from selenium.webdriver.common.action_chains import ActionChains
+        from selenium.webdriver.common.keys import Keys
+
+        keys = ActionChains(self.browser, duration=0).key_down(Keys.SHIFT).send_keys(str(rank))
+        keys.key_up(Keys.SHIFT).perform()
+        return self
+
     def until(self, condition, what="", seconds=10.0):
         from selenium.common.exceptions import StaleElementReferenceException
 
@@ -180,16 +189,25 @@ def test_a_ranking_with_ties(page):
 
 
 def test_fewest_and_most_answers(page):
+    from selenium.webdriver.common.keys import Keys
+
     answers = [f"This is answer {i}." for i in range(9)]
     sitting = page(*(task("ranking", "?", *answers[:n]) for n in (2, 9))).begin()
     shown = []
     for n, then in ((2, "Rank these 9 answers"), (9, "Nothing left to label here")):
         sitting.sees(f"Rank these {n} answers")
         shown.append([card.text for card in sitting.all(".answer .text")])
-        sitting.type(*"987654321"[-n:]).save(then)
+        if n == 2:
+            sitting.type("21")
+        else:  # each one better than those before
+            for _ in range(n):
+                sitting.insert_at(1)
+            sitting.type(Keys.ARROW_LEFT).insert_at(3)
+            assert sitting.text("#order").split("\n") == [*"HGIFEDCBA"]
+        sitting.save(then)
     for label, texts in zip(sitting.sitting.labels(), shown, strict=True):
         ranks = [label.value["ranks"][answers.index(text)] for text in texts]
-        assert ranks == [*range(len(texts), 0, -1)]
+        assert ranks == ([2, 1] if len(texts) == 2 else [9, 8, 7, 6, 5, 4, 2, 1, 3])
 
 
 def test_pairs_with_strength(page):
@@ -289,7 +307,8 @@ def test_help_and_guidelines_are_one_key_away(page):
 
     sitting = page(PAIR).begin().sees("Which answer is better?").type("?")
     assert "from A much better to B much better" in sitting.text("#help-keys")
-    sitting.type(Keys.ESCAPE, "g")
+    sitting.find("#help button").click()
+    sitting.type("g")
     assert sitting.find("#guidelines").is_displayed() and sitting.text("#guidelines-text")
     sitting.type("g")
     assert not sitting.find("#guidelines").is_displayed()
@@ -309,6 +328,23 @@ def test_changed_guidelines_are_shown_again(page):
     sitting.sees("Write the best answer").type("g")
     assert "Be brief." in sitting.text("#guidelines-text")
     assert len(sitting.sitting.labels()) == 1
+
+
+def test_guidelines_in_markdown(page):
+    source = (
+        "# A\nfirst\nline\n## B\n1. one\n2. two\n   goes on\n- *x* `y`\n  - z\n\n> said\n\n"
+        "|h|i|\n|-|-|\n|1|**2**|\n\n<!-- gone -->\n"
+        "[us](https://example.org/a) [no](javascript:alert(1)) <i>i</i>\n"
+    )
+    sitting = page(PAIR, guidelines=source).begin().sees("Which answer is better?").type("g")
+    html = sitting.find("#guidelines-text > div").get_property("innerHTML")
+    assert html == (
+        "<h2>A</h2><p>first line</p><h3>B</h3><ol><li>one</li><li>two goes on</li></ol>"
+        "<ul><li><em>x</em> <code>y</code></li><li>z</li></ul><blockquote>said</blockquote>"
+        "<table><tr><th>h</th><th>i</th></tr><tr><td>1</td><td><strong>2</strong></td></tr></table>"
+        '<p><a href="https://example.org/a" target="_blank" rel="noopener noreferrer">us</a> '
+        "[no](javascript:alert(1)) &lt;i&gt;i&lt;/i&gt;</p>"
+    )
 
 
 # ---------------------------------------------------------------------------------- accidents

@@ -479,10 +479,20 @@
 
   const tiers = () => [...new Set(entry.ranks.filter((rank) => rank !== null))].sort((a, b) => a - b)
     .map((rank) => entry.ranks.flatMap((other, i) => other === rank ? [letter(i)] : []));
-  function setRank(i, rank) {
+  // One more than the number of better answers, so that equal ones share a rank.
+  const competition = (given) => given.map((mine) =>
+    mine === null ? null : 1 + given.filter((other) => other !== null && other < mine).length);
+  function setRank(i, rank, push) {
+    const old = entry.ranks[i] ?? Infinity; // with `push`, the answers between there and here make room
+    const made = (other) => other >= rank && other < old ? other + 1 : other > old && other <= rank ? other - 1 : other;
+    if (push) entry.ranks = entry.ranks.map((other) => other === null ? null : made(other));
     entry.ranks[i] = rank;
+    if (entry.ranks.some((other) => other > entry.ranks.length)) entry.ranks = competition(entry.ranks);
+    entry.ranks.forEach((given, k) => {
+      for (const input of all(`input[name=rank-${k}]`)) input.checked = Number(input.value) === given;
+    });
     changed();
-    say(`Answer ${letter(i)}: ${rank === null ? "no rank" : `rank ${rank}`}. ` +
+    say(`Answer ${letter(i)}: ${rank === null ? "no rank" : `rank ${entry.ranks[i]}`}. ` +
       `Order: ${tiers().map(listed).join(", then ") || "empty"}.`);
   }
   const openQuestions = () => state.questions.flatMap(({ key: name }, i) => name in entry.questions ? [] : [i]);
@@ -505,23 +515,19 @@
         const names = `answer${open.length === 1 ? "" : "s"} ${listed(open.map(letter))}`;
         return { text: `No rank yet: ${names}.`, focus: answers()[open[0]] };
       },
-      // One more than the number of better answers, so that equal ones share a rank; all bad without ranks is a tie.
-      value: () => ({ ranks: entry.ranks.map((mine) => 1 + entry.ranks.filter((other) => other < mine).length) }),
+      value: () => ({ ranks: competition(entry.ranks).map((rank) => rank ?? 1) }), // all bad without ranks is a tie
       line: () => el("ol", { "aria-label": "Your order, best first" },
         ...tiers().map((tier) => el("li", null, tier.join(" = ")))),
-      digit: (n) => {
+      digit: (n, push) => {
         if (n > task.answers.length) return;
         const here = at(answers()), i = here >= 0 ? here : Math.max(0, entry.ranks.indexOf(null));
-        if (n) press(radio(`rank-${i}`, n));
-        else {
-          for (const input of all(`input[name=rank-${i}]`)) input.checked = false;
-          setRank(i, null);
-        }
+        setRank(i, n || null, push && n > 0);
         const after = entry.ranks.indexOf(null, i);
         bring(!n || after < 0 ? whereNext() : answers()[after]);
       },
       move: (step) => move(answers(), step),
       help: () => [["1", `– ${task.answers.length}`, "rank of the outlined answer; then the next one"],
+        ["Shift", "1", "the same, and moves what has this rank or a worse one down"],
         ["0", "", "takes the rank away"], ["←", "→", "answer before, answer after (also k and j)"]],
     },
     pair: {
@@ -669,7 +675,7 @@
       .map(([name, step]) => [name, () => form.move && form.move(step)])),
   };
   const leave = () => document.querySelector("h1").focus();
-  function action({ key: name, target, ctrlKey, metaKey, altKey }) {
+  function action({ key: name, code, target, ctrlKey, metaKey, altKey, shiftKey }) {
     const dialog = document.querySelector("dialog[open]"), plain = !ctrlKey && !metaKey && !altKey;
     const letters = plain && enabled();
     if (dialog) return letters && { g: "guidelines", "?": "help" }[name] === dialog.id ? () => dialog.close() : null;
@@ -679,7 +685,8 @@
     if (name === "?") return help;
     if (name === "g") return openGuidelines;
     if (!task) return name === "u" && state && state.progress.done && $("acknowledge") === null ? undo : null;
-    if (/^\d$/.test(name)) return form.digit && (() => form.digit(Number(name)));
+    const digit = /^\d$/.test(name) ? name : (/^Digit(\d)$/.exec(code) || [])[1];
+    if (digit) return form.digit && (() => form.digit(Number(digit), shiftKey && digit !== name));
     const native = name === "Enter" ? "button, a" : name.startsWith("Arrow") ? "input[type=radio], .text" : null;
     return native && target.closest(native) ? null : Object.hasOwn(keys, name) ? keys[name] : null;
   }
