@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lora_rlhf.errors import LoraRlhfError
     from lora_rlhf.evaluation.evaluate_targets import evaluate_targets
+    from lora_rlhf.feedback.notebook import label
     from lora_rlhf.hub.publishing import push
     from lora_rlhf.models.backbone import Backbone
     from lora_rlhf.pipeline import run
@@ -43,6 +44,7 @@ __all__ = [
     "evaluate",
     "evaluate_targets",
     "generate",
+    "label",
     "load",
     "load_recipe",
     "plan",
@@ -57,6 +59,7 @@ _HOMES = {
     "Record": "runs.record",
     "evaluate_targets": "evaluation.evaluate_targets",
     "generate": "serving.loaded_run",
+    "label": "feedback.notebook",
     "load": "serving.loaded_run",
     "load_recipe": "recipe.loader",
     "push": "hub.publishing",

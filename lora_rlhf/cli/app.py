@@ -376,6 +376,71 @@ def _judge_verb(
     _say_ignored()
 
 
+# --- feedback by people --------------------------------------------------------------------------
+
+
+@_command("label")
+def _label_verb(
+    folder: Annotated[Path, typer.Argument(metavar="PROJECT", help="Folder of the project.")],
+    new: Annotated[
+        Path | None, typer.Option(metavar="TASKS", help="Make the project from a file of tasks.")
+    ] = None,
+    add: Annotated[
+        Path | None, typer.Option(metavar="TASKS", help="Add the tasks of a file.")
+    ] = None,
+    export: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the labels for a recipe, and stop.")
+    ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option("--as", help="Of --export: comparisons, demonstrations, rankings or judge."),
+    ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Of --export: leave a labeler out; repeatable."),
+    ] = None,
+    kind: Annotated[
+        str, typer.Option("--type", help="Of --new: ranking, pair, rating or demonstration.")
+    ] = "ranking",
+    labeler: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Who labels; default: the page asks.")
+    ] = None,
+    terminal: Annotated[
+        bool, typer.Option("--terminal", help="Label here, without a browser.")
+    ] = False,
+    show: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    host: Annotated[
+        str, typer.Option(help="0.0.0.0 lets other machines in; needs a password.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8765,
+    password: Annotated[
+        str | None, typer.Option(envvar="LORA_RLHF_LABEL_PASSWORD", help="For labelers.")
+    ] = None,
+) -> None:
+    """Label answers of models, in a browser or here.
+
+    Serves the labelling page of a project on this machine; the printed address holds a token. With
+    --new, --add or --export it does that instead.
+    """
+    if export is None and (form is not None or without):
+        raise UsageError("--as and --without are for --export")
+    labeling = shell.room("feedback.labeling")
+    if new is not None:
+        shell.echo(labeling.make(folder, new, kind))
+    if add is not None:
+        shell.echo(labeling.add(folder, add))
+    if export is not None:
+        shell.echo(labeling.export(folder, export, form, without or ()))
+    if terminal:
+        labeling.sit(folder, labeler, input, shell.echo)
+    elif new is None and add is None and export is None:
+        import webbrowser
+
+        access = labeling.Access(host, port, password=password, labeler=labeler)
+        opened = webbrowser.open if show else str
+        labeling.serve(folder, access, shell.echo, opened)
+
+
 # --- verbs over runs -----------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ import re
 import secrets
 import threading
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class Access:
 
     Args:
         embedded: A notebook shows the page in a frame, so that its cookie is sent from there.
+        labeler: Name of the person who opens the address with the token.
     """
 
     host: str = LOOPBACK
@@ -66,6 +67,7 @@ class Access:
     token: str = field(default_factory=lambda: secrets.token_urlsafe(32))
     password: str | None = None
     embedded: bool = False
+    labeler: str | None = None
 
     def __post_init__(self) -> None:
         local = self.host == "localhost" or _is_loopback(self.host)
@@ -115,11 +117,15 @@ class Access:
         """Name of the cookie; browsers share cookies among the ports of a machine."""
         return f"lora-rlhf-label-{self.port}"
 
-    def cookie_options(self) -> dict[str, Any]:
-        """Return how cookies are set: for our own page only, or in a notebook's frame too."""
-        if self.embedded:
-            return {"httponly": True, "samesite": "none", "secure": True, "partitioned": True}
-        return {"httponly": True, "samesite": "strict"}
+    @property
+    def named(self) -> str:
+        """Name of the cookie with the labeler's pseudonym."""
+        return f"{self.cookie}-name"
+
+    def set_cookie(self, answer: Any, name: str, value: str) -> None:
+        """Set a cookie for our own page only, or in a notebook's frame too; the value is plain."""
+        kind = "SameSite=None; Secure; Partitioned" if self.embedded else "SameSite=Strict"
+        answer.headers.append("set-cookie", f"{name}={value}; Path=/; HttpOnly; {kind}")
 
 
 def _is_address(name: str) -> bool:
@@ -202,7 +208,9 @@ class _Guard:
     def _welcome(self) -> Any:
         answer = responses.RedirectResponse("/", status_code=303)
         access = self.access
-        answer.set_cookie(access.cookie, access.token, **access.cookie_options())
+        access.set_cookie(answer, access.cookie, access.token)
+        if access.labeler is not None:
+            access.set_cookie(answer, access.named, access.labeler.encode().hex())
         return answer
 
 
@@ -393,14 +401,13 @@ def _answered(handle: Callable[[], dict[str, Any]]) -> tuple[int, dict[str, Any]
 
 def application(project: Project, store: Store, access: Access) -> Any:
     """Return the ASGI application of a project."""
-    api, options = _Api(project, store), access.cookie_options()
-    who = f"{access.cookie}-name"
+    api = _Api(project, store)
 
     def route(name: str, method: str) -> Any:
         handler = getattr(api, name)
 
         async def endpoint(request: Any) -> Any:
-            labeler = _decoded(request.cookies.get(who, ""))
+            labeler = _decoded(request.cookies.get(access.named, ""))
             try:
                 given = await _body(request)
             except _Denied as error:
@@ -410,7 +417,7 @@ def application(project: Project, store: Store, access: Access) -> Any:
             )
             answer = responses.JSONResponse(body, status_code=status)
             if name == "labeler" and status == 200:
-                answer.set_cookie(who, body["labeler"].encode().hex(), **options)
+                access.set_cookie(answer, access.named, body["labeler"].encode().hex())
             return answer
 
         return routing.Route(f"/api/{name}", endpoint, methods=[method])
@@ -449,6 +456,8 @@ class LabelServer:
         self.store = project.store()
         try:
             project.guidelines()
+            if access.labeler is not None:
+                self.store.add_labeler(access.labeler)
             self._socket, self.access = _bound(access)
         except BaseException:
             self.store.close()
@@ -458,6 +467,7 @@ class LabelServer:
             log_level="warning",
             access_log=False,  # it would show the token
             server_header=False,
+            proxy_headers=False,
             lifespan="off",
             timeout_graceful_shutdown=3,
         )
@@ -489,6 +499,11 @@ class LabelServer:
         while not self._server.started and self._thread.is_alive():
             self._thread.join(0.01)
 
+    @property
+    def running(self) -> bool:
+        """True while the thread of `start` serves."""
+        return self._thread is not None and self._thread.is_alive()
+
     def stop(self) -> None:
         """End the thread."""
         self._server.should_exit = True
@@ -515,6 +530,4 @@ def _bound(access: Access) -> tuple[Any, Access]:
             remedy="stop the other server, or give another --port",
         ) from None
     port = listening.getsockname()[1]
-    return listening, Access(
-        access.host, port, access.token, access.password, embedded=access.embedded
-    )
+    return listening, replace(access, port=port)

@@ -158,7 +158,7 @@ _NOT_CHAINED = {
 
 @dataclass(frozen=True)
 class Sharing:
-    """How many labels a task gets, and how often a labeler meets a gold item.
+    """Number of labels that a task gets, and share of gold items.
 
     Args:
         overlap: Share of the tasks that get `labels_per_overlap` labels, by different people.

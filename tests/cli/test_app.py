@@ -32,8 +32,8 @@ from lora_rlhf.runtime import quiet
 
 ROOT = Path(__file__).resolve().parents[2]
 VERBS = (
-    "run", "demo", "plan", "sft", "reward", "ppo", "policy", "evaluate", "judge", "card", "report",
-    "doctor",
+    "run", "demo", "plan", "sft", "reward", "ppo", "policy", "evaluate", "judge", "label",
+    "card", "report", "doctor",
     "push", "generate", "compare", "env",
 )  # fmt: skip
 SMALL = "name: small\nmodel: {id: tiny}\ndata: {demonstrations: [{task: closed-world}]}\n"

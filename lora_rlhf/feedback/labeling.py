@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The steps of `lora-rlhf label`: make a project, add tasks, export labels, serve, or ask here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from lora_rlhf.errors import UsageError, first_line
+
+from . import label_files, project
+from .label_server import Access, LabelServer
+from .labels import TYPES
+from .project import Settings
+from .terminal import Terminal
+
+Say = Callable[[str], None]
+
+
+def make(folder: Path, tasks: Path, kind: str = "ranking") -> str:
+    """Make a project from a file of tasks; returns a sentence.
+
+    Raises:
+        UsageError: There is a project already, or no such type.
+        DataError: The file holds no tasks; nothing is made then.
+    """
+    if kind not in TYPES:
+        raise UsageError(f"there is no type {kind!r}", expected=", ".join(TYPES))
+    read = label_files.read_tasks(tasks, kind)
+    try:
+        settings = Settings.model_validate({"name": folder.resolve().name, "type": kind})
+    except ValidationError as error:
+        raise UsageError(f"{folder} has no name for a project: {first_line(error)}") from None
+    with project.create(folder, settings).store() as store:
+        store.add_tasks(read)
+    return f"{folder}: {len(read)} tasks, {project.FILE} and {settings.guidelines}, to be edited"
+
+
+def add(folder: Path, tasks: Path) -> str:
+    """Add the tasks of a file to a project; returns a sentence."""
+    there = project.load(folder)
+    read = label_files.read_tasks(tasks, there.settings.type)
+    with there.store() as store:
+        counts = store.add_tasks(read)
+    return f"{folder}: {counts['added']} tasks added, {counts['already']} were there already"
+
+
+def export(folder: Path, path: Path, form: str | None = None, without: Collection[str] = ()) -> str:
+    """Write the labels of a project to a file; returns a sentence."""
+    with project.load(folder).store(readonly=True) as store:
+        return label_files.export(store.tasks(), store.labels(), path, form, without)
+
+
+def sit(folder: Path, labeler: str | None, ask: Callable[[str], str], say: Say) -> None:
+    """Ask one labeler in a terminal."""
+    there = project.load(folder)
+    if not labeler:
+        raise UsageError("--terminal needs the labeler's name", remedy="add --labeler NAME")
+    with there.store() as store:
+        count = Terminal(there, store, labeler, ask, say).sit()
+    say(f"{count} labels")
+
+
+def serve(folder: Path, access: Access, say: Say, show: Callable[[str], object]) -> None:
+    """Serve the labelling page until a signal.
+
+    Args:
+        show: Opens an address in a browser, or does nothing.
+    """
+    server = LabelServer(project.load(folder), access)
+    if access.password is not None:
+        say(f"for labelers: {server.address} (any name, and the password)")
+    say(f"open {server.url}")
+    say("Ctrl-C ends it; labels are saved at once")
+    show(server.url)
+    server.run()
