@@ -2,8 +2,11 @@
 """The labelling page in headless Chromium: sittings, accidents, hostile text, accessibility."""
 
 import contextlib
+import functools
+import http.server
 import json
 import shutil
+import threading
 import time
 from urllib.parse import urlsplit
 
@@ -43,6 +46,7 @@ class Page:
     def __init__(self, browser, sitting):
         self.browser, self.sitting = browser, sitting
         self.errors = 0  # of the console, that a test provokes
+        self.origins = {urlsplit(sitting.url)[:2]}
 
     def open(self):
         self.browser.get(self.sitting.url)
@@ -163,7 +167,7 @@ def page(chromium, tmp_path):
     chromium.get("about:blank")
     pages[0].sitting.kill()
     origins = {origin for origin in origins if origin[0] not in ("data", "about")}
-    assert origins == {urlsplit(pages[0].sitting.url)[:2]}
+    assert origins == pages[0].origins
     assert len(complaints) <= pages[0].errors, complaints
 
 
@@ -460,6 +464,30 @@ def test_a_task_that_another_tab_took_over(page, monkeypatch):
     sitting.says("another tab")
     assert sitting.find("#text").get_property("value") == "We meet today"
     assert not sitting.sitting.labels()
+
+
+def test_in_the_frame_of_a_notebook(page, tmp_path):
+    """The notebook is another site, on `localhost`, so that cookies and storage are partitioned."""
+    sitting = page(WRITING, PAIR, embedded=True)
+    frame = f'<iframe src="{sitting.sitting.url}" style="width: 100%; height: 800px"></iframe>'
+    (tmp_path / "notebook.html").write_text(f'<link rel="icon" href="data:,">{frame}')
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as notebook:
+        threading.Thread(target=notebook.serve_forever, daemon=True).start()
+        address = f"http://localhost:{notebook.server_port}/notebook.html"
+        sitting.origins.add(urlsplit(address)[:2])
+        sitting.browser.get(address)
+        sitting.browser.switch_to.frame(0)
+        sitting.sees("Who labels?").type("heron\n").sees("Guidelines")
+        sitting.find("#acknowledge").click()
+        sitting.sees("Write the best answer").find("#text").send_keys("On Thursday")
+        sitting.run("document.querySelector('h1').textContent = 'old'; location.reload()")
+        sitting.sees("Write the best answer")
+        assert sitting.find("#text").get_property("value") == "On Thursday"
+        sitting.save("Which answer is better?")
+        sitting.browser.switch_to.default_content()
+        notebook.shutdown()
+    assert len(sitting.sitting.labels()) == 1
 
 
 # ------------------------------------------------------------------------------- hostile text

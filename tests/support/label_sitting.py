@@ -26,7 +26,16 @@ def task(kind, prompt, *answers, checks=None):
 class Sitting:
     """A project of these tasks; `start` serves it, always on the same port."""
 
-    def __init__(self, folder, tasks, name="Tea", guidelines="# Ours\n\nBe kind.\n", **settings):
+    def __init__(
+        self,
+        folder,
+        tasks,
+        name="Tea",
+        guidelines="# Ours\n\nBe kind.\n",
+        embedded=False,
+        **settings,
+    ):
+        self.embedded = embedded
         values = {"name": name, "overlap": 0.0, "gold_share": 0.0, **settings}
         self.project = project.create(folder, project.Settings(**values))
         self.write_guidelines(guidelines)
@@ -42,7 +51,7 @@ class Sitting:
         (self.project.folder / "guidelines.md").write_text(text, encoding="utf-8")
 
     def start(self, token="secret"):
-        access = Access(port=self.port, token=token)
+        access = Access(port=self.port, token=token, embedded=self.embedded)
         self.url = f"http://127.0.0.1:{self.port}/?token={token}"
         self.child = os.fork()
         if not self.child:
