@@ -77,3 +77,14 @@ def runs(tmp_path_factory):
 
     top = tmp_path_factory.getbasetemp()
     return Runs((top.parent if "PYTEST_XDIST_WORKER" in os.environ else top) / "little-runs")
+
+
+@pytest.fixture
+def chat(monkeypatch):
+    """A chat-completions server on loopback."""
+    from chat_server import serve
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with serve() as server:
+        yield server

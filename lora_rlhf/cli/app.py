@@ -359,19 +359,37 @@ def _judge_verb(
     judge: Annotated[
         str, typer.Argument(help="RUN:held_out, a reward model, or a language model.")
     ],
-    against: Annotated[Path, typer.Option(metavar="LABELS", help="Pairs with people's labels.")],
-    out: Annotated[Path, typer.Option(help="Record to write.")] = Path("judge.json"),
+    against: Annotated[
+        Path | None, typer.Option(metavar="LABELS", help="Pairs with people's labels.")
+    ] = None,
+    train: Annotated[
+        Path | None, typer.Option(metavar="LABELS", help="Train a LoRA on these labels instead.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Record, default judge.json; with --train, a new folder.")
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=0, help="Of --train; 0 calibrates only.")] = 2,
     n: Annotated[int | None, typer.Option(min=2, help="Number of pairs; default: all.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     base: Base = None,
 ) -> None:
-    """Compare a judge with people's labels.
+    """Compare a judge with people's labels, or train one on them.
 
     Measures its accuracy, the agreement among people, and its biases. Give the record to
     `evaluate --judge-record`: without one, no reward or language model may decide a report.
     """
-    evaluate_targets = shell.room("evaluation.evaluate_targets")
-    for line in evaluate_targets.check_judge(judge, against, out, n=n, seed=seed, base=base):
+    room = shell.room("evaluation.evaluate_targets")
+    if (against is None) == (train is None):
+        raise UsageError("name --against or --train", expected="a file of people's labels")
+    shared = {"n": n, "seed": seed, "base": base}
+    if train is None:
+        lines = room.check_judge(judge, against, out or Path("judge.json"), **shared)
+    elif out is None:
+        raise UsageError("--train needs --out", expected="a new folder for the adapter")
+    else:
+        say = functools.partial(shell.echo, err=True)
+        lines = room.train_judge(judge, train, out, epochs=epochs, say=say, **shared)
+    for line in lines:
         shell.echo(line)
     _say_ignored()
 

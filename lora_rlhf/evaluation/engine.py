@@ -222,19 +222,25 @@ class Options:
     @torch.no_grad()
     def next_token(self, contexts: Sequence[list[int]], texts: Sequence[str]) -> list[list[float]]:
         """Return ln P of the first token of each text after each context, one forward a context."""
-        base, wanted = self.engine.base, [self._encode(text)[0] for text in texts]
         out: list[list[float]] = [[] for _ in contexts]
         order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))
-        with self.engine.active(self.target):
-            for start in range(0, len(order), self.batch_size):
-                part = order[start : start + self.batch_size]
-                ids, mask = right_padded([contexts[i] for i in part], base)
-                states = base.decoder(input_ids=ids, attention_mask=mask, use_cache=False)
-                ends = states.last_hidden_state[torch.arange(len(part)), mask.sum(dim=1) - 1]
-                logits = base.causal.get_output_embeddings()(ends).float()
-                for i, row in zip(part, logits.log_softmax(-1)[:, wanted].tolist(), strict=True):
-                    out[i] = row
+        for start in range(0, len(order), self.batch_size):
+            part = order[start : start + self.batch_size]
+            logprobs = self.next_logprobs([contexts[i] for i in part], texts)
+            for i, row in zip(part, logprobs.tolist(), strict=True):
+                out[i] = row
         return out
+
+    def next_logprobs(self, contexts: Sequence[list[int]], texts: Sequence[str]) -> torch.Tensor:
+        """(contexts, texts) of ln P of the first token of each text, with gradients."""
+        base, wanted = self.engine.base, [self._encode(text)[0] for text in texts]
+        with self.engine.active(self.target):
+            ids, mask = right_padded(contexts, base)
+            states = base.decoder(input_ids=ids, attention_mask=mask, use_cache=False)
+            ends = states.last_hidden_state[torch.arange(len(contexts)), mask.sum(dim=1) - 1]
+            logits = base.causal.get_output_embeddings()(ends).float()
+            logprobs: torch.Tensor = logits.log_softmax(-1)[:, wanted]
+            return logprobs
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Split where lm-eval does: spaces at the context's end belong to the continuation."""

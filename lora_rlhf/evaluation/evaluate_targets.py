@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ from lora_rlhf.reports import evaluation_report, html_report
 from lora_rlhf.runs.disk import write_atomically
 from lora_rlhf.runtime import environment, quiet
 
-from . import judge_validation, judges, run_suite, targets
+from . import judge_training, judge_validation, judges, run_suite, targets
 from . import suite as suites
 from .engine import Engine
+from .language_judges import LanguageModel, ServedModel
 from .targets import Target
 
 
@@ -121,17 +122,67 @@ def check_judge(
         raise UsageError(f"--out {out} is a folder", expected="a file for the record")
     environment.settle()
     labelled, left_out = judge_validation.read(labels, seed, n)
-    [spec, *more] = judges.parse([name], base)
-    if more:
-        raise UsageError(f"{name} is {1 + len(more)} models", remedy=f"name one: {name}:policy")
+    spec = _one_judge(name, base)
     engine = None
     if spec.base is not None:
         engine = Engine(spec.base, [spec.target] if spec.target else [])
     judge = spec.load(engine)
-    record = judge_validation.validate(judge, labelled, str(labels), left_out)
+    if isinstance(judge, ServedModel):
+        judge.keep = out.with_name(f"{out.name}.answers")
+    return [*_recorded(judge, labelled, str(labels), out, left_out), f"record  {out}"]
+
+
+def _one_judge(name: str, base: str | None) -> judges.JudgeSpec:
+    [spec, *more] = judges.parse([name], base)
+    if more:
+        raise UsageError(f"{name} is {1 + len(more)} models", remedy=f"name one: {name}:policy")
+    return spec
+
+
+@quiet.libraries()
+def train_judge(
+    name: str,
+    labels: Path,
+    out: Path,
+    *,
+    epochs: int,
+    n: int | None,
+    seed: int,
+    base: str | None,
+    say: Callable[[str], object] = lambda line: None,
+) -> list[str]:
+    """Train a model as a judge on people's labels; the folder gets adapter and record."""
+    environment.settle()
+    spec = _one_judge(name, base)
+    if spec.target is None or spec.target.kind != "model" or spec.rubric != "pairwise":
+        raise UsageError(f"{name} cannot be trained", expected="a model, in a folder or on the Hub")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UsageError(f"--out {out} exists", expected="a new folder for the adapter")
+    labelled, left_out = judge_validation.read(labels, seed, n)
+    parts = judge_training.split(labelled, seed, str(labels))
+    assert spec.base is not None
+    engine = Engine(spec.base, [])
+    judge_training.train(engine, parts[0], out, epochs=epochs, seed=seed, say=say)
+    [trained] = targets.parse([str(out)], base=spec.base.id)
+    engine.add(trained)
+    judge = LanguageModel(trained.name, engine, trained)
+    judge_training.calibrate(judge, parts[1], out)
+    source = f"{labels}, prompts left out of training"
+    summary = _recorded(judge, parts[2], source, out / "judge.json", left_out)
+    return [*summary, f"adapter {out}, record {out / 'judge.json'}"]
+
+
+def _recorded(
+    judge: judges.Judge,
+    labelled: Sequence[judge_validation.Labelled],
+    source: str,
+    out: Path,
+    left_out: Mapping[str, int],
+) -> list[str]:
+    record = judge_validation.validate(judge, labelled, source, left_out)
     record["environment"] = environment.result_variables()
     write_atomically(out, json.dumps(record, indent=1) + "\n")
-    return [*_summary_of(spec.name, judge, record), f"record  {out}"]
+    return [*_summary_of(judge.name, judge, record)]
 
 
 def _summary_of(name: str, judge: judges.Judge, record: dict[str, Any]) -> Iterator[str]:
@@ -150,6 +201,10 @@ def _summary_of(name: str, judge: judges.Judge, record: dict[str, Any]) -> Itera
     yield f"always preferring the longer answer agrees with people on {people:.3f}"
     if record["position"] is not None:
         yield f"{record['position']:.1%} of its verdicts change with the order (counted as ties)"
+    if record["calibration_error"] is not None:
+        yield f"its certainty is off by {record['calibration_error']:.3f} on average"
+    for why, failed in record["failed"].items():
+        yield f"requests without a verdict, {why}: {failed}; the same command asks them again"
     if worst := evaluation_report.worst_probe(record):
         yield f"of {len(record['probes'])} probes, the worst: {worst}"
     yield f"it {'may' if trusted else 'may not'} decide a report: {why}"

@@ -26,6 +26,7 @@ from lora_rlhf.runs.samples import prompt_text
 from .judge_probes import probe
 from .judges import Judge
 from .prompt_sets import Row
+from .verdicts import Verdicts
 
 VERSION = 1
 
@@ -103,7 +104,8 @@ def _labelled(row: dict[str, Any], number: str) -> Labelled:
         prompt = "\n\n".join(part for part in (row["instruction"], row["input"]) if part)
         votes = tuple(_PANDALM[str(row[f"annotator{i}"])] for i in (1, 2, 3))
         kind = str(row.get("motivation_app", ""))
-        return Labelled(Row(number, kind, prompt), row["response1"], row["response2"], votes)
+        texts = [str(row[f"response{i}"]) for i in (1, 2)]  # one is the JSON true
+        return Labelled(Row(number, kind, prompt), texts[0], texts[1], votes)
     if "chosen" in row and isinstance(row["chosen"], str):
         first, second = (_last_answer(row[key]) for key in ("chosen", "rejected"))
         if first[0] != second[0]:
@@ -143,14 +145,16 @@ def validate(
         `n` pairs on which people decided; `left_out`, the others by reason; `accuracy`; `constant`,
         the accuracy of preferring the longer or the shorter answer, the higher one; `ceiling`, how
         often one person agrees with the others; `position`, the share of verdicts that change with
-        the order; `longer`, how often the judge and how often people prefer the longer answer; the
-        accuracy `by_kind`; `probes`, how often it prefers an answer that was made worse.
+        the order; `calibration_error`, the mean distance between its certainty and its accuracy, if
+        it has log-odds; `failed`, its requests without a verdict; `longer`, how often the judge and
+        how often people prefer the longer answer; the accuracy `by_kind`; `probes`, how often it
+        prefers an answer that was made worse.
 
     Raises:
         DataError: Fewer than two pairs are left.
     """
     left_out = dict(left_out or {})
-    judged, position = _judged(judge, labelled, source, left_out)
+    judged, verdicts = _judged(judge, labelled, source, left_out)
     wins, known = zip(*judged, strict=True)
     right = [1 - abs(win - (one.majority or 0.0)) for win, one in judged]
     longer = [_longer(one) for one in known]
@@ -170,7 +174,9 @@ def validate(
         "accuracy": _share(right),
         "constant": max(value := estimates.mean_of_shares(theirs)["value"], 1 - value),
         "ceiling": _ceiling(labelled),
-        "position": position,
+        "position": verdicts.changed,
+        "calibration_error": _calibration_error(verdicts, labelled),
+        "failed": verdicts.failed,
         "longer": {"judge": _share(mine), "people": _share(theirs)},
         "probes": probe(judge, [(o.row, o.first, o.second) for o in best_first]),
         "by_kind": {
@@ -183,8 +189,8 @@ def validate(
 
 def _judged(
     judge: Judge, labelled: Sequence[Labelled], source: str, left_out: dict[str, int]
-) -> tuple[list[tuple[float, Labelled]], float | None]:
-    """Return the pairs with a verdict, and the share that changed with the order; count others."""
+) -> tuple[list[tuple[float, Labelled]], Verdicts]:
+    """Return the pairs with a verdict, and all verdicts; count the others."""
     decided = [o for o in labelled if o.majority is not None]
     first, second = [one.first for one in decided], [one.second for one in decided]
     verdicts = judge.compare("", [one.row for one in decided], first, second, ("a", "b"))
@@ -193,7 +199,10 @@ def _judged(
     judged = [(w, o) for w, o in zip(verdicts.wins, decided, strict=True) if w is not None]
     for reason, n in (
         ("people are undecided", len(labelled) - len(decided)),
-        ("over the judge's context", len(decided) - len(judged)),
+        (
+            "without a verdict" if verdicts.failed else "over the judge's context",
+            len(decided) - len(judged),
+        ),
     ):
         if n:
             left_out[reason] = n
@@ -202,7 +211,17 @@ def _judged(
         raise DataError(
             f"pairs of {source} that can be judged: {len(judged)} ({why})", expected="2 or more"
         )
-    return judged, verdicts.changed
+    return judged, verdicts
+
+
+def _calibration_error(verdicts: Verdicts, labelled: Sequence[Labelled]) -> float | None:
+    decided = [one for one in labelled if one.majority is not None]
+    margins = [
+        odds if one.majority else -odds
+        for odds, one in zip(verdicts.odds or (), decided, strict=bool(verdicts.odds))
+        if odds is not None
+    ]
+    return estimates.calibration_error(estimates.calibration(margins)) if margins else None
 
 
 def _longer(one: Labelled) -> float:

@@ -8,6 +8,7 @@ continues with what is missing, and ends with the same bits.
 from __future__ import annotations
 
 import datetime
+import functools
 import itertools
 import json
 import random
@@ -26,15 +27,18 @@ from lora_rlhf.runs.samples import prompt_text
 from lora_rlhf.runtime import devices, environment, interrupts
 
 from . import alignment_tax, prompt_sets, stress, suite_tables
+from . import kept as saved
 from .answers import digest
 from .engine import Answer, Engine
-from .judges import AT_RANDOM, Judge, JudgeSpec, People, Verdicts, describe
+from .judges import AT_RANDOM, Judge, JudgeSpec, People, describe
+from .language_judges import ServedModel
 from .metrics.metric import Metric
 from .metrics.registry import METRICS
 from .prompt_sets import PromptSet, Row
 from .server import Server
 from .suite import SetSection, Suite
 from .targets import Target
+from .verdicts import Verdicts
 
 VERSION = 1
 """Version of `report.json`."""
@@ -104,7 +108,7 @@ def run(
     _check_judges(evaluation, names, others, compared)
     _check_out(evaluation)
     evaluation.out.mkdir(parents=True, exist_ok=True)
-    loaded = _loaded(specs, _of_targets(evaluation, sets))
+    loaded = _loaded(specs, _of_targets(evaluation, sets), evaluation.out / "answers")
     tables = [t for one, prompts in sets for t in _metric_tables(evaluation, one, prompts)]
     tables += _task_tables(evaluation)
     by_name = {m.judge["name"]: m.judge for one, _ in sets for m in _metrics(one) if m.judge}
@@ -198,12 +202,15 @@ def _of_targets(
     return answering if isinstance(answering, Engine) else None
 
 
-def _loaded(specs: Sequence[JudgeSpec], engine: Engine | None) -> Iterator[Judge]:
+def _loaded(specs: Sequence[JudgeSpec], engine: Engine | None, answers: Path) -> Iterator[Judge]:
     """Load judges one after the other, those on the base in memory first."""
     here = engine.base.model_section if engine else None
     for spec in sorted(specs, key=lambda spec: (spec.base != here, str(spec.base))):
         if spec.base is None:
-            yield spec.load(None)
+            judge = spec.load(None)
+            if isinstance(judge, ServedModel):
+                judge.keep = answers / f"judge-{digest(spec.name)[:16]}.json"
+            yield judge
             continue
         if engine is None or engine.base.model_section != spec.base:
             del engine
@@ -328,12 +335,12 @@ def _of_target(
         "suite": [suite.seed, suite.temperature, suite.max_new_tokens, suite.batch_size],
     }
     path = evaluation.out / "answers" / f"{digest([target.name, one.name])[:16]}.json"
-    kept = _take(path, identity)
+    kept = saved.take(path, identity)
     if sampled:
         if "answers" not in kept:
             evaluation.say(f"{target.name} answers {len(prompts.rows)} prompts of {one.name}")
-            kept["answers"] = [asdict(a) for a in engine.answer(target, prompts.rows, suite)]
-            _put(path, identity, kept)
+            kept["answers"] = _sampled(evaluation, engine, target, prompts, kept, path, identity)
+            saved.put(path, identity, kept)
         evaluation.answers[key] = [Answer(**each) for each in kept["answers"]]
     by_metric = kept.setdefault("asked", {})
     for metric in metrics:
@@ -348,7 +355,7 @@ def _of_target(
             evaluation.say(f"{target.name}: log-probabilities for {metric.name} on {one.name}")
             options = engine.options(target)
             by_metric[metric.name] = _each(metric, prompts, [options] * len(prompts.rows))
-            _put(path, identity, kept)
+            saved.put(path, identity, kept)
     evaluation.values[key] = {
         metric.name: list(by_metric[metric.name])
         if metric.ask is not None
@@ -356,6 +363,25 @@ def _of_target(
         for metric in metrics
     }
     return True
+
+
+def _sampled(
+    evaluation: Evaluation,
+    engine: Engine | Server,
+    target: Target,
+    prompts: PromptSet,
+    kept: dict[str, Any],
+    path: Path,
+    identity: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """Sample the answers; those of a server are kept one by one, as it may fail."""
+    if isinstance(engine, Engine):
+        return [asdict(one) for one in engine.answer(target, prompts.rows, evaluation.suite)]
+    by_row = kept.setdefault("by_row", {})
+    save = functools.partial(saved.put, path, identity, kept)
+    answers = engine.answer(target, prompts.rows, evaluation.suite, by_row, save)
+    del kept["by_row"]
+    return [asdict(one) for one in answers]
 
 
 def _each(metric: Metric, prompts: PromptSet, given: Sequence[Any]) -> list[float | None]:
@@ -393,11 +419,11 @@ def _of_tasks(evaluation: Evaluation, engine: Engine | Server, target: Target) -
         "seed": evaluation.suite.seed,
     }
     path = evaluation.out / "answers" / f"{digest([target.name, 'lm-eval'])[:16]}.json"
-    kept = _take(path, identity)
+    kept = saved.take(path, identity)
     if not kept:
         evaluation.say(f"{target.name}: lm-eval runs {', '.join(section.tasks)}")
         kept = {"grades": alignment_tax.grades(engine, target, section, evaluation.suite.seed)}
-        _put(path, identity, kept)
+        saved.put(path, identity, kept)
     evaluation.grades[target.name] = kept["grades"]
 
 
@@ -436,26 +462,6 @@ def _task_sets(evaluation: Evaluation) -> list[dict[str, Any]]:
         }
         for task, by_metric in first.items()
     ]
-
-
-def _take(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """Return what an earlier process kept, if it is whole and of the same evaluation."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["sha256"] == digest([content["identity"], content["kept"]]) and content[
-            "identity"
-        ] == json.loads(json.dumps(identity)):
-            kept: dict[str, Any] = content["kept"]
-            return kept
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return {}
-
-
-def _put(path: Path, identity: dict[str, Any], kept: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sha256 = digest([identity, kept])
-    write_atomically(path, json.dumps({"sha256": sha256, "identity": identity, "kept": kept}))
 
 
 # --- tables -------------------------------------------------------------------------------------
@@ -510,6 +516,7 @@ def _win_rates(
         )
         if made is not None:
             verdicts[name] = made
+            _note_failures(evaluation, f"{judge.name} on {name} in {prompts.name}", made)
             evaluation.values[prompts.name, name][f"wins by {judge.name}"] = made.wins
             if made.at_random is not None:
                 evaluation.at_random[prompts.name, judge.name] = made.at_random
@@ -532,6 +539,15 @@ def _win_rates(
         seed = evaluation.suite.seed
         tables.append(suite_tables.ratings_table(prompts.name, about, pairs, reference, seed))
     return tables
+
+
+def _note_failures(evaluation: Evaluation, what: str, made: Verdicts) -> None:
+    """List the requests to a judge that gave no verdict."""
+    if made.failed:
+        counts = ", ".join(f"{why}: {n}" for why, n in sorted(made.failed.items()))
+        why = f"requests without a verdict ({counts}); the same command asks again for the missing"
+        evaluation.not_measured.append({"what": what, "why": why})
+        evaluation.say(f"{what}: {why}")
 
 
 def _with_people(

@@ -1,22 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A chat-completions server as a target, through huggingface_hub's client."""
+"""A chat-completions server as a target or a judge, through huggingface_hub's client."""
 
 from __future__ import annotations
 
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from typing import Any
 
 from huggingface_hub import InferenceClient
 
 from lora_rlhf.errors import SetupError, UsageError, first_line
 from lora_rlhf.redaction import safe
+from lora_rlhf.runtime import interrupts
 
 from .engine import TIMED, Answer, Cost, cost_of
-from .prompt_sets import Row
+from .prompt_sets import Row, Turns
 from .suite import Suite
 from .targets import Target
 
@@ -50,10 +52,66 @@ class Server:
         self._client = InferenceClient(base_url=url, timeout=_SECONDS, token=_token_for(url))
         self.identity = safe(str(target.url))
 
-    def answer(self, target: Target, rows: Sequence[Row], suite: Suite) -> list[Answer]:
-        """Answer every row, in their order."""
+    def answer(
+        self,
+        target: Target,
+        rows: Sequence[Row],
+        suite: Suite,
+        known: dict[str, dict[str, Any]] | None = None,
+        save: Callable[[], object] = lambda: None,
+    ) -> list[Answer]:
+        """Answer every row, in their order.
+
+        Args:
+            known: Row id -> answer of an earlier process; new answers are added.
+            save: Called after every few answers, to keep `known`.
+
+        Raises:
+            SetupError: Rows have no answer, after all were asked, or the server is gone.
+        """
+        known = {} if known is None else known
+        missing = [row for row in rows if row.id not in known]
+        failed: list[SetupError] = []
+        for start in range(0, len(missing), 2 * _AT_ONCE):
+            interrupts.stop_if_requested()
+            part = missing[start : start + 2 * _AT_ONCE]
+            made = self._each(lambda row: self._one(row, suite), part)
+            known |= {
+                row.id: asdict(one)
+                for row, one in zip(part, made, strict=True)
+                if isinstance(one, Answer)
+            }
+            save()
+            errors = [one for one in made if isinstance(one, SetupError)]
+            failed += errors
+            if len(errors) == len(part):
+                break  # the server is gone
+        if failed:
+            raise SetupError(
+                f"{failed[0].given}; {len(rows) - sum(row.id in known for row in rows)} of "
+                f"{len(rows)} rows have no answer",
+                expected="a chat-completions server",
+                remedy="check the server, and run the same command again: all other answers are "
+                "kept",
+            ) from failed[0].__cause__
+        return [Answer(**known[row.id]) for row in rows]
+
+    def ask(self, texts: Sequence[str], max_tokens: int) -> list[str | SetupError]:
+        """Return greedy replies to texts, or why there is none."""
+        made = self._each(lambda text: self._reply(text, max_tokens, 0.0, 0, "a question"), texts)
+        return [one.text if isinstance(one, Answer) else one for one in made]
+
+    def _each(
+        self, reply: Callable[[Any], Answer], requests: Sequence[Any]
+    ) -> list[Answer | SetupError]:
+        def tried(one: Any) -> Answer | SetupError:
+            try:
+                return reply(one)
+            except SetupError as error:
+                return error
+
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            return list(pool.map(lambda row: self._one(row, suite), rows))
+            return list(pool.map(tried, requests))
 
     def measure(self, target: Target, rows: Sequence[Row], suite: Suite) -> Cost:
         """Time answers one at a time; the first token is not seen, as answers are not streamed."""
@@ -65,16 +123,22 @@ class Server:
         return cost_of(spent, None, tokens, None)
 
     def _one(self, row: Row, suite: Suite) -> Answer:
+        shape = (suite.max_new_tokens, suite.temperature, suite.seed)
+        return self._reply(row.prompt, *shape, f"row {row.id}")
+
+    def _reply(
+        self, prompt: Turns, max_tokens: int, temperature: float, seed: int, what: str
+    ) -> Answer:
         turns: list[Any] = (
-            [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
+            [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         )
         try:
             made = self._client.chat_completion(
                 turns,
                 model=self._model,
-                max_tokens=suite.max_new_tokens,
-                temperature=suite.temperature,
-                seed=suite.seed,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                seed=seed,
             )
             [choice] = made.choices
             text = choice.message.content
@@ -83,9 +147,8 @@ class Server:
             tokens = made.usage.completion_tokens if made.usage else len(text.split())
         except Exception as error:  # the client raises many classes
             raise SetupError(
-                f"{self.identity} gave no answer to row {row.id}: {first_line(error)}",
+                f"{self.identity} gave no answer to {what}: {first_line(error)}",
                 expected="a chat-completions server",
-                remedy="check the server, and run the same command again: answers of other "
-                "targets are kept",
+                remedy="check the server, and run the same command again",
             ) from error
         return Answer(text, int(tokens), choice.finish_reason == "stop")

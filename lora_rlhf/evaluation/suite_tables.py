@@ -12,10 +12,11 @@ import numpy as np
 from lora_rlhf import estimates
 from lora_rlhf.estimates import Estimate
 
-from .judges import KINDS, Verdicts
+from .judges import KINDS
 from .metrics.metric import Metric
 from .prompt_sets import Row
 from .stress import EMPTY
+from .verdicts import Verdicts
 
 Values = Mapping[str, Sequence[float | None]]
 """Target -> value of each row; None where the metric does not apply or is undecided."""

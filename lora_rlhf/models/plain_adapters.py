@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from torch import Tensor
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from lora_rlhf.errors import AdapterError, first_line
@@ -102,6 +103,27 @@ class PlainAdapters:
         peft = self._policies or next((model for model, _ in self._scorers.values()), None)
         with peft.disable_adapter() if peft else contextlib.nullcontext():
             yield
+
+    @contextlib.contextmanager
+    def training(self, rank: int, folder: Path) -> Iterator[list[nn.Parameter]]:
+        """Put a new LoRA on the base, which is active inside; then save it and take it off."""
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=rank,
+            lora_alpha=2 * rank,
+            target_modules=self.base.target_modules,
+            base_model_name_or_path=self.base.model_section.hub_id or self.base.causal.name_or_path,
+        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+            model: Any = get_peft_model(self.base.causal, config)
+        try:
+            yield [weight for weight in model.parameters() if weight.requires_grad]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PEFT looks for the base's config on the Hub
+                model.save_pretrained(str(folder))
+        finally:
+            model.unload()
 
     @torch.no_grad()
     def scores(self, name: str, rows: Sequence[list[int]], batch_size: int) -> list[float]:

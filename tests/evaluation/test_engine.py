@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lora_rlhf.errors import AdapterError, NonFiniteError, UsageError
-from lora_rlhf.evaluation import few_shot, judges, targets
+from lora_rlhf.evaluation import few_shot, judges, language_judges, targets
 from lora_rlhf.evaluation.engine import Engine
 from lora_rlhf.evaluation.prompt_sets import Row
 from lora_rlhf.evaluation.suite import SetSection, Suite
@@ -122,7 +122,7 @@ def test_letters_after_a_context_take_one_forward(engine):
     for ids, (a, b) in zip(contexts, found, strict=True):
         text = " ".join(f"w{i}" for i in ids)
         assert [a, b] == pytest.approx(options.logprobs(text, [" w20", " w21"]), abs=1e-4)
-    judge = judges.LanguageModel("m", made, named[2])
+    judge = language_judges.LanguageModel("m", made, named[2])
     [(_, shown_second)] = judge.odds(["w5"], ["w7"], ["w8"])
     [(swapped, _)] = judge.odds(["w5"], ["w8"], ["w7"])
     assert shown_second == pytest.approx(-swapped, abs=1e-5)
@@ -198,5 +198,5 @@ def test_log_probabilities_that_are_no_numbers_are_an_error(engine, monkeypatch)
     with head.register_forward_hook(lambda *_: torch.full_like(_[2], torch.nan)):
         with pytest.raises(NonFiniteError, match="a text's log-probability is nan"):
             made.options(named[0]).text_logprob("w5 w6")
-        with pytest.raises(NonFiniteError, match="a judge's log-odds is nan"):
-            judges.LanguageModel("m", made, named[2]).odds(["w5"], ["w7"], ["w8"])
+        with pytest.raises(NonFiniteError, match="a judge's log-probability is nan"):
+            language_judges.LanguageModel("m", made, named[2]).odds(["w5"], ["w7"], ["w8"])

@@ -10,11 +10,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-from lora_rlhf.errors import DataError, NonFiniteError, UsageError
+from lora_rlhf.errors import DataError, NonFiniteError
 from lora_rlhf.evaluation import evaluate_targets, judge_validation, judges
-from lora_rlhf.evaluation.judges import LanguageModel, People, Verdicts
+from lora_rlhf.evaluation.judges import People, Verdicts
 from lora_rlhf.evaluation.prompt_sets import Row
-from lora_rlhf.evaluation.targets import Target
 from lora_rlhf.models import loading
 from lora_rlhf.recipe.schema import ModelSection
 
@@ -99,6 +98,14 @@ def test_pairs_of_transcripts_are_read_in_a_random_order(tmp_path):
     assert [t["content"] for t in turns] == ["a?", "b", "c?"]
 
 
+def test_an_answer_of_pandalm_that_is_the_json_true_is_a_text(tmp_path):
+    row = {"instruction": "Is it?", "input": "1 = 1", "response1": True, "response2": "No."}
+    path = tmp_path / "pandalm.json"
+    path.write_text(json.dumps([row | {f"annotator{i}": 1 for i in (1, 2, 3)}]))
+    [one], _ = judge_validation.read(path)
+    assert {one.first, one.second} == {"True", "No."} and one.majority == float(one.first == "True")
+
+
 @pytest.mark.parametrize(
     "line",
     ["{", "[]", '{"prompt": "p", "a": "x", "b": "y", "labels": ["c"]}', '{"chosen": "x"}',
@@ -118,16 +125,6 @@ def test_ties_of_people_are_left_out():
     assert judge_validation.Labelled(one.row, "a", "b", (1.0, 0.0, 1.0)).majority == 1
     with pytest.raises(DataError, match=r"can be judged: 0 \(people are undecided: 1\)"):
         judge_validation.validate(ByRule(lambda a, b: 1.0), [one], "labels")
-
-
-def test_a_language_models_verdict_that_changes_with_the_order_is_a_tie(monkeypatch):
-    judge = LanguageModel("m", engine=None, target=Target("m", "model"))
-    odds = [(1.0, 2.0), (-1.0, -0.5), (1.0, -1.0), (-2.0, 0.1), (3.0, 3.0)]
-    monkeypatch.setattr(LanguageModel, "odds", lambda *_: odds)
-    rows = [Row(str(i), "", "p") for i in range(5)]
-    found = judge.compare("s", rows, list("aaaaa"), list("bbbba"), ("x", "y"))
-    assert found.wins == [1.0, 0.0, 0.5, 0.5, 0.5]
-    assert found.changed == pytest.approx(2 / 5), "equal answers are a tie, not a change"
 
 
 def test_people_rank_targets(tmp_path):
@@ -216,11 +213,6 @@ def test_the_shorter_answer_is_a_constant_too(tmp_path):
     record = judge_validation.validate(judge, judge_validation.read(path)[0], "labels")
     assert record["accuracy"]["value"] == 1 and record["constant"] == 1
     assert not judges.trust(judge, record)[0]
-
-
-def test_a_server_cannot_judge():
-    with pytest.raises(UsageError, match="cannot judge: a server gives no log-probabilities"):
-        judges.parse(["http://localhost:1/v1#m"])
 
 
 def test_a_classifier_reads_the_end_of_a_long_text(tmp_path):

@@ -1,12 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A chat-completions server as a target."""
 
-import http.server
-import json
-import threading
-
 import pytest
-from huggingface_hub import constants
 
 from lora_rlhf.errors import SetupError, UsageError
 from lora_rlhf.evaluation import targets
@@ -18,48 +13,8 @@ SUITE = Suite(name="s", seed=4, sets=[SetSection(name="x", format="plain")])
 ROWS = [Row("1", "", "one"), Row("2", "", [{"role": "user", "content": "two"}])]
 
 
-@pytest.fixture
-def chat(monkeypatch):
-    """A server that repeats the last turn in capitals; `reply` may be replaced."""
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    seen = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            seen.append((self.path, asked))
-            server.headers.append(self.headers["Authorization"])
-            body = server.reply(asked)
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_):
-            pass
-
-    def reply(asked):
-        message = {"role": "assistant", "content": asked["messages"][-1]["content"].upper()}
-        choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        usage = {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4}
-        return json.dumps({"id": "1", "object": "chat.completion", "created": 1, "model": "m",
-                           "choices": [choice], "usage": usage}).encode()  # fmt: skip
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.reply, server.seen, server.headers = reply, seen, []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def target_of(server):
-    [target] = targets.parse([f"http://127.0.0.1:{server.server_port}/v1#m"])
-    return target
-
-
 def test_a_server_answers(chat):
-    target = target_of(chat)
+    target = chat.target()
     assert (target.name, target.kind) == ("m", "url")
     made = Server(target)
     answers = made.answer(target, ROWS, SUITE)
@@ -73,9 +28,34 @@ def test_a_server_answers(chat):
 @pytest.mark.parametrize("body", [b"[]", b"{}", b'{"choices": []}', b"<html>"])
 def test_nonsense_is_one_error(chat, body):
     chat.reply = lambda asked: body
-    target = target_of(chat)
+    target = chat.target()
     with pytest.raises(SetupError, match="gave no answer to row 1"):
         Server(target).answer(target, ROWS[:1], SUITE)
+
+
+def test_rows_without_an_answer_lose_no_other(chat):
+    rows = [Row(str(i), "", f"row {i}") for i in range(12)]
+    known, saved, echo = {}, [], chat.reply
+    chat.reply = lambda asked: b"{}" if "row 3" in str(asked) else echo(asked)
+    target = chat.target()
+
+    def ask():
+        return Server(target).answer(target, rows, SUITE, known, lambda: saved.append(len(known)))
+
+    with pytest.raises(SetupError, match=r"no answer to row 3: .*; 1 of 12 rows have no answer"):
+        ask()
+    assert saved == [7, 11], "the rows after it were asked"
+    chat.reply, before = echo, len(chat.seen)
+    assert [answer.text for answer in ask()] == [f"ROW {i}" for i in range(12)]
+    assert len(chat.seen) - before == 1, "only the missing row"
+
+
+def test_a_server_that_is_gone_is_asked_once_for_a_few_rows(chat):
+    chat.reply, target = lambda asked: b"{}", chat.target()
+    rows = [Row(str(i), "", f"row {i}") for i in range(40)]
+    with pytest.raises(SetupError, match="40 of 40 rows have no answer"):
+        Server(target).answer(target, rows, SUITE)
+    assert len(chat.seen) == 8
 
 
 def test_a_url_without_a_model_is_refused():
@@ -86,10 +66,10 @@ def test_a_url_without_a_model_is_refused():
 
 def test_a_hugging_face_token_goes_to_hugging_face_alone(chat, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_" + "a" * 20)
-    Server(target_of(chat)).answer(target_of(chat), ROWS[:1], SUITE)
+    Server(chat.target()).answer(chat.target(), ROWS[:1], SUITE)
     assert chat.headers[0] == "Bearer none"
     monkeypatch.setenv(KEY, "sk-1")
-    Server(target_of(chat)).answer(target_of(chat), ROWS[:1], SUITE)
+    Server(chat.target()).answer(chat.target(), ROWS[:1], SUITE)
     assert chat.headers[1] == "Bearer sk-1"
     for url, sent in (
         ("https://router.huggingface.co/v1", True),
