@@ -109,3 +109,34 @@ def measured(same: Sequence[bool], prompts: Sequence[Any]) -> dict[str, Any]:
         "high": share["high"],
         "pairs": share["n"],
     }
+
+
+HABITS = ("honest", "spammer", "liar", "left", "copy")
+
+
+def judged(
+    habit: str,
+    rewards: Sequence[float],
+    temperature: float,
+    rng: random.Random,
+    order: Sequence[int],
+    judge: Sequence[float] = (),
+) -> list[int]:
+    """Return the ranks, 1 = best, that a labeler of this habit gives.
+
+    Args:
+        habit: `honest` ranks as `rank` does, `liar` turns that around, `spammer` does not read,
+            `left` takes the order on the screen, `copy` the order of `judge`.
+        order: `order[i]` is the answer that was shown in place i.
+        judge: Scores of a judge; the highest is the best.
+    """
+    if habit == "spammer":
+        return rng.sample(range(1, len(rewards) + 1), len(rewards))
+    if habit == "left":
+        return [1 + list(order).index(answer) for answer in range(len(rewards))]
+    scores = list(judge if habit == "copy" else rewards)
+    if habit == "copy":
+        return [1 + sum(other > score for other in scores) for score in scores]
+    ranks = rank(scores, temperature, rng)
+    worse = [1 + sum(other > one for other in ranks) for one in ranks]
+    return worse if habit == "liar" else ranks
