@@ -19,6 +19,8 @@ from typing import Any
 
 from lora_rlhf.errors import TokenizerError
 
+from . import tool_calls
+
 _log = logging.getLogger(__name__)
 
 SECONDS = 5
@@ -238,10 +240,11 @@ def continuation(tokenizer: Any, turns: list[dict[str, str]], tail: str) -> tupl
     """
     given = turns[-1]["content"]
     try:
+        messages, tools = tool_calls.for_template(turns)
         opened = tokenizer.apply_chat_template(
-            turns[:-1], add_generation_prompt=True, tokenize=False
+            messages[:-1], tools=tools, add_generation_prompt=True, tokenize=False
         )
-        whole = tokenizer.apply_chat_template(turns, tokenize=False)
+        whole = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
     except Exception:  # refused: a filter counts these rows
         return given, ""
     if whole.startswith(opened) and whole.endswith(tail):

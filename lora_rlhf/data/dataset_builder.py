@@ -27,11 +27,13 @@ from .filters import (
     FilteredSet,
     break_control_tokens,
     bucket,
+    call_tools,
     check_losses,
     drop_too_long,
     drop_useless,
     expand,
     follow_template,
+    pair_labels,
     prompt_key,
 )
 from .row_formats import Example, examples, text_of
@@ -209,7 +211,11 @@ def _read(
     ]
     mixed = [example for _, example in labelled]
     kept.counts["limit"] = {"before": kept.lines - kept.broken, "after": len(mixed)}
-    if bad := sum(not example.good for example in mixed):
+    if name == "comparisons":
+        mixed = pair_labels(kept, mixed)
+    if name == "demonstrations":
+        mixed = call_tools(kept, mixed)
+    if bad := sum(not e.good for e in mixed) if name == "demonstrations" else 0:
         mixed = [example for example in mixed if example.good]
         kept.counts["label is false"] = {"before": len(mixed) + bad, "after": len(mixed)}
     if len(sources) > 1:

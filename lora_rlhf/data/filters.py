@@ -16,14 +16,14 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lora_rlhf import redaction
 from lora_rlhf.errors import DataError, first_line
 from lora_rlhf.recipe.schema import Recipe
 
-from . import chat_template, tokenization
+from . import chat_template, tokenization, tool_calls
 from .row_formats import Example, text_of, transcript
 from .sources import Skips, excerpt
 from .tokenization import Turns
@@ -153,7 +153,8 @@ def break_control_tokens(kept: FilteredSet, examples: list[Example], tokenizer: 
     def cleaned(turns: Turns) -> Turns:
         if isinstance(turns, str):
             return broken(turns)
-        return [{**turn, "content": broken(turn["content"])} for turn in turns]
+        keys = ("content", *tool_calls.TURN_KEYS)
+        return [{k: broken(v) if k in keys else v for k, v in turn.items()} for turn in turns]
 
     def ended(answer: Turns) -> Turns:
         if isinstance(answer, str):
@@ -182,13 +183,21 @@ def follow_template(kept: FilteredSet, examples: list[Example], tokenizer: Any) 
     """
     if not any(isinstance(example.prompt, list) for example in examples):
         return
-    tail = chat_template.tail(tokenizer)
+    tail, untrained = chat_template.tail(tokenizer), Counter[str]()
     for example in examples:
         changed = set()
         for answer in example.answers:
             if isinstance(answer, str) or answer[-1]["role"] != "assistant":
                 continue
             turns = [*example.prompt, *answer]
+            if any(key in turn for turn in turns for key in tool_calls.TURN_KEYS):
+                text, why = tool_calls.rendered(tokenizer, turns, tail)
+                untrained.update([why] if why else [])
+                if text:
+                    answer[-1] = {"role": "assistant", "content": text}
+                    changed.add("tool calls are trained as the chat template writes them")
+                if text or why:
+                    continue
             given = answer[-1]["content"]
             written, how = chat_template.continuation(tokenizer, turns, tail)
             if written != given:
@@ -196,6 +205,67 @@ def follow_template(kept: FilteredSet, examples: list[Example], tokenizer: Any) 
             changed |= {how} - {""}
         for how in changed:
             kept.notes[how] += 1
+    if untrained:
+        why, count = untrained.most_common(1)[0]
+        raise DataError(
+            f"the chat template of this base does not support the tool calls of {kept.name}: "
+            f"{why} ({count} rows)",
+            expected="a template that writes tools, tool calls and their results as text",
+            remedy="use a base whose template does, or write calls and results into the content; "
+            "`ignore: [tools]` leaves out the list of tools only",
+        )
+
+
+def call_tools(kept: FilteredSet, examples: list[Example]) -> list[Example]:
+    """Add a demonstration for each tool call inside a conversation, with the turns before it.
+
+    Calls are trained on then; what tools returned is only ever part of a prompt.
+    """
+    more = []
+    for one in examples:
+        each = [*one.answers[0][:-1]] if one.answers and isinstance(one.answers[0], list) else []
+        turns = [*one.prompt, *each] if isinstance(one.prompt, list) else []
+        for i in tool_calls.answers_within(turns):
+            more.append(replace(one, prompt=turns[:i], answers=[turns[i : i + 1]], ranks=None))
+    if more:
+        kept.notes["tool calls inside a conversation are demonstrations of their own"] += len(more)
+    return [*examples, *more]
+
+
+def pair_labels(kept: FilteredSet, examples: list[Example]) -> list[Example]:
+    """Make one ranking of the answers to a prompt that are labelled as good or bad.
+
+    Raises:
+        DataError: No prompt has answers of both kinds.
+    """
+    groups: dict[str, list[Example]] = {}
+    for one in examples:
+        if one.labelled:
+            groups.setdefault(json.dumps(one.prompt), []).append(one)
+    if not groups:
+        return examples
+    both = [group for group in groups.values() if len({one.good for one in group}) == 2]
+    count = sum(map(len, groups.values()))
+    if not both:
+        raise DataError(
+            f"no prompt has both an answer labelled good and one labelled bad (prompts: "
+            f"{len(groups):,}, rows: {count:,})",
+            expected="comparisons: a better and a worse answer to the same prompt",
+            remedy="list the file under data.demonstrations, with the same `columns:`, which "
+            "trains on the good answers; or collect a second answer to these prompts",
+        )
+    reason = "prompts whose answers are all labelled alike"
+    kept.counts[reason] = {"before": count, "after": sum(map(len, both))}
+    kept.notes["answers labelled good were paired with bad ones to the same prompt"] += len(both)
+    ranked = [
+        replace(
+            group[0],
+            answers=[answer for one in group for answer in one.answers],
+            ranks=[1.0 if one.good else 2.0 for one in group],
+        )
+        for group in both
+    ]
+    return [*(one for one in examples if not one.labelled), *ranked]
 
 
 def expand(kept: FilteredSet, examples: list[Example]) -> list[dict[str, Any]]:
@@ -310,6 +380,8 @@ def check_losses(kept: FilteredSet, max_lost: float) -> None:
             continue
         notes = [note for note in kept.notes if reason.startswith("refused") and REFUSES in note]
         remedy = "correct these rows"
+        if reason.endswith("labelled alike"):
+            remedy = "collect a better or a worse answer to these prompts"
         if reason == "in the evaluation set":
             remedy = "leave data.evaluate out: then a share of the prompts is held out instead"
         raise DataError(

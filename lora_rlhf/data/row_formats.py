@@ -18,7 +18,7 @@ from typing import Any
 from lora_rlhf.errors import DataError, TokenizerError
 from lora_rlhf.recipe.schema import DataSource
 
-from . import unread_columns
+from . import tool_calls, unread_columns
 from .sources import Row, Skips, excerpt
 from .tokenization import Turns
 
@@ -36,6 +36,7 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("prompt", "completions", "ranks"),
         ("prompt", "completions", "scores"),
         ("chosen", "rejected"),
+        ("prompt", "completion", "label"),
     ),
     "prompts": (("prompt",), ("messages",), ("chosen", "rejected")),
     "text": (("text",),),
@@ -47,8 +48,10 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], ...]] = {
 {"prompt": "2 + 2?", "completions": ["5", "4"], "ranks": [2, 1]}
 {"prompt": "2 + 2?", "completions": ["5", "4"], "scores": [0.5, 9]}
 {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}
+{"prompt": "2 + 2?", "completion": "4", "label": true}
 
-Beside a prompt, `input` is appended to it; beside prompt or messages, `system` goes before them.
+Beside a prompt, `input` is appended to it; beside prompt or messages, `system` goes before them,
+and in demonstrations `tools` is given to the chat template.
 """
 LAYOUTS["evaluate"] = LAYOUTS["prompts"]
 
@@ -64,6 +67,7 @@ _KNOWN_NAMES = {
     "completions": ("responses", "answers", "outputs"),
     "ranks": ("rank", "ranking", "rankings"),
     "scores": ("ratings", "rewards"),
+    "label": ("rating", "thumbs", "thumb", "vote", "feedback"),
 }
 _MESSAGES = ("prompt", "completion", "messages", "chosen", "rejected")
 _TRANSCRIPT = re.compile(r"\s*Human:.*\n\nAssistant:", re.DOTALL)
@@ -79,7 +83,7 @@ _RENDERED = re.compile(
 """The beginning of a conversation that was written as one text in the form of some template."""
 
 _ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "</s>", "<eos>")
-_NOT_TRAINED = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking",
+_NOT_TRAINED = ("function_call", "reasoning_content", "reasoning", "thinking",
                 "images", "image", "audio")  # fmt: skip
 """Keys of a turn whose content no stage would see."""
 
@@ -88,7 +92,7 @@ _NOT_TRAINED = ("tool_calls", "function_call", "reasoning_content", "reasoning",
 class Example:
     """One prompt and its answers; `ranks` (lowest = best) is None without a comparison.
 
-    `good` is the row's label; `system` goes before the prompt.
+    `good` is the row's label, if it is `labelled`; `system` goes before the prompt.
     """
 
     prompt: Turns
@@ -98,6 +102,7 @@ class Example:
     item: str = ""
     system: str = ""
     good: bool = True
+    labelled: bool = False
 
 
 class _Unfit(Exception):
@@ -137,13 +142,14 @@ def examples(
         raise _no_layout(rows, name)
     if source is not None and name != "text":
         unread_columns.check(rows, layout, name, source)
-    labelled = source is not None and "label" in source.columns and name == "demonstrations"
-    parsed: list[Example | None] = []
-    bad: list[tuple[str, str]] = []
+    mapped = name == "demonstrations" and source is not None and "label" in source.columns
+    parsed, bad = list[Example | None](), list[tuple[str, str]]()
     for where, row in rows:
         try:
             example = _parse(row, layout, chat, notes)
-            example.good = _label(row) if labelled else True
+            example.labelled = mapped or "label" in layout
+            example.good = not example.labelled or _label(row)
+            _add_tools(example, row, name)
             parsed.append(example)
         except _Unfit as error:
             bad.append((where, str(error)))
@@ -388,7 +394,7 @@ def _parse(
             raise _Unfit(f"column 'messages' must be messages, not text: {excerpt(messages)}")
         cut = len(messages) - (messages[-1]["role"] == "assistant")
         example = Example(messages[:cut], [messages[cut:]] if messages[cut:] else [])
-    elif layout == ("prompt", "completion"):
+    elif layout[:2] == ("prompt", "completion"):
         example = Example(_question(row), [_turns(row, "completion")])
     elif layout == ("chosen", "rejected"):
         margin = _margin(row)
@@ -404,6 +410,28 @@ def _parse(
         if first.get("role") == "system" and first["content"] != example.system:
             raise _Unfit("column 'system' differs from the system message of the conversation")
     return example
+
+
+def _add_tools(example: Example, row: dict[str, Any], name: str) -> None:
+    """Keep the row's list of tools on the first turn of the prompt."""
+    turns = [
+        t for each in (example.prompt, *example.answers) if isinstance(each, list) for t in each
+    ]
+    if name != "demonstrations":
+        if any("tool_calls" in turn for turn in turns):
+            raise _Unfit(
+                "a turn has 'tool_calls', which only demonstrations may hold: write what it means "
+                "into the content, as the chat template does"
+            )
+        return
+    try:
+        tools = tool_calls.list_of_tools(row.get("tools"))
+    except ValueError as error:
+        raise _Unfit(f"column 'tools': {error}: {excerpt(row['tools'])}") from None
+    if tools and isinstance(example.prompt, str):
+        example.prompt = [{"role": "user", "content": example.prompt}]
+    if tools and example.prompt:
+        example.prompt = [{**example.prompt[0], "tools": tools}, *example.prompt[1:]]
 
 
 def _question(row: dict[str, Any]) -> Turns:
@@ -433,7 +461,7 @@ def _label(row: dict[str, Any]) -> bool:
 
 
 def _turns(row: dict[str, Any], column: str) -> Turns:
-    """Return a checked text or list of messages, reduced to `role` and `content`."""
+    """Return a checked text or list of messages: `role`, `content`, and what is about tools."""
     value = row.get(column)
     if isinstance(value, str):
         if _SERIALISED.match(value):
@@ -454,12 +482,18 @@ def _turns(row: dict[str, Any], column: str) -> Turns:
                 f"means into the content, as the chat template does: {excerpt(turn)}"
             )
         content = turn.get("content") if isinstance(turn, dict) else None
+        try:
+            about_tools = tool_calls.of_turn(turn) if isinstance(turn, dict) else {}
+        except ValueError as error:
+            raise _Unfit(f"column {column!r}: {error}: {excerpt(turn)}") from None
+        content = "" if content is None and "tool_calls" in about_tools else content
         if not isinstance(content, str) or turn.get("role") not in ROLES:
             raise _Unfit(
                 f"column {column!r}: {excerpt(turn)} is no message with text as content "
                 f"and one of the roles {', '.join(ROLES)}"
             )
-        turns.append({"role": turn["role"], "content": _valid(content, column)})
+        kept = {"role": turn["role"], "content": content, **about_tools}
+        turns.append({key: _valid(text, column) for key, text in kept.items()})
     return turns
 
 
@@ -595,11 +629,14 @@ def _as_chat(example: Example, notes: Counter[str]) -> None:
 
 def _as_text(example: Example, where: str) -> None:
     if not all(isinstance(turns, str) for turns in (example.prompt, *example.answers)):
+        tools = any("tools" in turn for turn in example.prompt)
         raise TokenizerError(
-            "the data holds messages, but the tokenizer has no chat template",
+            f"the data holds {'tools' if tools else 'messages'}, but the tokenizer has no chat "
+            "template",
             where=where,
             expected="a tokenizer with a chat template, or columns of plain text",
-            remedy="choose an instruct model, or turn the messages into text yourself",
+            remedy="choose an instruct model, or turn the messages into text yourself"
+            + "; `ignore: [tools]` leaves them out" * tools,
         )
     if example.system:
         example.prompt = f"{example.system}\n\n{example.prompt}"

@@ -13,8 +13,10 @@ from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from . import tool_calls
+
 Turns = str | list[dict[str, str]]
-"""A text, or messages with `role` and `content`."""
+"""A text, or messages with `role` and `content`, and what `tool_calls` keeps beside them."""
 
 _CACHE: weakref.WeakKeyDictionary[Any, dict[bytes, array[int]]] = weakref.WeakKeyDictionary()
 """Tokenizer -> fingerprint -> ids."""
@@ -28,13 +30,15 @@ def prompt_ids(tokenizer: Any, prompts: Sequence[Turns]) -> list[array[int]]:
     """
     plain = not prompts or isinstance(prompts[0], str)
 
+    def rendered(prompt: Turns) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        messages, tools = tool_calls.for_template(prompt)
+        options = {"add_generation_prompt": True, "tokenize": False}
+        return str(tokenizer.apply_chat_template(messages, tools=tools, **options))
+
     def encode(missing: list[Turns]) -> Any:
-        texts = [
-            p
-            if isinstance(p, str)
-            else tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False)
-            for p in missing
-        ]
+        texts = [rendered(prompt) for prompt in missing]
         # A template writes its special tokens itself.
         return tokenizer(texts, add_special_tokens=plain, verbose=False)
 

@@ -32,12 +32,16 @@ _JUDGES = frozenset(
     "correctness coherence honesty harmlessness".split()
 )
 _ANSWERS = ("completion", "messages", "chosen", "rejected", "completions")
-_LABELS = {"true": True, "false": False, "1": True, "0": False, "-1": False, "1.0": True,
-           "0.0": False, "-1.0": False}  # fmt: skip
+_LABELS = {
+    **dict.fromkeys(("true", "1", "1.0", "+1", "up", "thumbs up", "thumbs_up", "good", "like",
+                     "liked", "yes", "positive", "👍"), True),
+    **dict.fromkeys(("false", "0", "-1", "0.0", "-1.0", "down", "thumbs down", "thumbs_down", "bad",
+                     "dislike", "disliked", "no", "negative", "👎"), False),
+}  # fmt: skip
 
 
 def label(value: Any) -> bool | None:
-    """Return the judgement of a label: true or false, also as 1 and 0 (or -1), or as text."""
+    """Return the judgement of a label: true or false, also as 1 and 0 (or -1), or thumbs."""
     return _LABELS.get(str(value).strip().lower())
 
 
@@ -52,8 +56,8 @@ def check(rows: list[Row], layout: tuple[str, ...], name: str, source: DataSourc
         read |= {"input"}
     if "chosen" in layout:
         read |= {"prompt", "margin"}
-    if "label" in source.columns and name == "demonstrations":
-        read.add("label")
+    if name == "demonstrations":
+        read |= {"tools"} | ({"label"} & source.columns.keys())
     values: dict[str, list[Any]] = {}
     for _, row in rows:
         for column, value in row.items():
@@ -125,7 +129,8 @@ def _check_judgement(
     if name == "comparisons":
         remedy = "give the better answer as `chosen`, and leave out pairs that should not count"
     if name == "demonstrations" and all(label(value) is not None for value in given):
-        remedy = f"{_mapping(source, 'label', column)} trains on the answers judged good only"
+        remedy = f"{_mapping(source, 'label', column)} trains on the answers judged good only, "
+        remedy += "and under data.comparisons pairs the good and bad answers to a prompt"
     shown = ", ".join(f"{value}: {n}" for value, n in kinds.most_common(3))
     raise DataError(
         f"the column {column!r} is not read, and judges the answers ({shown})",

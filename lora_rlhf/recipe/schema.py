@@ -24,8 +24,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 COLUMNS = tuple(
-    "system prompt input completion messages chosen rejected margin completions ranks scores label "
-    "labeler".split()
+    "system prompt input tools completion messages chosen rejected margin completions ranks scores "
+    "label labeler".split()
 )
 """Column names that `columns:` may map to; in `data.text` only `text`."""
 

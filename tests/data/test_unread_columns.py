@@ -52,7 +52,7 @@ def test_a_system_column_goes_before_the_prompt(tmp_path, templated):
     [
         (with_column("context", ["Oslo", "Rome"]), "context", "columns: {input: context}"),
         (with_column("system_prompt", ["Be"]), "system_prompt", "columns: {system: system_prompt}"),
-        (with_column("tools", [[{"name": "f"}]]), "tools", "write what it says"),
+        (with_column("functions", [[{"name": "f"}]]), "functions", "write what it says"),
         (with_column("question", ["why"]), "question", "columns: {input: question}"),
         ([{"question": r["prompt"], "chosen": f"so {r['chosen']}", "rejected": f"so {i}"}
           for i, r in enumerate(PREFS)], "question", "columns: {prompt: question}"),
@@ -133,7 +133,7 @@ def test_scores_of_a_pair_must_not_prefer_the_rejected_answer(tmp_path, plain):
 
 @pytest.mark.parametrize(
     "extra",
-    [{"tool_calls": [{"type": "function"}]}, {"reasoning_content": "hm"}, {"weight": 0}],
+    [{"function_call": {"name": "f"}}, {"reasoning_content": "hm"}, {"weight": 0}],
 )
 def test_keys_of_a_turn_that_no_stage_reads_are_refused(tmp_path, chat, extra):
     rows = [{"messages": [*user("q"), {**answer("a")[0], **extra}]}]
