@@ -428,10 +428,10 @@ def _add_tools(example: Example, row: dict[str, Any], name: str) -> None:
         tools = tool_calls.list_of_tools(row.get("tools"))
     except ValueError as error:
         raise _Unfit(f"column 'tools': {error}: {excerpt(row['tools'])}") from None
-    if tools and isinstance(example.prompt, str):
-        example.prompt = [{"role": "user", "content": example.prompt}]
     if tools and example.prompt:
-        example.prompt = [{**example.prompt[0], "tools": tools}, *example.prompt[1:]]
+        text, turns = example.prompt, [{"role": "user", "content": str(example.prompt)}]
+        first, *rest = turns if isinstance(text, str) else text
+        example.prompt = [{**first, "tools": tools}, *rest]
 
 
 def _question(row: dict[str, Any]) -> Turns:
