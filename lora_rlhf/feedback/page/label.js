@@ -286,8 +286,8 @@
     form = forms[task.type];
     entry = newest(task);
     const several = task.prompt.length > 1, names = { user: "User", assistant: "Assistant", system: "System" };
-    const turns = task.prompt.map(({ role, content }) => el("div", { className: role === "user" ? "turn" : "turn other" },
-      several ? el("h3", null, names[role] || role) : null, text(content)));
+    const turns = task.prompt.map(({ role, content }, i) => el("div", { className: role === "user" ? "turn" : "turn other" },
+      several ? el("h3", null, names[role] || role) : null, text(content, i + 1 === task.prompt.length ? { id: "asked" } : null)));
     view(form.title(),
       task.previous ? el("p", { className: "note", id: "changing" },
         "You are changing your last label. The earlier one stays on record; this one will count.") : null,
@@ -297,7 +297,10 @@
       ...form.build(), extras());
     $("undo").disabled = !state.progress.done;
     update();
-    if (form === forms.demonstration) check();
+    if (form !== forms.demonstration) return;
+    check();
+    // Who begins to type should write, not press keys; on a phone the keyboard would hide the prompt.
+    if (!matchMedia("(pointer: coarse)").matches) $("text").focus({ preventScroll: true });
   }
   function finished() {
     const { done } = state.progress;
@@ -587,7 +590,7 @@
       title: () => "Write the best answer",
       build: () => {
         const area = el("textarea", { id: "text", rows: 10, maxLength: 100000, dir: "auto", spellcheck: true,
-          value: entry.text, "aria-describedby": "wanted counts problems",
+          value: entry.text, "aria-describedby": "asked wanted problems",
           oninput: () => { setter("text")(area.value); check(); } });
         const { json_schema: schema } = task.checks || {};
         return [el("section", { className: "write", "aria-labelledby": "write" },
