@@ -321,11 +321,12 @@
     flags: [], both_bad: false, note: "", at: 0,
   });
   const keptAs = ({ id, prompt, answers }) => { // the same number may be another project's task
-    let hash = 14695981039346656037n; // FNV-1a
+    let a = 0xdeadbeef, b = 0x41c6ce57;
     for (const c of JSON.stringify([state.project.name, state.labeler, id, prompt, answers])) {
-      hash = BigInt.asUintN(64, (hash ^ BigInt(c.codePointAt(0))) * 1099511628211n);
+      a = Math.imul(a ^ c.codePointAt(0), 2654435761);
+      b = Math.imul(b ^ c.codePointAt(0), 1597334677);
     }
-    return `draft ${hash.toString(36)}`;
+    return `draft ${a >>> 0} ${b >>> 0}`;
   };
   let key = "", onServer = 0, timer = 0, saving = Promise.resolve();
   const dirty = () => entry !== null && entry.at > onServer;
@@ -411,6 +412,8 @@
     } finally {
       clearTimeout(patience);
       hold(false);
+      if (task && dirty()) later(0);
+      if (task && document.activeElement === document.body) $("save").focus(); // its field was held
     }
   }
   async function submit() {
