@@ -62,6 +62,15 @@ def _quick_gc():
 
 
 @pytest.fixture(scope="session")
+def chromium():
+    """One browser for all tests of pages."""
+    from headless import started
+
+    with started() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder with real human data, or a skip that says why."""
     folder = os.environ.get("LORA_RLHF_DATA")

@@ -4,12 +4,11 @@
 import contextlib
 import functools
 import http.server
-import json
-import shutil
 import threading
 import time
 from urllib.parse import urlsplit
 
+import headless
 import pytest
 from label_sitting import Sitting, task
 
@@ -22,22 +21,6 @@ RANKING = task("ranking", "How do I make tea?", *ANSWERS)
 PAIR = task("pair", "Why does the moon change?", "The sun lights one side of it.", "It does not.")
 RATING = task("rating", "Write a wish for my aunt.", "All the best, dear aunt!")
 WRITING = task("demonstration", "The meeting is on Thursday. Say so.", checks={"max_words": 5})
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not binary or not driver:
-        pytest.skip("Debian's chromium and chromium-driver are not installed")
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    with webdriver.Chrome(options=options, service=webdriver.ChromeService(driver)) as browser:
-        browser.set_window_size(1200, 900)
-        yield browser
 
 
 class Page:
@@ -132,14 +115,6 @@ class Page:
     def focused(self):
         return self.browser.switch_to.active_element
 
-    def phone(self, width=360):
-        size = {"width": width, "height": 740, "deviceScaleFactor": 1, "mobile": True}
-        self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-
-    def scheme(self, name):
-        feature = {"name": "prefers-color-scheme", "value": name}
-        self.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
-
 
 @pytest.fixture
 def page(chromium, tmp_path):
@@ -160,11 +135,8 @@ def page(chromium, tmp_path):
             chromium.switch_to.window(handle)
             chromium.close()
     chromium.switch_to.window(first)
-    chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": []})
-    chromium.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-    events = (json.loads(entry["message"])["message"] for entry in chromium.get_log("performance"))
-    sent = [e["params"] for e in events if e["method"] == "Network.requestWillBeSent"]
-    origins = {urlsplit(params["request"]["url"])[:2] for params in sent}
+    headless.emulate(chromium)
+    origins = {urlsplit(url)[:2] for url in headless.requests(chromium)}
     complaints = chromium.get_log("browser")
     chromium.get("about:blank")
     pages[0].sitting.kill()
@@ -515,7 +487,7 @@ def test_hostile_text_is_inert_and_the_layout_holds(page):
     assert not sitting.all("main script, main img, main b")
     sitting.run("document.querySelectorAll('.fold .link').forEach((more) => more.click())")
     for width in (360, 1200):
-        sitting.phone(width)
+        headless.emulate(sitting.browser, width=width)
         assert sitting.run("return document.documentElement.scrollWidth") <= width
         outside = """return [...document.querySelectorAll('header *, main *')].filter((x) =>
             x.getBoundingClientRect().right > innerWidth + 1).map((x) => x.outerHTML)"""
@@ -538,13 +510,6 @@ def test_markup_and_foreign_requests_are_refused_by_the_policy(page):
 # ------------------------------------------------------------------------------ accessibility
 
 
-def luminance(page, what, name):
-    color = page.find(what).value_of_css_property(name)
-    numbers = [float(x) / 255 for x in color[color.index("(") + 1 : -1].split(",")[:3]]
-    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in numbers]
-    return sum(x * weight for x, weight in zip(linear, (0.2126, 0.7152, 0.0722), strict=True))
-
-
 def test_contrast_in_light_and_dark(page):
     sitting = page(RANKING).begin().sees("Rank these 4 answers").type("1")
     texts = [
@@ -562,12 +527,13 @@ def test_contrast_in_light_and_dark(page):
         ("#order li", "#order li"),
     ]
     for scheme in ("light", "dark"):
-        sitting.scheme(scheme)
+        headless.emulate(sitting.browser, scheme)
         time.sleep(0.2)  # colors fade
-        assert (luminance(sitting, "body", "background-color") > 0.5) == (scheme == "light")
+        page_is_light = headless.luminance(sitting.browser, "body", "background-color") > 0.5
+        assert page_is_light == (scheme == "light")
         for text, ground in texts:
-            pair = luminance(sitting, text, "color"), luminance(sitting, ground, "background-color")
-            assert (max(pair) + 0.05) / (min(pair) + 0.05) >= 4.5, (scheme, text)  # WCAG AA
+            contrast = headless.contrast(sitting.browser, text, ground)
+            assert contrast >= 4.5, (scheme, text)  # WCAG AA
 
 
 def test_names_roles_and_order_of_focus(page):
@@ -604,7 +570,7 @@ def test_names_roles_and_order_of_focus(page):
 
 def test_a_phone(page):
     sitting = page(RANKING, PAIR, RATING, WRITING)
-    sitting.phone()
+    headless.emulate(sitting.browser, width=360)
     sitting.begin()
     for heading in (
         "Rank these 4 answers",

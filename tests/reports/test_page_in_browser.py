@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """report.html in headless Chromium: it sorts, filters, makes no request, runs nothing foreign."""
 
-import json
-import shutil
 from pathlib import Path
 
 import example_report
+import headless
 import pytest
 
 from lora_rlhf.reports import html_report
@@ -25,21 +24,6 @@ def page(report, tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not binary or not driver:
-        pytest.skip("Debian's chromium and chromium-driver are not installed")
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    with webdriver.Chrome(options=options, service=webdriver.ChromeService(driver)) as browser:
-        yield browser
-
-
 @pytest.fixture
 def browser(chromium, page):
     """The page, freshly opened; afterwards it has made no request and printed no error."""
@@ -47,16 +31,9 @@ def browser(chromium, page):
         chromium.get_log(log)
     chromium.get(page.as_uri())
     yield chromium
-    chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": []})
-    chromium.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-    assert requests(chromium) == [page.as_uri()]
+    headless.emulate(chromium)
+    assert headless.requests(chromium) == [page.as_uri()]
     assert chromium.get_log("browser") == []
-
-
-def requests(browser):
-    events = (json.loads(entry["message"])["message"] for entry in browser.get_log("performance"))
-    sent = [e["params"] for e in events if e["method"] == "Network.requestWillBeSent"]
-    return [params["request"]["url"] for params in sent if params["request"]["url"] != "data:,"]
 
 
 def select(browser, name, value):
@@ -204,27 +181,16 @@ def test_focus_is_seen_and_begins_with_the_way_past_the_links(browser):
     assert browser.switch_to.active_element.text == "gold_reward"  # the first link of the results
 
 
-def luminance(browser, what, name):
-    color = browser.find_element("css selector", what).value_of_css_property(name)
-    numbers = [float(x) / 255 for x in color[color.index("(") + 1 : -1].split(",")[:3]]
-    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in numbers]
-    return sum(x * weight for x, weight in zip(linear, (0.2126, 0.7152, 0.0722), strict=True))
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_contrast_in_light_and_dark(browser, scheme):
-    feature = {"name": "prefers-color-scheme", "value": scheme}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
-    page = luminance(browser, "body", "background-color")
-    assert (page > 0.5) == (scheme == "light")
+    headless.emulate(browser, scheme)
+    assert (headless.luminance(browser, "body", "background-color") > 0.5) == (scheme == "light")
     for what in ("body", ".interval", ".warn", ".good", "td a, th a", ".sample .why"):
-        text = luminance(browser, what, "color")
-        assert (max(text, page) + 0.05) / (min(text, page) + 0.05) >= 4.5, what  # WCAG AA
+        assert headless.contrast(browser, what, "body") >= 4.5, what  # WCAG AA
 
 
 def test_a_narrow_screen_needs_no_sideways_scrolling(browser):
-    size = {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    headless.emulate(browser, width=400)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 400
     answers = browser.find_elements("css selector", ".sample:first-child .answer")
     assert len({answer.rect["x"] for answer in answers}) == 1  # below each other
