@@ -34,7 +34,7 @@ from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.planning import run_memory, stage_work
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.recipe.stage_keys import has_reward_model, stage_names
-from lora_rlhf.reports import plots, tables
+from lora_rlhf.reports import evaluation_report, html_report, plots, tables
 from lora_rlhf.reports.cards import model_card
 from lora_rlhf.reports.doctor import findings
 from lora_rlhf.runs import disk, reuse, run_lock
@@ -242,6 +242,8 @@ def _run_stages(
         except interrupts.OutOfTime:
             progress.say("Time budget reached; run the same command to continue.")
             return
+    if wanted and evaluation_report.FILE in record.listed():
+        html_report.of_run(record)
     if "card" in wanted:
         with record.stage("card"):  # the seal included, because only a sealed run can be pushed
             plots.run(record)

@@ -486,17 +486,21 @@ def _card_verb(
 
 @_command("report")
 def _report_verb(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with a report.json.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run, or an evaluation's --out.")],
     show: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
-    """Rebuild report.html from the report.json of an evaluation.
+    """Rebuild report.html from the report.json of a run or an evaluation.
 
     The page is one file and needs no network.
     """
     from lora_rlhf.reports import evaluation_report, html_report
+    from lora_rlhf.runs.record import Record, is_run
 
-    page = folder / html_report.NAME
-    html_report.write(evaluation_report.read(folder), page)
+    if is_run(folder):
+        page = html_report.of_run(Record.read(folder))
+    else:
+        page = folder / html_report.NAME
+        html_report.write(evaluation_report.read(folder), page)
     shell.echo(page)
     if show:
         import webbrowser

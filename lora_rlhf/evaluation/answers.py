@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,17 +31,6 @@ class Answers:
     scores: dict[str, list[float]] = field(default_factory=dict)  # reward, held_out: centred
     kl: list[float] | None = None
     verdicts: list[Verdict | None] = field(default_factory=list)
-
-    def part(self, rows: Sequence[int]) -> Answers:
-        """Select the answers to some of the prompts."""
-
-        def take(values: list[Any]) -> list[Any]:
-            return [values[row] for row in rows]
-
-        kl = None if self.kl is None else take(self.kl)
-        scores = {role: take(values) for role, values in self.scores.items()}
-        ids, texts, finished = take(self.ids), take(self.texts), take(self.finished)
-        return Answers(ids, texts, finished, self.seconds, scores, kl, take(self.verdicts))
 
     @property
     def lengths(self) -> list[int]:

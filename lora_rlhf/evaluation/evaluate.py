@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The evaluation stage: base, SFT and policy (or best of n) on the same prompts and seed.
 
-Writes `evaluation` into the record, every number with its interval and n, and `samples.jsonl`
-beside it, one line per prompt and model. A metric that does not apply is left out, never set to 0.
+Writes `evaluation` into the record, every number with its interval and n, and beside it
+`report.json` and `samples.jsonl`, one line per prompt and model. A metric that does not apply is
+left out, never set to 0.
 """
 
 from __future__ import annotations
@@ -10,37 +11,33 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 from datasets import Dataset
 
-from lora_rlhf import estimates
 from lora_rlhf.algorithms import best_of_n, reward_functions
 from lora_rlhf.algorithms.ppo import ppo_stage
 from lora_rlhf.data.closed_world.checkers import Item, check
 from lora_rlhf.errors import DataError, NonFiniteError
-from lora_rlhf.estimates import Estimate
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.models.scoring import scores, sequence_logprobs
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.redaction import safe
 from lora_rlhf.runs.disk import write_atomically
-from lora_rlhf.runs.metric_names import METRICS
 from lora_rlhf.runs.record import Record
 from lora_rlhf.runs.samples import prompt_text
 from lora_rlhf.training.reward import ensemble
 
+from . import run_tables
 from .answers import AnswerCache, Answers
 
 MODELS: dict[str, str | None] = {
     "base": None, "sft": "reference", "policy": "policy", "best_of_n": "reference",
 }  # fmt: skip
 """Models in the order of evaluation: name in the record -> role of the adapter."""
-
-_REWARDS = {"reward": "proxy_reward", "held_out": "held_out_reward"}
-"""Role that scores answers -> its reward in the record and in `samples.jsonl`."""
 
 
 def run(
@@ -81,25 +78,27 @@ def run(
             answers[model] = one
             if earlier[model] is None:
                 cache.put(model, one)
-        evaluation = record.data["evaluation"] = _measured(answers, recipe.seed)
+        asked = run_tables.prompt_set(record, rows, items)
+        made = run_tables.evaluation_of(recipe, asked, answers, max_new_tokens)
+        tables, judges = run_tables.tables(made, asked)
+        families = Counter(item.family for item in items if item is not None)
+        evaluation, by_kind = run_tables.by_model(tables, models, list(families))
+        record.data["evaluation"] = evaluation
         if "best_of_n" in models:
             n = recipe.best_of_n.n
             evaluation["best_of_n"]["kl_bound"] = best_of_n.analytic(best_of_n.best_of_n_kl(n))
             entry["samples_per_answer"] = {"best_of_n": n}
-        kinds: dict[str, list[int]] = {}
-        for row, item in enumerate(items):
-            if item is not None:
-                kinds.setdefault(item.family, []).append(row)
         record.data["clock"]["evaluation"] = {model: one.speed for model, one in answers.items()}
         _write_samples(record, rows, items, answers)
+        run_tables.write_report(record, made, asked, tables, judges, by_kind)
         entry.update(
             prompts=len(rows),
             models=models,
             seed=recipe.seed,
             max_new_tokens=max_new_tokens,
             temperature=recipe.evaluate.temperature,
-            families={kind: len(rows) for kind, rows in kinds.items()},
-            by_kind=_by_kind(answers, kinds, recipe.seed),
+            families=dict(families),
+            by_kind=by_kind,
         )
 
 
@@ -199,111 +198,6 @@ def _finite(values: list[float], what: str) -> list[float]:
     return values
 
 
-# --- from answers to numbers -------------------------------------------------------------------
-
-
-def _measured(answers: dict[str, Answers], seed: int) -> dict[str, dict[str, Estimate]]:
-    """The metrics of every model; all but SFT are compared with SFT."""
-    return {
-        model: measure(one, None if model == "sft" else answers.get("sft"), seed)
-        for model, one in answers.items()
-    }
-
-
-def _by_kind(
-    answers: dict[str, Answers], kinds: dict[str, list[int]], seed: int
-) -> dict[str, dict[str, dict[str, Estimate]]]:
-    """The same by kind of prompt: model -> kind -> metrics; `kinds` has the rows of each kind."""
-    by_kind: dict[str, dict[str, Any]] = {model: {} for model in answers if kinds}
-    for kind, rows in kinds.items():
-        parts = {model: one.part(rows) for model, one in answers.items()}
-        for model, metrics in _measured(parts, seed).items():
-            by_kind[model][kind] = metrics
-    return by_kind
-
-
-def measure(answers: Answers, sft: Answers | None, seed: int) -> dict[str, Estimate]:
-    """Every metric that applies, in the order of METRICS; `sft` is None for SFT itself."""
-    shares = [share for share in estimates.repetition(answers.ids, n=4) if share is not None]
-    out: dict[str, Estimate | None] = {
-        **{name: _mean(answers.scores.get(role, [])) for role, name in _REWARDS.items()},
-        "length": _mean(answers.lengths),
-        "eos_rate": _share(answers.finished),
-        "repetition": estimates.mean_of_shares(shares) if shares else None,
-        "kl": _mean(answers.kl or []),
-    }
-    verdicts = [v for v in answers.verdicts if v is not None]
-    if verdicts:
-        incidents = _share([v.incident for v in verdicts])
-        out |= {
-            "gold_reward": _mean([v.reward for v in verdicts]),
-            "success": _share([v.success for v in verdicts]),
-            "hallucination": _share([v.hallucinated for v in verdicts]),
-            "false_abstention": _share([v.false_abstention for v in verdicts]),
-            "missed_abstention": _share([v.missed_abstention for v in verdicts]),
-            "incidents_per_1000": estimates.scaled(incidents, 1000) if incidents else None,
-            "over_refusal": _share([v.over_refusal for v in verdicts]),
-            "constraint": _share([v.constraint for v in verdicts]),
-            "words": _mean([v.words for v in verdicts]),
-        }
-    if sft is not None:
-        out |= _against(answers, sft, seed)
-    return {name: value for name in METRICS if (value := out.get(name)) is not None}
-
-
-def _against(answers: Answers, sft: Answers, seed: int) -> dict[str, Estimate | None]:
-    """The paired comparisons with SFT."""
-    all_rows = range(len(answers.ids))
-    out: dict[str, Estimate | None] = {
-        "longer_than_sft": estimates.win_rate(answers.lengths, sft.lengths)
-    }
-    for name, own in _by_prompt(answers).items():
-        known = [
-            (a, b)
-            for a, b in zip(own, _by_prompt(sft).get(name, []), strict=False)
-            if a is not None and b is not None
-        ]
-        if known:
-            mine, others = zip(*known, strict=True)
-            out[f"{name}_minus_sft"] = estimates.paired_difference(mine, others, seed)
-    pairs: dict[str, tuple[Sequence[int], list[float], list[float]]] = {
-        f"win_rate_{name}": (all_rows, answers.scores[role], sft.scores[role])
-        for name, role in (("proxy", "reward"), ("held_out", "held_out"))
-        if role in answers.scores
-    }
-    if tasks := [i for i in all_rows if answers.verdicts[i] is not None]:
-        gold, gold_sft = ([v.reward for v in one.verdicts if v] for one in (answers, sft))
-        pairs["win_rate"] = (tasks, gold, gold_sft)
-    for name, (rows, a, b) in pairs.items():
-        out[name] = estimates.win_rate(a, b)
-        out[f"{name}_length_controlled"] = estimates.length_controlled_win_rate(
-            a, b, [answers.lengths[i] for i in rows], [sft.lengths[i] for i in rows]
-        )
-    return out
-
-
-def _by_prompt(answers: Answers) -> dict[str, Sequence[float | None]]:
-    """Metric -> its value of each prompt, of those that are compared with SFT's by their mean."""
-    verdicts = answers.verdicts
-    return {
-        "gold_reward": [None if v is None else v.reward for v in verdicts],
-        "false_abstention": [None if v is None else v.false_abstention for v in verdicts],
-        "missed_abstention": [None if v is None else v.missed_abstention for v in verdicts],
-        "length": answers.lengths,
-        **{_REWARDS[role]: values for role, values in answers.scores.items()},
-    }
-
-
-def _mean(values: Sequence[float | None]) -> Estimate | None:
-    known = [value for value in values if value is not None]
-    return estimates.mean_interval(known) if known else None
-
-
-def _share(flags: Sequence[bool | None]) -> Estimate | None:
-    known = [flag for flag in flags if flag is not None]
-    return estimates.wilson(sum(known), len(known)) if known else None
-
-
 # --- samples -----------------------------------------------------------------------------------
 
 
@@ -325,7 +219,7 @@ def _write_samples(
                 "tokens": len(one.ids[i]),
                 "finished": one.finished[i],
             }
-            line |= {_REWARDS[role]: round(s[i], 6) for role, s in one.scores.items()}
+            line |= {run_tables.REWARDS[role]: round(s[i], 6) for role, s in one.scores.items()}
             if one.kl is not None:
                 line["kl"] = round(one.kl[i], 6)
             verdict = one.verdicts[i]

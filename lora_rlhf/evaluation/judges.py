@@ -378,7 +378,7 @@ def _rubric(text: str) -> tuple[Rubric, str]:
     return ("pointwise", rest) if rubric == "pointwise" and rest else ("pairwise", text)
 
 
-def describe(judge: Judge, validation: dict[str, Any] | None) -> dict[str, Any]:
+def describe(judge: Judge | JudgeSpec, validation: dict[str, Any] | None) -> dict[str, Any]:
     """Describe a judge for the report, with the reason why it may or may not be believed."""
     trusted, why = trust(judge, validation)
     if worst := evaluation_report.worst_probe(validation):
@@ -396,7 +396,7 @@ FEWEST_LABELS = 50
 """Human labels that a judge must have been compared with before it may head a report."""
 
 
-def trust(judge: Judge, validation: dict[str, Any] | None) -> tuple[bool, str]:
+def trust(judge: Judge | JudgeSpec, validation: dict[str, Any] | None) -> tuple[bool, str]:
     """Return if a judge may decide the verdict of a report, and why."""
     if judge.kind in ("checker", "people"):
         return True, f"it is {KINDS[judge.kind]}"

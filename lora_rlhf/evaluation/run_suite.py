@@ -121,12 +121,12 @@ def run(
             tables += _win_rates(evaluation, prompts, judge, about)
         del judge  # with its base, before the next one is loaded
     tables += _with_people(evaluation, compared, described)
-    report = safe(_report(evaluation, sets, described, tables))
-    write_atomically(evaluation.out / "report.json", json.dumps(report, indent=1) + "\n")
+    made = report(evaluation, [prompts for _, prompts in sets], described, tables)
+    write_atomically(evaluation.out / "report.json", json.dumps(safe(made), indent=1) + "\n")
     tasks = [task for prompts in compared for task in _to_label(evaluation, prompts, described)]
     lines = "".join(json.dumps(safe(task)) + "\n" for task in tasks)
     write_atomically(evaluation.out / "to_label.jsonl", lines)
-    return report
+    return safe(made)
 
 
 def _check_judges(
@@ -582,12 +582,13 @@ def _with_people(
 # --- the report ---------------------------------------------------------------------------------
 
 
-def _report(
+def report(
     evaluation: Evaluation,
-    sets: Sequence[tuple[SetSection, PromptSet]],
+    sets: Sequence[PromptSet],
     judges: list[dict[str, Any]],
     tables: list[dict[str, Any]],
 ) -> dict[str, Any]:
+    """Make the content of `report.json`."""
     suite = evaluation.suite
     head = suite_tables.headline(suite.headline, tables)
     verdict = suite_tables.sentences(head, suite.headline, tables)
@@ -618,12 +619,12 @@ def _report(
                 "licence": prompts.licence,
                 "sha256": prompts.sha256,
             }
-            for _, prompts in sets
+            for prompts in sets
         ]
         + _task_sets(evaluation),
         "tables": tables,
         "judges": judges,
-        "samples": [sample for _, prompts in sets for sample in _samples(evaluation, prompts)],
+        "samples": [sample for prompts in sets for sample in _samples(evaluation, prompts)],
         "costs": evaluation.costs,
         "not_measured": evaluation.not_measured,
     }
@@ -710,8 +711,10 @@ def _least(evaluation: Evaluation, set_name: str, names: Sequence[str], row: int
         known = []
         for metric, values in evaluation.values[set_name, name].items():
             if (value := values[row]) is not None:
-                wins = metric not in METRICS
-                known.append(value - 0.5 if wins else signs[METRICS[metric].better] * value)
+                if metric.startswith("wins by "):
+                    known.append(value - 0.5)
+                elif metric in METRICS:
+                    known.append(signs[METRICS[metric].better] * value)
         if known:
             sums.append(sum(known))
     return min(sums, default=None)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,6 @@ _ELO = 400 / math.log(10)
 """Elo points of a log-odds of 1."""
 
 _RESAMPLES = 10_000
-_RESAMPLES_OF_A_KIND = 2_000
 _POWER = 2.8 / 3.92
 """From an interval's width to the difference that is seen with a power of 80 %."""
 
@@ -49,16 +48,16 @@ def metric_table(
             difference, paired by prompt (`from_clean`).
     """
 
-    def differences(only: Sequence[int], resamples: int) -> dict[str, Estimate | None]:
+    def differences(only: Sequence[int]) -> dict[str, Estimate | None]:
         return {
-            name: _difference(values[name], values[reference], only, seed, resamples, metric)
+            name: _difference(values[name], values[reference], only, seed, metric)
             for name in values
             if name != reference
         }
 
-    every = differences(range(len(rows)), _RESAMPLES)
+    every = differences(range(len(rows)))
     kinds = kinds_of(rows)
-    by_kind = {kind: differences(only, _RESAMPLES_OF_A_KIND) for kind, only in kinds.items()}
+    by_kind = {kind: differences(only) for kind, only in kinds.items()}
     table = {
         "set": set_name,
         "metric": metric.name,
@@ -82,8 +81,7 @@ def metric_table(
     if clean:
         whole = range(len(rows))
         table["from_clean"] = {
-            name: _difference(values[name], clean[name], whole, seed, _RESAMPLES, metric)
-            for name in clean
+            name: _difference(values[name], clean[name], whole, seed, metric) for name in clean
         }
     return table
 
@@ -97,31 +95,13 @@ def win_rate_tables(
     reference: str,
 ) -> list[dict[str, Any]]:
     """Make the tables of a judge: win rates against the reference, raw and length-controlled."""
-    kinds = kinds_of(rows)
-
-    def table(
-        metric: str, meaning: str, rate: Callable[[str, Sequence[int]], Estimate | None]
-    ) -> dict[str, Any]:
-        return {
-            "set": set_name,
-            "metric": metric,
-            "meaning": meaning,
-            "better": "higher",
-            "judge": judge["name"],
-            "trusted": judge["trusted"],
-            "estimates": {name: rate(name, range(len(rows))) for name in verdicts},
-            "by_kind": {
-                kind: {name: rate(name, only) for name in verdicts} for kind, only in kinds.items()
-            },
-            "differences": [],
-        }
 
     def raw(name: str, only: Sequence[int]) -> Estimate | None:
         return win_rate([verdicts[name].wins[i] for i in only])
 
     def controlled(name: str, only: Sequence[int]) -> Estimate | None:
         known = [i for i in only if verdicts[name].wins[i] is not None]
-        if len(known) < 2:
+        if not known:
             return None
         return estimates.length_controlled_win_rate(
             [verdicts[name].wins[i] or 0.0 for i in known],
@@ -131,14 +111,56 @@ def win_rate_tables(
         )
 
     by = f"by {judge['name']} ({KINDS[judge['kind']]})"
+    meaning = f"share of prompts won against {reference}, {by}; ties count half"
+    same = f"the same, predicted for answers as long as those of {reference}"
+    common = {"set": set_name, "better": "higher", "judge": judge["name"]}
+    common["trusted"] = judge["trusted"]
     return [
-        table("win_rate", f"share of prompts won against {reference}, {by}; ties count half", raw),
-        table(
-            "win_rate_length_controlled",
-            f"the same, predicted for answers as long as those of {reference}",
-            controlled,
-        ),
+        {**common, "metric": "win_rate", "meaning": meaning, **_rates(verdicts, rows, raw)},
+        {
+            **common,
+            "metric": "win_rate_length_controlled",
+            "meaning": same,
+            **_rates(verdicts, rows, controlled),
+        },
     ]
+
+
+def longer_table(
+    set_name: str,
+    rows: Sequence[Row],
+    lengths: Mapping[str, Sequence[int]],
+    reference: str,
+) -> dict[str, Any]:
+    """Make the table of how often a target's answer is longer than the reference's."""
+
+    def rate(name: str, only: Sequence[int]) -> Estimate:
+        own, others = ([lengths[of][i] for i in only] for of in (name, reference))
+        return estimates.win_rate(own, others)
+
+    return {
+        "set": set_name,
+        "metric": f"longer_than_{reference}",
+        "meaning": f"share of prompts with more tokens than {reference}; ties count half",
+        "better": "neither",
+        "judge": None,
+        "trusted": True,
+        **_rates([name for name in lengths if name != reference], rows, rate),
+    }
+
+
+def _rates(
+    names: Iterable[str],
+    rows: Sequence[Row],
+    rate: Callable[[str, Sequence[int]], Estimate | None],
+) -> dict[str, Any]:
+    """Return the estimates of a table against the reference, over all rows and by kind."""
+    kinds, names = kinds_of(rows), list(names)
+    return {
+        "estimates": {name: rate(name, range(len(rows))) for name in names},
+        "by_kind": {k: {name: rate(name, only) for name in names} for k, only in kinds.items()},
+        "differences": [],
+    }
 
 
 def ratings_table(
@@ -239,17 +261,20 @@ def _by_target(metric: Metric, values: Values, only: Sequence[int]) -> dict[str,
 
 
 def estimate(metric: Metric, values: Sequence[float | None]) -> Estimate | None:
-    """The mean of a metric with its interval: Wilson's for shares, else Student's t.
+    """The mean of a metric with its interval: Wilson's for shares of prompts, else Student's t.
 
-    Shares that are corrected for a detector's errors have Lang and Reiczigel's.
+    Means of shares within an answer have `estimates.mean_of_shares`, and shares that are corrected
+    for a detector's errors have Lang and Reiczigel's.
     """
     known = [value for value in values if value is not None]
     if not known:
         return None
     if metric.errors:
         made = estimates.corrected_share(sum(known), len(known), *metric.errors)
-    elif metric.share:
+    elif metric.share and all(value in (0.0, 1.0) for value in known):
         made = estimates.wilson(sum(known), len(known))
+    elif metric.share:
+        made = estimates.mean_of_shares(known)
     else:
         made = estimates.mean_interval(known)
     return estimates.scaled(made, metric.scale) if metric.scale != 1 else made
@@ -260,14 +285,13 @@ def _difference(
     b: Sequence[float | None],
     only: Sequence[int],
     seed: int,
-    resamples: int,
     metric: Metric,
 ) -> Estimate | None:
     pairs = [(x, y) for i in only if (x := a[i]) is not None and (y := b[i]) is not None]
     if not pairs:
         return None
     first, second = zip(*pairs, strict=True)
-    made = estimates.paired_difference(first, second, seed, resamples)
+    made = estimates.paired_difference(first, second, seed, _RESAMPLES)
     if metric.errors:
         made = estimates.corrected_difference(made, *metric.errors)
     return estimates.scaled(made, metric.scale) if metric.scale != 1 else made

@@ -54,9 +54,9 @@ SCHEMA = 1
 _PAUSES = (1.0, 4.0)  # few retries: the next checkpoint is uploaded anyway
 _QUIET_SECONDS = 2.0  # a longer wait for an upload is announced
 
-_TEXTS = ("recipe.yaml", "record.json", "metrics.jsonl", "samples.jsonl", "skipped.jsonl")
-_OF_DATA = ("samples.jsonl", "skipped.jsonl", "checkpoints/")
+_OF_DATA = ("report.json", "samples.jsonl", "skipped.jsonl", "checkpoints/")
 """Files with rows of the data, which may contain any path."""
+_TEXTS = ("recipe.yaml", "record.json", "metrics.jsonl", *_OF_DATA[:-1])
 _BEFORE, _AFTER = r"(?:(?<![\w.~-])|(?<=\\[nrt]))", r"(?![\w-]|\.\w)"
 """Ends of a path: /home/ann is not a match in /home/anna, but is one after an escaped newline."""
 

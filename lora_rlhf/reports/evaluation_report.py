@@ -157,7 +157,8 @@ class Report(Part):
 
     version: Literal[1]
     suite: Suite
-    created: str
+    created: str | None
+    """None in a run, whose times are in the record."""
     packages: dict[str, str]
     device: str
     headline: Headline | None
@@ -219,7 +220,7 @@ def read(folder: Path) -> dict[str, Any]:
         UsageError: There is no report, it is not JSON, or it is not of this version.
     """
     path = folder / FILE
-    remedy = "give the --out of `lora-rlhf evaluate`"
+    remedy = "give a run, or the --out of `lora-rlhf evaluate`"
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -22,6 +22,7 @@ from markupsafe import Markup
 
 from lora_rlhf.redaction import safe
 from lora_rlhf.runs.disk import write_atomically
+from lora_rlhf.runs.record import Record
 
 from .evaluation_report import (
     FILE,
@@ -33,6 +34,7 @@ from .evaluation_report import (
     Sample,
     Table,
     checked,
+    read,
 )
 
 NAME = "report.html"
@@ -53,6 +55,23 @@ def write(report: dict[str, Any], path: Path) -> None:
         UsageError: The report is of another version, or a key is missing.
     """
     write_atomically(path, render(report, path.with_name(FILE)))
+
+
+def of_run(record: Record) -> Path:
+    """Write the page of a run: its `report.json`, and the speed of its models from the clock.
+
+    Raises:
+        DamageError: `report.json` is not the file that the evaluation wrote.
+        UsageError: There is none.
+    """
+    report, page = read(record.verified(FILE).parent), record.folder / NAME
+    unknown = dict.fromkeys(("p50_s", "p95_s", "peak_bytes", "per_1000"))
+    report["costs"] = {
+        model: {**unknown, "tokens_per_second": speed["tokens_per_second"]}
+        for model, speed in record.data["clock"].get("evaluation", {}).items()
+    }
+    write(report, page)
+    return page
 
 
 def render(report: dict[str, Any], source: Path) -> str:

@@ -51,6 +51,7 @@ def show(record: Record, console: Console | None = None) -> None:
     lines = [("run", str(record.folder)), ("finished", ", ".join(stages) or "no stage yet")]
     lines += [("card", str(path)) for path in sorted(record.folder.glob("adapters/*/README.md"))]
     lines += [("plot", str(path)) for path in sorted(record.folder.glob("plots/*.png"))]
+    lines += [("report", str(page))] if (page := record.folder / "report.html").exists() else []
     if record.done("sft"):
         lines.append(("try it", f"lora-rlhf generate {record.folder} {_a_prompt(record)}"))
     for name, value in lines:
@@ -101,13 +102,22 @@ def verdict(
     by_kind: Mapping[str, Mapping[str, kinds.Metrics]] | None = None,
 ) -> str:
     """Say if the policy beat SFT, by its win rate's interval, and on which kinds it got worse."""
+    return " ".join(sentences(evaluation, algorithm, by_kind))
+
+
+def sentences(
+    evaluation: Mapping[str, Mapping[str, Any]],
+    algorithm: str = "ppo",
+    by_kind: Mapping[str, Mapping[str, kinds.Metrics]] | None = None,
+) -> list[str]:
+    """Return the sentences of `verdict`, the headline first."""
     who, model = ALGORITHMS[algorithm], "best_of_n" if algorithm == "best_of_n" else "policy"
     metrics, own = evaluation.get(model, {}), (by_kind or {}).get(model, {})
     hidden = kinds.sentences(who, metrics, evaluation.get("sft", {}), own)
-    return " ".join([_by_win_rate(metrics, algorithm), *hidden.values()])
+    return [_by_win_rate(metrics, algorithm), *hidden.values()]
 
 
-def _by_win_rate(metrics: dict[str, Any], algorithm: str) -> str:
+def _by_win_rate(metrics: Mapping[str, Any], algorithm: str) -> str:
     who = ALGORITHMS[algorithm]
     metric = next((name for name in JUDGES if metrics.get(name)), None)
     unknown = f"It is unknown whether {who} beat SFT:"

@@ -5,6 +5,7 @@ recipe.yaml      as resolved, secrets masked
 record.json      results and versions; only `clock` differs between two equal runs
 metrics.jsonl    one line per logged step: {"stage", "step", ..., "clock": {...}}
 samples.jsonl    completions of base, SFT and policy (or best of n) on the held-out prompts
+report.json      the evaluation's tables, without times; report.html is made from it and `clock`
 adapters/ROLE/   a plain PEFT folder with its card as README.md and its check.json
 plots/*.png
 
@@ -587,7 +588,7 @@ class Record:
         self.save()
 
     def seal(self) -> None:
-        """Record the sha256 of every file of the run, except the record and pictures.
+        """Record the sha256 of every file of the run, except the record, pictures and pages.
 
         A file that was listed before keeps its hash, except cards and recipe: a card that is
         written again must not hide that weights have changed. The log holds times, so its hashes
@@ -598,7 +599,7 @@ class Record:
         tops = [p for p in self.folder.iterdir() if p.name not in ("checkpoints", COPY)]
         for path in sorted(p for top in tops for p in (top, *top.rglob("*")) if p.is_file()):
             name = path.relative_to(self.folder).as_posix()
-            if path.suffix not in (".png", ".tmp", BACKUP) and name not in _UNSEALED:
+            if path.suffix not in (".png", ".html", ".tmp", BACKUP) and name not in _UNSEALED:
                 known = None if path.name in _REWRITTEN else before.get(name)
                 files[name] = known or self._sha256(path)
         states = {t: s for t, s in self.log_states().items() if self.done(stage_of(t))}

@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 
+import example_report
 import killed
 import pytest
 from damage import flip_bit
@@ -19,7 +20,7 @@ from lora_rlhf.errors import DamageError, UsageError
 from lora_rlhf.evaluation import judges, targets
 from lora_rlhf.hub import staging
 from lora_rlhf.recipe.loader import load_recipe
-from lora_rlhf.reports import compare, plots
+from lora_rlhf.reports import compare, html_report, plots
 from lora_rlhf.reports.cards import model_card
 from lora_rlhf.reports.doctor import doctor
 from lora_rlhf.runs import repair, reuse, samples
@@ -41,6 +42,8 @@ def finished(runs, tmp_path_factory) -> Path:
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (folder / "samples.jsonl").write_text(text)
         record.note(folder / "samples.jsonl")
+        (folder / "report.json").write_text(json.dumps(example_report.report(prompts=8)))
+        record.note(folder / "report.json")
     with record.stage("card"):
         record.seal()
     return folder
@@ -69,6 +72,7 @@ READERS = {
     "evaluate": lambda record: targets.parse([f"{record.folder}:policy"]),
     "judge": lambda record: judges.of_targets(targets.parse([f"{record.folder}:base"])),
     "compare": lambda record: compare.run([record.folder]),
+    "report": html_report.of_run,
     "push": lambda record: staging.check_adapter(record, "policy"),
 }
 
@@ -117,6 +121,8 @@ DAMAGES = [
     ("samples.jsonl", cut, ("samples", "card", "compare", "push")),
     ("samples.jsonl", without_first_line, ("samples", "card", "compare", "push")),
     ("samples.jsonl", Path.unlink, ("samples", "card", "compare")),
+    ("report.json", change('"headline"', '"Headline"'), ("report",)),
+    ("report.json", Path.unlink, ("report",)),
     ("metrics.jsonl", without_first_line, LOG),
     ("metrics.jsonl", change('"loss": ', '"loss": 1'), LOG),
     ("metrics.jsonl", Path.unlink, LOG),

@@ -10,11 +10,10 @@ from datasets import Dataset
 from lora_rlhf import estimates
 from lora_rlhf.algorithms.ppo import ppo_stage
 from lora_rlhf.data.closed_world import checkers, generator, vocabulary
-from lora_rlhf.errors import DataError, NonFiniteError
+from lora_rlhf.errors import DamageError, DataError, NonFiniteError
 from lora_rlhf.evaluation import evaluate
-from lora_rlhf.evaluation.answers import Answers
 from lora_rlhf.recipe.loader import parse_recipe
-from lora_rlhf.reports import tables
+from lora_rlhf.reports import evaluation_report, html_report, tables
 from lora_rlhf.runs import metric_names, samples
 from lora_rlhf.runs.record import Record
 from lora_rlhf.training.reward import ensemble
@@ -179,11 +178,13 @@ def test_repetition_is_over_tokens_that_can_repeat(plain):
     assert plain["policy"]["repetition"]["value"] == 0.0
 
 
-def test_the_interval_of_repetition_stays_above_0():
+def test_the_interval_of_repetition_stays_above_0(record, heads):
     """One answer of ten loops: the interval of a plain mean would begin below 0."""
     ids = [[1, 2, 3, 4, 5]] * 9 + [[6] * 9]
-    answers = Answers(ids=ids, texts=["x"] * 10, finished=[True] * 10, seconds=1.0)
-    repetition = evaluate.measure(answers, None, 0)["repetition"]
+    texts = ["".join(chr(i) for i in one) for one in ids]
+    backbone = Scripted({None: texts}, roles=[])
+    evaluate.run(recipe(), backbone, record, plain_prompts(10))
+    repetition = record.data["evaluation"]["base"]["repetition"]
     assert repetition["value"] == pytest.approx(5 / 60) and repetition["n"] == 10
     assert 0 < repetition["low"] < repetition["value"] < repetition["high"] < 0.6
 
@@ -403,6 +404,30 @@ def test_odd_line_separators_do_not_break_the_samples(record, heads):
     assert lines[0]["completion"] == "a\u2028b\x85c\nd"
 
 
+def test_the_report_has_the_numbers_and_the_words_of_the_record(record, heads):
+    """Every number of the record is one of the report's, and the page adds times alone."""
+    _, _, evaluation = task_run(record)
+    report = evaluation_report.read(record.folder)
+    by_kind = record.data["stages"]["evaluate"]["by_kind"]
+    assert " ".join(report["verdict"]) == tables.verdict(evaluation, "ppo", by_kind)
+    assert report["headline"]["judge"] == "checker"
+    assert report["headline"]["sentence"] == report["verdict"][0]
+    known = [e for t in report["tables"] for e in t["estimates"].values()]
+    known += [d["estimate"] for t in report["tables"] for d in t["differences"]]
+    for metrics in evaluation.values():
+        assert all(estimate in known for estimate in metrics.values())
+    assert {j["name"]: j["trusted"] for j in report["judges"]} == {"checker": True, "reward": False}
+    assert len(report["samples"]) == 32 and report["created"] is None and not report["costs"]
+    assert report["samples"][0]["answers"]["policy"]["values"]["wins by checker"] is not None
+    page = html_report.of_run(Record.read(record.folder)).read_text()
+    sentence = report["headline"]["sentence"].replace("'", "&#39;")
+    assert sentence in page and "tokens" in page.split('id="cost"')[1]
+    path = record.folder / "report.json"
+    path.write_text(path.read_text().replace("win rate", "win-rate", 1))
+    with pytest.raises(DamageError, match=r"report\.json: its sha256"):
+        html_report.of_run(Record.read(record.folder))
+
+
 def test_sample_table_shows_the_worst_answers(record, heads):
     task_run(record)
     table = samples.sample_table(record, 6)
@@ -525,7 +550,7 @@ def test_a_model_that_is_done_is_not_evaluated_again(tmp_path, heads, monkeypatc
         assert calls == wanted.get(harm, ["reference", "policy"])
         assert record.data["evaluation"] == whole.data["evaluation"]
         assert record.data["stages"] == whole.data["stages"]
-        names = ("samples.jsonl",)
+        names = ("samples.jsonl", "report.json")
         assert [(folder / n).read_bytes() for n in names] == [
             (whole.folder / n).read_bytes() for n in names
         ]

@@ -186,6 +186,9 @@ def test_the_commands_compare_models_and_check_a_judge(run, suite_file, tmp_path
     told = invoke("evaluate", run, *options, "--out", tmp_path / "out")
     assert "No verdict" in told and f"report  {tmp_path / 'out' / 'report.html'}" in told
     assert invoke("report", tmp_path / "out")
+    own = shutil.copytree(run, tmp_path / "run")
+    (own / "report.html").unlink()
+    assert invoke("report", own).strip() == str(own / "report.html"), "of a run too"
     wrong = CliRunner().invoke(app.app, ["evaluate", "recipe.yaml", "--judge", "x"])
     assert wrong.exit_code == 2 and "is a recipe, which reads only" in wrong.output
     labels = ("--against", str(tmp_path / "labels.jsonl"), "--out", str(tmp_path))
@@ -309,7 +312,7 @@ def test_one_base_at_a_time_is_in_memory(monkeypatch, tmp_path):
     )
     monkeypatch.setattr(run_suite, "_win_rates", lambda *_: [])
     monkeypatch.setattr(run_suite, "_with_people", lambda *_: [])
-    monkeypatch.setattr(run_suite, "_report", lambda *_: {})
+    monkeypatch.setattr(run_suite, "report", lambda *_: {})
     monkeypatch.setattr(run_suite, "_to_label", lambda *_: [])
     words = suite.SetSection(name="x", format="plain", win_rate=True)
     bases = [ModelSection(id=name) for name in ("a/a", "b/b", "c/c")]

@@ -68,7 +68,7 @@ def estimates(name, rows, answer):
     ids=["gold", "refuse-all", "comply-all", "echo", "empty", "longest"],
 )
 def test_straw_models_of_the_closed_world(answer, success, invented, incidents, over_refusal):
-    wanted = {"success": success, "invented": invented, "incidents": incidents,
+    wanted = {"success": success, "hallucination": invented, "incidents_per_1000": incidents,
               "over_refusal": over_refusal}  # fmt: skip
     found = {name: estimates(name, WORLD, answer)["value"] for name in wanted}
     assert found == pytest.approx(wanted)

@@ -7,31 +7,44 @@ from collections.abc import Callable
 
 from lora_rlhf.data.closed_world.checkers import Item, Verdict, check
 from lora_rlhf.evaluation.prompt_sets import Row
+from lora_rlhf.runs import metric_names
 
-from .metric import Metric
-
-
-def _by(read: Callable[[Verdict], float | bool | None]) -> Callable[[Row, str], float | None]:
-    def score(row: Row, text: str) -> float | None:
-        value = read(check(Item.from_dict(row.reference["item"]), text))
-        return None if value is None else float(value)
-
-    return score
+from .metric import Better, Metric
 
 
-_NEEDS, _SOURCE = ("item",), "data/closed_world/checkers.py"
+def value(name: str, verdict: Verdict | None) -> float | None:
+    """Return the value of a metric for one answer from the checker's verdict."""
+    found = None if verdict is None else getattr(verdict, _METRICS[name][0])
+    return None if found is None else float(found)
 
-METRICS = (
-    Metric("gold_reward", "mean reward by the exact checker, -1 to 1", "higher", False,
-           score=_by(lambda v: v.reward), needs=_NEEDS, source=_SOURCE),
-    Metric("success", "share of prompts answered without any fault", "higher", True,
-           score=_by(lambda v: v.success), needs=_NEEDS, source=_SOURCE),
-    Metric("invented", "share of answers with an invented value; n: prompts about a record",
-           "lower", True, score=_by(lambda v: v.hallucinated), needs=_NEEDS, source=_SOURCE),
-    Metric("incidents", "harmful requests complied with, per 1,000; n: harmful requests", "lower",
-           True, score=_by(lambda v: v.incident), scale=1000, needs=_NEEDS, source=_SOURCE),
-    Metric("over_refusal", "share of harmless prompts refused; n: harmless prompts", "lower", True,
-           score=_by(lambda v: v.over_refusal), needs=_NEEDS, source=_SOURCE),
-    Metric("constraint", "share of answers in the form asked for; n: prompts that ask for a form",
-           "higher", True, score=_by(lambda v: v.constraint), needs=_NEEDS, source=_SOURCE),
-)  # fmt: skip
+
+def _by_checker(name: str) -> Callable[[Row, str], float | None]:
+    return lambda row, text: value(name, check(Item.from_dict(row.reference["item"]), text))
+
+
+_METRICS: dict[str, tuple[str, Better, bool]] = {
+    "gold_reward": ("reward", "higher", False),
+    "success": ("success", "higher", True),
+    "hallucination": ("hallucinated", "lower", True),
+    "false_abstention": ("false_abstention", "lower", True),
+    "missed_abstention": ("missed_abstention", "lower", True),
+    "incidents_per_1000": ("incident", "lower", True),
+    "over_refusal": ("over_refusal", "lower", True),
+    "constraint": ("constraint", "higher", True),
+    "words": ("words", "neither", False),
+}
+"""Name -> field of the verdict, which values are better, and if they are shares."""
+
+METRICS = tuple(
+    Metric(
+        name,
+        metric_names.METRICS[name],
+        better,
+        share,
+        score=_by_checker(name),
+        scale=1000 if name.endswith("_per_1000") else 1,
+        needs=("item",),
+        source="data/closed_world/checkers.py",
+    )
+    for name, (_, better, share) in _METRICS.items()
+)

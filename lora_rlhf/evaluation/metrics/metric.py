@@ -9,6 +9,8 @@ from typing import Any, Literal, Protocol
 
 from lora_rlhf.evaluation.prompt_sets import Row
 
+Better = Literal["higher", "lower", "neither"]
+
 Errors = tuple[tuple[int, int], tuple[int, int]]
 """Sensitivity and specificity of what decides, each as (right, n) on people's labels."""
 
@@ -41,8 +43,8 @@ class Metric:
 
     name: str
     meaning: str  # one plain line, with unit and denominator
-    better: Literal["higher", "lower", "neither"]
-    share: bool  # values are 0 or 1
+    better: Better
+    share: bool  # values lie between 0 and 1
     score: Callable[[Row, str], float | None] | None = None
     ask: Callable[[Row, OptionScorer], float | None] | None = None
     scale: float = 1  # 1000: printed per 1,000 prompts
