@@ -25,12 +25,13 @@ from lora_rlhf.runs.record import Record
 from . import run_suite, suite_tables
 from .answers import Answers
 from .engine import Answer
-from .judges import Checker, JudgeSpec, Verdicts, by_score, describe
+from .judges import Checker, JudgeSpec, describe
 from .metrics import closed_world
 from .metrics.metric import Better, Metric
 from .prompt_sets import PromptSet, Row, sha256_of
 from .suite import SetSection, Suite
 from .targets import Target
+from .verdicts import Verdicts, by_score
 
 SET = "held-out prompts"
 
