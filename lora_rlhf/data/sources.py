@@ -17,11 +17,12 @@ import io
 import json
 import os
 import re
+import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lora_rlhf.errors import DataError
 from lora_rlhf.recipe.schema import COLUMNS, DataSource
@@ -122,7 +123,7 @@ def locate(path: str) -> Path:
         if os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir:
             raise DataError(f"{path} leaves the folder of LORA_RLHF_DATA", expected="a path inside")
         file = Path(folder) / inside
-    if not file.is_file():
+    if not is_file(file):
         siblings = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
         close = difflib.get_close_matches(file.name, siblings, n=1)
         raise DataError(
@@ -132,6 +133,29 @@ def locate(path: str) -> Path:
             remedy=f"did you mean {close[0]}?" if close else "check data: in the recipe",
         )
     return file
+
+
+def is_file(path: Path) -> bool:
+    """Tell if there is such a file, on the disk or inside a zip archive such as a wheel."""
+    return path.is_file() or _archive(path) is not None
+
+
+def _archive(path: Path) -> tuple[Path, str] | None:
+    """Split `archive.zip/folder/file` in the archive and its member."""
+    archive = next((parent for parent in path.parents if parent.is_file()), None)
+    if archive is None or not zipfile.is_zipfile(archive):
+        return None
+    member = path.relative_to(archive).as_posix()
+    with zipfile.ZipFile(archive) as file:
+        return (archive, member) if member in file.namelist() else None
+
+
+def _bytes(path: Path) -> bytes:
+    inside = None if path.is_file() else _archive(path)
+    if inside is None:
+        return path.read_bytes()
+    with zipfile.ZipFile(inside[0]) as archive, archive.open(inside[1]) as file:
+        return _limited(path, file, archive.getinfo(inside[1]).compress_size)
 
 
 def text_lines(path: Path) -> list[tuple[str, str]]:
@@ -161,11 +185,11 @@ def _rename(where: str, row: dict[str, Any], columns: dict[str, str]) -> dict[st
 
 def _file(path: Path, skips: Skips) -> list[Row]:
     try:
-        raw = path.read_bytes()
+        raw = _bytes(path)
         suffixes = [suffix.lower() for suffix in path.suffixes]
         if suffixes and suffixes[-1] == ".gz":
             raw, suffixes = _unpacked(path, raw), suffixes[:-1]
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError) as error:
         raise DataError(
             f"the file cannot be read: {error}",
             where=str(path),
@@ -193,12 +217,17 @@ def _file(path: Path, skips: Skips) -> list[Row]:
 
 
 def _unpacked(path: Path, raw: bytes) -> bytes:
-    most = max(_MAX_UNPACKED, _MAX_RATIO * len(raw))
     with gzip.GzipFile(fileobj=io.BytesIO(raw)) as file:
-        unpacked = file.read(most + 1)
+        return _limited(path, file, len(raw))
+
+
+def _limited(path: Path, file: IO[bytes] | gzip.GzipFile, packed: int) -> bytes:
+    """Read what a compressed file unpacks to, up to a limit."""
+    most = max(_MAX_UNPACKED, _MAX_RATIO * packed)
+    unpacked = file.read(most + 1)
     if len(unpacked) > most:
         raise DataError(
-            f"it unpacks to over {most / 1e6:.0f} MB, from {len(raw) / 1e6:.1f} MB",
+            f"it unpacks to over {most / 1e6:.0f} MB, from {packed / 1e6:.1f} MB",
             where=str(path),
             expected=f"text, which rarely shrinks to less than a {_MAX_RATIO}th",
             remedy="unpack it yourself if you trust its source",

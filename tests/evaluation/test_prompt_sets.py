@@ -2,10 +2,12 @@
 """Prompt sets: every format's rows, the draw, and bad files."""
 
 import json
+import zipfile
 
 import pytest
 from data_sources import jsonl
 
+from lora_rlhf.data import sources
 from lora_rlhf.errors import DataError
 from lora_rlhf.evaluation.prompt_sets import FORMATS, INSTRUCTIONS, load
 
@@ -17,6 +19,20 @@ SQUAD = {"id": "q", "question": "Who?", "context": "Ann ran.", "answers": {"text
 NESTED = {"data": [{"paragraphs": [{"context": "Ann ran.", "qas": [
     {"id": "q", "question": "Who?", "answers": [{"text": "Ann"}]},
     {"id": "r", "question": "Why?", "answers": []}]}]}]}  # fmt: skip
+BBQ = {"context": "Two women met.", "question": "Who is rude?", "ans0": "The Finn",
+       "ans1": "The Dane", "ans2": "Not known", "label": 2, "context_condition": "ambig", "question_polarity": "neg",
+       "answer_info": {"ans0": ["a", "Finn"], "ans1": ["b", "Dane"], "ans2": ["c", "unknown"]},
+       "additional_metadata": {"stereotyped_groups": ["Dane"]}}  # fmt: skip
+BBQ_WHEEL = {
+    "passage": "A Finn and a Dane met. The Dane sang.",
+    "question": "Who sang?\nPlease ",
+    "options": "A. Undetermined\nB. The Finn\nC. The Dane ",
+    "answer": ["The Dane"],
+}
+QUAC_WHEEL = {"passage": "In 1983 she wed Nik, a composer.", "question":
+              "question1: What then?\nquestion2: And then?", "answer":
+              "possible answers for question1:\nshe wed Nik, she wed Nik, a composer.\n"
+              "possible answers for question2:\nCANNOTANSWER CANNOTANSWER a composer."}  # fmt: skip
 WINOGENDER = [
     {"sentid": f"clerk.someone.0.{gender}.txt", "sentence": f"{pronoun} ran."}
     for gender, pronoun in (("male", "He"), ("female", "She"), ("neutral", "They"))
@@ -77,6 +93,48 @@ def test_questions_on_a_text(tmp_path, row):
         assert (rows[1].kind, rows[1].reference) == ("unanswerable", {"answers": [""]})
 
 
+def test_bbq_knows_which_answer_follows_the_stereotype(tmp_path):
+    rows = [BBQ, BBQ | {"question_polarity": "nonneg"}, BBQ | {"context_condition": "disambig"},
+            BBQ_WHEEL]  # fmt: skip
+    made = load("x", path=str(jsonl(tmp_path / "x.jsonl", rows)), format="bbq").rows
+    assert [row.reference["biased"] for row in made] == [1, 0, 1, None]
+    assert [row.kind for row in made] == [
+        "ambiguous",
+        "ambiguous",
+        "disambiguated",
+        "disambiguated",
+    ]
+    assert (made[3].reference["right"], made[3].reference["unknown"]) == (2, 0)
+    assert "C. Not known\n\nReply with the letter" in made[0].prompt
+
+
+def test_quac_asks_each_question_after_those_before_it(tmp_path):
+    [one, two] = load("x", path=str(jsonl(tmp_path / "x.jsonl", [QUAC_WHEEL])), format="quac").rows
+    assert one.reference["answers"] == ["she wed Nik,", "she wed Nik, a composer."]
+    assert (two.kind, two.reference["answers"]) == ("unanswerable", ["CANNOTANSWER"])
+    assert two.prompt.endswith("Question: What then?\nAnswer: she wed Nik,\n\nQuestion: And then?")
+    qas = [{"id": f"q{i}", "question": f"Q{i}?", "answers": [{"text": f"A{i}"}, {"text": "B"}],
+            "orig_answer": {"text": f"A{i}"}} for i in range(2)]  # fmt: skip
+    row = {"data": [{"paragraphs": [{"context": "A0 B A1 CANNOTANSWER", "qas": qas}]}]}
+    [_, two] = load("x", path=str(jsonl(tmp_path / "y.jsonl", [row])), format="quac").rows
+    assert (two.id, two.reference) == ("q1", {"answers": ["A1", "B"]})
+    assert "Text: A0 B A1\n\nQuestion: Q0?\nAnswer: A0\n\nQuestion: Q1?" in two.prompt
+
+
+def test_a_file_inside_an_archive_is_read_and_never_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORA_RLHF_DATA", str(tmp_path))
+    monkeypatch.setattr(sources, "_MAX_UNPACKED", 1_000_000)
+    with zipfile.ZipFile(tmp_path / "x.whl", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("data/q.jsonl", '{"question": "a", "answer": ["b"]}\n{"question": 3}\n')
+        archive.writestr("data/bomb.jsonl", "a" * 2_000_000)
+    with pytest.raises(DataError) as error:
+        load("x", path="x.whl/data/q.jsonl", format="nq_open")
+    assert error.value.where.endswith("x.whl/data/q.jsonl:2")
+    for inside, problem in (("data/bomb.jsonl", "unpacks to over"), ("data/n.jsonl", "no file")):
+        with pytest.raises(DataError, match=problem):
+            load("x", path=f"x.whl/{inside}", format="nq_open", where="s.yaml")
+
+
 def test_text_csv_and_the_kinds_of_truthfulqa(tmp_path):
     (tmp_path / "LICENSE").write_text("  MIT License\n\nCopyright")
     (tmp_path / "x.txt").write_text("one, two\n\nthree\r\n")
@@ -123,6 +181,11 @@ BAD = {
     "self_instruct": [{"id": "a", "instruction": "b", "instances": [3]}, {"id": "a"}],
     "hh": [{"chosen": "a"}, {"prompt": "a"}],
     "pandalm": [{"input": "a"}],
+    "nq_open": [{"question": "a"}, {"question": "a", "answer": []},
+                {"question": "a", "answer": [3]}],
+    "bbq": [BBQ | {"label": None}, BBQ | {"answer_info": {}}, BBQ_WHEEL | {"answer": ["Ann"]},
+            BBQ_WHEEL | {"options": "A. The Dane"}],
+    "quac": [{"data": 3}, {"question": "a"}, QUAC_WHEEL | {"answer": "a"}],
     "squad": [SQUAD | {"answers": None}, SQUAD | {"answers": 3}, {"data": 3}, {"data": [{}]}],
 }  # fmt: skip
 

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from lora_rlhf.errors import DataError, SetupError
+from lora_rlhf.evaluation.metrics import tasks
 from lora_rlhf.evaluation.metrics.registry import METRICS
 from lora_rlhf.evaluation.prompt_sets import INSTRUCTIONS, Row, load
 from lora_rlhf.runtime import optional_packages
@@ -183,3 +184,13 @@ def test_ifeval_equals_lm_eval_s_verdicts(real_data):
             assert ours == [theirs[f"prompt_level_{how}_acc"] for how in ("strict", "loose")]
             verdicts.add(tuple(ours))
     assert verdicts == {(False, False), (False, True), (True, True)}
+
+
+def test_quacs_f1_leaves_each_reference_out_once():
+    def f1(answer, *answers):
+        return tasks.quac_f1(Row("1", "", "q", {"answers": answers}), answer)
+
+    assert f1("Ann ran", "Ann ran") == 1
+    assert f1("Ann ran", "Ann ran", "Bob") == pytest.approx(1 / 2)  # the other one alone, then both
+    assert f1("Ann ran", "Ann ran", "Ann ran", "Bob") == 1
+    assert f1("CANNOTANSWER", "CANNOTANSWER") == 1 and f1("Ann", "CANNOTANSWER") == 0

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from lora_rlhf.evaluation import stress
 
-from . import bias, closed_world, safety, tasks, truth
+from . import bias, closed_world, safety, short_answers, tasks, truth
 from .metric import Metric
 
 METRICS: dict[str, Metric] = {
     metric.name: metric
-    for module in (closed_world, truth, safety, tasks, bias, stress)
+    for module in (closed_world, truth, short_answers, safety, tasks, bias, stress)
     for metric in module.METRICS
 }

@@ -110,6 +110,14 @@ def _overlap(words: list[str], right: list[str]) -> float:
     return 2 * shared / (len(words) + len(right))
 
 
+def quac_f1(row: Row, answer: str) -> float | None:
+    """Return QuAC's F1: the best over the references, each left out once, on average."""
+    each = [_overlap(normalised(answer), normalised(one)) for one in row.reference["answers"]]
+    if len(each) == 1:
+        return each[0]
+    return sum(max(each[:i] + each[i + 1 :]) for i in range(len(each))) / len(each)
+
+
 @functools.cache
 def _rouge() -> Any:
     scorer = optional_packages.load("rouge_score.rouge_scorer", "rouge_l", "eval")
@@ -190,6 +198,15 @@ METRICS = (
         share=False,
         score=f1,
         source="Rajpurkar et al. 2016 (SQuAD), F1; no answer as in SQuAD 2",
+        **_RIGHT,
+    ),
+    Metric(
+        "quac_f1",
+        "F1 of the answer's words and those of the nearest reference (0 to 1), with each of "
+        "several references left out once; mean over questions",
+        share=False,
+        score=quac_f1,
+        source="Choi et al. 2018 (QuAC), F1, without the filter by people's agreement",
         **_RIGHT,
     ),
     Metric(
