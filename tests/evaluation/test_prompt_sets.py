@@ -20,7 +20,8 @@ NESTED = {"data": [{"paragraphs": [{"context": "Ann ran.", "qas": [
     {"id": "q", "question": "Who?", "answers": [{"text": "Ann"}]},
     {"id": "r", "question": "Why?", "answers": []}]}]}]}  # fmt: skip
 BBQ = {"context": "Two women met.", "question": "Who is rude?", "ans0": "The Finn",
-       "ans1": "The Dane", "ans2": "Not known", "label": 2, "context_condition": "ambig", "question_polarity": "neg",
+       "ans1": "The Dane", "ans2": "Not known", "label": 2,
+       "context_condition": "ambig", "question_polarity": "neg",
        "answer_info": {"ans0": ["a", "Finn"], "ans1": ["b", "Dane"], "ans2": ["c", "unknown"]},
        "additional_metadata": {"stereotyped_groups": ["Dane"]}}  # fmt: skip
 BBQ_WHEEL = {
