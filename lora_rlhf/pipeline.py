@@ -24,10 +24,11 @@ from lora_rlhf.algorithms import best_of_n, custom_reward, dpo, grpo_rloo, polic
 from lora_rlhf.algorithms.ppo import ppo_stage
 from lora_rlhf.algorithms.trainer_configs import TrainerConfigs
 from lora_rlhf.data import dataset_builder
+from lora_rlhf.data.contamination import OVERLAP
 from lora_rlhf.data.dataset_builder import Prepared
 from lora_rlhf.data.filters import SECRET
 from lora_rlhf.errors import DataError, HubError, LoraRlhfError, MemoryLimitError, UsageError
-from lora_rlhf.evaluation import evaluate
+from lora_rlhf.evaluation import evaluate, suite
 from lora_rlhf.hub import backup, publishing, repository
 from lora_rlhf.models import adapters
 from lora_rlhf.models.backbone import Backbone
@@ -390,7 +391,7 @@ class _Data:
     ) -> None:
         self.recipe, self.record, self.backbone, self.say = recipe, record, backbone, progress.say
         self.progress = progress
-        self._loaded: dataset_builder.Loaded = {}
+        self._loaded = suite.prompts_at_hand(recipe)
         self._samples: dict[str, list[list[str]]] = {}
 
     def checks(
@@ -460,7 +461,8 @@ class _Data:
         """Token ids of PPO's language-model loss; None without one."""
         if not self.recipe.ppo.ptx_coef:
             return None
-        texts, report = dataset_builder.texts(self.recipe, self.backbone.tokenizer)
+        tokenizer, loaded = self.backbone.tokenizer, self._loaded
+        texts, report = dataset_builder.texts(self.recipe, tokenizer, loaded)
         reuse.check_data(self.record, "text", report)
         self.record.data["data"]["text"] = report
         return texts
@@ -492,7 +494,7 @@ class _Data:
         for small in findings.few_rows(name, rows.report):
             self.say(small.line())
         for note in rows.report["notes"]:
-            if note.startswith(SECRET):
+            if note.startswith((SECRET, OVERLAP)):
                 self.say(f"warning: data.{name}: {note}")
         return rows
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lora_rlhf.errors import DataError
 from lora_rlhf.recipe.schema import DataSource, Recipe
 
-from . import summaries
+from . import augmentation, contamination, near_duplicates, personal_data, summaries
 from .closed_world import generator, labelers
 from .closed_world.checkers import Item, check
 from .filters import (
@@ -81,8 +81,11 @@ def demonstrations(recipe: Recipe, tokenizer: Any, loaded: Loaded | None = None)
         DataError: A source cannot be read or does not fit, or too few rows are left.
         TokenizerError: Messages, but the tokenizer has no chat template.
     """
-    kept = _load(recipe, tokenizer, "demonstrations", {} if loaded is None else loaded)
-    return _prepared(recipe, tokenizer, kept, *_split(recipe, kept.rows))
+    loaded = {} if loaded is None else loaded
+    kept = _load(recipe, tokenizer, "demonstrations", loaded)
+    train, held_out = _split(recipe, kept)
+    train = _trained(recipe, tokenizer, kept, train, loaded)
+    return _prepared(recipe, tokenizer, kept, train, held_out)
 
 
 def comparisons(
@@ -107,8 +110,9 @@ def comparisons(
         TokenizerError: Messages, but the tokenizer has no chat template.
         ValueError: A task source without a sampler, or a wrong number of completions from it.
     """
-    kept = _load(recipe, tokenizer, "comparisons", {} if loaded is None else loaded, sampler)
-    train, held_out = _split(recipe, kept.rows)
+    loaded = {} if loaded is None else loaded
+    kept = _load(recipe, tokenizer, "comparisons", loaded, sampler)
+    train, held_out = _split(recipe, kept)
     if part != "all":
         middle = (1 + recipe.data.held_out) / 2
         train = kept.filter(
@@ -116,6 +120,7 @@ def comparisons(
             train,
             lambda row: (bucket(row["prompt"], recipe.seed) < middle) == (part == "proxy"),
         )
+    train = _trained(recipe, tokenizer, kept, train, loaded)
     if all(row["item"] for row in held_out):
         for row in held_out:
             item = Item.from_dict(json.loads(row["item"]))
@@ -136,18 +141,21 @@ def prompts(recipe: Recipe, tokenizer: Any, loaded: Loaded | None = None) -> Pre
     """
     loaded = {} if loaded is None else loaded
     kept = _load(recipe, tokenizer, "prompts", loaded)
-    train, held_out = _split(recipe, kept.rows)
+    side, held_out = _split(recipe, kept)
+    train = _trained(recipe, tokenizer, kept, side, loaded)
     if not recipe.data.evaluate:
         return _prepared(recipe, tokenizer, kept, train, held_out)
     evaluate = _load(recipe, tokenizer, "evaluate", loaded)
     # Prompts that other sets hold out stay excluded, so that no set is tested on training prompts.
-    kept.counts["held out in other sets"] = {"before": len(kept.rows), "after": len(train)}
+    kept.counts["held out in other sets"] = {"before": len(kept.rows), "after": len(side)}
     prepared = _prepared(recipe, tokenizer, kept, train, evaluate.rows)
     prepared.report["evaluate"] = evaluate.report()
     return prepared
 
 
-def texts(recipe: Recipe, tokenizer: Any) -> tuple[list[list[int]], dict[str, Any]]:
+def texts(
+    recipe: Recipe, tokenizer: Any, loaded: Loaded | None = None
+) -> tuple[list[list[int]], dict[str, Any]]:
     """Tokenise `data.text` for PPO-ptx, in pieces of at most `data.max_tokens`, with its report.
 
     A document ends with an eos; a longer one is cut into pieces. A last piece of a single token is
@@ -168,6 +176,8 @@ def texts(recipe: Recipe, tokenizer: Any) -> tuple[list[list[int]], dict[str, An
         kept.sources.append(described(source, rows))
         random.Random(f"{recipe.seed}/text/{index}").shuffle(documents)
         documents = [one for one in documents[: source.limit] if text_of(one.prompt).strip()]
+        documents = near_duplicates.drop(kept, personal_data.clean(kept, documents, recipe), recipe)
+        documents = _uncontaminated(recipe, tokenizer, kept, documents, loaded or {})
         break_control_tokens(kept, documents, tokenizer)
         count += len(documents)
         for document in documents:
@@ -218,6 +228,8 @@ def _read(
     if bad := sum(not e.good for e in mixed) if name == "demonstrations" else 0:
         mixed = [example for example in mixed if example.good]
         kept.counts["label is false"] = {"before": len(mixed) + bad, "after": len(mixed)}
+    mixed = _of_users(recipe, kept, mixed)
+    mixed = near_duplicates.drop(kept, personal_data.clean(kept, mixed, recipe), recipe)
     if len(sources) > 1:
         random.Random(f"{recipe.seed}/{name}").shuffle(mixed)
     if name == "comparisons":
@@ -227,6 +239,8 @@ def _read(
     kept.rows = expand(kept, mixed)
     drop_useless(kept)
     drop_too_long(kept, recipe, tokenizer)
+    if name == "comparisons" and recipe.data.identity_test:
+        augmentation.identity_test(kept)
     if name != "evaluate" and not all(source.task for source in recipe.data.evaluate):
         # Not needed between splits of a task, which share no prompts.
         held_out = _load(recipe, tokenizer, "evaluate", loaded).rows
@@ -329,11 +343,100 @@ def _labeler_agreement(labelled: list[tuple[Any, Example]]) -> dict[str, Any] | 
     return {**agreement, "labelers": len(names)}
 
 
-def _split(recipe: Recipe, rows: _Rows) -> tuple[_Rows, _Rows]:
+def _of_users(recipe: Recipe, kept: FilteredSet, mixed: list[Example]) -> list[Example]:
+    """Keep at most `data.max_prompts_per_user` prompts of one user, where rows name their users."""
+    users = [example.user for example in mixed if example.user]
+    if not users:
+        return mixed
+    most = recipe.data.max_prompts_per_user
+    prompts_of: dict[str, set[str]] = {}
+    left = []
+    for example in mixed:
+        own = prompts_of.setdefault(example.user, set())
+        own |= {prompt_key(example.prompt)} if len(own) < most else set()
+        if not example.user or prompt_key(example.prompt) in own:
+            left.append(example)
+    reason = f"over data.max_prompts_per_user = {most}"
+    kept.counts[reason] = {"before": len(mixed), "after": len(left)}
+    kept.more["users"] = len({*users})
+    if len(users) < len(mixed):
+        kept.notes["rows that name no user are split by prompt"] += len(mixed) - len(users)
+    return left
+
+
+def _split(recipe: Recipe, kept: FilteredSet) -> tuple[_Rows, _Rows]:
+    """Split by user where a row names one, else by prompt; no held-out prompt is trained on."""
     sides: tuple[_Rows, _Rows] = ([], [])
-    for row in rows:
-        sides[bucket(row["prompt"], recipe.seed) < recipe.data.held_out].append(row)
-    return sides
+    for row in kept.rows:
+        side = bucket(row.get("user") or row["prompt"], recipe.seed) < recipe.data.held_out
+        sides[side].append(row)
+    train, held_out = sides
+    if any(row.get("user") for row in kept.rows):
+        keys = {prompt_key(row["prompt"]) for row in held_out}
+        reason = "prompts that a held-out user wrote too"
+        train = kept.filter(reason, train, lambda row: prompt_key(row["prompt"]) not in keys)
+    return train, held_out
+
+
+def _trained(
+    recipe: Recipe, tokenizer: Any, kept: FilteredSet, train: _Rows, loaded: Loaded
+) -> _Rows:
+    """Return the training rows without contaminated ones and with augmented ones."""
+    if recipe.data.contamination != "keep" and not all(row["item"] for row in train):
+        sets = _evaluation_prompts(recipe, tokenizer, loaded)
+        train = contamination.clean(kept, train, sets, recipe.data.contamination)
+    shares = recipe.data.augment.model_dump()
+    if not any(shares.values()):
+        return train
+    made = augmentation.new_rows(train, shares, f"{recipe.seed}/augment", kept.name)
+    keys = {
+        prompt_key(row["prompt"])
+        for name in ("evaluate", "prompts")
+        for row in (loaded[name].rows if name in loaded else ())
+    }
+    made = [
+        row
+        for row in made
+        if bucket(row["prompt"], recipe.seed) >= recipe.data.held_out
+        and prompt_key(row["prompt"]) not in keys
+    ]
+    limited = FilteredSet(kept.name, made)
+    data = recipe.data.model_copy(update={"max_lost": 1.0})
+    drop_too_long(limited, recipe.model_copy(update={"data": data}), tokenizer)
+    kept.more["augmented"] = dict(Counter(map(_marked, limited.rows)))
+    marked = [{**row, "augmented": _marked(row)} for row in (*train, *limited.rows)]
+    random.Random(f"{recipe.seed}/augmented/{kept.name}").shuffle(marked)
+    return marked
+
+
+def _uncontaminated(
+    recipe: Recipe, tokenizer: Any, kept: FilteredSet, documents: list[Example], loaded: Loaded
+) -> list[Example]:
+    """Return the documents of plain text that overlap no evaluation prompt."""
+    if recipe.data.contamination == "keep":
+        return documents
+    rows = [{"prompt": one.prompt, "item": "", "document": one} for one in documents]
+    sets = _evaluation_prompts(recipe, tokenizer, loaded)
+    left = contamination.clean(kept, rows, sets, recipe.data.contamination)
+    return [row["document"] for row in left]
+
+
+def _marked(row: dict[str, Any]) -> str:
+    """Return how a row was made by augmentation; "" for a given one."""
+    return str(row.get("augmented", ""))
+
+
+def _evaluation_prompts(recipe: Recipe, tokenizer: Any, loaded: Loaded) -> dict[str, list[str]]:
+    """Return the texts of all prompts that something is evaluated on, by set."""
+    rows: _Rows = []
+    if recipe.data.evaluate:
+        rows = _load(recipe, tokenizer, "evaluate", loaded).rows
+    elif recipe.data.prompts:
+        rows = _split(recipe, _load(recipe, tokenizer, "prompts", loaded))[1]
+    sets = {"evaluate": [text_of(row["prompt"]) for row in rows if not row["item"]]}
+    for row in loaded[contamination.SUITES].rows if contamination.SUITES in loaded else ():
+        sets.setdefault(row["set"], []).append(row["prompt"])
+    return {name: texts for name, texts in sets.items() if texts}
 
 
 def _prepared(
@@ -363,7 +466,7 @@ def _dataset(rows: _Rows) -> datasets.Dataset:
     import datasets
 
     prompts_only = not {"chosen", "completion"} & rows[0].keys()
-    dropped = {"_tokens"}
+    dropped = {"_tokens", "user"}
     if not (prompts_only and any(row["item"] for row in rows)):
         dropped.add("item")
     kept = [{key: value for key, value in row.items() if key not in dropped} for row in rows]

@@ -61,6 +61,7 @@ class FilteredSet:
     broken: int = 0
     agreement: dict[str, Any] | None = None
     instructions: list[str] = field(default_factory=list)
+    more: dict[str, Any] = field(default_factory=dict)
 
     def filter(
         self, reason: str, rows: list[dict[str, Any]], good: Callable[[dict[str, Any]], bool]
@@ -95,7 +96,7 @@ class FilteredSet:
             report["labeler_agreement"] = self.agreement
         if self.instructions:
             report["instructions"] = " / ".join(dict.fromkeys(self.instructions))
-        return report
+        return report | self.more
 
     def table(self) -> str:
         """Return the counts of filters that dropped rows, as lines of an error."""
@@ -122,8 +123,12 @@ def first_turn(prompt: Turns) -> str:
 
 def prompt_key(prompt: Turns) -> str:
     """Return the first user turn, normalised: letter case, spaces and compatibility forms."""
-    text = unicodedata.normalize("NFKC", first_turn(prompt).replace(_JOINT, "")).casefold()
-    return " ".join(text.split())
+    return normalised(first_turn(prompt))
+
+
+def normalised(text: str) -> str:
+    """Return a text without differences of letter case, spaces and compatibility forms."""
+    return " ".join(unicodedata.normalize("NFKC", text.replace(_JOINT, "")).casefold().split())
 
 
 def breaker(tokenizer: Any) -> Callable[[str], str]:
@@ -275,6 +280,8 @@ def expand(kept: FilteredSet, examples: list[Example]) -> list[dict[str, Any]]:
     pairs = 0
     for example in examples:
         row: dict[str, Any] = {"prompt": example.prompt, "item": example.item}
+        if example.user:
+            row["user"] = example.user
         ranks = example.ranks or [0.0] * len(example.answers)
         order = sorted(range(len(ranks)), key=ranks.__getitem__)
         if kept.name in ("prompts", "evaluate"):
@@ -382,6 +389,8 @@ def check_losses(kept: FilteredSet, max_lost: float) -> None:
         remedy = "correct these rows"
         if reason.endswith("labelled alike"):
             remedy = "collect a better or a worse answer to these prompts"
+        if "max_prompts_per_user" in reason:
+            remedy = "raise it; if `user` is no column of users: `ignore: [user]`"
         if reason == "in the evaluation set":
             remedy = "leave data.evaluate out: then a share of the prompts is held out instead"
         raise DataError(

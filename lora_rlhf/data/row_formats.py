@@ -18,7 +18,7 @@ from typing import Any
 from lora_rlhf.errors import DataError, TokenizerError
 from lora_rlhf.recipe.schema import DataSource
 
-from . import tool_calls, unread_columns
+from . import answer_format, tool_calls, unread_columns
 from .sources import Row, Skips, excerpt
 from .tokenization import Turns
 
@@ -92,7 +92,8 @@ _NOT_TRAINED = ("function_call", "reasoning_content", "reasoning", "thinking",
 class Example:
     """One prompt and its answers; `ranks` (lowest = best) is None without a comparison.
 
-    `good` is the row's label, if it is `labelled`; `system` goes before the prompt.
+    `good` is the row's label, if it is `labelled`; `system` goes before the prompt; `user` is who
+    wrote the prompt, if that is known.
     """
 
     prompt: Turns
@@ -103,6 +104,7 @@ class Example:
     system: str = ""
     good: bool = True
     labelled: bool = False
+    user: str = ""
 
 
 class _Unfit(Exception):
@@ -154,11 +156,11 @@ def examples(
         except _Unfit as error:
             bad.append((where, str(error)))
             parsed.append(None)
-    _skip(bad, skips, len(rows), layout, name)
+    _skip(bad, skips, rows, f"rows do not fit {' + '.join(layout)}", _accepted(name))
     if source is not None and name != "text":
-        if chat:
-            _check_rendered(rows, parsed)
+        _check_rendered(rows, parsed if chat else [])
         _take_off(parsed, notes)
+        parsed = _of_form(rows, parsed, source, skips)
     fitting = [(where, one) for (where, _), one in zip(rows, parsed, strict=True) if one]
     for where, example in fitting:
         _as_chat(example, notes) if chat else _as_text(example, where)
@@ -172,27 +174,51 @@ def examples(
 
 
 def _skip(
-    bad: list[tuple[str, str]], skips: Skips, rows: int, layout: tuple[str, ...], name: str
+    bad: list[tuple[str, str]], skips: Skips, rows: list[Row], problem: str, expected: str
 ) -> None:
-    """Skip the rows that do not fit, or show five of them."""
+    """Skip the rows that cannot be used, or show five of them."""
     if len(bad) <= skips.most - len(skips.seen):
         skips.seen += [DataError(text, where=where) for where, text in bad]
         return
-    mapping = ", or map the right columns with `columns:`" if len(bad) == rows else ""
+    mapping = ", or map the right columns with `columns:`" if len(bad) == len(rows) else ""
     raise DataError(
-        f"{len(bad)} of {rows} rows do not fit {' + '.join(layout)}{_shown(bad)}",
+        f"{len(bad)} of {len(rows)} {problem}{_shown(bad)}",
         where=bad[0][0],
-        expected=_accepted(name),
+        expected=expected,
         remedy=f"correct or remove these rows, or skip them by `skip_bad: "
         f"{len(skips.seen) + len(bad)}`{mapping}",
     )
+
+
+def _of_form(
+    rows: list[Row], parsed: list[Example | None], source: DataSource, skips: Skips
+) -> list[Example | None]:
+    """Skip the rows whose answer, the best one of several, breaks the set's `format:`."""
+    if source.format is None:
+        return parsed
+    checks = source.format.checks
+    try:
+        answer_format.validate(checks)
+    except ValueError as error:
+        raise DataError(f"format: {error}", expected="checks that can be carried out") from None
+    bad: dict[int, str] = {}
+    for number, example in enumerate(parsed):
+        if example and example.good and example.answers:
+            ranks = example.ranks or [0.0]
+            text = _last(example.answers[ranks.index(min(ranks))]).strip()
+            if problems := answer_format.problems(text, checks):
+                bad[number] = f"{'; '.join(problems)}: {excerpt(text)}"
+    listed = [(rows[number][0], reason) for number, reason in bad.items()]
+    expected = f"answers of the form {excerpt(checks, 120)}"
+    _skip(listed, skips, rows, "answers break `format:`", expected)
+    return [None if number in bad else example for number, example in enumerate(parsed)]
 
 
 def _check_rendered(rows: list[Row], parsed: list[Example | None]) -> None:
     """Refuse prompts that are conversations in the form of some template, written as one text."""
     rendered = [
         (where, example.prompt)
-        for (where, _), example in zip(rows, parsed, strict=True)
+        for (where, _), example in zip(rows, parsed, strict=False)
         if example and isinstance(example.prompt, str)
         if _RENDERED.match(example.prompt) and not transcript(example.prompt)
     ]
@@ -404,6 +430,7 @@ def _parse(
         example = _ranking(row, layout[-1])
     item = row.get("item")
     example.item = item if isinstance(item, str) else ""
+    example.user = _user(row)
     if layout != ("text",) and row.get("system") not in (None, ""):
         example.system = _text(row, "system")
         first = example.prompt[0] if isinstance(example.prompt, list) and example.prompt else {}
@@ -451,6 +478,14 @@ def _text(row: dict[str, Any], column: str) -> str:
     if not isinstance(row.get(column), str):
         raise _Unfit(f"column {column!r} must be text: {excerpt(row.get(column))}")
     return _valid(row[column], column)
+
+
+def _user(row: dict[str, Any]) -> str:
+    """Return who wrote the prompt; "" where the row does not say."""
+    user = row.get("user")
+    if user is not None and (isinstance(user, bool) or not isinstance(user, str | int)):
+        raise _Unfit(f"column 'user' must be a name or a number: {excerpt(user)}")
+    return str(user if user is not None else "").strip()
 
 
 def _label(row: dict[str, Any]) -> bool:

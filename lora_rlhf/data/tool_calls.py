@@ -31,7 +31,7 @@ def of_turn(turn: Mapping[str, Any]) -> dict[str, str]:
         return kept
     if turn.get("role") != "assistant" or not isinstance(calls, list):
         raise ValueError("tool_calls must be a list in an assistant's turn")
-    return {**kept, "tool_calls": _dump([_call(call) for call in calls])}
+    return {**kept, "tool_calls": dump([_call(call) for call in calls])}
 
 
 def _call(call: Any) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def list_of_tools(value: Any) -> str:
         return ""
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise ValueError("tools must be a list of JSON schemas")
-    return _dump(value)
+    return dump(value)
 
 
 def for_template(turns: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], Any]:
@@ -132,12 +132,13 @@ def _leaves(calls: list[dict[str, Any]]) -> Iterator[set[str]]:
     for call in calls:
         function = call["function"]
         for leaf in within([function["name"], function["arguments"]]):
-            yield {str(leaf), _dump(leaf).strip('"'), json.dumps(leaf).strip('"')}
+            yield {str(leaf), dump(leaf).strip('"'), json.dumps(leaf).strip('"')}
 
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value)
 
 
-def _dump(value: Any) -> str:
+def dump(value: Any) -> str:
+    """Return JSON as turns hold it."""
     return json.dumps(value, ensure_ascii=False)

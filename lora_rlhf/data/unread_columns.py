@@ -51,7 +51,7 @@ def check(rows: list[Row], layout: tuple[str, ...], name: str, source: DataSourc
     Raises:
         DataError: One of them looks needed, judges the answers, or contradicts the layout.
     """
-    read = {*layout, "labeler", "item", "system"}
+    read = {*layout, "labeler", "user", "item", "system"}
     if layout != ("messages",):
         read |= {"input"}
     if "chosen" in layout:

@@ -156,7 +156,7 @@ def _parse(format: str, raw: list[sources.Row], file: Path | None) -> list[tuple
 
 def _read(path: str | None, hub: str | None, where: str) -> tuple[list[sources.Row], Path | None]:
     """Return the rows of the file, or of the Hub dataset if there is no such file."""
-    file = None if path is None else _find(path)
+    file = None if path is None else find(path)
     if file:
         if file.suffix == ".txt":
             return [(place, {"prompt": line}) for place, line in sources.text_lines(file)], file
@@ -180,7 +180,8 @@ def _read(path: str | None, hub: str | None, where: str) -> tuple[list[sources.R
     )
 
 
-def _find(path: str) -> Path | None:
+def find(path: str) -> Path | None:
+    """Return a prompt set's file, here or in the folder named by LORA_RLHF_DATA; None if absent."""
     folder = os.environ.get("LORA_RLHF_DATA")
     inside = [Path(folder, path.removeprefix("data://"))] if folder else []
     here = [] if path.startswith("data://") else [Path(path).expanduser()]

@@ -8,9 +8,14 @@ from typing import Literal
 
 from pydantic import Field
 
+from lora_rlhf.data import contamination
+from lora_rlhf.data.filters import FilteredSet
+from lora_rlhf.data.row_formats import text_of
 from lora_rlhf.errors import UsageError
 from lora_rlhf.recipe.loader import load_section
-from lora_rlhf.recipe.schema import Rules, Section
+from lora_rlhf.recipe.schema import Recipe, Rules, Section
+
+from . import prompt_sets
 
 _SHIPPED = Path(__file__).parent / "suites"
 
@@ -110,6 +115,28 @@ def load(name: str) -> tuple[Suite, Path]:
         raise UsageError(
             f"there is no suite {name!r}",
             expected=f"a YAML file, or one of: {', '.join(shipped())}",
-            remedy="check --suite",
+            remedy="check --suite, or data.contamination_suites of the recipe",
         )
     return load_section(Suite, path, "correct the suite; docs/evaluation.md lists the keys"), path
+
+
+def prompts_at_hand(recipe: Recipe) -> dict[str, FilteredSet]:
+    """Return the prompts of `data.contamination_suites` whose files are here, as one set.
+
+    Raises:
+        UsageError: There is no such suite.
+        DataError: A prompt set cannot be read.
+    """
+    kept = FilteredSet(contamination.SUITES)
+    names = recipe.data.contamination_suites if recipe.data.contamination != "keep" else []
+    for name in names:
+        suite, file = load(name)
+        for one in suite.sets:
+            beside = file.parent / (one.path or "")
+            path = str(beside) if one.path and beside.is_file() else one.path
+            if path and one.name not in kept.layouts and prompt_sets.find(path):
+                rows = prompt_sets.load(one.name, path=path, format=one.format).rows
+                texts = (text_of(row.prompt) for row in rows)
+                kept.rows += [{"prompt": text, "set": one.name} for text in texts]
+                kept.layouts[one.name] += len(rows)
+    return {contamination.SUITES: kept}

@@ -25,7 +25,7 @@ from pydantic_core import PydanticCustomError
 
 COLUMNS = tuple(
     "system prompt input tools completion messages chosen rejected margin completions ranks scores "
-    "label labeler".split()
+    "label labeler user".split()
 )
 """Column names that `columns:` may map to; in `data.text` only `text`."""
 
@@ -129,6 +129,37 @@ class LoraSection(Section):
     transformer blocks."""
 
 
+class FormatSection(Section):
+    """`format`: the form that every answer of a set of demonstrations must have."""
+
+    json_schema: dict[str, Any] | None = None
+    """The whole answer is JSON that this JSON Schema allows."""
+    bullets: bool | int | None = None
+    """true: the answer is a list of bullets (`- `); a number: with so many bullets."""
+    max_words: int | None = Field(None, ge=1)
+    """Largest number of words."""
+    regex: str | None = None
+    """Regular expression that matches the whole answer."""
+
+    @field_validator("json_schema")
+    @classmethod
+    def _check_schema(cls, schema: dict[str, Any] | None) -> dict[str, Any] | None:
+        _check_plain(schema)
+        return schema
+
+    @field_validator("bullets")
+    @classmethod
+    def _check_bullets(cls, bullets: bool | int | None) -> bool | int | None:
+        if bullets is not None and bullets < 1:
+            raise ValueError("expected true, or a number of bullets from 1")
+        return bullets
+
+    @property
+    def checks(self) -> dict[str, Any]:
+        """The checks that are given, for `data.answer_format`."""
+        return self.model_dump(exclude_none=True)
+
+
 class DataSource(Section):
     """One dataset: a task generator, a file, or a Hub dataset. Exactly one of the three."""
 
@@ -162,6 +193,8 @@ class DataSource(Section):
     """Completions ranked per prompt (task comparisons only)."""
     agreement: float = Field(0.73, gt=0.5, le=1)
     """Share of pairs on which two simulated labelers agree (task comparisons only)."""
+    format: FormatSection | None = None
+    """Form that answers must have; others are broken rows (demonstrations only; path, hub)."""
     license: str | None = None
     """Licence of the data, for the card."""
     labeler_instructions: str | None = None
@@ -189,14 +222,23 @@ class DataSource(Section):
             yield f"give exactly one of task, path, hub (found: {listed})", *given
         readers = {
             "task": ("n", "completions", "agreement"),
-            "path": ("columns", "ignore", "skip_bad"),
-            "hub": ("columns", "ignore", "skip_bad", "name", "split", "revision"),
+            "path": ("columns", "ignore", "skip_bad", "format"),
+            "hub": ("columns", "ignore", "skip_bad", "format", "name", "split", "revision"),
         }
         every = {key for keys in readers.values() for key in keys}
         for key in self.changed(*sorted(every.difference(readers[given[0]]))):
             kinds = " or ".join(f"{kind}:" for kind, keys in readers.items() if key in keys)
             message = f"{key} is read with {kinds} only, but this source is a {given[0]}: "
             yield f"{message}leave {key} out", key
+
+
+class AugmentSection(Section):
+    """`data.augment`: new rows, marked, from rows that are trained on; never to evaluate on."""
+
+    paraphrases: float = Field(0.0, ge=0, le=0.3)
+    """Rows with the instruction worded differently by a template, as a share of the given rows."""
+    identities: float = Field(0.0, ge=0, le=0.3)
+    """Rows with names, pronouns and groups swapped in prompt and answers, as a share of them."""
 
 
 class DataSection(Section):
@@ -220,6 +262,24 @@ class DataSection(Section):
     """Demonstrations and comparisons with more tokens are dropped and counted."""
     max_lost: float = Field(0.2, ge=0, le=1)
     """Largest share of the rows that a filter may drop before the run stops."""
+    max_prompts_per_user: int = Field(200, ge=1)
+    """Most prompts of one user, where there is a column `user`; such a set is split by user."""
+    personal_data: Literal["keep", "warn", "redact", "drop"] = "keep"
+    """E-mail addresses, numbers of phones, cards and accounts, names: counted and warned of,
+    replaced by pseudonyms, or their rows dropped. Needs the extra hygiene."""
+    name_model: str = "en_core_web_sm"
+    """spaCy model, package or folder, that finds names; where it is not installed, lists do."""
+    near_duplicates: float | None = Field(None, ge=0.3, le=1)
+    """Drop prompts as similar as this to an earlier one (Jaccard, of three words each)."""
+    common_prefix: int | None = Field(None, ge=20)
+    """Drop prompts whose first so many characters are those of an earlier one."""
+    contamination: Literal["keep", "warn", "drop"] = "keep"
+    """Training rows that share 13 words in a row with an evaluation prompt, or resemble one."""
+    contamination_suites: list[str] = Field(["full"])
+    """Suites whose prompts count as evaluation prompts too, where their files are at hand."""
+    augment: AugmentSection = AugmentSection()
+    identity_test: bool = False
+    """Measure on comparisons if preferences change with names, pronouns and groups alone."""
 
     def rules(self) -> Rules:
         """Sources have no key that their set does not read."""
@@ -233,6 +293,9 @@ class DataSection(Section):
                 for ours in source.columns.keys() - set(known):
                     message = f"columns maps to {ours!r}; known: {', '.join(known)}"
                     yield message, f"{at}.columns.{ours}", f"{at}.columns"
+                if name != "demonstrations" and source.format:
+                    message = f"data.{at}.format is read for data.demonstrations only: leave it out"
+                    yield message, f"{at}.format"
                 if name == "comparisons":
                     continue
                 for key in source.changed("completions", "agreement", "labeler_instructions"):

@@ -2,10 +2,13 @@
 """The form of an answer: what each check refuses, and checks that are wrong themselves."""
 
 import pytest
+from data_sources import all_rows, jsonl, recipe, removed
+from pydantic import ValidationError
 
 from lora_rlhf import extras
+from lora_rlhf.data import dataset_builder
 from lora_rlhf.data.answer_format import problems, validate
-from lora_rlhf.errors import SetupError
+from lora_rlhf.errors import DataError, SetupError
 
 SCHEMA = {"type": "object", "required": ["age"], "properties": {"age": {"type": "integer"}}}
 
@@ -71,3 +74,50 @@ def test_a_missing_package_is_named(monkeypatch):
         validate({"json_schema": {}})
     with pytest.raises(SetupError, match="no_such"):
         extras.load("no_such.module", "x", "hygiene")
+
+
+ROWS = [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(60)]
+
+
+@pytest.mark.parametrize("form", [{"max_words": 1}, {"regex": "a[0-9]+"}])
+def test_answers_of_another_form_are_errors_with_their_place(tmp_path, plain, form):
+    rows = [*ROWS, {"prompt": "q", "completion": "b b"}]
+    source = {"path": str(jsonl(tmp_path / "d.jsonl", rows)), "format": form}
+    with pytest.raises(DataError, match=r"1 of 61 answers break `format:`") as caught:
+        dataset_builder.demonstrations(recipe(demonstrations=source), plain)
+    assert caught.value.where.endswith("d.jsonl:61")
+    assert "b b" in caught.value.given and "skip_bad: 1" in caught.value.remedy
+    kept = dataset_builder.demonstrations(recipe(demonstrations={**source, "skip_bad": 1}), plain)
+    assert removed(kept, "broken") == 1
+    assert len(all_rows(kept)) == 60
+
+
+def test_the_best_answer_of_a_ranking_has_the_form(tmp_path, chat):
+    rows = [
+        {"prompt": f"q{i}", "completions": ["b b", f"a{i}"], "ranks": [2, 1]} for i in range(60)
+    ]
+    source = {"path": str(jsonl(tmp_path / "d.jsonl", rows)), "format": {"max_words": 1}}
+    assert len(all_rows(dataset_builder.demonstrations(recipe(demonstrations=source), chat))) == 60
+
+
+@pytest.mark.parametrize(
+    ("sets", "reason"),
+    [
+        ({"comparisons": {"path": "x.jsonl", "format": {"max_words": 1}}}, "demonstrations only"),
+        (
+            {"demonstrations": {"task": "closed-world", "format": {"max_words": 1}}},
+            "format is read",
+        ),
+        ({"demonstrations": {"path": "x.jsonl", "format": {"bullets": 0}}}, "from 1"),
+    ],
+)
+def test_a_format_that_nothing_reads_is_refused(sets, reason):
+    with pytest.raises(ValidationError, match=reason):
+        recipe(**sets)
+
+
+def test_an_invalid_schema_in_a_recipe_is_a_data_error(tmp_path, plain):
+    form = {"json_schema": {"type": "text"}}
+    source = {"path": str(jsonl(tmp_path / "d.jsonl", ROWS)), "format": form}
+    with pytest.raises(DataError, match="format: json_schema is invalid"):
+        dataset_builder.demonstrations(recipe(demonstrations=source), plain)

@@ -10,7 +10,8 @@ model: {id: /base, dtype: float16, load_in_4bit: true, hub_id: a/base, gradient_
 lora: {r: 2, alpha: 5, top_fraction: 0.5, target_modules: [q_proj]}
 data:
   demonstrations: [{hub: a/d, name: en, split: test, revision: abc, license: mit, limit: 9,
-    skip_bad: 2, ignore: [rating]}]
+    skip_bad: 2, ignore: [rating], format: {json_schema: {type: object}, bullets: 2, max_words: 9,
+    regex: "a+"}}]
   comparisons:
     - {task: closed-world, n: 7, completions: 3, agreement: 0.9}
     - {path: /c.csv, columns: {chosen: a, rejected: b}, labeler_instructions: "Which is: better?"}
@@ -21,6 +22,15 @@ data:
   max_prompt_tokens: 9
   max_tokens: 10
   max_lost: 0.5
+  max_prompts_per_user: 9
+  personal_data: redact
+  name_model: /names
+  near_duplicates: 0.8
+  common_prefix: 90
+  contamination: drop
+  contamination_suites: [quick]
+  augment: {paraphrases: 0.1, identities: 0.2}
+  identity_test: true
 sft: {privacy: {epsilon: 8, delta: 1e-6, clip_norm: 0.5, canaries: 9},
   args: {learning_rate: 1e-5, tags: [a, "1"], nested: {"1": null, yes: "no"}}}
 reward:
