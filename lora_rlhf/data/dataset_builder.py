@@ -381,7 +381,8 @@ def _split(recipe: Recipe, kept: FilteredSet) -> tuple[_Rows, _Rows]:
 def _trained(
     recipe: Recipe, tokenizer: Any, kept: FilteredSet, train: _Rows, loaded: Loaded
 ) -> _Rows:
-    """Return the training rows without contaminated ones and with augmented ones."""
+    """Return the training rows without evaluation prompts and with augmented rows."""
+    train = _unasked(recipe, tokenizer, kept, train, loaded)
     if recipe.data.contamination != "keep" and not all(row["item"] for row in train):
         sets = _evaluation_prompts(recipe, tokenizer, loaded)
         train = contamination.clean(kept, train, sets, recipe.data.contamination)
@@ -407,6 +408,24 @@ def _trained(
     marked = [{**row, "augmented": _marked(row)} for row in (*train, *limited.rows)]
     random.Random(f"{recipe.seed}/augmented/{kept.name}").shuffle(marked)
     return marked
+
+
+def _unasked(
+    recipe: Recipe, tokenizer: Any, kept: FilteredSet, train: _Rows, loaded: Loaded
+) -> _Rows:
+    """Return the rows of a set whose prompts are not held out by the users of `data.prompts`.
+
+    Where prompts are split by prompt, all sets agree on the side of each anyway.
+    """
+    files = not all(source.task for source in recipe.data.prompts)
+    if kept.name == "prompts" or recipe.data.evaluate or not files:
+        return train
+    prompts = _load(recipe, tokenizer, "prompts", loaded)
+    if "users" not in prompts.more:
+        return train
+    keys = {prompt_key(row["prompt"]) for row in _split(recipe, prompts)[1]}
+    reason = "in the evaluation set"
+    return kept.filter(reason, train, lambda row: prompt_key(row["prompt"]) not in keys)
 
 
 def _uncontaminated(

@@ -39,6 +39,17 @@ def test_a_held_out_users_prompts_are_not_trained_on(tmp_path, plain):
     assert removed(prepared, "prompts that a held-out user wrote too") > 0
 
 
+def test_prompts_that_users_hold_out_are_trained_on_in_no_set(tmp_path, plain):
+    named = rows(40, 5)
+    files = [jsonl(tmp_path / "named.jsonl", named),
+             jsonl(tmp_path / "bare.jsonl", [{**row, "user": None} for row in named])]  # fmt: skip
+    given = recipe(demonstrations=files[1], prompts=files[0], held_out=0.2)
+    loaded = {}
+    trained = {r["prompt"] for r in dataset_builder.demonstrations(given, plain, loaded).train}
+    asked = {r["prompt"] for r in dataset_builder.prompts(given, plain, loaded).held_out}
+    assert asked and trained and not trained & asked
+
+
 def test_a_column_that_is_no_user_stops_the_run(tmp_path, plain):
     given = [{"prompt": f"q{i}", "completion": "a", "user": "all"} for i in range(600)]
     source = {"path": str(jsonl(tmp_path / "d.jsonl", given))}

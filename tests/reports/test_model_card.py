@@ -234,6 +234,27 @@ def test_only_steps_that_changed_the_rows_are_listed(run):
     assert "No filter changed the rows." in model_card.render(run(nothing), "policy")
 
 
+def test_hygiene_is_on_the_card(run):
+    entry = {
+        "users": 41,
+        "personal_data": {"action": "redact", "rows": 6, "found": {"PERSON": 7}, "names_by": "m"},
+        "contamination": {"against": {"exam": 60}, "rows": {}},
+        "augmented": {"paraphrases": 12},
+        "identity_test": {"twins": 0},
+    }
+    text = model_card.render(
+        run(lambda data: data["data"]["demonstrations"].update(entry)), "policy"
+    )
+    for line in (
+        "demonstrations: written by 41 users",
+        "demonstrations: personal data (redact): 6 rows; PERSON 7; names by m",
+        "demonstrations: compared with evaluation prompts (exam 60); rows that overlap: none",
+        "demonstrations: rows made by augmentation, marked in the column augmented: paraphrases 12",
+        "names, pronouns or groups alone: no such comparisons",
+    ):
+        assert line in text
+
+
 def test_the_code_generates_up_to_the_evaluated_length(run):
     assert "max_new_tokens=29" in pythons(model_card.render(run(), "policy"))[0]
     record = run(lambda data: data["stages"]["evaluate"].pop("max_new_tokens"))

@@ -142,7 +142,30 @@ def _notes(name: str, entry: Mapping[str, Any]) -> list[str]:
         notes.append(f"share of pairs on which labelers agree: {interval(agreement)}")
     if name.startswith("comparisons"):
         notes.append(f"instructions to labelers: {cell(at(entry, 'instructions', MISSING))}")
-    return notes + [cell(note) for note in at(entry, "notes", [])]
+    return [*notes, *_hygiene(entry), *(cell(note) for note in at(entry, "notes", []))]
+
+
+def _hygiene(entry: Mapping[str, Any]) -> Iterator[str]:
+    """Lines on users, personal data, overlap with evaluation prompts, and rows made of rows."""
+    if users := at(entry, "users"):
+        yield f"written by {number(users)} users, who are on one side of the split each"
+    if personal := at(entry, "personal_data"):
+        yield (
+            f"personal data ({cell(at(personal, 'action'))}): {number(at(personal, 'rows'))} rows; "
+            f"{_some(at(personal, 'found'))}; names by {cell(at(personal, 'names_by'))}"
+        )
+    if overlap := at(entry, "contamination"):
+        against, rows = (_some(at(overlap, key)) for key in ("against", "rows"))
+        yield f"compared with evaluation prompts ({against}); rows that overlap: {rows}"
+    if made := at(entry, "augmented"):
+        yield f"rows made by augmentation, marked in the column augmented: {_some(made)}"
+    if test := at(entry, "identity_test"):
+        changed = interval(at(test, "changed")) if at(test, "twins") else "no such comparisons"
+        yield f"preferences that differ with names, pronouns or groups alone: {changed}"
+
+
+def _some(counts: Any) -> str:
+    return _listed(counts) if counts else "none"
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
