@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The label server under load and under `kill -9`: no acknowledged label is lost.
+
+`pytest -m slow -s` prints the figures of docs/reliability.md.
+"""
+
+import os
+import random
+import signal
+import threading
+import time
+
+import httpx
+import label_client
+import pytest
+
+
+def work_and_kill(made, kills, count, pause):
+    """Label through a server that is killed at random moments; returns the acknowledged ones."""
+    rng, saved = random.Random(0), set()
+    for number in range(kills + 1):
+        with label_client.running(made) as (child, url):
+            timer = threading.Timer(rng.uniform(*pause), os.kill, (child, signal.SIGKILL))
+            if number < kills:
+                timer.start()
+            try:
+                with label_client.sign_in(url, "anna") as web:
+                    saved.update(label_client.judge(web, "tab"))
+            except httpx.TransportError:
+                assert number < kills
+            timer.cancel()
+    with made.store() as store:
+        labels = store.labels()
+    assert len({label.task for label in labels}) == len(labels) == count
+    assert saved <= {label.id for label in labels}
+    return saved
+
+
+def test_a_killed_server_loses_no_acknowledged_label(tmp_path):
+    made = label_client.make(tmp_path / "p", 60)
+    assert len(work_and_kill(made, 2, 60, (0.1, 0.4))) >= 58
+
+
+@pytest.mark.slow
+def test_a_hundred_kills_over_ten_thousand_labels(tmp_path):
+    made = label_client.make(tmp_path / "p", 10_000)
+    start = time.monotonic()
+    saved = work_and_kill(made, 100, 10_000, (0.2, 2.5))
+    print(
+        f"\n100 kills, 10,000 labels: {len(saved)} acknowledged, none lost, "
+        f"{10_000 - len(saved)} saved without the answer having arrived, "
+        f"{time.monotonic() - start:.0f} s"
+    )
+    assert len(saved) >= 10_000 - 100
+
+
+def load(made, people, count):
+    """Let so many people label at once; returns the seconds of every request."""
+    times, saved = [], []
+
+    def work(number):
+        with label_client.sign_in(url, f"labeler {number}") as web:
+            saved.extend(label_client.judge(web, f"tab {number}", times))
+
+    with label_client.running(made) as (_, url):
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(people)]
+        start = time.monotonic()
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        seconds = time.monotonic() - start
+    with made.store() as store:
+        labels = store.labels()
+    assert {label.id for label in labels} == {*saved} and len(saved) == len(labels) == count
+    assert len({label.task for label in labels}) == count
+    return sorted(times), seconds
+
+
+def test_several_labelers_at_once_lose_nothing(tmp_path):
+    load(label_client.make(tmp_path / "p", 40), 4, 40)
+
+
+@pytest.mark.slow
+def test_twenty_labelers_at_once(tmp_path):
+    times, seconds = load(label_client.make(tmp_path / "p", 5_000), 20, 5_000)
+    p50, p95, p99 = (1000 * times[int(share * len(times))] for share in (0.5, 0.95, 0.99))
+    print(
+        f"\n20 labelers, 5,000 labels in {seconds:.0f} s without a pause, {len(times)} requests: "
+        f"median {p50:.0f} ms, p95 {p95:.0f} ms, p99 {p99:.0f} ms, longest {times[-1] * 1000:.0f}"
+    )
+    assert p95 < 200
