@@ -442,7 +442,8 @@ def _label_verb(
     """
     if export is None and (form is not None or without):
         raise UsageError("--as and --without are for --export")
-    labeling = shell.room("feedback.labeling")
+    from lora_rlhf.feedback import labeling
+
     if new is not None:
         shell.echo(labeling.make(folder, new, kind))
     if add is not None:

@@ -24,6 +24,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self
 
 from lora_rlhf import extras
@@ -148,6 +149,45 @@ sa.Index(
     "labelled_once", _labels.c.assignment, unique=True, sqlite_where=_labels.c.replaces.is_(None)
 )
 
+_INSERTS = {table.name: sa.insert(table) for table in _META.sorted_tables}
+
+_FRESH = "NOT EXISTS (SELECT 1 FROM assignments a WHERE a.task = tasks.task AND labeler = :labeler)"
+_SQL = {name: sa.text(statement) for name, statement in {
+    "head": "SELECT rows, checksum FROM heads WHERE name = :name",
+    "set head": "UPDATE heads SET rows = :rows, checksum = :checksum WHERE name = :name",
+    "task": "SELECT content FROM tasks WHERE task = :task",
+    "fresh": f"SELECT content FROM tasks WHERE taken < wanted AND {_FRESH} ORDER BY id LIMIT 1",
+    "fresh gold": "SELECT content, role FROM tasks WHERE role IN ('gold', 'screening') "
+    f"AND {_FRESH} ORDER BY role DESC, id LIMIT 1",
+    "normal": "SELECT EXISTS (SELECT 1 FROM tasks WHERE role = 'normal')",
+    "had": "SELECT count(*) FROM assignments WHERE labeler = :labeler",
+    "recount": "UPDATE tasks SET taken = (SELECT count(*) FROM assignments WHERE task = :task "
+    "AND state IN ('open', 'labelled')) WHERE task = :task",
+    "assignment": "SELECT * FROM assignments WHERE id = :id",
+    "open in tab": "SELECT * FROM assignments WHERE labeler = :labeler AND state = 'open' "
+    "AND tab = :tab ORDER BY replaces IS NULL, replaces, id LIMIT 1",  # corrections first
+    "lying": "SELECT * FROM assignments WHERE labeler = :labeler "
+    "AND state IN ('open', 'released') AND active < :before ORDER BY id LIMIT 1",
+    "idle": "SELECT id, task FROM assignments WHERE state = 'open' AND replaces IS NULL "
+    "AND active < :before",
+    "last": "SELECT a.id, l.id AS last FROM assignments a JOIN labels l ON l.assignment = a.id "
+    "WHERE a.labeler = :labeler AND a.state != 'open' ORDER BY a.tab = :tab DESC, l.id DESC "
+    "LIMIT 1",
+    "label": "SELECT * FROM labels WHERE id = :id",
+    "submitted": "SELECT * FROM labels WHERE submission = :submission",
+    "draft": "SELECT draft FROM drafts WHERE id = :id",
+    "keep draft": "INSERT OR REPLACE INTO drafts (id, draft) VALUES (:id, :draft)",
+    "drop draft": "DELETE FROM drafts WHERE id = :id",
+    "labeler": "SELECT * FROM labelers WHERE name = :name ORDER BY id DESC LIMIT 1",
+    "guidelines": "SELECT id FROM guidelines WHERE sha256 = :sha256",
+    "reading": "SELECT sha256 FROM readings WHERE labeler = :labeler ORDER BY id DESC LIMIT 1",
+    "states": "SELECT state, count(*) FROM assignments WHERE labeler = :labeler GROUP BY state",
+    "left": "SELECT (SELECT count(*) FROM tasks WHERE taken < wanted) - (SELECT count(*) FROM "
+    "assignments a JOIN tasks t ON t.task = a.task WHERE labeler = :labeler AND taken < wanted)",
+    "seconds": "SELECT seconds FROM labels WHERE labeler = :labeler ORDER BY id DESC LIMIT 50",
+}.items()}  # fmt: skip
+"""Statements of every request, as text: SQLAlchemy would spend more time on making them."""
+
 _NOT_CHAINED = {
     "tasks": ("role", "wanted", "taken"),
     "assignments": ("tab", "state", "since", "active", "replaces"),
@@ -235,6 +275,7 @@ class Store:
         self.sharing = sharing or Sharing()
         self._lock = threading.Lock()
         self._engine: Engine | None = None
+        self._readonly, self._synced, self._reading_only = False, True, False
 
     # ---------------------------------------------------------------- opening and closing
 
@@ -257,6 +298,7 @@ class Store:
                 expected="the labels.sqlite of a labelling project",
                 remedy="give the project's folder, or make one with `--new`",
             )
+        self._readonly = readonly
         self._engine = self._connected(create, readonly)
         try:
             with self._transaction() as connection:
@@ -300,21 +342,32 @@ class Store:
             raw.isolation_level = None  # transactions begin where we say so
             if not readonly:
                 raw.execute("PRAGMA journal_mode=WAL")
-                raw.execute("PRAGMA synchronous=FULL")
 
         def begun(connection: Connection) -> None:
-            connection.exec_driver_sql("BEGIN" if readonly else "BEGIN IMMEDIATE")
+            if not readonly:
+                kind = "FULL" if self._synced else "NORMAL"
+                connection.exec_driver_sql(f"PRAGMA synchronous={kind}")
+            connection.exec_driver_sql("BEGIN" if self._reading_only else "BEGIN IMMEDIATE")
 
         sa.event.listen(engine, "connect", connected)
         sa.event.listen(engine, "begin", begun)
         return engine
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[Connection]:
-        if self._engine is None:
-            raise RuntimeError("the store is not open")
-        with self._lock, _translated(self.path), self._engine.begin() as connection:
-            yield connection
+    def _transaction(self, *, synced: bool = True, reads: bool = False) -> Iterator[Connection]:
+        """Begin a transaction.
+
+        Args:
+            synced: Wait for the disk at its end. What a power cut may undo need not wait; a later
+                synced one takes the earlier ones along.
+            reads: Nothing is written.
+        """
+        with self._lock, _translated(self.path):
+            if self._engine is None:
+                raise RuntimeError("the store is not open")
+            self._synced, self._reading_only = synced, reads or self._readonly
+            with self._engine.begin() as connection:
+                yield connection
 
     def _check_version(self, connection: Connection, readonly: bool) -> None:
         """Make the tables of a new file, or bring those of an older version up to date."""
@@ -356,21 +409,15 @@ class Store:
 
     def _append(self, connection: Connection, table: Table, rows: list[dict[str, Any]]) -> int:
         """Add rows with their numbers and checksums; returns the number of the last."""
-        head = connection.execute(
-            sa.select(_heads.c.rows, _heads.c.checksum).where(_heads.c.name == table.name)
-        ).one()
+        head = _run(connection, "head", name=table.name).one()
         number, checksum = head.rows, head.checksum
         for row in rows:
             number += 1
             row["id"] = number
             row["checksum"] = checksum = _chained(checksum, table.name, row)
         if rows:
-            connection.execute(sa.insert(table), rows)
-            connection.execute(
-                sa.update(_heads)
-                .where(_heads.c.name == table.name)
-                .values(rows=number, checksum=checksum)
-            )
+            connection.execute(_INSERTS[table.name], rows if len(rows) > 1 else rows[0])
+            _run(connection, "set head", name=table.name, rows=number, checksum=checksum)
         return int(number)
 
     def _verify(self, connection: Connection) -> None:
@@ -441,7 +488,7 @@ class Store:
 
     def tasks(self) -> list[Task]:
         """Return all tasks in the order in which they were added."""
-        with self._transaction() as connection:
+        with self._transaction(reads=True) as connection:
             query = sa.select(_tasks.c.content).order_by(_tasks.c.id)
             return [task_from(content) for content in connection.execute(query).scalars()]
 
@@ -466,20 +513,20 @@ class Store:
     def add_labeler(self, name: str, group: str | None = None) -> None:
         """Add a labeler, or the group that they say they belong to."""
         with self._transaction() as connection:
-            before = _latest(connection, _labelers.c.name == name, _labelers)
+            before = _run(connection, "labeler", name=name).first()
             if before is None or (group is not None and before.people != group):
                 row = {"name": name, "people": group, "created": now()}
                 self._append(connection, _labelers, [row])
 
     def labelers(self) -> dict[str, str | None]:
         """Return the pseudonyms, each with the group that the person gave, if any."""
-        with self._transaction() as connection:
+        with self._transaction(reads=True) as connection:
             rows = connection.execute(sa.select(_labelers).order_by(_labelers.c.id))
             return {row.name: row.people for row in rows}
 
     def guidelines(self) -> dict[str, str]:
         """Return every version of the guidelines that was shown: sha256 -> text."""
-        with self._transaction() as connection:
+        with self._transaction(reads=True) as connection:
             rows = connection.execute(sa.select(_guidelines).order_by(_guidelines.c.id))
             return {row.sha256: row.text for row in rows}
 
@@ -487,9 +534,7 @@ class Store:
         """Record that a labeler read these guidelines; returns their sha256."""
         sha256 = hashlib.sha256(text.encode()).hexdigest()
         with self._transaction() as connection:
-            seen = connection.execute(
-                sa.select(_guidelines.c.id).where(_guidelines.c.sha256 == sha256)
-            ).first()
+            seen = _run(connection, "guidelines", sha256=sha256).first()
             row = {"sha256": sha256, "created": now()}
             if seen is None:
                 self._append(connection, _guidelines, [{**row, "text": text}])
@@ -499,7 +544,7 @@ class Store:
 
     def acknowledged(self, labeler: str) -> str | None:
         """Return the sha256 of the guidelines that a labeler read last."""
-        with self._transaction() as connection:
+        with self._transaction(reads=True) as connection:
             return _reading(connection, labeler)
 
     # ------------------------------------------------------------------------ assignments
@@ -509,48 +554,44 @@ class Store:
 
         A task that was reopened by `undo` comes first.
         """
-        with self._transaction() as connection:
-            row = _open_in(connection, labeler, tab)
+        with self._transaction(synced=False) as connection:
+            row = _run(connection, "open in tab", labeler=labeler, tab=tab).first()
+            if row is None and (task := self._choose(connection, labeler)) is not None:
+                return self._assign(connection, labeler, tab, task)
             if row is None:
-                row = self._assign(connection, labeler, tab)
+                row = _run(
+                    connection, "lying", labeler=labeler, before=time.time() - OWN_IDLE
+                ).first()
             if row is None:
+                if _release(connection) and (task := self._choose(connection, labeler)) is not None:
+                    return self._assign(connection, labeler, tab, task)
                 return None
-            _touch(connection, row.id)
+            _set(connection, row.id, tab=tab, state="open", active=time.time())
+            _run(connection, "recount", task=row.task)
             return _assignment(connection, row)
 
-    def _assign(self, connection: Connection, labeler: str, tab: str) -> Row[Any] | None:
-        """Choose a task: screening, gold by its share, any open one, then what was left lying."""
-        number = connection.execute(_fresh(labeler, "screening")).scalar()
-        had = connection.execute(
-            sa.select(sa.func.count()).where(_assignments.c.labeler == labeler)
-        ).scalar_one()
-        draw = random.Random(f"{self.sharing.seed}/gold/{labeler}/{had}").random()
-        if number is None and draw < self.sharing.gold_share:
-            number = connection.execute(_fresh(labeler, "gold")).scalar()
-        if number is None:
-            number = connection.execute(_fresh(labeler)).scalar()
-        if number is None:
-            if (lying := _lying(connection, labeler)) is not None:
-                _set(connection, lying.id, tab=tab)
-                return lying
-            if _release(connection):
-                number = connection.execute(_fresh(labeler)).scalar()
-        if number is None and not _count(connection, _tasks.c.role == "normal"):
-            number = connection.execute(_fresh(labeler, "gold")).scalar()
-        if number is None:
-            return None
-        task = task_from(
-            connection.execute(
-                sa.select(_tasks.c.content).where(_tasks.c.id == number)
-            ).scalar_one()
-        )
+    def _choose(self, connection: Connection, labeler: str) -> Task | None:
+        """Choose a task: screening, gold by its share, else the first that waits for a label."""
+        gold = _run(connection, "fresh gold", labeler=labeler).first()
+        normal = None
+        if gold is not None and gold.role != "screening":
+            had = _run(connection, "had", labeler=labeler).scalar_one()
+            draw = random.Random(f"{self.sharing.seed}/gold/{labeler}/{had}").random()
+            if draw >= self.sharing.gold_share and _run(connection, "normal").scalar_one():
+                gold = None
+        if gold is None:
+            normal = _run(connection, "fresh", labeler=labeler).first()
+        chosen = gold or normal
+        return None if chosen is None else task_from(chosen.content)
+
+    def _assign(self, connection: Connection, labeler: str, tab: str, task: Task) -> Assignment:
         order = list(range(len(task.answers)))
         random.Random(f"{self.sharing.seed}/order/{labeler}/{task.id}").shuffle(order)
         made = {"task": task.id, "labeler": labeler, "shown": _json(order)}
         state = {"tab": tab, "state": "open", "since": time.time(), "active": time.time()}
-        new = self._append(connection, _assignments, [{**made, **state}])
-        _recount(connection, task.id)
-        return _by_id(connection, new)
+        number = self._append(connection, _assignments, [{**made, **state, "replaces": None}])
+        _run(connection, "recount", task=task.id)
+        return Assignment(number, task, labeler, tuple(order))
 
     def submit(
         self,
@@ -580,7 +621,9 @@ class Store:
         if len(note) > LONGEST_NOTE:
             raise ValueError(f"the note has {len(note)} characters: expected {LONGEST_NOTE}")
         with self._transaction() as connection:
-            if submission and (before := _submitted(connection, submission)) is not None:
+            if submission and (
+                before := _run(connection, "submitted", submission=submission).first()
+            ):
                 if (before.assignment, before.labeler) != (assignment, labeler):
                     raise AssignmentError(
                         "reused", "this submission belongs to another task", "load the page again"
@@ -609,9 +652,9 @@ class Store:
             self._append(connection, _labels, [made])
             state = "skipped" if value is None else "labelled"
             _set(connection, assignment, state=state, replaces=None)
-            connection.execute(sa.delete(_drafts).where(_drafts.c.id == assignment))
-            _recount(connection, task.id)
-            return _label(_submitted(connection, made["submission"]))
+            _run(connection, "drop draft", id=assignment)
+            _run(connection, "recount", task=task.id)
+            return _label(SimpleNamespace(**made))
 
     def skip(
         self,
@@ -631,26 +674,21 @@ class Store:
         Its label stays as it is until another one replaces it.
         """
         with self._transaction() as connection:
-            row = connection.execute(
-                sa.select(_assignments, _labels.c.id.label("last"))
-                .join(_labels, _labels.c.assignment == _assignments.c.id)
-                .where(_assignments.c.labeler == labeler, _assignments.c.state != "open")
-                .order_by((_assignments.c.tab == tab).desc(), _labels.c.id.desc())
-                .limit(1)
-            ).first()
+            row = _run(connection, "last", labeler=labeler, tab=tab).first()
             if row is None:
                 raise AssignmentError("nothing", "there is nothing to undo", "go on")
-            _set(connection, row.id, state="open", tab=tab, since=time.time(), replaces=row.last)
-            _touch(connection, row.id)
-            return _assignment(connection, _by_id(connection, row.id))
+            now = time.time()
+            state = {"state": "open", "tab": tab, "since": now, "active": now}
+            _set(connection, row.id, **state, replaces=row.last)
+            return _assignment(connection, _run(connection, "assignment", id=row.id).one())
 
     def save_draft(self, labeler: str, assignment: int, draft: Any, *, tab: str = "") -> None:
         """Keep what a labeler has typed so far; a draft is no label, and may be overwritten."""
-        with self._transaction() as connection:
+        with self._transaction(synced=False) as connection:
             _held(connection, labeler, assignment, tab)
             row = {"id": assignment, "draft": _json(draft)}
-            connection.execute(sa.insert(_drafts).prefix_with("OR REPLACE"), row)
-            _touch(connection, assignment)
+            _run(connection, "keep draft", **row)
+            _set(connection, assignment, active=time.time())
 
     def assigned(self, labeler: str, assignment: int) -> Assignment:
         """Return an open assignment of a labeler.
@@ -658,7 +696,7 @@ class Store:
         Raises:
             AssignmentError: It is not open, or not theirs.
         """
-        with self._transaction() as connection:
+        with self._transaction(reads=True) as connection:
             return _assignment(connection, _held(connection, labeler, assignment, None))
 
     # ----------------------------------------------------------------------------- labels
@@ -669,31 +707,17 @@ class Store:
         Args:
             current: Leave out those that a later one replaced.
         """
-        with self._transaction() as connection:
+        with self._transaction(reads=True) as connection:
             rows = connection.execute(sa.select(_labels).order_by(_labels.c.id)).all()
         replaced = {row.replaces for row in rows} if current else set()
         return [_label(row) for row in rows if row.id not in replaced]
 
     def progress(self, labeler: str) -> dict[str, Any]:
         """Count what a labeler did and what is left for them; seconds are those of the last 50."""
-        with self._transaction() as connection:
-            mine = _assignments.c.labeler == labeler
-            state = _assignments.c.state
-            counted = sa.select(state, sa.func.count()).where(mine).group_by(state)
-            states = {row[0]: row[1] for row in connection.execute(counted)}
-            waiting = _tasks.c.taken < _tasks.c.wanted
-            seen = connection.execute(
-                sa.select(sa.func.count())
-                .select_from(_assignments.join(_tasks, _tasks.c.task == _assignments.c.task))
-                .where(mine, waiting)
-            ).scalar_one()
-            left = _count(connection, waiting) - seen
-            seconds = connection.execute(
-                sa.select(_labels.c.seconds)
-                .where(_labels.c.labeler == labeler)
-                .order_by(_labels.c.id.desc())
-                .limit(50)
-            ).scalars()
+        with self._transaction(reads=True) as connection:
+            states = dict(map(tuple, _run(connection, "states", labeler=labeler)))
+            left = _run(connection, "left", labeler=labeler).scalar_one()
+            seconds = _run(connection, "seconds", labeler=labeler).scalars()
             median = statistics.median(list(seconds) or [0.0])
         done = states.get("labelled", 0) + states.get("skipped", 0)
         total = done + states.get("open", 0) + left
@@ -723,51 +747,17 @@ def _role(task: Task) -> str:
     return "normal" if not gold else "screening" if task.why == SCREENING else "gold"
 
 
-def _count(connection: Connection, where: Any) -> int:
-    query = sa.select(sa.func.count()).select_from(_tasks).where(where)
-    return int(connection.execute(query).scalar_one())
-
-
-def _fresh(labeler: str, role: str = "normal") -> Any:
-    """Select the first task of this role that waits for a label and that the labeler never had."""
-    waits = _tasks.c.taken < _tasks.c.wanted if role == "normal" else _tasks.c.role == role
-    mine = sa.exists().where(
-        _assignments.c.task == _tasks.c.task, _assignments.c.labeler == labeler
-    )
-    return sa.select(_tasks.c.id).where(waits, ~mine).order_by(_tasks.c.id).limit(1)
-
-
-def _by_id(connection: Connection, number: int) -> Row[Any]:
-    return connection.execute(sa.select(_assignments).where(_assignments.c.id == number)).one()
-
-
-def _open_in(connection: Connection, labeler: str, tab: str) -> Row[Any] | None:
-    """Return the open assignment of a tab; one that is corrected comes first."""
-    a = _assignments.c
-    query = sa.select(_assignments).where(a.labeler == labeler, a.state == "open", a.tab == tab)
-    return connection.execute(
-        query.order_by(a.replaces.is_(None), a.replaces, a.id).limit(1)
-    ).first()
-
-
-def _lying(connection: Connection, labeler: str) -> Row[Any] | None:
-    """Return what another tab of the labeler left open."""
-    a = _assignments.c
-    idle = a.active < time.time() - OWN_IDLE
-    query = sa.select(_assignments).where(
-        a.labeler == labeler, a.state.in_(["open", "released"]), idle
-    )
-    return connection.execute(query.order_by(a.id).limit(1)).first()
+def _run(connection: Connection, statement: str, /, **values: Any) -> Any:
+    """Execute one of the statements."""
+    return connection.execute(_SQL[statement], values)
 
 
 def _release(connection: Connection) -> bool:
     """Give tasks that labelers left open long ago to others; a late answer still counts."""
-    a = _assignments.c
-    idle = (a.state == "open", a.replaces.is_(None), a.active < time.time() - IDLE)
-    rows = connection.execute(sa.select(a.id, a.task).where(*idle)).all()
+    rows = _run(connection, "idle", before=time.time() - IDLE).all()
     for row in rows:
         _set(connection, row.id, state="released")
-        _recount(connection, row.task)
+        _run(connection, "recount", task=row.task)
     return bool(rows)
 
 
@@ -776,22 +766,9 @@ def _set(connection: Connection, assignment: int, **values: Any) -> None:
     connection.execute(query)
 
 
-def _touch(connection: Connection, assignment: int) -> None:
-    _set(connection, assignment, active=time.time())
-
-
-def _recount(connection: Connection, task: str) -> None:
-    """Count the people who answered a task or are at it."""
-    a = _assignments.c
-    states = a.state.in_(["open", "labelled"])
-    number = sa.select(sa.func.count()).where(a.task == task, states).scalar_subquery()
-    connection.execute(sa.update(_tasks).where(_tasks.c.task == task).values(taken=number))
-
-
 def _held(connection: Connection, labeler: str, assignment: int, tab: str | None) -> Row[Any]:
     """Return an open assignment of a labeler, in this tab if one is given."""
-    a = _assignments.c
-    row = connection.execute(sa.select(_assignments).where(a.id == assignment)).first()
+    row: Row[Any] | None = _run(connection, "assignment", id=assignment).first()
     if row is None or row.labeler != labeler:
         raise AssignmentError("unknown", f"{labeler} has no task {assignment}", "go on")
     if row.state in ("labelled", "skipped"):
@@ -806,19 +783,16 @@ def _held(connection: Connection, labeler: str, assignment: int, tab: str | None
 
 
 def _task_of(connection: Connection, task: str) -> Task:
-    query = sa.select(_tasks.c.content).where(_tasks.c.task == task)
-    return task_from(connection.execute(query).scalar_one())
+    return task_from(_run(connection, "task", task=task).scalar_one())
 
 
 def _assignment(connection: Connection, row: Row[Any]) -> Assignment:
     """Return an assignment with its draft and the label that it corrects."""
     task, order = _task_of(connection, row.task), tuple(json.loads(row.shown))
-    draft = connection.execute(sa.select(_drafts.c.draft).where(_drafts.c.id == row.id)).scalar()
+    draft = _run(connection, "draft", id=row.id).scalar()
     previous = None
     if row.replaces is not None:
-        old = _label(
-            connection.execute(sa.select(_labels).where(_labels.c.id == row.replaces)).one()
-        )
+        old = _label(_run(connection, "label", id=row.replaces).one())
         previous = {
             "value": old.value and in_shown_order(task.type, old.value, order),
             "flags": list(old.flags),
@@ -828,18 +802,9 @@ def _assignment(connection: Connection, row: Row[Any]) -> Assignment:
     return Assignment(row.id, task, row.labeler, order, draft and json.loads(draft), previous)
 
 
-def _submitted(connection: Connection, submission: str) -> Any:
-    return connection.execute(sa.select(_labels).where(_labels.c.submission == submission)).first()
-
-
-def _latest(connection: Connection, where: Any, table: Table) -> Row[Any] | None:
-    query = sa.select(table).where(where).order_by(table.c.id.desc()).limit(1)
-    return connection.execute(query).first()
-
-
 def _reading(connection: Connection, labeler: str) -> str | None:
-    row = _latest(connection, _readings.c.labeler == labeler, _readings)
-    return None if row is None else row.sha256
+    sha256: str | None = _run(connection, "reading", labeler=labeler).scalar()
+    return sha256
 
 
 def _label(row: Any) -> Label:
