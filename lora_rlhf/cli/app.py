@@ -442,7 +442,7 @@ def _label_verb(
     """
     if export is None and (form is not None or without):
         raise UsageError("--as and --without are for --export")
-    from lora_rlhf.feedback import labeling
+    from lora_rlhf.feedback import label_server, labeling
 
     if new is not None:
         shell.echo(labeling.make(folder, new, kind))
@@ -455,7 +455,7 @@ def _label_verb(
     elif new is None and add is None and export is None:
         import webbrowser
 
-        access = labeling.Access(host, port, password=password, labeler=labeler)
+        access = label_server.Access(host, port, password=password, labeler=labeler)
         opened = webbrowser.open if show else str
         labeling.serve(folder, access, shell.echo, opened)
 

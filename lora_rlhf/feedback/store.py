@@ -152,7 +152,7 @@ sa.Index(
 _INSERTS = {table.name: sa.insert(table) for table in _META.sorted_tables}
 
 _FRESH = "NOT EXISTS (SELECT 1 FROM assignments a WHERE a.task = tasks.task AND labeler = :labeler)"
-_SQL = {name: sa.text(statement) for name, statement in {
+_STATEMENTS = {
     "head": "SELECT rows, checksum FROM heads WHERE name = :name",
     "set head": "UPDATE heads SET rows = :rows, checksum = :checksum WHERE name = :name",
     "task": "SELECT content FROM tasks WHERE task = :task",
@@ -185,8 +185,9 @@ _SQL = {name: sa.text(statement) for name, statement in {
     "left": "SELECT (SELECT count(*) FROM tasks WHERE taken < wanted) - (SELECT count(*) FROM "
     "assignments a JOIN tasks t ON t.task = a.task WHERE labeler = :labeler AND taken < wanted)",
     "seconds": "SELECT seconds FROM labels WHERE labeler = :labeler ORDER BY id DESC LIMIT 50",
-}.items()}  # fmt: skip
+}  # fmt: skip
 """Statements of every request, as text: SQLAlchemy would spend more time on making them."""
+_SQL = {name: sa.text(statement) for name, statement in _STATEMENTS.items()}
 
 _NOT_CHAINED = {
     "tasks": ("role", "wanted", "taken"),
@@ -624,16 +625,15 @@ class Store:
             if submission and (
                 before := _run(connection, "submitted", submission=submission).first()
             ):
-                if (before.assignment, before.labeler) != (assignment, labeler):
-                    raise AssignmentError(
-                        "reused", "this submission belongs to another task", "load the page again"
-                    )
-                return _label(before)
+                if (before.assignment, before.labeler) == (assignment, labeler):
+                    return _label(before)
+                problem = "this submission belongs to another task"
+                raise AssignmentError("reused", problem, "load the page again")
             row = _held(connection, labeler, assignment, tab)
             task, order = _task_of(connection, row.task), tuple(json.loads(row.shown))
             if value is not None:
-                value = check_value(task.type, value, len(task.answers))
-                value = in_task_order(task.type, value, order)
+                given_value = check_value(task.type, value, len(task.answers))
+                value = in_task_order(task.type, given_value, order)
             made = {
                 "assignment": assignment,
                 "task": task.id,
@@ -650,8 +650,7 @@ class Store:
                 "submission": submission or f"{assignment}/{row.replaces or 0}",
             }
             self._append(connection, _labels, [made])
-            state = "skipped" if value is None else "labelled"
-            _set(connection, assignment, state=state, replaces=None)
+            _set(connection, assignment, state="labelled" if value else "skipped", replaces=None)
             _run(connection, "drop draft", id=assignment)
             _run(connection, "recount", task=task.id)
             return _label(SimpleNamespace(**made))

@@ -42,6 +42,7 @@ def test_a_killed_server_loses_no_acknowledged_label(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_a_hundred_kills_over_ten_thousand_labels(tmp_path):
     made = label_client.make(tmp_path / "p", 10_000)
     start = time.monotonic()
