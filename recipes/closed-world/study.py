@@ -118,12 +118,12 @@ def lora(seed: int, out: Path) -> list[dict[str, Any]]:
 
 
 def privacy(seed: int, out: Path) -> list[dict[str, Any]]:
-    start, rows = shared(seed, out), []
+    start, rows = (shared(seed, out) / "adapters" / "sft").resolve(), []
     for epsilon in EPSILONS:
-        sets = [f"seed={seed}", *PRIVACY]
+        sets = [f"seed={seed}", *PRIVACY, f"sft.from={start}"]
         sets += [] if epsilon is None else [f"reward.privacy.epsilon={epsilon}"]
         name = f"epsilon-{epsilon or 'none'}"
-        record = one(sets, out / f"seed-{seed}" / name, start, until="reward")
+        record = one(sets, out / f"seed-{seed}" / name, until="reward")
         stage = record.data["stages"]["reward"]
         keys = "accuracy", "accuracy_against_gold", "memorisation", "privacy"
         rows.append({"name": name, "seed": seed, **{key: stage.get(key) for key in keys}})
