@@ -120,7 +120,7 @@ def lora(seed: int, out: Path) -> list[dict[str, Any]]:
 def privacy(seed: int, out: Path) -> list[dict[str, Any]]:
     start, rows = (shared(seed, out) / "adapters" / "sft").resolve(), []
     for epsilon in EPSILONS:
-        sets = [f"seed={seed}", *PRIVACY, f"sft.from={start}"]
+        sets = [f"seed={seed}", *PRIVACY, f"sft.from={start}", "sft.args={}"]
         sets += [] if epsilon is None else [f"reward.privacy.epsilon={epsilon}"]
         name = f"epsilon-{epsilon or 'none'}"
         record = one(sets, out / f"seed-{seed}" / name, until="reward")
