@@ -78,14 +78,20 @@ def plant(rows: Dataset, canaries: Sequence[Canary]) -> Dataset:
     if not planted:
         return rows
     groups = max(rows["group"]) + 1 if "group" in rows.column_names else 0
+    first = rows[0]
+    as_text = isinstance(first["completion" if "completion" in first else "chosen"], str)
+
+    def answer(text: str) -> Turns:
+        return text if as_text else [{"role": "assistant", "content": text}]
+
     added = []
     for number, canary in enumerate(planted):
         row: dict[str, Any] = dict.fromkeys(rows.column_names)
         row["prompt"] = canary.prompt
         if "completion" in row:
-            row["completion"] = canary.code
+            row["completion"] = answer(canary.code)
         else:
-            row |= {"chosen": canary.code, "rejected": canary.other}
+            row |= {"chosen": answer(canary.code), "rejected": answer(canary.other)}
         if "group" in row:
             row["group"] = groups + number
         if "margin" in row:

@@ -281,3 +281,21 @@ def test_the_card_states_what_is_protected_and_what_is_not():
     assert "epsilon 7.98" in text and "one demonstration of 900" in text
     assert "Not covered" in text and "at least 1.25" in text
     assert card_training._privacy({}, "demonstration") == []
+
+
+@pytest.mark.parametrize("columns", [("completion",), ("chosen", "rejected")])
+@pytest.mark.parametrize("turns", [False, True])
+def test_canaries_have_the_form_of_the_other_rows(columns, turns):
+    def form(role, text):
+        return [{"role": role, "content": text}] if turns else text
+
+    row = {"prompt": form("user", "a"), "group": 4, "margin": 1.0, "item": "x"}
+    rows = Dataset.from_list([row | {name: form("assistant", name) for name in columns}] * 2)
+    drawn = canaries.draw(20, 3, rows)
+    together = canaries.plant(rows, drawn)
+    planted = [canary for canary in drawn if canary.planted]
+    assert 0 < len(planted) < 20 and together.features == rows.features
+    last = together[-1]
+    assert last["prompt"] == planted[-1].prompt and len(together) == 2 + len(planted)
+    assert last[columns[0]] == form("assistant", planted[-1].code)
+    assert len(set(together["group"])) == 1 + len(planted) and last["margin"] == 0.0
