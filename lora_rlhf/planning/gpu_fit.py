@@ -12,6 +12,7 @@ import torch
 from lora_rlhf.errors import UsageError
 from lora_rlhf.recipe.schema import Recipe
 
+from . import meta_backbone
 from .memory_budget import Plan, largest_peak
 from .plan import Estimate, Planner
 
@@ -57,6 +58,7 @@ class Fit:
     recipe: Recipe
     plan: Plan
     micro_batch: int | None = None
+    is_4bit: bool = False
 
     @property
     def unchanged(self) -> bool:
@@ -82,8 +84,9 @@ def fit(planner: Planner, recipe: Recipe, gpu: int) -> Fit:
             group |= more
             now = changed(recipe, *changes)
             plan = planner.plan(now, gpu)
+    quantised = meta_backbone.is_4bit(now.model, planner.config)
     if plan.needed > gpu:
-        return Fit(gpu, None, now, plan)
+        return Fit(gpu, None, now, plan, is_4bit=quantised)
     for step in (rank, fraction, lengths):  # a later change may have made an earlier one needless
         index = steps.index(step)
         if changes[index]:
@@ -93,7 +96,7 @@ def fit(planner: Planner, recipe: Recipe, gpu: int) -> Fit:
             if other_plan.needed <= gpu:
                 changes, now, plan = fewer, other, other_plan
     merged = {key: value for group in changes for key, value in group.items()}
-    return Fit(gpu, merged, now, plan, largest_micro_batch(planner, now, gpu))
+    return Fit(gpu, merged, now, plan, largest_micro_batch(planner, now, gpu), quantised)
 
 
 def largest_micro_batch(planner: Planner, recipe: Recipe, gpu: int) -> int | None:
@@ -101,7 +104,9 @@ def largest_micro_batch(planner: Planner, recipe: Recipe, gpu: int) -> int | Non
     if recipe.algorithm == "best_of_n":
         return None
     estimate, room = Estimate(planner, recipe, gpu), largest_peak(gpu)
-    few, more = 2, 4  # a batch of one row has no padding, so no mask, and would not be on the line
+    # A batch of one row has no padding, so no mask, and would not be on the line. That of the plan
+    # is counted already.
+    few, more = 2, max(4, int(estimate.policy.per_device_train_batch_size))
     low, high = (estimate.update(rows).total for rows in (few, more))
     rows = few + max(0, (room - low) * (more - few) // max(1, high - low))
     if estimate.update(rows).total <= room:
@@ -214,4 +219,5 @@ def fraction(planner: Planner, recipe: Recipe, plan: Plan) -> Changes:
 
 def four_bit(planner: Planner, recipe: Recipe, plan: Plan) -> Changes:
     """Quantise the base to 4 bits."""
-    return {} if recipe.model.load_in_4bit else {"model.load_in_4bit": True}
+    quantised = meta_backbone.is_4bit(recipe.model, planner.config)
+    return {} if quantised else {"model.load_in_4bit": True}

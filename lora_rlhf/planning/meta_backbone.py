@@ -48,9 +48,16 @@ def backbone(
     config._name_or_path = model.hub_id or model.id  # PEFT compares it between adapters
     with META:
         causal = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    if model.load_in_4bit:
+    if is_4bit(model, config):
         _quantise(causal, dtype)
     return MetaBackbone(causal, None, model, lora, {})  # type: ignore[arg-type]
+
+
+def is_4bit(model: ModelSection, config: Any) -> bool:
+    """Tell if the base is quantised to 4 bits, by the recipe or by its own config."""
+    own = getattr(config, "quantization_config", None) or {}
+    own = own if isinstance(own, dict) else own.to_dict()
+    return model.load_in_4bit or bool(own.get("load_in_4bit"))
 
 
 def with_layers(config: Any, layers: int) -> Any:

@@ -151,7 +151,7 @@ def _gpus(gpus: list[Fit]) -> tuple[list[str], list[list[str]]]:
                 str(recipe.lora.r),
                 "yes" if recipe.model.gradient_checkpointing else "no",
                 f"{recipe.lora.top_fraction:g}",
-                "yes" if recipe.model.load_in_4bit else "no",
+                "yes" if fitted.is_4bit else "no",
                 "-" if fitted.micro_batch is None else str(fitted.micro_batch),
             ]
         )

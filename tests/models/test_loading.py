@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lora_rlhf.errors import BaseModelError, SetupError
+from lora_rlhf.models import adapters
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -29,6 +30,24 @@ def test_4bit_quantises_the_linear_layers_of_the_decoder_only():
     assert base.causal.get_input_embeddings().weight.dtype == torch.float32
     assert base.layers[0].mlp.up_proj.weight.quant_state.quant_type == "nf4"
     assert base.layers[0].mlp.up_proj.weight.quant_state.nested
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_base_that_is_stored_in_4_bit_is_used_as_it_is(tmp_path, asked):
+    first = small.base(small.base_folder(), load_in_4bit=True)
+    first.causal.save_pretrained(tmp_path)
+    first.tokenizer.save_pretrained(tmp_path)
+    made = small.backbone("llama", "policy", folder=tmp_path, load_in_4bit=asked)
+    assert made.is_4bit and made.describe()["load_in_4bit"]
+    assert made.fingerprint == first.fingerprint
+    ids = torch.tensor([[5, 6, 7]])
+    with made.role(None):
+        assert torch.equal(made.causal(input_ids=ids).logits, first.causal(input_ids=ids).logits)
+    with made.training("policy"), made.role("policy"):
+        made.causal(input_ids=ids, labels=ids).loss.backward()
+        assert all(p.grad is not None for _, p in made.role_parameters("policy"))
+    folder = adapters.save_role(made, "policy", tmp_path / "adapter")
+    adapters.load_role(small.backbone(folder=tmp_path, load_in_4bit=not asked), "policy", folder)
 
 
 def test_4bit_without_bitsandbytes_says_what_to_install(monkeypatch):

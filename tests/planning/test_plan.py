@@ -2,6 +2,7 @@
 """Memory planned from a config, against what the real model allocates."""
 
 import contextlib
+import copy
 import functools
 import json
 import socket
@@ -201,9 +202,9 @@ def test_only_ppo_recipes_are_probed():
 
 @pytest.fixture
 def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Extrapolate from one and three layers, not four and six, by the same rule.
+    """Extrapolate from one and three layers, not two and four, by the same rule.
 
-    For tests of what uses a plan; `test_a_deep_model_is_planned_from_a_few_layers` runs six.
+    For tests of what uses a plan; `test_a_deep_model_is_planned_from_a_few_layers` runs four.
     """
     monkeypatch.setattr(plan, "_MOST_LAYERS", 3)
 
@@ -224,6 +225,19 @@ def test_a_deep_model_is_planned_from_a_few_layers(monkeypatch: pytest.MonkeyPat
     whole = plan.Planner(config, "cpu").plan(recipe)
     for name, phase in few.phases.items():
         assert phase.total == pytest.approx(whole.phases[name].total, rel=0.01), name
+
+
+def test_a_base_that_is_stored_in_4_bit_is_planned_so():
+    config, recipe = smollm2()
+    quantised, plain = (
+        gpu_fit.changed(recipe, {"model.load_in_4bit": value}) for value in (True, False)
+    )
+    expected = plan.Planner(config, "cuda").plan(quantised)
+    stored = copy.deepcopy(config)
+    stored.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    planner = plan.Planner(stored, "cuda")
+    assert planner.plan(plain).backbone == expected.backbone
+    assert gpu_fit.four_bit(planner, plain, expected) == {}
 
 
 def test_the_parameters_of_a_base_are_counted_exactly():
@@ -401,7 +415,7 @@ def test_the_largest_micro_batch_is_searched_by_halves(monkeypatch, most):
 
     class Estimate:
         def __init__(self, *_):
-            pass
+            self.policy = SimpleNamespace(per_device_train_batch_size=4)
 
         def update(self, rows):
             counted.append(rows)
