@@ -39,8 +39,8 @@ A recipe is one YAML file that describes a whole run. `make docs` writes this pa
   round differently.
 - `ppo.reward: my_reward:score` optimises the function `score` of `my_reward.py` beside the recipe,
   in PPO, GRPO, RLOO and best of n. It has TRL's signature (`prompts`, `completions`,
-  `completion_ids`, `**kwargs`; messages, if the base has a chat template) and returns one finite
-  number for each completion. No comparisons are needed then.
+  `completion_ids`, and every other column of the prompts; messages, if the base has a chat
+  template) and returns one finite number for each completion. No comparisons are needed then.
 - `algorithm` chooses what makes the policy. Of `ppo`, `grpo`, `rloo`, `dpo` and `best_of_n` only
   the section of that name is read, except that the other algorithms take settings that they do not
   set themselves from `ppo` ([is PPO worth it here?](compare.md)).

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
@@ -27,8 +29,20 @@ from lora_rlhf.data import dataset_builder
 from lora_rlhf.data.contamination import OVERLAP
 from lora_rlhf.data.dataset_builder import Prepared
 from lora_rlhf.data.filters import SECRET
+<<<<<<< HEAD
 from lora_rlhf.errors import DataError, HubError, LoraRlhfError, MemoryLimitError, UsageError
 from lora_rlhf.evaluation import evaluate, suite
+=======
+from lora_rlhf.errors import (
+    AdapterError,
+    DataError,
+    HubError,
+    LoraRlhfError,
+    MemoryLimitError,
+    UsageError,
+)
+from lora_rlhf.evaluation import evaluate
+>>>>>>> 7d3190d (Custom rewards get the prompts' columns; from takes a Hub id; contradictions count for the stages asked for)
 from lora_rlhf.hub import backup, publishing, repository
 from lora_rlhf.models import adapters
 from lora_rlhf.models.backbone import Backbone
@@ -185,7 +199,8 @@ def check(
                 ok(loaded_run.load_stage, stage, backbone, source if stage in copied else record)
         if record.done("reward") and recipe.algorithm in wanted and recipe.reward.gate == "stop":
             ok(reward_gate.check, recipe, record, progress)
-        for part in _Data(recipe, record, backbone, progress).checks(wanted, configs):
+        local = ok(_with_adapters_here, recipe) or recipe
+        for part in _Data(local, record, backbone, progress).checks(wanted, configs):
             ok(part)
     return wrong
 
@@ -283,6 +298,7 @@ def _compute(
     progress: Progress,
 ) -> None:
     """Run the wanted stages that need the backbone; load the finished stages before them."""
+    recipe = _with_adapters_here(recipe)
     backbone, peak = _load_backbone(recipe, record, progress)
     context = StageContext(recipe, backbone, record, progress)
     data = _Data(recipe, record, backbone, progress)
@@ -338,6 +354,25 @@ def _run_stage(stage: str, context: StageContext, configs: TrainerConfigs, data:
             ppo_stage.run(context, configs.policy, data.prompts.train, data.texts)
         else:
             grpo_rloo.run(context, configs.policy, data.prompts.train)
+
+
+def _with_adapters_here(recipe: Recipe) -> Recipe:
+    """Return the recipe in which `from` names folders: an adapter on the Hub is downloaded."""
+    for stage in ("sft", "reward"):
+        section = getattr(recipe, stage)
+        given = section.start
+        if not given or os.path.isdir(given) or not re.fullmatch(r"[\w.-]+/[\w.-]+", given):
+            continue
+        if (folder := repository.adapter_folder(given)) is None:
+            raise AdapterError(
+                f"{stage}.from: {given} is no folder here, and no adapter on the Hub",
+                expected="a folder, or org/name, with adapter_config.json and "
+                "adapter_model.safetensors",
+                remedy="check the name; without a network, download it first",
+            )
+        new = section.model_copy(update={"from": str(folder)})
+        recipe = recipe.model_copy(update={stage: new})
+    return recipe
 
 
 def _load_backbone(

@@ -69,7 +69,7 @@ def choose(
     """Return, for each prompt, the first of the highest-scored completions among n SFT samples.
 
     Args:
-        given: Each prompt as the data has it, for a reward function.
+        given: Each prompt's row as the data has it, for a reward function.
     """
     n, size = recipe.best_of_n.n, recipe.evaluate.batch_size
     repeated = [list(prompt) for prompt in prompts for _ in range(n)]
@@ -81,9 +81,9 @@ def choose(
         seed=seed + 7_919_000,  # no random numbers shared with SFT's own answers
         batch_size=size,
     )
-    texts = [prompt for prompt in given for _ in range(n)]
+    rows = [row for row in given for _ in range(n)]
     pairs = list(zip(repeated, samples, strict=True))
-    rewards = reward_functions.scores(recipe, backbone, texts, pairs, size)
+    rewards = reward_functions.scores(recipe, backbone, rows, pairs, size)
     best = []
     for start in range(0, len(samples), n):
         group = rewards[start : start + n]

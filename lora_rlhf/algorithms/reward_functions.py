@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -64,27 +64,30 @@ def of_recipe(
 def scores(
     recipe: Recipe,
     backbone: Backbone,
-    prompts: Sequence[Any],
+    rows: Sequence[Mapping[str, Any]],
     episodes: Sequence[tuple[Sequence[int], Sequence[int]]],
     size: int,
 ) -> list[float]:
     """Score answers by the reward model, or by the recipe's own function.
 
     Args:
-        prompts: The prompt of each episode as the data has it: text or messages.
+        rows: The row of each episode: its `prompt`, text or messages, and other columns.
         episodes: Ids of each prompt and its answer.
         size: Rows that the reward model scores at once.
     """
     if (function := custom_reward.load(recipe)) is None:
         pairs = [(list(prompt), list(answer)) for prompt, answer in episodes]
         return ensemble.scores(backbone, pairs, recipe.reward, size).rewards
+    prompts = [row["prompt"] for row in rows]
+    columns = {name: [row.get(name) for row in rows] for name in rows[0] if name != "prompt"}
     texts = [backbone.decode(list(answer)) for _, answer in episodes]
     completions = [
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
         for prompt, text in zip(prompts, texts, strict=True)
     ]
     ids = [list(answer) for _, answer in episodes]
-    return function(prompts=list(prompts), completions=completions, completion_ids=ids)
+    given = {"prompts": prompts, "completions": completions, "completion_ids": ids}
+    return function(**columns, **given)
 
 
 def eos_penalty(backbone: Backbone, penalty: float) -> RewardFunction:

@@ -154,7 +154,7 @@ def _train(
             expected="a recipe, as a YAML file or its folder",
             remedy=f"continue it with `{again}`, or start the recipe again with another --out",
         )
-    recipe = load_recipe(path, overrides)
+    recipe = load_recipe(path, overrides, until=until)
     out = out or Path("runs") / recipe.name
     pipeline = shell.room("pipeline")
     from lora_rlhf.reports import tables

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from lora_rlhf.errors import DataError
+from lora_rlhf.errors import DataError, first_line
 from lora_rlhf.recipe.schema import DataSource, Recipe
 
 from . import augmentation, contamination, near_duplicates, personal_data, summaries
@@ -478,15 +478,31 @@ def _prepared(
         )
     report = {**kept.report(), "train": len(train), "held_out": len(held_out)}
     lines = summaries.lines(kept.name, report, train[0], tokenizer)
+    if recipe.ppo.function:
+        train, held_out = _with_columns(train), _with_columns(held_out)
     return Prepared(_dataset(train), _dataset(held_out), report, lines)
+
+
+def _with_columns(rows: _Rows) -> _Rows:
+    """Give rows of prompts the other columns of their file, which a reward function may take."""
+    names = dict.fromkeys(name for row in rows for name in row.get("columns", ()))
+    return [{**dict.fromkeys(names), **row.get("columns", {}), **row} for row in rows]
 
 
 def _dataset(rows: _Rows) -> datasets.Dataset:
     import datasets
+    import pyarrow
 
     prompts_only = not {"chosen", "completion"} & rows[0].keys()
-    dropped = {"_tokens", "user"}
+    dropped = {"_tokens", "user", "columns"}
     if not (prompts_only and any(row["item"] for row in rows)):
         dropped.add("item")
     kept = [{key: value for key, value in row.items() if key not in dropped} for row in rows]
-    return datasets.Dataset.from_list(kept)
+    try:
+        return datasets.Dataset.from_list(kept)
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
+        raise DataError(
+            f"a column of the prompts holds values of several types: {first_line(error)}",
+            expected="one type in each column, which the reward function gets",
+            remedy="write all its values as text, or leave it out with `ignore: [column]`",
+        ) from None

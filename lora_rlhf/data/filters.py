@@ -285,7 +285,7 @@ def expand(kept: FilteredSet, examples: list[Example]) -> list[dict[str, Any]]:
         ranks = example.ranks or [0.0] * len(example.answers)
         order = sorted(range(len(ranks)), key=ranks.__getitem__)
         if kept.name in ("prompts", "evaluate"):
-            rows.append(row)
+            rows.append({**row, "columns": example.columns})
         elif kept.name == "demonstrations":
             best: Turns = example.answers[order[0]] if order else ""
             if not isinstance(best, str):  # turns before the last one belong to the prompt

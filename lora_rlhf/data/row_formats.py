@@ -88,12 +88,18 @@ _NOT_TRAINED = ("function_call", "reasoning_content", "reasoning", "thinking",
 """Keys of a turn whose content no stage would see."""
 
 
+_RESERVED = ("prompts", "completions", "completion", "completion_ids", "prompt_ids", "item",
+             "trunk_states", "trainer_state", "environments", "log_extra",
+             "log_metric")  # fmt: skip
+"""Names that a reward function gets from elsewhere than from a column."""
+
+
 @dataclass
 class Example:
     """One prompt and its answers; `ranks` (lowest = best) is None without a comparison.
 
     `good` is the row's label, if it is `labelled`; `system` goes before the prompt; `user` is who
-    wrote the prompt, if that is known.
+    wrote the prompt, if that is known; `columns` are the other columns of a prompt's row.
     """
 
     prompt: Turns
@@ -105,6 +111,7 @@ class Example:
     good: bool = True
     labelled: bool = False
     user: str = ""
+    columns: dict[str, Any] = field(default_factory=dict)
 
 
 class _Unfit(Exception):
@@ -152,6 +159,7 @@ def examples(
             example.labelled = mapped or "label" in layout
             example.good = not example.labelled or _label(row)
             _add_tools(example, row, name)
+            example.columns = {k: v for k, v in row.items() if k not in (*layout, *_RESERVED)}
             parsed.append(example)
         except _Unfit as error:
             bad.append((where, str(error)))

@@ -158,10 +158,9 @@ def _answer(
     temperature = recipe.evaluate.temperature
     options: dict[str, Any] = {"temperature": temperature, "seed": recipe.seed}
     options["max_new_tokens"] = max_new_tokens
-    given = [row["prompt"] for row in rows]
     started = time.perf_counter()
     if model == "best_of_n":
-        ids = best_of_n.choose(backbone, prompts, recipe, given=given, **options)
+        ids = best_of_n.choose(backbone, prompts, recipe, given=rows, **options)
     else:
         ids = backbone.generate(prompts, role, batch_size=size, **options)
     seconds = time.perf_counter() - started
@@ -169,7 +168,7 @@ def _answer(
     answers = Answers(ids, [backbone.decode(completion) for completion in ids], finished, seconds)
     sequences = list(zip(prompts, ids, strict=True))
     if recipe.ppo.function or backbone.has("reward"):
-        rewards = reward_functions.scores(recipe, backbone, given, sequences, size)
+        rewards = reward_functions.scores(recipe, backbone, rows, sequences, size)
         answers.scores["reward"] = _finite(rewards, "reward score")
     if backbone.has("held_out"):
         raw = scores(backbone, sequences, role="held_out", batch_size=size)

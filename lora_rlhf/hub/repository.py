@@ -6,6 +6,7 @@ The only module that talks to the Hub.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -79,6 +80,9 @@ def adapter_folder(repo_id: str) -> Path | None:
     try:
         config = hf_hub_download(repo_id, "adapter_config.json")
         hf_hub_download(repo_id, "adapter_model.safetensors")
+        for name in ("check.json", "reward.json"):  # adapters of this package have them
+            with contextlib.suppress(EntryNotFoundError, LocalEntryNotFoundError):
+                hf_hub_download(repo_id, name)
     except (EntryNotFoundError, LocalEntryNotFoundError):
         return None
     except (HfHubHTTPError, OSError, ValueError) as error:

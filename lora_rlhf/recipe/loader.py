@@ -24,10 +24,13 @@ _MAX_PROBLEMS = 20
 _INDEX = re.compile("[0-9]{1,6}")
 
 
-def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+def load_recipe(
+    path: str | Path, overrides: list[str] | None = None, *, until: str | None = None
+) -> Recipe:
     """Load and check a recipe; `overrides` are `key.sub=value` strings (`--set`).
 
-    Relative paths of data and model are resolved against the recipe's folder.
+    Relative paths of data and model are resolved against the recipe's folder. With `until`, the
+    last stage that is asked for, contradictions that only later stages meet are allowed.
 
     Raises:
         RecipeError: With file, line, the wrong key or value, and a suggestion.
@@ -51,15 +54,23 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         ) from error
     if not text.strip("\0\n ") and (copy := path.with_name(f"{path.name}.bak")).is_file():
         raise RecipeError(f"{path} is empty, as after a power cut", remedy=f"use its backup {copy}")
-    return parse_recipe(text, str(path), overrides, folder=path.resolve().parent)
+    return parse_recipe(text, str(path), overrides, path.resolve().parent, until)
 
 
 def parse_recipe(
-    text: str, name: str, overrides: list[str] | None = None, folder: Path | None = None
+    text: str,
+    name: str,
+    overrides: list[str] | None = None,
+    folder: Path | None = None,
+    until: str | None = None,
 ) -> Recipe:
     """Parse a recipe's text, named `name` in errors; paths are relative to `folder`.
 
     Without a folder only `~` is expanded, because a run writes its home directory as `~`.
+
+    Args:
+        until: The last stage that is asked for; contradictions between keys that only later stages
+            read are allowed then. "": all contradictions, as in a recipe that a run has written.
     """
     data, lines = parse_yaml(text, name)
     for override in overrides or []:
@@ -67,7 +78,26 @@ def parse_recipe(
     try:
         return Recipe.model_validate(data, context={"folder": folder})
     except ValidationError as error:
-        raise _recipe_error(error, name, lines) from None
+        if until is None or not all(_is_unused(dict(item), until) for item in error.errors()):
+            raise _recipe_error(error, name, lines) from None
+    return Recipe.model_validate(data, context={"folder": folder, "without_rules": True})
+
+
+_READERS = {
+    **dict.fromkeys(("model", "lora", "data", "checkpoint", "sft"), "sft"),
+    "reward": "reward", "evaluate": "evaluate", "hub": "card",
+}  # fmt: skip
+"""Section -> the first stage that reads it; the others are read by the policy's stage."""
+
+
+def _is_unused(item: dict[str, Any], until: str) -> bool:
+    """Tell if an error is a contradiction with a key that no stage up to `until` reads."""
+    if item["type"] != "conflict":
+        return False
+    order = ("", "sft", "reward", "policy", "evaluate", "card")
+    sections = {str((*item["loc"], *_parts(key))[0]) for key in item["ctx"]["keys"]}
+    first = max(order.index(_READERS.get(section, "policy")) for section in sections)
+    return first > order.index(until if until in order else "policy")
 
 
 def load_section(model: type[S], path: Path, remedy: str) -> S:

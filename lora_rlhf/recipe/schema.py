@@ -8,6 +8,7 @@ description; docs/recipes.md is generated from these classes.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -60,7 +61,9 @@ class Section(BaseModel):
         yield from ()
 
     @model_validator(mode="after")
-    def _follows_its_rules(self) -> Self:
+    def _follows_its_rules(self, info: ValidationInfo) -> Self:
+        if (info.context or {}).get("without_rules"):  # of stages that are not asked for
+            return self
         if broken := next(self.rules(), None):
             message, *keys = broken
             raise PydanticCustomError("conflict", "{message}", {"message": message, "keys": keys})
@@ -330,12 +333,14 @@ def _check_plain(value: Any) -> None:
 
 
 def _resolved_adapter(cls: Any, given: str | None, info: ValidationInfo) -> str | None:
-    """Make a folder beside the recipe absolute."""
+    """Make a folder beside the recipe absolute; a Hub id (org/name) stays as it is."""
     if given is None or info.context is None or "\0" in given:
         return given
     folder = info.context["folder"]
     beside = folder or given.startswith("~")
-    return os.path.abspath((folder or Path()) / os.path.expanduser(given)) if beside else given
+    path = os.path.abspath((folder or Path()) / os.path.expanduser(given))
+    hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", given) and not os.path.isdir(path)
+    return path if beside and not hub_id else given
 
 
 class PrivacySection(Section):
@@ -371,8 +376,8 @@ else:  # `from` is a keyword, so a class cannot define it
                 str | None,
                 Field(
                     None,
-                    description="Folder of your own adapter, relative to the recipe, which is used "
-                    "unchanged instead of training this stage.",
+                    description="Folder of your own adapter, relative to the recipe, or its Hub id; "
+                    "it is used unchanged instead of training this stage.",
                 ),
             )
         },
@@ -386,7 +391,7 @@ class SftSection(StartSection):
 
     @property
     def start(self) -> str | None:
-        """Folder of the adapter that is used instead of training this stage."""
+        """Folder or Hub id of the adapter that is used instead of training this stage."""
         return getattr(self, "from")  # type: ignore[no-any-return]  # noqa: B009
 
     def rules(self) -> Rules:
@@ -414,7 +419,7 @@ class RewardSection(StartSection):
 
     @property
     def start(self) -> str | None:
-        """Folder of the adapter that is used instead of training this stage."""
+        """Folder or Hub id of the adapter that is used instead of training this stage."""
         return getattr(self, "from")  # type: ignore[no-any-return]  # noqa: B009
 
     def rules(self) -> Rules:

@@ -316,7 +316,7 @@ class Record:
         Raises:
             DamageError: The file is not the recipe of this run.
         """
-        recipe = parse_recipe(self.recipe_text(), str(self.folder / "recipe.yaml"))
+        recipe = parse_recipe(self.recipe_text(), str(self.folder / "recipe.yaml"), until="")
         model = recipe.model.model_copy(update={"id": moved(recipe.model.id, self.folder)})
         sets = {
             name: [
@@ -358,7 +358,7 @@ class Record:
     def _is_edited(self, text: str) -> bool:
         """Tell if a text is the whole recipe of this run, in which only free keys were edited."""
         try:
-            recipe = parse_recipe(text, "")
+            recipe = parse_recipe(text, "", until="")
             whole = hide(recipe.model_dump(mode="json")) == parse_yaml(text, "")[0]
             return whole and identity(recipe) == self.data.get("recipe_sha256")
         except RecipeError:

@@ -83,7 +83,7 @@ def _recipe(folder: Path) -> tuple[Recipe, str]:
     for name in ("recipe.yaml", "recipe.yaml" + BACKUP):
         try:
             text = (folder / name).read_bytes().decode().strip("\0")
-            return parse_recipe(text, str(folder / name)), text
+            return parse_recipe(text, str(folder / name), until=""), text
         except (OSError, ValueError, RecipeError) as error:
             wrong = wrong or error
     raise DamageError(

@@ -94,7 +94,7 @@ def generate(
             answers["policy"] = backbone.generate([ids], "policy", **options)
         elif temperature > 0:  # greedy answers are all the same
             answers["best_of_n"] = best_of_n.choose(
-                backbone, [ids], recipe, given=[prompt], **options
+                backbone, [ids], recipe, given=[{"prompt": prompt}], **options
             )
     rows: list[dict[str, Any]] = []
     for model, [answer] in answers.items():

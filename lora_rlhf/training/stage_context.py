@@ -25,8 +25,10 @@ class StageContext(NamedTuple):
     def take_adapter(self, role: str, folder: str) -> dict[str, str]:
         """Load an adapter of the user's into a role; return its name and sha256, for the record."""
         adapters.load_role(self.backbone, role, folder)
-        weights = Path(folder) / "adapter_model.safetensors"
-        return {"adapter": Path(folder).name, "sha256": sha256(weights)}
+        path, name = Path(folder), Path(folder).name
+        if path.parent.name == "snapshots":  # in the Hub's cache
+            name = path.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
+        return {"adapter": name, "sha256": sha256(path / "adapter_model.safetensors")}
 
     def save_adapter(self, role: str, name: str | None = None) -> str:
         """Save a role as `adapters/NAME`, by default its own name; returns the file's sha256."""

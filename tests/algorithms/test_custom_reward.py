@@ -4,14 +4,18 @@
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import killed
 import pytest
+import small
 
 from lora_rlhf import pipeline
-from lora_rlhf.algorithms import custom_reward
+from lora_rlhf.algorithms import custom_reward, reward_functions
+from lora_rlhf.data import dataset_builder
 from lora_rlhf.errors import DataError, RecipeError
 from lora_rlhf.recipe.loader import dump_recipe, load_recipe, parse_recipe
+from lora_rlhf.recipe.schema import DataSource
 
 TEXT = "name: x\nmodel: {id: tiny}\n"
 
@@ -40,6 +44,30 @@ def test_it_gets_what_trl_gives(tmp_path):
     assert function(prompts=["p"], completions=["c"], **options) == [2.0]
     code = "async def score(completions):\n    return [0.5 for _ in completions]\n"
     assert custom_reward.load(recipe(tmp_path, code))(prompts=["p"], completions=["c"]) == [0.5]
+
+
+def test_it_gets_the_other_columns_of_the_prompts(tmp_path):
+    """In training, where TRL passes on the columns of the data set, and in the evaluation."""
+    code = "def score(completions, solution, **more):\n    return [c == s for c, s in "
+    made = recipe(tmp_path, code + "zip(completions, solution)]\n")
+    rows = [{"prompt": f"q{i}", "solution": f"a{i}", "prompt_ids": "x"} for i in range(40)]
+    rows += [{"prompt": "alone"}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"prompts": [DataSource(path=str(tmp_path / "p.jsonl"))]}
+    made = made.model_copy(update={"data": made.data.model_copy(update=data)})
+    plain = small.tokenizer(markers=())
+    prepared = dataset_builder.prompts(made, plain)
+    assert set(prepared.train.column_names) == {"prompt", "solution"}
+    kept = [*prepared.train, *prepared.held_out]
+    assert {(row["prompt"], row["solution"]) for row in kept} == {
+        (row["prompt"], row.get("solution")) for row in rows
+    }
+    words = SimpleNamespace(decode=lambda ids: f"a{ids[0]}")
+    given = [{"prompt": "q1", "solution": "a1"}, {"prompt": "q2", "solution": "a1"}]
+    found = reward_functions.scores(made, words, given, [([], [1]), ([], [2])], 8)
+    assert found == [1.0, 0.0]
+    without = made.model_copy(update={"ppo": made.ppo.model_copy(update={"reward": "model"})})
+    assert dataset_builder.prompts(without, plain).train.column_names == ["prompt"]
 
 
 @pytest.mark.parametrize(

@@ -328,7 +328,11 @@ def test_model_keys_that_are_read_are_accepted():
 
 def test_columns_of_the_schema_are_those_of_the_layouts():
     named = {key for known in row_formats.LAYOUTS.values() for layout in known for key in layout}
+<<<<<<< HEAD
     beside = {"margin", "labeler", "user", "tools", "input", "system", "label"}
+=======
+    beside = {"margin", "labeler", "input", "system", "label", "tools"}
+>>>>>>> 7d3190d (Custom rewards get the prompts' columns; from takes a Hub id; contradictions count for the stages asked for)
     assert named | beside == {*COLUMNS, "text"}
 
 
@@ -354,3 +358,25 @@ def test_a_base_beside_the_recipe_is_found_with_and_without_a_dot(tmp_path, monk
         recipe = load_recipe(path)
         assert recipe.model.id == wanted
         assert parse_recipe(dump_recipe(recipe), "again", folder=Path("/")) == recipe
+
+
+@pytest.mark.parametrize(
+    ("contradiction", "met_in"),
+    [("ppo.kl_target=1", "policy"), ("reward.combine_std=2", "reward"), ("algorithm=dpo", "policy"),
+     ("ppo.ptx_coef=1", "policy"), ("hub={policy: a/b, reward: a/b}", "card")],
+)  # fmt: skip
+def test_a_contradiction_that_no_wanted_stage_meets_refuses_nothing(
+    tmp_path, contradiction, met_in
+):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("name: x\nmodel: {id: tiny}\nppo: {kl_coef: 0}\n")
+    order = ("sft", "reward", "policy", "evaluate", "card")
+    for until in order:
+        if order.index(until) < order.index(met_in):
+            made = load_recipe(path, [contradiction], until=until)
+            assert parse_recipe(dump_recipe(made), "of a run", until="") == made
+            with pytest.raises(RecipeError):
+                load_recipe(path, [contradiction, "sft.args=3"], until=until)
+        else:
+            with pytest.raises(RecipeError):
+                load_recipe(path, [contradiction], until=until)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import killed
 import pytest
+from hub_server import HubServer, turn_to
 
 from lora_rlhf import pipeline
 from lora_rlhf.errors import AdapterError, RecipeError
@@ -71,12 +72,35 @@ def test_a_wrong_adapter_is_refused_before_anything(runs: killed.Runs, own: Path
         pipeline.run(gone, tmp_path / "other")
 
 
+@pytest.mark.hub
+def test_an_adapter_on_the_hub_is_used(
+    runs: killed.Runs, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    files = {path.name: path.read_bytes() for path in (own / "sft").iterdir()}
+    with HubServer() as server:
+        server.add_repo("acme/sft", files)
+        turn_to(server, monkeypatch, tmp_path)
+        made = runs.recipe("sft", "sft.from=acme/sft", "sft.args={}")
+        assert pipeline.check(made, tmp_path / "run", until="sft") == []
+        record = pipeline.run(made, tmp_path / "run", until="sft")
+        entry = record.data["stages"]["sft"]
+        assert entry["from"] == {"adapter": "acme/sft", "sha256": weights(own / "sft")}
+        assert record.recipe().sft.start == "acme/sft"
+        gone = runs.recipe("sft", "sft.from=acme/gone", "sft.args={}")
+        errors = pipeline.check(gone, tmp_path / "other", until="sft")
+    assert any("acme/gone" in str(error) for error in errors)
+
+
 def test_the_folder_is_relative_to_the_recipe(tmp_path: Path):
     text = "name: x\nmodel: {id: tiny}\nsft: {from: mine}\n"
     (tmp_path / "recipe.yaml").write_text(text)
     made = load_recipe(tmp_path)
     assert made.sft.start == str(tmp_path / "mine")
     assert parse_recipe(dump_recipe(made), "again") == made
+    assert load_recipe(tmp_path, ["sft.from=acme/mine"]).sft.start == "acme/mine"
+    (tmp_path / "acme" / "mine").mkdir(parents=True)
+    made = load_recipe(tmp_path, ["sft.from=acme/mine"])
+    assert made.sft.start == str(tmp_path / "acme" / "mine")
     for more in ("reward: {from: a, ensemble: 2}", "reward: {from: a, args: {seed: 1}}"):
         with pytest.raises(RecipeError, match=r"reward\.from"):
             parse_recipe(f"name: x\nmodel: {{id: tiny}}\n{more}\n", "x")
