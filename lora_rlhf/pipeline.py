@@ -182,25 +182,24 @@ def check(
         if "card" in stages:
             for note in ok(publishing.check_pushes, recipe, record) or ():
                 progress.say(note)
-        backbone = None
-        if record is not None:
-            progress.say(run_memory.before_run(recipe)[1])
-            backbone = ok(Backbone.load, record.model_section(recipe), recipe.lora)
-        if backbone is None:
+        if record is None:
+            return wrong
+        progress.say(run_memory.before_run(recipe)[1])
+        if (backbone := ok(Backbone.load, record.model_section(recipe), recipe.lora)) is None:
             return wrong
         for note in backbone.source.get("token_notes", ()):
             progress.say(note)
         wanted = [stage for stage in stages if not _finished(recipe, record, stage)]
-        copied = [s for s in ("sft", "reward") if source is not None and source.done(s)]
-        copied = [stage for stage in copied if stage in wanted]
+        shared = ("sft", "reward") if source is not None else ()
+        copied = [stage for stage in wanted if stage in shared and source.done(stage)]
         wanted = [stage for stage in wanted if stage not in copied]
         for stage in stages:
             if stage not in (*wanted, "card"):
                 ok(loaded_run.load_stage, stage, backbone, source if stage in copied else record)
         if record.done("reward") and recipe.algorithm in wanted and recipe.reward.gate == "stop":
             ok(reward_gate.check, recipe, record, progress)
-        local = ok(_with_adapters_here, recipe) or recipe
-        for part in _Data(local, record, backbone, progress).checks(wanted, configs):
+        data = _Data(ok(_with_adapters_here, recipe) or recipe, record, backbone, progress)
+        for part in data.checks(wanted, configs):
             ok(part)
     return wrong
 

@@ -491,7 +491,7 @@ def _with_columns(rows: _Rows) -> _Rows:
 
 def _dataset(rows: _Rows) -> datasets.Dataset:
     import datasets
-    import pyarrow
+    from pyarrow import lib  # type: ignore[import-untyped]
 
     prompts_only = not {"chosen", "completion"} & rows[0].keys()
     dropped = {"_tokens", "user", "columns"}
@@ -500,7 +500,7 @@ def _dataset(rows: _Rows) -> datasets.Dataset:
     kept = [{key: value for key, value in row.items() if key not in dropped} for row in rows]
     try:
         return datasets.Dataset.from_list(kept)
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
+    except (lib.ArrowInvalid, lib.ArrowTypeError) as error:
         raise DataError(
             f"a column of the prompts holds values of several types: {first_line(error)}",
             expected="one type in each column, which the reward function gets",

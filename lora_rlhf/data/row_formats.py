@@ -158,8 +158,7 @@ def examples(
             example = _parse(row, layout, chat, notes)
             example.labelled = mapped or "label" in layout
             example.good = not example.labelled or _label(row)
-            _add_tools(example, row, name)
-            example.columns = {k: v for k, v in row.items() if k not in (*layout, *_RESERVED)}
+            _add_columns(example, row, layout, name)
             parsed.append(example)
         except _Unfit as error:
             bad.append((where, str(error)))
@@ -447,8 +446,9 @@ def _parse(
     return example
 
 
-def _add_tools(example: Example, row: dict[str, Any], name: str) -> None:
-    """Keep the row's list of tools on the first turn of the prompt."""
+def _add_columns(example: Example, row: dict[str, Any], layout: tuple[str, ...], name: str) -> None:
+    """Keep the row's list of tools on the first turn of the prompt, and its other columns."""
+    example.columns = {k: v for k, v in row.items() if k not in (*layout, *_RESERVED)}
     turns = [
         t for each in (example.prompt, *example.answers) if isinstance(each, list) for t in each
     ]

@@ -376,8 +376,8 @@ else:  # `from` is a keyword, so a class cannot define it
                 str | None,
                 Field(
                     None,
-                    description="Folder of your own adapter, relative to the recipe, or its Hub id; "
-                    "it is used unchanged instead of training this stage.",
+                    description="Folder of your own adapter, relative to the recipe, or its Hub "
+                    "id; it is used unchanged instead of training this stage.",
                 ),
             )
         },

@@ -23,6 +23,9 @@ from lora_rlhf.runs.record import Record
 
 from . import kinds
 
+_WIDTH = 100
+"""Widest line of the results by kind without a terminal."""
+
 _COMPARED = (
     "algorithm", "seeds", "episodes", "comparisons", "samples_per_answer", "seconds",
     "seconds_per_answer",
@@ -204,6 +207,23 @@ def aligned(header: Sequence[str], table: Sequence[Sequence[str]]) -> Iterator[s
         yield "  ".join(cells).rstrip()
 
 
+def _blocks(header: Sequence[str], table: Sequence[Sequence[str]]) -> Iterator[Iterator[str]]:
+    """Split a wide table into tables of some of its columns, each with the first one beside it."""
+    widths = [max(len(line[i]) for line in [header, *table]) for i in range(len(header))]
+    shown: list[int] = []
+
+    def part(columns: list[int]) -> tuple[list[str], list[list[str]]]:
+        first, *rest = ([line[0], *(line[i] for i in columns)] for line in [header, *table])
+        return first, rest
+
+    for i in range(1, len(header)):
+        if shown and widths[0] + sum(2 + widths[k] for k in [*shown, i]) > _WIDTH:
+            yield aligned(*part(shown))
+            shown = []
+        shown.append(i)
+    yield aligned(*part(shown))
+
+
 def _print_table(console: Console, header: list[str], table: list[list[str]]) -> None:
     if not console.is_terminal:
         for line in aligned(header, table):
@@ -228,9 +248,10 @@ def _print_kinds(
         for _, known in kinds.values(all_prompts, {n: own.get(n, {}) for n in names}, [metric])
     ]
     if not console.is_terminal:
-        for text in aligned(["by kind of prompt", *kinds.columns(names)], lines):
-            say(console, text)
-        say(console, "")
+        for part in _blocks(["by kind of prompt", *kinds.columns(names)], lines):
+            for text in part:
+                say(console, text)
+            say(console, "")
         return
     rich = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)  # eight kinds fit 80 columns
     rich.add_column("by kind of prompt", min_width=18)

@@ -40,6 +40,7 @@ class Progress:
         self._work: dict[str, float] = {}
         self._spent, self._worked = 0.0, 0.0  # seconds and work of the trainings that are done
         self._started = self._printed = time.monotonic()
+        self._early: tuple[int, float] | None = None  # steps and seconds at the first report
 
     def plan(self, stages: Sequence[str], work: Mapping[str, float]) -> None:
         """Announce the stages of the run, and the work of each training that is still to do.
@@ -59,7 +60,7 @@ class Progress:
         self.end()
         self.stage, self.total, self.step_count, self._shown = stage, total, first, {}
         self._started = self._printed = time.monotonic()
-        self.phase_name, self._last_printed, self._first = "", -1, first
+        self.phase_name, self._last_printed, self._first, self._early = "", -1, first, None
         if not self.quiet and self.console.is_terminal:
             self._live = Live(
                 self._line(), console=self.console, transient=True, refresh_per_second=4
@@ -74,6 +75,8 @@ class Progress:
     def step(self, step: int, metrics: dict[str, Any]) -> None:
         """Show a finished step with its main metrics; a step logged twice has one plain line."""
         self.step_count = step
+        if self._early is None:
+            self._early = step, time.monotonic() - self._started
         known = {k: metrics[k] for k in _SHOWN.get(self.stage, _PAIRS) if k in metrics}
         self._shown |= {k: float(v) for k, v in known.items() if isinstance(v, float)}
         if self._live is not None:
@@ -114,12 +117,27 @@ class Progress:
         if self._live is not None:
             self._live.update(self._line())
 
-    def _whole(self, seconds: float, left: float) -> float:
-        """Return the seconds until the end of the run, at the speed so far."""
+    def _whole(self, seconds: float, left: float) -> str:
+        """Return the time until the end of the run, at the speed so far; `~` while it is a guess.
+
+        Until a tenth of the work is done, slow first steps count for much, and the speed of one
+        training stands for all.
+        """
         work = self._work.get(self.stage, 0.0)
         done = self._worked + work * seconds / (seconds + left)
         later = sum(self._work.values()) - work
-        return left + (later * (self._spent + seconds) / done if done else 0.0)
+        guess = "~" if done < 0.1 * (self._worked + work + later) else ""
+        return guess + clock(left + (later * (self._spent + seconds) / done if done else 0.0))
+
+    def _rate(self, seconds: float) -> tuple[float, str]:
+        """Return steps a second without those of the first report, which also warm up.
+
+        With them, and `~`, while there are no others.
+        """
+        steps, then = self._early or (self._first, 0.0)
+        if self.step_count > steps and seconds > then:
+            return (self.step_count - steps) / (seconds - then), ""
+        return (self.step_count - self._first) / seconds, "~"
 
     def _line(self) -> Text:
         seconds, steps = time.monotonic() - self._started, self.step_count - self._first
@@ -128,10 +146,11 @@ class Progress:
             head = f"{self._stages.index(stage) + 1}/{len(self._stages)} {head}"
         parts = [head + (f" {self.phase_name}" if self.phase_name and self._live else "")]
         if steps > 0 and seconds > 0:
-            rate, left = steps / seconds, (self.total - self.step_count) * seconds / steps
+            rate, guess = self._rate(seconds)
+            left = (self.total - self.step_count) / rate
             parts.append(f"{rate:.2f} steps/s" if rate >= 1 else f"{1 / rate:.2f} s/step")
-            whole = f" (run {clock(self._whole(seconds, left))})" if self._work else ""
-            parts.append(f"{clock(left)} left{whole}")
+            whole = f" (run {self._whole(seconds, left)})" if self._work else ""
+            parts.append(f"{guess * (left > 0)}{clock(left)} left{whole}")
         for name, value in self._shown.items():
             shown = f"{name.split('/')[0] if name == 'kl/sequence' else name.split('/')[-1]}"
             if len("  ".join([*parts, f"{shown} {value:.3g}"])) <= _WIDTH:

@@ -88,10 +88,10 @@ def test_a_line_fits_80_columns(clock):
     progress.begin("ppo", 10_000)
     clock.now += 30_000
     names = ("reward/score", "rewards/gold", "kl/sequence", "completions/length")
-    progress.step(1_000, dict.fromkeys(names, -0.000123456))
+    progress.step(1_000, dict.fromkeys(names, -0.12))
     [line] = out.getvalue().splitlines()
-    assert line.startswith("3/5 ppo 1000/10000  30.00 s/step  75:00:00 left (run 325:00:00)")
-    assert len(line) <= 80 and line.endswith("score -0.000123")
+    assert line.startswith("3/5 ppo 1000/10000  30.00 s/step  ~75:00:00 left (run ~325:00:00)")
+    assert len(line) <= 80 and line.endswith("score -0.12")
 
 
 def test_the_time_left_of_the_run_goes_by_the_work_of_each_training(clock):
@@ -104,7 +104,7 @@ def test_the_time_left_of_the_run_goes_by_the_work_of_each_training(clock):
     progress.begin("reward", 4)
     clock.now += 10
     progress.step(1, {})
-    assert progress._line().plain.startswith("2/3 reward 1/4  10.00 s/step  0:30 left (run ")
+    assert progress._line().plain.startswith("2/3 reward 1/4  10.00 s/step  ~0:30 left (run ")
     # 10 + 5 of work in 20 s: 30 s here, and 70 of work at that speed.
     assert "(run 2:03)" in progress._line().plain
     clock.now += 10
@@ -115,12 +115,24 @@ def test_the_time_left_of_the_run_goes_by_the_work_of_each_training(clock):
     assert len(progress._work) == 2
 
 
+def test_the_first_slow_steps_do_not_count_once_there_are_others(clock):
+    progress, _ = screen()
+    progress.plan(("sft", "ppo"), {"sft": 10, "ppo": 190})
+    progress.begin("sft", 10)
+    clock.now += 30  # libraries compile and caches fill
+    progress.step(1, {})
+    assert "  ~4:30 left (run ~" in progress._line().plain
+    clock.now += 2
+    progress.step(3, {})
+    assert progress._line().plain.startswith("1/2 sft 3/10  1.00 steps/s  0:07 left (run ~")
+
+
 def test_a_resumed_training_counts_its_own_steps_only(clock):
     progress, _ = screen()
     progress.begin("ppo", 100, first=90)
     clock.now += 20
     progress.step(95, {})
-    assert progress._line().plain == "ppo 95/100  4.00 s/step  0:20 left"
+    assert progress._line().plain == "ppo 95/100  4.00 s/step  ~0:20 left"
 
 
 def test_rows_that_are_sampled_and_scored_are_steps(clock):
@@ -132,7 +144,7 @@ def test_rows_that_are_sampled_and_scored_are_steps(clock):
         assert progress._line().plain == "evaluate 6/8"
         clock.now += 40
         backoff.for_each_batch("scoring", range(2), 4, seen.append)
-    assert out.getvalue() == "evaluate 8/8  5.00 s/step  0:00 left\n"
+    assert out.getvalue() == "evaluate 8/8  10.00 s/step  0:00 left\n"
     backoff.for_each_batch("scoring", range(2), 4, seen.append)
     assert len(seen) == 4
 
@@ -143,7 +155,7 @@ def test_a_terminal_shows_stage_phase_and_metrics_and_leaves_nothing(clock):
     progress.phase("rollout")
     clock.now += 2
     progress.step(1, {"reward/score": 0.123456})
-    assert progress._line().plain == "ppo 1/4 rollout  2.00 s/step  0:06 left  score 0.123"
+    assert progress._line().plain == "ppo 1/4 rollout  2.00 s/step  ~0:06 left  score 0.123"
     progress.end()
     progress.end()
     progress.phase("after the end")
