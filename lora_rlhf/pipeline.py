@@ -190,8 +190,8 @@ def check(
         for note in backbone.source.get("token_notes", ()):
             progress.say(note)
         wanted = [stage for stage in stages if not _finished(recipe, record, stage)]
-        shared = ("sft", "reward") if source is not None else ()
-        copied = [stage for stage in wanted if stage in shared and source.done(stage)]
+        shared = [stage for stage in wanted if stage in ("sft", "reward")]
+        copied = [stage for stage in shared if source is not None and source.done(stage)]
         wanted = [stage for stage in wanted if stage not in copied]
         for stage in stages:
             if stage not in (*wanted, "card"):
