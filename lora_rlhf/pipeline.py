@@ -29,10 +29,6 @@ from lora_rlhf.data import dataset_builder
 from lora_rlhf.data.contamination import OVERLAP
 from lora_rlhf.data.dataset_builder import Prepared
 from lora_rlhf.data.filters import SECRET
-<<<<<<< HEAD
-from lora_rlhf.errors import DataError, HubError, LoraRlhfError, MemoryLimitError, UsageError
-from lora_rlhf.evaluation import evaluate, suite
-=======
 from lora_rlhf.errors import (
     AdapterError,
     DataError,
@@ -41,8 +37,7 @@ from lora_rlhf.errors import (
     MemoryLimitError,
     UsageError,
 )
-from lora_rlhf.evaluation import evaluate
->>>>>>> 7d3190d (Custom rewards get the prompts' columns; from takes a Hub id; contradictions count for the stages asked for)
+from lora_rlhf.evaluation import evaluate, suite
 from lora_rlhf.hub import backup, publishing, repository
 from lora_rlhf.models import adapters
 from lora_rlhf.models.backbone import Backbone

@@ -328,11 +328,7 @@ def test_model_keys_that_are_read_are_accepted():
 
 def test_columns_of_the_schema_are_those_of_the_layouts():
     named = {key for known in row_formats.LAYOUTS.values() for layout in known for key in layout}
-<<<<<<< HEAD
     beside = {"margin", "labeler", "user", "tools", "input", "system", "label"}
-=======
-    beside = {"margin", "labeler", "input", "system", "label", "tools"}
->>>>>>> 7d3190d (Custom rewards get the prompts' columns; from takes a Hub id; contradictions count for the stages asked for)
     assert named | beside == {*COLUMNS, "text"}
 
 
