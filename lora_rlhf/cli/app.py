@@ -397,6 +397,23 @@ def _judge_verb(
 # --- feedback by people --------------------------------------------------------------------------
 
 
+ExportForm = Annotated[
+    str | None,
+    typer.Option("--as", help="Of --export: comparisons, demonstrations, rankings or judge."),
+]
+ExportWithout = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="Of --export: leave a labeler out; repeatable."),
+]
+Agreement = Annotated[
+    bool, typer.Option("--agreement", help="Write agreement.html: verdicts on labelers.")
+]
+JudgeRankings = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="FILE", help="Of --agreement: a judge's rankings; repeatable."),
+]
+
+
 @_command("label")
 def _label_verb(
     folder: Annotated[Path, typer.Argument(metavar="PROJECT", help="Folder of the project.")],
@@ -409,14 +426,10 @@ def _label_verb(
     export: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the labels for a recipe, and stop.")
     ] = None,
-    form: Annotated[
-        str | None,
-        typer.Option("--as", help="Of --export: comparisons, demonstrations, rankings or judge."),
-    ] = None,
-    without: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="Of --export: leave a labeler out; repeatable."),
-    ] = None,
+    form: ExportForm = None,
+    without: ExportWithout = None,
+    agreement: Agreement = False,
+    judge: JudgeRankings = None,
     kind: Annotated[
         str, typer.Option("--type", help="Of --new: ranking, pair, rating or demonstration.")
     ] = "ranking",
@@ -438,10 +451,12 @@ def _label_verb(
     """Label answers of models, in a browser or here.
 
     Serves the labelling page of a project on this machine; the printed address holds a token. With
-    --new, --add or --export it does that instead.
+    --new, --add, --export or --agreement it does that instead.
     """
     if export is None and (form is not None or without):
         raise UsageError("--as and --without are for --export")
+    if judge and not agreement:
+        raise UsageError("--judge is for --agreement")
     from lora_rlhf.feedback import label_server, labeling
 
     if new is not None:
@@ -450,9 +465,11 @@ def _label_verb(
         shell.echo(labeling.add(folder, add))
     if export is not None:
         shell.echo(labeling.export(folder, export, form, without or ()))
+    if agreement:
+        shell.echo(labeling.agreement(folder, judge or ()))
     if terminal:
         labeling.sit(folder, labeler, input, shell.echo)
-    elif new is None and add is None and export is None:
+    elif new is None and add is None and export is None and not agreement:
         import webbrowser
 
         access = label_server.Access(host, port, password=password, labeler=labeler)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lora_rlhf.errors import DataError, first_line
 from lora_rlhf.recipe.schema import DataSource, Recipe
 
-from . import augmentation, contamination, near_duplicates, personal_data, summaries
+from . import augmentation, contamination, label_pool, near_duplicates, personal_data, summaries
 from .closed_world import generator, labelers
 from .closed_world.checkers import Item, check
 from .filters import (
@@ -37,7 +37,7 @@ from .filters import (
     prompt_key,
 )
 from .row_formats import Example, examples, text_of
-from .sources import Row, Skips, described, read
+from .sources import Row, Skips, described, locate, read
 from .tokenization import Turns, prompt_ids
 
 if TYPE_CHECKING:
@@ -266,6 +266,12 @@ def _parse(
     task = source.task is not None
     rows = _task_rows(recipe, source, kept, chat, sampler) if task else read(source, skips)
     kept.sources.append(described(source, rows))
+    if source.path:
+        people, stale = label_pool.beside(locate(source.path))
+        if people:
+            kept.sources[-1]["labelers"] = people
+        elif stale:
+            kept.notes[stale] += len(rows)
     if kept.name == "comparisons" and (task or source.labeler_instructions):
         kept.instructions.append(source.labeler_instructions or _SIMULATED)
     lines = len(rows) + len(skips.seen)

@@ -174,7 +174,8 @@ def measure(
     report: dict[str, Any] = {}
     hidden: set[str] = set()
     for part, level in SCALES.items():
-        if not (numbers := _numbers(part, cast[part], level)):
+        silent = part == "flags" and not any(vote.value for vote in cast[part])
+        if silent or not (numbers := _numbers(part, cast[part], level)):
             continue
         kinds = {
             (given[0].kind or "(none)"): _numbers(part, given, level)
@@ -186,16 +187,16 @@ def measure(
             inside = _numbers(part, mine, level)
             if inside and inside["labelers"] >= FEWEST:
                 by_group[group] = inside
-            else:
+            elif mine:
                 hidden.add(group)
         numbers["by_kind"] = {kind: one for kind, one in sorted(kinds.items()) if one}
         numbers["by_group"] = by_group
-        if part in ("questions", "flags"):
-            numbers["by_question"] = {
-                given[0].question: one
-                for given in _grouped(cast[part], lambda vote: vote.question)
-                if (one := _numbers(part, given, level))
-            }
+        by_question = _grouped(cast[part], lambda vote: vote.question) * (part != "comparisons")
+        numbers["by_question"] = {
+            given[0].question: one
+            for given in by_question
+            if len(by_question) > 1 and (one := _numbers(part, given, level))
+        }
         report[part] = numbers
     shown = {group for numbers in report.values() for group in numbers["by_group"]}
     return {"parts": report, "groups_hidden": len(hidden - shown)}

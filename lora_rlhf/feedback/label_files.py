@@ -16,7 +16,8 @@ from lora_rlhf.errors import DataError, UsageError
 from lora_rlhf.recipe.schema import DataSource
 from lora_rlhf.runs.disk import write_atomically
 
-from .labels import ANSWERS, TYPES, Answer, Label, Task, check_value
+from . import label_summary
+from .labels import ANSWERS, FLAGS, TYPES, Answer, Label, Task, check_value
 
 _KEYS = (
     "id", "set", "type", "prompt", "answers", "kind", "why", "gold", "checks", "round", "ranking",
@@ -67,7 +68,7 @@ def _task(row: dict[str, Any], kind: str) -> Task:
     kind = _type(row.get("type"), kind, len(answers))
     gold, checks = row.get("gold"), row.get("checks")
     if gold is not None:
-        gold = check_value(kind, gold, len(answers))
+        gold = _gold(kind, gold, len(answers))
     if checks is not None:
         answer_format.validate(checks)
     number = row.get("round", 0)
@@ -79,6 +80,17 @@ def _task(row: dict[str, Any], kind: str) -> Task:
     name = _id(row) if not group else f"{group}/{_id(row)}"
     prompt = _prompt(row.get("prompt"))
     return Task(name, kind, prompt, answers, about, why, gold, checks, number, group)
+
+
+def _gold(kind: str, gold: Any, answers: int) -> dict[str, Any]:
+    """Check the right value of a task; it may also hold the right `flags`, for screening."""
+    if not isinstance(gold, dict) or "flags" not in gold:
+        return check_value(kind, gold, answers)
+    flags = gold["flags"]
+    if not isinstance(flags, list) or not {*map(str, flags)} <= {*FLAGS}:
+        raise ValueError(f"flags {flags!r:.60} of gold: expected a list of {', '.join(FLAGS)}")
+    rest = {key: gold[key] for key in gold if key != "flags"}
+    return {**check_value(kind, rest, answers), "flags": flags}
 
 
 def _id(row: dict[str, Any]) -> str:
@@ -139,8 +151,12 @@ def export(
     path: Path,
     form: str | None = None,
     without: Collection[str] = (),
+    groups: Mapping[str, str | None] | None = None,
+    cut_offs: Mapping[str, float] | None = None,
 ) -> str:
     """Write current labels as JSON Lines; returns a sentence on what was written and left out.
+
+    Beside the file, `FILE.labels.json` describes the labelers in counts, for record and card.
 
     Labels of gold items, of skipped tasks, and of tasks that someone flagged as broken or as
     holding personal data are left out.
@@ -148,11 +164,13 @@ def export(
     Args:
         form: One of `FORMS`; default: demonstrations if there are no others, else comparisons.
         without: Labelers whose labels are left out.
+        groups, cut_offs: As in `label_summary.describe`.
 
     Raises:
         UsageError: No such form, or no such labeler.
         DataError: A label is of another task, or nothing would be written.
     """
+    tasks, labels = list(tasks), list(labels)
     given, lost = _given(tasks, labels, without)
     if form is None:
         only = all(task.type == "demonstration" for task, _ in given)
@@ -172,6 +190,7 @@ def export(
             expected=f"labels of: {', '.join(types)}",
         )
     write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    label_summary.describe(path, fitting, tasks, labels, groups or {}, cut_offs)
     return f"{path}: {len(rows)} rows ({form}) from {len(fitting)} labels{left}"
 
 

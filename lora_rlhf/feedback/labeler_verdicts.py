@@ -160,7 +160,7 @@ def _worth(
             "against": f"answers against the others: agrees {shown} of pairs; perhaps 1 was taken "
             "for the worst rank"
         }, ""
-    if low > 0 or high >= 1:
+    if low > 0:
         return {}, ""
     if high < USEFUL * team:
         return {"chance": f"no better than chance: agrees {shown} of pairs"}, ""

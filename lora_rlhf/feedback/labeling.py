@@ -9,11 +9,13 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from lora_rlhf.errors import UsageError, first_line
+from lora_rlhf.reports import agreement_report
 
-from . import label_files, project
+from . import label_files, label_summary, project
 from .label_server import Access, LabelServer
 from .labels import TYPES
 from .project import Settings
+from .store import now
 from .terminal import Terminal
 
 Say = Callable[[str], None]
@@ -49,8 +51,27 @@ def add(folder: Path, tasks: Path) -> str:
 
 def export(folder: Path, path: Path, form: str | None = None, without: Collection[str] = ()) -> str:
     """Write the labels of a project to a file; returns a sentence."""
-    with project.load(folder).store(readonly=True) as store:
-        return label_files.export(store.tasks(), store.labels(), path, form, without)
+    there = project.load(folder)
+    with there.store(readonly=True) as store:
+        about = store.labelers(), there.settings.screening.model_dump()
+        return label_files.export(store.tasks(), store.labels(), path, form, without, *about)
+
+
+def agreement(folder: Path, judges: Collection[Path] = ()) -> str:
+    """Write `agreement.html`, agreement and a verdict on each labeler; returns the verdicts.
+
+    Args:
+        judges: Files with the rankings of automatic judges, which labelers may copy.
+    """
+    there = project.load(folder)
+    with there.store(readonly=True) as store:
+        tasks, labels, groups = store.tasks(), store.labels(), store.labelers()
+    judged = [label for path in judges for label in label_summary.read_judge(path, tasks)]
+    cut_offs = there.settings.screening.model_dump()
+    summary = label_summary.summary(tasks, labels, groups, judged, cut_offs)
+    page = there.folder / agreement_report.NAME
+    agreement_report.write(summary | {"project": there.settings.name, "created": now()}, page)
+    return "\n".join([*agreement_report.lines(summary), f"wrote {page}"])
 
 
 def sit(folder: Path, labeler: str | None, ask: Callable[[str], str], say: Say) -> None:

@@ -88,9 +88,30 @@ def _encoded(text: str) -> bytes:
 
 
 def _page(report: Report, samples: str, cuts: str) -> str:
+    names = [target.name for target in report.targets]
+    return fill(
+        "report.html.j2",
+        "report.js",
+        report=report,
+        samples=Markup(samples),
+        cuts=cuts,
+        headline=_headline(report),
+        views=[_view(number, table, names) for number, table in enumerate(report.tables, 1)],
+        names=names,
+    )
+
+
+def fill(template: str, script: str = "", **context: Any) -> str:
+    """Return a page made from a template of `page/` with the house's style.
+
+    Args:
+        script: File of `page/` that alone may run; none by default.
+        context: The names of the template.
+    """
     folder = Path(__file__).with_name("page")
-    style, script = (
-        (folder / name).read_text(encoding="utf-8") for name in ("report.css", "report.js")
+    style, code = (
+        (folder / name).read_text(encoding="utf-8") if name else ""
+        for name in ("report.css", script)
     )
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder),
@@ -101,23 +122,14 @@ def _page(report: Report, samples: str, cuts: str) -> str:
     )
     environment.filters |= {"shown": shown, "fields": fields, "plain": plain}
     environment.globals |= {"axis": Axis.of, "width": WIDTH, "probe_words": PROBES}
+    allowed = _hash(code) if script else "'none'"
     policy = (
-        f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; "
+        f"default-src 'none'; script-src {allowed}; style-src {_hash(style)}; "
         "img-src data:; base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'"
     )
-    names = [target.name for target in report.targets]
-    template = environment.get_template("report.html.j2")
-    text = template.render(
-        report=report,
-        policy=Markup(policy),
-        style=Markup(style),
-        script=Markup(script),
-        samples=Markup(samples),
-        cuts=cuts,
-        headline=_headline(report),
-        views=[_view(number, table, names) for number, table in enumerate(report.tables, 1)],
-        names=names,
-    )
+    given = {"policy": policy, "style": style, "script": code}
+    safe_here = {name: Markup(text) for name, text in given.items()}
+    text = environment.get_template(template).render(**safe_here, **context)
     return text.lstrip()  # of the blank lines between macros
 
 

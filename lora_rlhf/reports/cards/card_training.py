@@ -110,6 +110,7 @@ def data(facts: Facts) -> str:
         kind, label, licence = (at(source, key, MISSING) for key in ("kind", "name", "license"))
         texts = [cell(kind), cell(label), cell(licence), number(at(source, "rows"))]
         rows.append([name, *texts, code(sha or None)])
+        notes += [f"{name}: {note}" for note in _people(at(source, "labelers"))]
     for name, entry in facts.sets():
         for step, count in at(entry, "counts", {}).items():
             before, after = at(count, "before"), at(count, "after")
@@ -166,6 +167,34 @@ def _hygiene(entry: Mapping[str, Any]) -> Iterator[str]:
 
 def _some(counts: Any) -> str:
     return _listed(counts) if counts else "none"
+
+
+def _people(pool: Any) -> list[str]:
+    """Lines on the people who gave the labels of a file, in counts."""
+    if not isinstance(pool, Mapping):
+        return []
+    left_out = number(at(pool, "left_out", 0))
+    notes = [
+        f"labelled by {number(at(pool, 'people'))} people, {number(at(pool, 'labels'))} labels "
+        f"({_listed(at(pool, 'by_type'))}); labels of {left_out} more people were left out"
+    ]
+    if kinds := at(pool, "by_kind"):
+        notes.append(f"labels by kind of prompt: {_listed(kinds)}")
+    for part, numbers in at(pool, "agreement", {}).items():
+        raw, kendall = (interval(at(numbers, key)) for key in ("raw", "kendall"))
+        notes.append(
+            f"agreement on {cell(part)}: raw {raw}, Krippendorff's alpha "
+            f"{number(at(numbers, 'alpha'))}, Kendall's tau {kendall}"
+        )
+    screening = _listed(at(pool, "screening"))
+    notes.append(f"people by result of the screening test: {screening}")
+    doubts = at(pool, "verdicts") or {"none": number(at(pool, "people"))}
+    notes.append(f"people by what speaks against their labels: {_listed(doubts)}")
+    for key, what in (("flags", "flags"), ("groups", "people by self-described group")):
+        if at(pool, key):
+            notes.append(f"{what}: {_listed(at(pool, key))}")
+    shown = ", ".join(code(str(sha)[:16]) for sha in at(pool, "guidelines", [])) or MISSING
+    return [*notes, f"guidelines by sha256, beginning: {shown}"]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
