@@ -50,6 +50,7 @@ _POLICY = (
 )
 _COLAB = re.compile(r"https://[\w.-]+\.(?:colab\.dev|googleusercontent\.com)\Z")
 _ANCESTORS = "http://localhost:* http://127.0.0.1:* https://*.google.com https://*.colab.dev"
+_TCP_NODELAY = (6, 1)  # IPPROTO_TCP and its option, the same on all systems
 _WAIT = 0.5  # seconds after a wrong password
 
 
@@ -529,5 +530,8 @@ def _bound(access: Access) -> tuple[Any, Access]:
             expected="a free port",
             remedy="stop the other server, or give another --port",
         ) from None
+    # asyncio does not set it for uvicorn's sockets: each answer would wait 40 ms for an ACK.
+    listening.setsockopt(*_TCP_NODELAY, 1)
+    listening.listen(1024)  # a browser that is opened now waits until the server answers
     port = listening.getsockname()[1]
     return listening, replace(access, port=port)
