@@ -38,8 +38,8 @@ def read(path: Path) -> Guidelines:
     try:
         if path.stat().st_size > LARGEST:
             problem = f"the guidelines have over {LARGEST} bytes"
-        elif text := path.read_text(encoding="utf-8-sig").strip():
-            return Guidelines(text + "\n")
+        elif (text := path.read_bytes().decode("utf-8-sig")).strip():
+            return Guidelines(text)
         else:
             problem = "the guidelines are empty"
     except (OSError, UnicodeDecodeError) as error:

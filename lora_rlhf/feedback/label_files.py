@@ -19,9 +19,11 @@ from lora_rlhf.runs.disk import write_atomically
 from . import label_summary
 from .labels import ANSWERS, FLAGS, TYPES, Answer, Label, Task, check_value
 
-_KEYS = (
+FIELDS = (
     "id", "set", "type", "prompt", "answers", "kind", "why", "gold", "checks", "round", "ranking",
 )  # fmt: skip
+"""Fields of a task file."""
+
 _EXPECTED = '{"id": "1", "prompt": "…", "answers": {"model": "…", "other": "…"}}'
 _ROLES = ("system", "user", "assistant")
 
@@ -60,8 +62,8 @@ def read_tasks(path: str | Path, kind: str = "ranking") -> list[Task]:
 
 
 def _task(row: dict[str, Any], kind: str) -> Task:
-    if unknown := [key for key in row if key not in _KEYS]:
-        raise ValueError(f"unknown field {unknown[0]!r:.60}; known: {', '.join(_KEYS)}")
+    if unknown := [key for key in row if key not in FIELDS]:
+        raise ValueError(f"unknown field {unknown[0]!r:.60}; known: {', '.join(FIELDS)}")
     if row.get("ranking") is not None:
         raise ValueError("it has a ranking already")
     answers = _answers(row.get("answers"))

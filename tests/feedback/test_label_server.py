@@ -2,6 +2,7 @@
 """The label server: who may use it, and what its API answers."""
 
 import base64
+import hashlib
 import itertools
 
 import httpx
@@ -128,11 +129,12 @@ def test_guidelines_that_change_or_vanish_while_people_label(server, little):
     web = client(server, "anna")
     first = take(web)["assignment"]["id"]
     path = little.folder / "guidelines.md"
-    path.write_text("be brief")
+    path.write_text("be brief")  # its version is what sha256sum prints
     assert give(web, first).status_code == 200  # judged by those that were shown
     assert take(web)["code"] == "guidelines"
     new = web.get("/api/state").json()["guidelines"]
-    assert (new["text"], new["acknowledged"]) == ("be brief\n", False)
+    assert (new["text"], new["acknowledged"]) == ("be brief", False)
+    assert new["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     web.post("/api/guidelines", json={"sha256": new["sha256"]})
     second = take(web)["assignment"]["id"]
     path.unlink()

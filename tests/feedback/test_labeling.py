@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import lora_rlhf
 from lora_rlhf.cli import app
 from lora_rlhf.errors import DamageError, UsageError
-from lora_rlhf.feedback import guidelines, labeling, project
+from lora_rlhf.feedback import guidelines, label_files, labeling, project
 from lora_rlhf.feedback.label_server import Access
 
 THREE = {"sft": "Red.", "policy": "Blue.", "base": "Colour?"}
@@ -151,6 +151,14 @@ def test_a_project_file_that_is_wrong_is_one_error_with_its_line(folder, text, p
     edit(folder, text)
     with pytest.raises(UsageError, match=problem):
         project.load(folder)
+
+
+def test_the_page_of_documentation_names_every_key():
+    root = guidelines.PACKAGED.parents[2]
+    page = (root / "docs" / "feedback.md").read_text(encoding="utf-8")
+    keys = [*project.Settings.model_fields, *project.ScreeningSection.model_fields]
+    assert not [key for key in (*keys, *label_files.FIELDS) if f"`{key}`" not in page]
+    assert not [form for form in label_files.FORMS if form not in page]
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\xff\xfe\xff", b"x" * 500_001])
