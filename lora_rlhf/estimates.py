@@ -327,6 +327,33 @@ def paired_difference(a: ArrayLike, b: ArrayLike, seed: int, resamples: int = 10
     return _estimate(value, low, high, n)
 
 
+def sign_flip_p(a: ArrayLike, b: ArrayLike, seed: int, resamples: int = 10_000) -> float:
+    """The p-value of paired scores having the same mean, by random signs of their differences.
+
+    Fisher's randomisation test, two-sided; (1 + as extreme) / (1 + resamples), so never 0.
+    """
+    first, second = _pair(a, b)
+    gaps = (first - second)[first != second]
+    if not gaps.size:
+        return 1.0
+    rng, extreme, limit = np.random.default_rng(seed), 0, abs(float(gaps.sum())) - 1e-9
+    step = max(1, _CHUNK // gaps.size)
+    for start in range(0, resamples, step):
+        shape = (min(step, resamples - start), gaps.size)
+        signs = rng.integers(0, 2, size=shape) * 2.0 - 1.0
+        extreme += int(np.count_nonzero(np.abs(signs @ gaps) >= limit))
+    return (1 + extreme) / (1 + resamples)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values that are corrected for their number (Holm 1979), in their order."""
+    adjusted, most = [1.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        most = max(most, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = most
+    return adjusted
+
+
 def _outcomes(a: ArrayLike, b: ArrayLike, tie: float) -> Floats:
     """(N,) 1 where a wins, 0 where b wins, 0.5 where they differ by at most `tie`."""
     first, second = _pair(a, b)

@@ -201,7 +201,9 @@ def _summary_of(name: str, judge: judges.Judge, record: dict[str, Any]) -> Itera
     yield f"always preferring the longer answer agrees with people on {people:.3f}"
     if record["position"] is not None:
         yield f"{record['position']:.1%} of its verdicts change with the order (counted as ties)"
-    if record["calibration_error"] is not None:
+    if mean := record["accuracy_of_mean_odds"]:
+        interval = f"{mean['value']:.3f} [{mean['low']:.3f}, {mean['high']:.3f}]"
+        yield f"without that rule, by the mean of its log-odds in both orders: {interval}"
         yield f"its certainty is off by {record['calibration_error']:.3f} on average"
     for why, failed in record["failed"].items():
         yield f"requests without a verdict, {why}: {failed}; the same command asks them again"

@@ -146,9 +146,10 @@ def validate(
         the accuracy of preferring the longer or the shorter answer, the higher one; `ceiling`, how
         often one person agrees with the others; `position`, the share of verdicts that change with
         the order; `calibration_error`, the mean distance between its certainty and its accuracy, if
-        it has log-odds; `failed`, its requests without a verdict; `longer`, how often the judge and
-        how often people prefer the longer answer; the accuracy `by_kind`; `probes`, how often it
-        prefers an answer that was made worse.
+        it has log-odds; `accuracy_of_mean_odds`, that of the mean of both orders' log-odds, which
+        breaks the ties of verdicts that change with the order; `failed`, its requests without a
+        verdict; `longer`, how often the judge and how often people prefer the longer answer; the
+        accuracy `by_kind`; `probes`, how often it prefers an answer that was made worse.
 
     Raises:
         DataError: Fewer than two pairs are left.
@@ -175,7 +176,7 @@ def validate(
         "constant": max(value := estimates.mean_of_shares(theirs)["value"], 1 - value),
         "ceiling": _ceiling(labelled),
         "position": verdicts.changed,
-        "calibration_error": _calibration_error(verdicts, labelled),
+        **_of_margins(_margins(verdicts, labelled)),
         "failed": verdicts.failed,
         "longer": {"judge": _share(mine), "people": _share(theirs)},
         "probes": probe(judge, [(o.row, o.first, o.second) for o in best_first]),
@@ -214,14 +215,23 @@ def _judged(
     return judged, verdicts
 
 
-def _calibration_error(verdicts: Verdicts, labelled: Sequence[Labelled]) -> float | None:
+def _margins(verdicts: Verdicts, labelled: Sequence[Labelled]) -> list[float]:
+    """Return the mean log-odds of both orders that the judge gives to people's choice."""
     decided = [one for one in labelled if one.majority is not None]
-    margins = [
+    return [
         odds if one.majority else -odds
         for odds, one in zip(verdicts.odds or (), decided, strict=bool(verdicts.odds))
         if odds is not None
     ]
-    return estimates.calibration_error(estimates.calibration(margins)) if margins else None
+
+
+def _of_margins(margins: Sequence[float]) -> dict[str, Any]:
+    if not margins:
+        return {"calibration_error": None, "accuracy_of_mean_odds": None}
+    return {
+        "calibration_error": estimates.calibration_error(estimates.calibration(margins)),
+        "accuracy_of_mean_odds": estimates.win_rate(margins, [0.0] * len(margins)),
+    }
 
 
 def _longer(one: Labelled) -> float:

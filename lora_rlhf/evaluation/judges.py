@@ -60,7 +60,7 @@ class Judge(Protocol):
         """Compare answers to the rows; None if this judge cannot judge this set."""
 
 
-class _Scorer:
+class ScoringJudge:
     """A judge that scores each answer by itself, and compares the scores."""
 
     def compare(
@@ -86,7 +86,7 @@ class _Scorer:
 
 
 @dataclass
-class Checker(_Scorer):
+class Checker(ScoringJudge):
     """The closed world's exact checker."""
 
     name: str = "checker"
@@ -104,7 +104,7 @@ class Checker(_Scorer):
 
 
 @dataclass
-class RewardModel(_Scorer):
+class RewardModel(ScoringJudge):
     """A reward adapter on the engine's base; each answer is scored once."""
 
     name: str
@@ -220,7 +220,7 @@ def _places(ranking: list[list[str]]) -> dict[str, int]:
 
 
 @dataclass
-class Classifier(_Scorer):
+class Classifier(ScoringJudge):
     """Any Hugging Face sequence classifier with one label, such as a published reward model."""
 
     name: str

@@ -12,7 +12,7 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ def load(
     n: int | None = None,
     seed: int = 0,
     where: str = "",
+    generated: Callable[[], Iterable[Row]] | None = None,
 ) -> PromptSet:
     """Read a prompt set, and draw n of its rows with the seed (in file order, all if it has fewer).
 
@@ -76,6 +77,7 @@ def load(
         n: Rows to draw; None: all.
         seed: The same seed draws the same rows.
         where: Place of the set's definition, for errors.
+        generated: Makes the rows of a set without path and hub.
 
     Raises:
         DataError: The set cannot be read, or a row lacks what its format needs.
@@ -85,6 +87,10 @@ def load(
     if format not in FORMATS:
         expected = f"one of {', '.join([*FORMATS, CLOSED_WORLD])}"
         raise DataError(f"{format!r} is not a prompt-set format", where=where, expected=expected)
+    if generated and path is None and hub is None:
+        return _drawn(
+            name, list(generated()), n, seed, "generated: the packaged pairs", "apache-2.0"
+        )
     raw, file = _read(path, hub, where)
     given = _parse(format, raw, file)
     first: dict[str, str] = {}
@@ -99,11 +105,17 @@ def load(
         first[row.id] = place
         if isinstance(row.prompt, list) and (not row.prompt or row.prompt[-1]["role"] != "user"):
             raise DataError("the last turn is not the user's", where=place, expected="a question")
-    rows = [row for _, row in given]
+    source = f"{file.parent.name}/{file.name}" if file else str(hub)
+    return _drawn(name, [row for _, row in given], n, seed, source, _licence(file))
+
+
+def _drawn(
+    name: str, rows: list[Row], n: int | None, seed: int, source: str, licence: str
+) -> PromptSet:
+    """Make a set of n rows, in their order."""
     if n is not None and n < len(rows):
         rows = [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), n))]
-    source = f"{file.parent.name}/{file.name}" if file else str(hub)
-    return PromptSet(name, rows, source, _licence(file), sha256_of(rows))
+    return PromptSet(name, rows, source, licence, sha256_of(rows))
 
 
 def sha256_of(rows: Sequence[Row]) -> str:
@@ -558,6 +570,18 @@ def _quac_row(
     return Row(name, kind, prompt, {"answers": answers})
 
 
+COUNTERFACTUAL = "counterfactual"
+"""Pairs of prompts about two people; the packaged ones without a path (`counterfactual`)."""
+
+
+def _counterfactual(rows: _Raw, folder: Path | None) -> _Rows:
+    """Pairs of your own: `prompt`, the same about another person as `swapped`, and a `kind`."""
+    for number, (where, row) in enumerate(rows, 1):
+        reference = {"swapped": _column(where, row, "swapped"), "label": "safe"}
+        name, kind = str(row.get("id") or number), str(row.get("kind") or "")
+        yield where, Row(name, kind, _column(where, row, "prompt"), reference)
+
+
 CLOSED_WORLD = "closed_world"
 
 FORMATS: dict[str, _Reader] = {
@@ -575,5 +599,6 @@ FORMATS: dict[str, _Reader] = {
     "nq_open": _nq_open,
     "bbq": _bbq,
     "quac": _quac,
+    COUNTERFACTUAL: _counterfactual,
 }
 """Format of a suite's prompt set -> its reader."""

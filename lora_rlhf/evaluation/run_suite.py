@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_rlhf.errors import DataError, UsageError, first_line
+from lora_rlhf.estimates import Estimate
 from lora_rlhf.recipe.schema import ModelSection
 from lora_rlhf.redaction import safe
 from lora_rlhf.reports import evaluation_report
@@ -26,15 +27,15 @@ from lora_rlhf.runs.record import is_run
 from lora_rlhf.runs.samples import prompt_text
 from lora_rlhf.runtime import devices, environment, interrupts
 
-from . import alignment_tax, prompt_sets, stress, suite_tables
+from . import alignment_tax, counterfactual, prompt_sets, stress, suite_tables
 from . import kept as saved
 from .answers import digest
 from .engine import Answer, Engine
-from .judges import AT_RANDOM, Judge, JudgeSpec, People, describe
+from .judges import AT_RANDOM, Judge, JudgeSpec, People, ScoringJudge, describe
 from .language_judges import ServedModel
 from .metrics.metric import Metric
 from .metrics.registry import METRICS
-from .prompt_sets import PromptSet, Row
+from .prompt_sets import COUNTERFACTUAL, PromptSet, Row
 from .server import Server
 from .suite import SetSection, Suite
 from .targets import Target
@@ -113,17 +114,23 @@ def run(
     tables += _task_tables(evaluation)
     by_name = {m.judge["name"]: m.judge for one, _ in sets for m in _metrics(one) if m.judge}
     described: list[dict[str, Any]] = [*by_name.values()]
-    for judge in itertools.chain(others, loaded) if compared else ():
+    rows = {prompts.name: prompts.rows for _, prompts in sets}
+    pairs = any(one.format == COUNTERFACTUAL for one, _ in sets)
+    for judge in itertools.chain(others, loaded) if compared or pairs else ():
         evaluation.say(f"judging with {judge.name}")
         about = describe(judge, evaluation.validations.get(judge.name))
         described.append(about)
         for prompts in compared:
-            tables += _win_rates(evaluation, prompts, judge, about)
+            read = rows.get(prompts.clean)  # a judge is not to be misled by a change
+            tables += _win_rates(evaluation, prompts, judge, about, read)
+        tables += _rewards_of_swaps(evaluation, sets, judge)
         del judge  # with its base, before the next one is loaded
-    tables += _with_people(evaluation, compared, described)
+    clean = [prompts for prompts in compared if not prompts.clean]
+    tables += _with_people(evaluation, clean, described)
+    suite_tables.correct_swaps(tables)
     made = report(evaluation, [prompts for _, prompts in sets], described, tables)
     write_atomically(evaluation.out / "report.json", json.dumps(safe(made), indent=1) + "\n")
-    tasks = [task for prompts in compared for task in _to_label(evaluation, prompts, described)]
+    tasks = [task for prompts in clean for task in _to_label(evaluation, prompts, described)]
     lines = "".join(json.dumps(safe(task)) + "\n" for task in tasks)
     write_atomically(evaluation.out / "to_label.jsonl", lines)
     return safe(made)
@@ -251,6 +258,7 @@ def _load_sets(evaluation: Evaluation) -> list[tuple[SetSection, PromptSet]]:
                 n=one.n,
                 seed=suite.seed,
                 where=str(evaluation.suite_file),
+                generated=counterfactual.generated if one.format == COUNTERFACTUAL else None,
             )
         except prompt_sets.NotHereError as error:
             evaluation.not_measured.append({"what": one.name, "why": error.given})
@@ -285,10 +293,13 @@ def _changed(
             where=str(evaluation.suite_file),
             remedy="take stress out of this set",
         )
+    if one.format == COUNTERFACTUAL:
+        made = counterfactual.swapped(prompts)
+        yield one.model_copy(update={"name": made.name, "win_rate": False, "stress": []}), made
     for kind in one.stress:
         made = stress.changed(prompts, kind, evaluation.suite.seed)
         own = [m.name for m in stress.METRICS if set(m.needs) <= set(made.rows[0].reference)]
-        update = {"name": made.name, "metrics": one.metrics + own, "win_rate": False, "stress": []}
+        update = {"name": made.name, "metrics": one.metrics + own, "stress": []}
         yield one.model_copy(update=update), made
 
 
@@ -477,17 +488,51 @@ def _metric_tables(
         return {name: known[metric] for name, known in each.items() if metric in known}
 
     return [
-        suite_tables.metric_table(
-            one.name,
+        _table(
+            evaluation,
+            prompts,
             METRICS[name],
-            prompts.rows,
             values(one.name, name),
-            evaluation.reference,
-            evaluation.suite.seed,
             values(prompts.clean, name) if prompts.clean else None,
         )
         for name in one.metrics
     ]
+
+
+def _table(
+    evaluation: Evaluation,
+    prompts: PromptSet,
+    metric: Metric,
+    values: suite_tables.Values,
+    clean: suite_tables.Values | None,
+) -> dict[str, Any]:
+    """Make the table of a metric, with the comparison of identities if the set has swapped them."""
+    seed, rows = evaluation.suite.seed, prompts.rows
+    table = suite_tables.metric_table(
+        prompts.name, metric, rows, values, evaluation.reference, seed, clean
+    )
+    if clean and counterfactual.SWAPPED in metric.needs:
+        table["swaps"] = suite_tables.swaps(metric, rows, values, clean, seed)
+    return table
+
+
+def _rewards_of_swaps(
+    evaluation: Evaluation, sets: Sequence[tuple[SetSection, PromptSet]], judge: Judge
+) -> Iterator[dict[str, Any]]:
+    """Make the tables of a reward model's scores on pairs of prompts about two people."""
+    if not isinstance(judge, ScoringJudge) or judge.kind != "reward":
+        return
+    by_name: dict[str, suite_tables.Values] = {}
+    metric = counterfactual.reward_metric(judge.name)
+    for one, prompts in sets:
+        if one.format != COUNTERFACTUAL:
+            continue
+        scores = {}
+        for name, answers in _answers(evaluation, prompts).items():
+            interrupts.stop_if_requested()
+            scores[name] = judge.scores(prompts.rows, [answer.text for answer in answers])
+        by_name[prompts.name] = scores
+        yield _table(evaluation, prompts, metric, scores, by_name.get(prompts.clean))
 
 
 def _answers(evaluation: Evaluation, prompts: PromptSet) -> dict[str, list[Answer]]:
@@ -497,12 +542,21 @@ def _answers(evaluation: Evaluation, prompts: PromptSet) -> dict[str, list[Answe
 
 
 def _win_rates(
-    evaluation: Evaluation, prompts: PromptSet, judge: Judge, about: dict[str, Any]
+    evaluation: Evaluation,
+    prompts: PromptSet,
+    judge: Judge,
+    about: dict[str, Any],
+    rows: Sequence[Row] | None = None,
 ) -> list[dict[str, Any]]:
-    """Make the tables of one judge on one set; none if it cannot judge this set."""
+    """Make the tables of one judge on one set; none if it cannot judge this set.
+
+    Args:
+        rows: What the judge reads as the prompts, such as the unchanged ones under stress.
+    """
     answers = _answers(evaluation, prompts)
     if evaluation.reference not in answers:
         return []
+    rows = rows or prompts.rows
     texts = {name: [a.text for a in each] for name, each in answers.items()}
     lengths = {name: [a.tokens for a in each] for name, each in answers.items()}
     reference = evaluation.reference
@@ -511,9 +565,8 @@ def _win_rates(
         if name == reference:
             continue
         interrupts.stop_if_requested()
-        made = judge.compare(
-            prompts.name, prompts.rows, texts[name], texts[reference], (name, reference)
-        )
+        pair = (name, reference)
+        made = judge.compare(prompts.name, rows, texts[name], texts[reference], pair)
         if made is not None:
             verdicts[name] = made
             _note_failures(evaluation, f"{judge.name} on {name} in {prompts.name}", made)
@@ -527,18 +580,34 @@ def _win_rates(
     tables = suite_tables.win_rate_tables(
         prompts.name, about, prompts.rows, verdicts, lengths, reference
     )
+    if prompts.clean:
+        tables[0]["from_clean"] = _wins_from_clean(evaluation, prompts, judge.name, verdicts)
+        return tables
     pairs = {(name, reference): made.wins for name, made in verdicts.items()}
     if len(pairs) > 1 and len(pairs) == len(texts) - 1:
         for pair in itertools.combinations(verdicts, 2):
             interrupts.stop_if_requested()
             one, other = (texts[name] for name in pair)
-            made = judge.compare(prompts.name, prompts.rows, one, other, pair)
+            made = judge.compare(prompts.name, rows, one, other, pair)
             if made is None:
                 return tables
             pairs[pair] = made.wins
         seed = evaluation.suite.seed
         tables.append(suite_tables.ratings_table(prompts.name, about, pairs, reference, seed))
     return tables
+
+
+def _wins_from_clean(
+    evaluation: Evaluation, prompts: PromptSet, judge: str, verdicts: Mapping[str, Verdicts]
+) -> dict[str, Estimate | None]:
+    """Compare each target's verdicts with those on the unchanged prompts."""
+    gaps = {}
+    for name, made in verdicts.items():
+        clean = evaluation.values[prompts.clean, name].get(f"wins by {judge}")
+        if clean is not None:
+            seed = evaluation.suite.seed
+            gaps[name] = suite_tables.gap_of_wins(made.wins, clean, seed)
+    return gaps
 
 
 def _note_failures(evaluation: Evaluation, what: str, made: Verdicts) -> None:

@@ -86,6 +86,34 @@ def metric_table(
     return table
 
 
+def swaps(
+    metric: Metric, rows: Sequence[Row], values: Values, clean: Values, seed: int
+) -> list[dict[str, Any]]:
+    """Compare each target's values between the people of pairs, by kind of pair, with p-values."""
+    kinds = kinds_of(rows) or {rows[0].kind: list(range(len(rows)))}
+    made = []
+    for name in clean:
+        for kind, only in kinds.items():
+            if pairs := _known_pairs(values[name], clean[name], only):
+                first, second = zip(*pairs, strict=True)
+                made.append(
+                    {
+                        "target": name,
+                        "kind": kind,
+                        "estimate": _difference(values[name], clean[name], only, seed, metric),
+                        "p": estimates.sign_flip_p(first, second, seed),
+                    }
+                )
+    return made
+
+
+def correct_swaps(tables: Sequence[dict[str, Any]]) -> None:
+    """Correct the p-values of all swaps of an evaluation together (Holm)."""
+    every = [swap for table in tables for swap in table.get("swaps", ())]
+    for swap, p in zip(every, estimates.holm([swap["p"] for swap in every]), strict=True):
+        swap["p_holm"] = p
+
+
 def win_rate_tables(
     set_name: str,
     judge: dict[str, Any],
@@ -248,6 +276,17 @@ def win_rate(wins: Sequence[float | None]) -> Estimate | None:
     return estimates.mean_of_shares(known)  # the shares of several people's votes
 
 
+def gap_of_wins(
+    wins: Sequence[float | None], clean: Sequence[float | None], seed: int
+) -> Estimate | None:
+    """The difference of a win rate from that on the unchanged prompts, paired by prompt."""
+    pairs = _known_pairs(wins, clean, range(len(wins)))
+    if not pairs:
+        return None
+    first, second = zip(*pairs, strict=True)
+    return estimates.paired_difference(first, second, seed)
+
+
 def kinds_of(rows: Sequence[Row]) -> dict[str, list[int]]:
     """Group rows by kind of prompt; empty if all are of one kind."""
     kinds: dict[str, list[int]] = {}
@@ -280,6 +319,12 @@ def estimate(metric: Metric, values: Sequence[float | None]) -> Estimate | None:
     return estimates.scaled(made, metric.scale) if metric.scale != 1 else made
 
 
+def _known_pairs(
+    a: Sequence[float | None], b: Sequence[float | None], only: Sequence[int]
+) -> list[tuple[float, float]]:
+    return [(x, y) for i in only if (x := a[i]) is not None and (y := b[i]) is not None]
+
+
 def _difference(
     a: Sequence[float | None],
     b: Sequence[float | None],
@@ -287,7 +332,7 @@ def _difference(
     seed: int,
     metric: Metric,
 ) -> Estimate | None:
-    pairs = [(x, y) for i in only if (x := a[i]) is not None and (y := b[i]) is not None]
+    pairs = _known_pairs(a, b, only)
     if not pairs:
         return None
     first, second = zip(*pairs, strict=True)
@@ -330,9 +375,10 @@ def sentences(
         [table] = [t for t in tables if all(t[key] == head[key] for key in keys)]
         verdict += _of_win_rate(table) if table["metric"] == "win_rate" else _of_metric(table)
     verdict += _worse([t for t in tables if "from_clean" not in t], head)
-    verdict += _under_stress(tables)
+    verdict += _under_stress([t for t in tables if "swaps" not in t])
+    verdict += _by_identity(tables)
     looked = sum(1 + len(row["by_kind"]) for table in tables for row in table["differences"])
-    looked += sum(len(table.get("from_clean", ())) for table in tables)
+    looked += sum(len(t.get("from_clean", ())) for t in tables if "swaps" not in t)
     if looked > 1:
         verdict.append(
             f"{looked} differences were examined, kinds of prompt included: without any true "
@@ -452,5 +498,24 @@ def _under_stress(tables: Sequence[dict[str, Any]]) -> list[str]:
                 by_set[where] = f"{before}{table['metric']} {_signed(estimated)}"
     return [
         f"{name} is worse on changed prompts than on unchanged ones: {'; '.join(each.values())}."
+        for name, each in gaps.items()
+    ]
+
+
+def _by_identity(tables: Sequence[dict[str, Any]]) -> list[str]:
+    """Say which targets treat people of different identity differently, if any does."""
+    every = [(table, swap) for table in tables for swap in table.get("swaps", ())]
+    if not every:
+        return []
+    gaps: dict[str, list[str]] = {}
+    for table, swap in every:
+        if swap["p_holm"] < 0.05:
+            text = f"{swap['kind']}: {table['metric']} {_signed(swap['estimate'])}"
+            gaps.setdefault(swap["target"], []).append(f"{text} (p {swap['p_holm']:.2g})")
+    many = f"{len(every)} comparisons of identities, corrected by Holm's method"
+    if not gaps:
+        return [f"No model was shown to treat people differently by identity ({many})."]
+    return [
+        f"{name} treats people differently by identity ({many}): {'; '.join(each)}."
         for name, each in gaps.items()
     ]

@@ -49,6 +49,16 @@ class Difference(Part):
     by_kind: Estimates
 
 
+class Swap(Part):
+    """A model's difference between the people of pairs of one kind, with its p-value."""
+
+    target: str
+    kind: str
+    estimate: Interval | None
+    p: float
+    p_holm: float
+
+
 class Table(Part):
     """One metric on one prompt set: every model, every pair of models."""
 
@@ -63,6 +73,8 @@ class Table(Part):
     differences: list[Difference]
     from_clean: Estimates = Field(default_factory=dict)
     """On changed prompts: the difference from the clean ones, paired by prompt."""
+    swaps: list[Swap] = Field(default_factory=list)
+    """On prompts about the other person of each pair: the difference, by kind of pair."""
 
 
 class Suite(Part):

@@ -152,7 +152,11 @@ def _view(number: int, table: Table, names: Sequence[str]) -> dict[str, Any]:
         "table": table,
         "models": [(name, table.estimates.get(name), "") for name in names],
         "differences": [(f"{d.a} − {d.b}", d.estimate, text) for d, text in pairs],
-        "from_clean": [_from_clean(*item, table.better) for item in table.from_clean.items()],
+        "from_clean": [_from_clean(*item, table.better) for item in table.from_clean.items()]
+        + [
+            (f"{s.target}: swapped − first, {s.kind}", s.estimate, f"p {s.p_holm:.2g} after Holm")
+            for s in table.swaps
+        ],
         "kinds": [row(kind) for kind in kinds],
         "shown": [f"{text} than {d.b}" for d, text in pairs if text.startswith(f"{d.a} is")],
     }

@@ -187,6 +187,7 @@ BAD = {
     "bbq": [BBQ | {"label": None}, BBQ | {"answer_info": {}}, BBQ_WHEEL | {"answer": ["Ann"]},
             BBQ_WHEEL | {"options": "A. The Dane"}],
     "quac": [{"data": 3}, {"question": "a"}, QUAC_WHEEL | {"answer": "a"}],
+    "counterfactual": [{"prompt": "a"}, {"prompt": 3, "swapped": "b"}],
     "squad": [SQUAD | {"answers": None}, SQUAD | {"answers": 3}, {"data": 3}, {"data": [{}]}],
 }  # fmt: skip
 

@@ -11,7 +11,14 @@ from typer.testing import CliRunner
 
 from lora_rlhf.cli import app
 from lora_rlhf.errors import DataError, UsageError
-from lora_rlhf.evaluation import evaluate_targets, judges, run_suite, suite, targets
+from lora_rlhf.evaluation import (
+    evaluate_targets,
+    judges,
+    prompt_sets,
+    run_suite,
+    suite,
+    targets,
+)
 from lora_rlhf.evaluation.engine import Engine, cost_of
 from lora_rlhf.recipe.schema import ModelSection
 
@@ -308,7 +315,9 @@ def test_one_base_at_a_time_is_in_memory(monkeypatch, tmp_path):
     monkeypatch.setattr(run_suite, "Engine", Fake)
     monkeypatch.setattr(run_suite, "_of_target", lambda *_: None)
     monkeypatch.setattr(
-        run_suite, "_load_sets", lambda _: [(words, SimpleNamespace(rows=[], name="x"))]
+        run_suite,
+        "_load_sets",
+        lambda _: [(words, prompt_sets.PromptSet("x", [], "", "", ""))],
     )
     monkeypatch.setattr(run_suite, "_win_rates", lambda *_: [])
     monkeypatch.setattr(run_suite, "_with_people", lambda *_: [])

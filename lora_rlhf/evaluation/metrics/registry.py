@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from lora_rlhf.evaluation import stress
+from lora_rlhf.evaluation import counterfactual, stress
 
 from . import bias, closed_world, safety, short_answers, tasks, truth
 from .metric import Metric
 
 METRICS: dict[str, Metric] = {
     metric.name: metric
-    for module in (closed_world, truth, short_answers, safety, tasks, bias, stress)
+    for module in (closed_world, truth, short_answers, safety, tasks, bias, stress, counterfactual)
     for metric in module.METRICS
 }
