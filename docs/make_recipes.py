@@ -28,7 +28,9 @@ A recipe is one YAML file that describes a whole run. `make docs` writes this pa
 - Data files: `.jsonl`, `.ndjson`, `.json`, `.csv`, `.tsv`, `.parquet`, also with `.gz`. Columns:
   `prompt` and `completion`, or `messages`; `prompt`, `chosen`, `rejected` and optionally `margin`;
   `prompt`, `completions` and `ranks` (1 is best); `labeler` names who compared. A conversation may
-  be in ShareGPT's `conversations`, with `from` and `value`.
+  be in ShareGPT's `conversations`, with `from` and `value`, or an HH transcript. OpenAssistant's
+  trees and messages are read in every set (`lang: en` keeps one language; deleted and synthetic
+  messages are left out), and UltraFeedback's columns, also those of Argilla's and Zephyr's pairs.
 - `args:` of a stage are passed to TRL's config of that stage (`SFTConfig`, `RewardConfig`,
   `GRPOConfig` for `ppo` and `grpo`, `RLOOConfig`, `DPOConfig`), so those names are TRL's. Keys that
   are set elsewhere in the recipe (`seed`, `bf16`, `beta`, `output_dir`, ...) are refused there,

@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from lora_rlhf.errors import DataError, first_line
 from lora_rlhf.recipe.schema import DataSource, Recipe
 
-from . import augmentation, contamination, label_pool, near_duplicates, personal_data, summaries
+from . import (
+    augmentation,
+    contamination,
+    label_pool,
+    message_trees,
+    near_duplicates,
+    personal_data,
+    summaries,
+)
 from .closed_world import generator, labelers
 from .closed_world.checkers import Item, check
 from .filters import (
@@ -272,6 +280,8 @@ def _parse(
             kept.sources[-1]["labelers"] = people
         elif stale:
             kept.notes[stale] += len(rows)
+    if not task:
+        rows = [*message_trees.rows_of(rows, kept.name, source.lang, kept.notes)]
     if kept.name == "comparisons" and (task or source.labeler_instructions):
         kept.instructions.append(source.labeler_instructions or _SIMULATED)
     lines = len(rows) + len(skips.seen)

@@ -326,7 +326,7 @@ def _unfolded(row: dict[str, Any], ignored: set[str], notes: Counter[str]) -> di
 
     TRL's `maybe_convert_to_chatml` would keep the roles `human` and `gpt`, and load torch.
     """
-    converted = {key: value for key, value in row.items() if key not in ignored}
+    converted = _ultrafeedback({k: v for k, v in row.items() if k not in ignored}, notes)
     sharegpt = serialised = False
     if "conversations" in converted:
         converted.setdefault("prompt" if "chosen" in row else "messages", row["conversations"])
@@ -352,6 +352,46 @@ def _unfolded(row: dict[str, Any], ignored: set[str], notes: Counter[str]) -> di
     if serialised:
         notes["lists written as text were read as lists"] += 1
     return converted
+
+
+def _ultrafeedback(row: dict[str, Any], notes: Counter[str]) -> dict[str, Any]:
+    """Read UltraFeedback's own columns, and those of Argilla's first pairs of it.
+
+    A completion scores the mean of its ratings (1 to 5) of four aspects; its `overall_score` is not
+    read, since some of them were stored wrongly.
+    """
+    if row.keys() >= {"instruction", "chosen_response", "rejected_response"}:
+        names = {"instruction": "prompt", "chosen_response": "chosen"}
+        names["rejected_response"] = "rejected"
+        notes["UltraFeedback's columns were read"] += 1
+        return {names.get(key, key): value for key, value in row.items()}
+    answers = row.get("completions")
+    if "instruction" not in row or not isinstance(answers, list):
+        return row
+    if not all(isinstance(a, dict) and {"response", "annotations"} <= a.keys() for a in answers):
+        return row
+    rated = [(answer["response"], _mean_rating(answer["annotations"])) for answer in answers]
+    kept = [(text, score) for text, score in rated if score is not None]
+    if len(kept) < len(rated):
+        notes["answers of UltraFeedback without a rating were left out"] += len(rated) - len(kept)
+    notes["UltraFeedback's columns were read"] += 1
+    left_out = ("instruction", "correct_answers", "incorrect_answers", "models")
+    return {
+        **{key: value for key, value in row.items() if key not in left_out},
+        "prompt": row["instruction"],
+        "completions": [text for text, _ in kept],
+        "scores": [score for _, score in kept],
+    }
+
+
+def _mean_rating(annotations: Any) -> float | None:
+    """Return the mean of the ratings of one answer; None if there are none."""
+    ratings = []
+    for aspect in annotations.values() if isinstance(annotations, dict) else ():
+        given = str(aspect.get("Rating") if isinstance(aspect, dict) else None).strip()
+        if given.isdigit():
+            ratings.append(int(given))
+    return sum(ratings) / len(ratings) if ratings else None
 
 
 def _deserialised(text: str) -> Any:

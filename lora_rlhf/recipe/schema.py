@@ -198,6 +198,8 @@ class DataSource(Section):
     """Share of pairs on which two simulated labelers agree (task comparisons only)."""
     format: FormatSection | None = None
     """Form that answers must have; others are broken rows (demonstrations only; path, hub)."""
+    lang: str | None = None
+    """Language of the messages to keep, such as en (message trees only; path, hub)."""
     license: str | None = None
     """Licence of the data, for the card."""
     labeler_instructions: str | None = None
@@ -225,8 +227,17 @@ class DataSource(Section):
             yield f"give exactly one of task, path, hub (found: {listed})", *given
         readers = {
             "task": ("n", "completions", "agreement"),
-            "path": ("columns", "ignore", "skip_bad", "format"),
-            "hub": ("columns", "ignore", "skip_bad", "format", "name", "split", "revision"),
+            "path": ("columns", "ignore", "skip_bad", "format", "lang"),
+            "hub": (
+                "columns",
+                "ignore",
+                "skip_bad",
+                "format",
+                "lang",
+                "name",
+                "split",
+                "revision",
+            ),
         }
         every = {key for keys in readers.values() for key in keys}
         for key in self.changed(*sorted(every.difference(readers[given[0]]))):

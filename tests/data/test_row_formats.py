@@ -292,3 +292,62 @@ def test_a_files_own_column_item_is_not_a_task_item(tmp_path, plain):
     assert "gold_margin" not in prepared.held_out.column_names
     prepared = dataset_builder.prompts(recipe(prompts=str(tmp_path / "d.jsonl")), plain)
     assert prepared.train.column_names == ["prompt"]
+
+
+def rated(text, *ratings):
+    """A completion of openbmb/UltraFeedback."""
+    aspects = ("instruction_following", "honesty", "truthfulness", "helpfulness")
+    given = [{"Rating": rating, "Rationale": "because"} for rating in ratings]
+    return {
+        "annotations": dict(zip(aspects, given, strict=True)), "critique": "well",
+        "custom_system_prompt": "You are kind.", "fine-grained_score": 1.0, "model": "m",
+        "overall_score": 10.0, "principle": "helpfulness", "response": text,
+    }  # fmt: skip
+
+
+def test_ultrafeedback_ranks_by_the_mean_of_its_ratings(tmp_path, chat):
+    worse, better = rated("worse", "1", "2", "N/A", "3"), rated("better", "5", "5", "4", "5")
+    row = {
+        "source": "evol_instruct", "models": ["a", "b", "c"], "correct_answers": ["None"],
+        "incorrect_answers": ["None"], "completions": [worse, rated("none", *["N/A"] * 4), better],
+    }  # fmt: skip
+    rows = [{**row, "instruction": f"question {i}", "source": f"s{i}"} for i in range(40)]
+    rows[1]["correct_answers"] = ["yes"]
+    path = jsonl(tmp_path / "u.jsonl", rows)
+    pairs = dataset_builder.comparisons(recipe(comparisons=path, held_out=0.5), chat)
+    for pair in all_rows(pairs):
+        assert (pair["chosen"], pair["rejected"]) == (answer("better"), answer("worse"))
+    assert "UltraFeedback's columns were read (40 rows)" in pairs.report["notes"]
+    prepared = dataset_builder.demonstrations(recipe(demonstrations=path, held_out=0.5), chat)
+    assert {r["completion"][0]["content"] for r in all_rows(prepared)} == {"better"}
+
+
+@pytest.mark.parametrize("columns", ["first", "cleaned", "zephyr"])
+def test_binarized_ultrafeedback(tmp_path, chat, columns):
+    """argilla's ultrafeedback-binarized-preferences (and -cleaned), and HuggingFaceH4's."""
+    rows = []
+    for i in range(40):
+        question, good, bad = f"question {i}", f"good {i}", f"bad {i}"
+        both = [user(question) + answer(good), user(question) + answer(bad)]
+        row = {"source": "sharegpt", "prompt": question, "chosen": both[0], "rejected": both[1]}
+        if columns == "first":
+            row = {"source": "sharegpt", "instruction": question, "chosen_response": good}
+            row |= {"rejected_response": bad, "chosen_model": "m", "rejected_model": "n"}
+            row |= {"chosen_avg_rating": 5.0, "rejected_avg_rating": 4.5 + i % 2 / 4}
+        elif columns == "cleaned":
+            row |= {"chosen-rating": 5.0, "rejected-rating": 4.5 + i % 2 / 4}
+            row |= {"chosen-model": "m", "rejected-model": "n"}
+        else:
+            row |= {"prompt_id": f"p{i}", "messages": both[0]}
+            row |= {"score_chosen": 8.0, "score_rejected": 7.5 + i % 2 / 4}
+        rows.append(row)
+    pairs = dataset_builder.comparisons(
+        recipe(comparisons=jsonl(tmp_path / "b.jsonl", rows), held_out=0.5), chat
+    )
+    assert len(all_rows(pairs)) == 40
+    for pair in all_rows(pairs):
+        number = pair["prompt"][-1]["content"].removeprefix("question ")
+        assert (pair["chosen"], pair["rejected"]) == (
+            answer(f"good {number}"),
+            answer(f"bad {number}"),
+        )

@@ -10,8 +10,8 @@ model: {id: /base, dtype: float16, load_in_4bit: true, hub_id: a/base, gradient_
 lora: {r: 2, alpha: 5, top_fraction: 0.5, target_modules: [q_proj]}
 data:
   demonstrations: [{hub: a/d, name: en, split: test, revision: abc, license: mit, limit: 9,
-    skip_bad: 2, ignore: [rating], format: {json_schema: {type: object}, bullets: 2, max_words: 9,
-    regex: "a+"}}]
+    lang: en, skip_bad: 2, ignore: [rating],
+    format: {json_schema: {type: object}, bullets: 2, max_words: 9, regex: "a+"}}]
   comparisons:
     - {task: closed-world, n: 7, completions: 3, agreement: 0.9}
     - {path: /c.csv, columns: {chosen: a, rejected: b}, labeler_instructions: "Which is: better?"}
