@@ -399,7 +399,10 @@ def _judge_verb(
 
 ExportForm = Annotated[
     str | None,
-    typer.Option("--as", help="Of --export: comparisons, demonstrations, rankings or judge."),
+    typer.Option(
+        "--as",
+        help="Of --export: comparisons, consensus, majority, demonstrations, rankings or judge.",
+    ),
 ]
 ExportWithout = Annotated[
     list[str] | None,

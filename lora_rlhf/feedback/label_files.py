@@ -8,6 +8,7 @@ import itertools
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lora_rlhf.recipe.schema import DataSource
 from lora_rlhf.runs.disk import write_atomically
 
 from . import label_summary
+from .labeler_verdicts import consensus
 from .labels import ANSWERS, FLAGS, TYPES, Answer, Label, Task, check_value
 
 FIELDS = (
@@ -267,6 +269,20 @@ def _comparison(task: Task, texts: list[str], places: list[int], label: Label) -
         }
 
 
+def _together(way: str) -> Callable[[list[Given]], Rows]:
+    """Return a writer of one row a task, from all its labels: the majority's or the model's."""
+
+    def rows(given: list[Given]) -> Rows:
+        tasks = {task.id: task for task, _ in given}
+        values = consensus([*tasks.values()], [label for _, label in given])[way]
+        for name, (task, label) in {task.id: (task, label) for task, label in given}.items():
+            agreed = replace(label, labeler=way, value=values.get(name, label.value))
+            texts = [answer.text for answer in task.answers]
+            yield from _comparison(task, texts, ranks(task, agreed), agreed)
+
+    return rows
+
+
 def _demonstrations(given: list[Given]) -> Rows:
     """Return rows for `data.demonstrations`."""
     for task, label in given:
@@ -310,6 +326,8 @@ def _judge_pairs(given: list[Given]) -> Rows:
 _COMPARED = ("ranking", "pair")
 FORMS: dict[str, tuple[tuple[str, ...], Callable[[list[Given]], Rows]]] = {
     "comparisons": ((*_COMPARED, "rating"), _comparisons),
+    "majority": (_COMPARED, _together("majority")),
+    "consensus": (_COMPARED, _together("model")),
     "demonstrations": (("demonstration",), _demonstrations),
     "rankings": (_COMPARED, _rankings),
     "judge": (_COMPARED, _judge_pairs),

@@ -28,7 +28,7 @@ from lora_rlhf.estimates import Estimate, mean_interval, share_interval, t_quant
 from .agreement import comparisons, current
 from .labels import OVERALL, Label, Task
 
-FEWEST_TASKS = 6
+FEWEST_TASKS = 8
 """Tasks in common with others (or with gold) below which nothing is said of a labeler."""
 
 USEFUL = 0.75

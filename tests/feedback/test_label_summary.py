@@ -180,3 +180,22 @@ def test_a_wrong_description_is_one_error_with_its_place(exported, change, probl
     with pytest.raises(DataError, match=re.escape(problem)) as caught:
         prepared(exported)
     assert caught.value.where == str(path)
+
+
+@pytest.mark.parametrize("form", ["majority", "consensus"])
+def test_one_row_of_each_task_from_all_its_labels(made, tmp_path, form):
+    path = tmp_path / "together.jsonl"
+    text = label_files.export(made.tasks, made.labels, path, form)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    names = [row["task"] for row in rows]
+    assert len({*names}) == len(names) > 20 and f"({form})" in text
+    right = [
+        (row["ranks"][a] < row["ranks"][b]) == (gold[a] > gold[b])
+        for row in rows
+        for gold in [made.rewards[row["task"]]]
+        for a in range(4)
+        for b in range(a)
+        if gold[a] != gold[b] and row["ranks"][a] != row["ranks"][b]
+    ]
+    assert sum(right) / len(right) > 0.75
+    assert "labeler_agreement" not in prepared(path)

@@ -11,7 +11,7 @@ TEAM = ("honest",) * 7 + ("spammer", "spammer", "liar", "left", "copy")
 
 
 WORLD = 1200
-"""Prompts that teams draw from."""
+"""Prompts that teams draw from, at least."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def team(
     golden = round(each * gold_share)
     needed = golden + len(people) * (each - golden)  # tasks at most
     k = 2 if kind == "pair" else k
-    world = rng.sample(answers(WORLD, seed % 2, k), needed)
+    world = rng.sample(answers(max(WORLD, needed), seed % 2, k), needed)
     gaps = [(a, b) for _, _, rewards in world for a in rewards for b in rewards if a > b]
     temperature = labelers.calibrate(agreement, gaps)
     temperatures = {who: temperature * 2.718 ** rng.gauss(0, skill_spread) for who in people}
