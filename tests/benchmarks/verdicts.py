@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Precision and recall of the verdicts on labelers, over many simulated teams of twelve.
 
     PYTHONPATH=tests/support python tests/benchmarks/verdicts.py FIRST_SEED LAST_SEED
