@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gate before PPO, on reports by hand and on constructed scores."""
 
+import json
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from reward_run import comparisons, scores
 
+from lora_rlhf.errors import GateError
+from lora_rlhf.runs.progress import Progress
 from lora_rlhf.training.reward import reward_gate
 from lora_rlhf.training.reward.reward_metrics import report
 
@@ -84,3 +89,40 @@ def test_the_gate_sees_length_behind_a_lucky_accuracy():
 def test_the_gate_without_an_interval_is_closed():
     reason = verdict(comparisons([1, -1, 1], "aaa"), scores([1, 1, 1]))
     assert "not clearly above chance" in reason
+
+
+@pytest.mark.parametrize(
+    ("content", "stops"),
+    [
+        ({"judge": "r:reward", "probes": {"padded": accuracy(0.9, 0.8, 1.0)}}, True),
+        ({"judge": "r:reward", "probes": {"padded": accuracy(0.6, 0.4, 0.8)}}, False),
+        ({"judge": "r:held_out", "probes": {"padded": accuracy(0.9, 0.8, 1.0)}}, False),
+        ({"judge": "r:reward", "probes": 3}, False),
+        ([], False),
+    ],
+    ids=["worse", "unclear", "another model", "no probes", "of another program"],
+)  # fmt: skip
+@pytest.mark.parametrize("gate", ["passed", reward_gate.UNKNOWN])
+def test_a_reward_model_that_prefers_worse_answers_is_stopped(tmp_path, content, stops, gate):
+    (tmp_path / "judge.json").write_text(json.dumps(content))
+    stage = {"gate": gate}
+    saved = []
+    record = SimpleNamespace(
+        folder=tmp_path, data={"stages": {"reward": stage}}, save=lambda: saved.append(dict(stage))
+    )
+
+    def check(mode):
+        settings = SimpleNamespace(
+            ppo=SimpleNamespace(reward="model"), reward=SimpleNamespace(gate=mode)
+        )
+        reward_gate.check(settings, record, Progress(quiet=True))
+
+    if not stops:
+        check("stop")
+        assert stage == {"gate": gate} and not saved
+        return
+    with pytest.raises(GateError, match=r"made worse to better ones \(padded 90%; judge.json\)"):
+        check("stop")
+    assert stage == {"gate": gate}, "without the file, the gate is what it was"
+    check("warn")
+    assert saved[0]["gate"] == "warned" and "padded" in saved[0]["gate_reason"]

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from lora_rlhf.errors import GateError
@@ -21,22 +23,52 @@ def check(recipe: Recipe, record: Record, progress: Progress) -> None:
         GateError: The gate failed and `reward.gate` is not `warn`.
     """
     entry = record.data["stages"]["reward"]
-    if entry["gate"] == "passed" or recipe.ppo.reward != "model":
+    if recipe.ppo.reward != "model":
         return
-    if entry["gate"] == UNKNOWN:
-        why = entry.get("gate_reason", "there are no comparisons")
+    gate, reason = entry["gate"], entry.get("gate_reason")
+    if gate in ("passed", UNKNOWN) and (preferred := worse_answers(record.folder)):
+        gate, reason = "failed", preferred
+    if gate == "passed":
+        return
+    if gate == UNKNOWN:
+        why = reason or "there are no comparisons"
         progress.say(f"warning: the reward model was not judged: {why}")
         return
     if recipe.reward.gate == "stop":
         raise GateError(
-            f"the reward model may not be optimised against: {entry['gate_reason']}",
-            expected="held-out accuracy whose 95 % interval excludes 0.5, above the rule by length",
+            f"the reward model may not be optimised against: {reason}",
+            expected="held-out accuracy whose 95 % interval excludes 0.5, above the rule by "
+            "length, and no clear preference for answers that were made worse",
             remedy="improve the comparisons or train longer, in a new --out (this run keeps its "
             "reward model); `reward.gate: warn` continues here, and the card says so",
         )
-    entry["gate"] = "warned"
+    entry |= {"gate": "warned", "gate_reason": reason}
     record.save()
-    progress.say(f"warning: the reward model is weak: {entry['gate_reason']}")
+    progress.say(f"warning: the reward model is weak: {reason}")
+
+
+def worse_answers(folder: Path) -> str | None:
+    """Return which worse answers the reward model prefers, by the records of `lora-rlhf judge`.
+
+    These lie in the run directory as `judge*.json`, if somebody has made them. A probe counts if
+    its whole 95 % interval is above one half.
+    """
+    for path in sorted(folder.glob("judge*.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if str(content["judge"]).rpartition(":")[2] != "reward":
+                continue
+            failed = {n: p["value"] for n, p in content["probes"].items() if _lies_above(0.5, p)}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            continue  # of another program
+        if failed:
+            rates = ", ".join(f"{n.replace('_', ' ')} {rate:.0%}" for n, rate in failed.items())
+            return (
+                f"it prefers answers that were made worse to better ones ({rates}; {path.name}): "
+                "add comparisons in which such answers lose, or delete the file if it is of "
+                "another reward model"
+            )
+    return None
 
 
 def weakness(entry: dict[str, Any]) -> str | None:
