@@ -402,6 +402,8 @@ def _trained(
     if recipe.data.contamination != "keep" and not all(row["item"] for row in train):
         sets = _evaluation_prompts(recipe, tokenizer, loaded)
         train = contamination.clean(kept, train, sets, recipe.data.contamination)
+        lost = {key: n for key, n in kept.counts.items() if key == contamination.OVERLAP}
+        check_losses(FilteredSet(kept.name, counts=lost), recipe.data.max_lost)
     shares = recipe.data.augment.model_dump()
     if not any(shares.values()):
         return train

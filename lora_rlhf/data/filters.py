@@ -389,6 +389,8 @@ def check_losses(kept: FilteredSet, max_lost: float) -> None:
         remedy = "correct these rows"
         if reason.endswith("labelled alike"):
             remedy = "collect a better or a worse answer to these prompts"
+        if "overlap" in reason:
+            remedy = "choose other evaluation prompts, or `contamination: warn`"
         if "max_prompts_per_user" in reason:
             remedy = "raise it; if `user` is no column of users: `ignore: [user]`"
         if reason == "in the evaluation set":

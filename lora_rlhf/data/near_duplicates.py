@@ -91,8 +91,11 @@ def _compare(bucket: list[int], texts: Sequence[str], threshold: float, first: l
 def drop(kept: FilteredSet, examples: list[Example], recipe: Recipe) -> list[Example]:
     """Drop and count examples whose prompt resembles an earlier one that is not the same.
 
-    Other answers to the very same prompt are kept, and so are the prompts of a task.
+    Other answers to the very same prompt are kept; the prompts of a task and those of
+    `data.evaluate` stay as they are.
     """
+    if kept.name == "evaluate":
+        return examples
     threshold, length = recipe.data.near_duplicates, recipe.data.common_prefix
     left = examples
     if length is not None:

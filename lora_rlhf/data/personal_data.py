@@ -12,6 +12,7 @@ import hashlib
 import hmac
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from typing import Any
 import regex  # type: ignore[import-untyped]  # it knows letters of all languages
 
 from lora_rlhf import extras
-from lora_rlhf.recipe.schema import DataSource, Recipe
+from lora_rlhf.errors import SetupError, first_line
+from lora_rlhf.recipe.schema import DataSection, DataSource, Recipe
 
 from . import identity_terms, tool_calls
 from .filters import SECRET, FilteredSet
@@ -85,10 +87,8 @@ class Finder:
 
     def __init__(self, name_model: str) -> None:
         self._presidio = _presidio()
-        spacy = extras.load("spacy", _USER, _EXTRA)
-        installed = spacy.util.is_package(name_model) or Path(name_model).is_dir()
-        self._names = spacy.load(name_model) if installed else None
-        self.names_by = Path(name_model).name if installed else "lists of names and their cues"
+        self._names = _name_model(name_model)
+        self.names_by = Path(name_model).name if self._names else "lists of names and their cues"
 
     def spans(self, text: str) -> list[Span]:
         """Return the personal data in a text, in its order and without overlaps."""
@@ -110,6 +110,25 @@ class Finder:
                 (e.start_char, e.end_char) for e in entities if e.label_ in ("PERSON", "PER")
             )
         yield from names(text)
+
+
+def _name_model(name: str) -> Any:
+    """Load a spaCy model for names; None if it is the default one and not installed.
+
+    Raises:
+        SetupError: The recipe names another one that cannot be loaded.
+    """
+    spacy = extras.load("spacy", _USER, _EXTRA)
+    if not spacy.util.is_package(name) and name == DataSection.model_fields["name_model"].default:
+        return None
+    try:
+        return spacy.load(name)
+    except Exception as error:  # a broken model raises anything
+        raise SetupError(
+            f"data.name_model: {name} cannot be loaded: {first_line(error)}",
+            expected="an installed spaCy model, or the folder of one",
+            remedy="install it, or leave data.name_model out: then lists of names are used",
+        ) from None
 
 
 @functools.cache
@@ -143,12 +162,12 @@ def _presidio() -> Any:
 
 
 def apart(spans: list[Span]) -> list[Span]:
-    """Return the spans without those that overlap an earlier one of the list, in text order."""
+    """Return the spans in text order; where two overlap, the later of the list keeps the rest."""
     covered, kept = bytearray(max((one.end for one in spans), default=0)), []
     for one in spans:
-        if not any(covered[one.start : one.end]):
-            covered[one.start : one.end] = b"\1" * (one.end - one.start)
-            kept.append(one)
+        for free in re.finditer(b"\0+", bytes(covered[one.start : one.end])):
+            kept.append(Span(one.start + free.start(), one.start + free.end(), one.kind))
+        covered[one.start : one.end] = b"\1" * (one.end - one.start)
     return sorted(kept, key=lambda one: one.start)
 
 
@@ -214,6 +233,8 @@ class Pseudonyms:
     def redact(self, text: str, spans: list[Span]) -> str:
         """Replace the spans of a text by pseudonyms."""
         for one in reversed(spans):
+            if not any(map(str.isalnum, text[one.start : one.end])):
+                continue  # a space that is left between two others
             text = (
                 text[: one.start] + self.of(one.kind, text[one.start : one.end]) + text[one.end :]
             )

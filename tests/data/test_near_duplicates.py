@@ -9,6 +9,7 @@ from data_sources import all_rows, jsonl, recipe, removed
 from lora_rlhf.data import contamination, dataset_builder
 from lora_rlhf.data.filters import FilteredSet, normalised
 from lora_rlhf.data.near_duplicates import jaccard, originals, shingles
+from lora_rlhf.errors import DataError
 
 RNG = random.Random(0)
 WORDS = [f"word{i}" for i in range(500)]
@@ -123,3 +124,13 @@ def test_contaminated_rows_are_counted_by_set(tmp_path, plain, action):
         assert any(n.startswith(contamination.OVERLAP) for n in prepared.report["notes"])
     else:
         assert removed(prepared, contamination.OVERLAP) == in_train
+
+
+def test_a_set_that_is_mostly_contaminated_stops_the_run(tmp_path, plain):
+    rows = [{"prompt": sentence(15), "completion": "a"} for _ in range(60)]
+    asked = [{"prompt": f"{row['prompt']} now"} for row in rows]
+    files = [jsonl(tmp_path / f"{n}.jsonl", r) for n, r in (("d", rows), ("e", asked))]
+    source = given(demonstrations=files[0], evaluate=files[1], contamination="drop", max_lost=0.2)
+    with pytest.raises(DataError, match="overlap with evaluation prompts") as caught:
+        dataset_builder.demonstrations(source, plain)
+    assert "contamination: warn" in caught.value.remedy

@@ -7,6 +7,7 @@ import re
 
 import pytest
 from data_sources import all_rows, recipe
+from measure_personal_data import labelled
 
 from lora_rlhf.data import dataset_builder, personal_data
 from lora_rlhf.data.filters import SECRET
@@ -52,6 +53,15 @@ def shapes(monkeypatch):
 def test_names_by_lists_and_cues(text, expected):
     places = apart([Span(*place, "PERSON") for place in names(text)])
     assert [text[one.start : one.end] for one in places] == expected
+
+
+def test_what_two_finds_share_is_one_find_and_nothing_is_left_over(tmp_path):
+    spans = apart([Span(6, 11, "EMAIL_ADDRESS"), Span(0, 11, "PERSON"), Span(5, 6, "PERSON")])
+    assert spans == [Span(0, 6, "PERSON"), Span(6, 11, "EMAIL_ADDRESS")]
+    (tmp_path / "a.jsonl").write_text("{}", encoding="utf-8")
+    made = Pseudonyms(recipe(demonstrations=tmp_path / "a.jsonl"))
+    alice, mail = made.of("PERSON", "Alice"), made.of("EMAIL_ADDRESS", "a@b.c")
+    assert made.redact("Alice a@b.c", spans) == f"{alice} {mail}"
 
 
 def test_a_person_keeps_a_pseudonym_that_needs_the_raw_data(tmp_path):
@@ -140,6 +150,19 @@ def test_without_presidio_the_extra_is_named(tmp_path, plain, monkeypatch):
         dataset_builder.demonstrations(given.model_copy(update={"data": data}), plain)
 
 
+def test_the_labelled_set_of_the_script_labels_what_it_says():
+    wrong, people = [], [0, 0]
+    for text, spans, listed in labelled(600):
+        wrong += [
+            s for s in spans if s.kind == "EMAIL_ADDRESS" and "@" not in text[s.start : s.end]
+        ]
+        covered = {i for start, end in names(text) for i in range(start, end)}
+        for one in spans:
+            if one.kind == "PERSON" and listed:
+                people[covered.issuperset(range(one.start, one.end))] += 1
+    assert not wrong and people[1] > 0.97 * sum(people) > 40
+
+
 @pytest.mark.slow
 def test_presidio_and_a_model_for_names(tmp_path, plain, monkeypatch):
     import socket
@@ -158,6 +181,8 @@ def test_presidio_and_a_model_for_names(tmp_path, plain, monkeypatch):
     trained = dataset_builder.demonstrations(given.model_copy(update={"data": data}), plain)
     assert leaks(trained) == []
     assert trained.report["personal_data"]["names_by"] == "people"
+    with pytest.raises(SetupError, match=r"data.name_model: no_such_model cannot be loaded"):
+        personal_data.Finder("no_such_model")
     finder = personal_data.Finder(str(tmp_path / "people"))
     text = "Then Thandiwe paid with 4111 1111 1111 1111 from 192.168.4.7"
     assert [one.kind for one in finder.spans(text)] == ["PERSON", "CREDIT_CARD", "IP_ADDRESS"]
