@@ -111,6 +111,8 @@ def run(
             now = ", ".join(f"{key} {was!r} -> {new!r}" for key, was, new in record.changed)
             progress.say(f"changed in this run: {now} (to undo: {record.as_options()})")
         record.check_place = check_place
+        if recipe.rounds:
+            record.data["rounds"] = [one.model_dump() for one in recipe.rounds]
         record.data["clock"]["environment"] = environment.result_variables()
         if ignored := environment.note():
             progress.say(ignored)

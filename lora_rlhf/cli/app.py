@@ -480,6 +480,102 @@ def _label_verb(
         labeling.serve(folder, access, shell.echo, opened)
 
 
+Strategy = Annotated[
+    str, typer.Option(help="random, disagreement, highest_reward, failures or novelty.")
+]
+Tasks = Annotated[int, typer.Option("--n", min=1, help="Number of tasks.")]
+AnswersEach = Annotated[int, typer.Option("--k", min=2, max=9, help="Answers to each prompt.")]
+OfModel = Annotated[str, typer.Option("--model", help="The model that answers: sft or policy.")]
+Pool = Annotated[
+    int | None,
+    typer.Option(min=1, help="Prompts among which the strategy chooses; default: 4 times n."),
+]
+Seed = Annotated[int, typer.Option(min=0)]
+OfReport = Annotated[
+    Path | None,
+    typer.Option("--report", help="Folder with a report.json, whose failures count."),
+]
+
+
+@_command("tasks")
+def _tasks_verb(
+    run: RunPath,
+    strategy: Strategy = "random",
+    n: Tasks = 100,
+    k: AnswersEach = 4,
+    model: OfModel = "sft",
+    out: Annotated[Path, typer.Option(help="Task file to write.")] = Path("tasks.jsonl"),
+    pool: Pool = None,
+    seed: Seed = 0,
+    report: OfReport = None,
+) -> None:
+    """Make tasks for labelers out of a run.
+
+    Answers of its SFT or policy to prompts that have no label yet. Answers are kept in answers/
+    beside the file, so that nothing is sampled twice.
+    """
+    from lora_rlhf.runs.record import Record
+
+    record = Record.read(run)  # refuses a wrong folder before the slow imports
+    tasks = shell.room("feedback.tasks")
+    choice = tasks.Choice(strategy, n, k, model, pool, seed)
+    say = functools.partial(shell.echo, err=True)
+    failed = tasks.failures(record, model, report) if report else None
+    made = tasks.make(run, choice, out, failed=failed, say=say)
+    shell.echo(f"{len(made)} tasks: {out}")
+
+
+@_command("iterate")
+def _iterate_verb(
+    run: RunPath,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the round; default: RUN-round-NUMBER.")
+    ] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="A labelling project, a file of comparisons, or `simulated`.")
+    ] = None,
+    strategy: Strategy = "random",
+    n: Tasks = 100,
+    k: AnswersEach = 4,
+    model: OfModel = "policy",
+    start: Annotated[str, typer.Option(help="The policy goes on from: sft, or policy.")] = "sft",
+    pool: Pool = None,
+    seed: Seed = 0,
+    overrides: Set = None,
+) -> None:
+    """Make the next round of a run: tasks, labels, reward model, policy.
+
+    Evaluates the run if it is not, makes tasks, waits for their labels, trains the reward model on
+    old and new labels, and the policy from SFT or the last policy. The same command goes on.
+    """
+    from lora_rlhf.runs.record import Record
+
+    rounds, pipeline = shell.room("feedback.rounds"), shell.room("pipeline")
+    from lora_rlhf.reports import tables
+    from lora_rlhf.runs.progress import Progress
+
+    run = rounds.find_run(run)
+    record, progress = Record.read(run), Progress()
+    out = out or rounds.next_folder(run)
+    asked = rounds.Round(
+        rounds.tasks.Choice(strategy, n, k, model, pool, seed), labels, start, overrides or ()
+    )
+    try:
+        if record.done(record.algorithm) and not record.done("evaluate"):
+            pipeline.run(record.recipe(), run, until="evaluate", progress=progress)
+        recipe = rounds.prepare(run, out, asked, say=progress.say)
+        if recipe is None:
+            shell.echo(
+                f"{out / 'tasks.jsonl'} waits for labels; give the same command with --labels, a "
+                "file or a project of `lora-rlhf label`, to go on"
+            )
+            return
+        made = pipeline.run(recipe, out / rounds.RUN, progress=progress)
+    finally:
+        progress.end()
+    tables.show(made)
+
+
 # --- verbs over runs -----------------------------------------------------------------------------
 
 

@@ -161,6 +161,22 @@ def prompts(recipe: Recipe, tokenizer: Any, loaded: Loaded | None = None) -> Pre
     return prepared
 
 
+def unlabelled(recipe: Recipe, tokenizer: Any) -> tuple[_Rows, list[Turns]]:
+    """Return the prompts without a comparison (`prompt`, `item`), and the prompts that have one.
+
+    One prompt of each conversation, on both sides of the split, since comparisons are split in the
+    same way; none of `data.evaluate`.
+    """
+    kept, labelled = FilteredSet("comparisons"), list[Turns]()
+    for index, source in enumerate(recipe.data.comparisons):
+        if not source.task:
+            parsed = _parse(recipe, source, f"comparisons/{index}", tokenizer, None, kept)
+            labelled += [example.prompt for _, example in parsed]
+    seen = {prompt_key(prompt) for prompt in labelled}
+    rows = {prompt_key(r["prompt"]): r for r in _load(recipe, tokenizer, "prompts", {}).rows}
+    return [row for key, row in rows.items() if key not in seen], labelled
+
+
 def texts(
     recipe: Recipe, tokenizer: Any, loaded: Loaded | None = None
 ) -> tuple[list[list[int]], dict[str, Any]]:

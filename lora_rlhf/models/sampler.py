@@ -70,6 +70,7 @@ def sample(
     batch_size: int | None = None,
     seed: int | None = None,
     keep_states: bool = False,
+    seeds: Sequence[int] | None = None,
 ) -> list[Sampled]:
     """Sample a completion of each prompt from the active role, in the order given.
 
@@ -79,6 +80,7 @@ def sample(
         batch_size: Prompts at once, sorted by length. Default: as many as the memory holds.
         seed: Seed of a separate random state; None: use the global one.
         keep_states: Keep the states that leave the trunk.
+        seeds: A seed for each prompt, whose answer is then the same beside any other prompts.
     """
     out: dict[int, Sampled] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -100,12 +102,19 @@ def sample(
             for start in range(0, len(order), size):
                 index = order[start : start + size]
                 # Uniforms drawn up front, so that a sample does not depend on its batch.
-                uniforms = torch.rand(len(index), max_new_tokens)
+                if seeds is None:
+                    uniforms = torch.rand(len(index), max_new_tokens)
+                else:
+                    uniforms = torch.stack([_uniforms(seeds[i], max_new_tokens) for i in index])
                 drawn = list(zip(index, uniforms, strict=True))
                 base.backoff.for_each_batch("generation", drawn, len(drawn), run)
     finally:
         base.causal.train(was_training)
     return [out[i] for i in range(len(prompts))]
+
+
+def _uniforms(seed: int, count: int) -> Tensor:
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed))
 
 
 class _Batch:

@@ -45,6 +45,21 @@ def hidden_states(
     return states
 
 
+@torch.no_grad()
+def mean_states(backbone: Backbone, texts: Sequence[list[int]], batch_size: int = 32) -> Tensor:
+    """Compute the mean of the base's last hidden states over each text's tokens, (N, H)."""
+    out = torch.zeros(len(texts), backbone.causal.config.get_text_config().hidden_size)
+
+    def visit(part: Batch) -> None:
+        states = hidden_states(backbone, part.ids, part.mask).float()
+        weights = part.mask.unsqueeze(-1)
+        out[part.index] = ((states * weights).sum(1) / weights.sum(1)).cpu()
+
+    with backbone.role(None):
+        for_each_batch(backbone, [(ids, []) for ids in texts], batch_size, None, visit)
+    return out
+
+
 def trunk_states(backbone: Backbone, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Compute the hidden states that leave the frozen trunk, (B, L, H), equal for every role."""
     lowest = backbone.layers[trunk.depth(backbone)]

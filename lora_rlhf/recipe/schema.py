@@ -631,6 +631,33 @@ class HubSection(Section):
     """Create public repositories instead of private ones."""
 
 
+class RoundSection(Section):
+    """`rounds`: where labels came from, oldest round first; `lora-rlhf iterate` writes it."""
+
+    number: int = Field(1, ge=1)
+    """Number of the round."""
+    run: str
+    """Name of the run whose model answered."""
+    record_sha256: str
+    """sha256 of that run's record.json."""
+    model: Literal["sft", "policy"] = "sft"
+    """The model that answered."""
+    strategy: str = "random"
+    """How the prompts were chosen."""
+    tasks_sha256: str
+    """sha256 of the round's task file."""
+    labels: str
+    """Who labelled: `simulated`, a project, or a file."""
+    labels_sha256: str
+    """sha256 of the round's comparisons, one of data.comparisons."""
+    rankings: int = Field(1, ge=1)
+    """Rankings of the round."""
+    noise: float | None = Field(None, ge=0)
+    """Temperature of simulated labelers, which later rounds keep."""
+    start: Literal["sft", "policy"] = "sft"
+    """The model from which the round's policy went on."""
+
+
 class Recipe(Section):
     """One run, from demonstrations to the Hub."""
 
@@ -656,6 +683,8 @@ class Recipe(Section):
     best_of_n: BestOfNSection = BestOfNSection()
     evaluate: EvaluateSection = EvaluateSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    rounds: list[RoundSection] = Field([])
+    """Rounds of feedback behind the labels, oldest first; `lora-rlhf iterate` writes them."""
     card: CardSection = CardSection()
     hub: HubSection = HubSection()
 

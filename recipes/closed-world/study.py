@@ -12,14 +12,18 @@ seed share base, SFT and reward model. `--part` runs one part, `--seeds` fewer s
     noise       signal to noise of one rollout's policy gradient at SFT, by kind of advantage
     lora        adapters on 1, 1/2 and 1/4 of the layers; ranks 1, 4 and 16
     privacy     private reward models: accuracy, epsilon promised and epsilon found by an audit
+    strategies  accuracy of the reward model against labels spent, by choice of the prompts
+    rounds      three rounds of 350 rankings against one of 1,050
 
 A seed decides all randomness: records, demonstrations, labelers, samples, LoRA.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -30,15 +34,18 @@ import torch
 from torch import Tensor
 
 import lora_rlhf
-from lora_rlhf import tiny
+from lora_rlhf import estimates, tiny
 from lora_rlhf.algorithms.best_of_n import best_of_n_kl
 from lora_rlhf.algorithms.objectives import explained_variance, gae, masked_mean, whiten
 from lora_rlhf.algorithms.ppo import ppo_stage
 from lora_rlhf.data.closed_world import checkers
 from lora_rlhf.data.dataset_builder import prompts as read_prompts
 from lora_rlhf.evaluation import overoptimization
+from lora_rlhf.feedback import rounds as feedback_rounds
+from lora_rlhf.feedback import tasks
 from lora_rlhf.models import scoring
 from lora_rlhf.reports import kinds
+from lora_rlhf.runs.samples import prompt_text
 from lora_rlhf.runtime import quiet
 from lora_rlhf.serving import loaded_run
 from lora_rlhf.training.reward import ensemble
@@ -349,23 +356,187 @@ def draw(rows: list[dict[str, Any]], fitted: dict[str, Any], path: Path) -> None
     figure.savefig(path, dpi=110)
 
 
-def cell(estimate: dict[str, Any] | None) -> str:
+def base(seed: int, out: Path) -> Path:
+    """Train SFT alone, before any label."""
+    folder = out / f"seed-{seed}" / "base"
+    one([f"seed={seed}", "data.comparisons=[]"], folder, until="sft")
+    return folder
+
+
+def sampled_gold(
+    run: Path, role: str, seed: int, part: slice, k: int = 1
+) -> tuple[list[str], list[list[str]], list[list[float]]]:
+    """Return evaluation prompts, k answers of a role to each, and their gold rewards."""
+    backbone, record = loaded_run.load(run)
+    recipe = record.recipe()
+    held_out = read_prompts(recipe, backbone.tokenizer).held_out
+    rows = held_out.select(range(*part.indices(len(held_out))))
+    ids = [backbone.encode_prompt(prompt) for prompt in rows["prompt"] for _ in range(k)]
+    limit = recipe.ppo.args["max_completion_length"]
+    drawn = backbone.generate(ids, role, max_new_tokens=limit, seed=seed, batch_size=256)
+    texts = [backbone.decode(answer) for answer in drawn]
+    answers = [texts[i : i + k] for i in range(0, len(texts), k)]
+    items = [checkers.Item.from_dict(json.loads(item)) for item in rows["item"]]
+    rewards = [
+        [checkers.check(item, text).reward for text in each]
+        for item, each in zip(items, answers, strict=True)
+    ]
+    return list(rows["prompt"]), answers, rewards
+
+
+START, MORE = 80, (80, 240)
+"""Rankings of random prompts that all strategies begin with; those that each one adds."""
+
+
+def strategies(seed: int, out: Path) -> list[dict[str, Any]]:
+    """Train a reward model on the labels that each strategy asks for, and test it."""
+    folder = out / f"seed-{seed}" / "strategies"
+    if (done := folder / "result.json").exists():
+        return list(json.loads(done.read_text()))
+    start, folder_of = base(seed, out), folder.joinpath
+    sets = [f"seed={seed}", f"sft={{from: {start / 'adapters' / 'sft'}}}", "reward.gate=warn"]
+
+    def labelled(run: Path, choice: tasks.Choice, noise: float | None) -> tuple[Any, float]:
+        file = folder_of(f"{choice.strategy}-{choice.n}.jsonl")
+        if not file.exists():
+            tasks.make(run, choice, file, failed=failed, say=print)
+        given = [json.loads(line) for line in file.read_text().splitlines()]
+        recipe = lora_rlhf.Record.read(run).recipe()
+        return feedback_rounds.simulated(recipe, given, seed + len(choice.strategy), noise)
+
+    def trained(name: str, rows: list[Any], more: tuple[str, ...] = ()) -> Path:
+        file = folder_of(f"{name}.labels.jsonl")
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        comparisons = f"data.comparisons=[{{path: {file.resolve()}}}]"
+        one([*sets, comparisons, *more], folder_of(name), until="reward")
+        return folder_of(name)
+
+    prompts, _, rewards = sampled_gold(start, "reference", seed, slice(0, 200))
+    failed = [prompt_text(p) for p, [r] in zip(prompts, rewards, strict=True) if r < 1]
+    test = sampled_gold(start, "reference", seed + 1, slice(200, 400), 4)
+    first, noise = labelled(start, tasks.Choice("random", START, seed=seed), None)
+    rows = [accuracy(trained("start", first), "start", seed, START, test)]
+    several = trained("ensemble", first, ("reward.ensemble=3",))
+    for strategy in tasks.STRATEGIES:
+        added, _ = labelled(several, tasks.Choice(strategy, MORE[-1], seed=seed), noise)
+        for n in MORE:
+            run = trained(f"{strategy}-{n}", first + added[:n])
+            rows.append(accuracy(run, strategy, seed, START + n, test))
+    done.write_text(json.dumps(rows) + "\n")
+    return rows
+
+
+def accuracy(run: Path, name: str, seed: int, labels: int, test: Any) -> dict[str, Any]:
+    """Return the share of pairs of test answers that a reward model orders as the checker does."""
+    backbone, record = loaded_run.load(run)
+    episodes = [
+        (backbone.encode_prompt(prompt), backbone.encode_completion(text))
+        for prompt, answers, _ in zip(*test, strict=True)
+        for text in answers
+    ]
+    scores = iter(ensemble.scores(backbone, episodes, record.recipe().reward).rewards)
+    right, groups = [], []
+    for number, rewards in enumerate(test[2]):
+        each = [next(scores) for _ in rewards]
+        for a, b in itertools.combinations(range(len(rewards)), 2):
+            if rewards[a] != rewards[b]:
+                right.append(float((each[a] > each[b]) == (rewards[a] > rewards[b])))
+                groups.append(number)
+    share = estimates.share_interval(right, groups)
+    print(name, seed, labels, share, flush=True)
+    return {"name": name, "seed": seed, "labels": labels, "accuracy": share}
+
+
+ARMS = {"one": (1050,), "three": (350, 350, 350)}
+"""Rankings of each round."""
+
+
+def rounds(seed: int, out: Path) -> list[dict[str, Any]]:
+    """Label at once, or in rounds of which each asks for labels of the last policy's answers."""
+    folder = out / f"seed-{seed}" / "rounds"
+    if (done := folder / "result.json").exists():
+        return list(json.loads(done.read_text()))
+    start = base(seed, out)
+    result: dict[str, Any] = {"name": "rounds", "seed": seed}
+    result["sft"] = [r for [r] in sampled_gold(start, "reference", seed, slice(512))[2]]
+    for arm, sizes in ARMS.items():
+        run = start
+        for number, n in enumerate(sizes, 1):
+            where = folder / f"{arm}-{number}"
+            kept = folder / "one-1" / "answers"
+            if number == 1 and kept.exists() and not where.exists():  # of the same model
+                shutil.copytree(kept, where / "answers")
+            model = "sft" if number == 1 else "policy"
+            choice = tasks.Choice("random", n, model=model, seed=seed)
+            asked = feedback_rounds.Round(choice, "simulated", "sft", ("reward.gate=warn",))
+            recipe = feedback_rounds.prepare(run, where, asked, say=print)
+            assert recipe is not None  # simulated labelers do not keep one waiting
+            print("run", where, flush=True)
+            run = where / "run"
+            record = lora_rlhf.run(recipe, run, until="ppo")
+            result[f"{arm}-{number} accuracy"] = record.data["stages"]["reward"]["accuracy"]
+        result[arm] = [r for [r] in sampled_gold(run, "policy", seed, slice(512))[2]]
+    done.write_text(json.dumps([result]) + "\n")
+    return [result]
+
+
+def strategy_tables(rows: list[dict[str, Any]]) -> str:
+    """Write each strategy's accuracy by labels, and its difference from random over seeds."""
+    by = {(r["name"], r["labels"], r["seed"]): r["accuracy"]["value"] for r in rows}
+    seeds = sorted({r["seed"] for r in rows})
+    lines = ["## strategies", "", "| prompts chosen by | labels | accuracy | minus random |"]
+    lines.append("|---|---|---|---|")
+    for name, labels in dict.fromkeys((r["name"], r["labels"]) for r in rows):
+        each = [by[name, labels, seed] for seed in seeds]
+        gap = ""
+        if name not in ("start", "random"):
+            pairs = [by[name, labels, s] - by["random", labels, s] for s in seeds]
+            gap = cell(estimates.mean_interval(pairs), 3)
+        lines.append(f"| {name} | {labels} | {cell(estimates.mean_interval(each), 3)} | {gap} |")
+    return "\n".join([*lines, "", f"{len(seeds)} seeds; intervals over seeds.", ""])
+
+
+def round_tables(rows: list[dict[str, Any]]) -> str:
+    """Write gold reward and win rates of both arms, paired by prompt, and over seeds."""
+    lines = ["## rounds", "", "| seed | SFT | one round | three rounds | three minus one | "]
+    lines[-1] += "three against one, win rate | one against SFT | three against SFT |"
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for r in rows:
+        sft, one_, three = r["sft"], r["one"], r["three"]
+        cells = [cell(estimates.mean_interval(x)) for x in (sft, one_, three)]
+        cells.append(cell(estimates.paired_difference(three, one_, r["seed"])))
+        pairs = ((three, one_), (one_, sft), (three, sft))
+        cells += [cell(estimates.win_rate(a, b)) for a, b in pairs]
+        lines.append(f"| {r['seed']} | {' | '.join(cells)} |")
+    gaps = [fmean(r["three"]) - fmean(r["one"]) for r in rows]
+    wins = [estimates.win_rate(r["three"], r["one"])["value"] for r in rows]
+    lines += [
+        "",
+        f"Over seeds: three minus one {cell(estimates.mean_interval(gaps), 3)}, win rate ",
+    ]
+    lines[-1] += f"of three against one {cell(estimates.mean_interval(wins), 3)}."
+    return "\n".join([*lines, ""])
+
+
+def cell(estimate: Any, digits: int = 2) -> str:
     """Format an estimate as `0.55 [0.51, 0.58]`; empty if there is none."""
     if not estimate:
         return ""
     if estimate["low"] is None:
-        return f"{estimate['value']:.2f}"
-    return "{value:.2f} [{low:.2f}, {high:.2f}]".format(**estimate)
+        return f"{estimate['value']:.{digits}f}"
+    return "{value:.{d}f} [{low:.{d}f}, {high:.{d}f}]".format(**estimate, d=digits)
 
 
 PARTS = {
     "gold": gold, "algorithms": algorithms, "curves": curves, "noise": noise, "lora": lora,
-    "privacy": privacy,
+    "privacy": privacy, "strategies": strategies, "rounds": rounds,
 }  # fmt: skip
 
 
 def tables(part: str, rows: list[dict[str, Any]], fitted: dict[str, Any]) -> str:
     """Write Markdown tables: every run, then the means over seeds with counts of clear wins."""
+    if part in ("strategies", "rounds"):
+        return strategy_tables(rows) if part == "strategies" else round_tables(rows)
     head = ["run", "seed", "SFT", "SFT: false abstention", *METRICS]
     head += ["kinds clearly worse", "reward model", "seconds"]
     lines = [f"## {part}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
@@ -423,16 +594,20 @@ def main() -> None:
     args = parser.parse_args()
     KL_COEFS[:] = args.kl_coef or KL_COEFS
     quiet.process()
-    for part in args.part or PARTS:
-        seeds = range(args.first_seed, args.first_seed + args.seeds)
-        rows = [r for seed in seeds for r in PARTS[part](seed, args.out)]
-        result = {"rows": rows} | ({"fits": fits(rows)} if part == "curves" else {})
-        (args.out / f"{part}.json").write_text(json.dumps(result, indent=1) + "\n")
-        if part == "curves":
-            draw(rows, result["fits"], args.out / "overoptimization.png")
-        text = tables(part, rows, result.get("fits", {}))
-        (args.out / f"{part}.md").write_text(text)
-        print(text)
+    parts = args.part or list(PARTS)
+    rows: dict[str, list[dict[str, Any]]] = {part: [] for part in parts}
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        for part in parts:  # a seed at a time, so that a study that is stopped has whole seeds
+            rows[part] += PARTS[part](seed, args.out)
+            result: dict[str, Any] = {"rows": rows[part]}
+            if part == "curves":
+                result["fits"] = fits(rows[part])
+                draw(rows[part], result["fits"], args.out / "overoptimization.png")
+            (args.out / f"{part}.json").write_text(json.dumps(result, indent=1) + "\n")
+            text = tables(part, rows[part], result.get("fits", {}))
+            (args.out / f"{part}.md").write_text(text)
+    for part in parts:
+        print((args.out / f"{part}.md").read_text())
 
 
 if __name__ == "__main__":

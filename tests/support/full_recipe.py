@@ -50,6 +50,9 @@ best_of_n: {n: 3}
 evaluate: {n: 3, max_new_tokens: 4, temperature: 0, batch_size: 2, samples: 1}
 checkpoint: {every_minutes: 0, every_steps: 7, keep: 3, max_minutes: 90,
   hub: acme/kept, hub_minutes: 3}
+rounds:
+  - {number: 2, run: first, record_sha256: ab, model: policy, strategy: novelty, tasks_sha256: cd,
+    labels: people, labels_sha256: ef, rankings: 9, noise: 0.5, start: policy}
 card: {title: "1e3", license: mit, language: [en, "no"], authors: "null", intended_use: "yes",
   limits: "a: b\\n# c"}
 hub: {policy: a/p, reward: a/r, value: a/v, sft: a/s, public: true}

@@ -59,26 +59,43 @@ def rank(rewards: Sequence[float], temperature: float, rng: random.Random) -> li
     return [1 + sum(noisy[other] > noisy[r] for other in rewards) for r in rewards]
 
 
+def noise(items: Sequence[Item], completions: Sequence[Sequence[str]], agreement: float) -> float:
+    """Return the temperature at which two labelers agree at this rate on these answers."""
+    return _noise(_gold(items, completions), agreement)
+
+
+def _gold(items: Sequence[Item], completions: Sequence[Sequence[str]]) -> list[list[float]]:
+    return [
+        [check(item, text).reward for text in texts]
+        for item, texts in zip(items, completions, strict=True)
+    ]
+
+
+def _noise(gold: Sequence[Sequence[float]], agreement: float) -> float:
+    gaps = [(a, b) for each in gold for a, b in itertools.combinations(each, 2) if a != b]
+    # Without pairs to calibrate on, labelers follow the gold reward.
+    return calibrate(agreement, gaps) if agreement < 1 and gaps else 1e-6
+
+
 def rank_all(
-    items: Sequence[Item], completions: Sequence[Sequence[str]], agreement: float, seed: int
+    items: Sequence[Item],
+    completions: Sequence[Sequence[str]],
+    agreement: float,
+    seed: int,
+    temperature: float | None = None,
 ) -> tuple[list[list[int]], dict[str, Any]]:
     """Rank the completions of each item as one labeler does, and compare with a second labeler.
 
-    The labelers are calibrated on the same pairs that they judge.
+    The labelers are calibrated on the same pairs that they judge, unless a temperature is given.
 
     Returns:
         The first labeler's ranks for each item, and the report: the requested agreement (`asked`),
         the agreement on pairs of unequal gold rewards (`measured`), and the share of these pairs
         that the first labeler orders as the gold reward does (`gold_right`).
     """
-    gold = [
-        [check(item, text).reward for text in texts]
-        for item, texts in zip(items, completions, strict=True)
-    ]
-    gaps = [pair for rewards in gold for pair in itertools.combinations(rewards, 2)]
-    gaps = [(a, b) for a, b in gaps if a != b]
-    # Without pairs to calibrate on, labelers follow the gold reward.
-    temperature = calibrate(agreement, gaps) if agreement < 1 and gaps else 1e-6
+    gold = _gold(items, completions)
+    if temperature is None:
+        temperature = _noise(gold, agreement)
     first, second = (random.Random(f"{seed}/labeler/{who}") for who in "ab")
     ranked: list[list[int]] = []
     same: list[bool] = []

@@ -83,6 +83,18 @@ def reward_source(facts: Facts) -> str:
     return f"the reward adapter, {digest(facts, 'reward')}"
 
 
+def rounds(facts: Facts) -> list[str]:
+    """Describe the rounds of feedback behind the labels, with the hashes that link them."""
+    return [
+        f"Round {number(at(one, 'number'))} of feedback: {number(at(one, 'rankings'))} rankings by "
+        f"{cell(at(one, 'labels', MISSING))} (sha256 {code(at(one, 'labels_sha256'))}) of answers "
+        f"of the {cell(at(one, 'model', MISSING))} of {cell(at(one, 'run', MISSING))} (record "
+        f"sha256 {code(at(one, 'record_sha256'))}), prompts chosen by "
+        f"{cell(at(one, 'strategy', MISSING))}; its policy started from {cell(at(one, 'start'))}"
+        for one in facts.get("rounds", [])
+    ]
+
+
 def lora(facts: Facts) -> str:
     """Describe shape and size of the adapter."""
     get = facts.get("lora", {}).get

@@ -175,7 +175,7 @@ def _lineage(facts: Facts) -> str:
             f"Reference of its KL penalty: the SFT adapter, {training.digest(facts, 'sft')}"
         )
         items.append(f"Reward that it was trained on: {training.reward_source(facts)}")
-    return bullets(items)
+    return bullets([*items, *training.rounds(facts)])
 
 
 def _evaluation(facts: Facts) -> str:
