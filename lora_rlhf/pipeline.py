@@ -111,8 +111,6 @@ def run(
             now = ", ".join(f"{key} {was!r} -> {new!r}" for key, was, new in record.changed)
             progress.say(f"changed in this run: {now} (to undo: {record.as_options()})")
         record.check_place = check_place
-        if recipe.rounds:
-            record.data["rounds"] = [one.model_dump() for one in recipe.rounds]
         record.data["clock"]["environment"] = environment.result_variables()
         if ignored := environment.note():
             progress.say(ignored)
@@ -238,6 +236,8 @@ def _run_stages(
     progress: Progress,
 ) -> None:
     """Run the unfinished stages, within the time budget."""
+    if recipe.rounds:
+        record.data["rounds"] = [one.model_dump() for one in recipe.rounds]
     wanted = [stage for stage in stages if not _finished(recipe, record, stage)]
     if recipe.threads:
         torch.set_num_threads(recipe.threads)

@@ -517,11 +517,11 @@ def _tasks_verb(
     from lora_rlhf.runs.record import Record
 
     record = Record.read(run)  # refuses a wrong folder before the slow imports
-    tasks = shell.room("feedback.tasks")
-    choice = tasks.Choice(strategy, n, k, model, pool, seed)
+    task_choice = shell.room("feedback.task_choice")
+    choice = task_choice.Choice(strategy, n, k, model, pool, seed)
     say = functools.partial(shell.echo, err=True)
-    failed = tasks.failures(record, model, report) if report else None
-    made = tasks.make(run, choice, out, failed=failed, say=say)
+    failed = task_choice.failures(record, model, report) if report else None
+    made = task_choice.make(run, choice, out, failed=failed, say=say)
     shell.echo(f"{len(made)} tasks: {out}")
 
 
@@ -557,13 +557,13 @@ def _iterate_verb(
     run = rounds.find_run(run)
     record, progress = Record.read(run), Progress()
     out = out or rounds.next_folder(run)
-    asked = rounds.Round(
-        rounds.tasks.Choice(strategy, n, k, model, pool, seed), labels, start, overrides or ()
+    request = rounds.Round(
+        rounds.Choice(strategy, n, k, model, pool, seed), labels, start, overrides or ()
     )
     try:
         if record.done(record.algorithm) and not record.done("evaluate"):
             pipeline.run(record.recipe(), run, until="evaluate", progress=progress)
-        recipe = rounds.prepare(run, out, asked, say=progress.say)
+        recipe = rounds.prepare(run, out, request, say=progress.say)
         if recipe is None:
             shell.echo(
                 f"{out / 'tasks.jsonl'} waits for labels; give the same command with --labels, a "

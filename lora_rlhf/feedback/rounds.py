@@ -3,7 +3,7 @@
 
 A round has a folder:
 
-tasks.jsonl    the tasks, chosen by `tasks`
+tasks.jsonl    the tasks, chosen by `task_choice`
 answers/       answers that were sampled for them
 labels.jsonl   their labels, as comparisons
 earlier.jsonl  labels that a task generator made for the run before, if it did
@@ -35,8 +35,8 @@ from lora_rlhf.runs.disk import damaged, is_signed, sha256, signed, write_atomic
 from lora_rlhf.runs.record import Record, is_run
 from lora_rlhf.serving import loaded_run
 
-from . import tasks
-from .tasks import Choice, Say
+from . import task_choice
+from .task_choice import Choice, Say
 
 SIMULATED = "simulated"
 """Labels of simulated labelers, for the closed-world task."""
@@ -47,7 +47,7 @@ RUN = "run"
 
 @dataclass(frozen=True)
 class Round:
-    """What is asked of a round.
+    """Options of a round.
 
     Attributes:
         choice: The tasks.
@@ -75,7 +75,7 @@ def next_folder(run: Path) -> Path:
     return own.parent / f"{re.sub('-round-[0-9]+$', '', own.name)}-round-{number}"
 
 
-def prepare(run: Path, out: Path, asked: Round, *, say: Say = lambda line: None) -> Recipe | None:
+def prepare(run: Path, out: Path, request: Round, *, say: Say = lambda line: None) -> Recipe | None:
     """Make tasks, take their labels, and return the recipe of the round's run.
 
     Returns:
@@ -88,32 +88,32 @@ def prepare(run: Path, out: Path, asked: Round, *, say: Say = lambda line: None)
     """
     record = Record.read(run)
     number = len(record.recipe().rounds) + 1
-    asked = replace(asked, choice=replace(asked.choice, round=number))
-    for model in (asked.choice.model, asked.start):
-        tasks.stage_of(record, model)
+    request = replace(request, choice=replace(request.choice, round=number))
+    for model in (request.choice.model, request.start):
+        task_choice.stage_of(record, model)
     with run_lock.locked(out):
-        state = _state(out, run, record, asked)
+        state = _state(out, run, record, request)
         if "tasks" not in state:
-            known = _asked_before(record.recipe())
-            tasks.make(run, asked.choice, out / "tasks.jsonl", without=known, say=say)
+            known = _earlier_prompts(record.recipe())
+            task_choice.make(run, request.choice, out / "tasks.jsonl", without=known, say=say)
             _note(out, state, "tasks")
         if "labels" not in state:
-            if asked.labels is None:
+            if request.labels is None:
                 return None
-            if not _take_labels(record, out, asked.choice.round, asked.labels, state, say):
+            if not _take_labels(record, out, request.choice.round, request.labels, state, say):
                 return None
-        return _recipe(record, out, asked, state)
+        return _recipe(record, out, request, state)
 
 
-def _state(out: Path, run: Path, record: Record, asked: Round) -> dict[str, Any]:
-    """Read `round.json`, or begin it; compare it with what is asked and with the files."""
+def _state(out: Path, run: Path, record: Record, request: Round) -> dict[str, Any]:
+    """Read `round.json`, or begin it; compare it with the request and with the files."""
     path = out / "round.json"
     wanted = {
         "run": record.data["name"],
-        "adapter": record.data["stages"][tasks.stage_of(record, asked.choice.model)][
+        "adapter": record.data["stages"][task_choice.stage_of(record, request.choice.model)][
             "adapter_sha256"
         ],
-        "choice": asdict(asked.choice),
+        "choice": asdict(request.choice),
     }
     if not path.exists():
         ours = "answers", run_lock.LOCK, "round.json.tmp"
@@ -185,14 +185,14 @@ def _from_project(folder: Path, out: Path, say: Say) -> bool:
     """Give the round's tasks to a project, and export their labels if all have one."""
     from . import label_files, project
 
-    asked = label_files.read_tasks(out / "tasks.jsonl")
+    tasks = label_files.read_tasks(out / "tasks.jsonl")
     with project.load(folder).store() as store:
-        store.add_tasks(asked)
-        labels = [one for one in store.labels() if one.task in {task.id for task in asked}]
-    if missing := len(asked) - len({one.task for one in labels}):
-        say(f"{missing} of {len(asked)} tasks have no label yet: `lora-rlhf label {folder}`")
+        store.add_tasks(tasks)
+        labels = [one for one in store.labels() if one.task in {task.id for task in tasks}]
+    if missing := len(tasks) - len({one.task for one in labels}):
+        say(f"{missing} of {len(tasks)} tasks have no label yet: `lora-rlhf label {folder}`")
         return False
-    say(label_files.export(asked, labels, out / "labels.jsonl"))
+    say(label_files.export(tasks, labels, out / "labels.jsonl"))
     return True
 
 
@@ -300,7 +300,7 @@ def _write_earlier(record: Record, out: Path, state: dict[str, Any], say: Say) -
     _note(out, state, "earlier")
 
 
-def _asked_before(recipe: Recipe) -> set[str]:
+def _earlier_prompts(recipe: Recipe) -> set[str]:
     """Return the keys of prompts of earlier rounds, also those whose labels were not usable."""
     paths = [Path(one.path).with_name("tasks.jsonl") for one in recipe.data.comparisons if one.path]
     files = [path for path in paths if recipe.rounds and path.is_file()]
@@ -320,7 +320,7 @@ def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 # --- the recipe ----------------------------------------------------------------------------------
 
 
-def _recipe(record: Record, out: Path, asked: Round, state: dict[str, Any]) -> Recipe:
+def _recipe(record: Record, out: Path, request: Round, state: dict[str, Any]) -> Recipe:
     """Return the recipe of the run before with the new labels, the new start, and the lineage."""
     before = record.recipe()
     data: dict[str, Any] = before.model_dump(mode="json")
@@ -329,10 +329,10 @@ def _recipe(record: Record, out: Path, asked: Round, state: dict[str, Any]) -> R
         *(source for source in data["data"]["comparisons"] if not source["task"]),
         *({"path": str((out / f"{name}.jsonl").absolute())} for name in files),
     ]
-    adapter = record.verified(f"adapters/{asked.start}")
+    adapter = record.verified(f"adapters/{request.start}")
     data["sft"] = {"from": str(adapter.absolute())}
     data["reward"]["from"] = None
-    number = asked.choice.round
+    number = request.choice.round
     data["name"] = f"{re.sub('-round-[0-9]+$', '', before.name)}-round-{number}"
     data["rounds"] = [
         *data["rounds"],
@@ -340,15 +340,15 @@ def _recipe(record: Record, out: Path, asked: Round, state: dict[str, Any]) -> R
             "number": number,
             "run": before.name,
             "record_sha256": state["record_sha256"],
-            "model": asked.choice.model,
-            "strategy": asked.choice.strategy,
+            "model": request.choice.model,
+            "strategy": request.choice.strategy,
             "tasks_sha256": state["tasks"],
             "labels": state["labels_from"],
             "labels_sha256": state["labels"],
             "rankings": state["rankings"],
             "noise": state.get("noise"),
-            "start": asked.start,
+            "start": request.start,
         },
     ]
     text = dump_recipe(before.model_validate(data))
-    return parse_recipe(text, str(out / "round.json"), list(asked.overrides))
+    return parse_recipe(text, str(out / "round.json"), list(request.overrides))

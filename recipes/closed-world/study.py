@@ -42,7 +42,7 @@ from lora_rlhf.data.closed_world import checkers
 from lora_rlhf.data.dataset_builder import prompts as read_prompts
 from lora_rlhf.evaluation import overoptimization
 from lora_rlhf.feedback import rounds as feedback_rounds
-from lora_rlhf.feedback import tasks
+from lora_rlhf.feedback import task_choice
 from lora_rlhf.models import scoring
 from lora_rlhf.reports import kinds
 from lora_rlhf.runs.samples import prompt_text
@@ -396,10 +396,10 @@ def strategies(seed: int, out: Path) -> list[dict[str, Any]]:
     start, folder_of = base(seed, out), folder.joinpath
     sets = [f"seed={seed}", f"sft={{from: {start / 'adapters' / 'sft'}}}", "reward.gate=warn"]
 
-    def labelled(run: Path, choice: tasks.Choice, noise: float | None) -> tuple[Any, float]:
+    def labelled(run: Path, choice: task_choice.Choice, noise: float | None) -> tuple[Any, float]:
         file = folder_of(f"{choice.strategy}-{choice.n}.jsonl")
         if not file.exists():
-            tasks.make(run, choice, file, failed=failed, say=print)
+            task_choice.make(run, choice, file, failed=failed, say=print)
         given = [json.loads(line) for line in file.read_text().splitlines()]
         recipe = lora_rlhf.Record.read(run).recipe()
         return feedback_rounds.simulated(recipe, given, seed + len(choice.strategy), noise)
@@ -414,11 +414,11 @@ def strategies(seed: int, out: Path) -> list[dict[str, Any]]:
     prompts, _, rewards = sampled_gold(start, "reference", seed, slice(0, 200))
     failed = [prompt_text(p) for p, [r] in zip(prompts, rewards, strict=True) if r < 1]
     test = sampled_gold(start, "reference", seed + 1, slice(200, 400), 4)
-    first, noise = labelled(start, tasks.Choice("random", START, seed=seed), None)
+    first, noise = labelled(start, task_choice.Choice("random", START, seed=seed), None)
     rows = [accuracy(trained("start", first), "start", seed, START, test)]
     several = trained("ensemble", first, ("reward.ensemble=3",))
-    for strategy in tasks.STRATEGIES:
-        added, _ = labelled(several, tasks.Choice(strategy, MORE[-1], seed=seed), noise)
+    for strategy in task_choice.STRATEGIES:
+        added, _ = labelled(several, task_choice.Choice(strategy, MORE[-1], seed=seed), noise)
         for n in MORE:
             run = trained(f"{strategy}-{n}", first + added[:n])
             rows.append(accuracy(run, strategy, seed, START + n, test))
@@ -467,9 +467,9 @@ def rounds(seed: int, out: Path) -> list[dict[str, Any]]:
             if number == 1 and kept.exists() and not where.exists():  # of the same model
                 shutil.copytree(kept, where / "answers")
             model = "sft" if number == 1 else "policy"
-            choice = tasks.Choice("random", n, model=model, seed=seed)
-            asked = feedback_rounds.Round(choice, "simulated", "sft", ("reward.gate=warn",))
-            recipe = feedback_rounds.prepare(run, where, asked, say=print)
+            choice = task_choice.Choice("random", n, model=model, seed=seed)
+            request = feedback_rounds.Round(choice, "simulated", "sft", ("reward.gate=warn",))
+            recipe = feedback_rounds.prepare(run, where, request, say=print)
             assert recipe is not None  # simulated labelers do not keep one waiting
             print("run", where, flush=True)
             run = where / "run"

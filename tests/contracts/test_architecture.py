@@ -393,7 +393,7 @@ def test_every_recipe_key_is_read_somewhere():
             if isinstance(node, ast.Attribute):
                 read.add(node.attr)
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                if re.fullmatch(r"[a-z_.]+", node.value):
+                if re.fullmatch(r"[a-z0-9_.]+", node.value):
                     read.update(node.value.split("."))
     fields = {(s.__name__, key) for s in sections(recipe_sections.Recipe) for key in s.model_fields}
     assert len(fields) > 60

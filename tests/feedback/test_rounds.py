@@ -15,7 +15,7 @@ from lora_rlhf.errors import DamageError, DataError, UsageError
 from lora_rlhf.feedback import rounds
 from lora_rlhf.feedback.labels import Answer, Task
 from lora_rlhf.feedback.rounds import Round
-from lora_rlhf.feedback.tasks import Choice
+from lora_rlhf.feedback.task_choice import Choice
 from lora_rlhf.recipe.loader import load_recipe
 from lora_rlhf.reports.cards import model_card
 from lora_rlhf.runs.disk import sha256
@@ -157,7 +157,7 @@ def test_a_round_waits_until_a_project_has_all_labels(runs, tmp_path):
     assert recipe.rounds[0].rankings == len(lines) == 2
     assert recipe.rounds[0].labels == "project"
     assert "w5" not in {json.loads(line)["prompt"] for line in lines}
-    again = rounds._asked_before(recipe)
+    again = rounds._earlier_prompts(recipe)
     assert len(again) == 3, "the skipped one is not asked again"
 
 

@@ -11,8 +11,8 @@ from small import tokenizer
 
 from lora_rlhf.data import dataset_builder
 from lora_rlhf.errors import UsageError
-from lora_rlhf.feedback import tasks
-from lora_rlhf.feedback.tasks import Choice
+from lora_rlhf.feedback import task_choice
+from lora_rlhf.feedback.task_choice import Choice
 from lora_rlhf.models import sampler
 from lora_rlhf.recipe.loader import parse_recipe
 from lora_rlhf.runtime import interrupts
@@ -22,19 +22,21 @@ from lora_rlhf.training.reward import ensemble
 
 def test_disagreement_is_the_spread_of_preferences():
     """Chances of 3/4 and 1/4 have a standard deviation of 1/4; offsets do not matter."""
-    assert tasks.disagreement(np.array([[math.log(3), 0.0], [0.0, math.log(3)]])) == pytest.approx(
-        0.25
+    assert task_choice.disagreement(
+        np.array([[math.log(3), 0.0], [0.0, math.log(3)]])
+    ) == pytest.approx(0.25)
+    assert task_choice.disagreement(np.array([[2.0, 0.0, 5.0], [9.0, 7.0, 12.0]])) == pytest.approx(
+        0
     )
-    assert tasks.disagreement(np.array([[2.0, 0.0, 5.0], [9.0, 7.0, 12.0]])) == pytest.approx(0)
     wide, narrow = np.array([[4.0, 0.0], [-4.0, 0.0]]), np.array([[4.0, 0.0], [3.0, 0.0]])
-    assert tasks.disagreement(wide) > tasks.disagreement(narrow) > 0
+    assert task_choice.disagreement(wide) > task_choice.disagreement(narrow) > 0
 
 
 def test_farthest_first_agrees_with_brute_force():
     rng = np.random.default_rng(0)
     points, known = rng.normal(size=(12, 3)) / 4, rng.normal(size=(4, 3)) / 4
     taken, left = list(known), list(range(len(points)))
-    for i, distance in tasks.farthest_first(points, known):
+    for i, distance in task_choice.farthest_first(points, known):
         gaps = {j: min(np.linalg.norm(points[j] - t) for t in taken) for j in left}
         assert i == max(gaps, key=gaps.get) and distance == pytest.approx(gaps[i])
         taken.append(points[i])
@@ -44,15 +46,15 @@ def test_farthest_first_agrees_with_brute_force():
 
 def test_nearest_serves_the_failures_in_turn():
     points = np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.6, 0.6]])
-    served = list(tasks.nearest(points, np.array([[1.0, 0.0], [0.0, 1.0]])))
+    served = list(task_choice.nearest(points, np.array([[1.0, 0.0], [0.0, 1.0]])))
     assert served == [(0, 0), (2, 1), (1, 0), (3, 1)]
-    assert list(tasks.nearest(points, np.empty((0, 2)))) == []
+    assert list(task_choice.nearest(points, np.empty((0, 2)))) == []
 
 
 def make(runs, out, strategy="random", n=6, **more):
     failed = ["w5 w6"] if strategy == "failures" else None
     choice = Choice(strategy, n, **{"k": 3, "model": "policy", **more})
-    return tasks.make(runs.after("ppo"), choice, out / "tasks.jsonl", failed=failed)
+    return task_choice.make(runs.after("ppo"), choice, out / "tasks.jsonl", failed=failed)
 
 
 @pytest.fixture
@@ -64,12 +66,12 @@ def sampled(monkeypatch):
         calls.append(len(prompts))
         return real(base, prompts, **options)
 
-    monkeypatch.setattr(tasks.sampler, "sample", sample)
+    monkeypatch.setattr(task_choice.sampler, "sample", sample)
     return calls
 
 
 def test_every_strategy_makes_tasks_and_samples_nothing_twice(runs, tmp_path, sampled):
-    made = {one: make(runs, tmp_path, one, pool=12) for one in tasks.STRATEGIES}
+    made = {one: make(runs, tmp_path, one, pool=12) for one in task_choice.STRATEGIES}
     assert sum(sampled) <= 12 * 3, "all strategies chose among the same 12 prompts"
     for strategy, each in made.items():
         assert len({task.id for task in each}) == 6
@@ -87,7 +89,7 @@ def test_the_highest_rewards_and_disagreements_come_first(runs, tmp_path):
 
     def scores(made, *roles):
         choice = Choice(k=3, model="policy")
-        answers = tasks._Answers(record, backbone, choice, tmp_path / "answers", print)
+        answers = task_choice._Answers(record, backbone, choice, tmp_path / "answers", print)
         rows = [{"prompt": list(task.prompt)} for task in made]
         episodes = [
             [(backbone.encode_prompt(row["prompt"]), ids) for ids in answers.ids(row).values()]
@@ -99,7 +101,7 @@ def test_the_highest_rewards_and_disagreements_come_first(runs, tmp_path):
     rewards = [each.max() for each in scores(best, "reward")]
     assert rewards == sorted(rewards, reverse=True) and rewards[0] > rewards[-1]
     apart = make(runs, tmp_path, "disagreement", n=12, pool=12)
-    spread = [tasks.disagreement(each) for each in scores(apart, "reward", "held_out")]
+    spread = [task_choice.disagreement(each) for each in scores(apart, "reward", "held_out")]
     assert spread == sorted(spread, reverse=True) and spread[0] > spread[-1]
 
 
@@ -111,7 +113,7 @@ def test_an_answer_depends_on_its_prompt_and_the_seed_alone(runs, tmp_path):
 
 
 def test_a_killed_command_goes_on_with_the_same_answers(runs, tmp_path, sampled, monkeypatch):
-    monkeypatch.setattr(tasks, "_AT_ONCE", 3)
+    monkeypatch.setattr(task_choice, "_AT_ONCE", 3)
     whole = make(runs, tmp_path / "whole")
     count, real = len(sampled), interrupts.stop_if_requested
     stops = iter([False, True])
@@ -121,7 +123,7 @@ def test_a_killed_command_goes_on_with_the_same_answers(runs, tmp_path, sampled,
             raise KeyboardInterrupt
         real()
 
-    monkeypatch.setattr(tasks.interrupts, "stop_if_requested", stop)
+    monkeypatch.setattr(task_choice.interrupts, "stop_if_requested", stop)
     with pytest.raises(KeyboardInterrupt):
         make(runs, tmp_path / "killed")
     assert not (tmp_path / "killed" / "tasks.jsonl").exists()
@@ -165,11 +167,11 @@ def test_failures_of_the_last_evaluation(tmp_path):
         {"prompt": p, "score": s, "verdict": {"success": ok}}
         for p, s, ok in (("a", 0.5, False), ("b", 1.0, True), ("c", -1.0, False))
     ]
-    assert tasks.failures(record(checked), "sft") == ["c", "a"]
+    assert task_choice.failures(record(checked), "sft") == ["c", "a"]
     scored = [{"prompt": f"p{i}", "score": -i} for i in range(8)]
-    assert tasks.failures(record(scored), "sft") == ["p7", "p6"]
+    assert task_choice.failures(record(scored), "sft") == ["p7", "p6"]
     with pytest.raises(UsageError, match="no failures of policy"):
-        tasks.failures(record(scored), "policy")
+        task_choice.failures(record(scored), "policy")
 
 
 @pytest.mark.parametrize(
@@ -188,8 +190,8 @@ def test_a_choice_that_cannot_be_made(options, given):
 
 def test_a_run_without_what_the_strategy_needs(runs, tmp_path):
     with pytest.raises(UsageError, match="has no finished policy"):
-        tasks.make(runs.after("reward"), Choice(model="policy"), tmp_path / "t.jsonl")
+        task_choice.make(runs.after("reward"), Choice(model="policy"), tmp_path / "t.jsonl")
     with pytest.raises(UsageError, match="needs 1 reward models or more, and the run has 0"):
-        tasks.make(runs.after("sft"), Choice("highest_reward", 2), tmp_path / "t.jsonl")
+        task_choice.make(runs.after("sft"), Choice("highest_reward", 2), tmp_path / "t.jsonl")
     with pytest.raises(UsageError, match="no failures of sft"):
-        tasks.make(runs.after("sft"), Choice("failures", 2), tmp_path / "t.jsonl")
+        task_choice.make(runs.after("sft"), Choice("failures", 2), tmp_path / "t.jsonl")
