@@ -9,6 +9,7 @@ seed share base, SFT and reward model. `--part` runs one part, `--seeds` fewer s
     gold        PPO against the exact checker: the optimiser alone
     algorithms  PPO, GRPO, RLOO, DPO and best of n against the learned reward
     curves      long PPO runs at several KL coefficients, and best of n, against sqrt(KL)
+    settings    PPO and RLOO at the settings that were tried; differences from the recipe's PPO
     noise       signal to noise of one rollout's policy gradient at SFT, by kind of advantage
     lora        adapters on 1, 1/2 and 1/4 of the layers; ranks 1, 4 and 16
     privacy     private reward models: accuracy, epsilon promised and epsilon found by an audit
@@ -44,7 +45,7 @@ from lora_rlhf.evaluation import overoptimization
 from lora_rlhf.feedback import rounds as feedback_rounds
 from lora_rlhf.feedback import task_choice
 from lora_rlhf.models import scoring
-from lora_rlhf.reports import kinds
+from lora_rlhf.reports import compare, kinds
 from lora_rlhf.runs.samples import prompt_text
 from lora_rlhf.runtime import quiet
 from lora_rlhf.serving import loaded_run
@@ -53,6 +54,12 @@ from lora_rlhf.training.reward import ensemble
 ALGORITHMS = ("ppo", "grpo", "rloo", "dpo", "best_of_n")
 KL_COEFS = [0.0, 0.05, 0.2]
 LONG = 60
+_CLIPPED = ["ppo.clip_value=0.2", "ppo.value_learning_rate=null"]
+SETTINGS = {
+    "ppo": [], "ppo-clipped-value": _CLIPPED, "ppo-1.5e-3": ["ppo.args.learning_rate=1.5e-3"],
+    "ppo-2e-3-kl-0.15": ["ppo.args.learning_rate=2e-3", "ppo.kl_coef=0.15"],
+    "rloo": ["algorithm=rloo"], "rloo-kl-0.15": ["algorithm=rloo", "rloo.kl_coef=0.15"],
+}  # fmt: skip
 LORA = {
     "fraction-1": [], "fraction-1-2": ["lora.top_fraction=0.5"],
     "fraction-1-4": ["lora.top_fraction=0.25"],
@@ -111,6 +118,16 @@ def algorithms(seed: int, out: Path) -> list[dict[str, Any]]:
     for algorithm in ALGORITHMS:
         sets = [f"seed={seed}", f"algorithm={algorithm}"]
         rows.append(row(one(sets, out / f"seed-{seed}" / algorithm, start), algorithm, seed))
+    return rows
+
+
+def settings(seed: int, out: Path) -> list[dict[str, Any]]:
+    start, rows = shared(seed, out), []
+    for name, more in SETTINGS.items():
+        where = out / f"seed-{seed}" / name
+        rows.append(row(one([f"seed={seed}", *more], where, start), name, seed))
+    for differ in compare.run([out / f"seed-{seed}" / name for name in SETTINGS])["differences"]:
+        print(seed, differ["of"], differ["less"], differ["metric"], cell(differ["estimate"]))
     return rows
 
 
@@ -528,8 +545,8 @@ def cell(estimate: Any, digits: int = 2) -> str:
 
 
 PARTS = {
-    "gold": gold, "algorithms": algorithms, "curves": curves, "noise": noise, "lora": lora,
-    "privacy": privacy, "strategies": strategies, "rounds": rounds,
+    "gold": gold, "algorithms": algorithms, "curves": curves, "settings": settings, "noise": noise,
+    "lora": lora, "privacy": privacy, "strategies": strategies, "rounds": rounds,
 }  # fmt: skip
 
 
