@@ -113,7 +113,9 @@ def _root(
     _debug = debug
 
 
-def _command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def _command(
+    name: str, group: typer.Typer = app
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a function as a verb whose errors become a message and an exit code."""
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -125,7 +127,7 @@ def _command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
                     quiet.process()
                 function(*args, **kwargs)
 
-        app.command(name)(guarded)
+        group.command(name)(guarded)
         return guarded
 
     return register
@@ -574,6 +576,54 @@ def _iterate_verb(
     finally:
         progress.end()
     tables.show(made)
+
+
+_data = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+app.add_typer(
+    _data, name="data", help="Take labels from other tools, hand tasks to them, publish labels."
+)
+ProjectPath = Annotated[Path, typer.Argument(metavar="PROJECT", help="Folder of the project.")]
+
+
+@_command("import", _data)
+def _data_import_verb(
+    folder: ProjectPath,
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="The export, or Argilla's folder.")],
+    tool: Annotated[str, typer.Option("--from", help="argilla, label-studio or open-webui.")],
+    fields: Annotated[
+        list[str] | None,
+        typer.Option("--field", metavar="OURS=THEIRS", help="prompt=x, answer=y; repeatable."),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Leave out a field or question; repeatable."),
+    ] = None,
+) -> None:
+    """Import tasks and labels of another tool.
+
+    People become pseudonyms. The project is made if there is none; `label --export` then writes
+    what a recipe reads.
+    """
+    for line in shell.room("feedback.exchange").take(
+        folder, path, tool, fields or (), ignore or ()
+    ):
+        shell.echo(line)
+
+
+@_command("export", _data)
+def _data_export_verb(
+    folder: ProjectPath,
+    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to write into.")],
+    tool: Annotated[str, typer.Option("--to", help="argilla or label-studio.")],
+    unlabelled: Annotated[
+        bool, typer.Option("--unlabelled", help="Tasks only, to be labelled there.")
+    ] = False,
+) -> None:
+    """Write tasks and labels for another tool.
+
+    Names of models stay here, and answers are in a random order.
+    """
+    shell.echo(shell.room("feedback.exchange").put(folder, out, tool, unlabelled))
 
 
 # --- verbs over runs -----------------------------------------------------------------------------

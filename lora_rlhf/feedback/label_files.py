@@ -184,7 +184,7 @@ def export(
     types, write = FORMS[form]
     fitting = [one for one in given if one[0].type in types]
     lost["of another type"] += len(given) - len(fitting)
-    rows = list(write(fitting))
+    rows = _alike(list(write(fitting)))
     left = "; left out: " + ", ".join(f"{n} {why}" for why, n in lost.items() if n)
     left = left if any(lost.values()) else ""
     if not rows:
@@ -226,6 +226,24 @@ def _given(
         else:
             given.append((task, label))
     return given, lost
+
+
+def _alike(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Give all prompts as turns if some are, since a file has one layout."""
+    if all(isinstance(row.get("prompt", ""), str) and "messages" not in row for row in rows):
+        return rows
+    made = []
+    for row in rows:
+        if isinstance(row.get("prompt"), str):
+            turns = [{"role": "user", "content": row["prompt"]}]
+            rest = {key: value for key, value in row.items() if key not in ("prompt", "completion")}
+            if "completion" in row:
+                last = {"role": "assistant", "content": row["completion"]}
+                row = {"messages": [*turns, last], **rest}
+            else:
+                row = {"prompt": turns, **rest}
+        made.append(row)
+    return made
 
 
 def ranks(task: Task, label: Label) -> list[int]:

@@ -28,6 +28,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self
 
 from lora_rlhf import extras
+from lora_rlhf.data import answer_format
 from lora_rlhf.errors import (
     BusyError,
     DamageError,
@@ -175,6 +176,8 @@ _STATEMENTS = {
     "LIMIT 1",
     "label": "SELECT * FROM labels WHERE id = :id",
     "submitted": "SELECT * FROM labels WHERE submission = :submission",
+    "assignment of": "SELECT id FROM assignments WHERE task = :task AND labeler = :labeler",
+    "latest": "SELECT * FROM labels WHERE assignment = :assignment ORDER BY id DESC LIMIT 1",
     "draft": "SELECT draft FROM drafts WHERE id = :id",
     "keep draft": "INSERT OR REPLACE INTO drafts (id, draft) VALUES (:id, :draft)",
     "drop draft": "DELETE FROM drafts WHERE id = :id",
@@ -632,8 +635,7 @@ class Store:
             row = _held(connection, labeler, assignment, tab)
             task, order = _task_of(connection, row.task), tuple(json.loads(row.shown))
             if value is not None:
-                given_value = check_value(task.type, value, len(task.answers))
-                value = in_task_order(task.type, given_value, order)
+                value = in_task_order(task.type, _checked(task, value), order)
             made = {
                 "assignment": assignment,
                 "task": task.id,
@@ -711,6 +713,63 @@ class Store:
         replaced = {row.replaces for row in rows} if current else set()
         return [_label(row) for row in rows if row.id not in replaced]
 
+    def add_labels(self, labels: Iterable[Label]) -> dict[str, int]:
+        """Add labels that were given elsewhere, all or none; one that differs replaces the older.
+
+        Their `id` and `replaces` are not read; without `created` they are of now.
+
+        Returns:
+            How many were `added`, and how many were there `already`.
+
+        Raises:
+            ValueError: A value has not the form of its task.
+            DataError: There is no such task.
+        """
+        counts = Counter(added=0, already=0)
+        with self._transaction() as connection:
+            for label in labels:
+                counts["added" if self._add_label(connection, label) else "already"] += 1
+        return dict(counts)
+
+    def _add_label(self, connection: Connection, label: Label) -> bool:
+        if (content := _run(connection, "task", task=label.task).scalar()) is None:
+            raise DataError(f"there is no task {label.task!r:.60}", where=str(self.path))
+        task, value, about = task_from(content), label.value, {"labeler": label.labeler}
+        if value is not None:
+            value = check_value(task.type, value, len(task.answers))
+        given = {
+            "value": None if value is None else _json(value),
+            "flags": _json(label.flags),
+            "both_bad": int(label.both_bad),
+            "note": label.note,
+        }
+        number = _run(connection, "assignment of", task=task.id, **about).scalar()
+        old = number and _run(connection, "latest", assignment=number).first()
+        if old and label.created and label.created <= old.created:
+            return False
+        if old and all(getattr(old, key) == one for key, one in given.items()):
+            return False
+        if _run(connection, "labeler", name=label.labeler).first() is None:
+            row = {"name": label.labeler, "people": None, "created": now()}
+            self._append(connection, _labelers, [row])
+        shown, moment = _json(label.order), time.time()
+        if number is None:
+            state = {"tab": "", "state": "open", "since": moment, "active": moment}
+            made = {"task": task.id, **about, "shown": shown, **state, "replaces": None}
+            number = self._append(connection, _assignments, [made])
+        replaced = old.id if old else None
+        added = {
+            "assignment": number, "task": task.id, **about, **given, "shown": shown,
+            "seconds": label.seconds, "guidelines": label.guidelines,
+            "created": label.created or now(), "replaces": replaced,
+            "submission": f"added/{number}/{replaced or 0}",
+        }  # fmt: skip
+        self._append(connection, _labels, [added])
+        _set(connection, number, state="labelled" if value else "skipped", replaces=None)
+        _run(connection, "drop draft", id=number)
+        _run(connection, "recount", task=task.id)
+        return True
+
     def progress(self, labeler: str) -> dict[str, Any]:
         """Count what a labeler did and what is left for them; seconds are those of the last 50."""
         with self._transaction(reads=True) as connection:
@@ -779,6 +838,14 @@ def _held(connection: Connection, labeler: str, assignment: int, tab: str | None
             "elsewhere", "this task is open in another tab", "go on here with the next task"
         )
     return row
+
+
+def _checked(task: Task, value: dict[str, Any]) -> dict[str, Any]:
+    """Return a value of the task's form; a demonstration must also keep the task's checks."""
+    value = check_value(task.type, value, len(task.answers))
+    if task.checks and (wrong := answer_format.problems(value["text"], task.checks)):
+        raise ValueError("; ".join(wrong))
+    return value
 
 
 def _task_of(connection: Connection, task: str) -> Task:

@@ -126,6 +126,14 @@ def test_what_is_no_label_is_refused_and_leaves_nothing(store, options, problem)
     assert label(store).id == 1
 
 
+def test_a_demonstration_keeps_the_checks_of_its_task(store):
+    turns = ({"role": "user", "content": "Tea?"},)
+    store.add_tasks([Task("d", "demonstration", turns, (), checks={"max_words": 2})])
+    with pytest.raises(ValueError, match="3 words, at most 2 are allowed"):
+        label(store, value={"text": "far too long"})
+    assert store.labels() == [] and label(store, value={"text": "just so"}).id == 1
+
+
 def test_a_draft_waits_until_the_label(store):
     fill(store, kind="demonstration", answers=0)
     given = store.next_assignment("anna")
