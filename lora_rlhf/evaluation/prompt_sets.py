@@ -84,8 +84,10 @@ def load(
     """
     if format == CLOSED_WORLD:
         return _closed_world(name, n or 256, seed)
+    if format == PLAIN_RECORDS:
+        return _plain_records(name, n or 256, seed)
     if format not in FORMATS:
-        expected = f"one of {', '.join([*FORMATS, CLOSED_WORLD])}"
+        expected = f"one of {', '.join([*FORMATS, CLOSED_WORLD, PLAIN_RECORDS])}"
         raise DataError(f"{format!r} is not a prompt-set format", where=where, expected=expected)
     if generated and path is None and hub is None:
         return _drawn(
@@ -138,6 +140,21 @@ def _closed_world(name: str, n: int, seed: int) -> PromptSet:
     return PromptSet(
         name, rows, "generated: the packaged closed world", "apache-2.0", sha256_of(rows)
     )
+
+
+def _plain_records(name: str, n: int, seed: int) -> PromptSet:
+    """Generate the closed world's questions on a record, with instructions that any model knows."""
+    rows: list[Row] = []
+    for item in generator.items(20 * n, seed, "evaluate"):
+        if item.family in ("answer", "not_stated") and len(rows) < n:
+            prompt = (
+                "Answer the question in one short sentence, from the record alone. If the record "
+                f"does not state the answer, say that it is not stated.\n\n{item.prompt}"
+            )
+            kind = "stated" if item.family == "answer" else "not stated"
+            rows.append(Row(item.id, kind, prompt, {"record": item.to_dict()}))
+    source = "generated: questions of the closed world in plain English"
+    return PromptSet(name, rows, source, "apache-2.0", sha256_of(rows))
 
 
 def _parse(format: str, raw: list[sources.Row], file: Path | None) -> list[tuple[str, Row]]:
@@ -582,7 +599,7 @@ def _counterfactual(rows: _Raw, folder: Path | None) -> _Rows:
         yield where, Row(name, kind, _column(where, row, "prompt"), reference)
 
 
-CLOSED_WORLD = "closed_world"
+CLOSED_WORLD, PLAIN_RECORDS = "closed_world", "plain_records"
 
 FORMATS: dict[str, _Reader] = {
     "plain": _plain,

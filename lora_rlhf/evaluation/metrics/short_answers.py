@@ -39,7 +39,8 @@ _ASKS = ("who", "when", "where", "what", "which", "how many", "how", "why", "mea
 
 _NO_ANSWER = re.compile(
     r"\b(?:i|we)(?:'m| am| are)? (?:do not|don't|does not|can ?not|can't|not) "
-    r"(?:know|sure|certain|answer|determine|say|find|aware|able|have (?:enough|any|that|this))\b"
+    r"(?:know|sure|certain|familiar|answer|determine|say|find|aware|able"
+    r"|have (?:enough|any|that|this))\b"
     r"|\b(?:unknown|not stated|not sure|no idea|unanswerable|not (?:known|available|mentioned"
     r"|enough information)|there is no (?:information|answer)|cannot be (?:determined|answered))\b"
 )
