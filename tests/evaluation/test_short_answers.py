@@ -40,7 +40,8 @@ def test_answers_are_graded_as_people_would(question, references, answer, right)
 @pytest.mark.parametrize(
     "answer",
     ["", " ", "I don’t know.", "I do not know", "Unknown", "I'm not sure about that.", "No idea",
-     "It is not known.", "I am not familiar with it.", "I cannot answer this question.", "Sorry, I don't have enough data."],
+     "It is not known.", "I am not familiar with it.",
+     "I cannot answer this question.", "Sorry, I don't have enough data."],
 )  # fmt: skip
 def test_who_does_not_know_neither_lies_nor_answers(answer):
     row = Row("1", "", "q", {"answers": ["Paris"]})
