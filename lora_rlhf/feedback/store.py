@@ -71,6 +71,9 @@ OWN_IDLE, IDLE = 120.0, 24 * 3600.0
 """Seconds without a sign of life after which another tab of the labeler, or another labeler, may
 have what was assigned."""
 
+TOTAL_SECONDS = 5.0
+"""Seconds for which the number of tasks that are left for a labeler is kept; it takes time."""
+
 SCREENING = "screening"
 """The `why` of gold tasks that every labeler gets first."""
 
@@ -280,6 +283,7 @@ class Store:
         self._lock = threading.Lock()
         self._engine: Engine | None = None
         self._readonly, self._synced, self._reading_only = False, True, False
+        self._totals: dict[str, tuple[float, int]] = {}
 
     # ---------------------------------------------------------------- opening and closing
 
@@ -488,6 +492,7 @@ class Store:
                 )
                 counts["added"] += 1
             self._append(connection, _tasks, rows)
+            self._totals.clear()
             return dict(counts)
 
     def tasks(self) -> list[Task]:
@@ -774,12 +779,15 @@ class Store:
         """Count what a labeler did and what is left for them; seconds are those of the last 50."""
         with self._transaction(reads=True) as connection:
             states = dict(map(tuple, _run(connection, "states", labeler=labeler)))
-            left = _run(connection, "left", labeler=labeler).scalar_one()
+            mine = sum(states.get(state, 0) for state in ("labelled", "skipped", "open"))
+            since, total = self._totals.get(labeler, (-TOTAL_SECONDS, 0))
+            if time.monotonic() - since >= TOTAL_SECONDS:
+                total = mine + _run(connection, "left", labeler=labeler).scalar_one()
+                self._totals[labeler] = time.monotonic(), total
             seconds = _run(connection, "seconds", labeler=labeler).scalars()
             median = statistics.median(list(seconds) or [0.0])
-        done = states.get("labelled", 0) + states.get("skipped", 0)
-        total = done + states.get("open", 0) + left
-        return {"done": done, "total": total, "seconds_median": round(median, 1)}
+        done = mine - states.get("open", 0)
+        return {"done": done, "total": max(total, mine), "seconds_median": round(median, 1)}
 
 
 def _wal(path: Path) -> Path:
