@@ -452,16 +452,22 @@ def accuracy(run: Path, name: str, seed: int, labels: int, test: Any) -> dict[st
         for text in answers
     ]
     scores = iter(ensemble.scores(backbone, episodes, record.recipe().reward).rewards)
-    right, groups = [], []
-    for number, rewards in enumerate(test[2]):
+    by_prompt: list[list[float]] = []
+    for rewards in test[2]:
         each = [next(scores) for _ in rewards]
-        for a, b in itertools.combinations(range(len(rewards)), 2):
-            if rewards[a] != rewards[b]:
-                right.append(float((each[a] > each[b]) == (rewards[a] > rewards[b])))
-                groups.append(number)
-    share = estimates.share_interval(right, groups)
+        by_prompt.append(
+            [
+                float((each[a] > each[b]) == (rewards[a] > rewards[b]))
+                for a, b in itertools.combinations(range(len(rewards)), 2)
+                if rewards[a] != rewards[b]
+            ]
+        )
+    by_prompt = [right for right in by_prompt if right]
+    groups = [number for number, right in enumerate(by_prompt) for _ in right]
+    share = estimates.share_interval(sum(by_prompt, []), groups)
     print(name, seed, labels, share, flush=True)
-    return {"name": name, "seed": seed, "labels": labels, "accuracy": share}
+    result = {"name": name, "seed": seed, "labels": labels, "accuracy": share}
+    return {**result, "by_prompt": [fmean(right) for right in by_prompt]}
 
 
 ARMS = {"one": (1050,), "three": (350, 350, 350)}
@@ -509,8 +515,12 @@ def strategy_tables(rows: list[dict[str, Any]]) -> str:
         if name not in ("start", "random"):
             pairs = [by[name, labels, s] - by["random", labels, s] for s in seeds]
             gap = cell(estimates.mean_interval(pairs), 3)
+        if gap and len(seeds) == 1:  # paired by prompt, which leaves the training's noise out
+            of = {(r["name"], r["labels"]): r["by_prompt"] for r in rows}
+            two = of[name, labels], of["random", labels]
+            gap = cell(estimates.paired_difference(*two, seeds[0]), 3)
         lines.append(f"| {name} | {labels} | {cell(estimates.mean_interval(each), 3)} | {gap} |")
-    return "\n".join([*lines, "", f"{len(seeds)} seeds; intervals over seeds.", ""])
+    return "\n".join([*lines, "", f"{len(seeds)} seeds; intervals over seeds, if several.", ""])
 
 
 def round_tables(rows: list[dict[str, Any]]) -> str:
