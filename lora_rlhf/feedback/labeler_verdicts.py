@@ -115,19 +115,21 @@ def judge_labelers(
     copies = table.copies()
     table.drop(copies)
     screened = screen(tasks, labels, cut_offs)
+    shown = _Shown(given)
     made = []
     for name in people:
         mine = [(task, label) for task, label in given if label.labeler == name]
         reasons = {"copies": copies[name].sentence} if name in copies else {}
         reasons |= _same_text(name, given)
-        first = _first_shown(mine)
-        reasons |= _same_side(first, mine, [pair for pair in given if pair[1].labeler != name])
+        first = shown.first(name)
+        reasons |= shown.same_side(name)
         skill, note = table.reliability(name), ""
         agreement, gold = table.agreement(name)
         if skill is None:
             note = f"fewer than {FEWEST_TASKS} tasks in common with others"
         else:
-            worth, note = _worth(skill, table.team(name), agreement, gold)
+            alike = table.like_somebody(name)
+            worth, note = _worth(skill, table.team(name), agreement, gold, alike)
             reasons |= worth
         seconds = [label.seconds for _, label in mine if label.value is not None]
         made.append(
@@ -149,19 +151,28 @@ def judge_labelers(
 
 
 def _worth(
-    skill: Estimate, team: float, agreement: Estimate | None, gold: Estimate | None
+    skill: Estimate,
+    team: float,
+    agreement: Estimate | None,
+    gold: Estimate | None,
+    alike: bool,
 ) -> tuple[dict[str, str], str]:
     """Return the reasons to name somebody by their reliability, and a note."""
     low, high = skill["value"] - _half(skill), skill["value"] + _half(skill)
     parts = [("the others", agreement), ("gold items", gold)]
     shown = " and ".join(f"with {who} on {_percent(e)}" for who, e in parts if e)
-    if high < 0:
+    parties = [estimate for _, estimate in parts if estimate]
+    worse = any((e["high"] or 1.0) < 0.5 for e in parties) or all(e["value"] < 0.5 for e in parties)
+    better = alike or any((e["low"] or 0.0) > 0.5 for e in parties)
+    if high < 0 and worse:
         return {
             "against": f"answers against the others: agrees {shown} of pairs; perhaps 1 was taken "
             "for the worst rank"
         }, ""
     if low > 0:
         return {}, ""
+    if better and high < USEFUL * team:  # the team has more than one taste
+        return {}, "better than chance, but unlike most of the team: perhaps of another taste"
     if high < USEFUL * team:
         return {"chance": f"no better than chance: agrees {shown} of pairs"}, ""
     return {}, "too few labels in common with others to tell from chance"
@@ -289,6 +300,25 @@ class _Table:
         others = [self.r[self._row(other)] for other in self.people if other != name]
         return max(LOWEST_TEAM, statistics.median(others)) if others else LOWEST_TEAM
 
+    def like_somebody(self, name: str) -> bool:
+        """Tell if a person clearly agrees with some of the people, who may be few.
+
+        Those with whom they agree in one half of the tasks are weighed by it in the other half.
+        """
+        row = self._row(name)
+        people = [one for one in range(1, 1 + self.last) if one != row and self.trust[one]]
+        product = self.x[people] * self.x[row]
+        common = (product != 0).any(axis=0)
+        product, task = product[:, common], self.task[common]
+        half = np.random.default_rng(0).permutation(len(self.tasks))[task] % 2 == 0
+        totals = np.zeros(len(self.tasks))
+        for here in (half, ~half):
+            seen = product[:, here]
+            weight = np.maximum(seen.sum(axis=1), 0) / (abs(seen).sum(axis=1) + 1)
+            totals += np.bincount(task[~here], weight @ product[:, ~here], len(self.tasks))
+        totals = totals[np.unique(task)]
+        return totals.size > 1 and (mean_interval(totals)["low"] or 0.0) > 0
+
     def agreement(self, name: str) -> tuple[Estimate | None, Estimate | None]:
         """Return the shares of pairs on which a person agrees with others, and with gold."""
         row, others = self._row(name), range(1, 1 + self.last)
@@ -338,13 +368,13 @@ class _Table:
     def _alike(self, i: int, other: int, product: Any) -> float | None:
         """Return the share of equal verdicts of two raters if it is beyond what r explains."""
         common = product != 0
+        if not common.any() or (product[common] > 0).mean() < ALIKE:
+            return None
         tasks = len({*self.task[common]})
         if tasks < FEWEST_TASKS:
             return None
         equal = share_interval(product[common] > 0, self.task[common].tolist())
         same, low = equal["value"], equal["low"] or 0.0
-        if same < ALIKE:
-            return None
         if same == 1 and equal["n"] > 2 * tasks:  # each pair as half an observation
             low = wilson(equal["n"] / 2, equal["n"] / 2)["low"] or 0.0  # type: ignore[arg-type]
         mine, theirs = self._of(i, without=other), self._of(other, without=i)
@@ -403,62 +433,66 @@ def _longer(tasks: Sequence[Task]) -> Iterator[tuple[Task, dict[str, Any]]]:
 # --- sides and texts -----------------------------------------------------------------------------
 
 
-def _first_shown(mine: Sequence[tuple[Task, Label]]) -> Estimate | None:
-    """Return how often the answer in the earlier place was preferred; ties are left out."""
-    outcomes: list[bool] = []
-    clusters: list[str] = []
-    for task, label in mine:
-        places = {answer: place for place, answer in enumerate(label.order)}
-        for (a, b), verdict in comparisons(task, label.value).items():
-            if verdict and a in places and b in places:
-                outcomes.append((verdict < 0) == (places[a] < places[b]))
-                clusters.append(task.id)
-    return share_interval(outcomes, clusters) if outcomes else None
+class _Shown:
+    """What each labeler chose, as it was on the screen."""
+
+    def __init__(self, given: Sequence[tuple[Task, Label]]) -> None:
+        self.sides: dict[str, list[tuple[str, bool]]] = {}  # task, the earlier place was preferred
+        self.values: dict[str, dict[str, Counter[str]]] = {}  # type of task -> answers
+        for task, label in given:
+            mine = self.sides.setdefault(label.labeler, [])
+            places = {answer: place for place, answer in enumerate(label.order)}
+            for (a, b), verdict in comparisons(task, label.value).items():
+                if verdict and a in places and b in places:
+                    mine.append((task.id, (verdict < 0) == (places[a] < places[b])))
+            values = self.values.setdefault(label.labeler, {})
+            for kind, value in _shown_value(task, label):
+                values.setdefault(kind, Counter())[value] += 1
+        self.chosen = Counter({who: sum(x for _, x in mine) for who, mine in self.sides.items()})
+        self.all: dict[str, Counter[str]] = {}
+        for values in self.values.values():
+            for kind, counts in values.items():
+                self.all.setdefault(kind, Counter()).update(counts)
+
+    def first(self, name: str) -> Estimate | None:
+        """Return how often the answer in the earlier place was preferred; ties are left out."""
+        mine = self.sides[name]
+        return share_interval([x for _, x in mine], [key for key, _ in mine]) if mine else None
+
+    def same_side(self, name: str) -> dict[str, str]:
+        """Return a reason if somebody nearly always chooses one place, or gives one answer.
+
+        Not if others do so too: then it lies in the tasks, such as an order never shuffled.
+        """
+        first, size = self.first(name), sum(map(len, self.sides.values())) - len(self.sides[name])
+        if first and first["low"] is not None and first["high"] is not None:
+            usual = (self.chosen.total() - self.chosen[name]) / size if size else 0.5
+            for side, low, typical, share in (
+                ("first", first["low"], usual, first["value"]),
+                ("last", 1 - first["high"], 1 - usual, 1 - first["value"]),
+            ):
+                if low > max(SAME_SIDE, typical + 0.1):
+                    where = f"prefers the answer shown {side} in {share:.0%} of pairs"
+                    return {"side": f"always the same side: {where}"}
+        for kind, mine in self.values[name].items():
+            [(value, count)], others = mine.most_common(1), self.all[kind] - mine
+            usual = others[value] / max(1, others.total())
+            if (wilson(count, mine.total())["low"] or 0) > max(SAME_SIDE, usual + 0.1):
+                given = f"{value} in {count} of {mine.total()} labels"
+                return {"side": f"always the same answer: {given}"}
+        return {}
 
 
-def _same_side(
-    first: Estimate | None,
-    mine: Sequence[tuple[Task, Label]],
-    others: Sequence[tuple[Task, Label]],
-) -> dict[str, str]:
-    """Return a reason if somebody nearly always chooses one place, or gives one answer.
-
-    Not if others do so too: then it lies in the tasks, such as an order that was never shuffled.
-    """
-    if first and first["low"] is not None and first["high"] is not None:
-        theirs = _first_shown(others)
-        usual = theirs["value"] if theirs else 0.5
-        for side, low, typical in (
-            ("first", first["low"], usual),
-            ("last", 1 - first["high"], 1 - usual),
-        ):
-            if low > max(SAME_SIDE, typical + 0.1):
-                share = first["value"] if side == "first" else 1 - first["value"]
-                where = f"prefers the answer shown {side} in {share:.0%} of pairs"
-                return {"side": f"always the same side: {where}"}
-    given, all_given = _shown_values(mine), _shown_values(others)
-    for kind, values in given.items():
-        [(value, count)] = Counter(values).most_common(1)
-        theirs_too = Counter(all_given.get(kind, ()))[value] / max(1, len(all_given.get(kind, ())))
-        if (wilson(count, len(values))["low"] or 0) > max(SAME_SIDE, theirs_too + 0.1):
-            return {"side": f"always the same answer: {value} in {count} of {len(values)} labels"}
-    return {}
-
-
-def _shown_values(given: Sequence[tuple[Task, Label]]) -> dict[str, list[str]]:
-    """Return the answers as the labeler saw them, by type (and number of answers) of the task."""
-    shown: dict[str, list[str]] = {}
-    for task, label in given:
-        value = label.value or {}
-        if task.type == "pair" and value:
-            strength = value["strength"] * (-1 if tuple(label.order) == (1, 0) else 1)
-            shown.setdefault("pair", []).append(f"strength {strength}")
-        elif task.type == "ranking" and value and label.order:
-            ranks = [value["ranks"][i] for i in label.order]
-            shown.setdefault(f"ranking {len(ranks)}", []).append(f"ranks {ranks}")
-        elif task.type == "rating" and value:
-            shown.setdefault("rating", []).append(f"overall {value['overall']}")
-    return shown
+def _shown_value(task: Task, label: Label) -> Iterator[tuple[str, str]]:
+    """Yield an answer as the labeler saw it, with the type (and number of answers) of the task."""
+    value = label.value or {}
+    if task.type == "pair" and value:
+        yield "pair", f"strength {value['strength'] * (-1 if label.order == (1, 0) else 1)}"
+    elif task.type == "ranking" and value and label.order:
+        ranks = [value["ranks"][answer] for answer in label.order]
+        yield f"ranking {len(ranks)}", f"ranks {ranks}"
+    elif task.type == "rating" and value:
+        yield "rating", f"overall {value['overall']}"
 
 
 def _same_text(name: str, given: Sequence[tuple[Task, Label]]) -> dict[str, str]:

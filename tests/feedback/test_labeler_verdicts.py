@@ -126,6 +126,25 @@ def test_an_order_that_was_never_shuffled_names_nobody():
     assert not [v for v in judge_labelers(made.tasks, best_first) if v.named]
 
 
+def test_people_of_another_taste_are_not_named():
+    """Four of twelve judge by something that the others do not see, and find each other."""
+    rng = random.Random(1)
+    tasks, labels = [], []
+    for i in range(240):
+        answers = tuple(Answer(f"m{n}", "") for n in range(3))
+        tasks.append(Task(f"t{i}", "ranking", ({"role": "user", "content": f"{i}"},), answers))
+        qualities = [[rng.gauss(0, 1) for _ in answers] for _ in range(2)]
+        for who in rng.sample(range(13), 5):  # the last one is a spammer
+            seen = [x + rng.gauss(0, 0.7) for x in qualities[who < 4]]
+            seen = seen if who < 12 else rng.sample(range(3), 3)
+            ranks = [1 + sum(other > x for other in seen) for x in seen]
+            order = rng.sample(range(3), 3)
+            labels.append(label(len(labels), tasks[-1], f"p{who:02}", {"ranks": ranks}, order))
+    verdicts = judge_labelers(tasks, labels)
+    assert [v.labeler for v in verdicts if v.named] == ["p12"]
+    assert any("another taste" in v.note for v in verdicts[:4])
+
+
 def test_ratings_are_judged_too():
     rng = random.Random(0)
     tasks, labels = [], []
