@@ -78,9 +78,9 @@ def run(
             answers[model] = one
             if earlier[model] is None:
                 cache.put(model, one)
-        asked = run_tables.prompt_set(record, rows, items)
-        made = run_tables.evaluation_of(recipe, asked, answers, max_new_tokens)
-        tables, judges = run_tables.tables(made, asked)
+        prompt_rows = run_tables.prompt_set(record, rows, items)
+        made = run_tables.evaluation_of(recipe, prompt_rows, answers, max_new_tokens)
+        tables, judges = run_tables.tables(made, prompt_rows)
         families = Counter(item.family for item in items if item is not None)
         evaluation, by_kind = run_tables.by_model(tables, models, list(families))
         record.data["evaluation"] = evaluation
@@ -90,7 +90,7 @@ def run(
             entry["samples_per_answer"] = {"best_of_n": n}
         record.data["clock"]["evaluation"] = {model: one.speed for model, one in answers.items()}
         _write_samples(record, rows, items, answers)
-        run_tables.write_report(record, made, asked, tables, judges, by_kind)
+        run_tables.write_report(record, made, prompt_rows, tables, judges, by_kind)
         entry.update(
             prompts=len(rows),
             models=models,
