@@ -626,6 +626,30 @@ def _data_export_verb(
     shell.echo(shell.room("feedback.exchange").put(folder, out, tool, unlabelled))
 
 
+@_command("push", _data)
+def _data_push_verb(
+    folder: ProjectPath,
+    repo_id: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Dataset on the Hub.")],
+    public: Annotated[
+        bool, typer.Option("--public", help="Make a new repository public; default: private.")
+    ] = False,
+    license: Annotated[str | None, typer.Option(help="Licence, such as cc-by-4.0.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Evaluation prompts to publish too.")
+    ] = None,
+    without: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Leave a labeler out; repeatable.")
+    ] = None,
+) -> None:
+    """Publish labels and guidelines as a dataset with a card.
+
+    Gold items, skipped tasks and tasks flagged as broken or personal data stay here.
+    """
+    publication = shell.room("feedback.publication")
+    request = publication.Request(repo_id, public, license, prompts, tuple(without or ()))
+    _say_pushed("dataset", publication.push(folder, request))
+
+
 # --- verbs over runs -----------------------------------------------------------------------------
 
 

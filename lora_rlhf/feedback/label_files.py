@@ -29,6 +29,9 @@ FIELDS = (
 _EXPECTED = '{"id": "1", "prompt": "…", "answers": {"model": "…", "other": "…"}}'
 _ROLES = ("system", "user", "assistant")
 
+NOTHING = "no label can be written as"
+"""Beginning of the error for an export without rows."""
+
 Given = tuple[Task, Label]
 Rows = Iterator[dict[str, Any]]
 
@@ -189,7 +192,7 @@ def export(
     left = left if any(lost.values()) else ""
     if not rows:
         raise DataError(
-            f"no label can be written as {form}{left}",
+            f"{NOTHING} {form}{left}",
             where=str(path),
             expected=f"labels of: {', '.join(types)}",
         )

@@ -10,11 +10,12 @@ import contextlib
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
+    DatasetInfo,
     HfApi,
     ModelInfo,
     constants,
@@ -101,6 +102,7 @@ class Repository:
         again: The command that repeats the whole operation, for messages.
         operation: For messages: "the push of the policy adapter".
         pauses: Seconds before each retry of a step.
+        kind: A dataset has only `check_access` and `upload`.
     """
 
     def __init__(
@@ -111,7 +113,9 @@ class Repository:
         again: str,
         operation: str,
         pauses: tuple[float, ...] = PAUSES,
+        kind: Literal["model", "dataset"] = "model",
     ) -> None:
+        self.kind = kind
         self.repo_id, self.public, self.operation, self.pauses = repo_id, public, operation, pauses
         self.head: str | None = None  # the commit that a mirror builds on
         self.again = again + (" --public" if public and again != "lora-rlhf run" else "")
@@ -175,9 +179,10 @@ class Repository:
                     "a token with write access to its repositories",
                 )
 
-    def info(self, repo_id: str) -> ModelInfo | None:
+    def info(self, repo_id: str) -> ModelInfo | DatasetInfo | None:
         """Look up a repository; None if it does not exist or the token may not see it."""
-        info: ModelInfo | None = self.call(lambda: self.api.model_info(repo_id), missing_ok=True)
+        look_up = self.api.dataset_info if self.kind == "dataset" else self.api.model_info
+        info: ModelInfo | DatasetInfo | None = self.call(lambda: look_up(repo_id), missing_ok=True)
         return info
 
     def check_visibility(self) -> list[str]:
@@ -205,19 +210,20 @@ class Repository:
         them the repository would hold an adapter without its card.
         """
         notes = self.check_visibility()
-        private, create = not self.public, self.api.create_repo
-        self.call(lambda: create(self.repo_id, private=private, exist_ok=True))
+        about: dict[str, Any] = {"private": not self.public, "repo_type": self.kind}
+        self.call(lambda: self.api.create_repo(self.repo_id, exist_ok=True, **about))
         commit = self.call(
             lambda: self.api.create_commit(
                 self.repo_id,
                 # Made anew in every try: operations of a failed commit must not be used again.
                 [CommitOperationAdd(name, folder / name) for name in files],
                 commit_message=f"Push the {message}",
+                repo_type=self.kind,
             )
         )
         info = self.info(self.repo_id)
         return {
-            "url": f"{self.api.endpoint}/{self.repo_id}",
+            "url": f"{self.api.endpoint}/{'datasets/' * (self.kind == 'dataset')}{self.repo_id}",
             "commit": commit.oid,
             "files": files,
             "private": info and bool(info.private),

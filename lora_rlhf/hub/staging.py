@@ -39,6 +39,7 @@ _SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _PLOT = re.compile(r"[\w-]+\.png")
 
 _HOME = re.compile(r"(?<![\w.])(/home/[\w.-]+/|/Users/[\w.-]+/|/root/)|[A-Za-z]:\\+Users\\+\w")
+_CANARY = re.compile(r"canary\s+GUID\s+[0-9a-f]{8}", re.IGNORECASE)
 _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _BF16_EXPONENT = 0x7F80
 
@@ -184,7 +185,11 @@ def scan(
     """
     home = str(Path.home())
     private = {*private, *([home + os.sep] if paths and len(home) > 1 else [])}
-    shapes = TOKENS | ({"a path of somebody's home": _HOME} if paths else {})
+    shapes = (
+        TOKENS
+        | {"the canary of a benchmark": _CANARY}
+        | ({"a path of somebody's home": _HOME} if paths else {})
+    )
     for name in names:
         if name.endswith((".safetensors", ".png", ".model")):
             continue
@@ -199,7 +204,7 @@ def scan(
         if kinds:
             raise HubError(
                 f"{name} holds what looks like {kinds[0]}",
-                expected="no secrets and no local paths in published files",
+                expected="no secrets, no local paths and no benchmarks in published files",
                 remedy="remove it at its source (recipe, data or samples), and run again",
             )
 

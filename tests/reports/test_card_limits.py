@@ -30,6 +30,15 @@ def test_a_win_rate_that_includes_one_half_is_not_called_a_win(run):
     assert "unknown whether PPO beat SFT" in limits_of(lone)
 
 
+def test_simulated_labelers_are_named_only_where_they_compared(run):
+    people = limits_of(run(), "reward")
+    assert "simulated" not in people
+    assert "A synthetic task generated the demonstrations; the comparisons were given" in people
+    source = {"kind": "task", "name": "closed-world", "rows": 9}
+    task = run(change(data__comparisons__sources=[source]))
+    assert "Trained on a synthetic task with simulated labelers" in limits_of(task, "reward")
+
+
 def test_a_judge_that_training_optimised_is_no_proof(run):
     def edit(data):
         policy = data["evaluation"]["policy"]

@@ -424,3 +424,13 @@ def test_no_picture_is_broken(run):
     assert "![" not in local and "`training.png`" in local and "evaluation.png" not in local
     published = model_card.render(record, "policy", {"base": "a/b", "policy": "a/c"})
     assert re.findall(r"!\[.*?\]\((.*?)\)", published) == ["plots/training.png"]
+
+
+def test_guidelines_stand_for_the_instructions_to_labelers(tmp_path):
+    source = {"kind": "file", "name": "c.jsonl", "rows": 9}
+    source["labelers"] = {"people": 2, "labels": 9, "guidelines": ["ab" * 32]}
+    record = make_run(tmp_path / "people", change(data__comparisons__sources=[source]))
+    text = section(model_card.render(record, "reward"), "Data")
+    assert "instructions to labelers: the guidelines with sha256 abababababababab" in text
+    plain = section(model_card.render(make_run(tmp_path / "plain"), "reward"), "Data")
+    assert "instructions to labelers: not recorded" in plain

@@ -36,10 +36,17 @@ def limits(facts: Facts) -> list[str]:
 
 
 def _of_data(facts: Facts) -> Iterator[str]:
-    if any(at(source, "kind") == "task" for _, source in facts.sources()):
+    sets = {name for name, source in facts.sources() if at(source, "kind") == "task"}
+    judged = any(name.startswith("comparisons") for name in sets)
+    if judged or (sets and not facts.get("data.comparisons")):
         yield (
             "Trained on a synthetic task with simulated labelers: the results show how the method "
             "works there, and say nothing about what people prefer."
+        )
+    elif sets:
+        yield (
+            f"A synthetic task generated the {' and '.join(sorted(sets))}; the comparisons were "
+            "given. Of other prompts than those of the task the results say nothing."
         )
     if unknown := facts.get("rebuilt.unknown"):
         yield f"The record of this run was lost and rebuilt; not known: {', '.join(unknown)}."

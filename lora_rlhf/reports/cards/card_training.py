@@ -154,8 +154,18 @@ def _notes(name: str, entry: Mapping[str, Any]) -> list[str]:
     elif agreement is not None or name.startswith("comparisons"):
         notes.append(f"share of pairs on which labelers agree: {interval(agreement)}")
     if name.startswith("comparisons"):
-        notes.append(f"instructions to labelers: {cell(at(entry, 'instructions', MISSING))}")
+        notes.append(f"instructions to labelers: {cell(_instructions(entry))}")
     return [*notes, *_hygiene(entry), *(cell(note) for note in at(entry, "notes", []))]
+
+
+def _instructions(entry: Mapping[str, Any]) -> str:
+    """Return the instructions to labelers, or the guidelines that stand for them."""
+    versions = [
+        sha for one in at(entry, "sources", []) for sha in at(at(one, "labelers"), "guidelines", [])
+    ]
+    shown = ", ".join(sorted({str(sha)[:16] for sha in versions if sha}))
+    given = f"the guidelines with sha256 {shown}, shown before the first label" if shown else ""
+    return str(at(entry, "instructions", given or MISSING))
 
 
 def _hygiene(entry: Mapping[str, Any]) -> Iterator[str]:
