@@ -434,7 +434,7 @@ def _longer(tasks: Sequence[Task]) -> Iterator[tuple[Task, dict[str, Any]]]:
 
 
 class _Shown:
-    """What each labeler chose, as it was on the screen."""
+    """Choices of each labeler, as they were on the screen."""
 
     def __init__(self, given: Sequence[tuple[Task, Label]]) -> None:
         self.sides: dict[str, list[tuple[str, bool]]] = {}  # task, the earlier place was preferred
