@@ -67,8 +67,8 @@ LORA = {
 }  # fmt: skip
 EPSILONS = (None, 8.0, 3.0, 1.0)
 PRIVACY = [
-    "data.comparisons.0.n=400",
-    "reward.privacy.canaries=1000", "reward.args.num_train_epochs=6", "reward.gate=warn",
+    "data.comparisons.0.n=200",
+    "reward.privacy.canaries=1000", "reward.args.num_train_epochs=4", "reward.gate=warn",
     "reward.args.per_device_train_batch_size=64",
 ]  # fmt: skip
 METRICS = (
