@@ -11,12 +11,14 @@ Nothing heavy is imported before a name is used: `import lora_rlhf` does not loa
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from lora_rlhf.errors import LoraRlhfError
     from lora_rlhf.evaluation.evaluate_targets import evaluate_targets
+    from lora_rlhf.feedback.labels import Task
     from lora_rlhf.feedback.notebook import label
     from lora_rlhf.hub.publishing import push
     from lora_rlhf.models.backbone import Backbone
@@ -44,12 +46,14 @@ __all__ = [
     "evaluate",
     "evaluate_targets",
     "generate",
+    "iterate",
     "label",
     "load",
     "load_recipe",
     "plan",
     "push",
     "run",
+    "tasks",
 ]
 
 _HOMES = {
@@ -113,6 +117,71 @@ def card(run: str | Path) -> list[Path]:
     from lora_rlhf.reports.cards import model_card
 
     return model_card.rewrite(run)
+
+
+def tasks(
+    run: str | Path,
+    out: str | Path = "tasks.jsonl",
+    *,
+    strategy: str = "random",
+    n: int = 100,
+    k: int = 4,
+    model: str = "sft",
+    pool: int | None = None,
+    seed: int = 0,
+    report: str | Path | None = None,
+    progress: Progress | None = None,
+) -> list[Task]:
+    """Write n tasks for labelers: k answers of a run's model to prompts that a strategy chooses.
+
+    Args:
+        strategy: random, disagreement, highest_reward, failures or novelty.
+        model: sft or policy.
+        pool: Prompts among which the strategy chooses; default: 4 times n.
+        report: Folder of an evaluation's report.json, for the strategy failures.
+    """
+    from lora_rlhf.feedback import task_choice
+    from lora_rlhf.runs.record import Record
+
+    say = progress.say if progress else lambda line: None
+    failed = report and task_choice.failures(Record.read(run), model, Path(report))
+    choice = task_choice.Choice(strategy, n, k, model, pool, seed)
+    return task_choice.make(run, choice, Path(out), failed=failed or None, say=say)
+
+
+def iterate(
+    run: str | Path,
+    out: str | Path | None = None,
+    *,
+    labels: str | None = None,
+    strategy: str = "random",
+    n: int = 100,
+    k: int = 4,
+    model: str = "policy",
+    start: Literal["sft", "policy"] = "sft",
+    pool: int | None = None,
+    seed: int = 0,
+    overrides: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Record | None:
+    """Make the next round of a run: tasks, labels, reward model, policy; return its record.
+
+    The same call goes on where it was. None: the tasks in `out` wait for labels.
+
+    Args:
+        out: Folder of the round; default: RUN-round-NUMBER.
+        labels: A labelling project, a file of comparisons, or `simulated`.
+        start: Model from which the policy goes on.
+        overrides: `key=value` changes of the recipe. The others are those of `tasks`.
+    """
+    from lora_rlhf import pipeline
+    from lora_rlhf.feedback import rounds, task_choice
+    from lora_rlhf.runs.progress import Progress
+
+    choice = task_choice.Choice(strategy, n, k, model, pool, seed)
+    request = rounds.Round(choice, labels, start, overrides)
+    place = Path(out) if out else rounds.next_folder(rounds.find_run(Path(run)))
+    return rounds.iterate(Path(run), place, request, pipeline.run, progress or Progress())
 
 
 def __getattr__(name: str) -> Any:

@@ -556,25 +556,17 @@ def _iterate_verb(
     from lora_rlhf.reports import tables
     from lora_rlhf.runs.progress import Progress
 
-    run = rounds.find_run(run)
-    record, progress = Record.read(run), Progress()
-    out = out or rounds.next_folder(run)
-    request = rounds.Round(
-        rounds.Choice(strategy, n, k, model, pool, seed), labels, start, overrides or ()
-    )
-    try:
-        if record.done(record.algorithm) and not record.done("evaluate"):
-            pipeline.run(record.recipe(), run, until="evaluate", progress=progress)
-        recipe = rounds.prepare(run, out, request, say=progress.say)
-        if recipe is None:
-            shell.echo(
-                f"{out / 'tasks.jsonl'} waits for labels; give the same command with --labels, a "
-                "file or a project of `lora-rlhf label`, to go on"
-            )
-            return
-        made = pipeline.run(recipe, out / rounds.RUN, progress=progress)
-    finally:
-        progress.end()
+    Record.read(rounds.find_run(run))
+    choice = rounds.Choice(strategy, n, k, model, pool, seed)
+    request = rounds.Round(choice, labels, start, overrides or ())
+    out = out or rounds.next_folder(rounds.find_run(run))
+    made = rounds.iterate(run, out, request, pipeline.run, Progress())
+    if made is None:
+        shell.echo(
+            f"{out / 'tasks.jsonl'} waits for labels; give the same command with --labels, a file "
+            "or a project of `lora-rlhf label`, to go on"
+        )
+        return
     tables.show(made)
 
 

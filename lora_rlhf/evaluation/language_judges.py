@@ -61,7 +61,7 @@ def calibration_of(target: Target) -> tuple[float, float]:
         raise AdapterError(
             f"cannot be read: {type(error).__name__} {error}",
             where=str(path),
-            expected="scale and offset, as `lora-rlhf judge --train` writes them",
+            expected="scale and offset, as `lora-rlhf judge` with `--train` writes them",
         ) from None
     return scale, offset
 

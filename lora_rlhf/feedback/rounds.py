@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +32,7 @@ from lora_rlhf.recipe.loader import dump_recipe, parse_recipe
 from lora_rlhf.recipe.schema import DataSource, Recipe
 from lora_rlhf.runs import run_lock
 from lora_rlhf.runs.disk import damaged, is_signed, sha256, signed, write_atomically
+from lora_rlhf.runs.progress import Progress
 from lora_rlhf.runs.record import Record, is_run
 from lora_rlhf.serving import loaded_run
 
@@ -73,6 +74,28 @@ def next_folder(run: Path) -> Path:
     own = run.parent if run.name == RUN else run
     number = len(Record.read(run).recipe().rounds) + 1
     return own.parent / f"{re.sub('-round-[0-9]+$', '', own.name)}-round-{number}"
+
+
+def iterate(
+    run: Path, out: Path, request: Round, execute: Callable[..., Record], progress: Progress
+) -> Record | None:
+    """Make a round: evaluate the run if it is not, then tasks, labels and the round's own run.
+
+    Args:
+        execute: Runs a recipe: `pipeline.run`, a room that this one does not import.
+
+    Returns:
+        The record of the round's run; None if tasks wait for labels.
+    """
+    run = find_run(run)
+    record = Record.read(run)
+    try:
+        if record.done(record.algorithm) and not record.done("evaluate"):
+            execute(record.recipe(), run, until="evaluate", progress=progress)
+        recipe = prepare(run, out, request, say=progress.say)
+        return None if recipe is None else execute(recipe, out / RUN, progress=progress)
+    finally:
+        progress.end()
 
 
 def prepare(run: Path, out: Path, request: Round, *, say: Say = lambda line: None) -> Recipe | None:

@@ -33,8 +33,8 @@ from lora_rlhf.runtime import quiet
 ROOT = Path(__file__).resolve().parents[2]
 VERBS = (
     "run", "demo", "plan", "sft", "reward", "ppo", "policy", "evaluate", "judge", "label",
-    "card", "report", "doctor",
-    "push", "generate", "compare", "env",
+    "tasks", "iterate", "card", "report", "doctor",
+    "push", "generate", "compare", "env", "data",
 )  # fmt: skip
 SMALL = "name: small\nmodel: {id: tiny}\ndata: {demonstrations: [{task: closed-world}]}\n"
 
