@@ -14,7 +14,7 @@ import math
 from collections.abc import Hashable, Sequence
 from functools import lru_cache
 from statistics import NormalDist
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -33,12 +33,18 @@ So may `rewards/NAME`, where a reward function does not apply to an episode.
 
 
 class Estimate(TypedDict):
-    """A number, its two-sided 95 % interval (None if n does not allow one), and its n."""
+    """A number, its two-sided 95 % interval (None if n does not allow one), and its n.
+
+    A comparison may have `p`, of the test that there is no difference, and `p_corrected`, if it is
+    one of several that are looked at.
+    """
 
     value: float
     low: float | None
     high: float | None
     n: int
+    p: NotRequired[float]
+    p_corrected: NotRequired[float]
 
 
 def _floats(values: ArrayLike) -> Floats:
@@ -68,8 +74,12 @@ def _estimate(value: float, low: float | None, high: float | None, n: int) -> Es
 
 def scaled(estimate: Estimate, factor: float) -> Estimate:
     """Convert an estimate to another unit (`factor` > 0), such as per 1,000 prompts."""
-    low, high = (None if x is None else x * factor for x in (estimate["low"], estimate["high"]))
-    return _estimate(estimate["value"] * factor, low, high, estimate["n"])
+    made = estimate.copy()
+    made["value"] *= factor
+    low, high = estimate["low"], estimate["high"]
+    made["low"] = None if low is None else low * factor
+    made["high"] = None if high is None else high * factor
+    return made
 
 
 # --- shares and means --------------------------------------------------------------------------
@@ -257,11 +267,12 @@ def corrected_difference(
     """
     gain = _youden(sensitivity, specificity)
     value, low, high = difference["value"], difference["low"], difference["high"]
-    if low is None or high is None:
-        return _estimate(_clipped(value / gain["value"]), None, None, difference["n"])
-    limits = [_ratio_limit(x, value, gain, upper) for x, upper in ((low, False), (high, True))]
-    low, value, high = map(_clipped, (limits[0], value / gain["value"], limits[1]))
-    return _estimate(value, low, high, difference["n"])
+    made = difference.copy()  # with its p: no difference of the shares is none of the verdicts
+    made["value"] = _clipped(value / gain["value"])
+    if low is not None and high is not None:
+        made["low"] = _clipped(_ratio_limit(low, value, gain, upper=False))
+        made["high"] = _clipped(_ratio_limit(high, value, gain, upper=True))
+    return made
 
 
 def _clipped(difference: float) -> float:
@@ -300,13 +311,17 @@ def paired_difference(a: ArrayLike, b: ArrayLike, seed: int, resamples: int = 10
     """The mean of a - b over prompts, with a seeded BCa bootstrap interval (Efron 1987).
 
     Both scores of a prompt are drawn together, so that its difficulty cancels (Miller 2024,
-    section 4). One prompt: no interval. All differences equal: an interval of width 0.
+    section 4). One prompt: no interval. All differences equal: an interval of width 0. Shares,
+    which are 0 or 1 on every prompt, have `_paired_shares`, because the bootstrap of few changes
+    covers too little.
     """
     first, second = _pair(a, b)
     gaps = first - second
     n, value = gaps.size, float(gaps.mean())
     if n < 2:
         return _estimate(value, None, None, n)
+    if np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all():
+        return _paired_shares(int((gaps > 0).sum()), int((gaps < 0).sum()), n)
     centred = gaps - value
     spread = float(centred @ centred)
     if spread <= (1e-12 * max(1.0, float(np.abs(gaps).max()))) ** 2 * n:
@@ -352,6 +367,75 @@ def holm(p_values: Sequence[float]) -> list[float]:
         most = max(most, min(1.0, (len(p_values) - rank) * p_values[i]))
         adjusted[i] = most
     return adjusted
+
+
+def _paired_shares(gained: int, lost: int, n: int) -> Estimate:
+    """The difference of two shares of the same n prompts, of which some changed.
+
+    Tango's score interval (1998), and `p` by McNemar's exact test: of the changed prompts, half
+    would be gained if there were no difference.
+    """
+    value = (gained - lost) / n
+
+    def score(d: float) -> float:
+        """Return the deviation from d in standard errors, under the likeliest shares with d."""
+        first = (2 * n - gained + lost) * d - gained - lost
+        root = math.sqrt(max(0.0, first**2 + 8 * n * lost * d * (1 - d)))
+        gap, variance = n * (value - d), n * ((root - first) / (2 * n) + d * (1 - d))
+        return gap / math.sqrt(variance) if variance > 1e-12 else math.copysign(math.inf, gap)
+
+    limits = []
+    for outside in (-1.0, 1.0):
+        inside = value
+        for _ in range(60):
+            middle = (inside + outside) / 2
+            if abs(score(middle)) > _Z:
+                outside = middle
+            else:
+                inside = middle
+        limits.append(outside)
+    changed, fewer = gained + lost, min(gained, lost)
+    tail = sum(math.comb(changed, k) for k in range(fewer + 1))
+    return {**_estimate(value, limits[0], limits[1], n), "p": min(1.0, 2 * tail / 2**changed)}
+
+
+def p_value(estimate: Estimate, null: float = 0.0) -> float | None:
+    """The p of the test that belongs to an interval: it is below 0.05 if `null` lies outside.
+
+    The half of the interval towards `null` has the width of 1.96 standard errors. No p is below
+    that of n equal signs, 2^(1 - n). None without an interval.
+    """
+    value, low, high = estimate["value"] - null, estimate["low"], estimate["high"]
+    if low is None or high is None:
+        return None
+    half = value - (low - null) if value > 0 else (high - null) - value
+    z = abs(value) * _Z / half if half > 0 else math.inf if value else 0.0
+    return max(2 * _NORMAL.cdf(-z), 2.0 ** (1 - estimate["n"]))
+
+
+def false_discovery(ps: Sequence[float]) -> list[float]:
+    """Correct the p of several tests, so that about one in twenty clear results is false.
+
+    Benjamini and Hochberg 1995: a result is clear if its corrected p is below 0.05.
+    """
+    order = sorted(range(len(ps)), key=lambda i: -ps[i])
+    corrected, least = [1.0] * len(ps), 1.0
+    for place, i in enumerate(order):
+        least = min(least, ps[i] * len(ps) / (len(ps) - place))
+        corrected[i] = least
+    return corrected
+
+
+def differs(estimate: Estimate | None, null: float = 0.0) -> int:
+    """Return 1 or -1 if an estimate is clearly above or below `null`, else 0.
+
+    Its interval must leave `null` out, and its p, corrected if it is one of several, be below 0.05.
+    """
+    if estimate is None or estimate["low"] is None or estimate["high"] is None:
+        return 0
+    if estimate.get("p_corrected", estimate.get("p", 0.0)) >= 0.05:
+        return 0
+    return int(estimate["low"] > null) - int(estimate["high"] < null)
 
 
 def _outcomes(a: ArrayLike, b: ArrayLike, tie: float) -> Floats:
@@ -459,10 +543,11 @@ def prediction_powered(labels: ArrayLike, predicted: ArrayLike, others: ArrayLik
     PPI++ (Angelopoulos, Duchi and Zrnic 2023, 2311.01453, example 6.1): the judge's mean over the N
     others, corrected by how far it is from people on the n. The weight of the judge minimises the
     variance, so a useless judge costs nothing. Unbiased whatever the judge's errors, if the n were
-    drawn at random. n counts labels.
+    drawn at random. n counts labels. Wilson's interval at the effective sample size, as in
+    `mean_of_shares`: that of a mean would end above 1, and after equal labels be too narrow.
 
     Args:
-        labels: (n,) by people.
+        labels: (n,) by people, from 0 to 1.
         predicted: (n,) by the judge on the same prompts.
         others: (N,) by the judge on prompts that nobody labelled.
     """
@@ -470,14 +555,16 @@ def prediction_powered(labels: ArrayLike, predicted: ArrayLike, others: ArrayLik
     rest = _floats(others)
     n, many = y.size, rest.size
     if n < 2 or many < 2:
-        return mean_interval(y)
+        return mean_of_shares(y)
     spread = float(np.concatenate((f, rest)).var())
     covariance = float(np.cov(y, f)[0, 1])
     weight = covariance / ((1 + n / many) * spread) if spread > 1e-12 else 0.0
-    value = weight * float(rest.mean()) + float((y - weight * f).mean())
+    value = min(1.0, max(0.0, weight * float(rest.mean()) + float((y - weight * f).mean())))
     variance = weight**2 * float(rest.var(ddof=1)) / many + float((y - weight * f).var(ddof=1)) / n
+    if variance < 1e-12 or value in (0.0, 1.0):
+        return wilson(n * value, n)
     half = t_quantile(n - 1) * math.sqrt(variance)
-    return _estimate(value, value - half, value + half, n)
+    return {**_score_interval(value, value * (1 - value) * (_Z / half) ** 2), "n": n}
 
 
 # --- text, labels, reward models ---------------------------------------------------------------

@@ -514,3 +514,55 @@ def test_corrections_by_hand():
     assert alone["low"] is None
     with pytest.raises(ValueError, match="no better than chance"):
         estimates.corrected_share(3, 10, (5, 10), (6, 10))
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(0, 0), (3, 0), (1, 7), (12, 12), (400, 340)])
+def test_paired_shares_have_mcnemars_exact_p(gained, lost):
+    n = gained + lost + 21
+    a, b = np.zeros(n), np.zeros(n)
+    a[:gained], b[gained : gained + lost] = 1, 1
+    found = estimates.paired_difference(a, b, 0)
+    wanted = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    assert found["p"] == pytest.approx(wanted)
+    assert found["low"] < found["value"] == (gained - lost) / n < found["high"]
+
+
+def test_paired_shares_have_tangos_interval():
+    """The published example: 21 children, of whom 1 got better and 7 worse (Tango 1998)."""
+    a = np.array([0.0] * 7 + [1.0] + [0.0] * 12 + [1.0])
+    b = np.array([1.0] * 7 + [0.0] + [0.0] * 12 + [1.0])
+    found = estimates.paired_difference(a, b, 0)
+    assert (found["low"], found["high"]) == pytest.approx((-0.517, -0.026), abs=5e-4)
+    # Without ties it is Wilson's: the difference of wins and losses is 2 p - 1.
+    won = np.array([1.0] * 13 + [0.0] * 7)
+    found, share = estimates.paired_difference(won, 1 - won, 0), estimates.wilson(13, 20)
+    ends = [2 * share[key] - 1 for key in ("low", "high")]
+    assert [found["low"], found["high"]] == pytest.approx(ends)
+
+
+def test_the_p_of_an_interval_is_below_5_percent_if_it_leaves_out_0():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        a, b = rng.normal(rng.uniform(0, 0.5), 1, 80), rng.normal(0, 1, 80)
+        found = estimates.paired_difference(a, b, 0, resamples=2000)
+        p = estimates.p_value(found)
+        assert (p < 0.05) == (found["low"] > 0 or found["high"] < 0)
+        assert p == pytest.approx(stats.ttest_rel(a, b).pvalue, abs=0.05)
+    same = estimates.paired_difference([0.3] * 4, [0.1] * 4, 0)
+    assert estimates.p_value(same) == 2**-3, "four equal differences prove little"
+    assert estimates.p_value(estimates.paired_difference([0.3], [0.1], 0)) is None
+    assert estimates.p_value(estimates.paired_difference([0.3] * 9, [0.3] * 9, 0)) == 1
+
+
+def test_false_discoveries_are_corrected_as_scipy_does():
+    ps = np.random.default_rng(1).random(50) ** 3
+    assert estimates.false_discovery(ps) == pytest.approx(stats.false_discovery_control(ps))
+    assert estimates.false_discovery([]) == []
+
+
+def test_an_interval_that_leaves_out_0_is_not_clear_after_a_correction():
+    one = {"value": 1.0, "low": 0.1, "high": 1.9, "n": 9}
+    assert estimates.differs(one) == 1 and estimates.differs(one, 2.0) == -1
+    assert estimates.differs({**one, "p": 0.07}) == 0
+    assert estimates.differs({**one, "p": 0.03, "p_corrected": 0.2}) == 0
+    assert estimates.differs(None) == estimates.differs({**one, "low": None}) == 0

@@ -74,7 +74,12 @@ def evaluate_targets(
         *judges.people_of([str(path) for path in labels]),
     ]
     report = run_suite.run(evaluation, specs, others)
-    html_report.write(report, folder / "report.html")
+    with evaluation.timed("page"):
+        html_report.write(report, folder / html_report.NAME)
+    report["seconds"] = evaluation.seconds
+    text = json.dumps(report, indent=1) + "\n"
+    write_atomically(folder / evaluation_report.FILE, text)
+    html_report.write(report, folder / html_report.NAME)
     return folder
 
 

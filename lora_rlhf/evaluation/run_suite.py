@@ -7,11 +7,13 @@ continues with what is missing, and ends with the same bits.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import itertools
 import json
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -77,6 +79,18 @@ class Evaluation:
     grades: dict[str, alignment_tax.Grades] = field(default_factory=dict)
     costs: dict[str, Any] = field(default_factory=dict)
     not_measured: list[dict[str, str]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Part of the evaluation -> its seconds, those of interrupted processes included."""
+
+    @contextlib.contextmanager
+    def timed(self, part: str, kept: dict[str, Any] | None = None) -> Iterator[None]:
+        """Add the seconds of a part; `kept` keeps them for an evaluation that goes on later."""
+        started = time.perf_counter()
+        yield
+        spent = round(time.perf_counter() - started, 3)
+        self.seconds[part] = self.seconds.get(part, 0.0) + spent
+        if kept is not None:
+            kept.setdefault("seconds", {})[part] = spent
 
     def __post_init__(self) -> None:
         names = [target.name for target in self.targets]
@@ -110,8 +124,9 @@ def run(
     _check_out(evaluation)
     evaluation.out.mkdir(parents=True, exist_ok=True)
     loaded = _loaded(specs, _of_targets(evaluation, sets), evaluation.out / "answers")
-    tables = [t for one, prompts in sets for t in _metric_tables(evaluation, one, prompts)]
-    tables += _task_tables(evaluation)
+    with evaluation.timed("statistics"):
+        tables = [t for one, prompts in sets for t in _metric_tables(evaluation, one, prompts)]
+        tables += _task_tables(evaluation)
     by_name = {m.judge["name"]: m.judge for one, _ in sets for m in _metrics(one) if m.judge}
     described: list[dict[str, Any]] = [*by_name.values()]
     rows = {prompts.name: prompts.rows for _, prompts in sets}
@@ -120,15 +135,18 @@ def run(
         evaluation.say(f"judging with {judge.name}")
         about = describe(judge, evaluation.validations.get(judge.name))
         described.append(about)
-        for prompts in compared:
-            read = rows.get(prompts.clean)  # a judge is not to be misled by a change
-            tables += _win_rates(evaluation, prompts, judge, about, read)
-        tables += _rewards_of_swaps(evaluation, sets, judge)
+        with evaluation.timed(f"judge {judge.name}"):
+            for prompts in compared:
+                read = rows.get(prompts.clean)  # a judge is not to be misled by a change
+                tables += _win_rates(evaluation, prompts, judge, about, read)
+            tables += _rewards_of_swaps(evaluation, sets, judge)
         del judge  # with its base, before the next one is loaded
     clean = [prompts for prompts in compared if not prompts.clean]
-    tables += _with_people(evaluation, clean, described)
-    suite_tables.correct_swaps(tables)
-    made = report(evaluation, [prompts for _, prompts in sets], described, tables)
+    with evaluation.timed("statistics"):
+        tables += _with_people(evaluation, clean, described)
+        suite_tables.correct_swaps(tables)
+        made = report(evaluation, [prompts for _, prompts in sets], described, tables)
+    made["seconds"] = evaluation.seconds
     write_atomically(evaluation.out / "report.json", json.dumps(safe(made), indent=1) + "\n")
     tasks = [task for prompts in clean for task in _to_label(evaluation, prompts, described)]
     lines = "".join(json.dumps(safe(task)) + "\n" for task in tasks)
@@ -195,7 +213,8 @@ def _of_targets(
     answering: Engine | Server | None = None
     for section, group in _by_base(evaluation.targets):
         answering = None  # before the next base is loaded
-        answering = Server(group[0]) if section is None else Engine(section, group)
+        with evaluation.timed("loading models"):
+            answering = Server(group[0]) if section is None else Engine(section, group)
         for target in group:
             measured = [
                 prompts
@@ -204,7 +223,8 @@ def _of_targets(
             ]
             _of_tasks(evaluation, answering, target)
             if measured:
-                cost = answering.measure(target, measured[0].rows, evaluation.suite)
+                with evaluation.timed("latency"):
+                    cost = answering.measure(target, measured[0].rows, evaluation.suite)
                 evaluation.costs[target.name] = cost.report(evaluation.price_per_hour)
     return answering if isinstance(answering, Engine) else None
 
@@ -330,8 +350,7 @@ def _of_target(
         False if the prompts are too long for the target's context.
     """
     interrupts.stop_if_requested()
-    metrics = _metrics(one)
-    key, suite = (one.name, target.name), evaluation.suite
+    metrics, key, suite = _metrics(one), (one.name, target.name), evaluation.suite
     sampled = one.win_rate or any(metric.score for metric in metrics)
     if (sampled or prompts.clean) and isinstance(engine, Engine):
         if why := engine.too_long(target, prompts.rows, suite):
@@ -345,13 +364,15 @@ def _of_target(
         "prompts": prompts.sha256,
         "suite": [suite.seed, suite.temperature, suite.max_new_tokens, suite.batch_size],
     }
-    path = evaluation.out / "answers" / f"{digest([target.name, one.name])[:16]}.json"
-    kept = saved.take(path, identity)
+    where = evaluation.out / "answers" / f"{digest([target.name, one.name])[:16]}.json", identity
+    kept = saved.take(*where)
+    evaluation.seconds |= kept.get("seconds", {})
     if sampled:
         if "answers" not in kept:
             evaluation.say(f"{target.name} answers {len(prompts.rows)} prompts of {one.name}")
-            kept["answers"] = _sampled(evaluation, engine, target, prompts, kept, path, identity)
-            saved.put(path, identity, kept)
+            with evaluation.timed(f"answers of {target.name} on {one.name}", kept):
+                kept["answers"] = _sampled(evaluation, engine, target, prompts, kept, where)
+            saved.put(*where, kept)
         evaluation.answers[key] = [Answer(**each) for each in kept["answers"]]
     by_metric = kept.setdefault("asked", {})
     for metric in metrics:
@@ -364,15 +385,17 @@ def _of_target(
             evaluation.not_measured.append({"what": what, "why": why})
         else:
             evaluation.say(f"{target.name}: log-probabilities for {metric.name} on {one.name}")
-            options = engine.options(target)
-            by_metric[metric.name] = _each(metric, prompts, [options] * len(prompts.rows))
-            saved.put(path, identity, kept)
-    evaluation.values[key] = {
-        metric.name: list(by_metric[metric.name])
-        if metric.ask is not None
-        else _each(metric, prompts, [answer.text for answer in evaluation.answers[key]])
-        for metric in metrics
-    }
+            given = [engine.options(target)] * len(prompts.rows)
+            with evaluation.timed(f"{metric.name} of {target.name} on {one.name}", kept):
+                by_metric[metric.name] = _each(metric, prompts, given)
+            saved.put(*where, kept)
+    with evaluation.timed("metrics of the answers"):
+        evaluation.values[key] = {
+            metric.name: list(by_metric[metric.name])
+            if metric.ask is not None
+            else _each(metric, prompts, [answer.text for answer in evaluation.answers[key]])
+            for metric in metrics
+        }
     return True
 
 
@@ -382,14 +405,13 @@ def _sampled(
     target: Target,
     prompts: PromptSet,
     kept: dict[str, Any],
-    path: Path,
-    identity: dict[str, Any],
+    where: tuple[Path, dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """Sample the answers; those of a server are kept one by one, as it may fail."""
     if isinstance(engine, Engine):
         return [asdict(one) for one in engine.answer(target, prompts.rows, evaluation.suite)]
     by_row = kept.setdefault("by_row", {})
-    save = functools.partial(saved.put, path, identity, kept)
+    save = functools.partial(saved.put, *where, kept)
     answers = engine.answer(target, prompts.rows, evaluation.suite, by_row, save)
     del kept["by_row"]
     return [asdict(one) for one in answers]
@@ -431,9 +453,12 @@ def _of_tasks(evaluation: Evaluation, engine: Engine | Server, target: Target) -
     }
     path = evaluation.out / "answers" / f"{digest([target.name, 'lm-eval'])[:16]}.json"
     kept = saved.take(path, identity)
-    if not kept:
+    evaluation.seconds |= kept.get("seconds", {})
+    if "grades" not in kept:
         evaluation.say(f"{target.name}: lm-eval runs {', '.join(section.tasks)}")
-        kept = {"grades": alignment_tax.grades(engine, target, section, evaluation.suite.seed)}
+        with evaluation.timed(f"lm-eval on {target.name}", kept):
+            seed = evaluation.suite.seed
+            kept["grades"] = alignment_tax.grades(engine, target, section, seed)
         saved.put(path, identity, kept)
     evaluation.grades[target.name] = kept["grades"]
 
@@ -660,6 +685,7 @@ def report(
     """Make the content of `report.json`."""
     suite = evaluation.suite
     head = suite_tables.headline(suite.headline, tables)
+    suite_tables.correct(tables, head)
     verdict = suite_tables.sentences(head, suite.headline, tables)
     if head is not None:
         head["sentence"] = verdict[0]

@@ -92,6 +92,7 @@ def evaluation_of(
         temperature=recipe.evaluate.temperature,
         max_new_tokens=max_new_tokens,
         batch_size=recipe.evaluate.batch_size,
+        headline=f"{SET}/win_rate",
         sets=[SetSection(name=SET, format="plain", win_rate=True)],
     )
     made = run_suite.Evaluation(
@@ -209,12 +210,9 @@ def write_report(
     """
     report = run_suite.report(evaluation, [prompts], judges, made)
     said = screen.sentences(record.data["evaluation"], record.algorithm, by_kind)
-    head = suite_tables.headline(f"{SET}/win_rate", made)
-    report |= {
-        "created": None,
-        "headline": head and {**head, "sentence": said[0]},
-        "verdict": said,
-    }
+    report |= {"created": None, "verdict": said}
+    if report["headline"] is not None:
+        report["headline"]["sentence"] = said[0]
     path = record.folder / evaluation_report.FILE
     write_atomically(path, json.dumps(safe(report), indent=1) + "\n")
     record.note(path)

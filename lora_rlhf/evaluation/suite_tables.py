@@ -349,6 +349,33 @@ def _detectable(estimated: Estimate | None) -> float | None:
     return _POWER * (estimated["high"] - estimated["low"])
 
 
+def correct(tables: Sequence[dict[str, Any]], head: dict[str, Any] | None) -> None:
+    """Give every comparison its p, and all but the headline one that is corrected for the others.
+
+    Comparisons are differences, changes from the clean prompts, and win rates, by kind too.
+    """
+    family: list[Estimate] = []
+    for table in tables:
+        own = [row["estimate"] for row in table["differences"]]
+        parts = [e for row in table["differences"] for e in row["by_kind"].values()]
+        rates = str(table["metric"]).startswith("win_rate")
+        if rates:
+            own = list(table["estimates"].values())
+            parts = [e for by in table["by_kind"].values() for e in by.values()]
+        changes = () if "swaps" in table else table.get("from_clean", {}).values()
+        leads = head is not None and all(table[k] == head[k] for k in ("set", "metric", "judge"))
+        null = 0.5 if rates else 0.0
+        for few, none in ((own, null), (parts, null), (changes, 0.0)):
+            for estimated in few:
+                p = estimated and estimated.get("p", estimates.p_value(estimated, none))
+                if estimated and p is not None:
+                    estimated["p"] = p
+                    family += [] if leads and few is own else [estimated]
+    corrected = estimates.false_discovery([estimated["p"] for estimated in family])
+    for estimated, p in zip(family, corrected, strict=True):
+        estimated["p_corrected"] = p
+
+
 # --- the verdict, in words ---------------------------------------------------------------------
 
 
@@ -381,8 +408,9 @@ def sentences(
     looked += sum(len(t.get("from_clean", ())) for t in tables if "swaps" not in t)
     if looked > 1:
         verdict.append(
-            f"{looked} differences were examined, kinds of prompt included: without any true "
-            f"one, about {looked / 20:.0f} of their intervals would exclude 0 by chance."
+            f"{looked} differences were examined, kinds of prompt included. All but the headline "
+            "are corrected for that: of those called better or worse, about one in twenty is "
+            "expected to be chance (Benjamini and Hochberg)."
         )
     return verdict
 
@@ -401,8 +429,17 @@ def _of_win_rate(table: dict[str, Any]) -> list[str]:
         elif estimated["high"] < 0.5:
             out.append(f"{name} is worse: {rate}; the interval lies below 50 %.")
         else:
-            out.append(f"{name} was not shown to be better or worse: {rate}.")
+            least = 100 * (_detectable(estimated) or 0)
+            shown = _could_show(estimated, f"{least:.1f} points from 50 %")
+            out.append(f"{name} was not shown to be better or worse: {rate}{shown}.")
     return out
+
+
+def _could_show(estimated: Estimate | None, least: str) -> str:
+    """Return the clause on the smallest difference that this many prompts could have shown."""
+    if estimated is None or estimated["low"] is None:
+        return ""
+    return f"; {estimated['n']} prompts show a difference of {least} in 8 of 10 evaluations"
 
 
 def _percent(estimated: Estimate) -> str:
@@ -419,7 +456,9 @@ def _of_metric(table: dict[str, Any]) -> list[str]:
     for row in reversed(table["differences"]):
         sign = _sign(row["estimate"], table["better"])
         words = {1: "is better", -1: "is worse", 0: "was not shown to be better or worse"}[sign]
-        out.append(f"{row['a']} {words} than {row['b']}: {_gap(table, row['estimate'])}.")
+        least = row.get("detectable")
+        shown = "" if sign or least is None else _could_show(row["estimate"], f"{least:.3g}")
+        out.append(f"{row['a']} {words} than {row['b']}: {_gap(table, row['estimate'])}{shown}.")
     return out
 
 
@@ -440,18 +479,9 @@ def _signed(estimated: Estimate) -> str:
 
 
 def _sign(estimated: Estimate | None, better: str) -> int:
-    """1: clearly better, -1: clearly worse, 0: neither, by the interval of the difference."""
-    if (
-        estimated is None
-        or estimated["low"] is None
-        or estimated["high"] is None
-        or better == "neither"
-    ):
-        return 0
-    direction = 1 if better == "higher" else -1
-    if estimated["low"] > 0 and math.isfinite(estimated["low"]):
-        return direction
-    return -direction if estimated["high"] < 0 else 0
+    """1: clearly better, -1: clearly worse, 0: neither."""
+    direction = {"higher": 1, "lower": -1, "neither": 0}[better]
+    return direction * estimates.differs(estimated)
 
 
 def _worse(tables: Sequence[dict[str, Any]], head: dict[str, Any] | None) -> list[str]:
@@ -474,7 +504,7 @@ def _worse(tables: Sequence[dict[str, Any]], head: dict[str, Any] | None) -> lis
         if table["metric"] == "win_rate" and table["trusted"]:
             for kind, rates in table["by_kind"].items():
                 for name, estimated in rates.items():
-                    if estimated and estimated["high"] is not None and estimated["high"] < 0.5:
+                    if estimated and estimates.differs(estimated, 0.5) < 0:
                         text = f"on {kind} {_percent(estimated)}"
                         by_kind.setdefault(f"{name} loses", []).append(text)
     out = []

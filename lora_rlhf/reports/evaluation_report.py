@@ -35,6 +35,10 @@ class Interval(Part):
     low: float | None
     high: float | None
     n: int
+    p: float | None = None
+    """Of the test that there is no difference."""
+    p_corrected: float | None = None
+    """The same, corrected for all comparisons of the report; none for the headline."""
 
 
 Estimates = dict[str, Interval | None]
@@ -47,6 +51,8 @@ class Difference(Part):
     b: str
     estimate: Interval | None
     by_kind: Estimates
+    detectable: float | None = None
+    """True difference that this many prompts show in 8 of 10 evaluations."""
 
 
 class Swap(Part):
@@ -182,6 +188,8 @@ class Report(Part):
     samples: list[Sample]
     costs: dict[str, Cost]
     not_measured: list[Gap]
+    seconds: dict[str, float] = Field(default_factory=dict)
+    """Part of the evaluation -> its time."""
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:

@@ -325,8 +325,12 @@ def reading(difference: Difference, better: str) -> str:
     estimate = difference.estimate
     if estimate is None or estimate.low is None or estimate.high is None:
         return "not known"
-    if estimate.low <= 0 <= estimate.high:
-        return "no difference shown"
+    p = estimate.p if estimate.p_corrected is None else estimate.p_corrected
+    if estimate.low <= 0 <= estimate.high or (p is not None and p >= 0.05):
+        least = difference.detectable
+        corrected = "" if estimate.low <= 0 <= estimate.high else " after correction"
+        could = f"; {plain(least, 2)} would be, in 8 of 10 evaluations" if least else ""
+        return f"no difference shown{corrected}{could}"
     higher = estimate.low > 0
     if better == "neither":
         return f"{difference.a} is {'higher' if higher else 'lower'}"

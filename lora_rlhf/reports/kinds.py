@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from lora_rlhf.estimates import Estimate
+from lora_rlhf.estimates import Estimate, differs
 from lora_rlhf.runs.metric_names import DIFFERENCE, METRICS
 from lora_rlhf.runs.record import Record
 
@@ -26,9 +26,14 @@ def of_record(record: Record) -> dict[str, dict[str, Metrics]]:
 
 
 def clearly_worse(kinds: Mapping[str, Metrics]) -> dict[str, Estimate]:
-    """Return the kinds of prompt on which the interval of the difference to SFT lies below 0."""
+    """Return the kinds of prompt on which the difference to SFT is clearly below 0."""
     gaps = {kind: at(metrics, DIFFERENCE) for kind, metrics in kinds.items()}
-    return {k: gap for k, gap in gaps.items() if is_number(at(gap, "high")) and gap["high"] < 0}
+    return {k: gap for k, gap in gaps.items() if _side(gap) < 0}
+
+
+def _side(gap: Estimate | None) -> int:
+    """Return 1 or -1 if a difference is clearly above or below 0, if the record can be read."""
+    return differs(gap) if gap and is_number(at(gap, "low")) and is_number(at(gap, "high")) else 0
 
 
 def sentences(who: str, own: Metrics, sft: Metrics, kinds: Mapping[str, Metrics]) -> dict[str, str]:
@@ -53,7 +58,7 @@ def sentences(who: str, own: Metrics, sft: Metrics, kinds: Mapping[str, Metrics]
         by_topic["none_worse"] = f"{who} is clearly worse than SFT on no kind of prompt."
     for metric, what in _ABSTENTION.items():
         gap = at(own, f"{metric}_minus_sft")
-        if is_number(at(gap, "low")) and gap["low"] > 0:
+        if _side(gap) > 0:
             shares = " to ".join(interval(at(of, metric), short=True) for of in (sft, own))
             by_topic[metric] = (
                 f"{who} {what}: {shares}, paired difference {interval(gap, short=True)}."

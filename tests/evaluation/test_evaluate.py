@@ -97,6 +97,11 @@ def plain(record, heads):
     return record.data["evaluation"]
 
 
+def bare(estimate):
+    """Without the p of a comparison."""
+    return {key: value for key, value in estimate.items() if not key.startswith("p")}
+
+
 def read_samples(record):
     text = (record.folder / "samples.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
@@ -157,7 +162,7 @@ def test_kl_is_per_sequence_on_own_samples_and_absent_for_sft(plain):
 
 
 def test_win_rates_are_against_sft_only(plain):
-    assert plain["policy"]["win_rate_proxy"] == estimates.win_rate([11, 6, 4], [4, 6, 7])
+    assert bare(plain["policy"]["win_rate_proxy"]) == estimates.win_rate([11, 6, 4], [4, 6, 7])
     assert plain["policy"]["win_rate_proxy"]["value"] == 0.5
     assert plain["policy"]["longer_than_sft"]["value"] == 0.5
     assert plain["base"]["win_rate_proxy"]["value"] == pytest.approx(1 / 3)
@@ -201,7 +206,7 @@ def test_held_out_model_judges_apart_from_the_proxy(record, heads):
     evaluate.run(recipe(), Scripted(PLAIN, roles), record, plain_prompts())
     metrics = record.data["evaluation"]["policy"]
     assert metrics["held_out_reward"]["value"] == pytest.approx(-0.7)
-    assert metrics["win_rate_held_out"] == estimates.win_rate([-11, -6, -4], [-4, -6, -7])
+    assert bare(metrics["win_rate_held_out"]) == estimates.win_rate([-11, -6, -4], [-4, -6, -7])
     assert "win_rate_held_out_length_controlled" in metrics
 
 
@@ -287,10 +292,10 @@ def test_gold_comparisons_are_paired_with_sft(record, heads):
         for role, texts in answers.items()
     }
     policy = evaluation["policy"]
-    assert policy["win_rate"] == estimates.win_rate(gold["policy"], gold["reference"])
+    assert bare(policy["win_rate"]) == estimates.win_rate(gold["policy"], gold["reference"])
     assert policy["win_rate"]["value"] == (28 / 2) / 32
     expected = estimates.paired_difference(gold["policy"], gold["reference"], seed=11)
-    assert policy["gold_reward_minus_sft"] == expected
+    assert bare(policy["gold_reward_minus_sft"]) == expected
     assert expected["value"] == pytest.approx(-2 * 4 / 32)
     assert "win_rate" not in evaluation["sft"]
     assert "gold_reward_minus_sft" not in evaluation["sft"]
@@ -312,15 +317,15 @@ def test_prompts_without_an_item_count_only_for_other_metrics(record, heads):
 
 def test_each_kind_of_prompt_has_the_metrics_of_its_own_prompts(record, heads):
     """The whole is the mean over kinds; a fall on one kind shows there and nowhere else."""
-    items, answers, evaluation = task_run(record)
+    items, answers, evaluation = task_run(record, 64)
     by_kind = Record.read(record.folder).data["stages"]["evaluate"]["by_kind"]
     assert list(by_kind) == ["base", "sft", "policy"]
     assert all(set(own) == set(vocabulary.FAMILIES) for own in by_kind.values())
     mean = sum(own["gold_reward"]["value"] for own in by_kind["base"].values()) / 8
     assert mean == pytest.approx(evaluation["base"]["gold_reward"]["value"])
-    assert evaluation["base"]["gold_reward"]["n"] == 32
+    assert evaluation["base"]["gold_reward"]["n"] == 64
     refused = by_kind["policy"].pop("refuse")
-    assert (refused["win_rate"]["value"], refused["win_rate"]["n"]) == (0.0, 4)
+    assert (refused["win_rate"]["value"], refused["win_rate"]["n"]) == (0.0, 8)
     assert refused["gold_reward_minus_sft"]["high"] < 0
     assert all(own["win_rate"]["value"] == 0.5 for own in by_kind["policy"].values())
     lengths = [len(t) for i, t in zip(items, answers[None], strict=True) if i.family == "json"]
@@ -331,10 +336,10 @@ def test_each_kind_of_prompt_has_the_metrics_of_its_own_prompts(record, heads):
 
 
 def test_abstention_counts_both_ways(record, heads):
-    items = generator.items(8, 3, "evaluate", ["answer", "not_stated"])
+    items = generator.items(16, 3, "evaluate", ["answer", "not_stated"])
     denial = "That is not stated in the record."
     right = [generator.good(item, random.Random(0)) for item in items]
-    answers = {None: right, "reference": [denial] * 8, "policy": ["I cannot help with that."] * 8}
+    answers = {None: right, "reference": [denial] * 16, "policy": ["I cannot help with that."] * 16}
     rows = [{"prompt": i.prompt, "item": json.dumps(i.to_dict())} for i in items]
     evaluate.run(recipe(), Scripted(answers), record, Dataset.from_list(rows))
     evaluation = record.data["evaluation"]
@@ -342,7 +347,7 @@ def test_abstention_counts_both_ways(record, heads):
         model: [evaluation[model][name] for name in ("false_abstention", "missed_abstention")]
         for model in evaluation
     }
-    none, every = estimates.wilson(0, 4), estimates.wilson(4, 4)
+    none, every = estimates.wilson(0, 8), estimates.wilson(8, 8)
     assert shares == {"base": [none, none], "sft": [every, none], "policy": [none, every]}
     gaps = [evaluation["policy"][f"{n}_abstention_minus_sft"]["value"] for n in ("false", "missed")]
     assert gaps == [-1, 1]

@@ -57,9 +57,8 @@ def evaluate(run, suite_file, out, **options):
         [str(run)], suite=str(suite_file), out=out, **options
     )
     report = json.loads((folder / "report.json").read_text())
-    return {key: value for key, value in report.items() if key not in ("created", "costs")}, report[
-        "costs"
-    ]
+    timed = ("created", "costs", "seconds")
+    return {key: value for key, value in report.items() if key not in timed}, report["costs"]
 
 
 def test_an_evaluation_goes_on_to_the_same_report(run, suite_file, tmp_path, monkeypatch):
@@ -101,6 +100,14 @@ def test_an_evaluation_goes_on_to_the_same_report(run, suite_file, tmp_path, mon
     monkeypatch.setattr(Engine, "answer", lambda *a: sampled.append(a[1].name) or own(*a))
     assert evaluate(run, suite_file, tmp_path / "cut")[0] == whole
     assert len(sampled) == 2, "one of three targets had answered before"
+    parts = json.loads((tmp_path / "cut" / "report.json").read_text())["seconds"]
+    answers = {
+        f"answers of after-evaluate:{m} on {whole['sets'][0]['name']}"
+        for m in ("base", "sft", "policy")
+    }
+    assert answers < parts.keys() and min(parts[part] for part in answers) > 0
+    assert {f"judge {name}" for name in by} | {"statistics", "page"} < parts.keys()
+    assert "Time of this evaluation" in (tmp_path / "cut" / "report.html").read_text()
 
     sampled.clear()  # what is damaged is sampled again
     kept.write_text(kept.read_text().replace("w", "v", 1))

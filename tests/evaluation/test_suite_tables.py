@@ -132,3 +132,36 @@ def test_ratings_from_all_pairs_order_the_models():
     last = made["differences"][2]
     assert last["estimate"]["value"] == pytest.approx(elo["policy"] - elo["base"])
     assert len(suite_tables.sentences(None, None, [made])) == 1, "win rates say what is worse"
+
+
+def test_all_comparisons_but_the_headline_are_corrected(monkeypatch):
+    """Of 40 metrics without a difference some look clear by themselves; none of them is said."""
+    monkeypatch.setattr(suite_tables, "_RESAMPLES", 500)
+    rng = random.Random(4)
+
+    def level(i, gap=0.0):
+        sft = [rng.random() for _ in ROWS]
+        policy = [x + rng.gauss(gap, 0.2) for x in sft]
+        return table({"sft": sft, "policy": policy}, Metric(f"m{i}", "", "higher", False))
+
+    made = [level(i) for i in range(40)] + [level("lost", -0.2)]
+    [*gaps] = (e for t in made[:40] for d in t["differences"] for e in d["by_kind"].values())
+    assert any(gap["high"] < 0 for gap in gaps), "by itself, one looks worse"
+    head = {"set": "s", "metric": "m0", "judge": None}
+    suite_tables.correct(made, head)
+    said = suite_tables.sentences(head, "s/m0", made)
+    worse = [s for s in said if s.startswith("policy is worse")]
+    assert len(worse) == 2 and "mlost" in worse[0] and "m1 " not in worse[0]
+    leads = made[0]["differences"][0]
+    assert "p_corrected" not in leads["estimate"] and leads["estimate"]["p"] > 0
+    assert all("p_corrected" in e for e in leads["by_kind"].values())
+    assert said[0].endswith("in 8 of 10 evaluations.") and f"{leads['detectable']:.3g}" in said[0]
+    raw, _ = wins({"policy": [0.5] * 60})
+    suite_tables.correct([raw], None)
+    assert raw["estimates"]["policy"]["p_corrected"] == 1
+
+
+def test_few_changes_among_many_prompts_are_no_proof():
+    policy = [0.0] * 3 + [1.0] * 57
+    [row] = table({"sft": [1.0] * 60, "policy": policy}, LOWER)["differences"]
+    assert row["estimate"]["p"] == 0.25 and suite_tables._sign(row["estimate"], "higher") == 0

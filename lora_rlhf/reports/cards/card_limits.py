@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lora_rlhf.estimates import differs
 from lora_rlhf.reports import kinds
 from lora_rlhf.runs.metric_names import JUDGES
 
@@ -139,8 +140,9 @@ def _of_length(facts: Facts) -> Iterator[str]:
 
 def _rose(facts: Facts, metric: str) -> bool | None:
     """Tell if the paired difference to SFT is clearly above 0; None if it was not recorded."""
-    low = facts.get(f"evaluation.policy.{metric}_minus_sft.low")
-    return low > 0 if is_number(low) else None
+    gap = facts.get(f"evaluation.policy.{metric}_minus_sft")
+    known = is_number(at(gap, "low")) and is_number(at(gap, "high"))
+    return differs(gap) > 0 if known else None
 
 
 def _of_proxy(facts: Facts) -> Iterator[str]:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from lora_rlhf.estimates import differs
+
 STAGES = ("data", "sft", "reward", "ppo", "evaluate")
 """Stages that can be at fault, in order. `ppo` stands for whatever algorithm the run uses."""
 
@@ -188,11 +190,11 @@ def rate(estimate: dict[str, Any]) -> str:
     return f"{estimate['value']:.3f}{interval}, n={estimate['n']}"
 
 
-def above(estimate: dict[str, Any] | None, bound: float) -> bool:
-    """True if the whole interval lies above `bound`; False without an interval."""
-    return estimate is not None and estimate["low"] is not None and estimate["low"] > bound
+def above(estimate: Any, bound: float) -> bool:
+    """True if an estimate is clearly above `bound`; False without an interval."""
+    return differs(estimate, bound) > 0
 
 
-def below(estimate: dict[str, Any] | None, bound: float) -> bool:
-    """True if the whole interval lies below `bound`; False without an interval."""
-    return estimate is not None and estimate["high"] is not None and estimate["high"] < bound
+def below(estimate: Any, bound: float) -> bool:
+    """True if an estimate is clearly below `bound`; False without an interval."""
+    return differs(estimate, bound) < 0
