@@ -69,7 +69,7 @@ def prompt_set(
     record: Record, rows: Sequence[dict[str, Any]], items: Sequence[Item | None]
 ) -> PromptSet:
     """Describe the held-out prompts as a prompt set; the kind of a prompt is its task's family."""
-    asked = [
+    questions = [
         Row(str(i), item.family if item else "", row["prompt"])
         for i, (row, item) in enumerate(zip(rows, items, strict=True))
     ]
@@ -79,7 +79,7 @@ def prompt_set(
         ", ".join(dict.fromkeys(str(s[key]) for s in sources if s.get(key)))
         for key in ("name", "license")
     )
-    return PromptSet(SET, asked, names, licences, sha256_of(asked))
+    return PromptSet(SET, questions, names, licences, sha256_of(questions))
 
 
 def evaluation_of(
@@ -155,8 +155,8 @@ def tables(
         judge = JudgeSpec(name, "reward", None, independent=name == "held_out")
         about.append(describe(Checker() if name == "checker" else judge, None))
         verdicts = {m: Verdicts(by_score(scores[m], scores[reference])) for m in others}
-        for model, found in verdicts.items():
-            evaluation.values[SET, model][f"wins by {name}"] = found.wins
+        for model, verdict in verdicts.items():
+            evaluation.values[SET, model][f"wins by {name}"] = verdict.wins
         made += suite_tables.win_rate_tables(
             SET, about[-1], prompts.rows, verdicts, lengths, reference
         )
@@ -172,7 +172,7 @@ def by_model(
 
     Metrics are those of METRICS, in its order; differences and win rates are against SFT only.
     """
-    found: dict[str, dict[str, dict[str, Estimate | None]]] = {
+    numbers: dict[str, dict[str, dict[str, Estimate | None]]] = {
         kind: {model: {} for model in models} for kind in (_ALL, *kinds)
     }
     for table in made:
@@ -181,13 +181,13 @@ def by_model(
             name = name.replace("win_rate", _WIN_RATES[table["judge"]])
         for kind, by in (table["by_kind"] | {_ALL: table["estimates"]}).items():
             for model, estimate in by.items():
-                found[kind][model][name] = estimate
+                numbers[kind][model][name] = estimate
         for row in table["differences"] if "sft" in models else ():
             for kind, estimate in (row["by_kind"] | {_ALL: row["estimate"]}).items():
-                found[kind][row["a"]][f"{name}_minus_sft"] = estimate
+                numbers[kind][row["a"]][f"{name}_minus_sft"] = estimate
 
     def known(kind: str, model: str) -> dict[str, Estimate]:
-        values = found[kind][model]
+        values = numbers[kind][model]
         return {name: value for name in METRICS if (value := values.get(name)) is not None}
 
     return (
@@ -209,10 +209,10 @@ def write_report(
     It is the same after an interruption, to the byte.
     """
     report = run_suite.report(evaluation, [prompts], judges, made)
-    said = screen.sentences(record.data["evaluation"], record.algorithm, by_kind)
-    report |= {"created": None, "verdict": said}
+    verdict = screen.sentences(record.data["evaluation"], record.algorithm, by_kind)
+    report |= {"created": None, "verdict": verdict}
     if report["headline"] is not None:
-        report["headline"]["sentence"] = said[0]
+        report["headline"]["sentence"] = verdict[0]
     path = record.folder / evaluation_report.FILE
     write_atomically(path, json.dumps(safe(report), indent=1) + "\n")
     record.note(path)

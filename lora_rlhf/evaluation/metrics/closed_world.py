@@ -14,8 +14,8 @@ from .metric import Better, Metric
 
 def value(name: str, verdict: Verdict | None) -> float | None:
     """Return the value of a metric for one answer from the checker's verdict."""
-    found = None if verdict is None else getattr(verdict, _METRICS[name][0])
-    return None if found is None else float(found)
+    flag = None if verdict is None else getattr(verdict, _METRICS[name][0])
+    return None if flag is None else float(flag)
 
 
 def _by_checker(name: str) -> Callable[[Row, str], float | None]:
