@@ -454,7 +454,11 @@ def _unasked(
     files = not all(source.task for source in recipe.data.prompts)
     if kept.name == "prompts" or recipe.data.evaluate or not files:
         return train
-    prompts = _load(recipe, tokenizer, "prompts", loaded)
+    try:
+        prompts = _load(recipe, tokenizer, "prompts", loaded)
+    except DataError:  # an error of the stages that read them, which may not be asked for
+        kept.notes["data.prompts cannot be read, so its held-out users are unknown"] += 1
+        return train
     if "users" not in prompts.more:
         return train
     keys = {prompt_key(row["prompt"]) for row in _split(recipe, prompts)[1]}

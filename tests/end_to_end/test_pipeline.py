@@ -179,7 +179,10 @@ def test_shared_stages_end_with_the_same_bits(finished: Record, tmp_path: Path, 
         assert record.data.pop(key) != finished.data[key]
     wanted = bits(finished)
     wanted["record"] = {k: v for k, v in wanted["record"].items() if k in record.data}
-    assert bits(record) == wanted
+    now = bits(record)
+    for one in (now, wanted):  # it has the recipe's name
+        assert one["record"]["stages"]["evaluate"]["files"].pop("report.json")
+    assert now == wanted
     assert (record.adapter("sft") / "README.md").read_text() != (
         finished.adapter("sft") / "README.md"
     ).read_text(), "the card is of this run"
