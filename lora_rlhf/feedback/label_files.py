@@ -187,6 +187,8 @@ def export(
     types, write = FORMS[form]
     fitting = [one for one in given if one[0].type in types]
     lost["of another type"] += len(given) - len(fitting)
+    if form == "rankings":
+        lost["of no evaluation (the task has no set)"] = sum(not task.set for task, _ in fitting)
     rows = _alike(list(write(fitting)))
     left = "; left out: " + ", ".join(f"{n} {why}" for why, n in lost.items() if n)
     left = left if any(lost.values()) else ""

@@ -172,6 +172,8 @@ _STATEMENTS = {
     "AND tab = :tab ORDER BY replaces IS NULL, replaces, id LIMIT 1",  # corrections first
     "lying": "SELECT * FROM assignments WHERE labeler = :labeler "
     "AND state IN ('open', 'released') AND active < :before ORDER BY id LIMIT 1",
+    "leave": "UPDATE assignments SET active = 0 WHERE labeler = :labeler AND tab = :tab "
+    "AND state = 'open'",
     "idle": "SELECT id, task FROM assignments WHERE state = 'open' AND replaces IS NULL "
     "AND active < :before",
     "last": "SELECT a.id, l.id AS last FROM assignments a JOIN labels l ON l.assignment = a.id "
@@ -687,6 +689,11 @@ class Store:
             state = {"state": "open", "tab": tab, "since": now, "active": now}
             _set(connection, row.id, **state, replaces=row.last)
             return _assignment(connection, _run(connection, "assignment", id=row.id).one())
+
+    def leave(self, labeler: str, tab: str) -> None:
+        """Close a tab: whoever asks next gets what was open in it, the labeler or others."""
+        with self._transaction(synced=False) as connection:
+            _run(connection, "leave", labeler=labeler, tab=tab)
 
     def save_draft(self, labeler: str, assignment: int, draft: Any, *, tab: str = "") -> None:
         """Keep what a labeler has typed so far; a draft is no label, and may be overwritten."""

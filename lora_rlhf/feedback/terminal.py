@@ -66,6 +66,8 @@ class Terminal:
                 self._judge(assignment)
         except EOFError:
             pass
+        finally:
+            self.store.leave(self.labeler, self.tab)
         return self.count
 
     def _read_guidelines(self, again: bool = False) -> None:
@@ -85,7 +87,7 @@ class Terminal:
         if task.type == "rating":
             self.say("".join(f"\n {n:2d} {q}" for n, q in enumerate(QUESTIONS.values(), 1)))
         if assignment.previous is not None:
-            self.say(f"Your label so far: {assignment.previous['value']}")
+            self.say(f"\nYour label so far: {_written(task.type, assignment.previous['value'])}")
         self.say(f"\n{_HELP[task.type]}\n{_COMMANDS}")
         more: dict[str, Any] = {"flags": [], "both_bad": False, "note": ""}
         while True:
@@ -114,12 +116,15 @@ class Terminal:
             raise _Done
         elif name == "bad":
             more["both_bad"] = not more["both_bad"]
+            self.say(f"no answer is good enough: {'yes' if more['both_bad'] else 'no'}")
         elif name == "flag":
             if rest not in FLAGS:
                 raise ValueError(f"expected /flag with one of {', '.join(FLAGS)}")
-            more["flags"].append(rest)
+            more["flags"] = [*dict.fromkeys([*more["flags"], rest])]
+            self.say(f"flags: {', '.join(more['flags'])}")
         elif name == "note":
             more["note"] = rest
+            self.say(f"note: {rest}")
         elif name == "guidelines":
             self._read_guidelines(again=True)
         elif name == "quit":
@@ -134,7 +139,10 @@ class Terminal:
         if kind == "pair":
             return {"strength": _strength(line.lower())}
         if kind == "rating":
-            overall, *numbers = (int(part) for part in line.replace(",", " ").split())
+            parts = line.replace(",", " ").split()
+            if not all(part.isdecimal() for part in parts):
+                raise ValueError(f"expected {_HELP['rating']}")
+            overall, *numbers = map(int, parts)
             keys = dict(enumerate(QUESTIONS, 1))
             if unknown := [number for number in numbers if number not in keys]:
                 raise ValueError(f"there is no question {unknown[0]}")
@@ -160,6 +168,25 @@ def _ranks(line: str, count: int) -> list[int]:
         places |= dict.fromkeys(group, place)
         place += len(group)
     return [places[letter] for letter in LETTERS[:count]]
+
+
+def _written(kind: str, value: dict[str, Any] | None) -> str:
+    """Return a label as a labeler writes it."""
+    if value is None:
+        return "skipped"
+    if kind == "ranking":
+        by_rank: dict[int, list[str]] = {}
+        for letter, rank in zip(LETTERS, value["ranks"], strict=False):
+            by_rank.setdefault(rank, []).append(letter)
+        return " ".join("=".join(by_rank[rank]) for rank in sorted(by_rank))
+    if kind == "pair":
+        strength = value["strength"]
+        return "=" if not strength else f"{'b' if strength > 0 else 'a'}{abs(strength)}"
+    if kind == "rating":
+        held = value.get("questions") or {}
+        numbers = [str(n) for n, key in enumerate(QUESTIONS, 1) if held.get(key)]
+        return " ".join([str(value["overall"]), *numbers])
+    return str(value["text"])
 
 
 def _strength(line: str) -> int:

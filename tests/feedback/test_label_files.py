@@ -165,7 +165,8 @@ def test_demonstrations_are_read_by_a_recipe(tmp_path, tasks):
 
 def test_rankings_are_read_by_evaluate(tmp_path, tasks):
     labels = [label(tasks[0], {"ranks": [3, 1, 1]}), label(tasks[1], {"strength": 3})]
-    rows, _ = exported(tmp_path, tasks, labels, "rankings")
+    rows, sentence = exported(tmp_path, tasks, labels, "rankings")
+    assert "left out: 1 of no evaluation (the task has no set)" in sentence
     assert rows == [
         {"set": "quick", "id": "7", "ranking": [["policy", "base"], ["sft"]],
          "why": "the judges disagree", "labeler": "anna"}

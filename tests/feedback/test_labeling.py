@@ -63,11 +63,14 @@ def test_a_sitting_in_a_terminal(folder):
         "",  # the guidelines are read
         "/bogus", "a b", "b a=c", "/undo", "/flag harmful", "/note hm", "c > a b",
         "b9", "/bad", "a3",
-        "6 4 12", "6 4 10",
+        "six", "6 4 12", "6 4 10",
         "- one", ".", "n", "- one", "- two", ".",
     )  # fmt: skip
+    for text in ("Your label so far: b a=c", "flags: harmful", "note: hm", "good enough: yes"):
+        assert text in shown
     assert "Guidelines for labelers" in shown and "model" not in shown.split("--- 1 of 4")[1]
     for text in ("there is no /bogus", "each of a b c once", "no question 12",
+                 "expected overall 1 to 7",
                  "expected the better",
                  "1 bullets instead of 2", "Nothing is left", "5 labels"):  # fmt: skip
         assert text in shown
@@ -88,6 +91,13 @@ def test_a_sitting_can_be_left_and_goes_on(folder):
     assert labels(folder)[1][0].value is None
     with pytest.raises(UsageError, match="needs the labeler's name"):
         sit(folder, labeler=None)
+
+
+def test_what_was_open_when_a_sitting_ended_is_given_out_again(folder):
+    assert "3 labels" in sit(folder, "", "/skip", "/skip", "/skip", "/quit")
+    assert "List." in sit(folder, "/quit")  # at once, though it was another sitting
+    shown = sit(folder, "", "/skip", "/skip", "/skip", labeler="bob")
+    assert "List." in shown  # or to another person
 
 
 # ----------------------------------------------------------------------------- projects
