@@ -208,13 +208,16 @@ def aligned(header: Sequence[str], table: Sequence[Sequence[str]]) -> Iterator[s
 
 
 def _blocks(header: Sequence[str], table: Sequence[Sequence[str]]) -> Iterator[Iterator[str]]:
-    """Split a wide table into tables of some of its columns, each with the first one beside it."""
+    """Split a wide table into tables of some of its columns, each with the first one beside it.
+
+    Lines that say nothing about a table's columns are left out of it.
+    """
     widths = [max(len(line[i]) for line in [header, *table]) for i in range(len(header))]
     shown: list[int] = []
 
     def part(columns: list[int]) -> tuple[list[str], list[list[str]]]:
         first, *rest = ([line[0], *(line[i] for i in columns)] for line in [header, *table])
-        return first, rest
+        return first, [line for line in rest if any(line[1:])]
 
     for i in range(1, len(header)):
         if shown and widths[0] + sum(2 + widths[k] for k in [*shown, i]) > _WIDTH:
