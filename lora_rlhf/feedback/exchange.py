@@ -103,7 +103,7 @@ def put(folder: Path, out: Path, tool: str, unlabelled: bool = False) -> str:
 def pseudonym_key(folder: Path) -> bytes:
     """Return the project's secret for pseudonyms; made at the first use."""
     path = folder / KEY
-    if not path.exists():
+    if not path.exists() or not path.stat().st_size:  # empty if a process was killed here
         path.touch(mode=0o600)
         path.write_text(secrets.token_hex(32) + "\n", encoding="ascii")
     return bytes.fromhex(path.read_text(encoding="ascii").strip())

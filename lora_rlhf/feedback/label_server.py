@@ -150,9 +150,6 @@ class _Denied(Exception):
         self.body = {"error": error, "remedy": remedy, "code": code}
 
 
-Handler = Callable[["_Api", dict[str, Any], str | None], dict[str, Any]]
-
-
 class _Guard:
     """ASGI middleware that checks Host, Origin and token, and adds protecting headers."""
 

@@ -109,7 +109,8 @@ def _reply(
         raise fault(where, "completed_by is missing", "who labelled", "export as JSON, in full")
     about: dict[str, Any] = {
         "seconds": float(annotation.get("lead_time") or 0.0),
-        "created": _time(where, annotation.get("created_at")),
+        # An annotation that was corrected keeps its `created_at`.
+        "created": max(_time(where, annotation, key) for key in ("created_at", "updated_at")),
     }
     person = str(person)
     if annotation.get("was_cancelled") or not results:
@@ -117,12 +118,13 @@ def _reply(
     return foreign.reply(where, person, answered, [one.model for one in answers], **about)
 
 
-def _time(where: str, given: Any) -> str:
+def _time(where: str, annotation: Mapping[str, Any], key: str) -> str:
     """Return a time as ours are written; empty if there is none."""
+    given = annotation.get(key)
     try:
         moment = datetime.fromisoformat(given) if given else None
     except (TypeError, ValueError):
-        raise fault(where, f"created_at is {given!r:.60}", "a time in ISO 8601") from None
+        raise fault(where, f"{key} is {given!r:.60}", "a time in ISO 8601") from None
     return moment.astimezone(UTC).isoformat(timespec="milliseconds") if moment else ""
 
 

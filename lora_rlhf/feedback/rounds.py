@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_rlhf.algorithms.ppo import ppo_stage
-from lora_rlhf.data import sources
+from lora_rlhf.data import label_pool, sources
 from lora_rlhf.data.closed_world import generator, labelers
 from lora_rlhf.data.closed_world.checkers import Item
 from lora_rlhf.data.filters import prompt_key
@@ -215,7 +215,12 @@ def _from_project(folder: Path, out: Path, say: Say) -> bool:
     if missing := len(tasks) - len({one.task for one in labels}):
         say(f"{missing} of {len(tasks)} tasks have no label yet: `lora-rlhf label {folder}`")
         return False
-    say(label_files.export(tasks, labels, out / "labels.jsonl"))
+    path = out / "labels.jsonl"
+    say(label_files.export(tasks, labels, path))
+    _write(path, _rows(path))
+    about = path.with_name(path.name + label_pool.SUFFIX)
+    pool = json.loads(about.read_text(encoding="utf-8")) | {"sha256": sha256(path)}
+    write_atomically(about, json.dumps(pool, indent=1))
     return True
 
 
@@ -331,7 +336,8 @@ def _earlier_prompts(recipe: Recipe) -> set[str]:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8") as lines:  # a text may hold other ends of a line, as U+2028
+        return [json.loads(line) for line in lines]
 
 
 def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -569,15 +569,15 @@ class Store:
             row = _run(connection, "open in tab", labeler=labeler, tab=tab).first()
             if row is None and (task := self._choose(connection, labeler)) is not None:
                 return self._assign(connection, labeler, tab, task)
+            now, shown = time.time(), dict[str, float]()
             if row is None:
-                row = _run(
-                    connection, "lying", labeler=labeler, before=time.time() - OWN_IDLE
-                ).first()
+                row = _run(connection, "lying", labeler=labeler, before=now - OWN_IDLE).first()
+                shown = {"since": now}  # it is shown anew
             if row is None:
                 if _release(connection) and (task := self._choose(connection, labeler)) is not None:
                     return self._assign(connection, labeler, tab, task)
                 return None
-            _set(connection, row.id, tab=tab, state="open", active=time.time())
+            _set(connection, row.id, tab=tab, state="open", active=now, **shown)
             _run(connection, "recount", task=row.task)
             return _assignment(connection, row)
 

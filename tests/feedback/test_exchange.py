@@ -122,6 +122,22 @@ def test_label_studio_pairs_rankings_ratings_and_texts(tmp_path, folder):
     assert json.loads(out.read_text().splitlines()[0])["ranks"] == [1, 2]
 
 
+def test_an_annotation_that_was_corrected_in_label_studio_replaces_its_label(tmp_path, folder):
+    left, right = (result("pairwise", to="answer1,answer2", selected=s) for s in ("left", "right"))
+    taken(folder, written(tmp_path / "1.json", [ls_task(PAIR, annotation(left))]), "label-studio")
+    later = annotation(right, updated_at="2025-03-10T08:00:00.000000Z")
+    path = written(tmp_path / "2.json", [ls_task(PAIR, later)])
+    [[label]] = taken(folder, path, "label-studio")[1].values()
+    assert (label.value, label.replaces) == ({"strength": 2}, 1)
+    assert label.created == "2025-03-10T08:00:00.000+00:00"
+
+
+def test_a_key_of_pseudonyms_is_never_empty(tmp_path):
+    (tmp_path / exchange.KEY).touch()  # killed before it was written
+    key = exchange.pseudonym_key(tmp_path)
+    assert len(key) == 32 and exchange.pseudonym_key(tmp_path) == key
+
+
 @pytest.mark.parametrize(
     ("change", "options", "place", "problem"),
     [

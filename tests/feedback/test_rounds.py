@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lora_rlhf import pipeline, tiny
-from lora_rlhf.data import dataset_builder
+from lora_rlhf.data import dataset_builder, label_pool
 from lora_rlhf.data.closed_world import generator
 from lora_rlhf.data.closed_world.checkers import check
 from lora_rlhf.errors import DamageError, DataError, UsageError
@@ -157,8 +157,17 @@ def test_a_round_waits_until_a_project_has_all_labels(runs, tmp_path):
     assert recipe.rounds[0].rankings == len(lines) == 2
     assert recipe.rounds[0].labels == "project"
     assert "w5" not in {json.loads(line)["prompt"] for line in lines}
+    people, stale = label_pool.beside(out / "labels.jsonl")
+    assert (people["people"], people["labels"], stale) == (1, 2, "")
     again = rounds._earlier_prompts(recipe)
     assert len(again) == 3, "the skipped one is not asked again"
+
+
+def test_a_text_may_hold_other_ends_of_a_line(tmp_path):
+    rows = [{"prompt": "one\u2028two\x85three"}, {"prompt": "p"}]
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "labels.jsonl").write_text("".join(lines), encoding="utf-8")
+    assert rounds._rows(tmp_path / "labels.jsonl") == rows
 
 
 def test_simulated_labelers_keep_their_noise_and_draw_new_errors():

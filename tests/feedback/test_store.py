@@ -216,6 +216,14 @@ def test_what_was_left_open_is_given_again_later(store, monkeypatch):
     assert label(store, "anna", tab="new tab").task == "t0"  # late, and not lost
 
 
+def test_the_seconds_of_a_task_that_lay_open_begin_when_it_is_shown_again(store, monkeypatch):
+    fill(store, 1)
+    store.next_assignment("anna", "yesterday's tab")
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 80_000)
+    assert label(store, "anna", tab="new tab").seconds < 1_000
+
+
 def test_a_share_of_the_tasks_is_done_twice(tmp_path):
     sharing = Sharing(overlap=0.3, seed=1)
     with Store(tmp_path / "s", sharing).open(create=True) as store:
