@@ -85,7 +85,9 @@ def swapped(texts: list[str], rng: random.Random) -> list[str] | None:
     names: dict[str, str] = {}
     for name in named:
         free = [n for n, g in _NAMES.items() if g != _NAMES[name] and n not in named]
-        names[name] = rng.choice([n for n in free if n not in names.values()])
+        if not (left := [n for n in free if n not in names.values()]):
+            return None  # a list of more names than there are to swap with
+        names[name] = rng.choice(left)
     steps = {kind: rng.randrange(1, len(all_)) for kind, all_ in identity_terms.GROUPS.items()}
 
     def other(match: re.Match[str]) -> str:

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 from lora_rlhf.errors import CheckpointError, DataError, RecipeError
 from lora_rlhf.models.backbone import Backbone
-from lora_rlhf.recipe.schema import PrivacySection
+from lora_rlhf.recipe.schema import PrivacySection, Recipe
 from lora_rlhf.runtime import optional_packages
 
 from .resumable_trainer import ResumableTrainer
@@ -36,15 +36,22 @@ ACCOUNTANT = "prv"
 """Name of the accountant in opacus."""
 
 
-def check_args(section: str, privacy: PrivacySection, args: Any) -> None:
+def check_args(section: str, recipe: Recipe, args: Any) -> None:
     """Reject arguments that private training cannot follow.
 
     Raises:
-        RecipeError: An argument changes how examples are drawn or combined.
+        RecipeError: An argument changes how examples are drawn or combined, or augmented rows would
+            give one example more than the budget.
         SetupError: opacus is not installed.
     """
-    if privacy.epsilon is None:
+    if getattr(recipe, section).privacy.epsilon is None:
         return
+    if any(recipe.data.augment.model_dump().values()):
+        raise RecipeError(
+            f"data.augment makes several examples of one, and {section}.privacy.epsilon holds for "
+            "one",
+            remedy="leave data.augment out",
+        )
     optional_packages.load("opacus.accountants", f"{section}.privacy", "privacy")
     remedies = {
         "gradient_accumulation_steps": "raise per_device_train_batch_size: examples are computed "

@@ -105,7 +105,7 @@ def arguments(recipe: Recipe, out: Path) -> SFTConfig:
         RecipeError: TRL refuses `sft.args`.
     """
     args = build("sft", SFTConfig, trainer_args(recipe, out, "sft", _DEFAULTS, recipe.sft.args))
-    check_args("sft", recipe.sft.privacy, args)
+    check_args("sft", recipe, args)
     return args  # type: ignore[no-any-return]
 
 

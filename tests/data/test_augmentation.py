@@ -6,7 +6,7 @@ import random
 import pytest
 from data_sources import all_rows, answer, jsonl, recipe, user
 
-from lora_rlhf.data import dataset_builder, filters
+from lora_rlhf.data import dataset_builder, filters, identity_terms
 from lora_rlhf.data.augmentation import paraphrased, swapped, without_identity
 
 
@@ -33,6 +33,11 @@ def test_names_and_groups_are_swapped_alike_in_all_texts():
     assert not {first, second} & {"Alice", "Robert"}
     [new] = swapped(["a Muslim student, a white woman"], random.Random(3))
     assert "Muslim" not in new or "woman" not in new
+
+
+def test_a_list_of_more_names_than_can_be_swapped_stays_as_it_is():
+    every = sorted({*identity_terms.NAMES["female"], *identity_terms.NAMES["male"]})
+    assert swapped([" ".join(every)], random.Random(0)) is None
 
 
 def test_twins_are_equal_without_identity():

@@ -196,6 +196,14 @@ def test_dpo_with_a_private_reward_model_is_refused():
         parse_recipe(text, "x")
 
 
+@pytest.mark.parametrize("stage", [sft, reward_stage])
+def test_augmented_rows_would_have_more_than_the_budget(tmp_path, stage):
+    text = "name: x\nmodel: {id: tiny}\ndata: {augment: {paraphrases: 0.1}}\n"
+    text += "sft: {privacy: {epsilon: 1}}\nreward: {privacy: {epsilon: 1}}\n"
+    with pytest.raises(RecipeError, match="makes several examples of one"):
+        stage.arguments(parse_recipe(text, "x"), tmp_path)
+
+
 @pytest.fixture
 def in_words(monkeypatch):
     """Canaries of words that the small tokenizer knows."""

@@ -125,7 +125,7 @@ def arguments(recipe: Recipe, out: Path) -> dict[str, RewardConfig]:
         given = trainer_args(recipe, out, role, _DEFAULTS, recipe.reward.args)
         given["seed"] = recipe.seed + _SEEDS.index(role)
         configs[role] = build("reward", RewardConfig, given)
-        check_args("reward", recipe.reward.privacy, configs[role])
+        check_args("reward", recipe, configs[role])
     return configs
 
 
