@@ -86,10 +86,11 @@ class Terminal:
             self.say(f"\n({LETTERS[place]}) {task.answers[index].text}")
         if task.type == "rating":
             self.say("".join(f"\n {n:2d} {q}" for n, q in enumerate(QUESTIONS.values(), 1)))
-        if assignment.previous is not None:
-            self.say(f"\nYour label so far: {_written(task.type, assignment.previous['value'])}")
-        self.say(f"\n{_HELP[task.type]}\n{_COMMANDS}")
         more: dict[str, Any] = {"flags": [], "both_bad": False, "note": ""}
+        if (previous := assignment.previous) is not None:
+            more = {key: previous[key] for key in more}
+            self.say(f"\nYour label so far: {_written(task.type, previous['value'])}; {more}")
+        self.say(f"\n{_HELP[task.type]}\n{_COMMANDS}")
         while True:
             try:
                 line = self.ask("> ").strip()
@@ -120,7 +121,7 @@ class Terminal:
         elif name == "flag":
             if rest not in FLAGS:
                 raise ValueError(f"expected /flag with one of {', '.join(FLAGS)}")
-            more["flags"] = [*dict.fromkeys([*more["flags"], rest])]
+            more["flags"] = sorted({*more["flags"]} ^ {rest})  # again: takes it back
             self.say(f"flags: {', '.join(more['flags'])}")
         elif name == "note":
             more["note"] = rest

@@ -85,6 +85,14 @@ def test_a_sitting_in_a_terminal(folder):
     assert "Guidelines" not in again and "Nothing is left" in again
 
 
+def test_a_correction_begins_with_what_was_said_before(folder):
+    said = ("/flag personal_data", "/flag broken", "/flag broken", "/bad", "/note hm", "a b c")
+    sit(folder, "", *said, "/undo", "b a c")
+    [label] = labels(folder)[1]
+    assert (label.replaces, label.flags) == (1, ("personal_data",))
+    assert (label.both_bad, label.note) == (True, "hm")
+
+
 def test_a_sitting_can_be_left_and_goes_on(folder):
     assert "0 labels" in sit(folder, "", "/quit")
     assert "1 labels" in sit(folder, "/guidelines", "", "/skip")
