@@ -152,9 +152,8 @@ class Terminal:
         while (next_line := self.ask("")) != ".":
             lines.append(next_line)
         text = "\n".join(lines)
-        problems = answer_format.problems(text, assignment.task.checks or {})
-        if problems and self.ask(f"{'; '.join(problems)}. Keep it all the same? (y/n) ") != "y":
-            raise ValueError("write it again")
+        if problems := answer_format.problems(text, assignment.task.checks or {}):
+            raise ValueError(f"{'; '.join(problems)}: write it again")
         return {"text": text}
 
 

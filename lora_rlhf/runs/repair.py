@@ -121,7 +121,10 @@ def _stage(record: Record, recipe: Recipe, stage: str) -> dict[str, Any] | None:
         entry["value_adapter_sha256"] = weights["value"]
     if stage != "reward":
         return entry
-    entry["offset"] = _json(folders["reward"] / "reward.json").get("reward_offset", 0.0)
+    offset = _json(folders["reward"] / "reward.json").get("reward_offset")
+    if not isinstance(offset, int | float):
+        return None  # without its offset the reward is another one
+    entry["offset"] = offset
     entry |= {"gate": "not judged", "gate_reason": "its accuracy was in the lost record"}
     if "held_out" in needed:
         entry["held_out_adapter_sha256"] = weights["held_out"]

@@ -216,10 +216,12 @@ def test_a_lost_record_is_rebuilt_by_the_command_that_the_error_names(run, harm)
         repair.rebuild(run)
 
 
-def test_only_whole_adapters_count_when_a_record_is_rebuilt(run):
+@pytest.mark.parametrize("gone", [WEIGHTS, "reward.json"])
+def test_only_whole_adapters_count_when_a_record_is_rebuilt(run, gone):
+    """Without its offset a reward is another one."""
     for name in ("record.json", "record.json.bak"):
         (run / name).unlink()
-    cut(run / f"adapters/reward/{WEIGHTS}")
+    cut(run / f"adapters/reward/{gone}")
     assert list(repair.rebuild(run).data["stages"]) == ["sft"]
     (run / "record.json").unlink()
     (run / "record.json.bak").unlink()

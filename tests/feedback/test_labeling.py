@@ -64,7 +64,7 @@ def test_a_sitting_in_a_terminal(folder):
         "/bogus", "a b", "b a=c", "/undo", "/flag harmful", "/note hm", "c > a b",
         "b9", "/bad", "a3",
         "six", "6 4 12", "6 4 10",
-        "- one", ".", "n", "- one", "- two", ".",
+        "- one", ".", "- one", "- two", ".",
     )  # fmt: skip
     for text in ("Your label so far: b a=c", "flags: harmful", "note: hm", "good enough: yes"):
         assert text in shown
