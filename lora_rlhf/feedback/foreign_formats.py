@@ -8,7 +8,7 @@ import hmac
 import random
 import re
 import uuid
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -363,8 +363,10 @@ def exported(
 
     Gold items, and tasks that somebody flagged as personal data, stay here.
     """
-    given = list(labels)
-    hidden = {label.task for label in given if "personal_data" in label.flags}
+    of_task: dict[str, list[Label]] = defaultdict(list)
+    for label in labels:
+        of_task[label.task].append(label)
+    hidden = {id for id, mine in of_task.items() if any("personal_data" in x.flags for x in mine)}
     for task in tasks:
         if task.gold is not None or task.id in hidden:
             continue
@@ -374,7 +376,7 @@ def exported(
             Answer(f"answer-{place}", task.answers[index].text)
             for place, index in enumerate(order, start=1)
         )
-        mine = [] if unlabelled else [label for label in given if label.task == task.id]
+        mine = [] if unlabelled else of_task.get(task.id, [])
         yield (
             replace(task, answers=answers),
             [

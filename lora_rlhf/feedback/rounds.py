@@ -209,9 +209,10 @@ def _from_project(folder: Path, out: Path, say: Say) -> bool:
     from . import label_files, project
 
     tasks = label_files.read_tasks(out / "tasks.jsonl")
+    known = {task.id for task in tasks}
     with project.load(folder).store() as store:
         store.add_tasks(tasks)
-        labels = [one for one in store.labels() if one.task in {task.id for task in tasks}]
+        labels = [one for one in store.labels() if one.task in known]
     if missing := len(tasks) - len({one.task for one in labels}):
         say(f"{missing} of {len(tasks)} tasks have no label yet: `lora-rlhf label {folder}`")
         return False
