@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `lora-rlhf`: verbs over recipes and over runs.
+"""The command `lora-rlhf`: verbs that train, evaluate, label, report and publish.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0; the codes of errors.py; 129, 130
 and 143 for an interrupted run; 1 for an unexpected error. Heavy libraries are imported in verbs.
@@ -10,127 +10,33 @@ from __future__ import annotations
 import functools
 import os
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from lora_rlhf.errors import SetupError, UsageError
-from lora_rlhf.runtime import quiet
 
 from . import shell
-
-_debug = False
-
-
-class _Group(TyperGroup):
-    """Command group that accepts `--debug` anywhere, and escapes what it quotes in its errors."""
-
-    def make_context(self, *args: Any, **options: Any) -> Any:
-        """Parse the options before the verb."""
-        with shell.escaped_usage_errors():
-            return super().make_context(*args, **options)
-
-    def invoke(self, ctx: Any) -> Any:
-        """Parse the verb's own options, and call it."""
-        with shell.escaped_usage_errors():
-            return super().invoke(ctx)
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        end = args.index("--") if "--" in args else len(args)
-        if "--debug" in args[:end]:
-            args = ["--debug", *(a for a in args[:end] if a != "--debug"), *args[end:]]
-        return super().parse_args(ctx, args)
-
-
-app = typer.Typer(
-    name="lora-rlhf",
-    cls=_Group,
-    add_completion=False,
-    no_args_is_help=True,
-    rich_markup_mode=None,  # plain help needs no import of rich
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+from .command_group import (
+    DryRun,
+    From,
+    Json,
+    Out,
+    RecipePath,
+    Redo,
+    RepoId,
+    RunPath,
+    Set,
+    Warm,
+    app,
+    command,
 )
-
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file, or its folder.")]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The --out of an earlier run.")]
-Out = Annotated[Path | None, typer.Option(help="Run directory; default: runs/<recipe name>.")]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key; repeatable."),
-]
-DryRun = Annotated[
-    bool,
-    typer.Option("--dry-run", help="Check everything before training; print the recipe."),
-]
-From = Annotated[
-    Path | None,
-    typer.Option("--from", metavar="RUN", help="Copy SFT and reward of a run, if they match."),
-]
-Warm = Annotated[
-    bool,
-    typer.Option(
-        "--warm-start", help="Restart the interrupted stage from its adapters; not an exact resume."
-    ),
-]
-Redo = Annotated[
-    str | None,
-    typer.Option("--redo", metavar="STAGE", help="Drop a stage and the later ones; run them."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-RepoId = Annotated[str | None, typer.Option(metavar="ORG/NAME")]
 
 
 def main() -> None:
     """Run the command line."""
     app(prog_name="lora-rlhf")
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        from importlib.metadata import version
-
-        shell.echo(f"lora-rlhf {version('lora-rlhf')}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and warnings.")] = False,
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="Print it and stop."),
-    ] = False,
-) -> None:
-    """InstructGPT-style RLHF on one GPU: SFT, a reward model and PPO as LoRA on one backbone.
-
-    Start with `lora-rlhf demo`: the whole pipeline on a packaged model, offline, in minutes.
-    """
-    global _debug
-    _debug = debug
-
-
-def _command(
-    name: str, group: typer.Typer = app
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a function as a verb whose errors become a message and an exit code."""
-
-    def register(function: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(function)
-        def guarded(*args: Any, **kwargs: Any) -> None:
-            with shell.errors_as_text(_debug), shell.signals_raise():
-                quiet.loud = _debug
-                if not _debug:
-                    quiet.process()
-                function(*args, **kwargs)
-
-        group.command(name)(guarded)
-        return guarded
-
-    return register
 
 
 # --- verbs over recipes --------------------------------------------------------------------------
@@ -204,7 +110,7 @@ def _recipe_verb(name: str, until: str, help: str) -> None:
         _train(recipe, out, overrides, dry_run, until, start_from, warm_start, redo)
 
     verb.__doc__ = help
-    _command(name)(verb)
+    command(name)(verb)
 
 
 _recipe_verb(
@@ -217,7 +123,7 @@ _recipe_verb(
 )
 
 
-@_command("demo")
+@command("demo")
 def _demo_verb(
     out: Annotated[Path, typer.Option(help="Run directory.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(min=0, help="Random seed for the whole run.")] = 0,
@@ -235,7 +141,7 @@ def _demo_verb(
     _train(tiny.recipe(), out, [f"seed={seed}", *(overrides or [])], dry_run)
 
 
-@_command("plan")
+@command("plan")
 def _plan_verb(
     path: RecipePath,
     gpu: Annotated[
@@ -296,7 +202,7 @@ FewShot = Annotated[
 Price = Annotated[float | None, typer.Option(min=0.0, help="Price of this machine.")]
 
 
-@_command("evaluate")
+@command("evaluate")
 def _evaluate_verb(
     targets: Targets,
     suite: SuiteName = None,
@@ -356,7 +262,7 @@ def _is_recipe(path: Path, out: Path | None) -> bool:
     return path.suffix in (".yaml", ".yml") or (path / "recipe.yaml").is_file()
 
 
-@_command("judge")
+@command("judge")
 def _judge_verb(
     judge: Annotated[
         str, typer.Argument(help="RUN:held_out, a reward model, or a language model.")
@@ -393,7 +299,7 @@ def _judge_verb(
         lines = room.train_judge(judge, train, out, epochs=epochs, say=say, **shared)
     for line in lines:
         shell.echo(line)
-    _say_ignored()
+    shell.say_ignored()
 
 
 # --- feedback by people --------------------------------------------------------------------------
@@ -419,7 +325,7 @@ JudgeRankings = Annotated[
 ]
 
 
-@_command("label")
+@command("label")
 def _label_verb(
     folder: Annotated[Path, typer.Argument(metavar="PROJECT", help="Folder of the project.")],
     new: Annotated[
@@ -499,7 +405,7 @@ OfReport = Annotated[
 ]
 
 
-@_command("tasks")
+@command("tasks")
 def _tasks_verb(
     run: RunPath,
     strategy: Strategy = "random",
@@ -527,7 +433,7 @@ def _tasks_verb(
     shell.echo(f"{len(made)} tasks: {out}")
 
 
-@_command("iterate")
+@command("iterate")
 def _iterate_verb(
     run: RunPath,
     out: Annotated[
@@ -577,7 +483,7 @@ app.add_typer(
 ProjectPath = Annotated[Path, typer.Argument(metavar="PROJECT", help="Folder of the project.")]
 
 
-@_command("import", _data)
+@command("import", _data)
 def _data_import_verb(
     folder: ProjectPath,
     path: Annotated[Path, typer.Argument(metavar="FILE", help="The export, or Argilla's folder.")],
@@ -602,7 +508,7 @@ def _data_import_verb(
         shell.echo(line)
 
 
-@_command("export", _data)
+@command("export", _data)
 def _data_export_verb(
     folder: ProjectPath,
     out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to write into.")],
@@ -618,7 +524,7 @@ def _data_export_verb(
     shell.echo(shell.room("feedback.exchange").put(folder, out, tool, unlabelled))
 
 
-@_command("push", _data)
+@command("push", _data)
 def _data_push_verb(
     folder: ProjectPath,
     repo_id: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Dataset on the Hub.")],
@@ -645,7 +551,7 @@ def _data_push_verb(
 # --- verbs over runs -----------------------------------------------------------------------------
 
 
-@_command("card")
+@command("card")
 def _card_verb(
     run: RunPath,
     role: Annotated[
@@ -667,7 +573,7 @@ def _card_verb(
         shell.echo(path)
 
 
-@_command("report")
+@command("report")
 def _report_verb(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run, or an evaluation's --out.")],
     show: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
@@ -692,7 +598,7 @@ def _report_verb(
             shell.echo("no browser was found: open the file yourself", err=True)
 
 
-@_command("doctor")
+@command("doctor")
 def _doctor_verb(
     run: RunPath,
     as_json: Json = False,
@@ -720,7 +626,7 @@ def _doctor_verb(
         doctor.show(record, findings)
 
 
-@_command("push")
+@command("push")
 def _push_verb(
     run: RunPath,
     policy: RepoId = None,
@@ -760,43 +666,7 @@ def _say_pushed(role: str, result: dict[str, Any]) -> None:
         shell.echo(f"note: {note}", err=True)
 
 
-@_command("generate")
-def _generate_verb(
-    run: RunPath,
-    text: Annotated[str, typer.Argument(metavar="TEXT", help="The prompt.")],
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy decoding.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Default: as in the rollouts.")
-    ] = None,
-) -> None:
-    """Answer a prompt with base, SFT and policy side by side.
-
-    With the reward of each answer, if the run has a reward model.
-    """
-    from lora_rlhf.runs.record import Record
-
-    Record.read(run)  # refuses a wrong folder before the slow imports
-    loaded = shell.room("serving.loaded_run")
-    from lora_rlhf.reports import tables
-
-    tables.show_answers(
-        loaded.generate(
-            run, text, temperature=temperature, seed=seed, max_new_tokens=max_new_tokens
-        )
-    )
-    _say_ignored()
-
-
-def _say_ignored() -> None:
-    """Name the environment variables that would have changed the answers."""
-    from lora_rlhf.runtime import environment
-
-    if note := environment.note():
-        shell.echo(note, err=True)
-
-
-@_command("compare")
+@command("compare")
 def _compare_verb(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN...", help="Two or more finished runs.")
@@ -831,7 +701,7 @@ def _compare_verb(
         tables.show_comparison(report)
 
 
-@_command("env")
+@command("env")
 def _env_verb() -> None:
     """Print versions and device, for bug reports.
 
@@ -843,3 +713,6 @@ def _env_verb() -> None:
         facts = environment.describe()
     for name, value in facts.items():
         shell.echo(f"{name:16s} {value}")
+
+
+from . import start_verbs, use_verbs  # noqa: E402, F401  # they come last in --help

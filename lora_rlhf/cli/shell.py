@@ -161,3 +161,11 @@ def loading() -> Iterator[None]:
     finally:
         if live:
             typer.echo("\r\033[K", err=True, nl=False)
+
+
+def say_ignored() -> None:
+    """Name the environment variables that would have changed the answers."""
+    from lora_rlhf.runtime import environment
+
+    if note := environment.note():
+        echo(note, err=True)

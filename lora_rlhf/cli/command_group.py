@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command group that all verbs register with, and the options that several verbs share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from lora_rlhf.runtime import quiet
+
+from . import shell
+
+_debug = False
+
+
+class _Group(TyperGroup):
+    """Command group that accepts `--debug` anywhere, and escapes what it quotes in its errors."""
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        """Parse the options before the verb."""
+        with shell.escaped_usage_errors():
+            return super().make_context(*args, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Parse the verb's own options, and call it."""
+        with shell.escaped_usage_errors():
+            return super().invoke(ctx)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        end = args.index("--") if "--" in args else len(args)
+        if "--debug" in args[:end]:
+            args = ["--debug", *(a for a in args[:end] if a != "--debug"), *args[end:]]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    name="lora-rlhf",
+    cls=_Group,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,  # plain help needs no import of rich
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file, or its folder.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The --out of an earlier run.")]
+Out = Annotated[Path | None, typer.Option(help="Run directory; default: runs/<recipe name>.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key; repeatable."),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Check everything before training; print the recipe."),
+]
+From = Annotated[
+    Path | None,
+    typer.Option("--from", metavar="RUN", help="Copy SFT and reward of a run, if they match."),
+]
+Warm = Annotated[
+    bool,
+    typer.Option(
+        "--warm-start", help="Restart the interrupted stage from its adapters; not an exact resume."
+    ),
+]
+Redo = Annotated[
+    str | None,
+    typer.Option("--redo", metavar="STAGE", help="Drop a stage and the later ones; run them."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+RepoId = Annotated[str | None, typer.Option(metavar="ORG/NAME")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        shell.echo(f"lora-rlhf {version('lora-rlhf')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and warnings.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print it and stop."),
+    ] = False,
+) -> None:
+    """InstructGPT-style RLHF on one GPU: SFT, a reward model and PPO as LoRA on one backbone.
+
+    Start with `lora-rlhf demo`: the whole pipeline on a packaged model, offline, in minutes.
+    """
+    global _debug
+    _debug = debug
+
+
+def command(
+    name: str, group: typer.Typer = app
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a function as a verb whose errors become a message and an exit code."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def guarded(*args: Any, **kwargs: Any) -> None:
+            with shell.errors_as_text(_debug), shell.signals_raise():
+                quiet.loud = _debug
+                if not _debug:
+                    quiet.process()
+                function(*args, **kwargs)
+
+        group.command(name)(guarded)
+        return guarded
+
+    return register
