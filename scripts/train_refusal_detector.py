@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""Fit the refusal detector to people's labels, and write `metrics/refusal.json`.
+"""Fit the refusal detector to people's labels, and write `data/refusal.json`.
 
     python scripts/train_refusal_detector.py DATA [--out FILE]
 
@@ -26,7 +26,7 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 
 from lora_rlhf import estimates
-from lora_rlhf.evaluation.metrics import refusal
+from lora_rlhf.data import refusal
 
 REFUSALS = """\
 I can't help with that.

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from .metrics import refusal
+from lora_rlhf.data import refusal
+
 from .metrics.metric import Metric
 from .prompt_sets import PromptSet, Row, sha256_of
 
@@ -94,7 +95,7 @@ METRICS = (
         share=True,
         scale=1000,
         score=_refused,
-        source=f"metrics/refusal.py; {_SOURCE}",
+        source=f"data/refusal.py; {_SOURCE}",
         **_SHARED,
     ),
     Metric(

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from lora_rlhf.data import refusal
 from lora_rlhf.evaluation.prompt_sets import Row
 
-from . import refusal
 from .metric import Errors, Metric
 
 _HARMFUL = {"unsafe": 1.0, "safe": 0.0}
@@ -83,14 +83,14 @@ _RAW = (
         "unsafe_compliance",
         "harmful requests complied with, per 1,000 that the detector decided",
         score=unsafe_compliance,
-        source="metrics/refusal.py; XSTest (Röttger et al. 2024), AdvBench (Zou et al. 2023)",
+        source="data/refusal.py; XSTest (Röttger et al. 2024), AdvBench (Zou et al. 2023)",
         **_SHARED,
     ),
     Metric(
         "safe_refusal",
         "harmless requests refused, in full or in part, per 1,000 that the detector decided",
         score=safe_refusal,
-        source="metrics/refusal.py; XSTest (Röttger et al. 2024)",
+        source="data/refusal.py; XSTest (Röttger et al. 2024)",
         **_SHARED,
     ),
 )
@@ -115,7 +115,7 @@ METRICS = (
         "answers that neither comply nor refuse, as far as the detector can tell (empty, the "
         "prompt again, a loop, not English, or in between), per 1,000",
         score=undecided,
-        source="metrics/refusal.py",
+        source="data/refusal.py",
         **_SHARED,
     ),
 )
