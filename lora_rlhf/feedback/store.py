@@ -11,34 +11,23 @@ A label counts as saved when `submit` returns: SQLite then has synced it to the 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import random
-import sqlite3
 import statistics
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from lora_rlhf import extras
 from lora_rlhf.data import answer_format
-from lora_rlhf.errors import (
-    BusyError,
-    DamageError,
-    DataError,
-    DiskError,
-    LoraRlhfError,
-    SetupError,
-    UsageError,
-    first_line,
-)
+from lora_rlhf.errors import DamageError, DataError, UsageError
+from lora_rlhf.runtime.sqlite_file import SqliteFile
 
 from .labels import (
     FLAGS,
@@ -52,21 +41,11 @@ from .labels import (
 )
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection, Engine, Table
+    from sqlalchemy import Connection, Table
     from sqlalchemy.engine import Row
 
 sa: Any = extras.load("sqlalchemy", "a labelling project", "feedback")
 
-APPLICATION = 0x4C6F5246
-"""SQLite's application_id of our stores."""
-
-VERSION = 1
-"""Version of the tables: SQLite's user_version."""
-
-MIGRATIONS: dict[int, tuple[str, ...]] = {}
-"""Version -> statements that lead from it to the next one."""
-
-BUSY_SECONDS = 5.0
 OWN_IDLE, IDLE = 120.0, 24 * 3600.0
 """Seconds without a sign of life after which another tab of the labeler, or another labeler, may
 have what was assigned."""
@@ -273,147 +252,34 @@ def task_from(content: str) -> Task:
     return Task(prompt=tuple(data.pop("prompt")), answers=answers, **data)
 
 
-class Store:
-    """A file with everything that a labelling project collected; safe among threads.
+class Store(SqliteFile):
+    """A file with everything that a labelling project collected."""
 
-    Other processes may use the file at the same time: each change is one transaction.
-    """
+    APPLICATION, TABLES, HOLDS = 0x4C6F5246, _META, "labels"
+    EXPECTED = "the labels.sqlite of a labelling project"
+    MAKE = "give the project's folder, or make one with `label --new`"
 
     def __init__(self, path: str | Path, sharing: Sharing | None = None) -> None:
-        self.path = Path(path)
+        super().__init__(path)
         self.sharing = sharing or Sharing()
-        self._lock = threading.Lock()
-        self._engine: Engine | None = None
-        self._readonly, self._synced, self._reading_only = False, True, False
         self._totals: dict[str, tuple[float, int]] = {}
 
-    # ---------------------------------------------------------------- opening and closing
+    # ------------------------------------------------------------------ opening the file
 
-    def open(self, create: bool = False, readonly: bool = False) -> Self:
-        """Open the file, and compare all rows with their checksums.
+    def _opened(self, connection: Connection) -> None:
+        """Compare all rows with their checksums."""
+        self._verify(connection)
+        if not self._readonly:
+            self._share(connection)
 
-        Args:
-            readonly: Only read, also from a folder that cannot be written.
-
-        Raises:
-            UsageError: There is no such file, and `create` is False.
-            SetupError: The file is of another version or program, or is not as it was written.
-            BusyError: Another process keeps it locked.
-            DiskError: It cannot be written.
-        """
-        if not create and not self.path.is_file():
-            raise UsageError(
-                "there is no store of labels here",
-                where=str(self.path),
-                expected="the labels.sqlite of a labelling project",
-                remedy="give the project's folder, or make one with `--new`",
+    def _made(self, connection: Connection) -> None:
+        for change in ("UPDATE", "DELETE"):
+            connection.exec_driver_sql(
+                f"CREATE TRIGGER no_{change.lower()} BEFORE {change} ON labels BEGIN "
+                "SELECT RAISE(ABORT, 'a label is never changed'); END"
             )
-        self._readonly = readonly
-        self._engine = self._connected(create, readonly)
-        try:
-            with self._transaction() as connection:
-                check = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
-                if check != "ok":
-                    raise _known(self.path, "SQLITE_CORRUPT", str(check).splitlines()[-1])
-                self._check_version(connection, readonly)
-                self._verify(connection)
-                if not readonly:
-                    self._share(connection)
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def close(self) -> None:
-        """Close the file; the store may be opened again."""
-        if self._engine is not None:
-            self._engine.dispose()
-            self._engine = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _connected(self, create: bool, readonly: bool) -> Engine:
-        mode = "ro" if readonly else "rwc" if create else "rw"
-        query = {"mode": mode, "uri": "true"}
-        if readonly and not _wal(self.path).exists():
-            query["immutable"] = "1"  # else SQLite would make files beside it
-        url = sa.URL.create("sqlite", database=self.path.absolute().as_uri(), query=query)
-        engine: Engine = sa.create_engine(
-            url,
-            poolclass=sa.StaticPool,
-            connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False},
-        )
-
-        def connected(raw: Any, _: Any) -> None:
-            raw.isolation_level = None  # transactions begin where we say so
-            if not readonly:
-                raw.execute("PRAGMA journal_mode=WAL")
-
-        def begun(connection: Connection) -> None:
-            if not readonly:
-                kind = "FULL" if self._synced else "NORMAL"
-                connection.exec_driver_sql(f"PRAGMA synchronous={kind}")
-            connection.exec_driver_sql("BEGIN" if self._reading_only else "BEGIN IMMEDIATE")
-
-        sa.event.listen(engine, "connect", connected)
-        sa.event.listen(engine, "begin", begun)
-        return engine
-
-    @contextlib.contextmanager
-    def _transaction(self, *, synced: bool = True, reads: bool = False) -> Iterator[Connection]:
-        """Begin a transaction.
-
-        Args:
-            synced: Wait for the disk at its end. What a power cut may undo need not wait; a later
-                synced one takes the earlier ones along.
-            reads: Nothing is written.
-        """
-        with self._lock, _translated(self.path):
-            if self._engine is None:
-                raise RuntimeError("the store is not open")
-            self._synced, self._reading_only = synced, reads or self._readonly
-            with self._engine.begin() as connection:
-                yield connection
-
-    def _check_version(self, connection: Connection, readonly: bool) -> None:
-        """Make the tables of a new file, or bring those of an older version up to date."""
-        number = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
-        application = connection.exec_driver_sql("PRAGMA application_id").scalar_one()
-        empty = not connection.exec_driver_sql("SELECT count(*) FROM sqlite_master").scalar_one()
-        if empty and not readonly:
-            _META.create_all(connection)
-            for change in ("UPDATE", "DELETE"):
-                connection.exec_driver_sql(
-                    f"CREATE TRIGGER no_{change.lower()} BEFORE {change} ON labels BEGIN "
-                    "SELECT RAISE(ABORT, 'a label is never changed'); END"
-                )
-            heads = [{"name": name, "rows": 0, "checksum": ""} for name in _NOT_CHAINED]
-            connection.execute(sa.insert(_heads), heads)
-        elif application != APPLICATION:
-            raise SetupError(
-                "this SQLite file was not made by lora-rlhf",
-                where=str(self.path),
-                expected="the labels.sqlite of a labelling project",
-            )
-        elif number > VERSION or (number < VERSION and (readonly or number not in MIGRATIONS)):
-            newer = number > VERSION
-            raise SetupError(
-                f"the store has version {number}",
-                where=str(self.path),
-                expected=f"version {VERSION}",
-                remedy="update lora-rlhf" if newer else "open it once for writing with `label`",
-            )
-        else:
-            for before in range(number, VERSION):
-                for statement in MIGRATIONS[before]:
-                    connection.exec_driver_sql(statement)
-        if not readonly:
-            connection.exec_driver_sql(f"PRAGMA application_id={APPLICATION}")
-            connection.exec_driver_sql(f"PRAGMA user_version={VERSION}")
+        heads = [{"name": name, "rows": 0, "checksum": ""} for name in _NOT_CHAINED]
+        connection.execute(sa.insert(_heads), heads)
 
     # -------------------------------------------------------------------------- checksums
 
@@ -797,10 +663,6 @@ class Store:
         return {"done": done, "total": max(total, mine), "seconds_median": round(median, 1)}
 
 
-def _wal(path: Path) -> Path:
-    return path.with_name(path.name + "-wal")
-
-
 def _chained(before: str, table: str, row: Any) -> str:
     """Hash what never changes in a row, after the checksum of the row before it."""
     skipped = ("checksum", *_NOT_CHAINED[table])
@@ -902,38 +764,4 @@ def _label(row: Any) -> Label:
         guidelines=row.guidelines,
         created=row.created,
         replaces=row.replaces,
-    )
-
-
-@contextlib.contextmanager
-def _translated(path: Path) -> Iterator[None]:
-    """Turn SQLite's errors into ours."""
-    try:
-        yield
-    except (sqlite3.Error, sa.exc.DBAPIError) as error:
-        raw = getattr(error, "orig", error)
-        raise _known(path, getattr(raw, "sqlite_errorname", ""), first_line(raw)) from error
-
-
-def _known(path: Path, name: str, text: str) -> LoraRlhfError:
-    """Return our error for one of SQLite's codes, such as SQLITE_BUSY."""
-    code = name.removeprefix("SQLITE_").split("_")[0]
-    if code in ("BUSY", "LOCKED"):
-        return BusyError(
-            f"another process has kept the store locked for {BUSY_SECONDS:g} seconds",
-            where=str(path),
-            remedy="close the program that has the file open, and try again",
-        )
-    if code in ("READONLY", "CANTOPEN", "FULL", "IOERR", "PERM"):
-        return DiskError(
-            f"the store cannot be written: {text}",
-            where=str(path),
-            expected="a file and a folder that this user may write, and free space",
-            remedy="change their permissions, or make room; labels that were saved are intact",
-        )
-    return DamageError(
-        f"the store is damaged: {text} ({name or 'SQLite'})",
-        where=str(path),
-        expected="the SQLite file as lora-rlhf wrote it",
-        remedy="restore it from a backup",
     )

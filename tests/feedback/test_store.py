@@ -340,7 +340,7 @@ def test_a_store_of_another_version_or_program_is_refused(store):
         raw.execute(statement)
         raw.close()
 
-    change(f"PRAGMA user_version = {store_module.VERSION + 1}")
+    change(f"PRAGMA user_version = {Store.VERSION + 1}")
     with pytest.raises(SetupError, match=r"labels.sqlite: the store has version 2\n.*version 1\n"):
         store.open()
     change("PRAGMA application_id = 1")
@@ -352,9 +352,9 @@ def test_a_store_of_another_version_or_program_is_refused(store):
 
 def test_an_older_store_is_migrated_with_its_labels(store, monkeypatch):
     label(fill(store))
-    monkeypatch.setattr(store_module, "VERSION", 2)
+    monkeypatch.setattr(Store, "VERSION", 2)
     step = ("ALTER TABLE drafts ADD COLUMN saved TEXT",)
-    monkeypatch.setattr(store_module, "MIGRATIONS", {1: step})
+    monkeypatch.setattr(Store, "MIGRATIONS", {1: step})
     store.close()
     with pytest.raises(SetupError, match="version 1"):
         store.open(readonly=True)
@@ -365,7 +365,7 @@ def test_an_older_store_is_migrated_with_its_labels(store, monkeypatch):
 
 
 def test_a_locked_store_is_one_error(store, monkeypatch):
-    monkeypatch.setattr(store_module, "BUSY_SECONDS", 0.05)
+    monkeypatch.setattr(Store, "BUSY_SECONDS", 0.05)
     other = sqlite3.connect(fill(store).path, isolation_level=None)
     again(store)
     other.execute("BEGIN IMMEDIATE")
