@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import ipaddress
 import json
-import platform
 import re
 import secrets
-import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +20,8 @@ from typing import Any
 
 from lora_rlhf import extras
 from lora_rlhf.data import answer_format
-from lora_rlhf.errors import BusyError, LoraRlhfError, SetupError, UsageError, first_line
+from lora_rlhf.errors import BusyError, LoraRlhfError, UsageError, first_line
+from lora_rlhf.runtime.local_server import LOOPBACK, LocalServer, is_loopback, knows_host
 
 from .labels import FLAGS, QUESTIONS
 from .project import VERSION, Project
@@ -35,10 +33,8 @@ concurrency: Any = extras.load("starlette.concurrency", *_NEEDS)
 requests: Any = extras.load("starlette.requests", *_NEEDS)
 responses: Any = extras.load("starlette.responses", *_NEEDS)
 routing: Any = extras.load("starlette.routing", *_NEEDS)
-uvicorn: Any = extras.load("uvicorn", *_NEEDS)
 
 PAGE = Path(__file__).with_name("page")
-LOOPBACK = "127.0.0.1"
 SHORTEST_PASSWORD = 8
 LARGEST_BODY = 1_000_000
 LONGEST_NAME, LONGEST_GROUP = 80, 200
@@ -50,7 +46,6 @@ _POLICY = (
 )
 _COLAB = re.compile(r"https://[\w.-]+\.(?:colab\.dev|googleusercontent\.com)\Z")
 _ANCESTORS = "http://localhost:* http://127.0.0.1:* https://*.google.com https://*.colab.dev"
-_TCP_NODELAY = (6, 1)  # IPPROTO_TCP and its option, the same on all systems
 _WAIT = 0.5  # seconds after a wrong password
 
 
@@ -71,7 +66,7 @@ class Access:
     labeler: str | None = None
 
     def __post_init__(self) -> None:
-        local = self.host == "localhost" or _is_loopback(self.host)
+        local = is_loopback(self.host)
         if self.password is None and not local:
             raise UsageError(
                 f"{self.host} can be reached from other machines, and there is no password",
@@ -87,14 +82,8 @@ class Access:
 
     def knows_host(self, header: str) -> bool:
         """Return True if the Host of a request is this server, under a name that is ours."""
-        name, _, port = header.rpartition(":")
-        if not name or port != str(self.port):
-            return False
-        name = name.strip("[]").lower()
-        if name in ("localhost", self.host) or _is_loopback(name):
-            return True
-        mine = platform.node().lower()
-        return self.password is not None and (_is_address(name) or name in (mine, f"{mine}.local"))
+        shared = self.password is not None
+        return knows_host(header, self.host, self.port, shared=shared)
 
     def knows_origin(self, origin: str, host: str) -> bool:
         """Return True if a request comes from our own page."""
@@ -127,18 +116,6 @@ class Access:
         """Set a cookie for our own page only, or in a notebook's frame too; the value is plain."""
         kind = "SameSite=None; Secure; Partitioned" if self.embedded else "SameSite=Strict"
         answer.headers.append("set-cookie", f"{name}={value}; Path=/; HttpOnly; {kind}")
-
-
-def _is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
-
-
-def _is_loopback(name: str) -> bool:
-    return _is_address(name) and ipaddress.ip_address(name).is_loopback
 
 
 class _Denied(Exception):
@@ -446,8 +423,8 @@ def _file(path: Path) -> Callable[[Any], Awaitable[Any]]:
     return endpoint
 
 
-class LabelServer:
-    """A server on an open port; `run` serves in this thread, `start` in one of its own."""
+class LabelServer(LocalServer):
+    """The labelling page of a project on an open port."""
 
     def __init__(self, project: Project, access: Access | None = None) -> None:
         access = access or Access()
@@ -456,79 +433,19 @@ class LabelServer:
             project.guidelines()
             if access.labeler is not None:
                 self.store.add_labeler(access.labeler)
-            self._socket, self.access = _bound(access)
+            super().__init__(access.host, access.port, _NEEDS)
         except BaseException:
             self.store.close()
             raise
-        config = uvicorn.Config(
-            application(project, self.store, self.access),
-            log_level="warning",
-            access_log=False,  # it would show the token
-            server_header=False,
-            proxy_headers=False,
-            lifespan="off",
-            timeout_graceful_shutdown=3,
-        )
-        self._server = uvicorn.Server(config)
-        self._thread: threading.Thread | None = None
-
-    @property
-    def address(self) -> str:
-        """The address without the token."""
-        host = platform.node() if self.access.host in ("0.0.0.0", "::") else self.access.host
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.access.port}/"
+        self.access = replace(access, port=self.port)
+        page = application(project, self.store, self.access)
+        self._serves(page, timeout_graceful_shutdown=3)
 
     @property
     def url(self) -> str:
         """The address to open, with the token."""
         return f"{self.address}?token={self.access.token}"
 
-    def run(self) -> None:
-        """Serve until a signal."""
-        try:
-            self._server.run(sockets=[self._socket])
-        finally:
-            self.store.close()
-
-    def start(self) -> None:
-        """Serve in a thread, and return when requests are answered."""
-        self._thread = threading.Thread(target=self.run, daemon=True)
-        self._thread.start()
-        while not self._server.started and self._thread.is_alive():
-            self._thread.join(0.01)
-
-    @property
-    def running(self) -> bool:
-        """True while the thread of `start` serves."""
-        return self._thread is not None and self._thread.is_alive()
-
-    def stop(self) -> None:
-        """End the thread."""
-        self._server.should_exit = True
-        if self._thread is not None:
-            self._thread.join()
-
-    def __enter__(self) -> LabelServer:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-
-def _bound(access: Access) -> tuple[Any, Access]:
-    """Take the port, so that it is known before the server answers."""
-    config = uvicorn.Config(None, host=access.host, port=access.port, log_level="critical")
-    try:
-        listening = config.bind_socket()
-    except SystemExit:  # uvicorn's way to say that the port is not free
-        raise SetupError(
-            f"port {access.port} of {access.host} cannot be used",
-            expected="a free port",
-            remedy="stop the other server, or give another --port",
-        ) from None
-    # asyncio does not set it for uvicorn's sockets: each answer would wait 40 ms for an ACK.
-    listening.setsockopt(*_TCP_NODELAY, 1)
-    listening.listen(1024)  # a browser that is opened now waits until the server answers
-    port = listening.getsockname()[1]
-    return listening, replace(access, port=port)
+    def close(self) -> None:
+        """Close the store."""
+        self.store.close()

@@ -7,7 +7,9 @@ import importlib
 import sys
 from pathlib import Path
 
-from . import label_server, project
+from lora_rlhf.runtime.local_server import LOOPBACK
+
+from . import project
 from .label_server import Access, LabelServer
 
 _running: dict[Path, LabelServer] = {}
@@ -25,7 +27,7 @@ def label(folder: str | Path, *, port: int = 0, height: int = 800) -> LabelServe
     server = _running.get(key)
     if server is None or not server.running:
         colab, jupyter = "google.colab" in sys.modules, "IPython" in sys.modules
-        access = Access(label_server.LOOPBACK, port, embedded=colab or jupyter)
+        access = Access(LOOPBACK, port, embedded=colab or jupyter)
         server = _running[key] = LabelServer(project.load(folder), access)
         server.start()
     _show(server, height)

@@ -33,31 +33,29 @@ NAME = "lora-rlhf-usage.sqlite"
 
 LONGEST_COMMENT = 5_000
 
+_TEXT, _FLOAT, _INT, _BOOL = sa.Text, sa.Float, sa.Integer, sa.Boolean
+_USES = {
+    "id": _TEXT, "created": _FLOAT, "kind": _TEXT, "model": _TEXT, "version": _TEXT,
+    "status": _INT, "prompt_tokens": _INT, "completion_tokens": _INT, "queue_s": _FLOAT,
+    "first_token_s": _FLOAT, "seconds": _FLOAT, "blocked": _BOOL, "valid": _BOOL,
+    "completed": _BOOL, "prompt": _TEXT,
+}  # fmt: skip
+_THUMBS = {
+    "id": _TEXT, "choice": _INT, "created": _FLOAT, "good": _BOOL, "comment": _TEXT,
+    "model": _TEXT, "version": _TEXT, "messages": _TEXT, "answer": _TEXT,
+}  # fmt: skip
+_MAY_BE_NULL = ("first_token_s", "valid", "completed")
+
 _META = sa.MetaData()
-_settings = sa.Table("settings", _META, sa.Column("name", sa.Text, primary_key=True),
-                     sa.Column("value", sa.Text, nullable=False))  # fmt: skip
 
 
-def _table(name: str, **columns: Any) -> Any:
-    """A table; a type in a tuple allows NULL."""
-    made = [
-        sa.Column(key, kind[0] if isinstance(kind, tuple) else kind,
-                  nullable=isinstance(kind, tuple))
-        for key, kind in columns.items()
-    ]  # fmt: skip
-    return sa.Table(name, _META, sa.Column("row", sa.Integer, primary_key=True), *made)
+def _table(name: str, columns: Mapping[str, Any], key: str = "row") -> Any:
+    made = (sa.Column(c, kind, nullable=c in _MAY_BE_NULL) for c, kind in columns.items())
+    return sa.Table(name, _META, sa.Column(key, sa.Integer, primary_key=True), *made)
 
 
-_uses = _table(
-    "uses", id=sa.Text, created=sa.Float, kind=sa.Text, model=sa.Text, version=sa.Text,
-    status=sa.Integer, prompt_tokens=sa.Integer, completion_tokens=sa.Integer, queue_s=sa.Float,
-    first_token_s=(sa.Float,), seconds=sa.Float, blocked=sa.Boolean, valid=(sa.Boolean,),
-    completed=(sa.Boolean,), prompt=sa.Text,
-)  # fmt: skip
-_thumbs = _table(
-    "thumbs", id=sa.Text, choice=sa.Integer, created=sa.Float, good=sa.Boolean, comment=sa.Text,
-    model=sa.Text, version=sa.Text, messages=sa.Text, answer=sa.Text,
-)  # fmt: skip
+_uses, _thumbs = _table("uses", _USES), _table("thumbs", _THUMBS)
+_settings = _table("settings", {"name": _TEXT, "value": _TEXT})
 sa.Index("use_of", _uses.c.id)
 sa.Index("thumb_of", _thumbs.c.id)
 
