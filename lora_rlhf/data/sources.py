@@ -158,16 +158,25 @@ def _bytes(path: Path) -> bytes:
         return _limited(path, file, archive.getinfo(inside[1]).compress_size)
 
 
+def whole_text(path: Path) -> str:
+    """Return the text of a file.
+
+    Raises:
+        DataError: The file cannot be read, or is not UTF-8.
+    """
+    try:
+        return _decode(path, path.read_bytes())
+    except OSError as error:
+        raise DataError(f"the file cannot be read: {error}", where=str(path)) from None
+
+
 def text_lines(path: Path) -> list[tuple[str, str]]:
     """Return the lines of a text file that are not empty, each with its `file:line`.
 
     Raises:
         DataError: The file cannot be read, or is not UTF-8.
     """
-    try:
-        lines = _decode(path, path.read_bytes()).split("\n")
-    except OSError as error:
-        raise DataError(f"the file cannot be read: {error}", where=str(path)) from None
+    lines = whole_text(path).split("\n")
     return [(f"{path}:{n}", line.rstrip("\r")) for n, line in enumerate(lines, 1) if line.strip()]
 
 

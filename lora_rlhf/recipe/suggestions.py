@@ -89,6 +89,12 @@ def described(at: tuple[Key, ...], args: Args) -> str:
     return f"did you mean {' or '.join(names)}?" if names else ""
 
 
+def nearest(given: str, known: Collection[str]) -> str:
+    """Return ": did you mean ...?" for an unknown word; empty if none is near."""
+    close = difflib.get_close_matches(given, sorted(known), n=1, cutoff=0.6)
+    return f": did you mean {close[0]}?" if close else ""
+
+
 def _everywhere(args: Args) -> Iterator[tuple[str, ...]]:
     """Yield the keys of the recipe and its sections, then those of `args:`."""
     for name in Recipe.model_fields:
