@@ -12,6 +12,7 @@ from lora_rlhf.errors import UsageError
 
 from . import argilla_format, foreign_formats, label_studio_format, open_webui_format, project
 from .foreign_formats import Import, Names
+from .labels import counted
 
 KEY = "pseudonyms.key"
 """File of a project; with it the same person gets the same pseudonym in every import and push."""
@@ -61,8 +62,9 @@ def take(
         for labeler in {label.labeler for label in labels} if imported.guidelines else ():
             store.acknowledge(labeler, imported.guidelines)
     lines = [
-        f"{folder}: {counts['added']} tasks and {given['added']} labels by {len(people)} people "
-        f"added; {len(own)} tasks and {given['already']} labels were there already"
+        f"{folder}: {counted(counts['added'], 'task')} and {counted(given['added'], 'label')} by "
+        f"{counted(len(people), 'labeler')} added; {counted(len(own), 'task')} and "
+        f"{counted(given['already'], 'label')} there already"
     ]
     return lines + [f"not used: {n} {why}" for why, n in imported.unused.items() if n]
 

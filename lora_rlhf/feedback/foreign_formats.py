@@ -15,7 +15,17 @@ from typing import Any
 
 from lora_rlhf.errors import DataError
 
-from .labels import ANSWERS, FLAGS, QUESTIONS, Answer, Label, Task, check_value, in_task_order
+from .labels import (
+    ANSWERS,
+    FLAGS,
+    QUESTIONS,
+    Answer,
+    Label,
+    Task,
+    check_value,
+    in_task_order,
+    personal,
+)
 
 STRENGTHS = {"a3": -3, "a2": -2, "a1": -1, "tie": 0, "b1": 1, "b2": 2, "b3": 3}
 """Option of a pair, as we write it -> strength."""
@@ -361,12 +371,13 @@ def exported(
 ) -> Iterator[tuple[Task, list[Label]]]:
     """Yield each task in the order in which it is shown elsewhere, with its labels in that order.
 
-    Gold items, and tasks that somebody flagged as personal data, stay here.
+    Gold items, and tasks with a prompt that somebody flagged as personal data, stay here.
     """
+    tasks, labels = list(tasks), list(labels)
     of_task: dict[str, list[Label]] = defaultdict(list)
     for label in labels:
         of_task[label.task].append(label)
-    hidden = {id for id, mine in of_task.items() if any("personal_data" in x.flags for x in mine)}
+    hidden = personal(tasks, labels)
     for task in tasks:
         if task.gold is not None or task.id in hidden:
             continue

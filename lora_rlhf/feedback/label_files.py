@@ -19,7 +19,17 @@ from lora_rlhf.runs.disk import write_atomically
 
 from . import label_summary
 from .labeler_verdicts import consensus
-from .labels import ANSWERS, FLAGS, TYPES, Answer, Label, Task, check_value
+from .labels import (
+    ANSWERS,
+    FLAGS,
+    TYPES,
+    Answer,
+    Label,
+    Task,
+    check_value,
+    counted,
+    personal,
+)
 
 FIELDS = (
     "id", "set", "type", "prompt", "answers", "kind", "why", "gold", "checks", "round", "ranking",
@@ -200,7 +210,9 @@ def export(
         )
     write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     label_summary.describe(path, fitting, tasks, labels, groups or {}, cut_offs)
-    return f"{path}: {len(rows)} rows ({form}) from {len(fitting)} labels{left}"
+    return (
+        f"{path}: {counted(len(rows), 'row')} ({form}) from {counted(len(fitting), 'label')}{left}"
+    )
 
 
 def _given(
@@ -210,7 +222,9 @@ def _given(
     by_id, labels = {task.id: task for task in tasks}, list(labels)
     if unknown := {*without} - {label.labeler for label in labels}:
         raise UsageError(f"there is no label by {min(unknown)!r}", remedy="check --without")
-    unusable = {label.task for label in labels if {*label.flags} & {"broken", "personal_data"}}
+    unusable = personal(by_id.values(), labels) | {
+        label.task for label in labels if "broken" in label.flags
+    }
     lost: Counter[str] = Counter()
     given = []
     for label in labels:

@@ -13,7 +13,7 @@ from lora_rlhf.reports import agreement_report
 
 from . import label_files, label_summary, project
 from .label_server import Access, LabelServer
-from .labels import TYPES
+from .labels import TYPES, counted
 from .project import Settings
 from .store import now
 from .terminal import Terminal
@@ -46,7 +46,7 @@ def add(folder: Path, tasks: Path) -> str:
     read = label_files.read_tasks(tasks, there.settings.type)
     with there.store() as store:
         counts = store.add_tasks(read)
-    return f"{folder}: {counts['added']} tasks added, {counts['already']} were there already"
+    return f"{folder}: {counted(counts['added'], 'task')} added, {counts['already']} there already"
 
 
 def export(folder: Path, path: Path, form: str | None = None, without: Collection[str] = ()) -> str:
@@ -81,7 +81,7 @@ def sit(folder: Path, labeler: str | None, ask: Callable[[str], str], say: Say) 
         raise UsageError("--terminal needs the labeler's name", remedy="add --labeler NAME")
     with there.store() as store:
         count = Terminal(there, store, labeler, ask, say).sit()
-    say(f"{count} labels")
+    say(counted(count, "label"))
 
 
 def serve(folder: Path, access: Access, say: Say, show: Callable[[str], object]) -> None:

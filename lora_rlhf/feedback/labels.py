@@ -13,7 +13,7 @@ demonstration  {"text": "..."}
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -192,3 +192,16 @@ def in_shown_order(kind: str, value: dict[str, Any], order: tuple[int, ...]) -> 
     """Return a value in the task's own order as one in the order shown."""
     places = tuple(order.index(index) for index in range(len(order)))
     return in_task_order(kind, value, places)
+
+
+def personal(tasks: Iterable[Task], labels: Iterable[Label]) -> set[str]:
+    """Return the ids of tasks flagged as personal data, and of all others with their prompts."""
+    flagged = {label.task for label in labels if "personal_data" in label.flags}
+    tasks = list(tasks)
+    prompts = [task.prompt for task in tasks if task.id in flagged]
+    return flagged | {task.id for task in tasks if task.prompt in prompts}
+
+
+def counted(number: int, noun: str) -> str:
+    """Return `1 row`, `2 rows`."""
+    return f"{number} {noun}" + "s" * (number != 1)

@@ -7,7 +7,7 @@ import json
 import shlex
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from lora_rlhf.data import row_formats, sources
+from lora_rlhf.data import personal_data, row_formats, sources
 from lora_rlhf.data.label_pool import SUFFIX
 from lora_rlhf.errors import DataError, UsageError
 from lora_rlhf.hub import staging
@@ -26,7 +26,7 @@ from lora_rlhf.reports.cards.card_markdown import cell, code
 from lora_rlhf.runs.disk import sha256, write_atomically
 
 from . import exchange, foreign_formats, label_files, project
-from .labels import Label, Task
+from .labels import Label, Task, personal
 from .project import Project
 
 CONFIGS = {
@@ -99,7 +99,9 @@ def stage(there: Project, request: Request, folder: Path) -> list[str]:
         path = folder / "guidelines" / f"{sha[:16]}.md"
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, text)
-    write_atomically(folder / "README.md", _card(there, request, (tasks, labels), about, folder))
+    held = personal_data.count(_texts(folder / "data"))
+    card = _card(there, request, (tasks, labels), about, folder, _personal(tasks, labels, held))
+    write_atomically(folder / "README.md", card)
     files = staging.file_names(folder)
     local = [str(there.folder.resolve())]
     staging.scan(folder, [name for name in files if name != "README.md"], local, paths=False)
@@ -148,6 +150,7 @@ def _card(
     given: tuple[list[Task], list[Label]],
     about: Mapping[str, dict[str, Any]],
     folder: Path,
+    about_people: list[str],
 ) -> str:
     meta: dict[str, Any] = {"pretty_name": there.settings.name}
     if request.licence:
@@ -167,7 +170,7 @@ def _card(
         "Who labelled": [line for part, one in about.items() for line in _people(part, one)],
         "How": _how(there, given),
         "Guidelines": _guidelines(given[1], folder),
-        "Personal data": _personal(given[1]),
+        "Personal data": about_people,
         "Licence": [cell(request.licence or "Not stated: ask before you use it.")],
         "Versions": [
             f"- lora-rlhf {version('lora-rlhf')}, project format {there.settings.version}",
@@ -248,10 +251,33 @@ def _guidelines(labels: list[Label], folder: Path) -> list[str]:
     return lines + [f"- not recorded: {used['']} labels"] * bool(used[""])
 
 
-def _personal(labels: list[Label]) -> list[str]:
-    flagged = len({label.task for label in labels if "personal_data" in label.flags})
+def _personal(tasks: list[Task], labels: list[Label], held: Mapping[str, int] | None) -> list[str]:
+    """Return lines on personal data: what labelers flagged, and what a program counted."""
+    if held is None:
+        searched = (
+            "No program searched the texts for personal data, as the extra `hygiene` was not "
+            "installed."
+        )
+    else:
+        kinds = ", ".join(f"{kind} {n}" for kind, n in held.items()) or "none"
+        searched = f"A program searched what is published for personal data and counted: {kinds}."
     return [
-        f"Labelers flagged {flagged} tasks as holding personal data; these are left out. Labelers "
-        "have pseudonyms that are not those they chose. No program searched prompts and answers "
-        "for personal data: a recipe's `data.personal_data` does."
+        f"Tasks left out because a labeler flagged their prompt or an answer to it: "
+        f"{len(personal(tasks, labels))}. {searched} A recipe's `data.personal_data` can redact "
+        "it. Labelers have pseudonyms that are not those they chose."
     ]
+
+
+def _texts(folder: Path) -> Iterator[str]:
+    """Yield every text in the rows of the data files."""
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            yield from _leaves(json.loads(line))
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(inner)

@@ -61,7 +61,10 @@ class Terminal:
                 self._read_guidelines()
                 assignment = self.store.next_assignment(self.labeler, self.tab)
                 if assignment is None:
-                    self.say("Nothing is left to label. Thank you!")
+                    self.say(
+                        "Nothing is left for you to label now: tasks that others have open are not "
+                        "offered. Thank you!"
+                    )
                     break
                 self._judge(assignment)
         except EOFError:
@@ -73,7 +76,7 @@ class Terminal:
     def _read_guidelines(self, again: bool = False) -> None:
         guidelines = self.project.guidelines()
         if again or self.store.acknowledged(self.labeler) != guidelines.sha256:
-            self.say(guidelines.text)
+            self.say(guidelines.text.replace("Press `g`", "Enter `/guidelines`"))
             self.ask("Press Enter when you have read the guidelines. ")
             self.store.acknowledge(self.labeler, guidelines.text)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ipaddress
 import platform
+import re
 import threading
 from typing import Any, Self
 
@@ -13,6 +14,7 @@ from lora_rlhf.errors import SetupError
 
 LOOPBACK = "127.0.0.1"
 
+_HOST = re.compile(r"(?P<name>\[[^\]]+\]|[^:]+)(?::(?P<port>\d+))?")
 _TCP_NODELAY = (6, 1)  # IPPROTO_TCP and its option, the same on all systems
 
 
@@ -38,10 +40,10 @@ def knows_host(header: str, host: str, port: int, *, shared: bool) -> bool:
     Args:
         shared: Other machines may use it, so that they call it by its address or name.
     """
-    name, _, given = header.rpartition(":")
-    if not name or given != str(port):
+    parts = _HOST.fullmatch(header)
+    if parts is None or (parts["port"] or "80") != str(port):  # clients leave out HTTP's own port
         return False
-    name = name.strip("[]").lower()
+    name = parts["name"].strip("[]").lower()
     if name == host or is_loopback(name):
         return True
     mine = platform.node().lower()

@@ -251,6 +251,7 @@ def test_argilla_fields_that_are_not_known(tmp_path, folder, row, place, problem
 def labelled(folder):
     """A project with a label of each type, ties, flags, notes and a skipped task."""
     turns = ({"role": "user", "content": "Tea?"},)
+    of_somebody = ({"role": "user", "content": "Ada's tea?"},)
     four = tuple(Answer(f"model {n}", text) for n, text in enumerate(["a", "b", "c", "d"]))
     tasks = [
         Task("set/1", "ranking", turns, four, set="set"),
@@ -258,7 +259,8 @@ def labelled(folder):
         Task("one", "rating", turns, four[:1]),
         Task("none", "demonstration", turns, ()),
         Task("gold", "pair", turns, four[:2], gold={"strength": 1}),
-        Task("private", "pair", turns, four[:2]),
+        Task("private", "pair", of_somebody, four[:2]),
+        Task("same", "pair", of_somebody, four[1:3]),
     ]
     yes = {"value": {"overall": 6, "questions": {"opinion": True}}}
 
@@ -302,7 +304,7 @@ def test_our_labels_come_back_as_they_were(tmp_path, folder, labelled, tool):
         exchange.take(empty, part, tool)
     with project.load(empty).store() as store:
         assert content(store.labels()) == content(labelled)
-        assert len(store.tasks()) == 6
+        assert len(store.tasks()) == 7
     for part in parts:
         assert "0 tasks and 0 labels" in exchange.take(folder, part, tool)[0]
 

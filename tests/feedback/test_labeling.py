@@ -72,7 +72,7 @@ def test_a_sitting_in_a_terminal(folder):
     for text in ("there is no /bogus", "each of a b c once", "no question 12",
                  "expected overall 1 to 7",
                  "expected the better",
-                 "1 bullets instead of 2", "Nothing is left", "5 labels"):  # fmt: skip
+                 "1 bullets instead of 2", "Nothing is left for you", "5 labels"):  # fmt: skip
         assert text in shown
     order, given = labels(folder)
     ranking, pair, rating, demonstration = given
@@ -82,7 +82,7 @@ def test_a_sitting_in_a_terminal(folder):
     assert rating.value["overall"] == 6 and sum(rating.value["questions"].values()) == 2
     assert demonstration.value == {"text": "- one\n- two"}
     again = sit(folder)
-    assert "Guidelines" not in again and "Nothing is left" in again
+    assert "Guidelines" not in again and "Nothing is left for you" in again
 
 
 def test_a_correction_begins_with_what_was_said_before(folder):
@@ -95,7 +95,7 @@ def test_a_correction_begins_with_what_was_said_before(folder):
 
 def test_a_sitting_can_be_left_and_goes_on(folder):
     assert "0 labels" in sit(folder, "", "/quit")
-    assert "1 labels" in sit(folder, "/guidelines", "", "/skip")
+    assert "1 label" in sit(folder, "/guidelines", "", "/skip")
     assert labels(folder)[1][0].value is None
     with pytest.raises(UsageError, match="needs the labeler's name"):
         sit(folder, labeler=None)
@@ -120,7 +120,7 @@ def test_the_command_makes_fills_and_exports_a_project(tmp_path, tasks):
     assert made.exit_code == 0 and "p: 4 tasks, project.yaml and guidelines.md" in made.stdout
     assert "1 tasks" not in made.stdout
     added = invoke("label", tmp_path / "p", "--add", tasks)
-    assert "0 tasks added, 4 were there already" in added.stdout
+    assert "0 tasks added, 4 there already" in added.stdout
     sit(tmp_path / "p", "", "a b c", "b2", "5", "- x", "- y", ".")
     out = tmp_path / "comparisons.jsonl"
     assert (
@@ -129,7 +129,7 @@ def test_the_command_makes_fills_and_exports_a_project(tmp_path, tasks):
     )
     assert len(out.read_text().splitlines()) == 2
     text = invoke("label", tmp_path / "p", "--export", out, "--as", "demonstrations").stdout
-    assert "1 rows (demonstrations)" in text
+    assert "1 row (demonstrations)" in text
     settings = yaml.safe_load((tmp_path / "p" / "project.yaml").read_text())
     assert settings["version"] == 1 and settings["overlap"] == 0.2
     assert (tmp_path / "p" / "guidelines.md").read_text() == guidelines.PACKAGED.read_text()

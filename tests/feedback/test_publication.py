@@ -102,7 +102,7 @@ def test_the_card_tells_of_people_agreement_and_guidelines(tea, tmp_path):
         "1 with a known right value",
         "random 3, not recorded 3",
         "1 flagged as broken or personal data",
-        "flagged 1 tasks as holding personal data",
+        "flagged their prompt or an answer to it: 1. A program searched",
         "2026-01-02 to 2026-01-02",
         "not recorded: 2 labels",
         "CC BY 4.0",
