@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_rlhf.errors import UsageError, first_line
+from lora_rlhf.hub.targets import Target
 from lora_rlhf.runs.disk import sha256
 from lora_rlhf.runtime import optional_packages
 
@@ -19,7 +20,6 @@ from .engine import Engine
 from .metrics.metric import Metric
 from .prompt_sets import Row
 from .suite import LmEvalSection
-from .targets import Target
 
 _USER = "lm_eval of a suite"
 

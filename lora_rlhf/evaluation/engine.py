@@ -16,18 +16,18 @@ from typing import Any
 
 import torch
 
+from lora_rlhf.data.few_shot import completed, without_template
 from lora_rlhf.data.filters import breaker
 from lora_rlhf.errors import NonFiniteError
+from lora_rlhf.hub.targets import Target
 from lora_rlhf.models import sampler
 from lora_rlhf.models.base_model import BaseModel
 from lora_rlhf.models.plain_adapters import PlainAdapters, right_padded
 from lora_rlhf.recipe.schema import LoraSection, ModelSection
 from lora_rlhf.runtime import environment
 
-from .few_shot import completed, without_template
 from .prompt_sets import Row
 from .suite import Suite
-from .targets import Target
 
 TIMED = 8
 """Prompts that are answered one at a time for the latency."""

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from lora_rlhf.errors import DataError, UsageError
+from lora_rlhf.hub import targets
+from lora_rlhf.hub.targets import Target
 from lora_rlhf.reports import evaluation_report, html_report
 from lora_rlhf.runs.disk import write_atomically
 from lora_rlhf.runtime import environment, quiet
 
-from . import judge_training, judge_validation, judges, run_suite, targets
+from . import judge_training, judge_validation, judges, run_suite
 from . import suite as suites
 from .engine import Engine
 from .language_judges import LanguageModel, ServedModel
-from .targets import Target
 
 
 @quiet.libraries()

@@ -17,6 +17,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from lora_rlhf.errors import DataError
+from lora_rlhf.hub.targets import Target
 from lora_rlhf.runs.disk import write_atomically
 from lora_rlhf.runs.samples import prompt_text
 from lora_rlhf.runtime import interrupts
@@ -24,7 +25,6 @@ from lora_rlhf.runtime import interrupts
 from .engine import Engine, finite
 from .judge_validation import Labelled
 from .language_judges import CALIBRATION, LanguageModel
-from .targets import Target
 
 RANK, LEARNING_RATE, BATCH = 16, 3e-4, 8
 _TOKENS = 1024

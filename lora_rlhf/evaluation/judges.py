@@ -19,18 +19,18 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from lora_rlhf.data import sources
 from lora_rlhf.data.closed_world.checkers import Item, check
 from lora_rlhf.errors import BaseModelError, DataError, UsageError, first_line
+from lora_rlhf.hub import targets
+from lora_rlhf.hub.targets import Target
 from lora_rlhf.recipe.schema import DataSource, ModelSection
 from lora_rlhf.reports import evaluation_report
 from lora_rlhf.runs.record import Record, is_run
 from lora_rlhf.runs.samples import prompt_text
 from lora_rlhf.runtime.devices import pick_device
 
-from . import targets
 from .engine import Engine
 from .language_judges import LanguageModel, Rubric, ServedModel, calibration_of
 from .prompt_sets import Row
 from .server import Server
-from .targets import Target
 from .verdicts import Scores, Verdicts, by_score
 
 KINDS = {

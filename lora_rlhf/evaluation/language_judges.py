@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from lora_rlhf.errors import AdapterError, SetupError
+from lora_rlhf.hub.targets import Target
 from lora_rlhf.runs.samples import prompt_text
 
 from . import kept
@@ -24,7 +25,6 @@ from .answers import digest
 from .engine import Engine, finite
 from .prompt_sets import Row, Turns
 from .server import Server
-from .targets import Target
 from .verdicts import Verdicts, by_orders, by_score
 
 Rubric = Literal["pairwise", "pointwise"]

@@ -21,6 +21,7 @@ from typing import Any
 
 from lora_rlhf.errors import DataError, UsageError, first_line
 from lora_rlhf.estimates import Estimate
+from lora_rlhf.hub.targets import Target
 from lora_rlhf.recipe.schema import ModelSection
 from lora_rlhf.redaction import safe
 from lora_rlhf.reports import evaluation_report
@@ -40,7 +41,6 @@ from .metrics.registry import METRICS
 from .prompt_sets import COUNTERFACTUAL, PromptSet, Row
 from .server import Server
 from .suite import SetSection, Suite
-from .targets import Target
 from .verdicts import Verdicts
 
 VERSION = 1

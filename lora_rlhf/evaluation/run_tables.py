@@ -14,6 +14,7 @@ from typing import Any
 from lora_rlhf import estimates
 from lora_rlhf.data.closed_world.checkers import Item
 from lora_rlhf.estimates import Estimate
+from lora_rlhf.hub.targets import Target
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.redaction import safe
 from lora_rlhf.reports import evaluation_report
@@ -30,7 +31,6 @@ from .metrics import closed_world
 from .metrics.metric import Better, Metric
 from .prompt_sets import PromptSet, Row, sha256_of
 from .suite import SetSection, Suite
-from .targets import Target
 from .verdicts import Verdicts, by_score
 
 SET = "held-out prompts"

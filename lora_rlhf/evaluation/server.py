@@ -14,13 +14,13 @@ from typing import Any
 from huggingface_hub import InferenceClient
 
 from lora_rlhf.errors import SetupError, UsageError, first_line
+from lora_rlhf.hub.targets import Target
 from lora_rlhf.redaction import safe
 from lora_rlhf.runtime import interrupts
 
 from .engine import TIMED, Answer, Cost, cost_of
 from .prompt_sets import Row, Turns
 from .suite import Suite
-from .targets import Target
 
 KEY = "LORA_RLHF_API_KEY"
 """Variable with the token of a server that is not Hugging Face's."""

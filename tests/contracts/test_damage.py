@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from lora_rlhf import pipeline
 from lora_rlhf.cli import app
 from lora_rlhf.errors import DamageError, UsageError
-from lora_rlhf.evaluation import judges, targets
-from lora_rlhf.hub import staging
+from lora_rlhf.evaluation import judges
+from lora_rlhf.hub import staging, targets
 from lora_rlhf.recipe.loader import load_recipe
 from lora_rlhf.reports import compare, html_report, plots
 from lora_rlhf.reports.cards import model_card

@@ -6,9 +6,10 @@ import json
 import pytest
 
 from lora_rlhf.errors import UsageError
-from lora_rlhf.evaluation import alignment_tax, evaluate_targets, targets
+from lora_rlhf.evaluation import alignment_tax, evaluate_targets
 from lora_rlhf.evaluation.engine import Engine
 from lora_rlhf.evaluation.suite import LmEvalSection
+from lora_rlhf.hub import targets
 
 pytest.importorskip("lm_eval", reason="needs lm-eval, from the extra `eval`")
 

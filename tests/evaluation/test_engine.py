@@ -8,11 +8,13 @@ import shutil
 import pytest
 import torch
 
+from lora_rlhf.data import few_shot
 from lora_rlhf.errors import AdapterError, NonFiniteError, UsageError
-from lora_rlhf.evaluation import few_shot, judges, language_judges, targets
+from lora_rlhf.evaluation import judges, language_judges
 from lora_rlhf.evaluation.engine import Engine
 from lora_rlhf.evaluation.prompt_sets import Row
 from lora_rlhf.evaluation.suite import SetSection, Suite
+from lora_rlhf.hub import targets
 from lora_rlhf.runs import samples
 from lora_rlhf.runs.record import Record
 from lora_rlhf.serving import loaded_run
@@ -56,7 +58,7 @@ def test_an_adapter_folder_finds_its_base(run, tmp_path):
 
 def test_what_is_no_target_is_refused(tmp_path, run):
     for text in (str(tmp_path), "nowhere", str(tmp_path / "x" / "y")):
-        with pytest.raises(UsageError, match="cannot be evaluated"):
+        with pytest.raises(UsageError, match="no run, model or adapter"):
             targets.parse([text])
 
 

@@ -21,7 +21,7 @@ from lora_rlhf.evaluation import (
 from lora_rlhf.evaluation.engine import Engine
 from lora_rlhf.evaluation.language_judges import CALIBRATION, LanguageModel, calibration_of
 from lora_rlhf.evaluation.prompt_sets import Row
-from lora_rlhf.evaluation.targets import Target, parse
+from lora_rlhf.hub.targets import Target, parse
 from lora_rlhf.recipe.schema import ModelSection
 
 ROWS = [Row(str(i), "", f"Question {i}?") for i in range(5)]

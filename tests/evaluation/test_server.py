@@ -4,10 +4,10 @@
 import pytest
 
 from lora_rlhf.errors import SetupError, UsageError
-from lora_rlhf.evaluation import targets
 from lora_rlhf.evaluation.prompt_sets import Row
 from lora_rlhf.evaluation.server import KEY, Server, _token_for
 from lora_rlhf.evaluation.suite import SetSection, Suite
+from lora_rlhf.hub import targets
 
 SUITE = Suite(name="s", seed=4, sets=[SetSection(name="x", format="plain")])
 ROWS = [Row("1", "", "one"), Row("2", "", [{"role": "user", "content": "two"}])]

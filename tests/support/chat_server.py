@@ -6,7 +6,7 @@ import http.server
 import json
 import threading
 
-from lora_rlhf.evaluation import targets
+from lora_rlhf.hub import targets
 
 
 class ChatServer(http.server.ThreadingHTTPServer):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Targets of an evaluation: what a user may name, and how its answers are made.
+"""What a user may name to use or to evaluate: runs, models, adapters, servers.
 
 A run is base, SFT and policy; `RUN:policy` is one of them; a folder or Hub id is a model or an
 adapter; a URL is a chat-completions server. Adapters are read with plain PEFT, ours and others',
@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_rlhf.errors import AdapterError, UsageError
-from lora_rlhf.hub import repository
 from lora_rlhf.recipe.schema import ModelSection
 from lora_rlhf.redaction import safe
 from lora_rlhf.runs.disk import sha256
 from lora_rlhf.runs.record import Record, is_run
+
+from . import repository
 
 MODELS = {"base": None, "sft": "sft", "policy": "policy"}
 """Models of a run -> folder of the adapter."""
@@ -35,7 +36,7 @@ class Target:
     """One model that answers.
 
     Attributes:
-        name: Name in tables, unique in an evaluation.
+        name: Name in tables, unique among those named together.
         base: The base model; None for a URL.
         adapter: Folder of a PEFT adapter on it.
         url: A chat-completions endpoint, `http://host:port/v1#model`.
@@ -80,7 +81,7 @@ def parse(
         few_shot: Examples before each prompt of a base without a chat template.
 
     Raises:
-        UsageError: A text names nothing that can be evaluated.
+        UsageError: A text names nothing that answers.
     """
     named: list[Target] = []
     for text in texts:
@@ -90,7 +91,7 @@ def parse(
             name = apart(target.name, [one.name for one in named])
             named.append(dataclasses.replace(target, name=name))
     if not named:
-        raise UsageError("nothing to evaluate", expected="a run, a model, an adapter or a URL")
+        raise UsageError("nothing is named", expected="a run, a model, an adapter or a URL")
     return named
 
 
@@ -117,7 +118,7 @@ def _resolve(text: str, base: str | None, load_in_4bit: bool) -> list[Target]:
         return [Target(text if text == "tiny" else path.name, "model", base=section)]
     if path.exists() or text.count("/") != 1:
         raise UsageError(
-            f"{text} cannot be evaluated",
+            f"{text} is no run, model or adapter",
             expected="a run directory or RUN:policy, a model or adapter folder, a Hub id, or the "
             "URL of a chat-completions server",
             remedy="check the name; `lora-rlhf run RECIPE` makes a run directory",
