@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from lora_rlhf.data.padding import pad_left, position_ids
@@ -141,9 +141,8 @@ class _Batch:
         self.ids, self.mask = ids.to(base.device), mask.to(base.device)
         self.cache = DynamicCache(config=base.causal.config)
         self.graph: DecodeGraph | None = None
-        names = inspect.signature(type(base.causal).forward).parameters
-        self._cache_name = "cache" if "cache" in names else "past_key_values"  # until 5.23
-        self._takes_positions = "position_ids" in names
+        self._cache_name = cache_argument(base.causal)
+        self._takes_positions = takes_positions(base.causal)
 
     def run(self) -> list[_Row]:
         """Sample every row to its end; returns the rows in the order of the prompts."""
@@ -217,6 +216,17 @@ class _Batch:
             )
         logits: Tensor = out.logits[:, -1].float()
         return logits, states[0]
+
+
+def cache_argument(causal: nn.Module) -> str:
+    """Return the name of the forward's argument for the cache."""
+    named = "cache" in inspect.signature(type(causal).forward).parameters
+    return "cache" if named else "past_key_values"  # until transformers 5.23
+
+
+def takes_positions(causal: nn.Module) -> bool:
+    """Tell if the forward takes `position_ids`."""
+    return "position_ids" in inspect.signature(type(causal).forward).parameters
 
 
 def _append_states(rows: list[_Row], states: Tensor) -> None:

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers of a required form: a JSON schema, a regular expression, one of a list, or a grammar.
+
+llguidance computes which tokens may come next; its limits on states, items and fuel bound the time
+of a hostile schema or expression. `check` is independent of it where it can be: Python's JSON
+parser, jsonschema and `regex`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from lora_rlhf import extras
+from lora_rlhf.data import answer_format
+from lora_rlhf.errors import UsageError, first_line
+
+Kind = Literal["json_schema", "regex", "choice", "grammar", "json"]
+
+MAX_BYTES = 65_536
+"""Longest schema, expression or grammar, as JSON."""
+
+_WORDS = {"json_schema": "a JSON schema: an object or a bool", "regex": "a regular expression",
+          "choice": "a list of texts", "grammar": "a grammar in Lark's syntax", "json": "nothing",
+          }  # fmt: skip
+_LIMITS = {"initial_lexer_fuel": 500_000, "step_lexer_fuel": 200_000, "step_max_items": 50_000,
+           "max_items_in_row": 2_000, "max_lexer_states": 50_000, "max_grammar_size": 100_000,
+           "verbose_errors": False}  # fmt: skip
+_TOKENIZERS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What an answer must be.
+
+    Attributes:
+        value: The schema, the expression, the choices or the grammar; None for any JSON.
+    """
+
+    kind: Kind
+    value: Any = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise UsageError(
+                f"unknown constraint {self.kind!r:.80}", expected=", ".join(get_args(Kind))
+            )
+        right = {
+            "json_schema": isinstance(self.value, dict | bool),
+            "choice": _is_texts(self.value),
+            "json": self.value is None,
+        }
+        if not right.get(self.kind, isinstance(self.value, str) and bool(self.value)):
+            raise self._error(f"{type(self.value).__name__} {self.value!r:.60}")
+        try:
+            size = len(json.dumps(self.value).encode())
+        except (TypeError, ValueError, RecursionError) as error:
+            raise self._error(first_line(error)) from None
+        if size > MAX_BYTES:
+            raise self._error(f"{size:,} bytes, at most {MAX_BYTES:,} are read")
+
+    def _error(self, why: str) -> UsageError:
+        return UsageError(
+            f"the {self.kind} of the answer cannot be used: {why}", expected=_WORDS[self.kind]
+        )
+
+    @functools.cached_property
+    def grammar(self) -> str:
+        """The constraint as a grammar of llguidance.
+
+        Raises:
+            UsageError: It is invalid, or too large.
+        """
+        library = _library()
+        matcher, value = library.LLMatcher, self.value
+        try:
+            if self.kind in ("json", "json_schema"):
+                if self.kind == "json_schema":
+                    answer_format.validate({"json_schema": value})
+                schema = json.dumps({} if value is None else value)
+                text = matcher.grammar_from_json_schema(schema, overrides=_JSON)
+            elif self.kind == "regex":
+                answer_format.validate({"regex": value})
+                text = matcher.grammar_from_regex(value)
+            elif self.kind == "choice":
+                text = matcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, value)))
+            else:
+                text = matcher.grammar_from_lark(value)
+        except (ValueError, RecursionError) as error:
+            raise self._error(first_line(error)) from None
+        wrong = matcher.validate_grammar(text, limits=_limits())
+        if wrong and not wrong.startswith("WARNING"):
+            raise self._error(wrong[:300])
+        return str(text)
+
+    def matcher(self, tokenizer: Any, vocabulary: int, eos: Sequence[int]) -> Matcher:
+        """Begin an answer in this form.
+
+        Args:
+            tokenizer: A fast tokenizer of transformers.
+            vocabulary: Columns of the logits.
+            eos: Ids that end an answer.
+
+        Raises:
+            UsageError: The constraint is invalid, or too large.
+        """
+        library = _library()
+        key = (vocabulary, tuple(eos))
+        known = _TOKENIZERS.setdefault(tokenizer, {})
+        if key not in known:
+            hf = extras.load("llguidance.hf", "a structured answer", "serve")
+            known[key] = hf.from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=list(eos))
+        made = library.LLMatcher(known[key], self.grammar, limits=_limits(), log_level=0)
+        if made.is_error():
+            raise self._error(first_line(ValueError(made.get_error())))
+        return Matcher(made, vocabulary)
+
+    def check(self, text: str) -> str | None:
+        """Return the reason why a text is not in this form; None if it is."""
+        if self.kind in ("json", "json_schema"):
+            try:
+                _strict_json(text)
+            except (ValueError, RecursionError) as error:
+                return f"not JSON: {first_line(error)}"
+            if self.kind == "json":
+                return None
+            try:
+                wrong = answer_format.problems(text, {"json_schema": self.value})
+            except ValueError as error:
+                wrong = [first_line(error)]
+        elif self.kind == "regex":
+            wrong = answer_format.problems(text, {"regex": self.value})
+        elif self.kind == "choice":
+            wrong = [] if text in self.value else [f"none of the {len(self.value)} choices"]
+        else:
+            wrong = [] if self._accepts(text) else ["not a text of the grammar"]
+        return wrong[0] if wrong else None
+
+    def _accepts(self, text: str) -> bool:
+        library = _library()
+        bytewise = library.LLTokenizer("byte")
+        made = library.LLMatcher(bytewise, self.grammar, limits=_limits(), log_level=0)
+        ids = bytewise.tokenize_bytes(text.encode("utf-8", "replace"))
+        return bool(made.try_consume_tokens(ids) == len(ids) and made.is_accepting())
+
+
+_JSON = {"whitespace_pattern": " ?", "whitespace_flexible": True}
+"""At most one space where JSON allows any: a model could fill its answer with white space."""
+
+
+class Matcher:
+    """The state of one answer: which tokens may come next."""
+
+    def __init__(self, matcher: Any, vocabulary: int) -> None:
+        self._matcher, self._vocabulary = matcher, vocabulary
+
+    def copy(self) -> Matcher:
+        """Return another state, which goes on by itself."""
+        return Matcher(self._matcher.deep_copy(), self._vocabulary)
+
+    def allowed(self) -> Any:
+        """(V,) bool, as numpy: the tokens that may come next.
+
+        Raises:
+            UsageError: The form became too large to follow.
+        """
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        mask = np.unpackbits(bits, bitorder="little")[: self._vocabulary].astype(bool)
+        if self._matcher.is_error():
+            raise UsageError(
+                "the form of the answer cannot be followed: "
+                + first_line(ValueError(self._matcher.get_error())),
+                remedy="simplify the schema, the expression or the grammar",
+            )
+        return mask
+
+    def consume(self, token: int) -> None:
+        """Go on by a token that was allowed."""
+        self._matcher.consume_token(token)
+
+    @property
+    def complete(self) -> bool:
+        """True if nothing but the end may follow."""
+        return bool(self._matcher.is_stopped())
+
+    @property
+    def valid(self) -> bool:
+        """True if the answer may end here."""
+        return bool(self._matcher.is_accepting())
+
+
+def _is_texts(value: Any) -> bool:
+    listed = isinstance(value, list | tuple) and bool(value)
+    return listed and all(isinstance(one, str) and one for one in value)
+
+
+def _strict_json(text: str) -> Any:
+    """Parse JSON (RFC 8259); also refuse equal keys, NaN, and half of a surrogate pair."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(items)
+        if len(made) < len(items):
+            names = [name for name, _ in items]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"the key {twice!r:.60} stands twice in one object")
+        return made
+
+    def constant(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    value = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair") from None
+    return value
+
+
+def _library() -> Any:
+    return extras.load("llguidance", "a structured answer", "serve")
+
+
+def _limits() -> Any:
+    return _library().LLParserLimits(**_LIMITS)
