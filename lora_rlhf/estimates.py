@@ -438,6 +438,16 @@ def differs(estimate: Estimate | None, null: float = 0.0) -> int:
     return int(estimate["low"] > null) - int(estimate["high"] < null)
 
 
+def detectable(estimate: Estimate | None) -> float | None:
+    """Return the difference from the null that so many prompts show in 8 of 10 evaluations.
+
+    A power of 80 % needs 2.8 standard errors; the width of a 95 % interval is 3.92 of them.
+    """
+    if estimate is None or estimate["low"] is None or estimate["high"] is None:
+        return None
+    return 2.8 / 3.92 * (estimate["high"] - estimate["low"])
+
+
 def _outcomes(a: ArrayLike, b: ArrayLike, tie: float) -> Floats:
     """(N,) 1 where a wins, 0 where b wins, 0.5 where they differ by at most `tie`."""
     first, second = _pair(a, b)

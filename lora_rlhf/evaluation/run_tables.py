@@ -209,7 +209,7 @@ def write_report(
     It is the same after an interruption, to the byte.
     """
     report = run_suite.report(evaluation, [prompts], judges, made)
-    verdict = screen.sentences(record.data["evaluation"], record.algorithm, by_kind)
+    verdict = screen.verdict(record, by_kind)
     report |= {"created": None, "verdict": verdict}
     if report["headline"] is not None:
         report["headline"]["sentence"] = verdict[0]

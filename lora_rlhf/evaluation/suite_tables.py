@@ -28,8 +28,6 @@ _ELO = 400 / math.log(10)
 """Elo points of a log-odds of 1."""
 
 _RESAMPLES = 10_000
-_POWER = 2.8 / 3.92
-"""From an interval's width to the difference that is seen with a power of 80 %."""
 
 
 def metric_table(
@@ -72,7 +70,7 @@ def metric_table(
                 "a": name,
                 "b": reference,
                 "estimate": estimate,
-                "detectable": _detectable(estimate),
+                "detectable": estimates.detectable(estimate),
                 "by_kind": {kind: estimated[name] for kind, estimated in by_kind.items()},
             }
             for name, estimate in every.items()
@@ -342,13 +340,6 @@ def _difference(
     return estimates.scaled(made, metric.scale) if metric.scale != 1 else made
 
 
-def _detectable(estimated: Estimate | None) -> float | None:
-    """The smallest difference that this many prompts show in 8 of 10 evaluations."""
-    if estimated is None or estimated["low"] is None or estimated["high"] is None:
-        return None
-    return _POWER * (estimated["high"] - estimated["low"])
-
-
 def correct(tables: Sequence[dict[str, Any]], head: dict[str, Any] | None) -> None:
     """Give every comparison its p, and all but the headline one that is corrected for the others.
 
@@ -429,7 +420,7 @@ def _of_win_rate(table: dict[str, Any]) -> list[str]:
         elif estimated["high"] < 0.5:
             out.append(f"{name} is worse: {rate}; the interval lies below 50 %.")
         else:
-            least = 100 * (_detectable(estimated) or 0)
+            least = 100 * (estimates.detectable(estimated) or 0)
             shown = _could_show(estimated, f"{least:.1f} points from 50 %")
             out.append(f"{name} was not shown to be better or worse: {rate}{shown}.")
     return out

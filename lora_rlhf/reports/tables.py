@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lora_rlhf.estimates import Estimate
+from lora_rlhf.estimates import Estimate, detectable
 from lora_rlhf.recipe.stage_keys import ALGORITHMS, stage_names
 from lora_rlhf.redaction import printable, safe
 from lora_rlhf.runs import samples
@@ -42,7 +42,7 @@ def show(record: Record, console: Console | None = None) -> None:
         by_kind = kinds.of_record(record)
         if shown := [m for m in ("sft", "policy", "best_of_n") if by_kind.get(m)]:
             _print_kinds(console, {m: (evaluation.get(m, {}), by_kind[m]) for m in shown})
-        say(console, verdict(evaluation, record.algorithm, by_kind))
+        say(console, " ".join(verdict(record)))
         kl = evaluation.get("policy", {}).get("kl")
         if kl:
             say(console, f"KL of the policy to SFT: {cell(kl)}, in nats per sequence")
@@ -100,27 +100,36 @@ def stage_line(record: Record, stage: str) -> str:
 
 
 def verdict(
-    evaluation: dict[str, dict[str, Any]],
-    algorithm: str = "ppo",
-    by_kind: Mapping[str, Mapping[str, kinds.Metrics]] | None = None,
-) -> str:
-    """Say if the policy beat SFT, by its win rate's interval, and on which kinds it got worse."""
-    return " ".join(sentences(evaluation, algorithm, by_kind))
+    record: Record, by_kind: Mapping[str, Mapping[str, kinds.Metrics]] | None = None
+) -> list[str]:
+    """Say if the policy beat SFT, by its win rate's interval, and on which kinds it got worse.
+
+    Args:
+        by_kind: Results by kind, if the record does not hold them yet.
+    """
+    accuracy = record.data["stages"].get("reward", {}).get("held_out_accuracy")
+    by_kind = kinds.of_record(record) if by_kind is None else by_kind
+    return sentences(record.data["evaluation"], record.algorithm, by_kind, accuracy)
 
 
 def sentences(
     evaluation: Mapping[str, Mapping[str, Any]],
     algorithm: str = "ppo",
     by_kind: Mapping[str, Mapping[str, kinds.Metrics]] | None = None,
+    accuracy: Estimate | None = None,
 ) -> list[str]:
-    """Return the sentences of `verdict`, the headline first."""
+    """Return the sentences of `verdict`, the headline first.
+
+    Args:
+        accuracy: Accuracy of the held-out reward model on held-out comparisons.
+    """
     who, model = ALGORITHMS[algorithm], "best_of_n" if algorithm == "best_of_n" else "policy"
     metrics, own = evaluation.get(model, {}), (by_kind or {}).get(model, {})
     hidden = kinds.sentences(who, metrics, evaluation.get("sft", {}), own)
-    return [_by_win_rate(metrics, algorithm), *hidden.values()]
+    return [_by_win_rate(metrics, algorithm, accuracy), *hidden.values()]
 
 
-def _by_win_rate(metrics: Mapping[str, Any], algorithm: str) -> str:
+def _by_win_rate(metrics: Mapping[str, Any], algorithm: str, accuracy: Estimate | None) -> str:
     who = ALGORITHMS[algorithm]
     metric = next((name for name in JUDGES if metrics.get(name)), None)
     unknown = f"It is unknown whether {who} beat SFT:"
@@ -132,15 +141,25 @@ def _by_win_rate(metrics: Mapping[str, Any], algorithm: str) -> str:
         if algorithm == "dpo":
             judge = "by a reward model that learned from the same comparisons"
         judge += ", which proves little"
+    by_chance = False
+    if metric == "win_rate_held_out" and accuracy and accuracy["low"] is not None:
+        judge += f", right on {cell(accuracy)} held-out comparisons"
+        by_chance = accuracy["low"] <= 0.5
     rate = f"win rate {100 * value:.1f} %"
     if low is None or high is None:
         return f"{unknown} {rate} {judge}, with no interval (n={n})."
     rate += f" [{100 * low:.1f}, {100 * high:.1f}] {judge}, n={n}"
+    if by_chance:
+        return f"{unknown} {rate}; this judge is not clearly better than chance."
     if low > 0.5:
         return f"{who} beat SFT: {rate}; the 95 % interval lies above 50 %."
     if high < 0.5:
         return f"{who} did worse than SFT: {rate}; the 95 % interval lies below 50 %."
-    return f"{who} was not shown to beat SFT: {rate}; the 95 % interval includes 50 %."
+    least = 100 * (detectable(metrics[metric]) or 0)
+    return (
+        f"{who} was not shown to beat SFT: {rate}; the 95 % interval includes 50 %. So many "
+        f"prompts show a difference of {least:.1f} points in 8 of 10 evaluations."
+    )
 
 
 def show_comparison(report: dict[str, Any], console: Console | None = None) -> None:

@@ -489,16 +489,32 @@ def test_table_fits_a_terminal(width, monkeypatch, finished):
     ],
 )
 def test_verdict_says_no_more_than_the_interval(interval, verdict):
-    assert tables.verdict({"policy": {"win_rate": estimate(*interval)}}).startswith(verdict)
+    [sentence] = tables.sentences({"policy": {"win_rate": estimate(*interval)}})
+    assert sentence.startswith(verdict)
 
 
 def test_verdict_names_its_judge():
-    assert "is unknown" in tables.verdict({"base": {}, "policy": {}})
-    assert "is unknown" in tables.verdict({})
+    assert "is unknown" in tables.sentences({"base": {}, "policy": {}})[0]
+    assert "is unknown" in tables.sentences({})[0]
     proxy = {"win_rate_proxy": estimate(0.9, 0.8, 0.95)}
-    assert "proves little" in tables.verdict({"policy": proxy})
+    assert "proves little" in tables.sentences({"policy": proxy})[0]
     better = proxy | {"win_rate_held_out": estimate(0.5, 0.4, 0.6)}
-    assert "never saw" in tables.verdict({"policy": better})
+    assert "never saw" in tables.sentences({"policy": better})[0]
+
+
+def test_a_judge_that_people_do_not_support_decides_nothing():
+    evaluation = {"policy": {"win_rate_held_out": estimate(0.7, 0.62, 0.77)}}
+    [sentence] = tables.sentences(evaluation, accuracy=estimate(0.64, 0.58, 0.7, 224))
+    assert sentence.startswith("PPO beat SFT: win rate 70.0 %")
+    assert "right on 0.64 [0.58, 0.70] n=224 held-out comparisons" in sentence
+    [sentence] = tables.sentences(evaluation, accuracy=estimate(0.53, 0.47, 0.59, 224))
+    assert sentence.startswith("It is unknown whether PPO beat SFT: win rate 70.0 %")
+    assert "not clearly better than chance" in sentence
+
+
+def test_no_difference_comes_with_the_smallest_one_that_could_be_seen():
+    [sentence] = tables.sentences({"policy": {"win_rate": estimate(0.55, 0.451, 0.647, 96)}})
+    assert "a difference of 14.0 points in 8 of 10 evaluations" in sentence
 
 
 # --- verbs over runs -----------------------------------------------------------------------------

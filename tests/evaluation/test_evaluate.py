@@ -331,7 +331,8 @@ def test_each_kind_of_prompt_has_the_metrics_of_its_own_prompts(record, heads):
     lengths = [len(t) for i, t in zip(items, answers[None], strict=True) if i.family == "json"]
     assert by_kind["base"]["json"]["length"] == estimates.mean_interval(lengths)
     assert set(by_kind["base"]["polite"]) < set(by_kind["base"]["answer"])
-    said = tables.verdict(evaluation, "ppo", by_kind | {"policy": {"refuse": refused}})
+    sentences = tables.sentences(evaluation, "ppo", by_kind | {"policy": {"refuse": refused}})
+    said = " ".join(sentences)
     assert "PPO is clearly worse than SFT on prompts of these kinds: refuse (gold reward -2" in said
 
 
@@ -354,7 +355,7 @@ def test_abstention_counts_both_ways(record, heads):
     by_kind = record.data["stages"]["evaluate"]["by_kind"]["sft"]
     assert "missed_abstention" not in by_kind["answer"]
     assert "false_abstention" not in by_kind["not_stated"]
-    said = tables.verdict(evaluation, "ppo")
+    said = " ".join(tables.sentences(evaluation, "ppo"))
     assert "PPO answers unanswerable questions more often than SFT" in said
     assert "questions unanswerable" not in said, "it abstains less often than SFT"
 
@@ -414,7 +415,8 @@ def test_the_report_has_the_numbers_and_the_words_of_the_record(record, heads):
     _, _, evaluation = task_run(record)
     report = evaluation_report.read(record.folder)
     by_kind = record.data["stages"]["evaluate"]["by_kind"]
-    assert " ".join(report["verdict"]) == tables.verdict(evaluation, "ppo", by_kind)
+    assert report["verdict"] == tables.sentences(evaluation, "ppo", by_kind)
+    assert report["verdict"] == tables.verdict(record)
     assert report["headline"]["judge"] == "checker"
     assert report["headline"]["sentence"] == report["verdict"][0]
     known = [e for t in report["tables"] for e in t["estimates"].values()]

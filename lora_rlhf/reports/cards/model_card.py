@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard
 
 from lora_rlhf.errors import UsageError
 from lora_rlhf.redaction import safe
 from lora_rlhf.reports import kinds
+from lora_rlhf.reports.tables import sentences
 from lora_rlhf.runs.disk import write_atomically
 from lora_rlhf.runs.metric_names import METRICS
 from lora_rlhf.runs.record import Record
@@ -21,7 +23,18 @@ from . import card_snippets
 from . import card_training as training
 from .card_facts import MODELS, ROLES, Facts, front_matter, licence
 from .card_limits import limits
-from .card_markdown import MISSING, at, bullets, cell, code, interval, number, paragraph, table
+from .card_markdown import (
+    MISSING,
+    at,
+    bullets,
+    cell,
+    code,
+    interval,
+    is_number,
+    number,
+    paragraph,
+    table,
+)
 
 _WHAT = {
     "policy": "the policy, which is the language model that answers people. It was trained from "
@@ -60,8 +73,12 @@ def render(record: Record, role: str, repo_ids: dict[str, str] | None = None) ->
     facts = Facts(record, role, repo_ids)
     writes, after_rl = role in ("policy", "sft"), role in ("policy", "value")
     method = "Preference optimisation" if facts.algorithm == "dpo" else "Reinforcement learning"
-    sections = {
+    first = {
         "": _summary(facts),
+        "How to load": card_snippets.how_to_load(facts),
+        "Limits": bullets(limits(facts)),
+    }
+    folded = {
         "Lineage": _lineage(facts),
         "LoRA": training.lora(facts),
         "Data": training.data(facts),
@@ -70,19 +87,39 @@ def render(record: Record, role: str, repo_ids: dict[str, str] | None = None) ->
         method: training.reinforcement(facts) if after_rl else "",
         "Evaluation": _evaluation(facts) if writes else "",
         "Samples": _samples(facts) if writes else "",
-        "Limits": bullets(limits(facts)),
         "Cost": _cost(facts),
-        "How to load": card_snippets.how_to_load(facts),
         "How to merge": card_snippets.how_to_merge(facts),
         "How to reproduce": card_snippets.how_to_reproduce(facts),
     }
-    text = front_matter(facts)
-    for title, body in sections.items():
-        if body:
-            text += f"\n## {title}\n\n{body}\n" if title else f"\n{body}\n"
+    names = ", ".join(title.lower() for title, body in folded.items() if body)
+    text = front_matter(facts) + _sections(first)
+    text += (
+        f"\n<details>\n<summary>All details: {names}</summary>\n{_sections(folded)}\n</details>\n"
+    )
     text = safe(text)
     ModelCard(text)  # raises if the Hub could not parse the card
     return text
+
+
+def _sections(sections: dict[str, str]) -> str:
+    heads = {title: f"## {title}\n\n" if title else "" for title in sections}
+    return "".join(f"\n{heads[title]}{body}\n" for title, body in sections.items() if body)
+
+
+def _result(facts: Facts) -> list[str]:
+    """Return the point of the card, one sentence with its figure; nothing for SFT and value."""
+    if facts.role == "policy":
+        judge = facts.get("stages.reward.held_out_accuracy")
+        known = isinstance(judge, dict) and is_number(judge.get("low"))
+        metrics = facts.get("evaluation.policy") or {}
+        finite = {name: one for name, one in metrics.items() if is_number(at(one, "value"))}
+        accuracy: Any = judge if known else None
+        sentence = sentences({"policy": finite}, facts.algorithm, accuracy=accuracy)[0]
+        return [f"**Is it better than SFT?** {cell(sentence)}"]
+    if facts.role == "reward":
+        accuracy = interval(facts.get("stages.reward.accuracy"))
+        return [f"**Is it any good?** Accuracy on held-out comparisons: {accuracy}; chance is 0.5."]
+    return []
 
 
 def rewrite(run: str | Path) -> list[Path]:
@@ -125,12 +162,13 @@ def _summary(facts: Facts) -> str:
     parts = [
         f"# {cell(title)}: {_TITLES[facts.role]}",
         f"A LoRA adapter for {base}: {what}. Made with `lora-rlhf`, following InstructGPT.",
+        *_result(facts),
         *([f"By {cell(facts.own('authors'))}."] if facts.own("authors") else []),
         f"**Intended use.** {use}",
         f"**Licence.** {cell(chosen) + '. ' if chosen else ''}{why}",
     ]
-    if facts.role != "sft" and (verdict := training.gate_verdict(facts)):
-        parts.append(f"> **Warning.** {verdict}")
+    if facts.role != "sft" and (warning := training.gate_verdict(facts)):
+        parts.append(f"> **Warning.** {warning}")
     others = [
         f"{_TITLES.get(role, role)}: {code(repo)}"
         for role, repo in facts.repo_ids.items()
