@@ -426,6 +426,13 @@ def false_discovery(ps: Sequence[float]) -> list[float]:
     return corrected
 
 
+def correct(family: Sequence[Estimate]) -> None:
+    """Give every comparison of a family its p, and the p that is corrected for the others."""
+    known = [(one, p) for one in family if (p := one.get("p", p_value(one))) is not None]
+    for (one, p), corrected in zip(known, false_discovery([p for _, p in known]), strict=True):
+        one["p"], one["p_corrected"] = p, corrected
+
+
 def differs(estimate: Estimate | None, null: float = 0.0) -> int:
     """Return 1 or -1 if an estimate is clearly above or below `null`, else 0.
 

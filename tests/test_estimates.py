@@ -566,3 +566,16 @@ def test_an_interval_that_leaves_out_0_is_not_clear_after_a_correction():
     assert estimates.differs({**one, "p": 0.07}) == 0
     assert estimates.differs({**one, "p": 0.03, "p_corrected": 0.2}) == 0
     assert estimates.differs(None) == estimates.differs({**one, "low": None}) == 0
+
+
+def test_a_family_is_corrected_in_place_and_estimates_without_an_interval_are_left_alone():
+    clear = {"value": 0.3, "low": 0.1, "high": 0.5, "n": 100}
+    close = {"value": 0.2, "low": 0.001, "high": 0.399, "n": 100}
+    none = {"value": 0.2, "low": None, "high": None, "n": 1}
+    estimates.correct([clear, close, none])
+    assert clear["p"] == pytest.approx(0.0033, abs=1e-4) and close["p"] == pytest.approx(
+        0.049, abs=1e-3
+    )
+    assert clear["p_corrected"] == pytest.approx(2 * clear["p"])
+    assert close["p_corrected"] == close["p"]
+    assert "p" not in none

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_rlhf.errors import UsageError
-from lora_rlhf.estimates import Estimate, mean_interval, paired_difference
+from lora_rlhf.estimates import Estimate, correct, mean_interval, paired_difference
 from lora_rlhf.recipe.stage_keys import ALGORITHMS, identity
 from lora_rlhf.runs import samples
 from lora_rlhf.runs.metric_names import METRICS
@@ -85,6 +85,8 @@ def run(folders: Sequence[str | Path]) -> dict[str, Any]:
     # The row of SFT, from which all runs start, is taken from the first group.
     rows = [_row(groups[0], "SFT", "sft") | _NO_POLICY, *map(_policy_row, groups)]
     differences = [] if metric is None else [_difference(g, groups[0], metric) for g in groups[1:]]
+    if len(several := [one["estimate"] for one in differences if one["estimate"]]) > 1:
+        correct(several)
     notes = _notes(groups, metric)
     for number, row in enumerate(rows[1:]):
         of_sft = [r.evaluated("sft") for r in groups[number]]

@@ -179,6 +179,8 @@ def show_comparison(report: dict[str, Any], console: Console | None = None) -> N
         if one["estimate"] is not None:
             result = cell(one["estimate"], difference=True)
             result += f" seeds, paired in {one['pairs']}" if one["pairs"] > 1 else ", paired"
+            if (p := one["estimate"].get("p_corrected")) is not None:
+                result += f", p {p:.2g} corrected for the number of comparisons"
         metric = one["metric"].replace("_", " ")
         say(console, f"{metric} of {one['of']} minus that of {one['less']}: {result}")
     for note in report["notes"]:

@@ -95,6 +95,10 @@ def test_every_run_is_a_row_and_is_paired_with_the_first(three):
     assert grpo["estimate"]["value"] == pytest.approx(0.125) and grpo["estimate"]["n"] == 4
     assert grpo["estimate"]["low"] <= 0.125 <= grpo["estimate"]["high"]
     assert bon["estimate"]["value"] == pytest.approx(0.25)
+    both = [one["estimate"] for one in (grpo, bon)]
+    assert all(0 < one["p"] <= one["p_corrected"] <= 1 for one in both)
+    [alone] = compare.run(three[:2])["differences"]
+    assert "p_corrected" not in alone["estimate"]  # one comparison needs no correction
     assert any("upper bound" in note for note in report["notes"])
 
 
