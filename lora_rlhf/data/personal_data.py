@@ -132,7 +132,8 @@ def _name_model(name: str) -> Any:
 
 
 @functools.cache
-def _loaded(name_model: str) -> Finder:
+def loaded(name_model: str = DataSection.model_fields["name_model"].default) -> Finder:
+    """The finder with a model for names, loaded once."""
     return Finder(name_model)
 
 
@@ -262,7 +263,7 @@ def clean(
     given = [example for example in examples if not example.item]
     if action == "keep" or not given:
         return examples
-    finder = finder or _loaded(recipe.data.name_model)
+    finder = finder or loaded(recipe.data.name_model)
     pseudonyms = Pseudonyms(recipe) if action == "redact" else None
     counts: Counter[str] = Counter()
     rows: Counter[str] = Counter()

@@ -257,10 +257,20 @@ def unreadable(question: str, answer: str) -> bool:
     threes = [*zip(words, words[1:], words[2:], strict=False)]
     if len(words) >= 8 and len({*threes}) < 0.35 * len(threes):
         return True
+    return _foreign(text, words)
+
+
+def foreign(text: str) -> bool:
+    """Tell if a text is not in English, as far as its letters and its common words tell."""
+    plain = _plain(text)
+    return _foreign(plain, _WORD.findall(plain))
+
+
+def _foreign(text: str, words: list[str]) -> bool:
     if sum("a" <= c <= "z" for c in text) < 0.6 * sum(c.isalpha() for c in text):
         return True
-    english, foreign = (sum(word in known for word in words) for known in (_COMMON, _FOREIGN))
-    return foreign > max(2, english) or (len(words) >= 20 and english < 0.04 * len(words))
+    english, other = (sum(word in known for word in words) for known in (_COMMON, _FOREIGN))
+    return other > max(2, english) or (len(words) >= 20 and english < 0.04 * len(words))
 
 
 @functools.cache
