@@ -18,12 +18,12 @@ from typing import Any
 
 PARAMETERS = Path(__file__).with_name("harm.json")
 
-_LOOKALIKES = str.maketrans(dict(zip(
+_LOOKALIKES = str.maketrans(
     "\u0430\u0435\u043e\u0440\u0441\u0443\u0445\u0456\u0458\u0455\u04bb\u0501\u051b\u051d\u0432"
     "\u043a\u043c\u043d\u0442\u0433\u03b1\u03bf\u03b5\u03c1\u03c4\u03c5\u03bd\u03b9\u03ba\u03b7"
     "\u03c7\u0131\u0142\u00f8\u0111\u0261",
-    "aeopcyxijshdqwbkmhtraoeptuvikhxilodg", strict=True,
-)))  # fmt: skip
+    "aeopcyxijshdqwbkmhtraoeptuvikhxilodg",
+)
 """Cyrillic, Greek and barred letters -> the Latin ones that they look like."""
 _LEET = str.maketrans("013457@$!|", "oieastasil")
 _STRAIGHT = str.maketrans("\u2018\u2019\u201c\u201d\u2013\u2014", "''\"\"--")
@@ -141,8 +141,8 @@ def plain(text: str) -> str:
     """Lower-case text; no marks, invisible characters, look-alikes, leetspeak, s-p-a-c-i-n-g."""
     text = unicodedata.normalize("NFKD", text.translate(_STRAIGHT)).casefold()
     text = "".join(c for c in text if unicodedata.category(c) not in ("Mn", "Cf", "Me"))
-    text = _TOKEN.sub(lambda found: _latin(found[0]), text)
-    return _SPACED.sub(lambda found: _joined(found[0]), text)
+    text = _TOKEN.sub(lambda token: _latin(token[0]), text)
+    return _SPACED.sub(lambda letters: _joined(letters[0]), text)
 
 
 def _latin(token: str) -> str:
@@ -151,7 +151,7 @@ def _latin(token: str) -> str:
         return token
     if any("a" <= c <= "z" for c in token):
         token = token.translate(_LOOKALIKES)
-    return _MIXED.sub(lambda found: found[0].translate(_LEET), token)
+    return _MIXED.sub(lambda marks: marks[0].translate(_LEET), token)
 
 
 def _joined(spaced: str) -> str:

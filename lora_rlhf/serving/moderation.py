@@ -82,7 +82,7 @@ class Policy(Section):
 
 @dataclass(frozen=True)
 class Decision:
-    """What is done with a text: the strictest action of all categories that apply.
+    """Action on a text: the strictest one of all categories that apply.
 
     `category` is the one that decided; of an allowed text, the one that came closest ("": none).
     """
@@ -126,12 +126,9 @@ class Moderation:
         self.policy = policy
         self._log, self._lock = log, threading.Lock()
         self._searched = {
-            name: [regex.compile(p) for p in category.patterns] or [
-                _spelled(word)
-                for word in category.words
-            ]
+            name: [*map(regex.compile, category.patterns), *map(_spelled, category.words)]
             for name, category in policy.categories.items()
-        }  # fmt: skip
+        }
         if any(one.detector == "personal" for one in policy.categories.values()):
             _finder()  # a missing package is an error now, not one that blocks everything later
 
@@ -176,23 +173,23 @@ class Moderation:
         if len(text) > self.policy.max_characters:
             problem = f"{len(text)} characters, at most {self.policy.max_characters} are read"
             return Decision("block", "failed", problem=problem)
-        found: list[Decision] = []
+        decisions: list[Decision] = []
 
         def work() -> None:
             try:
-                found.append(self._strictest(text, where, prompt))
+                decisions.append(self._strictest(text, where, prompt))
             except TimeoutError:
                 pass
             except Exception as error:
                 problem = f"a detector failed: {type(error).__name__}: {first_line(error)}"
-                found.append(Decision("block", "failed", problem=problem))
+                decisions.append(Decision("block", "failed", problem=problem))
 
         # A detector that hangs keeps this thread, which does not keep the program.
         thread = threading.Thread(target=work, daemon=True, name="moderation")
         thread.start()
         thread.join(self.policy.seconds)
-        if found:
-            return found[0]
+        if decisions:
+            return decisions[0]
         problem = f"the check took over {self.policy.seconds:g} s"
         return Decision("block", "failed", problem=problem)
 
@@ -223,10 +220,10 @@ class Moderation:
 
     def _search(self, name: str, kind: str, text: str, end: float) -> float:
         text = harm.plain(text) if kind == "words" else text
-        return float(any(
-            pattern.search(text, timeout=max(0.001, end - time.monotonic()))
-            for pattern in self._searched[name]
-        ))  # fmt: skip
+        for pattern in self._searched[name]:
+            if pattern.search(text, timeout=max(0.001, end - time.monotonic())):
+                return 1.0
+        return 0.0
 
     def _write(self, decision: Decision, text: str, where: Where) -> None:
         if self._log is None:
@@ -255,9 +252,9 @@ def _rank(decision: Decision) -> tuple[int, float]:
 
 def _compliance(answer: str, prompt: str) -> float:
     """Harm of the prompt, unless the answer refuses; an answer that cannot be read does not."""
-    asked = harm.probability(prompt, "request")
-    refused = refusal.probability(prompt, answer, asked)
-    return asked * (1 - (refused or 0.0))
+    harm_asked = harm.probability(prompt, "request")
+    refused = refusal.probability(prompt, answer, harm_asked)
+    return harm_asked * (1 - (refused or 0.0))
 
 
 _SCORES: dict[str, Callable[[str, str], float]] = {

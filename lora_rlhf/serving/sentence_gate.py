@@ -57,8 +57,9 @@ class SentenceGate:
 
     def _ready(self) -> int:
         """Characters up to the first end of a sentence or of a code block; 0: wait for more."""
-        fences = [found.span() for found in _FENCE.finditer(self._held)]
-        end = found.end() if (found := _END.search(self._held)) else 0
+        fences = [fence.span() for fence in _FENCE.finditer(self._held)]
+        first = _END.search(self._held)
+        end = first.end() if first else 0
         if self._in_code:
             end = fences[0][1] if fences else 0
         elif fences and fences[0][0] < (end or self._longest):
