@@ -301,7 +301,7 @@ def clean(
 def count(texts: Iterable[str]) -> Counter[str] | None:
     """Count personal data in texts, by name of its kind; None without the extra `hygiene`."""
     try:
-        finder = _loaded(DataSection.model_fields["name_model"].default)
+        finder = loaded()
     except SetupError:
         return None
     return Counter(KINDS[one.kind] for text in texts for one in finder.spans(text))
