@@ -21,11 +21,16 @@ demo: $(BIN)/lora-rlhf ## the whole pipeline on the packaged tiny model, offline
 test: $(BIN)/lora-rlhf ## the default tests: offline, no GPU
 	PYTEST_ADDOPTS="$(PYTEST_ADDOPTS)" $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-check: ## formatting, lint and types (needs the extra `dev`)
+check: $(BIN)/lora-rlhf ## formatting, lint and types
+	test -x $(BIN)/mypy || $(BIN)/python -m pip install -q --disable-pip-version-check -e ".[dev]"
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
 
 docs: $(BIN)/lora-rlhf ## write the generated pages again
 	$(BIN)/python docs/make_recipes.py
 	$(BIN)/python docs/make_includes.py
 
-.PHONY: help install demo test check docs
+site: $(BIN)/lora-rlhf ## the documentation as a site in build/site, built strictly and offline
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[docs]"
+	$(BIN)/python -m mkdocs build --site-dir build/site
+
+.PHONY: help install demo test check docs site
