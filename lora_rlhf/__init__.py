@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from lora_rlhf.runs.progress import Progress
     from lora_rlhf.runs.record import Record
     from lora_rlhf.serving.loaded_run import generate, load
+    from lora_rlhf.starting.data_view import show_data
+    from lora_rlhf.starting.first_recipe import init
 
     __version__: str
 
@@ -46,6 +48,7 @@ __all__ = [
     "evaluate",
     "evaluate_targets",
     "generate",
+    "init",
     "iterate",
     "label",
     "load",
@@ -53,6 +56,7 @@ __all__ = [
     "plan",
     "push",
     "run",
+    "show_data",
     "tasks",
 ]
 
@@ -63,11 +67,13 @@ _HOMES = {
     "Record": "runs.record",
     "evaluate_targets": "evaluation.evaluate_targets",
     "generate": "serving.loaded_run",
+    "init": "starting.first_recipe",
     "label": "feedback.notebook",
     "load": "serving.loaded_run",
     "load_recipe": "recipe.loader",
     "push": "hub.publishing",
     "run": "pipeline",
+    "show_data": "starting.data_view",
 }
 """Public name -> the module that defines it."""
 

@@ -31,6 +31,7 @@ from .command_group import (
     Warm,
     app,
     command,
+    data_group,
 )
 
 
@@ -476,14 +477,10 @@ def _iterate_verb(
     tables.show(made)
 
 
-_data = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
-app.add_typer(
-    _data, name="data", help="Take labels from other tools, hand tasks to them, publish labels."
-)
 ProjectPath = Annotated[Path, typer.Argument(metavar="PROJECT", help="Folder of the project.")]
 
 
-@command("import", _data)
+@command("import", data_group)
 def _data_import_verb(
     folder: ProjectPath,
     path: Annotated[Path, typer.Argument(metavar="FILE", help="The export, or Argilla's folder.")],
@@ -508,7 +505,7 @@ def _data_import_verb(
         shell.echo(line)
 
 
-@command("export", _data)
+@command("export", data_group)
 def _data_export_verb(
     folder: ProjectPath,
     out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to write into.")],
@@ -524,7 +521,7 @@ def _data_export_verb(
     shell.echo(shell.room("feedback.exchange").put(folder, out, tool, unlabelled))
 
 
-@command("push", _data)
+@command("push", data_group)
 def _data_push_verb(
     folder: ProjectPath,
     repo_id: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Dataset on the Hub.")],

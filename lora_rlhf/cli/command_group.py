@@ -48,6 +48,28 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+class _DataGroup(TyperGroup):
+    """The verbs of `data`; a recipe in place of one means `show`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Insert `show` before a path."""
+        if args[0] not in self.commands and (
+            args[0].endswith((".yaml", ".yml")) or Path(args[0]).exists()
+        ):
+            args = ["show", *args]
+        return super().resolve_command(ctx, args)
+
+
+data_group = typer.Typer(
+    cls=_DataGroup, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
+)
+app.add_typer(
+    data_group,
+    name="data",
+    help="Show the data of a recipe; exchange labels with other tools, publish them.",
+)
+
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file, or its folder.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The --out of an earlier run.")]
 Out = Annotated[Path | None, typer.Option(help="Run directory; default: runs/<recipe name>.")]

@@ -156,9 +156,7 @@ def prompts(recipe: Recipe, tokenizer: Any, loaded: Loaded | None = None) -> Pre
     evaluate = _load(recipe, tokenizer, "evaluate", loaded)
     # Prompts that other sets hold out stay excluded, so that no set is tested on training prompts.
     kept.counts["held out in other sets"] = {"before": len(kept.rows), "after": len(side)}
-    prepared = _prepared(recipe, tokenizer, kept, train, evaluate.rows)
-    prepared.report["evaluate"] = evaluate.report()
-    return prepared
+    return _prepared(recipe, tokenizer, kept, train, evaluate.rows, evaluate.report())
 
 
 def unlabelled(recipe: Recipe, tokenizer: Any) -> tuple[_Rows, list[Turns]]:
@@ -497,7 +495,12 @@ def _evaluation_prompts(recipe: Recipe, tokenizer: Any, loaded: Loaded) -> dict[
 
 
 def _prepared(
-    recipe: Recipe, tokenizer: Any, kept: FilteredSet, train: _Rows, held_out: _Rows
+    recipe: Recipe,
+    tokenizer: Any,
+    kept: FilteredSet,
+    train: _Rows,
+    held_out: _Rows,
+    evaluate: dict[str, Any] | None = None,
 ) -> Prepared:
     if min(len(train), len(held_out)) < 2:
         lost = {reason: n["before"] - n["after"] for reason, n in kept.counts.items()}
@@ -515,6 +518,7 @@ def _prepared(
             remedy=remedy,
         )
     report = {**kept.report(), "train": len(train), "held_out": len(held_out)}
+    report |= {"evaluate": evaluate} if evaluate else {}
     lines = summaries.lines(kept.name, report, train[0], tokenizer)
     if recipe.ppo.function:
         train, held_out = _with_columns(train), _with_columns(held_out)

@@ -46,7 +46,7 @@ class FilteredSet:
     """The remaining rows of one set, and the counts of dropped rows.
 
     A row is a dict: `prompt`, `item` ("" without a task), and `completion`, or `chosen`,
-    `rejected`, `group` and perhaps `margin`.
+    `rejected`, `group` and perhaps `margin`. `tokens`: lengths of rows before the longest are cut.
     """
 
     name: str
@@ -62,6 +62,7 @@ class FilteredSet:
     agreement: dict[str, Any] | None = None
     instructions: list[str] = field(default_factory=list)
     more: dict[str, Any] = field(default_factory=dict)
+    tokens: list[float] = field(default_factory=list)
 
     def filter(
         self, reason: str, rows: list[dict[str, Any]], good: Callable[[dict[str, Any]], bool]
@@ -426,6 +427,7 @@ def drop_too_long(kept: FilteredSet, recipe: Recipe, tokenizer: Any) -> None:
             row["_tokens"] = prompt + answer
     refused = "refused by the chat template"
     rows = kept.filter(refused, kept.rows, lambda row: row["_tokens"] < math.inf)
+    kept.tokens = [row["_tokens"] for row in rows]
     reason = f"over data.{name} = {limit}"
     kept.rows = kept.filter(reason, rows, lambda row: row["_tokens"] <= limit)
     lost = 1 - len(kept.rows) / len(rows) if rows else 0.0

@@ -59,16 +59,24 @@ ROLES = ("system", "user", "assistant", "tool")
 _SHAREGPT = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant",
              "observation": "tool"}  # fmt: skip
 _KNOWN_NAMES = {
-    "prompt": ("instruction", "question", "query", "goal", "input", "user", "Question"),
-    "completion": ("response", "output", "answer", "target", "Best Answer"),
-    "chosen": ("preferred", "winner", "response_chosen", "better"),
-    "rejected": ("dispreferred", "loser", "response_rejected", "worse"),
-    "messages": ("conversation", "conversations", "dialog", "dialogue"),
-    "completions": ("responses", "answers", "outputs"),
+    "prompt": ("instruction", "question", "query", "goal", "input", "user_message", "user",
+               "frage", "anfrage", "anweisung", "aufgabe", "pregunta", "eingabe"),
+    "completion": ("response", "output", "answer", "target", "best_answer", "reply",
+                   "assistant_message", "assistant", "antwort", "ausgabe", "réponse", "reponse",
+                   "respuesta"),
+    "chosen": ("preferred", "winner", "response_chosen", "chosen_response", "better",
+               "better_answer", "bevorzugt", "bessere_antwort", "besser"),
+    "rejected": ("dispreferred", "loser", "response_rejected", "rejected_response", "worse",
+                 "worse_answer", "abgelehnt", "schlechtere_antwort", "schlechter"),
+    "messages": ("conversation", "conversations", "dialog", "dialogue", "chat", "turns"),
+    "completions": ("responses", "answers", "outputs", "antworten"),
     "ranks": ("rank", "ranking", "rankings"),
     "scores": ("ratings", "rewards"),
-    "label": ("rating", "thumbs", "thumb", "vote", "feedback"),
-}
+    "label": ("rating", "thumbs", "thumb", "vote", "feedback", "good", "liked", "correct",
+              "bewertung", "daumen"),
+}  # fmt: skip
+"""Ours -> what files call it, letter case, spaces and hyphens apart."""
+
 _MESSAGES = ("prompt", "completion", "messages", "chosen", "rejected")
 _TRANSCRIPT = re.compile(r"\s*Human:.*\n\nAssistant:", re.DOTALL)
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
@@ -144,7 +152,7 @@ def examples(
         TokenizerError: The rows hold messages, but there is no chat template.
     """
     ignored = set(source.ignore) if source is not None else set()
-    rows = [(where, _unfolded(row, ignored, notes)) for where, row in rows]
+    rows = unfolded(rows, ignored, notes)
     present = {key for _, row in rows for key, value in row.items() if value is not None}
     layout = next((one for one in LAYOUTS[name] if present.issuperset(one)), None)
     if layout is None:
@@ -321,6 +329,11 @@ def text_of(turns: Turns) -> str:
     return turns if isinstance(turns, str) else "\n".join(turn["content"] for turn in turns)
 
 
+def unfolded(rows: list[Row], ignored: set[str], notes: Counter[str]) -> list[Row]:
+    """Return rows with the columns that the layouts are looked for in."""
+    return [(where, _unfolded(row, ignored, notes)) for where, row in rows]
+
+
 def _unfolded(row: dict[str, Any], ignored: set[str], notes: Counter[str]) -> dict[str, Any]:
     """Read lists that a cell holds as text, and ShareGPT's turns of `from` and `value`.
 
@@ -424,15 +437,8 @@ def _no_layout(rows: list[Row], name: str) -> DataError:
     if len(usable) >= min(map(len, LAYOUTS[name])):
         remedy = "map the columns in the recipe with `columns: {our name: the file's name}`"
     for layout in LAYOUTS[name]:
-        guess = {
-            ours: next((n for n in (ours, *_KNOWN_NAMES.get(ours, ())) if n in columns), "")
-            for ours in layout + (("prompt",) if "chosen" in layout else ())
-        }
-        if all(guess[ours] for ours in layout):
-            more = {} if layout == ("messages",) else _parts(columns, guess, rows)
-            pairs = ", ".join(f"{a}: {b}" for a, b in guess.items() if b not in ("", a))
-            pairs = ", ".join([*[pairs] * bool(pairs), *(f"{a}: {b}" for a, b in more.items())])
-            remedy = f"try `columns: {{{pairs}}}`"
+        if (guess := mapping(columns, layout, rows)) is not None:
+            remedy = f"try `columns: {{{', '.join(f'{a}: {b}' for a, b in guess.items())}}}`"
             break
     return DataError(
         f"no usable columns for {name}; found: {', '.join(columns)}"
@@ -441,6 +447,23 @@ def _no_layout(rows: list[Row], name: str) -> DataError:
         expected=_accepted(name),
         remedy=remedy,
     )
+
+
+def mapping(columns: list[str], layout: tuple[str, ...], rows: list[Row]) -> dict[str, str] | None:
+    """Return `columns:` for a layout, by the usual names of columns; None if one is missing.
+
+    The prompt beside a pair, `input` and `system` are found too.
+    """
+    plain = {"_".join(re.findall(r"[^\W_]+", name.casefold())): name for name in reversed(columns)}
+    guess = {
+        ours: next((plain[n] for n in (ours, *_KNOWN_NAMES.get(ours, ())) if n in plain), "")
+        for ours in layout + (("prompt",) if "chosen" in layout else ())
+    }
+    guess |= {ours: ours for ours in guess if ours in columns}
+    if not all(guess[ours] for ours in layout):
+        return None
+    more = {} if layout == ("messages",) else _parts(columns, guess, rows)
+    return {a: b for a, b in guess.items() if b not in ("", a)} | more
 
 
 def _parts(columns: list[str], guess: dict[str, str], rows: list[Row]) -> dict[str, str]:

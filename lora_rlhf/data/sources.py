@@ -125,7 +125,7 @@ def locate(path: str) -> Path:
         file = Path(folder) / inside
     if not is_file(file):
         siblings = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
-        close = difflib.get_close_matches(file.name, siblings, n=1)
+        close = [] if file.is_dir() else difflib.get_close_matches(file.name, siblings, n=1)
         raise DataError(
             "this is a folder" if file.is_dir() else "there is no such file",
             where=str(file),

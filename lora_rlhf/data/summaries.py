@@ -21,10 +21,24 @@ def lines(name: str, report: dict[str, Any], row: Mapping[str, Any], tokenizer: 
         row: The row that is shown.
     """
     lost = {reason: n["before"] - n["after"] for reason, n in report["counts"].items()}
-    left = [f"{n:,} {reason}" for reason, n in lost.items() if n > 0]
+    counted = list(lost)
+    cut = counted.index("expanded to pairs") if name == "comparisons" else 0
+    of_rows, left = (
+        [f"{lost[reason]:,} {reason}" for reason in some if lost[reason] > 0]
+        for some in (counted[:cut], counted[cut:])
+    )
+    made = report["counts"]["expanded to pairs"]["after"] if cut else report["rows"]
+    kept = report["train"] + (0 if "evaluate" in report else report["held_out"])
     line = f"{name}: {', '.join(report['read_as'])}; {report['rows']:,} rows read, "
-    line += f"{report['train']:,} {'pairs ' * (name == 'comparisons')}to train on, "
-    line += f"{report['held_out']:,} held out"
+    line += f"{', '.join(of_rows)} left out, " if of_rows else ""
+    line += f"as {made:,} pairs, " if made != report["rows"] else ""
+    if more := kept + sum(lost[r] for r in counted[cut:] if lost[r] > 0) - made:
+        line += f"{more:,} made of them, "
+    line += f"{report['train']:,} {'pairs ' * (name == 'comparisons')}to train on"
+    if own := report.get("evaluate"):
+        line += f"; {report['held_out']:,} of {own['rows']:,} rows of data.evaluate to evaluate on"
+    else:
+        line += f", {report['held_out']:,} held out"
     line += f"; left out: {', '.join(left)}" if left else ""
     unread = [c for source in report["sources"] for c in source.get("columns_not_read", [])]
     line += f"; not read: {', '.join(dict.fromkeys(unread))}" if unread else ""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from lora_rlhf.errors import DataError
 from lora_rlhf.recipe.schema import DataSource
@@ -45,12 +46,28 @@ def label(value: Any) -> bool | None:
     return _LABELS.get(str(value).strip().lower())
 
 
+class Problem(NamedTuple):
+    """An unread column, the mapping that would read it (empty if none would), and the error."""
+
+    column: str
+    columns: dict[str, str]
+    error: DataError
+
+
 def check(rows: list[Row], layout: tuple[str, ...], name: str, source: DataSource) -> None:
     """Check the columns of a source that its layout does not read.
 
     Raises:
         DataError: One of them looks needed, judges the answers, or contradicts the layout.
     """
+    for problem in problems(rows, layout, name, source):
+        raise problem.error
+
+
+def problems(
+    rows: list[Row], layout: tuple[str, ...], name: str, source: DataSource
+) -> Iterator[Problem]:
+    """Yield the unread columns that look needed, judge the answers, or contradict the layout."""
     read = {*layout, "labeler", "user", "item", "system"}
     if layout != ("messages",):
         read |= {"input"}
@@ -64,24 +81,27 @@ def check(rows: list[Row], layout: tuple[str, ...], name: str, source: DataSourc
             if column not in read and isinstance(column, str) and value not in (None, "", [], {}):
                 values.setdefault(column, []).append(value)
     for column, given in values.items():
-        _check_part(rows, column, given, layout, source)
-        if name in ("demonstrations", "comparisons") and column not in _ANSWERS:
-            _check_judgement(rows, column, given, name, source)
+        if problem := _part(rows, column, given, layout, source):
+            yield problem
+        elif name in ("demonstrations", "comparisons") and column not in _ANSWERS:
+            yield from filter(None, [_judgement(rows, column, given, name, source)])
     theirs = source.columns.get("ranks", "")
     if "ranks" in layout and _words(theirs) & _JUDGES - {"rank", "ranks", "ranking"}:
-        raise DataError(
+        columns = _mapped(source, "scores", theirs, without="ranks")
+        error = DataError(
             f"the column {theirs!r} is read as ranks, of which 1 is the best",
             where=rows[0][0],
             expected="ranks; of scores the highest is the best",
-            remedy=f"for scores: {_mapping(source, 'scores', theirs, without='ranks')}; if it "
-            "really holds ranks, rename it in the file",
+            remedy=f"for scores: {_written(columns)}; if it really holds ranks, rename it in the "
+            "file",
         )
+        yield Problem(theirs, columns, error)
 
 
-def _check_part(
+def _part(
     rows: list[Row], column: str, given: list[Any], layout: tuple[str, ...], source: DataSource
-) -> None:
-    """Refuse to leave out a column that looks like a part of the prompt."""
+) -> Problem | None:
+    """Describe a column that looks like a part of the prompt; None for another."""
     # A pair of texts without a prompt: the prompt may be in any other column of texts.
     bare = "chosen" in layout and not any(row.get("prompt") for _, row in rows)
     bare = bare and all(isinstance(row.get("chosen"), str) for _, row in rows)
@@ -89,59 +109,64 @@ def _check_part(
     if bare and isinstance(given[0], str) and column not in _ANSWERS:
         ours = "prompt" if len(set(given)) > 1 and not _words(column) & {"id"} else ours
     if not ours and column.lower() not in _NO_COLUMN:
-        return
+        return None
     prompts = [str(row.get("prompt") or row.get("messages")) for _, row in rows if row.get(column)]
     if all(str(value).strip() in prompt for value, prompt in zip(given, prompts, strict=False)):
-        return  # nothing is lost: the prompt says it too
+        return None  # nothing is lost: the prompt says it too
     remedy = "write what it says into the prompt or the answers, as the model should see it"
     if ours == "prompt" and "prompt" in source.columns.keys() | {
         key for _, row in rows[:1] for key in row
     }:
         ours = "input"
+    columns = {}
     if ours and isinstance(given[0], str) and layout != ("messages",):
-        remedy = _mapping(source, ours, column)
-    raise DataError(
+        columns = _mapped(source, ours, column)
+        remedy = _written(columns)
+    error = DataError(
         f"the column {column!r} is not read, and looks like a part of the prompt or the answer: "
         f"{len(given)} of {len(rows)} rows have one, such as {excerpt(given[0])}",
         where=rows[0][0],
         expected="columns whose content is trained on, or left out on purpose",
         remedy=f"{remedy}; to train without it: `ignore: [{column}]`",
     )
+    return Problem(column, columns, error)
 
 
-def _check_judgement(
+def _judgement(
     rows: list[Row], column: str, given: list[Any], name: str, source: DataSource
-) -> None:
-    """Refuse to leave out a column that says how good the answers are."""
+) -> Problem | None:
+    """Describe a column that says how good the answers are; None for another."""
     if not _words(column) & _JUDGES:
-        return
+        return None
     if _words(column) & {"chosen", "rejected"}:
-        _check_pair(rows, column)
-        return
+        return _pair(rows, column)
     kinds = Counter(excerpt(value, 30) for value in given)
     if _words(column) & {"annotator", "annotators"} and not (
         len(kinds) <= 5 and all(isinstance(value, int | float) for value in given)
     ):
-        return  # names of people, not what they said
+        return None  # names of people, not what they said
     if len(kinds) == 1 and label(given[0]) is not False:
-        return  # it judges no row apart from the others
+        return None  # it judges no row apart from the others
+    columns: dict[str, str] = {}
     remedy = "leave in the file what the model should learn, such as the answers judged good"
     if name == "comparisons":
         remedy = "give the better answer as `chosen`, and leave out pairs that should not count"
     if name == "demonstrations" and all(label(value) is not None for value in given):
-        remedy = f"{_mapping(source, 'label', column)} trains on the answers judged good only, "
+        columns = _mapped(source, "label", column)
+        remedy = f"{_written(columns)} trains on the answers judged good only, "
         remedy += "and under data.comparisons pairs the good and bad answers to a prompt"
     shown = ", ".join(f"{value}: {n}" for value, n in kinds.most_common(3))
-    raise DataError(
+    error = DataError(
         f"the column {column!r} is not read, and judges the answers ({shown})",
         where=rows[0][0],
         expected="judgements that are used, or left out on purpose",
         remedy=f"{remedy}; to train on all: `ignore: [{column}]`",
     )
+    return Problem(column, columns, error)
 
 
-def _check_pair(rows: list[Row], column: str) -> None:
-    """Refuse pairs whose own scores prefer the rejected answer."""
+def _pair(rows: list[Row], column: str) -> Problem | None:
+    """Describe scores of pairs that prefer the rejected answer."""
     other = column.replace("chosen", "rejected")
     turned = [
         where
@@ -149,20 +174,25 @@ def _check_pair(rows: list[Row], column: str) -> None:
         if all(isinstance(row.get(c), int | float) for c in (column, other))
         and row[column] < row[other]
     ]
-    if turned:
-        raise DataError(
-            f"{len(turned)} of {len(rows)} rows have a {column} below their {other}",
-            where=turned[0],
-            expected="a chosen answer that is the better one by the file's own scores",
-            remedy="take these rows out or swap their answers; if the scores mean something else: "
-            f"`ignore: [{column}]`",
-        )
+    if not turned:
+        return None
+    error = DataError(
+        f"{len(turned)} of {len(rows)} rows have a {column} below their {other}",
+        where=turned[0],
+        expected="a chosen answer that is the better one by the file's own scores",
+        remedy="take these rows out or swap their answers; if the scores mean something else: "
+        f"`ignore: [{column}]`",
+    )
+    return Problem(column, {}, error)
 
 
 def _words(column: str) -> set[str]:
     return set(re.findall("[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", column).lower()))
 
 
-def _mapping(source: DataSource, ours: str, theirs: str, without: str = "") -> str:
-    columns = {k: v for k, v in source.columns.items() if k != without} | {ours: theirs}
+def _mapped(source: DataSource, ours: str, theirs: str, without: str = "") -> dict[str, str]:
+    return {k: v for k, v in source.columns.items() if k != without} | {ours: theirs}
+
+
+def _written(columns: dict[str, str]) -> str:
     return f"`columns: {{{', '.join(f'{a}: {b}' for a, b in columns.items())}}}`"

@@ -6,9 +6,11 @@ Only safetensors are read, and code beside the weights is never run.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -67,19 +70,51 @@ def load(model: ModelSection) -> tuple[PreTrainedModel, PreTrainedTokenizerBase,
         raise
     except Exception as error:  # the libraries raise many classes, one only for truncated files
         raise _load_error(model, error) from error
-    chat_template.check(tokenizer)
+    notes = _prepared(tokenizer, causal)
     for named in (causal, causal.config, tokenizer):  # trackers and tokenizer files contain it
         named.name_or_path = safe(where)
     folder = local_folder(model)  # absolute, so that adapters on this disk find their base
     causal.loaded_from = os.path.abspath(folder) if folder else where
     if getattr(causal, "is_loaded_in_4bit", False):  # by the recipe or by its own config
         _forbid_repacking(causal)
+    if notes:
+        source["token_notes"] = notes
+    return causal, tokenizer, source
+
+
+def _prepared(tokenizer: PreTrainedTokenizerBase, causal: Any) -> list[str]:
+    """Check the chat template, settle eos and pad; return notes on them."""
+    chat_template.check(tokenizer)
     notes = [special_tokens.append_nothing(tokenizer), special_tokens.end_turns(tokenizer, causal)]
     special_tokens.ensure_distinct_pad(tokenizer, causal)
     special_tokens.check_embedding_rows(tokenizer, causal)
-    if any(notes):
-        source["token_notes"] = list(filter(None, notes))
-    return causal, tokenizer, source
+    return list(filter(None, notes))
+
+
+def find_tokenizer(model: ModelSection, config: Any) -> PreTrainedTokenizerBase:
+    """Load the base's tokenizer as a run does, without the weights.
+
+    Raises:
+        BaseModelError: It cannot be found or read.
+        TokenizerError: No eos, no unused token for padding, or a token without an embedding row.
+    """
+    where, plain = _locate(model), {"revision": model.revision, "trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, padding_side="left", **plain)
+    except Exception as error:  # the libraries raise many classes
+        raise _load_error(model, error) from error
+    try:
+        generation = GenerationConfig.from_pretrained(where, revision=model.revision)
+    except Exception:  # many bases have no such file
+        generation = GenerationConfig.from_model_config(config)
+    rows = SimpleNamespace(num_embeddings=config.get_text_config().vocab_size)
+    stand_in = SimpleNamespace(
+        config=copy.deepcopy(config),
+        generation_config=generation,
+        get_input_embeddings=lambda: rows,
+    )
+    _prepared(tokenizer, stand_in)
+    return tokenizer
 
 
 def _load_error(model: ModelSection, error: Exception) -> BaseModelError:

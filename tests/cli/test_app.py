@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 VERBS = (
     "run", "demo", "plan", "sft", "reward", "ppo", "policy", "evaluate", "judge", "label",
     "tasks", "iterate", "card", "report", "doctor",
-    "push", "generate", "compare", "env", "data",
+    "push", "generate", "compare", "env", "data", "init",
 )  # fmt: skip
 SMALL = "name: small\nmodel: {id: tiny}\ndata: {demonstrations: [{task: closed-world}]}\n"
 

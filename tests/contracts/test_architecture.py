@@ -36,7 +36,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("training", "reports"),
     ("algorithms", "hub"),
     ("evaluation", "planning", "serving", "preflight"),
-    ("pipeline", "feedback"),
+    ("pipeline", "feedback", "starting"),
     ("cli",),
     ("__main__",),
 ]
