@@ -129,9 +129,7 @@ def init(
     tokenizer = _tokenizer(base, say)
     _sizes(draft, sets, tokenizer, base.config)
     _fit(draft, base, say)
-    for source in (s for name in SETS for s in draft.data["data"].get(name, ())):
-        if "path" in source:
-            source["path"] = _from(out.parent, source["path"])
+    _relate(draft.data, out.parent)
     recipe = _write(draft, looked, out, base, say)
     _check(recipe, sets, tokenizer, out, say)
     return recipe
@@ -142,9 +140,24 @@ def _name(name: str) -> str:
     return stem or "first"
 
 
+def _relate(data: dict[str, Any], folder: Path) -> None:
+    """Write files and a local base as they are seen from the recipe's folder."""
+    for source in (s for name in SETS for s in data["data"].get(name, ())):
+        if "path" in source:
+            source["path"] = _from(folder, source["path"])
+    base = data["model"]["id"]
+    if os.path.isabs(base):
+        inside = os.path.relpath(base, os.path.abspath(folder))
+        data["model"]["id"] = base if inside.startswith(os.pardir) else f"./{inside}"
+
+
 def _from(folder: Path, path: str) -> str:
-    """Return a path relative to the recipe if it lies in its folder, else absolute."""
+    """Return a path relative to the recipe or to LORA_RLHF_DATA if it lies there, else absolute."""
     whole = os.path.abspath(path)
+    if data := os.environ.get("LORA_RLHF_DATA"):
+        below = os.path.relpath(whole, os.path.abspath(data))
+        if not below.startswith(os.pardir):
+            return f"data://{Path(below).as_posix()}"
     inside = os.path.relpath(whole, os.path.abspath(folder))
     return whole if inside.startswith(os.pardir) else inside
 
@@ -236,7 +249,7 @@ def _base(draft: _Draft, sets: _Sets, gpu: int | None, model: str | None, say: S
     place = f"a GPU of {gpu / 1e9:g} GB" if gpu else "this CPU (no GPU here; or give --gpu)"
     if model:
         folder = Path(model).expanduser()
-        draft.set("model.id", str(folder.resolve()) if folder.is_dir() else model, "as you said")
+        draft.set("model.id", os.path.abspath(folder) if folder.is_dir() else model, "as you said")
         section = ModelSection(id=draft.data["model"]["id"])
         return _Base(section, bases.config_of(section), gpu, [])
     texts = [text_of(e.prompt) for e in sets.examples["demonstrations"][:100]]
@@ -280,7 +293,7 @@ def _sizes(draft: _Draft, sets: _Sets, tokenizer: Any, config: Any) -> None:
     draft.set("data.held_out", share, "share of the prompts that nothing trains on")
     prompts, answers, whole = _lengths(sets, tokenizer)
     room = int(getattr(config.get_text_config(), "max_position_embeddings", 2048) or 2048)
-    longest = _rounded(_quantile(answers, 0.95), 256)
+    longest = max(64, _rounded(int(1.5 * _quantile(answers, 0.95)), 256))
     fitting = "; 99 % of the rows fit" if tokenizer else "; estimated, for 99 % of the rows"
     prompt = min(_rounded(_quantile(prompts, 0.99), 1024), room - longest)
     both = min(_rounded(_quantile(whole, 0.99), 2048), room)

@@ -17,7 +17,7 @@ _PARTS = {
 }  # fmt: skip
 """Column -> (label, style). Reward models read chosen and rejected up to their last token."""
 
-_WIDEST = 1_000
+_WIDEST = 600
 
 
 def lines(row: Mapping[str, Any], tokenizer: Any) -> Iterator[Text]:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import lora_rlhf
+from lora_rlhf import tiny
 from lora_rlhf.cli import app
 from lora_rlhf.errors import DataError, UsageError
 from lora_rlhf.recipe.loader import load_recipe
@@ -78,6 +79,17 @@ def test_too_little_data(tmp_path, rows, message):
     with pytest.raises(DataError, match=message):
         lora_rlhf.init([path], out=tmp_path / "r.yaml", model="tiny")
     assert not (tmp_path / "r.yaml").exists()
+
+
+def test_paths_are_those_of_the_recipe(tmp_path, pairs, monkeypatch):
+    (tmp_path / "base").symlink_to(tiny.path())
+    made = lora_rlhf.init([pairs], out=tmp_path / "r.yaml", model=str(tmp_path / "base"))
+    assert "  id: ./base\n" in (tmp_path / "r.yaml").read_text()
+    assert made.model.id == str(tmp_path / "base")
+    monkeypatch.setenv("LORA_RLHF_DATA", str(tmp_path))
+    (tmp_path / "x").mkdir()
+    made = lora_rlhf.init([pairs], out=tmp_path / "x", model="tiny")
+    assert made.data.prompts[0].path == "data://pairs.jsonl"
 
 
 def test_the_base_follows_gpu_and_language(tmp_path, pairs, monkeypatch):
