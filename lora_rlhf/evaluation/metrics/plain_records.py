@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any, Literal
 
+from lora_rlhf.data import abstention
 from lora_rlhf.data.closed_world.vocabulary import POOLS
 from lora_rlhf.evaluation.prompt_sets import Row
 
@@ -18,11 +19,6 @@ from .metric import Metric
 from .short_answers import abstains
 
 Outcome = Literal["right", "invented", "not stated", "unclear"]
-
-_NOT_STATED = re.compile(
-    r"\b(?:not|isn't|is not|doesn't|does not|no)\b(?: \w+){0,3} (?:state[ds]?|mention(?:ed|s)?"
-    r"|specif(?:y|ied|ies)|given?|provided?|says?|said|include[ds]?|list(?:ed|s)?|information|tell)\b"
-)
 
 
 def outcome(row: Row, answer: str) -> Outcome:
@@ -37,7 +33,7 @@ def outcome(row: Row, answer: str) -> Outcome:
         return "invented"
     if right and right in named:
         return "right"
-    if not text.strip() or abstains(answer) or _NOT_STATED.search(text):
+    if not text.strip() or abstains(answer) or abstention.says_not_stated(answer):
         return "not stated"
     return "unclear"
 

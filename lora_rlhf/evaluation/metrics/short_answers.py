@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_rlhf.data import abstention
 from lora_rlhf.evaluation.prompt_sets import Row
 
 from .metric import Metric
@@ -36,14 +37,6 @@ _ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth".s
 _DIGITS = {word: str(n) for n, word in enumerate(_NUMBERS)}
 _DIGITS |= {word: str(n) for n, word in enumerate(_ORDINALS, 1)}
 _ASKS = ("who", "when", "where", "what", "which", "how many", "how", "why", "meaning")
-
-_NO_ANSWER = re.compile(
-    r"\b(?:i|we)(?:'m| am| are)? (?:do not|don't|does not|can ?not|can't|not) "
-    r"(?:know|sure|certain|familiar|answer|determine|say|find|aware|able"
-    r"|have (?:enough|any|that|this))\b"
-    r"|\b(?:unknown|not stated|not sure|no idea|unanswerable|not (?:known|available|mentioned"
-    r"|enough information)|there is no (?:information|answer)|cannot be (?:determined|answered))\b"
-)
 
 
 def words(text: str) -> list[str]:
@@ -147,8 +140,7 @@ def parameters() -> dict[str, Any]:
 
 def abstains(answer: str) -> bool:
     """Tell if an answer is empty, or says that it does not know."""
-    text = answer.replace("’", "'").lower()
-    return not words(text) or bool(_NO_ANSWER.search(text))
+    return not words(answer) or abstention.says_unknown(answer)
 
 
 def is_right(question: str, references: Sequence[str], answer: str) -> bool:
