@@ -304,6 +304,50 @@ def _ratio_limit(limit: float, value: float, gain: Estimate, upper: bool) -> flo
     return (value * j + sign * math.sqrt(max(0.0, inside))) / (far * (2 * j - far))
 
 
+def quantile_interval(values: ArrayLike, share: float) -> Estimate:
+    """A quantile of N numbers, linear between order statistics, with an interval of two of them.
+
+    The interval needs no distribution: the number of values below the true quantile is binomial
+    (Conover 1999, section 3.2). Too few values for one of its ends: no interval.
+    """
+    array = np.sort(_floats(values))
+    n, value = array.size, float(np.quantile(array, share))
+    k = np.arange(n + 1)
+    logs = np.concatenate(([0.0], np.cumsum(np.log(np.arange(1, n + 1)))))
+    masses = logs[n] - logs - logs[::-1] + k * math.log(share) + (n - k) * math.log1p(-share)
+    below = np.cumsum(np.exp(masses))
+    first = int(np.searchsorted(below, 0.025, side="right"))  # P(fewer than `first`) <= 0.025
+    last = int(np.searchsorted(below, 0.975))  # P(`last` or fewer) >= 0.975
+    if first < 1 or last >= n:
+        return _estimate(value, None, None, n)
+    return _estimate(value, array[first - 1], array[last], n)
+
+
+def unpaired_difference(a: ArrayLike, b: ArrayLike) -> Estimate:
+    """The mean of a minus that of b, of two independent samples.
+
+    Shares, all of them 0 or 1: Newcombe 1998, method 10, from Wilson's intervals. Other numbers:
+    Welch's t. Fewer than two values on a side: no interval. `n` is that of the smaller sample.
+    """
+    first, second = _floats(a), _floats(b)
+    value, n = float(first.mean() - second.mean()), min(first.size, second.size)
+    if n < 2:
+        return _estimate(value, None, None, n)
+    if np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all():
+        one, two = (wilson(float(x.sum()), x.size) for x in (first, second))
+        ends = [
+            (e["value"] - (e["low"] or 0.0), (e["high"] or 0.0) - e["value"]) for e in (one, two)
+        ]
+        down, up = math.hypot(ends[0][0], ends[1][1]), math.hypot(ends[0][1], ends[1][0])
+        return _estimate(value, value - down, value + up, n)
+    parts = [float(x.var(ddof=1)) / x.size for x in (first, second)]
+    if not any(parts):
+        return _estimate(value, value, value, n)
+    weights = (part**2 / (x.size - 1) for part, x in zip(parts, (first, second), strict=True))
+    half = t_quantile(max(1, int(sum(parts) ** 2 / sum(weights)))) * math.sqrt(sum(parts))
+    return _estimate(value, value - half, value + half, n)
+
+
 # --- two models on the same prompts ------------------------------------------------------------
 
 

@@ -167,6 +167,35 @@ def test_empty_lists_and_nan_are_rejected(bad):
 # --- two models ---
 
 
+@pytest.mark.parametrize(("n", "share"), [(20, 0.5), (200, 0.5), (200, 0.95), (1000, 0.95)])
+def test_the_interval_of_a_quantile_is_that_of_the_binomial_and_covers(n, share):
+    low, high = stats.binom.ppf([0.025, 0.975], n, share).astype(int)
+    found = estimates.quantile_interval(np.arange(1, n + 1), share)
+    assert (found["low"], found["high"]) == (low, high + 1)  # the order statistics by number
+    rng, truth = np.random.default_rng(0), stats.expon.ppf(share)
+    made = (estimates.quantile_interval(rng.exponential(size=n), share) for _ in range(500))
+    assert_coverage([covers(one, truth) for one in made], 0.94, 0.99)
+
+
+def test_few_values_have_no_interval_of_a_high_quantile():
+    found = estimates.quantile_interval(range(71), 0.95)
+    assert (found["value"], found["low"], found["high"]) == (66.5, None, None)
+    assert estimates.quantile_interval(range(73), 0.95)["high"] == 72
+
+
+def test_unpaired_differences_are_welchs_and_newcombes():
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(1, 1, 40), rng.normal(0, 3, 15)
+    found = estimates.unpaired_difference(a, b)
+    expected = stats.ttest_ind(a, b, equal_var=False).confidence_interval()
+    assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high), abs=0.01)
+    shares = estimates.unpaired_difference([1] * 56 + [0] * 14, [1] * 48 + [0] * 32)
+    # Newcombe 1998, table II, example (a), method 10
+    assert [round(shares[key], 4) for key in ("value", "low", "high")] == [0.2, 0.0524, 0.3339]
+    assert estimates.unpaired_difference([1], [0, 1])["low"] is None
+    assert estimates.unpaired_difference([2.5] * 3, [0.5] * 3)["high"] == 2
+
+
 def test_paired_difference_is_scipys_bca():
     rng = np.random.default_rng(3)
     a, b = rng.lognormal(0, 1.2, size=30), rng.uniform(size=30)

@@ -10,7 +10,14 @@ from pathlib import Path
 
 from lora_rlhf.errors import UsageError
 
-from . import argilla_format, foreign_formats, label_studio_format, open_webui_format, project
+from . import (
+    argilla_format,
+    foreign_formats,
+    label_studio_format,
+    open_webui_format,
+    project,
+    usage_format,
+)
 from .foreign_formats import Import, Names
 from .labels import counted
 
@@ -21,6 +28,7 @@ READERS = {
     "argilla": argilla_format.read,
     "label-studio": label_studio_format.read,
     "open-webui": open_webui_format.read,
+    "usage": usage_format.read,
 }
 WRITERS = {"argilla": argilla_format.write, "label-studio": label_studio_format.write}
 

@@ -175,6 +175,16 @@ def comparison(report: dict[str, Any], path: Path) -> Path | None:
     return _save(path, [draw] if points else [])
 
 
+def usage(report: dict[str, Any], path: Path) -> Path | None:
+    """Draw the report of `usage_report.report` as bars by adapter, as a PNG at `path`."""
+    models = [group["name"] for group in report["groups"]]
+    panels = []
+    for metric in dict.fromkeys(name for group in report["groups"] for name in group["metrics"]):
+        bars = {g["name"]: g["metrics"][metric] for g in report["groups"] if metric in g["metrics"]}
+        panels.append(_bars(metric, bars, models))
+    return _save(path, panels)
+
+
 def _root(kl: float) -> float:
     """The distance from SFT; a sampled KL may be slightly negative and is then drawn at 0."""
     return math.sqrt(max(0.0, kl))

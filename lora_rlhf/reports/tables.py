@@ -214,6 +214,26 @@ def show_answers(answers: Sequence[dict[str, Any]], console: Console | None = No
     console.print(table)
 
 
+def show_usage(report: dict[str, Any], console: Console | None = None) -> None:
+    """Print the report of `usage_report.report`: a column for each adapter, and differences."""
+    console = console or Console(highlight=False)
+    groups = report["groups"]
+    names = list(dict.fromkeys(name for group in groups for name in group["metrics"]))
+    table = [["requests", *(str(group["requests"]) for group in groups)]]
+    table.append(["status", *(_counts(group["statuses"]) for group in groups)])
+    table.append(["tokens", *(f"{group['tokens']:,}" for group in groups)])
+    for name in names:
+        table.append([name, *(cell(group["metrics"].get(name)) for group in groups)])
+    _print_table(console, ["", *(group["name"] for group in groups)], table)
+    for one in report["differences"]:
+        result, how = cell(one["estimate"], difference=True), one["how"]
+        say(console, f"{one['metric']} of {one['of']} minus that of {one['less']}: {result}, {how}")
+
+
+def _counts(counts: Mapping[Any, int]) -> str:
+    return ", ".join(f"{name}: {count}" for name, count in sorted(counts.items()))
+
+
 def say(console: Console, text: str) -> None:
     """Print one line without markup or wrapping, so that paths can be copied."""
     console.print(printable(text), markup=False, highlight=False, soft_wrap=True)

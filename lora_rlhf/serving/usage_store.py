@@ -100,7 +100,7 @@ class UsageStore(SqliteFile):
 
     APPLICATION, TABLES, HOLDS = 0x4C6F5255, _META, "uses"
     EXPECTED = f"a file of chat, do or serve, such as {NAME}"
-    MAKE = "use a model with `lora-rlhf chat`, `do` or `serve`, or give their --usage"
+    MAKE = "use a model with chat, do or `lora-rlhf serve`, or give the file of their --usage"
     _key = b""
 
     def open(self, create: bool = False, readonly: bool = False) -> Self:

@@ -14,6 +14,7 @@ import pytest
 from lora_rlhf.errors import DataError, UsageError
 from lora_rlhf.feedback import exchange, labeling, project
 from lora_rlhf.feedback.labels import Answer, Label, Task
+from lora_rlhf.serving.usage_store import UsageStore
 
 
 @pytest.fixture
@@ -392,3 +393,31 @@ def test_thumbs_up_and_down_on_one_prompt_are_a_pair(tmp_path, folder):
     with pytest.raises(DataError, match="unknown field 'colour' in a feedback") as error:
         exchange.take(folder, path, "open-webui")
     assert error.value.where.endswith("new.json row 1")
+
+
+# ----------------------------------------------------------------------------- our own thumbs
+
+
+def test_thumbs_down_become_tasks(folder, tmp_path):
+    question, other = ([{"role": "user", "content": text}] for text in ("What is tea?", "And why?"))
+    with UsageStore(tmp_path / "usage.sqlite") as store:
+        store.thumb("a", False, "too short", question, "A drink.", model="policy")
+        store.thumb("b", True, "", other, "Leaves.", model="policy")
+        store.thumb("c", False, "", other, "A tree.", model="sft")
+        store.thumb("d", True, "", [{"role": "user", "content": "Thanks"}], "Good.")
+        store.thumb("e", False)
+    path = tmp_path / "usage.sqlite"
+    tasks, labels, lines = taken(folder, path, "usage")
+    written, compared = tasks.values()
+    assert (written.type, written.answers, written.why) == (
+        "demonstration",
+        (),
+        "thumb down: too short",
+    )
+    assert written.prompt == tuple(question) and not labels
+    assert (compared.type, [a.text for a in compared.answers]) == ("pair", ["Leaves.", "A tree."])
+    assert [line.partition(": ")[2] for line in lines[1:]] == [
+        "1 thumbs whose text is not stored", "1 thumbs up without one down",
+    ]  # fmt: skip
+    again, _, lines = taken(folder, path, "usage")
+    assert again == tasks and "0 tasks" in lines[0]
