@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lora_rlhf.reports.doctor.findings import Finding
     from lora_rlhf.runs.progress import Progress
     from lora_rlhf.runs.record import Record
+    from lora_rlhf.serving.api_server import serve
     from lora_rlhf.serving.loaded_run import generate, load
     from lora_rlhf.starting.data_view import show_data
     from lora_rlhf.starting.first_recipe import init
@@ -56,8 +57,10 @@ __all__ = [
     "plan",
     "push",
     "run",
+    "serve",
     "show_data",
     "tasks",
+    "usage",
 ]
 
 _HOMES = {
@@ -73,6 +76,7 @@ _HOMES = {
     "load_recipe": "recipe.loader",
     "push": "hub.publishing",
     "run": "pipeline",
+    "serve": "serving.api_server",
     "show_data": "starting.data_view",
 }
 """Public name -> the module that defines it."""
@@ -188,6 +192,15 @@ def iterate(
     request = rounds.Round(choice, labels, start, overrides)
     place = Path(out) if out else rounds.next_folder(rounds.find_run(Path(run)))
     return rounds.iterate(Path(run), place, request, pipeline.run, progress or Progress())
+
+
+def usage(
+    path: str | Path = "lora-rlhf-usage.sqlite", compare: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Report the use of models from the file of chat, do and serve: `groups`, `differences`."""
+    from lora_rlhf.serving import usage_report
+
+    return usage_report.report(path, compare)
 
 
 def __getattr__(name: str) -> Any:

@@ -484,7 +484,9 @@ ProjectPath = Annotated[Path, typer.Argument(metavar="PROJECT", help="Folder of 
 def _data_import_verb(
     folder: ProjectPath,
     path: Annotated[Path, typer.Argument(metavar="FILE", help="The export, or Argilla's folder.")],
-    tool: Annotated[str, typer.Option("--from", help="argilla, label-studio or open-webui.")],
+    tool: Annotated[
+        str, typer.Option("--from", help="argilla, label-studio, open-webui or usage.")
+    ],
     fields: Annotated[
         list[str] | None,
         typer.Option("--field", metavar="OURS=THEIRS", help="prompt=x, answer=y; repeatable."),
@@ -494,7 +496,7 @@ def _data_import_verb(
         typer.Option(metavar="NAME", help="Leave out a field or question; repeatable."),
     ] = None,
 ) -> None:
-    """Import tasks and labels of another tool.
+    """Import tasks and labels of another tool, or thumbs of `chat` and `serve`.
 
     People become pseudonyms. The project is made if there is none; `label --export` then writes
     what a recipe reads.

@@ -35,6 +35,7 @@ VERBS = (
     "run", "demo", "plan", "sft", "reward", "ppo", "policy", "evaluate", "judge", "label",
     "tasks", "iterate", "card", "report", "doctor",
     "push", "generate", "compare", "env", "data", "init",
+    "serve", "usage",
 )  # fmt: skip
 SMALL = "name: small\nmodel: {id: tiny}\ndata: {demonstrations: [{task: closed-world}]}\n"
 
