@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user may name to use or to evaluate: runs, models, adapters, servers.
+"""Names of what answers, resolved: runs, their models, adapters, servers.
 
 A run is base, SFT and policy; `RUN:policy` is one of them; a folder or Hub id is a model or an
 adapter; a URL is a chat-completions server. Adapters are read with plain PEFT, ours and others',

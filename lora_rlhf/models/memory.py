@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +36,23 @@ def kv_bytes(causal: PreTrainedModel) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(2 * config.num_hidden_layers * heads * width * causal.dtype.itemsize)
+
+
+def kv_tokens(causal: PreTrainedModel) -> int:
+    """Return how many tokens' keys and values fit half of the memory that is free now."""
+    if causal.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(causal.device)
+    else:
+        free = _free_memory()
+    return max(1, free // 2 // kv_bytes(causal))
+
+
+def _free_memory() -> int:
+    """Return the bytes that programs may still take; all of the machine's if it does not say."""
+    with contextlib.suppress(OSError):
+        known = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return 1024 * int(known["MemAvailable"].split()[0])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def rows_that_fit(causal: PreTrainedModel, tokens: int, wanted: int) -> int:

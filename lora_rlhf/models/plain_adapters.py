@@ -41,14 +41,14 @@ class PlainAdapters:
         Raises:
             AdapterError: The folder holds no LoRA of this base.
         """
-        if self._policies is not None and _safe(name) in self._policies.peft_config:
+        if self._policies is not None and peft_name(name) in self._policies.peft_config:
             return
         adapters.check_base(self.base, folder)
         with self._errors(folder, "a LoRA adapter of this base, saved by PEFT"):
             if self._policies is None:
                 self._policies = self._from(self.base.causal, name, folder)
             else:
-                self._policies.load_adapter(str(folder), adapter_name=_safe(name))
+                self._policies.load_adapter(str(folder), adapter_name=peft_name(name))
         self.base.causal.requires_grad_(False)
         self.base.causal.eval()
 
@@ -89,14 +89,14 @@ class PlainAdapters:
             ) from error
 
     def _from(self, model: Any, name: str, folder: Path) -> PeftModel:
-        return PeftModel.from_pretrained(model, str(folder), adapter_name=_safe(name))
+        return PeftModel.from_pretrained(model, str(folder), adapter_name=peft_name(name))
 
     @contextlib.contextmanager
     def active(self, name: str | None) -> Iterator[None]:
         """Use a policy inside the context; None: the base alone."""
         if name is not None:
             assert self._policies is not None
-            self._policies.set_adapter(_safe(name))
+            self._policies.set_adapter(peft_name(name))
             yield
             return
         # Reward models live in the same layers.
@@ -129,7 +129,7 @@ class PlainAdapters:
     def scores(self, name: str, rows: Sequence[list[int]], batch_size: int) -> list[float]:
         """Score rows of ids at their last token, with the offset, in their order."""
         model, offset = self._scorers[name]
-        model.set_adapter(_safe(name))
+        model.set_adapter(peft_name(name))
         whole = model.get_base_model()
         head = whole.score if hasattr(whole, "score") else whole.classifier
         out = [0.0] * len(rows)
@@ -153,6 +153,6 @@ def right_padded(rows: Sequence[list[int]], base: BaseModel) -> tuple[Tensor, Te
     return ids.to(base.device), mask.to(base.device)
 
 
-def _safe(name: str) -> str:
-    """Return a name that a torch module may have, another one for every name."""
+def peft_name(name: str) -> str:
+    """Return the name that PEFT has for an adapter, which a torch module may have."""
     return f"a{hashlib.sha256(name.encode()).hexdigest()[:16]}"

@@ -4,42 +4,51 @@
     engine = InferenceEngine.load(["runs/demo"])
     engine.generate(Request(({"role": "user", "content": "What is in the box?"},))).choices[0].text
 
-One thread computes; any thread may ask. An answer with a seed is the same beside any others.
+One thread computes; any thread may ask. Requests for different adapters are computed together, and
+an answer with a seed is the same beside any others.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import functools
 import math
 import queue
 import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import torch
-from transformers import DynamicCache
+from torch import Tensor
 
 from lora_rlhf.algorithms.ppo import ppo_stage
-from lora_rlhf.data.few_shot import completed, without_template
+from lora_rlhf.data.few_shot import without_template
 from lora_rlhf.data.filters import breaker
 from lora_rlhf.errors import UsageError, first_line
 from lora_rlhf.hub import targets
-from lora_rlhf.models import loading, sampler, token_draw
+from lora_rlhf.models import loading
 from lora_rlhf.models.base_model import BaseModel
-from lora_rlhf.models.plain_adapters import PlainAdapters
+from lora_rlhf.models.decode_batch import DecodeBatch
+from lora_rlhf.models.memory import kv_tokens
+from lora_rlhf.models.plain_adapters import PlainAdapters, peft_name
+from lora_rlhf.models.stacked_lora import BASE
 from lora_rlhf.recipe.schema import SEEDS, LoraSection, ModelSection, RewardSection
 from lora_rlhf.runs.disk import sha256
 from lora_rlhf.runs.record import Record
 from lora_rlhf.runtime import quiet
 from lora_rlhf.training.reward import ensemble
 
-from .structured import Constraint, Matcher
+from .structured import Constraint
+from .worker import GrowingText, Job, QueueFull, Row, TokenLogprob, Worker, seed_of
+
+__all__ = [
+    "Choice", "Completion", "Delta", "Handle", "InferenceEngine", "Model", "PromptTooLong",
+    "QueueFull", "Request", "Stream", "TokenLogprob",
+]  # fmt: skip
 
 BEST_OF_N = "best-of-n"
 MAX_SAMPLES = 128
@@ -48,6 +57,7 @@ MAX_SAMPLES = 128
 _MAX_LOGPROBS, _MAX_STOPS, _MAX_TOKENS = 20, 16, 512
 _NO_LIMIT = 1 << 20  # of a context whose length the config does not name
 _ROLES = ("system", "user", "assistant")
+_NEXT = "\nInstruction:"  # where a base model without a chat template begins another one
 
 Turns = Sequence[dict[str, str]]
 
@@ -74,6 +84,7 @@ class Request:
         best_of: Samples for each answer; the one with the highest reward is returned.
         stop: Texts before which an answer ends.
         logprobs: For each token its log-prob and so many most probable ones; None: none.
+        scored: Compute the answers' rewards; best-of-n does it in any case.
     """
 
     messages: tuple[dict[str, str], ...]
@@ -87,11 +98,12 @@ class Request:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     constraint: Constraint | None = None
+    scored: bool = False
 
 
 @dataclass(frozen=True)
 class Model:
-    """What answers: an adapter's sha256 ("" for the base itself) and what it is."""
+    """One that answers: its adapter's sha256 ("" for the base itself) and its kind."""
 
     name: str
     adapter: str
@@ -99,20 +111,13 @@ class Model:
 
 
 @dataclass
-class TokenLogprob:
-    """A token with its log-prob under the model at temperature 1, and the most probable ones."""
-
-    token: str
-    id: int
-    logprob: float
-    top: list[tuple[str, float]]
-
-
-@dataclass
 class Choice:
-    """One answer; `ids` holds its end token too, and `reward` is there if there is a reward model.
+    """One answer.
 
-    `valid`: the answer has the form of the constraint; None without one.
+    Attributes:
+        ids: Its tokens, the end token too.
+        reward: With `scored` or best-of-n.
+        valid: It is whole and has the form of the constraint; None without one.
     """
 
     text: str
@@ -154,9 +159,8 @@ class Delta:
 class Handle:
     """An answer in the making."""
 
-    def __init__(self) -> None:
-        self._future: Future[Completion] = Future()
-        self._cancelled = threading.Event()
+    def __init__(self, future: Future[Completion], cancelled: threading.Event) -> None:
+        self._future, self._cancelled = future, cancelled
 
     def result(self, timeout: float | None = None) -> Completion:
         """Wait for the completion; raises what went wrong."""
@@ -215,89 +219,6 @@ class Stream:
         self._handle.cancel()
 
 
-class _Text:
-    """Tokens to text as they come: whole characters only, up to a stop text."""
-
-    def __init__(self, base: BaseModel, stop: Sequence[str]) -> None:
-        self._base, self._stop = base, stop
-        self._ids: list[int] = []
-        self._read = 0  # ids before it are decoded for good
-        self._pending = ""  # text that may be the beginning of a stop text
-        self.text = ""
-        self.stopped = False
-
-    def feed(self, token: int) -> str:
-        """Add a token; returns text that is final."""
-        self._ids.append(token)
-        # The last final token stays in view, since white space depends on what precedes it.
-        before = self._base.decode(self._ids[max(0, self._read - 1) : self._read])
-        whole = self._base.decode(self._ids[max(0, self._read - 1) :])
-        if whole.endswith("\ufffd") and len(self._ids) - self._read < 8:
-            return ""  # bytes of a character that is not complete
-        self._read = len(self._ids)
-        return self._emit(whole[len(before) :], final=False)
-
-    def finish(self) -> str:
-        """Return what was held back."""
-        before = self._base.decode(self._ids[max(0, self._read - 1) : self._read])
-        whole = self._base.decode(self._ids[max(0, self._read - 1) :])
-        self._read = len(self._ids)
-        return self._emit(whole[len(before) :], final=True)
-
-    def _emit(self, new: str, final: bool) -> str:
-        if self.stopped:
-            return ""
-        text = self._pending + new
-        at = min((at for one in self._stop if (at := text.find(one)) >= 0), default=-1)
-        if at >= 0:
-            self.stopped, self._pending, out = True, "", text[:at]
-        else:
-            held = 0 if final else _overlap(text, self._stop)
-            out, self._pending = text[: len(text) - held], text[len(text) - held :]
-        self.text += out
-        return out
-
-
-def _overlap(text: str, stops: Sequence[str]) -> int:
-    """Return the length of the longest end of the text that begins a stop text."""
-    longest = max((len(stop) - 1 for stop in stops), default=0)
-    for length in range(min(longest, len(text)), 0, -1):
-        if any(stop.startswith(text[-length:]) for stop in stops):
-            return length
-    return 0
-
-
-@dataclass
-class _Row:
-    """One sample while it grows."""
-
-    seed: int
-    text: _Text
-    matcher: Matcher | None
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish: Literal["stop", "length", "cancelled", ""] = ""
-    reward: float | None = None
-
-
-@dataclass
-class _Job:
-    """A request in work."""
-
-    request: Request
-    model: Model
-    prompt: list[int]
-    limit: int
-    dropped: int
-    seed: int
-    best_of: int
-    on_delta: Callable[[Delta], None] | None
-    handle: Handle
-    submitted: float
-    begun: float = 0.0
-    first: float = 0.0
-
-
 class InferenceEngine:
     """Models on one base, and the thread that computes their answers; see `load`.
 
@@ -320,11 +241,8 @@ class InferenceEngine:
         self._best_of: dict[str, int] = {}  # model -> samples for each answer
         self._reward: tuple[list[str], RewardSection] | None = None
         self._plain = breaker(base.tokenizer)
-        self._cache_name = sampler.cache_argument(base.causal)
-        self._lock = threading.Lock()
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._closed = False
-        self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
+        self._batch: DecodeBatch
+        self._worker: Worker
 
     @classmethod
     @quiet.libraries()
@@ -334,8 +252,19 @@ class InferenceEngine:
         *,
         base: str | None = None,
         load_in_4bit: bool = False,
+        sharing: bool = True,
+        max_rows: int = 32,
+        max_waiting: int = 256,
     ) -> Self:
         """Load runs, RUN:policy, adapter folders and models, all of one base.
+
+        Args:
+            base: Base of the adapters whose config names none that can be loaded.
+            load_in_4bit: Quantise a base that is no run's.
+            sharing: Answers are the same bits beside others. False: one request at a time is up to
+                twice as fast on a CPU in float32.
+            max_rows: Samples computed together.
+            max_waiting: Requests that wait for room; more are refused with `QueueFull`.
 
         Raises:
             UsageError: A name is unknown, or they have several bases.
@@ -353,11 +282,28 @@ class InferenceEngine:
             )
         engine = cls(BaseModel.load(sections[0], LoraSection()))
         for target in named:
-            engine._add(target, alone=len(records) == 1 and len(named) <= 3)
+            engine._add(target, alone=len(records) == 1)
         for folder, record in records.items():
             engine._add_reward(record, "" if len(records) == 1 else f"{folder.resolve().name}:")
-        engine._thread.start()
+        loaded = {one: None for one in engine._folders.values() if one is not None}
+        engine._batch = DecodeBatch(engine.base, [peft_name(one) for one in loaded])
+        if not sharing:
+            engine._batch.least_rows = 1
+        cells = kv_tokens(engine.base.causal)
+        engine._worker = Worker(
+            engine.base, engine._batch, max_rows=max_rows, max_cells=cells, max_waiting=max_waiting
+        )
         return engine
+
+    @property
+    def why_single(self) -> str:
+        """Why requests are not computed together; empty: they are."""
+        return self._batch.why_single
+
+    @property
+    def load_now(self) -> tuple[int, int]:
+        """Requests in work, and those that wait."""
+        return self._worker.load
 
     def _add(self, target: targets.Target, alone: bool) -> None:
         """Add a target under its name; a run's models have short names if it is the only one."""
@@ -419,55 +365,70 @@ class InferenceEngine:
         Raises:
             UsageError: The request cannot be answered.
         """
-        if self._closed:
-            raise UsageError("the engine is closed")
-        job = self._prepared(request, on_delta)
-        self._jobs.put(job)
-        return job.handle
+        job = self._job(request, on_delta)
+        self._worker.submit(job)
+        return Handle(job.future, job.cancelled)
 
     def check(self, request: Request) -> None:
         """Raise the `UsageError` that `submit` would."""
-        self._prepared(request, None)
+        self._job(request, None)
 
     def count_tokens(self, messages: Turns) -> int:
         """Count the tokens of a prompt, those of the chat template included."""
         return len(self._encode(messages))
 
-    def close(self) -> None:
-        """Cancel what is in work and end the thread."""
-        self._closed = True
-        self._jobs.put(None)
-        if self._thread.is_alive():
-            self._thread.join()
+    def rendered(self, messages: Turns) -> str:
+        """Return a prompt as the model sees it: cut to the context, control tokens included."""
+        ids, *_ = self._fitted(Request(tuple(messages)))
+        return str(self.base.tokenizer.decode(ids))
 
-    def _prepared(self, request: Request, on_delta: Callable[[Delta], None] | None) -> _Job:
+    def close(self) -> None:
+        """Cancel what is in work, which raises CancelledError, and end the thread."""
+        self._worker.close()
+
+    def _job(self, request: Request, on_delta: Callable[[Delta], None] | None) -> Job:
         name = request.model or self.default
-        if name not in self.models:
-            raise UsageError(f"unknown model {name!r}", expected=", ".join(self.models))
+        self._check_model(name)
         best_of = self._best_of.get(name, 1) if request.best_of == 1 else request.best_of
         _check_values(request, best_of)
-        if best_of > 1 and not self.has_reward:
+        if (best_of > 1 or request.scored) and not self.has_reward:
             raise UsageError(
-                f"best_of {best_of} without a reward model",
+                "best of n, or a reward, without a reward model",
                 expected="a run whose reward model is trained",
             )
         _check_turns(request.messages)
         prompt, dropped, limit = self._fitted(request)
-        if request.constraint is not None:
-            _ = request.constraint.grammar  # raises
-        seed = secrets.randbelow(SEEDS) if request.seed is None else request.seed
-        return _Job(
-            request,
-            self.models[name],
+        count = request.n * best_of
+        if (cells := count * (len(prompt) + limit)) > self._worker.max_cells:
+            raise UsageError(
+                f"{count} samples of {len(prompt) + limit:,} tokens",
+                expected=f"at most {self._worker.max_cells:,} tokens, which fit the memory",
+                remedy=f"ask for less than {cells:,}: a smaller n, best_of or max_tokens",
+            )
+        stop = request.stop if self.base.tokenizer.chat_template else (*request.stop, _NEXT)
+        on_text = None
+        if on_delta is not None and best_of == 1:
+            listener = on_delta
+            on_text = lambda index, text: listener(Delta(index, text))  # noqa: E731
+        return Job(
             prompt,
+            self._adapter(name),
             limit,
-            dropped,
-            seed,
-            best_of,
-            on_delta,
-            Handle(),
-            time.monotonic(),
+            self._rows(request, count, stop),
+            request.temperature,
+            request.top_p,
+            request.logprobs,
+            on_text,
+            functools.partial(self._completion, request, name, best_of, dropped, on_delta),
         )
+
+    def _adapter(self, name: str) -> str:
+        folder = self._folders[name]
+        return BASE if folder is None else peft_name(folder)
+
+    def _check_model(self, name: str) -> None:
+        if name not in self.models:
+            raise UsageError(f"unknown model {name!r:.80}", expected=", ".join(self.models))
 
     def _fitted(self, request: Request) -> tuple[list[int], int, int]:
         """Encode a request; returns its ids, the messages left out, and the longest answer."""
@@ -503,132 +464,59 @@ class InferenceEngine:
 
     # ------------------------------------------------------------------------- work
 
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            if self._closed:
-                job.handle._future.set_exception(CancelledError())
-                continue
-            try:
-                with self._lock:
-                    completion = self._answer(job)
-            except BaseException as error:
-                job.handle._future.set_exception(error)
-            else:
-                job.handle._future.set_result(completion)
-
-    @torch.inference_mode()
-    def _answer(self, job: _Job) -> Completion:
-        job.begun = time.monotonic()
-        request = job.request
-        rows = [self._row(job, i) for i in range(request.n * job.best_of)]
-        with self._adapters.active(self._folders[job.model.name]):
-            for index, row in enumerate(rows):
-                self._grow(job, row, index)
-        return self._finished(job, rows)
-
-    def _row(self, job: _Job, index: int) -> _Row:
+    def _rows(self, request: Request, count: int, stop: Sequence[str]) -> list[Row]:
         matcher = None
-        if job.request.constraint is not None:
+        if request.constraint is not None:
             columns = self.base.causal.get_output_embeddings().weight.shape[0]
-            matcher = job.request.constraint.matcher(
-                self.base.tokenizer, columns, self.base.eos_ids
-            )
-        digest = hashlib.blake2b(f"{job.seed} {index}".encode(), digest_size=4).digest()
-        return _Row(int.from_bytes(digest), _Text(self.base, job.request.stop), matcher)
+            matcher = request.constraint.matcher(self.base.tokenizer, columns, self.base.eos_ids)
+        seed = secrets.randbelow(SEEDS) if request.seed is None else request.seed
+        return [
+            Row(i, seed_of(seed, i), GrowingText(self.base, stop), matcher and matcher.copy())
+            for i in range(count)
+        ]
 
-    def _grow(self, job: _Job, row: _Row, index: int) -> None:
-        cache = DynamicCache(config=self.base.causal.config)
-        ids = job.prompt
-        while not row.finish:
-            out = self.base.causal(
-                input_ids=torch.tensor([ids], device=self.base.device),
-                **{self._cache_name: cache},
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            logits = out.logits[:, -1].float()
-            allowed = logits
-            if row.matcher is not None:
-                mask = torch.from_numpy(row.matcher.allowed()).to(logits.device)
-                allowed = logits.masked_fill(~mask, -torch.inf)
-            one = (job.request.temperature,), (job.request.top_p,), (row.seed,), (len(row.ids),)
-            token = int(token_draw.draw(allowed.clone(), *one))
-            self._accept(job, row, index, token, logits[0])
-            ids = [token]
-
-    def _accept(self, job: _Job, row: _Row, index: int, token: int, logits: torch.Tensor) -> None:
-        """Add a token to a row, and tell the listener of its text."""
-        job.first = job.first or time.monotonic()
-        row.ids.append(token)
-        if job.request.logprobs is not None:
-            row.logprobs.append(self._logprob(logits, token, job.request.logprobs))
-        if row.matcher is not None:
-            row.matcher.consume(token)
-        new = ""
-        if token in self.base.eos_ids:
-            row.finish = "stop"
-        else:
-            new = row.text.feed(token)
-            if row.text.stopped or (row.matcher is not None and row.matcher.complete):
-                row.finish = "stop"
-            elif len(row.ids) >= job.limit:
-                row.finish = "length"
-        if job.handle._cancelled.is_set() or self._closed:
-            row.finish = row.finish or "cancelled"
-        if row.finish:
-            new += row.text.finish()
-        if new and job.on_delta is not None and job.best_of == 1:
-            job.on_delta(Delta(index, new))
-
-    def _logprob(self, logits: torch.Tensor, token: int, count: int) -> TokenLogprob:
-        logprobs = logits.log_softmax(dim=-1)
-        top = logprobs.topk(count) if count else None
-        most = (
-            [] if top is None else list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-        )
-        return TokenLogprob(
-            self._name(token), token, float(logprobs[token]), [(self._name(i), p) for i, p in most]
-        )
-
-    def _name(self, token: int) -> str:
-        return str(self.base.tokenizer.decode([token]))
-
-    def _finished(self, job: _Job, rows: list[_Row]) -> Completion:
-        request = job.request
-        if self.has_reward and all(row.finish != "cancelled" for row in rows):
-            answers = [[*(i for i in row.ids if i not in self.base.eos_ids)] for row in rows]
+    def _completion(
+        self,
+        request: Request,
+        model: str,
+        best_of: int,
+        dropped: int,
+        on_delta: Callable[[Delta], None] | None,
+        job: Job,
+    ) -> Completion:
+        """Choose among the samples of a finished job, in the worker's thread."""
+        rows, cut = job.rows, any(row.finish == "cancelled" for row in job.rows)
+        rewards: list[float] | list[None] = [None] * len(rows)
+        if (best_of > 1 or request.scored) and not cut:
+            answers = [[i for i in row.ids if i not in self.base.eos_ids] for row in rows]
             rewards = self._rewards(job.prompt, answers)
-            for row, reward in zip(rows, rewards, strict=True):
-                row.reward = reward
-        chosen = []
-        for index in range(request.n):
-            group = rows[index * job.best_of : (index + 1) * job.best_of]
-            best = max(group, key=lambda row: -math.inf if row.reward is None else row.reward)
-            chosen.append(best)
-            if job.best_of > 1 and job.on_delta is not None and best.text.text:
-                job.on_delta(Delta(index, best.text.text))
+        choices = [
+            Choice(
+                row.text.text,
+                row.ids,
+                row.finish or "cancelled",
+                None if request.logprobs is None else row.logprobs,
+                reward,
+                _is_valid(request.constraint, row),
+            )
+            for row, reward in zip(rows, rewards, strict=True)
+        ]
+        groups = [choices[i : i + best_of] for i in range(0, len(choices), best_of)]
+        chosen = [max(group, key=_rank) for group in groups]
+        if best_of > 1 and on_delta is not None:
+            for index, choice in enumerate(chosen):
+                on_delta(Delta(index, choice.text))
         now = time.monotonic()
         return Completion(
-            [self._choice(job, row) for row in chosen],
-            job.model.name,
+            chosen,
+            model,
             len(job.prompt),
             sum(len(row.ids) for row in rows),
-            job.begun - job.submitted,
+            (job.begun or now) - job.submitted,
             (job.first or now) - job.submitted,
             now - job.submitted,
-            job.dropped,
+            dropped,
         )
-
-    def _choice(self, job: _Job, row: _Row) -> Choice:
-        text, constraint = row.text.text, job.request.constraint
-        if not self.base.tokenizer.chat_template:
-            text = completed(text)
-        assert row.finish
-        valid = None
-        if constraint is not None:
-            valid = row.finish == "stop" and constraint.check(text) is None
-        logprobs = None if job.request.logprobs is None else row.logprobs
-        return Choice(text, row.ids, row.finish, logprobs, row.reward, valid)
 
     # ---------------------------------------------------------------------- scoring
 
@@ -640,8 +528,8 @@ class InferenceEngine:
         """
         prompt = self._encode(messages)
         answers = [self.base.encode_completion(text)[:-1] for text in texts]
-        with self._lock:
-            return self._rewards(prompt, answers)
+        scores: list[float] = self._worker.call(lambda: self._rewards(prompt, answers))
+        return scores
 
     def _rewards(self, prompt: list[int], answers: Sequence[list[int]]) -> list[float]:
         """Score answers without their end token, which is added."""
@@ -657,27 +545,36 @@ class InferenceEngine:
         each = [self._adapters.scores(role, rows, 8) for role in members]
         return [float(x) for x in ensemble.combine(each, section)]
 
-    @torch.inference_mode()
     def per_token_kl(
         self, messages: Turns, ids: Sequence[int], model: str = "", against: str = "sft"
     ) -> list[float]:
         """Return KL(model || against) in nats at each token of an answer, before it was drawn."""
-        name = model or self.default
-        for one in (name, against):
-            if one not in self.models:
-                raise UsageError(f"unknown model {one!r}", expected=", ".join(self.models))
+        names = (model or self.default, against)
+        for name in names:
+            self._check_model(name)
         if not ids:
             return []
-        row = torch.tensor([[*self._encode(messages), *ids]], device=self.base.device)
-        each = []
-        with self._lock:
-            for one in (name, against):
-                with self._adapters.active(self._folders[one]):
-                    out = self.base.causal(
-                        input_ids=row, use_cache=False, logits_to_keep=len(ids) + 1
-                    )
-                each.append(out.logits[0, :-1].double().log_softmax(dim=-1))
-        return [float(x) for x in (each[0].exp() * (each[0] - each[1])).sum(dim=-1).clamp(min=0)]
+        row = [*self._encode(messages), *ids]
+        adapters = [
+            BASE if one is None else peft_name(one) for one in map(self._folders.get, names)
+        ]
+
+        def compute() -> list[Tensor]:
+            return [self._batch.logits(row, adapter, len(ids) + 1)[:-1] for adapter in adapters]
+
+        ours, other = (one.double().log_softmax(dim=-1) for one in self._worker.call(compute))
+        return [float(x) for x in (ours.exp() * (ours - other)).sum(dim=-1).clamp(min=0)]
+
+
+def _is_valid(constraint: Constraint | None, row: Row) -> bool | None:
+    if constraint is None:
+        return None
+    return row.finish == "stop" and constraint.check(row.text.text) is None
+
+
+def _rank(choice: Choice) -> tuple[bool, float]:
+    """Order samples: those of the required form first, then by their reward."""
+    return choice.valid is not False, -math.inf if choice.reward is None else choice.reward
 
 
 def _section(target: targets.Target, records: dict[Path, Record]) -> ModelSection:

@@ -37,7 +37,7 @@ _TOKENIZERS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class Constraint:
-    """What an answer must be.
+    """A form that an answer must have.
 
     Attributes:
         value: The schema, the expression, the choices or the grammar; None for any JSON.

@@ -1,26 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The inference engine: streams, stops, seeds, log-probs, history, errors."""
+"""The inference engine: streams, stops, seeds, log-probs, history, errors, answers in a batch."""
+
+import dataclasses
+import random
+import threading
+from concurrent.futures import CancelledError
 
 import pytest
 import torch
 
 from lora_rlhf.errors import UsageError
-from lora_rlhf.serving.inference import InferenceEngine, PromptTooLong, Request
+from lora_rlhf.models.base_model import BaseModel
+from lora_rlhf.models.plain_adapters import PlainAdapters
+from lora_rlhf.recipe.schema import LoraSection, ModelSection
+from lora_rlhf.serving.inference import (
+    Delta,
+    InferenceEngine,
+    PromptTooLong,
+    QueueFull,
+    Request,
+)
 from lora_rlhf.serving.structured import Constraint
 
 ASK = ({"role": "user", "content": "What is in the box?"},)
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 5}, "n": {"type": "boolean"}},
+    "required": ["name", "n"],
+    "additionalProperties": False,
+}
 
 
 @pytest.fixture(scope="module")
-def engine():
-    torch.manual_seed(0)
-    made = InferenceEngine.load(["tiny"])
+def engine(tmp_path_factory):
+    """The tiny model and two random adapters of different ranks, one on some modules only."""
+    base = BaseModel.load(ModelSection(id="tiny"), LoraSection())
+    folders = [tmp_path_factory.mktemp("adapters") / name for name in ("first", "second")]
+    for number, folder in enumerate(folders):
+        if number:
+            base.target_modules = ["q_proj", "down_proj"]
+        torch.manual_seed(number)
+        with PlainAdapters(base).training(4 + 4 * number, folder) as weights:
+            for weight in weights:
+                torch.nn.init.normal_(weight, std=0.05)
+    made = InferenceEngine.load(["tiny", *folders], base="tiny")
     yield made
     made.close()
 
 
 def ask(**options) -> Request:
-    return Request(ASK, **{"max_tokens": 12, "seed": 1, **options})
+    return Request(ASK, **{"model": "base", "max_tokens": 12, "seed": 1, **options})
 
 
 class TestAnswers:
@@ -47,7 +76,7 @@ class TestAnswers:
         choice = engine.generate(ask(logprobs=2, temperature=0.7)).choices[0]
         assert [one.id for one in choice.logprobs] == choice.ids
         ids = torch.tensor([engine.base.encode_prompt(list(ASK)) + choice.ids])
-        with torch.no_grad():
+        with torch.no_grad(), engine._adapters.active(None):
             expected = engine.base.causal(ids).logits[0].float().log_softmax(-1)
         start = ids.shape[1] - len(choice.ids)
         for at, one in enumerate(choice.logprobs):
@@ -100,13 +129,122 @@ def test_bad_turns(engine, messages):
 
 
 def test_an_answer_of_a_schema(engine):
-    schema = {
-        "type": "object",
-        "properties": {"name": {"type": "string", "maxLength": 5}, "n": {"type": "integer"}},
-        "required": ["name", "n"],
-        "additionalProperties": False,
-    }
-    done = engine.generate(ask(max_tokens=60, n=4, constraint=Constraint("json_schema", schema)))
+    done = engine.generate(ask(max_tokens=60, n=4, constraint=Constraint("json_schema", SCHEMA)))
     for choice in done.choices:
         assert choice.valid is (choice.finish_reason == "stop")
     assert any(choice.valid for choice in done.choices)
+
+
+def mixed(engine, count: int) -> list[Request]:
+    """Requests of every kind, each with its seed."""
+    rng, words = random.Random(0), "where is the red box".split()
+    constraints = [Constraint("json_schema", SCHEMA), Constraint("choice", ["red", "green"]),
+                   Constraint("regex", "[a-z]{3,9}( [a-z]+)*")]  # fmt: skip
+    return [
+        Request(
+            ({"role": "user", "content": " ".join(rng.choices(words, k=rng.randint(1, 40)))},),
+            model=rng.choice(list(engine.models)),
+            max_tokens=rng.randint(1, 30),
+            temperature=rng.choice([0, 0.7, 1.0, 1.5]),
+            top_p=rng.choice([1.0, 1.0, 0.8]),
+            seed=rng.randrange(1000),
+            n=rng.choice([1, 1, 1, 2, 3]),
+            stop=rng.choice([(), (), ("the", "e."), (" ",)]),
+            logprobs=rng.choice([None, None, 1]),
+            constraint=rng.choice([None, None, *constraints]),
+        )
+        for _ in range(count)
+    ]
+
+
+def differing(engine, count: int) -> int:
+    """Count the requests whose choices differ between the batch and the request alone."""
+    requests = mixed(engine, count)
+    order = random.Random(1).sample(range(count), count)
+    handles = {i: engine.submit(requests[i]) for i in order}
+    together = {i: handle.result() for i, handle in handles.items()}
+    return sum(engine.generate(requests[i]).choices != together[i].choices for i in range(count))
+
+
+class TestBatch:
+    def test_an_answer_is_that_of_the_request_alone(self, engine):
+        assert engine.why_single == ""
+        assert differing(engine, 16) == 0
+
+    @pytest.mark.slow
+    def test_a_thousand(self, engine):
+        engine._worker.max_waiting = 1000
+        assert differing(engine, 1000) == 0
+
+    def test_an_adapter_is_pefts(self, engine):
+        for name in ("first", "second"):
+            choice = engine.generate(ask(model=name, temperature=0, logprobs=0)).choices[0]
+            prompt = engine.base.encode_prompt(list(ASK))
+            with torch.no_grad(), engine._adapters.active(engine._folders[name]):
+                logits = engine.base.causal(torch.tensor([prompt + choice.ids])).logits[0]
+            expected = logits.float().log_softmax(-1)[len(prompt) - 1 : -1]
+            wanted = expected.gather(1, torch.tensor(choice.ids).unsqueeze(1)).squeeze(1)
+            got = torch.tensor([one.logprob for one in choice.logprobs])
+            torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
+
+    def test_the_models_differ(self, engine):
+        names = ["base", "first", "second"]
+        assert list(engine.models) == names and engine.default == "second"
+        first = [engine.generate(ask(model=n, logprobs=3, max_tokens=1)).choices[0] for n in names]
+        assert len({str(choice.logprobs[0].top) for choice in first}) == 3
+        ids = engine.generate(ask()).choices[0].ids
+        assert max(engine.per_token_kl(ASK, ids, "first", against="base")) > 0.01
+        assert max(engine.per_token_kl(ASK, ids, "first", against="first")) == 0
+
+    def test_samples_are_those_of_one_more(self, engine):
+        two, three = (engine.generate(ask(n=n)).choices for n in (2, 3))
+        assert two == three[:2] and three[1] != three[2]
+
+    def test_the_queue_has_a_bound(self, engine):
+        free, held = threading.Event(), threading.Event()
+        blocked = engine.submit(ask(), lambda _: (held.set(), free.wait(20)))
+        held.wait(20)
+        engine._worker.max_waiting, before = 1, engine._worker.max_waiting
+        try:
+            waiting = engine.submit(ask())
+            with pytest.raises(QueueFull):
+                engine.submit(ask())
+        finally:
+            free.set()
+            engine._worker.max_waiting = before
+        assert blocked.result(20).choices == waiting.result(20).choices
+
+    def test_a_listener_that_fails_ends_its_request_alone(self, engine):
+        def fail(_: Delta) -> None:
+            raise BrokenPipeError
+
+        broken, good = engine.submit(ask(), fail), engine.submit(ask())
+        with pytest.raises(BrokenPipeError):
+            broken.result(20)
+        assert good.result(20).choices == engine.generate(ask()).choices
+
+    def test_closing_ends_all(self):
+        made = InferenceEngine.load(["tiny"])
+        handle = made.submit(ask(max_tokens=200, temperature=5.0))
+        made.close()
+        with pytest.raises(CancelledError):
+            handle.result(20)
+        with pytest.raises(UsageError, match="closed"):
+            made.submit(ask())
+
+
+def test_best_of_n(runs):
+    engine = InferenceEngine.load([runs.after("ppo")])
+    try:
+        assert list(engine.models) == ["base", "sft", "policy", "best-of-n"]
+        turns = ({"role": "user", "content": "w5 w6 w7"},)
+        request = Request(turns, model="sft", n=2, best_of=3, seed=1, max_tokens=6)
+        chosen = engine.generate(request)
+        flat = engine.generate(dataclasses.replace(request, n=6, best_of=1, scored=True))
+        rewards = [choice.reward for choice in flat.choices]
+        assert [c.reward for c in chosen.choices] == [max(rewards[:3]), max(rewards[3:])]
+        assert chosen.completion_tokens == flat.completion_tokens
+        scored = engine.score(turns, [choice.text for choice in flat.choices])
+        assert scored == pytest.approx(rewards, abs=1e-5)
+    finally:
+        engine.close()
