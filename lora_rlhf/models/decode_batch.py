@@ -73,7 +73,7 @@ class Group:
 
 
 class _Groups(Cache):  # type: ignore[misc]
-    """What the model takes for its cache; keys and values are kept in `_attend`."""
+    """The cache as the model sees it; keys and values are kept in `_attend`."""
 
     def __init__(self, groups: Sequence[Group], own: str) -> None:
         super().__init__(layers=[])
