@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lora_rlhf.feedback.labels import Task
     from lora_rlhf.feedback.notebook import label
     from lora_rlhf.hub.publishing import push
+    from lora_rlhf.hub.pulling import pull
     from lora_rlhf.models.backbone import Backbone
     from lora_rlhf.pipeline import run
     from lora_rlhf.planning.plan_report import Report
@@ -52,9 +53,11 @@ __all__ = [
     "init",
     "iterate",
     "label",
+    "lint_card",
     "load",
     "load_recipe",
     "plan",
+    "pull",
     "push",
     "run",
     "serve",
@@ -74,6 +77,7 @@ _HOMES = {
     "label": "feedback.notebook",
     "load": "serving.loaded_run",
     "load_recipe": "recipe.loader",
+    "pull": "hub.pulling",
     "push": "hub.publishing",
     "run": "pipeline",
     "serve": "serving.api_server",
@@ -120,6 +124,13 @@ def doctor(run: str | Path) -> list[Finding]:
     from lora_rlhf.runs.record import Record
 
     return doctor.examine(Record.read(run))
+
+
+def lint_card(path: str | Path) -> list[str]:
+    """Return the faults of a model card, each as `file:line: what`."""
+    from lora_rlhf.reports.cards import card_lint
+
+    return card_lint.lint(path)
 
 
 def card(run: str | Path) -> list[Path]:

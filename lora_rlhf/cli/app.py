@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lora_rlhf.errors import SetupError, UsageError
+from lora_rlhf.errors import DataError, SetupError, UsageError
 
 from . import shell
 from .command_group import (
@@ -636,10 +636,20 @@ def _push_verb(
     public: Annotated[
         bool, typer.Option("--public", help="Make new repositories public; default: private.")
     ] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Add the evaluation's report to the policy.")
+    ] = False,
+    collection: Annotated[
+        str | None, typer.Option(metavar="TITLE", help="Put what is pushed into a collection.")
+    ] = None,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORG/NAME", help="Of --collection: a dataset too; repeatable."),
+    ] = None,
 ) -> None:
     """Publish adapters and cards on the Hub.
 
-    Without options, to the repositories of the recipe's `hub:`.
+    Without options, to the repositories of the recipe's `hub:`. A report holds prompts and answers.
 
     A base model that exists only here (the tiny one, or a local folder) goes first, with --base.
     """
@@ -655,7 +665,12 @@ def _push_verb(
         if base:
             _say_pushed("base", publishing.push_base(record, base, public=public))
         for role, repo_id in pushes.items():
-            _say_pushed(role, publishing.push(record, role, repo_id, public=public))
+            with_report = report and role == "policy"
+            pushed = publishing.push(record, role, repo_id, public=public, report=with_report)
+            _say_pushed(role, pushed)
+        if collection and pushes:
+            items = [*pushes.values(), *(f"datasets/{one}" for one in dataset or ())]
+            shell.echo(f"collection {publishing.collect(record, collection, items, public=public)}")
 
 
 def _say_pushed(role: str, result: dict[str, Any]) -> None:
@@ -663,6 +678,39 @@ def _say_pushed(role: str, result: dict[str, Any]) -> None:
     shell.echo(f"{role:6s} {result['url']} ({seen}, commit {result['commit']})")
     for note in result["notes"]:
         shell.echo(f"note: {note}", err=True)
+
+
+@command("pull")
+def _pull_verb(
+    repo_id: Annotated[str, typer.Argument(metavar="ORG/NAME", help="An adapter on the Hub.")],
+    out: Annotated[Path | None, typer.Option(help="New folder; default: adapters/NAME.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit, branch or tag.")] = None,
+) -> None:
+    """Download an adapter for `chat`, `evaluate` and `serve`.
+
+    Its files are checked against the record that was pushed with it.
+    """
+    from lora_rlhf.hub import pulling
+
+    made = pulling.pull(repo_id, out, revision=revision)
+    checked = "checked against its record" if made.verified else "it has no record to check"
+    shell.echo(f"{made.folder}: commit {made.commit}, on {made.base or 'no named base'}; {checked}")
+
+
+@command("lint-card")
+def _lint_card_verb(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="A model card, or its folder.")],
+) -> None:
+    """Find faults of a model card: metadata, placeholders, links, claims without an interval.
+
+    The exit code is 3 if there are any.
+    """
+    from lora_rlhf.reports.cards import card_lint
+
+    faults = card_lint.lint(path)
+    shell.echo("\n".join(faults) or f"{path}: no fault was seen")
+    if faults:
+        raise typer.Exit(DataError.exit_code)
 
 
 @command("compare")

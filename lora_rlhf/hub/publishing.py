@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import shlex
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lora_rlhf.errors import HubError, UsageError
 from lora_rlhf.recipe.schema import Recipe
@@ -23,7 +24,13 @@ from .staging import check_adapter, local_base, stage_adapter, stage_base
 
 
 def push(
-    record: Record, role: str, repo_id: str, *, public: bool = False, token: str | None = None
+    record: Record,
+    role: str,
+    repo_id: str,
+    *,
+    public: bool = False,
+    report: bool = False,
+    token: str | None = None,
 ) -> dict[str, Any]:
     """Publish the adapter of `role` with its card, in one commit.
 
@@ -32,6 +39,7 @@ def push(
         role: policy, reward, value or sft.
         repo_id: organisation/name; the repository is created if there is none.
         public: Whether a new repository is public; an existing one keeps its visibility.
+        report: Add the evaluation's report.json and report.html, which hold prompts and answers.
         token: By default the token of `hf auth login` or HF_TOKEN.
 
     Returns:
@@ -44,11 +52,11 @@ def push(
     """
     with run_lock.locked(record.folder):
         record.refresh()  # the caller may have read it before the run went on
-        return _push(record, role, repo_id, public, token)
+        return _push(record, role, repo_id, public, token, report)
 
 
 def _push(
-    record: Record, role: str, repo_id: str, public: bool, token: str | None
+    record: Record, role: str, repo_id: str, public: bool, token: str | None, report: bool
 ) -> dict[str, Any]:
     """Publish an adapter of a run that is locked."""
     again = f"lora-rlhf push {shlex.quote(str(record.folder))} --{role} {repo_id}"
@@ -58,7 +66,7 @@ def _push(
         model["license"] = base_licence(model, token)
         record.save()
     with tempfile.TemporaryDirectory(prefix="lora-rlhf-push-") as name:
-        files = stage_adapter(record, role, repo_id, Path(name))
+        files = stage_adapter(record, role, repo_id, Path(name), report=report)
         hub.check_access()
         base_info = hub.info(base)
         if base_info is None:
@@ -92,6 +100,18 @@ def push_base(record: Record, repo_id: str, *, public: bool = False) -> dict[str
         record.data.setdefault("model", {}).update(published)
         record.save()
     return result
+
+
+def collect(record: Record, title: str, repo_ids: Sequence[str], *, public: bool = False) -> str:
+    """Put pushed adapters, and datasets as `datasets/org/name`, into one collection; its URL."""
+    again = f"lora-rlhf push {shlex.quote(str(record.folder))} --collection {shlex.quote(title)}"
+    models = [repo_id for repo_id in repo_ids if not repo_id.startswith("datasets/")]
+    hub = Repository(models[0], None, public, again, f"the collection {title}")
+    kinds: dict[str, Literal["model", "dataset"]] = {
+        repo_id.removeprefix("datasets/"): "model" if repo_id in models else "dataset"
+        for repo_id in repo_ids
+    }
+    return hub.collect(title, kinds)
 
 
 def push_targets(

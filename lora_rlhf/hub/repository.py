@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from huggingface_hub import (
     get_token,
     hf_hub_download,
     set_client_factory,
+    snapshot_download,
 )
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -93,6 +94,25 @@ def adapter_folder(repo_id: str) -> Path | None:
             remedy="check the id, and run `hf auth login` for a private one",
         ) from None
     return Path(config).parent
+
+
+def snapshot(repo_id: str, folder: Path, names: Sequence[str], revision: str | None) -> str:
+    """Download the named files of a repository into a folder; return the commit.
+
+    Raises:
+        HubError: The repository cannot be read.
+    """
+    try:
+        validate_repo_id(repo_id)
+        commit = HfApi().model_info(repo_id, revision=revision).sha
+        snapshot_download(repo_id, revision=commit, local_dir=folder, allow_patterns=list(names))
+    except (*_NONSENSE, _TRANSPORT, OSError, ValueError) as error:
+        raise HubError(
+            f"{repo_id} cannot be read: {first_line(error)}",
+            expected="an adapter on the Hub that your token may see",
+            remedy="check the id and the network, and run `hf auth login` for a private one",
+        ) from None
+    return str(commit)
 
 
 class Repository:
@@ -229,6 +249,20 @@ class Repository:
             "private": info and bool(info.private),
             "notes": notes,
         }
+
+    def collect(self, title: str, items: Mapping[str, Literal["model", "dataset"]]) -> str:
+        """Put repositories (id -> model or dataset) into the collection of this title; its URL."""
+        namespace = self.repo_id.split("/")[0]
+        made: dict[str, Any] = {"private": not self.public, "exists_ok": True}
+        collection = self.call(
+            lambda: self.api.create_collection(title, namespace=namespace, **made)
+        )
+        for repo_id, kind in items.items():
+            add = functools.partial(
+                self.api.add_collection_item, collection.slug, repo_id, kind, exists_ok=True
+            )
+            self.call(add)
+        return f"{self.api.endpoint}/collections/{collection.slug}"
 
     def mirror(
         self, folder: Path, files: list[str], message: str, check_parent: Callable[[str], None]

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from lora_rlhf import tiny
 from lora_rlhf.errors import HubError, UsageError
 from lora_rlhf.redaction import TOKENS, variables
+from lora_rlhf.reports import evaluation_report, html_report
 from lora_rlhf.reports.cards import model_card
 from lora_rlhf.reports.cards.card_facts import RL_STAGES, ROLES, hub_base, slug
 from lora_rlhf.reports.cards.card_markdown import cell, code, without_paths
@@ -44,8 +45,13 @@ _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _BF16_EXPONENT = 0x7F80
 
 
-def stage_adapter(record: Record, role: str, repo_id: str, folder: Path) -> list[str]:
+def stage_adapter(
+    record: Record, role: str, repo_id: str, folder: Path, *, report: bool = False
+) -> list[str]:
     """Put the adapter of `role` and its card into `folder` for the Hub; return the file names.
+
+    Args:
+        report: Add the evaluation's report.json and report.html, which hold prompts and answers.
 
     Raises:
         UsageError: There is no such role.
@@ -55,6 +61,7 @@ def stage_adapter(record: Record, role: str, repo_id: str, folder: Path) -> list
     files = [source / name for name in ADAPTER if (source / name).exists()]
     recipe = record.folder / "recipe.yaml"
     files += [recipe] if recipe.exists() else []
+    files += [record.folder / evaluation_report.FILE] if report else []
     for path in files:
         _check_unchanged(record, path)
         shutil.copyfile(path, folder / path.name)
@@ -63,6 +70,8 @@ def stage_adapter(record: Record, role: str, repo_id: str, folder: Path) -> list
             (folder / "plots").mkdir(exist_ok=True)
             _check_regular(path)
             shutil.copyfile(path, folder / "plots" / path.name)
+    if report:
+        html_report.write(evaluation_report.read(folder), folder / html_report.NAME)
     check_finite(folder / "adapter_model.safetensors")
     _name_base(record, base, folder / "adapter_config.json")
     _write(folder / "README.md", model_card.render(record, role, {"base": base, role: repo_id}))

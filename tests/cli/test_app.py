@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 VERBS = (
     "run", "demo", "plan", "sft", "reward", "ppo", "policy", "evaluate", "judge", "label",
     "tasks", "iterate", "card", "report", "doctor",
-    "push", "generate", "compare", "env", "data", "init",
+    "push", "pull", "lint-card", "generate", "compare", "env", "data", "init",
     "serve", "usage",
 )  # fmt: skip
 SMALL = "name: small\nmodel: {id: tiny}\ndata: {demonstrations: [{task: closed-world}]}\n"

@@ -59,7 +59,7 @@ def test_the_verbs_of_the_command_line_exist_in_python():
         "report",
     }  # only a shell needs them
     stages = {"sft", "reward", "ppo", "policy"}  # run(..., until=)
-    assert verbs - stages <= set(lora_rlhf.__all__)
+    assert {verb.replace("-", "_") for verb in verbs - stages} <= set(lora_rlhf.__all__)
 
 
 def test_verbs_over_runs_take_their_folder(tmp_path, capsys):

@@ -109,6 +109,7 @@ class HubServer:
     def __init__(self, user="tester", token="hf_test", orgs=("acme",), role="write"):
         self.user, self.token, self.orgs, self.role = user, token, tuple(orgs), role
         self.repos: dict[str, Repo] = {}
+        self.collections: dict[str, dict] = {}
         self.gated: set[str] = set()  # may be seen, and not be read, by this user
         self.lfs: dict[str, bytes] = {}  # sha256 -> content, uploaded but perhaps never committed
         self.requests: list[Request] = []
@@ -226,6 +227,15 @@ class HubServer:
                 self._owned(key, member)
                 del self.repos[key]
                 return Reply({})
+            case ["POST", "api", "collections"]:
+                slug = f"{data['namespace']}/{data['title'].lower().replace(' ', '-')}-0123456789"
+                empty = {"slug": slug, "items": [], "private": data["private"]}
+                collection = self.collections.setdefault(slug, {**data, **empty})
+                return Reply(_collection(collection))
+            case ["POST", "api", "collections", ns, name, "items"]:
+                items = self.collections[f"{ns}/{name}"]["items"]
+                items += [data["item"]] if data["item"] not in items else []
+                return Reply(_collection(self.collections[f"{ns}/{name}"]))
             case ["POST", "_lfs", "verify"]:
                 there = len(self.lfs.get(data["oid"], b"")) == data["size"]
                 return Reply(status=200 if there else 404)
@@ -378,6 +388,13 @@ class HubServer:
         if errors := card_problems(card)[0]:
             raise HubError(400, "Invalid metadata in README.md: " + "; ".join(errors))
         return repo.commit(tree, header["summary"])
+
+
+def _collection(about: dict) -> dict:
+    """What the Hub answers; its items have more keys, which nobody here reads."""
+    owner = {"name": about["namespace"], "type": "org"}
+    fixed = {"lastUpdated": "2026-01-01T00:00:00.000Z", "position": 0, "theme": "blue"}
+    return about | fixed | {"owner": owner, "upvotes": 0, "items": []}
 
 
 def is_lfs(path: str, sample: bytes, size: int | None = None) -> bool:
