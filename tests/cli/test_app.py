@@ -555,7 +555,7 @@ def pushed(monkeypatch):
 
     calls = []
 
-    def push(record, role, repo_id, *, public=False, token=None):
+    def push(record, role, repo_id, *, public=False, report=False, token=None):
         calls.append((role, repo_id, public))
         url = f"hub:{repo_id}"
         return {"url": url, "commit": "abc", "private": not public, "notes": ["look"], "files": []}
