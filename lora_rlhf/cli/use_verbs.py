@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from lora_rlhf.redaction import printable
+
 from . import shell
 from .command_group import Json, RunPath, command
 
@@ -145,3 +147,23 @@ def _usage_verb(
         from lora_rlhf.reports import tables
 
         tables.show_usage(report)
+
+
+@command("moderate")
+def _moderate_verb(
+    texts: Annotated[
+        list[str] | None, typer.Argument(metavar="[TEXT]...", help="None: show the policy.")
+    ] = None,
+    policy: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Default: the packaged policy.")
+    ] = None,
+    where: Annotated[str, typer.Option(help="prompt, history or answer.")] = "prompt",
+    prompt: Annotated[str, typer.Option(help="The question, for answers.")] = "",
+) -> None:
+    """Show a moderation policy with its measured errors, or its decisions on texts."""
+    moderation = shell.room("serving.moderation")
+    if not texts:
+        for line in moderation.Moderation.load(policy).page():
+            shell.echo(printable(line))
+    for decision in moderation.moderate(texts or (), policy, where=where, prompt=prompt):
+        shell.echo(printable(f"{decision.action}  {decision.reason}"))

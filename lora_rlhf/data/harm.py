@@ -29,7 +29,9 @@ _LEET = str.maketrans("013457@$!|", "oieastasil")
 _STRAIGHT = str.maketrans("\u2018\u2019\u201c\u201d\u2013\u2014", "''\"\"--")
 _TOKEN = re.compile(r"\S+")
 _MIXED = re.compile(r"(?=\S*[a-z])[a-z013457@$!|]*[013457@$|][a-z013457@$!|]*(?=[\W_]*$)")
-_SPACED = re.compile(r"(?<![^\W_])[a-z]([ ._*-])[a-z](?:\1{1,2}[a-z]){2,}(?![^\W_])")
+_SPACED = re.compile(
+    r"(?<![^\W_])[a-z](?: [a-z](?: {1,2}[a-z])+|([._*-])[a-z](?:\1[a-z])*)(?![^\W_])"
+)
 _WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
 _SENTENCE = re.compile(r"(?<=[.!?:;])[\"')]*\s+|\n+")
 
@@ -155,9 +157,9 @@ def _latin(token: str) -> str:
 
 
 def _joined(spaced: str) -> str:
-    """Words of letters that stand apart; two marks between letters end a word."""
+    """Words of letters that stand apart; two spaces between letters end a word."""
     words = []
-    for letters in re.split(r"(?<=[a-z])[ ._*-]{2}(?=[a-z])", spaced):
+    for letters in re.split(r"(?<=[a-z]) {2}(?=[a-z])", spaced):
         run, known = re.sub(r"[^a-z]", "", letters), _words()
         while run:
             sizes = range(min(14, len(run)), 1, -1)

@@ -9,21 +9,27 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import regex  # type: ignore[import-untyped]  # unlike `re`, it can stop after a time
 
 from lora_rlhf.data import harm, refusal
-from lora_rlhf.errors import LoraRlhfError, first_line
+from lora_rlhf.errors import LoraRlhfError, UsageError, first_line
 from lora_rlhf.recipe.loader import load_section
 from lora_rlhf.recipe.schema import Rules, Section
 
+from . import output_checks
 from .sentence_gate import SentenceGate
 
 POLICY = Path(__file__).with_name("moderation.yaml")
 
 Action = Literal["allow", "log", "warn", "block"]
 Where = Literal["prompt", "history", "answer"]
+_MEASURED = (
+    "With 95 % intervals, on XSTest's 450 prompts (request) and on people's labels of 450 answers "
+    "to them (text, compliance), left out of training in ten folds, at the nearest measured "
+    "threshold below. The other detectors are not measured."
+)
 _ORDER = {action: n for n, action in enumerate(("allow", "log", "warn", "block"))}
 
 
@@ -129,8 +135,9 @@ class Moderation:
             name: [*map(regex.compile, category.patterns), *map(_spelled, category.words)]
             for name, category in policy.categories.items()
         }
-        if any(one.detector == "personal" for one in policy.categories.values()):
-            _finder()  # a missing package is an error now, not one that blocks everything later
+        for name in ("personal", "foreign"):  # a missing package is an error now, not at each check
+            if any(one.detector == name for one in policy.categories.values()):
+                _finder() if name == "personal" else _foreign("a", "")
 
     @classmethod
     def load(
@@ -168,6 +175,23 @@ class Moderation:
                 raise Blocked(decision)
 
         return SentenceGate(check)
+
+    def page(self) -> list[str]:
+        """Lines of Markdown: each category with its actions and its measured errors."""
+        lines = [
+            "| category | detector | from | prompt | history | answer | precision | recall "
+            "| specificity |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        validation = harm.parameters()["validation"]
+        for name, one in self.policy.categories.items():
+            measured = validation.get(one.detector, {}).get("thresholds", {})
+            lower = [t for t in measured if float(t) <= one.threshold]
+            rates = measured[max(lower, key=float)] if lower else {}
+            cells = [name, one.detector, f"{one.threshold:g}", one.prompt, one.history, one.answer]
+            cells += [_rate(rates.get(k)) for k in ("precision", "recall", "specificity")]
+            lines.append(f"| {' | '.join(cells)} |")
+        return [*lines, "", _MEASURED]
 
     def _decide(self, text: str, where: Where, prompt: str) -> Decision:
         if len(text) > self.policy.max_characters:
@@ -246,6 +270,12 @@ def _spelled(word: str) -> Any:
     return regex.compile(rf"(?<![^\W_]){letters}(?![^\W_])")
 
 
+def _rate(measured: dict[str, Any] | None) -> str:
+    if measured is None:
+        return "-"
+    return "{value:.2f} [{low:.2f}, {high:.2f}]".format(**measured)
+
+
 def _rank(decision: Decision) -> tuple[int, float]:
     return _ORDER[decision.action], decision.score / (decision.threshold or 1)
 
@@ -257,11 +287,19 @@ def _compliance(answer: str, prompt: str) -> float:
     return harm_asked * (1 - (refused or 0.0))
 
 
+def _foreign(text: str, _: str) -> float:
+    """The probability that a text is not in English, which the other detectors cannot read."""
+    if not any(map(str.isalpha, text)):
+        return 0.0
+    code, sure = output_checks.most_likely_language(text)
+    return max(float(refusal.foreign(text)), 0.0 if code == "en" else sure)
+
+
 _SCORES: dict[str, Callable[[str, str], float]] = {
     "request": lambda text, _: harm.probability(text, "request"),
     "text": lambda text, _: harm.probability(text, "text"),
     "compliance": _compliance,
-    "foreign": lambda text, _: float(refusal.foreign(text)),
+    "foreign": _foreign,
 }
 
 
@@ -273,3 +311,25 @@ def _finder() -> Any:
 
 def _personal(text: str, kinds: Iterable[str]) -> float:
     return float(any(not kinds or span.kind in kinds for span in _finder().spans(text)))
+
+
+def moderate(
+    texts: Iterable[str],
+    policy: str | Path | None = None,
+    *,
+    where: Where = "prompt",
+    prompt: str = "",
+) -> list[Decision]:
+    """Decisions of a moderation policy (default: the packaged one) on texts.
+
+    Args:
+        where: prompt, history or answer.
+        prompt: The question, for answers.
+
+    Raises:
+        UsageError: The policy is wrong, or `where`.
+    """
+    if where not in get_args(Where):
+        raise UsageError(f"where is {where!r}", expected=", ".join(get_args(Where)))
+    guard = Moderation.load(Path(policy) if policy else None)
+    return [guard.check(text, where, prompt) for text in texts]

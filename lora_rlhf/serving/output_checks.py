@@ -184,8 +184,14 @@ def _detector() -> Any:
 
 def detect(text: str) -> str | None:
     """Return the ISO code of a text's language; None if it is too short to tell."""
+    code, sure = most_likely_language(text)
+    return code if sure >= _SURE else None
+
+
+def most_likely_language(text: str) -> tuple[str, float]:
+    """The ISO code of a text's language, and its probability among the known ones."""
     code, sure = _detector().classify(_prose(text))
-    return str(code) if sure >= _SURE else None
+    return str(code), float(sure)
 
 
 def _language(answer: str, wanted: str, source: str) -> str | None:
