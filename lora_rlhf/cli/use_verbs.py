@@ -8,8 +8,6 @@ from typing import Annotated
 
 import typer
 
-from lora_rlhf.redaction import printable
-
 from . import shell
 from .command_group import Json, RunPath, command
 
@@ -164,6 +162,6 @@ def _moderate_verb(
     moderation = shell.room("serving.moderation")
     if not texts:
         for line in moderation.Moderation.load(policy).page():
-            shell.echo(printable(line))
+            shell.echo(line)
     for decision in moderation.moderate(texts or (), policy, where=where, prompt=prompt):
-        shell.echo(printable(f"{decision.action}  {decision.reason}"))
+        shell.echo(f"{decision.action}  {decision.reason}")
