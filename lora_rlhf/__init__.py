@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from lora_rlhf.runs.progress import Progress
     from lora_rlhf.runs.record import Record
     from lora_rlhf.serving.api_server import serve
+    from lora_rlhf.serving.chat import chat
+    from lora_rlhf.serving.instructions import do
     from lora_rlhf.serving.loaded_run import generate, load
     from lora_rlhf.starting.data_view import show_data
     from lora_rlhf.starting.first_recipe import init
@@ -44,8 +46,10 @@ __all__ = [
     "Record",
     "__version__",
     "card",
+    "chat",
     "compare",
     "demo",
+    "do",
     "doctor",
     "evaluate",
     "evaluate_targets",
@@ -72,6 +76,8 @@ _HOMES = {
     "LoraRlhfError": "errors",
     "Recipe": "recipe.schema",
     "Record": "runs.record",
+    "chat": "serving.chat",
+    "do": "serving.instructions",
     "evaluate_targets": "evaluation.evaluate_targets",
     "generate": "serving.loaded_run",
     "init": "starting.first_recipe",

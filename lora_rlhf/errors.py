@@ -15,10 +15,11 @@ LoraRlhfError                 exit code 1
 │   ├── DiskError
 │   ├── MemoryLimitError
 │   └── HubError
-└── DivergedError             exit code 5
-    ├── IdentityError
-    ├── GateError
-    └── NonFiniteError
+├── DivergedError             exit code 5
+│   ├── IdentityError
+│   ├── GateError
+│   └── NonFiniteError
+└── ChecksError               exit code 6
 
 A message states the problem first, with the offending value; then what was expected; then what to
 do, as an instruction:
@@ -196,3 +197,12 @@ class NonFiniteError(DivergedError):
 
     float16 overflows in every step. Use `model.dtype: bfloat16`, or a lower learning rate.
     """
+
+
+class ChecksError(LoraRlhfError):
+    """An answer of `do` that fails a check after all tries; the best one is printed.
+
+    A summary of 80 words where 50 were asked for. Give more --tries, or another model.
+    """
+
+    exit_code = 6

@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from lora_rlhf.errors import ChecksError, UsageError
 
 from . import shell
 from .command_group import Json, RunPath, command
@@ -165,3 +169,183 @@ def _moderate_verb(
             shell.echo(line)
     for decision in moderation.moderate(texts or (), policy, where=where, prompt=prompt):
         shell.echo(f"{decision.action}  {decision.reason}")
+
+
+Base = Annotated[str | None, typer.Option(help="Base of adapters whose config names none.")]
+In4Bit = Annotated[bool, typer.Option("--load-in-4bit")]
+Schema = Annotated[
+    Path | None, typer.Option("--schema", metavar="FILE", help="JSON schema of the answer.")
+]
+
+
+@command("chat")
+def _chat_verb(
+    targets: Targets,
+    model: Annotated[str, typer.Option(help="Who answers first; default: the last trained.")] = "",
+    system: Annotated[str, typer.Option(metavar="TEXT", help="System message.")] = "",
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy decoding.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the first answer.")] = 0,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of an answer.")] = None,
+    schema: Schema = None,
+    moderation: ModerationFile = "off",
+    usage: UsageFile = Path("lora-rlhf-usage.sqlite"),
+    no_usage: NoUsage = False,
+    base: Base = None,
+    load_in_4bit: In4Bit = False,
+) -> None:
+    """Talk with a run's models in the terminal.
+
+    Answers stream, /help lists the commands: other models, all side by side, thumbs, and more.
+    Over a pipe each line of the input is a question or a command; answers go to stdout.
+    """
+    terminal = shell.room("serving.chat_terminal")
+    from lora_rlhf.serving import chat, instructions
+
+    read = instructions.read_schema(schema) if schema else None
+    with chat.chat(
+        *targets,
+        model=model,
+        system=system,
+        temperature=temperature,
+        seed=seed,
+        max_tokens=tokens,
+        schema=read,
+        moderation=moderation,
+        usage=None if no_usage else usage,
+        base=base,
+        load_in_4bit=load_in_4bit,
+    ) as talk:
+        refused = terminal.run(talk)
+    shell.say_ignored()
+    if refused:
+        raise typer.Exit(UsageError.exit_code)
+
+
+Verb = Annotated[
+    str | None, typer.Argument(help="summarize, rewrite, translate, extract, classify or answer.")
+]
+Texts = Annotated[list[Path] | None, typer.Argument(metavar="FILE...", help="Texts; - is stdin.")]
+With = Annotated[
+    str | None, typer.Option("--with", metavar="RUN[:MODEL]", help="Run, adapter or model.")
+]
+OwnTemplate = Annotated[Path | None, typer.Option(metavar="FILE", help="A template of your own.")]
+Show = Annotated[
+    str | None, typer.Option(metavar="VERB", help="Print the template of a verb, and stop.")
+]
+Tone = Annotated[str | None, typer.Option(help="Such as formal.")]
+Form = Annotated[str | None, typer.Option(help="text, bullets, json or line.")]
+AtLength = Annotated[
+    str | None, typer.Option(help="50 words, 30-50 words, 2 sentences or 3 bullets.")
+]
+To = Annotated[str | None, typer.Option(metavar="LANGUAGE", help="Such as German.")]
+Choices = Annotated[str | None, typer.Option("--labels", metavar="A,B,C", help="Of classify.")]
+Question = Annotated[str | None, typer.Option(metavar="TEXT", help="Of answer.")]
+Examples = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="1 to 3 lines of input and output.")
+]
+Tries = Annotated[int, typer.Option(min=1, help="Most attempts while a check fails.")]
+Warmth = Annotated[
+    float | None, typer.Option(min=0.0, help="Default: greedy, 0.7 when trying again.")
+]
+Tokens = Annotated[int | None, typer.Option(min=1, help="Most tokens of an answer.")]
+BestOf = Annotated[int, typer.Option(min=1, help="Samples; the best by reward counts.")]
+Long = Annotated[str, typer.Option(help="Too long a text: refuse or split.")]
+NewOut = Annotated[Path | None, typer.Option(help="New file, or folder for several texts.")]
+
+
+@command("do")
+def _do_verb(
+    verb: Verb = None,
+    files: Texts = None,
+    run: With = None,
+    template: OwnTemplate = None,
+    show: Show = None,
+    tone: Tone = None,
+    format: Form = None,
+    length: AtLength = None,
+    to: To = None,
+    labels: Choices = None,
+    schema: Schema = None,
+    question: Question = None,
+    examples: Examples = None,
+    tries: Tries = 3,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    temperature: Warmth = None,
+    tokens: Tokens = None,
+    best_of: BestOf = 1,
+    long: Long = "refuse",
+    out: NewOut = None,
+    as_json: Json = False,
+    usage: UsageFile = Path("lora-rlhf-usage.sqlite"),
+    no_usage: NoUsage = False,
+) -> None:
+    """Summarize, rewrite, translate, extract, classify or answer.
+
+    Checks each answer for what was asked, and tries again if a check fails. The exit code is 6 if
+    one still does; the best attempt is printed all the same.
+    """
+    if show is not None:
+        from lora_rlhf.serving import instruction_templates
+
+        shell.echo(instruction_templates.source(show), nl=False)
+        return
+    if verb is None or not files or run is None:
+        raise UsageError("a verb, a FILE and --with are needed", expected=_DO)
+    options = {
+        "template": template, "tone": tone, "format": format, "length": length, "to": to,
+        "labels": labels, "schema": schema, "question": question, "examples": examples,
+        "tries": tries, "seed": seed, "temperature": temperature, "max_tokens": tokens,
+        "best_of": best_of, "long": long,
+    }  # fmt: skip
+    _do(verb, files, run, options, None if no_usage else usage, out, as_json)
+
+
+_DO = "lora-rlhf do summarize report.txt --with runs/mine"
+
+
+def _do(
+    verb: str,
+    files: list[Path],
+    run: str,
+    options: dict[str, Any],
+    usage: Path | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    from lora_rlhf.data import sources
+    from lora_rlhf.serving import instruction_templates
+
+    instruction_templates.load(verb, options["template"])  # refused before the slow imports
+    texts = [sys.stdin.read() if str(f) == "-" else sources.whole_text(f) for f in files]
+    if empty := [file for file, text in zip(files, texts, strict=True) if not text.strip()]:
+        raise UsageError("the file is empty", where=str(empty[0]))
+    if out is not None and out.exists():
+        raise UsageError(f"{out} exists", remedy="choose another --out")
+    room = shell.room("serving.instructions")
+
+    def failed(index: int, attempt: int, result: Any) -> None:
+        shell.echo(f"{files[index]}: try {attempt}: {'; '.join(result.problems)}", err=True)
+
+    results = room.do(verb, texts, run=run, usage=usage, failed=failed, **options)
+    names = [str(file) for file in files]
+    if as_json:
+        rows = ({"file": n, **r.record()} for n, r in zip(names, results, strict=True))
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    elif len(files) == 1:
+        text = f"{results[0].text}\n"
+    else:
+        parts = zip(names, results, strict=True)
+        text = "\n".join(f"==> {name} <==\n{result.text}\n" for name, result in parts)
+    if out is None:
+        shell.echo(text, nl=False)
+    elif as_json or len(files) == 1:
+        out.write_text(text, encoding="utf-8")
+    else:
+        room.write_all(out, files, results)
+    shell.say_ignored()
+    wrong = [result for result in results if not result.passed]
+    if wrong:
+        raise ChecksError(
+            f"{len(wrong)} of {len(results)} answers fail a check after {options['tries']} tries",
+            remedy="more --tries, an easier --length or --format, or another model",
+        )

@@ -27,7 +27,8 @@ Option = Literal["tone", "format", "length", "to", "labels", "schema", "question
 OPTIONS = get_args(Option)
 """Options that a template may take or need."""
 
-_VARIABLES = ("text", "form", *OPTIONS)
+_VARIABLES = ("text", "form", "count", *OPTIONS)
+"""Beside the options: the text, the format in words, and the number in the length."""
 _LONGEST = 20_000
 _FORMS = {
     "text": "as plain text",
@@ -87,6 +88,7 @@ class Template(BaseModel):
         """Fill in a text and the options."""
         values = {name: options.get(name) for name in OPTIONS}
         values |= {"text": text, "form": _FORMS.get(options.get("format") or "")}
+        values["count"] = options.get("count")
         try:
             return str(_compiled(self.text, self.name).render(values)).strip()
         except Exception as error:  # such as a filter over what is no list
@@ -104,7 +106,7 @@ def load(verb: str, path: Path | None = None) -> Template:
         raise UsageError(
             f"unknown verb {verb!r}{suggestions.nearest(verb, names())}",
             expected=", ".join(names()),
-            remedy="or give a template of your own by --template",
+            remedy="correct it, or give a template of your own by --template",
         )
     where = path or FOLDER / f"{verb}.md"
     source = sources.whole_text(where)

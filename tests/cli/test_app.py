@@ -33,7 +33,7 @@ from lora_rlhf.runtime import quiet
 ROOT = Path(__file__).resolve().parents[2]
 VERBS = (
     "run", "demo", "plan", "sft", "reward", "ppo", "policy", "evaluate", "judge", "label",
-    "tasks", "iterate", "card", "report", "doctor",
+    "tasks", "iterate", "chat", "do", "card", "report", "doctor",
     "push", "pull", "lint-card", "generate", "compare", "env", "data", "init",
     "serve", "usage", "moderate",
 )  # fmt: skip
