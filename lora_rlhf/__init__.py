@@ -11,6 +11,7 @@ Nothing heavy is imported before a name is used: `import lora_rlhf` does not loa
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -205,12 +206,14 @@ def iterate(
     """
     from lora_rlhf import pipeline
     from lora_rlhf.feedback import rounds, task_choice
-    from lora_rlhf.runs.progress import Progress
+    from lora_rlhf.reports import rich_displays
 
     choice = task_choice.Choice(strategy, n, k, model, pool, seed)
     request = rounds.Round(choice, labels, start, overrides)
     place = Path(out) if out else rounds.next_folder(rounds.find_run(Path(run)))
-    return rounds.iterate(Path(run), place, request, pipeline.run, progress or Progress())
+    return rounds.iterate(
+        Path(run), place, request, pipeline.run, progress or rich_displays.progress()
+    )
 
 
 def usage(
@@ -230,6 +233,11 @@ def __getattr__(name: str) -> Any:
 
         return version("lora-rlhf")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+if "IPython" in sys.modules:
+    _displays = importlib.import_module(".reports.rich_displays", __name__)
+    _displays.register(plan="lora_rlhf.planning.plan_report")
 
 
 def __dir__() -> list[str]:

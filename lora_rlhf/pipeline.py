@@ -44,7 +44,7 @@ from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.planning import run_memory, stage_work
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.recipe.stage_keys import has_reward_model, stage_names
-from lora_rlhf.reports import evaluation_report, html_report, plots, tables
+from lora_rlhf.reports import evaluation_report, html_report, plots, rich_displays, tables
 from lora_rlhf.reports.cards import model_card
 from lora_rlhf.reports.doctor import findings
 from lora_rlhf.runs import disk, reuse, run_lock
@@ -92,7 +92,7 @@ def run(
     Raises:
         LoraRlhfError: An error that the user can correct; see errors.py.
     """
-    out, progress = Path(out), progress or Progress()
+    out, progress = Path(out), progress or rich_displays.progress()
     stages = _stages(recipe, until)
     preflight.check_launch(recipe, stages)
     configs = preflight.trainer_configs(recipe, out, stages)
@@ -151,7 +151,7 @@ def check(
 
     Loads the base and reads all data, as `run` does.
     """
-    out, progress, wrong = Path(out), progress or Progress(), list[LoraRlhfError]()
+    out, progress, wrong = Path(out), progress or rich_displays.progress(), list[LoraRlhfError]()
 
     def ok(step: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Call a step; if it fails, collect the error and return None."""

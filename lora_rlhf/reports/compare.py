@@ -62,7 +62,11 @@ class Run:
         return dict(kinds.of_record(self.record).get(model or self.model, {}))
 
 
-def run(folders: Sequence[str | Path]) -> dict[str, Any]:
+class Comparison(dict[str, Any]):
+    """The report of `run`; a notebook shows it as a table."""
+
+
+def run(folders: Sequence[str | Path]) -> Comparison:
     """Compare runs; differences are to the first one.
 
     Args:
@@ -92,7 +96,7 @@ def run(folders: Sequence[str | Path]) -> dict[str, Any]:
         of_sft = [r.evaluated("sft") for r in groups[number]]
         sentences = kinds.sentences(row["label"], row["metrics"], _means(of_sft), row["by_kind"])
         notes += sentences.values()
-    return {"metric": metric, "rows": rows, "differences": differences, "notes": notes}
+    return Comparison(metric=metric, rows=rows, differences=differences, notes=notes)
 
 
 def _read(folder: str | Path, all_folders: Sequence[str | Path]) -> Run:

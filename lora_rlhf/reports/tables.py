@@ -174,7 +174,13 @@ def show_comparison(report: dict[str, Any], console: Console | None = None) -> N
     if any(row["by_kind"] for row in report["rows"]):
         by_kind = {row["label"]: (row["metrics"], row["by_kind"]) for row in report["rows"]}
         _print_kinds(console, by_kind)
-    for one in report["differences"]:
+    for line in (*differences(report["differences"]), *report["notes"]):
+        say(console, line)
+
+
+def differences(given: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Write the paired differences of a comparison, one line each."""
+    for one in given:
         result = f"not comparable: {one['why_not']}"
         if one["estimate"] is not None:
             result = cell(one["estimate"], difference=True)
@@ -182,9 +188,7 @@ def show_comparison(report: dict[str, Any], console: Console | None = None) -> N
             if (p := one["estimate"].get("p_corrected")) is not None:
                 result += f", p {p:.2g} corrected for the number of comparisons"
         metric = one["metric"].replace("_", " ")
-        say(console, f"{metric} of {one['of']} minus that of {one['less']}: {result}")
-    for note in report["notes"]:
-        say(console, note)
+        yield f"{metric} of {one['of']} minus that of {one['less']}: {result}"
 
 
 def _plain(value: Any) -> str:

@@ -263,6 +263,7 @@ def test_one_door_per_library():
         "models.backbone",
         "models.fused_layers",
         "models.plain_adapters",
+        "models.stacked_lora",
     }
     assert TREE.importers("typer") <= {
         f"cli.{name}" for name in ("shell", "command_group", "app", "start_verbs", "use_verbs")
