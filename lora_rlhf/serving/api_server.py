@@ -19,7 +19,7 @@ import time
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -517,11 +517,11 @@ class _Answer:
         """Moderate the prompt and the turns before it."""
         if self.api.moderation is None:
             return True
-        *history, prompt = chat.turns
-        check, text = self.api.moderation.check, prompt["content"]
-        return all(check(t["content"], "history").action != "block" for t in history) and (
-            check(text, "prompt").action != "block"
-        )
+        *earlier, prompt = (turn["content"] for turn in chat.turns)
+        check = self.api.moderation.check  # of all earlier turns at once: the client wrote them all
+        if earlier and check("\n".join(earlier), "history").action == "block":
+            return False
+        return bool(check(prompt, "prompt").action != "block")
 
     async def _submit(self, wanted: Request, put: Callable[[Delta | None], None]) -> Handle:
         """Hand the request to the engine; one that comes back too late is cancelled."""
@@ -566,6 +566,8 @@ class _Answer:
                 if len(self.blocked) == wanted.n:
                     handle.cancel()
             self.completion = handle.result(0)
+        except CancelledError:  # of the engine, which is closed
+            raise _DRAINING from None
         finally:
             handle.cancel()
             self.api.handles.discard(handle)
@@ -777,7 +779,10 @@ def serve(
 
         policy = None if moderation == "default" else Path(moderation)
         guard = Moderation.load(policy, moderation_log)
-    engine = InferenceEngine.load(targets, base=base, load_in_4bit=load_in_4bit)
+    limits = limits or Limits()
+    engine = InferenceEngine.load(
+        targets, base=base, load_in_4bit=load_in_4bit, max_waiting=limits.queue
+    )
     store = usage_store.opened(None if usage is None else Path(usage))
     return ApiServer(engine, access, limits, store=store, moderation=guard, say=_say)
 

@@ -3,6 +3,7 @@
 
 import threading
 import time
+from concurrent.futures import Future
 
 from lora_rlhf.errors import UsageError
 from lora_rlhf.serving.inference import Choice, Completion, Delta, Handle, Model, TokenLogprob
@@ -28,7 +29,7 @@ class FakeEngine:
 
     def submit(self, request, on_delta=None):
         self.requests.append(request)
-        handle = Handle()
+        handle = Handle(Future(), threading.Event())
         threading.Thread(target=self._answer, args=(request, on_delta, handle), daemon=True).start()
         return handle
 
