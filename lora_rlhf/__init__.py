@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from lora_rlhf.errors import LoraRlhfError
     from lora_rlhf.evaluation.evaluate_targets import evaluate_targets
+    from lora_rlhf.exports.export_run import export
     from lora_rlhf.feedback.labels import Task
     from lora_rlhf.feedback.notebook import label
     from lora_rlhf.hub.publishing import push
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from lora_rlhf.serving.chat import chat
     from lora_rlhf.serving.instructions import do
     from lora_rlhf.serving.loaded_run import generate, load
+    from lora_rlhf.serving.scoring_files import score
     from lora_rlhf.starting.data_view import show_data
     from lora_rlhf.starting.first_recipe import init
 
@@ -54,6 +56,7 @@ __all__ = [
     "doctor",
     "evaluate",
     "evaluate_targets",
+    "export",
     "generate",
     "init",
     "iterate",
@@ -66,6 +69,7 @@ __all__ = [
     "pull",
     "push",
     "run",
+    "score",
     "serve",
     "show_data",
     "tasks",
@@ -80,6 +84,7 @@ _HOMES = {
     "chat": "serving.chat",
     "do": "serving.instructions",
     "evaluate_targets": "evaluation.evaluate_targets",
+    "export": "exports.export_run",
     "generate": "serving.loaded_run",
     "init": "starting.first_recipe",
     "label": "feedback.notebook",
@@ -89,6 +94,7 @@ _HOMES = {
     "moderate": "serving.moderation",
     "push": "hub.publishing",
     "run": "pipeline",
+    "score": "serving.scoring_files",
     "serve": "serving.api_server",
     "show_data": "starting.data_view",
 }

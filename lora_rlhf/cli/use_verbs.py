@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -133,8 +134,6 @@ def _usage_verb(
 
     For each adapter and version, with 95 % intervals, from the file of chat, do and serve.
     """
-    import json
-
     from lora_rlhf.serving import usage_report
 
     report = usage_report.report(path, compare)
@@ -349,3 +348,64 @@ def _do(
             f"{len(wrong)} of {len(results)} answers fail a check after {options['tries']} tries",
             remedy="more --tries, an easier --length or --format, or another model",
         )
+
+
+@command("export")
+def _export_verb(
+    run: RunPath,
+    out: Annotated[Path, typer.Option(help="New folder of the export.")],
+    role: Annotated[str, typer.Option(help="policy, sft or reward.")] = "policy",
+    to: Annotated[
+        str, typer.Option(help="merged (transformers), gguf, gguf-adapter, mlx or ollama.")
+    ] = "merged",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16 or float16; for GGUF also q8_0 or q4_0. Default: the base's "
+            "own if that loses nothing, else float32; for GGUF float16."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a trained role for another runtime: merged, measured, and verified there.
+
+    Refused if the merged model differs by a KL above 1e-5 a token, or if llama.cpp or mlx-lm has
+    another most probable token in over 1 % of held-out ones. llama.cpp is found through the
+    variable LORA_RLHF_LLAMA_CPP (a folder with `npm install node-llama-cpp`) or llama-cpp-python.
+    """
+    from lora_rlhf.runs.record import Record
+
+    Record.read(run)  # refuses a wrong folder before the slow imports
+    module, say = shell.room("exports.export_run"), functools.partial(shell.echo, err=True)
+    made = module.export(run, out, role=role, to=to, dtype=dtype, say=say)
+    if as_json:
+        shell.echo(json.dumps(made, indent=1))
+    else:
+        for line in module.lines(made, out):
+            shell.echo(line)
+
+
+@command("score")
+def _score_verb(
+    run: RunPath,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="JSON Lines; -: standard input.")],
+    out: Annotated[Path | None, typer.Option(help="Write JSON Lines here too.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Answers at once.")] = 32,
+    as_json: Json = False,
+) -> None:
+    """Rank answers by the run's reward model.
+
+    Each line has a `prompt` (a text or messages) and `answers` (a list of texts), or `prompt` and
+    `answer`; lines of one prompt are ranked together.
+    """
+    from lora_rlhf.runs.record import Record
+
+    Record.read(run)
+    module = shell.room("serving.scoring_files")
+    warn = functools.partial(shell.echo, err=True)
+    report = module.score(run, file, out=out, batch_size=batch_size, say=warn)
+    if as_json:
+        shell.echo(json.dumps(report, indent=1))
+    else:
+        for line in module.lines(report):
+            shell.echo(line)

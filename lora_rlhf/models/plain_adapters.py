@@ -28,7 +28,7 @@ from .views import build_view
 
 
 class PlainAdapters:
-    """Adapters by name on one base; they are switched, and never merged."""
+    """Adapters by name on one base; they are switched, and merged only for an export."""
 
     def __init__(self, base: BaseModel) -> None:
         self.base = base
@@ -103,6 +103,23 @@ class PlainAdapters:
         peft = self._policies or next((model for model, _ in self._scorers.values()), None)
         with peft.disable_adapter() if peft else contextlib.nullcontext():
             yield
+
+    def offset(self, name: str) -> float:
+        """Return what is added to each score of a reward model."""
+        return self._scorers[name][1]
+
+    def merged(self, name: str, folder: Path) -> Any:
+        """Merge a policy, or a reward model with its head, into the base; return the plain model.
+
+        A base in 4-bit is dequantised first: PEFT would round the sum to 4 bits again. Nothing else
+        of this object can be used afterwards.
+        """
+        peft: Any = self._scorers[name][0] if name in self._scorers else self._policies
+        if self.base.is_4bit:
+            plain = peft.unload()
+            self.base.causal.dequantize()
+            peft = self._from(plain, name, folder)
+        return peft.merge_and_unload(safe_merge=True, adapter_names=[peft_name(name)]).eval()
 
     @contextlib.contextmanager
     def training(self, rank: int, folder: Path) -> Iterator[list[nn.Parameter]]:

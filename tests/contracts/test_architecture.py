@@ -35,7 +35,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("models", "runs"),
     ("training", "reports"),
     ("algorithms", "hub"),
-    ("evaluation", "planning", "serving", "preflight"),
+    ("evaluation", "planning", "serving", "exports", "preflight"),
     ("pipeline", "feedback", "starting"),
     ("cli",),
     ("__main__",),
