@@ -6,8 +6,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import regex  # type: ignore[import-untyped]  # unlike `re`, it can stop after a time
@@ -21,6 +24,7 @@ CHECKS = ("json_schema", "bullets", "max_words", "regex")
 
 _BULLETS = ("- ", "* ", "• ")
 _SECONDS = 1.0  # for a regular expression; some need exponential time
+_CLOCK = threading.local()
 _USER, _EXTRA = "format: {json_schema: ...}", "hygiene"
 
 
@@ -96,11 +100,14 @@ def _json_problems(text: str, schema: Any) -> list[str]:
     validator, references = _validator(schema), _load("referencing.exceptions")
     try:
         value = json.loads(text, parse_constant=_no_constant)
+        _CLOCK.end = time.monotonic() + _SECONDS
         errors = sorted(validator.iter_errors(value), key=lambda error: error.json_path)
     except json.JSONDecodeError as error:
         return [f"not JSON: {error.msg} at line {error.lineno}, column {error.colno}"]
     except (ValueError, RecursionError) as error:
         return [f"not JSON: {excerpt(str(error))}"]
+    except TimeoutError:
+        return [f"checking by the JSON schema takes over {_SECONDS:g} second"]
     except references.Unresolvable as error:
         raise ValueError(f"json_schema refers to {error.ref!r}, which it does not hold") from None
     return [f"JSON at {error.json_path}: {excerpt(error.message, 120)}" for error in errors[:3]]
@@ -116,7 +123,63 @@ def _validator(schema: Any) -> Any:
         kind.check_schema(schema)
     except jsonschema.SchemaError as error:
         raise ValueError(f"json_schema is invalid at {error.json_path}: {error.message}") from None
-    return kind(schema, registry=referencing.Registry())
+    return _bounded(kind)(schema, registry=referencing.Registry())
+
+
+@functools.cache
+def _bounded(kind: Any) -> Any:
+    """Return a validator class that raises TimeoutError at `_CLOCK.end`.
+
+    A schema of one line can need 2^40 steps, and `re`, which jsonschema uses, cannot be stopped.
+    """
+
+    def timed(keyword: Callable[..., Any]) -> Callable[..., Any]:
+        def check(*args: Any) -> Any:
+            _left()
+            return keyword(*args)
+
+        return check
+
+    wrong = _load("jsonschema").ValidationError
+    known = kind.VALIDATORS
+    more = known.get("additionalProperties")
+
+    def pattern(_: Any, expression: str, instance: Any, __: Any) -> Any:
+        if isinstance(instance, str) and not _finds(expression, instance):
+            yield wrong(f"{instance!r} does not match {expression!r}")
+
+    def pattern_properties(validator: Any, patterns: Any, instance: Any, _: Any) -> Any:
+        for expression, inner in patterns.items() if isinstance(instance, dict) else ():
+            for key, value in instance.items():
+                if _finds(expression, key):
+                    yield from validator.descend(value, inner, path=key, schema_path=expression)
+
+    def additional(validator: Any, allowed: Any, instance: Any, schema: Any) -> Any:
+        if "patternProperties" in schema and isinstance(instance, dict):
+            patterns = schema["patternProperties"]
+            named = {k for k in instance if any(_finds(each, k) for each in patterns)}
+            instance = {key: instance[key] for key in instance.keys() - named}
+            schema = {k: v for k, v in schema.items() if k != "patternProperties"}
+        return more(validator, allowed, instance, schema)
+
+    own = {"pattern": pattern, "patternProperties": pattern_properties,
+           "additionalProperties": additional}  # fmt: skip
+    calls = {name: timed(own.get(name, call)) for name, call in known.items()}
+    return _load("jsonschema").validators.extend(kind, calls)
+
+
+def _left() -> float:
+    left: float = _CLOCK.end - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+def _finds(expression: str, text: str) -> bool:
+    try:
+        return regex.search(expression, text, timeout=_left()) is not None
+    except regex.error as error:
+        raise ValueError(f"pattern is invalid: {error}: {excerpt(expression)}") from None
 
 
 def _load(module: str) -> Any:

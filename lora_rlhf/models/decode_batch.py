@@ -102,9 +102,8 @@ class DecodeBatch:
         self._argument = sampler.cache_argument(base.causal)
         self._positions = sampler.takes_positions(base.causal)
         self._original = str(base.causal.config._attn_implementation)
-        self.least_rows = 1
-        if base.device.type == "cpu" and base.causal.dtype == torch.float32:
-            self.least_rows = LEAST_ROWS
+        # In bfloat16 too: adapters stay float32.
+        self.least_rows = LEAST_ROWS if base.device.type == "cpu" else 1
         AttentionInterface.register(_NAME, _attend)
         self.why_single = self._tried(adapters)
 

@@ -150,8 +150,12 @@ class Constraint:
         return bool(made.try_consume_tokens(ids) == len(ids) and made.is_accepting())
 
 
-_JSON = {"whitespace_pattern": " ?", "whitespace_flexible": True}
-"""At most one space where JSON allows any: a model could fill its answer with white space."""
+_JSON = {"whitespace_pattern": " ?", "whitespace_flexible": True, "coerce_one_of": True,
+         "lenient": False}  # fmt: skip
+"""At most one space where JSON allows any: a model could fill its answer with white space.
+
+`oneOf` is followed as `anyOf`, and checked as `oneOf` at the end.
+"""
 
 
 class Matcher:
