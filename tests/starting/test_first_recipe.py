@@ -10,10 +10,11 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import lora_rlhf
-from lora_rlhf import tiny
+from lora_rlhf import pipeline, tiny
 from lora_rlhf.cli import app
 from lora_rlhf.errors import DataError, UsageError
 from lora_rlhf.recipe.loader import load_recipe
+from lora_rlhf.runs.progress import Progress
 from lora_rlhf.starting import bases, first_recipe
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -52,6 +53,7 @@ def test_a_recipe_of_comparisons(tmp_path, pairs):
     args = made.ppo.args
     train = view.sets[2].report["train"]
     assert args["per_device_train_batch_size"] * args["steps_per_generation"] <= train
+    assert pipeline.check(made, tmp_path / "run", progress=Progress(quiet=True)) == []
 
 
 def test_demonstrations_only_end_with_sft(tmp_path):
