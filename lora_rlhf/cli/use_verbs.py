@@ -92,12 +92,17 @@ def _serve_verb(
     drain: Annotated[
         float, typer.Option("--drain-seconds", min=0.0, help="For running requests at the end.")
     ] = 30.0,
+    engine: Annotated[
+        str, typer.Option(help="own, or vllm, whose Python is LORA_RLHF_VLLM.")
+    ] = "own",
 ) -> None:
     """Serve base, SFT, policy and adapters: the chat-completions API.
 
     On this machine only, with a key: LORA_RLHF_API_KEY, or a new one that is printed. A signal lets
     running requests end; a second one stops at once.
     """
+    if engine != "own":
+        return _serve_vllm(engine, targets, (host, port), base, moderation)
     server = shell.room("serving.api_server")
     limits = server.Limits(body, prompt, answer, queue, seconds, drain)
     made = server.serve(
@@ -111,6 +116,23 @@ def _serve_verb(
         moderation_log=moderation_log,
         limits=limits,
     )
+    for line in made.lines():
+        shell.echo(line)
+    made.run()
+
+
+def _serve_vllm(
+    engine: str, targets: list[str], at: tuple[str, int], base: str | None, moderation: str
+) -> None:
+    if engine != "vllm":
+        raise UsageError(f"engine {engine!r}", expected="own or vllm")
+    if moderation != "off":
+        raise UsageError(
+            "vLLM's server answers without moderation, numbers of use and these limits",
+            remedy="add `--moderation off`, or leave --engine out",
+        )
+    server = shell.room("serving.vllm_engine")
+    made = server.serve(targets, server.Access(*at), base=base)
     for line in made.lines():
         shell.echo(line)
     made.run()
