@@ -257,3 +257,25 @@ def test_a_real_llama_cpp_gives_the_same_answers(merged, tmp_path, dtype):
     gguf_model.write_adapter(merged.base, merged.folder, tmp_path / "a.gguf", "a")
     found = other_runtimes.llama_cpp(merged, tmp_path / "base.gguf", tmp_path / "a.gguf")
     assert found["verified"] and found["mean_logprob_difference"] < 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(other_runtimes.NODE not in os.environ, reason="no llama.cpp here")
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("qwen2", {}), ("qwen3", {"head_dim": 32}), ("mistral", {"sliding_window": 256}),
+     ("llama", {"attention_bias": True, "rope_parameters": LLAMA3}),
+     ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}})],
+)  # fmt: skip
+def test_a_real_llama_cpp_reads_every_architecture(name, more, tmp_path):
+    ids = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0, "vocab_size": 2048}
+    folder = small.base_folder.__wrapped__(name, **ids, **more)
+    AutoTokenizer.from_pretrained(tiny.path()).save_pretrained(folder)
+    base, text = small.base(folder), "Record: name: Hugo; age: 57; instrument: clarinet. " * 5
+    prompt = base.encode_prompt([{"role": "user", "content": text}])
+    rows = [(prompt, base.encode_completion("Hugo plays 3 clarinets, doesn't he?"))]
+    before = merging.logits(base.causal, rows)
+    gguf_model.write(base, base.causal, tmp_path / "m.gguf", "float32", "m")
+    plain = merging.Merged(base, base.causal, tmp_path, rows, before, "float32")
+    checked = other_runtimes.llama_cpp(plain, tmp_path / "m.gguf")
+    assert checked["verified"] and checked["mean_logprob_difference"] < 0.01
