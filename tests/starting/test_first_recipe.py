@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -66,6 +67,16 @@ def test_demonstrations_only_end_with_sft(tmp_path):
     assert (made.data.comparisons, made.name) == ([], "faq")
     assert any("no comparisons, so no reward model" in str(line) for line in lines)
     assert any(str(line).endswith(f"lora-rlhf sft {tmp_path}/recipe.yaml") for line in lines)
+
+
+def test_a_dataset_of_the_hub(tmp_path, monkeypatch):
+    def load(name, config, split, revision):
+        assert (name, split) == ("org/pairs", "train")
+        return PAIRS
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    made = lora_rlhf.init(hub="org/pairs", out=tmp_path / "r.yaml", model="tiny")
+    assert (made.name, made.data.comparisons[0].hub) == ("pairs", "org/pairs")
 
 
 @pytest.mark.parametrize(
