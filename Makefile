@@ -47,6 +47,8 @@ check: $(BIN)/lora-rlhf ## formatting, lint and types
 docs: $(BIN)/lora-rlhf ## write the generated pages again
 	$(BIN)/python docs/make_recipes.py
 	$(BIN)/python docs/make_includes.py
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[notebook]"
+	$(BIN)/jupytext --quiet --to ipynb recipes/notebooks/quickstart.py
 
 site: $(BIN)/lora-rlhf ## the documentation as a site in build/site, built strictly and offline
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[docs]"

@@ -9,21 +9,28 @@ from pathlib import Path
 
 from lora_rlhf.runtime.local_server import LOOPBACK
 
-from . import project
+from . import labeling, project
 from .label_server import Access, LabelServer
 
 _running: dict[Path, LabelServer] = {}
 
 
-def label(folder: str | Path, *, port: int = 0, height: int = 800) -> LabelServer:
+def label(
+    folder: str | Path, *, new: str | Path | None = None, port: int = 0, height: int = 800
+) -> LabelServer:
     """Serve a labelling project on this machine's loopback, and show its page if in a notebook.
 
     Calling it again for the same folder shows the same server.
+
+    Args:
+        new: File of tasks, from which the project is made if there is none.
 
     Returns:
         The server: `url` is the address of the page, `stop()` ends it.
     """
     key = Path(folder).resolve()
+    if new is not None and not key.exists():
+        labeling.make(key, Path(new), "ranking")
     server = _running.get(key)
     if server is None or not server.running:
         colab, jupyter = "google.colab" in sys.modules, "IPython" in sys.modules
