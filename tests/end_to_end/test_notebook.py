@@ -8,8 +8,9 @@ import pytest
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "recipes" / "notebooks"
 SMALL = (
-    "sft.args.num_train_epochs=1 ppo.updates=3 ppo.value_warmup_updates=1 evaluate.n=32 ppo.args.max_completion_length=16 "
-    "ppo.args.per_device_train_batch_size=8 ppo.args.steps_per_generation=2 reward.gate=warn"
+    "sft.args.num_train_epochs=1 ppo.updates=3 ppo.value_warmup_updates=1 evaluate.n=32 "
+    "ppo.args.max_completion_length=16 ppo.args.per_device_train_batch_size=8 "
+    "ppo.args.steps_per_generation=2 reward.gate=warn"
 )
 
 
