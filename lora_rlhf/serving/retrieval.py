@@ -62,11 +62,11 @@ def _markdown(path: Path) -> list[Section]:
     start = offset = 0
     for line in text.splitlines(keepends=True):
         fenced ^= line.lstrip().startswith(("```", "~~~"))
-        heading = None if fenced else re.match(r"(#{1,6})\s+(.+?)\s*#*\s*$", line)
+        heading = None if fenced else re.match(r"(#{1,6})\s+(\S.*)", line[:300])
         if heading:
             made.append((_path(headings), start, text[start:offset]))
             headings = [one for one in headings if one[0] < len(heading[1])]
-            headings.append((len(heading[1]), heading[2]))
+            headings.append((len(heading[1]), heading[2].rstrip("# \t\r\n")))
             start = offset + len(line)
         offset += len(line)
     return [*made, (_path(headings), start, text[start:])]
@@ -101,7 +101,7 @@ class _Html(HTMLParser):
         if tag in _BREAK and self.open and self.open[-1][0] in ("p", tag) and tag in _ENDS:
             self._close()  # HTML lets people leave out </p> and </li>
         given = dict(attrs)
-        style = re.sub(r"\s|/\*.*?\*/", "", given.get("style") or "").lower()
+        style = re.sub(r"\s|/\*.*?\*/", "", (given.get("style") or "")[:2_000]).lower()
         hides = tag in _UNSEEN or "hidden" in given or bool(_HIDING.search(style))
         if re.fullmatch("h[1-6]", tag) and not self.hidden:
             self.cut()
@@ -113,7 +113,7 @@ class _Html(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         if re.fullmatch("h[1-6]", tag) and not self.hidden:
-            title = " ".join("".join(self.parts).split())
+            title = " ".join("".join(self.parts).split())[:80]
             self.headings = [one for one in self.headings if one[0] < int(tag[1])]
             self.headings.append((int(tag[1]), title))
             self.start += sum(map(len, self.parts))
@@ -142,7 +142,9 @@ class _Html(HTMLParser):
 
 def _html(path: Path) -> list[Section]:
     reader = _Html()
-    reader.feed(sources.whole_text(path))
+    text = re.sub(r"<!--(?:(?!-->).)*+(?:-->|$)", "", sources.whole_text(path), flags=re.DOTALL)
+    end = text.rfind(">") + 1
+    reader.feed(text[:end] + text[end:].replace("<", "&lt;"))  # the parser retries each open tag
     reader.close()
     reader.cut()
     return reader.made
