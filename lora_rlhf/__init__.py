@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lora_rlhf.runs.record import Record
     from lora_rlhf.serving.api_server import serve
     from lora_rlhf.serving.chat import chat
+    from lora_rlhf.serving.grounding import ground
     from lora_rlhf.serving.instructions import do
     from lora_rlhf.serving.loaded_run import generate, load
     from lora_rlhf.serving.scoring_files import score
@@ -58,6 +59,7 @@ __all__ = [
     "evaluate_targets",
     "export",
     "generate",
+    "ground",
     "init",
     "iterate",
     "label",
@@ -86,6 +88,7 @@ _HOMES = {
     "evaluate_targets": "evaluation.evaluate_targets",
     "export": "exports.export_run",
     "generate": "serving.loaded_run",
+    "ground": "serving.grounding",
     "init": "starting.first_recipe",
     "label": "feedback.notebook",
     "load": "serving.loaded_run",

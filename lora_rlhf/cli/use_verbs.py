@@ -57,6 +57,14 @@ ModerationFile = Annotated[
     str, typer.Option(metavar="FILE", help="A policy file, default, or off.")
 ]
 
+Sources = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="FILE|DIR", help="Answer from these documents only; repeatable."),
+]
+Unsupported = Annotated[
+    str, typer.Option(help="Sentences that the sources do not support: mark, drop or refuse.")
+]
+
 
 @command("serve")
 def _serve_verb(
@@ -208,6 +216,8 @@ def _chat_verb(
     seed: Annotated[int, typer.Option(min=0, help="Of the first answer.")] = 0,
     tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of an answer.")] = None,
     schema: Schema = None,
+    sources: Sources = None,
+    unsupported: Unsupported = "mark",
     moderation: ModerationFile = "off",
     usage: UsageFile = Path("lora-rlhf-usage.sqlite"),
     no_usage: NoUsage = False,
@@ -223,6 +233,9 @@ def _chat_verb(
     from lora_rlhf.serving import chat, instructions
 
     read = instructions.read_schema(schema) if schema else None
+    grounding = None
+    if sources:
+        grounding = shell.room("serving.grounding").Grounding.open(sources, unsupported)
     with chat.chat(
         *targets,
         model=model,
@@ -231,6 +244,7 @@ def _chat_verb(
         seed=seed,
         max_tokens=tokens,
         schema=read,
+        grounding=grounding,
         moderation=moderation,
         usage=None if no_usage else usage,
         base=base,
@@ -288,6 +302,8 @@ def _do_verb(
     labels: Choices = None,
     schema: Schema = None,
     question: Question = None,
+    sources: Sources = None,
+    unsupported: Unsupported = "mark",
     examples: Examples = None,
     tries: Tries = 3,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -303,14 +319,15 @@ def _do_verb(
     """Summarize, rewrite, translate, extract, classify or answer.
 
     Checks each answer for what was asked, and tries again if a check fails. The exit code is 6 if
-    one still does; the best attempt is printed all the same.
+    one still does; the best attempt is printed all the same. `do answer --sources` answers from
+    documents: it cites passages, and checks each sentence by them.
     """
     if show is not None:
         from lora_rlhf.serving import instruction_templates
 
         shell.echo(instruction_templates.source(show), nl=False)
         return
-    if verb is None or not files or run is None:
+    if verb is None or not (files or sources) or run is None:
         raise UsageError("a verb, a FILE and --with are needed", expected=_DO)
     options = {
         "template": template, "tone": tone, "format": format, "length": length, "to": to,
@@ -318,10 +335,55 @@ def _do_verb(
         "tries": tries, "seed": seed, "temperature": temperature, "max_tokens": tokens,
         "best_of": best_of, "long": long,
     }  # fmt: skip
-    _do(verb, files, run, options, None if no_usage else usage, out, as_json)
+    store = None if no_usage else usage
+    if sources:
+        _ground(verb, files, sources, unsupported, run, options, store, out, as_json)
+    else:
+        _do(verb, files or [], run, options, store, out, as_json)
 
 
 _DO = "lora-rlhf do summarize report.txt --with runs/mine"
+
+
+def _ground(
+    verb: str,
+    files: list[Path] | None,
+    sources: list[Path],
+    unsupported: str,
+    run: str,
+    options: dict[str, Any],
+    usage: Path | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    kept = {key: options.pop(key) for key in ("question", "seed", "temperature", "max_tokens")}
+    usual = {"tries": 3, "best_of": 1, "long": "refuse"}
+    other = [f"--{k}" for k, v in options.items() if v != usual.get(k)]
+    if verb != "answer" or files or other or not kept["question"]:
+        given = ", ".join([*([] if verb == "answer" else [verb]), *map(str, files or []), *other])
+        raise UsageError(
+            f"--sources with {given}" if given else "--sources without --question",
+            expected="lora-rlhf do answer --question TEXT --sources DIR --with RUN; --seed, "
+            "--temperature and --tokens are allowed too",
+        )
+    if out is not None and out.exists():
+        raise UsageError(f"{out} exists", remedy="choose another --out")
+    made = shell.room("serving.grounding").ground(
+        kept.pop("question"),
+        sources,
+        run=run,
+        unsupported=unsupported,
+        usage=usage,
+        **{key: value for key, value in kept.items() if value is not None},
+    )
+    text = json.dumps(made.to_dict(), ensure_ascii=False) if as_json else made.shown()
+    if out is None:
+        shell.echo(text)
+    else:
+        out.write_text(f"{text}\n", encoding="utf-8")
+    shell.say_ignored()
+    if unsupported == "refuse" and made.unsupported:
+        raise ChecksError("the answer is refused", remedy="--unsupported mark shows it")
 
 
 def _do(

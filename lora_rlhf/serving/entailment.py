@@ -60,6 +60,8 @@ def tokens(text: str) -> list[str]:
 
 
 def _stem(word: str) -> str:
+    if len(word) > 4:  # metres, colour
+        word = re.sub(r"([^aeiou])re(s?)$", r"\1er\2", re.sub(r"(?<=..)our(?=s?$)", "or", word))
     return word[:6].removesuffix("s") if len(word) > 3 else word
 
 
@@ -72,7 +74,7 @@ def _kind(word: str) -> str:
     return "number" if word[0].isdigit() else "small" if word in _SMALL else "word"
 
 
-def _names(text: str) -> set[str]:
+def names(text: str) -> set[str]:
     """Stems of words with a capital letter that begin no sentence."""
     return {_stem(word.casefold()) for word in re.findall(r"(?<=[\w,;:'\"] )[A-Z]\w+", text)}
 
@@ -99,8 +101,8 @@ def features(passage: str, sentence: str, question: str = "") -> dict[str, float
     words = [w for w in tokens(sentence) if w[0].isalnum() or w == "n't"]
     p_words = tokens(passage)
     s, p = [_stem(w) for w in words], [_stem(w) for w in p_words]
-    n, known, names = max(len(s), 1), set(p), _names(sentence)
-    from_question = {_stem(w) for w in tokens(question) if _kind(w) == "word"} - _names(question)
+    n, known = max(len(s), 1), set(p)
+    from_question = {_stem(w) for w in tokens(question) if _kind(w) == "word"} - names(question)
     places = _aligned(s, p)
     kinds = [_kind(w) for w in words]
     new = [
@@ -116,7 +118,7 @@ def features(passage: str, sentence: str, question: str = "") -> dict[str, float
         "new from the question": float("asked" in new),
         "a new number": float("number" in new),
         "new small words": sum(k not in ("word", "number", "asked") for k in new) / n,
-        "a new name": float(bool(names - known)),
+        "a new name": float(bool(names(sentence) - known)),
         "the first word is new": float(bool(fresh) and fresh[0]),
         "the last word is new": float(bool(fresh) and fresh[-1]),
         "new behind a small word": float(
@@ -144,6 +146,11 @@ def features(passage: str, sentence: str, question: str = "") -> dict[str, float
     made["negation differs"] = float(negated != any(w in _NEGATION for w in inside))
     made["negation is new"] = float(any(w in _NEGATION and _stem(w) not in known for w in words))
     return made | _joints(words, places, p_words) | _ends(places, p_words)
+
+
+def mentions(passage: str, question: str) -> bool:
+    """Tell if a passage has all names of a question."""
+    return names(question) <= {_stem(word) for word in tokens(passage)}
 
 
 def _joints(

@@ -5,12 +5,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from lora_rlhf.cli import app
 from lora_rlhf.errors import UsageError
 from lora_rlhf.serving import entailment, grounding, source_guard
 from lora_rlhf.serving.grounding import MARK, NOT_FOUND, REFUSED, Grounding, answer
+from lora_rlhf.serving.usage_store import UsageStore
 
-NOTES = "The boiler heats water to 60 degrees. It was built in Porto.\n\nMira Silva keeps the keys."
+NOTES = (
+    "The boiler heats water to 60 degrees. It was built in Porto.\n\nMira Silva keeps the keys. "
+    "The bridge is 90 metres long."
+)
 
 
 class Parrot:
@@ -40,6 +46,7 @@ def notes(tmp_path: Path) -> Path:
         ("The boiler was built in Lisbon [1].", False),
         ("Mira Silva keeps the keys.", True),
         ("Omar Silva keeps the keys.", False),
+        ("The bridge is 90 meters long [1].", True),
         ("Mira Silva keeps the keys [7].", False),
         ('The notes say "heats water to 60 degrees" [1].', True),
         ('The boiler "heats water to 70 degrees" [1].', False),
@@ -53,6 +60,12 @@ def test_a_sentence_is_supported_if_its_passage_says_it(
     [one] = Grounding.open(notes).check("What about the boiler and the keys?", sentence).sentences
     assert one.supported is supported, one
     assert bool(one.reason) is not supported
+
+
+def test_a_bare_answer_needs_a_passage_about_what_was_asked(notes: Path) -> None:
+    opened = Grounding.open(notes)
+    assert opened.check("Who keeps the keys?", "Mira Silva").sentences[0].supported
+    assert not opened.check("Who feeds the cats of Bruno? The keys?", "Mira").sentences[0].supported
 
 
 def test_the_policy_marks_drops_or_refuses(notes: Path) -> None:
@@ -80,6 +93,43 @@ def test_without_a_passage_no_model_is_asked(notes: Path) -> None:
     engine = Parrot("Anything.")
     assert answer(engine, "Zebras?", notes).text == NOT_FOUND
     assert engine.seen == []
+
+
+def test_ground_records_numbers_of_use(notes: Path, tmp_path: Path) -> None:
+    engine: Any = Parrot("It was built in 1999.")
+    engine.models = {"policy": SimpleNamespace(adapter="f00")}
+    numbers = {"prompt_tokens": 9, "completion_tokens": 4, "queue_s": 0.0, "seconds": 0.5}
+    plain = engine.generate
+    engine.generate = lambda request: SimpleNamespace(
+        choices=plain(request).choices, model="policy", first_token_s=0.1, **numbers
+    )
+    store = tmp_path / "use.sqlite"
+    made = grounding.ground(
+        "When was the boiler built?", notes, run=engine, unsupported="refuse", usage=store
+    )
+    assert made.text == REFUSED
+    assert [one.text for one in made.unsupported] == ["It was built in 1999."]
+    assert "completion" not in made.to_dict()
+    with UsageStore(store) as kept:
+        [use] = kept.uses()
+    assert (use["kind"], use["version"], use["completion_tokens"]) == ("do", "f00", 4)
+    assert not use["completed"]
+
+
+@pytest.mark.parametrize(
+    ("args", "problem"),
+    [
+        (["answer"], "--sources without --question"),
+        (["summarize", "--question", "Why?"], "--sources with summarize"),
+        (["answer", "a.txt", "--question", "Why?", "--tone", "formal"], "with a.txt, --tone"),
+    ],
+)
+def test_do_with_sources_refuses_what_it_would_not_use(
+    notes: Path, args: list[str], problem: str
+) -> None:
+    done = CliRunner().invoke(app.app, ["do", *args, "--sources", str(notes), "--with", "absent"])
+    assert done.exit_code == 2
+    assert problem in done.stderr
 
 
 INSTRUCTIONS = [
