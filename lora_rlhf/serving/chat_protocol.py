@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The chat-completions API in JSON: a body as a request of the engine, a completion as an answer.
 
-The names are those of OpenAI's reference; `structured_outputs` and `guided_*` are vLLM's, `best_of`
-and `reward` are ours. A parameter that is not known or would do nothing is refused, never ignored.
+The names are those of OpenAI's reference; `structured_outputs` and `guided_*` are vLLM's, and ours
+are `best_of`, `scored` and `reward`. A parameter that is not known, or does nothing, is refused.
 """
 
 from __future__ import annotations
@@ -140,6 +140,7 @@ class Chat(_Given):
     top_p: float = Field(1.0, gt=0, le=1)
     n: int = Field(1, ge=1, le=128)
     best_of: int = Field(1, ge=1, le=128)
+    scored: bool = False
     seed: int | None = None
     stop: _Stop = Field(default_factory=list)
     max_tokens: int | None = Field(None, ge=1)
@@ -194,6 +195,7 @@ class Chat(_Given):
             stop=tuple(self.stop),
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             constraint=constraint,
+            scored=self.scored,
         )
 
     def _constraint(self) -> Constraint | None:

@@ -116,9 +116,9 @@ def test_the_official_client_streams(serve):
 )  # fmt: skip
 def test_constraints_reach_the_engine(serve, body, kind):
     made = serve()
-    made.chat.create(model="", messages=HELLO, extra_body={**body, "best_of": 2})
+    made.chat.create(model="", messages=HELLO, extra_body={**body, "best_of": 2, "scored": True})
     request = made.engine.requests[0]
-    assert (request.constraint.kind, request.best_of) == (kind, 2)
+    assert (request.constraint.kind, request.best_of, request.scored) == (kind, 2, True)
     assert uses(made)[0]["valid"] is True
 
 
