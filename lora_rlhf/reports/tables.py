@@ -185,8 +185,7 @@ def differences(given: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         if one["estimate"] is not None:
             result = cell(one["estimate"], difference=True)
             result += f" seeds, paired in {one['pairs']}" if one["pairs"] > 1 else ", paired"
-            if (p := one["estimate"].get("p_corrected")) is not None:
-                result += f", p {p:.2g} corrected for the number of comparisons"
+            result += _corrected(one["estimate"])
         metric = one["metric"].replace("_", " ")
         yield f"{metric} of {one['of']} minus that of {one['less']}: {result}"
 
@@ -230,8 +229,14 @@ def show_usage(report: dict[str, Any], console: Console | None = None) -> None:
         table.append([name, *(cell(group["metrics"].get(name)) for group in groups)])
     _print_table(console, ["", *(group["name"] for group in groups)], table)
     for one in report["differences"]:
-        result, how = cell(one["estimate"], difference=True), one["how"]
-        say(console, f"{one['metric']} of {one['of']} minus that of {one['less']}: {result}, {how}")
+        result = f"{cell(one['estimate'], difference=True)}, {one['how']}"
+        result += _corrected(one["estimate"])
+        say(console, f"{one['metric']} of {one['of']} minus that of {one['less']}: {result}")
+
+
+def _corrected(estimate: Estimate) -> str:
+    p = estimate.get("p_corrected")
+    return "" if p is None else f", p {p:.2g} corrected for the number of comparisons"
 
 
 def _counts(counts: Mapping[Any, int]) -> str:

@@ -134,6 +134,8 @@ def _differences(of_group: dict[str, list[Row]], *pair: str) -> list[dict[str, A
         title = f"mean {metric}" if metric in _NUMBERS else metric
         one = {"metric": title, "of": of, "less": less, "estimate": estimate, "how": how}
         made.append(one)
+    if len(made) > 1:
+        estimates.correct([one["estimate"] for one in made])
     return made
 
 

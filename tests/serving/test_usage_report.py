@@ -67,6 +67,9 @@ def test_two_versions_are_compared_on_their_common_prompts(path):
     assert (faster["of"], faster["less"]) == (f"policy@{OLD[:12]}", f"policy@{NEW[:12]}")
     assert faster["how"] == "paired on 20 prompts"
     assert faster["estimate"]["value"] == faster["estimate"]["low"] == pytest.approx(0.5)
+    assert (
+        faster["estimate"]["p_corrected"] < 0.001 < of_metric["answered"]["estimate"]["p_corrected"]
+    )
     assert of_metric["thumbs up"]["how"] == "independent samples"
     with pytest.raises(UsageError, match="'policy' is several versions"):
         lora_rlhf.usage(path, ["policy", "sft"])
