@@ -124,7 +124,7 @@ def _pair(of_group: dict[str, list[Row]], compare: Sequence[str] | None) -> tupl
 
 def _differences(of_group: dict[str, list[Row]], *pair: str) -> list[dict[str, Any]]:
     """Compare two adapters on every metric that both have."""
-    made = []
+    made: list[dict[str, Any]] = []
     for metric, value in {**_SHARES, **_NUMBERS}.items() if pair else ():
         first, second = (_known(of_group[name], value) for name in pair)
         if not first or not second:
@@ -132,8 +132,7 @@ def _differences(of_group: dict[str, list[Row]], *pair: str) -> list[dict[str, A
         estimate, how = _difference(first, second)
         of, less = pair
         title = f"mean {metric}" if metric in _NUMBERS else metric
-        one = {"metric": title, "of": of, "less": less, "estimate": estimate, "how": how}
-        made.append(one)
+        made.append({"metric": title, "of": of, "less": less, "estimate": estimate, "how": how})
     if len(made) > 1:
         estimates.correct([one["estimate"] for one in made])
     return made
