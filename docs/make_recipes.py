@@ -30,7 +30,8 @@ A recipe is one YAML file that describes a whole run. `make docs` writes this pa
   `prompt`, `completions` and `ranks` (1 is best); `labeler` names who compared. A conversation may
   be in ShareGPT's `conversations`, with `from` and `value`, or an HH transcript. OpenAssistant's
   trees and messages are read in every set (`lang: en` keeps one language; deleted and synthetic
-  messages are left out), and UltraFeedback's columns, also those of Argilla's and Zephyr's pairs.
+  messages are left out), and UltraFeedback's columns, also those of Argilla's and Zephyr's pairs,
+  and those of HelpSteer2 (ratings, or preferences by `data_dir: preference`) and HelpSteer3.
 - `args:` of a stage are passed to TRL's config of that stage (`SFTConfig`, `RewardConfig`,
   `GRPOConfig` for `ppo` and `grpo`, `RLOOConfig`, `DPOConfig`), so those names are TRL's. Keys that
   are set elsewhere in the recipe (`seed`, `bf16`, `beta`, `output_dir`, ...) are refused there,

@@ -22,6 +22,7 @@ from lora_rlhf.recipe.schema import DataSource, Recipe
 from . import (
     augmentation,
     contamination,
+    helpsteer,
     label_pool,
     message_trees,
     near_duplicates,
@@ -296,6 +297,7 @@ def _parse(
             kept.notes[stale] += len(rows)
     if not task:
         rows = [*message_trees.rows_of(rows, kept.name, source.lang, kept.notes)]
+        rows = helpsteer.rows_of(rows, kept.notes)
     if kept.name == "comparisons" and (task or source.labeler_instructions):
         kept.instructions.append(source.labeler_instructions or _SIMULATED)
     lines = len(rows) + len(skips.seen)

@@ -93,6 +93,7 @@ def described(source: DataSource, rows: list[Row]) -> dict[str, Any]:
         report["columns_not_read"] = [excerpt(key) for key in unread[:_MAX_UNREAD_COLUMNS]]
     if source.hub:
         report |= {"config": source.name, "split": source.split, "revision": source.revision}
+        report |= {"data_dir": source.data_dir} if source.data_dir else {}
     return report
 
 
@@ -375,7 +376,11 @@ def _hub(source: DataSource) -> list[Row]:
 
     try:
         rows = datasets.load_dataset(
-            source.hub, source.name, split=source.split, revision=source.revision
+            source.hub,
+            source.name,
+            data_dir=source.data_dir,
+            split=source.split,
+            revision=source.revision,
         )
     except Exception as error:  # the library, the network and the file system raise many kinds
         raise DataError(

@@ -175,6 +175,8 @@ class DataSource(Section):
     """A dataset on the Hub, as org/name."""
     name: str | None = None
     """Configuration of the Hub dataset."""
+    data_dir: str | None = None
+    """Folder of the Hub dataset, if its parts are folders and not configurations."""
     split: str = "train"
     """Split of the Hub dataset."""
     revision: str | None = None
@@ -235,6 +237,7 @@ class DataSource(Section):
                 "format",
                 "lang",
                 "name",
+                "data_dir",
                 "split",
                 "revision",
             ),

@@ -351,3 +351,78 @@ def test_binarized_ultrafeedback(tmp_path, chat, columns):
             answer(f"good {number}"),
             answer(f"bad {number}"),
         )
+
+
+ATTRIBUTES = ("correctness", "coherence", "complexity", "verbosity")
+
+
+def rated_row(prompt, response, helpfulness):
+    """A row of nvidia/HelpSteer2."""
+    others = dict.fromkeys(ATTRIBUTES, 2)
+    return {"prompt": prompt, "response": response, "helpfulness": helpfulness, **others}
+
+
+def test_helpsteer2_ranks_the_answers_of_consecutive_rows(tmp_path, chat):
+    first = "{}\n<extra_id_1>Assistant\nWhich one?\n<extra_id_1>User\nThe blue one."
+    rows = []
+    for i in range(40):
+        prompt = first.format(f"question {i}") if i % 2 else f"question {i}"
+        tie = i == 7
+        rows += [rated_row(prompt, "worse", 4 if tie else 1), rated_row(prompt, "better", 4)]
+    path = jsonl(tmp_path / "h.jsonl", rows)
+    pairs = dataset_builder.comparisons(recipe(comparisons=path, held_out=0.5), chat)
+    assert removed(pairs, "ties") == 1
+    assert "HelpSteer's columns were read (80 rows)" in pairs.report["notes"]
+    for pair in all_rows(pairs):
+        assert (pair["chosen"], pair["rejected"]) == (answer("better"), answer("worse"))
+        several = int(pair["prompt"][0]["content"].removeprefix("question ")) % 2
+        assert pair["prompt"][1:] == (answer("Which one?") + user("The blue one.")) * several
+    prepared = dataset_builder.demonstrations(recipe(demonstrations=path, held_out=0.5), chat)
+    best = [row["completion"][0]["content"] for row in all_rows(prepared)]
+    assert len(best) == 40 and best.count("better") == 39
+    prepared = dataset_builder.prompts(recipe(prompts=path, held_out=0.5), chat)
+    assert len(all_rows(prepared)) == 40
+
+
+@pytest.mark.parametrize("bad", ["alone", "empty", "word"])
+def test_broken_rows_of_helpsteer2_are_refused(tmp_path, chat, bad):
+    rows = [rated_row(f"q{i // 2}", f"a{i}", i % 2) for i in range(60)]
+    if bad == "alone":
+        del rows[11]
+    else:
+        rows[10]["helpfulness"] = {"empty": None, "word": "good"}[bad]
+    with pytest.raises(DataError, match="1 of 30 rows do not fit") as caught:
+        path = jsonl(tmp_path / "h.jsonl", rows)
+        dataset_builder.comparisons(recipe(comparisons=path), chat)
+    assert caught.value.where.endswith("h.jsonl:11")
+    source = {"path": str(path), "skip_bad": 1}
+    assert len(all_rows(dataset_builder.comparisons(recipe(comparisons=source), chat))) == 29
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_preferences_of_helpsteer(tmp_path, chat, version):
+    """HelpSteer2's (folder preference) and HelpSteer3's: -3 is for the first answer."""
+    rows = []
+    for i in range(40):
+        question, preference = f"question {i}", (-3, 1, 2, 0)[i % 4]
+        good_first = preference < 0
+        both = ("good", "bad") if good_first else ("bad", "good")
+        if version == 3:
+            row = {"domain": "general", "language": "english", "context": user(question)}
+            row |= {"response1": both[0], "response2": both[1], "overall_preference": preference}
+            row |= {"individual_preference": [{"score": preference, "reasoning": "clear"}]}
+        else:
+            row = {"split": "train", "prompt": question, "preference_strength": preference}
+            row |= {"response_1": both[0], "response_2": both[1], "preference_statement": "clear"}
+        rows.append(row)
+    path = jsonl(tmp_path / "p.jsonl", rows)
+    pairs = dataset_builder.comparisons(recipe(comparisons=path, held_out=0.5), chat)
+    assert len(all_rows(pairs)) == 30 and removed(pairs, "ties") == 10
+    for pair in all_rows(pairs):
+        assert (pair["chosen"], pair["rejected"]) == (answer("good"), answer("bad"))
+    prepared = dataset_builder.prompts(recipe(prompts=path, held_out=0.5), chat)
+    assert len(all_rows(prepared)) == 40
+    rows[5]["overall_preference" if version == 3 else "preference_strength"] = "first"
+    with pytest.raises(DataError, match="a list of 2 numbers") as caught:
+        dataset_builder.comparisons(recipe(comparisons=jsonl(path, rows)), chat)
+    assert caught.value.where.endswith("p.jsonl:6")

@@ -143,12 +143,13 @@ def test_a_hub_dataset_that_cannot_be_reached_says_what_to_do(plain):
 def test_a_hub_dataset_is_read_by_configuration_split_and_revision(plain, monkeypatch):
     import datasets
 
-    def load(path, name, split, revision):
-        assert (path, name, split, revision) == ("org/d", "en", "test", "abc")
+    def load(path, name, data_dir, split, revision):
+        assert (path, name, data_dir, split, revision) == ("org/d", "en", "sub", "test", "abc")
         return datasets.Dataset.from_list(PAIRS)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     source = {"hub": "org/d", "name": "en", "split": "test", "license": "mit", "revision": "abc"}
+    source["data_dir"] = "sub"
     prepared = dataset_builder.demonstrations(recipe(demonstrations=source), plain)
     [reported] = prepared.report["sources"]
     assert reported.pop("sha256")
@@ -160,4 +161,5 @@ def test_a_hub_dataset_is_read_by_configuration_split_and_revision(plain, monkey
         "config": "en",
         "split": "test",
         "revision": "abc",
+        "data_dir": "sub",
     }
