@@ -9,7 +9,8 @@ report_to: [none]
 model: {id: /base, dtype: float16, load_in_4bit: true, hub_id: a/base, gradient_checkpointing: true}
 lora: {r: 2, alpha: 5, top_fraction: 0.5, target_modules: [q_proj]}
 data:
-  demonstrations: [{hub: a/d, name: en, data_dir: b, split: test, revision: abc, license: mit, limit: 9,
+  demonstrations: [{hub: a/d, name: en, data_dir: b, split: test, revision: abc,
+    license: mit, limit: 9,
     lang: en, skip_bad: 2, ignore: [rating],
     format: {json_schema: {type: object}, bullets: 2, max_words: 9, regex: "a+"}}]
   comparisons:
