@@ -430,7 +430,7 @@ def _do(
     if wrong:
         raise ChecksError(
             f"{len(wrong)} of {len(results)} answers fail a check after {options['tries']} tries",
-            remedy="more --tries, an easier --length or --format, or another model",
+            remedy="more --tries or --tokens, an easier --length or --format, or another model",
         )
 
 

@@ -47,7 +47,7 @@ class Answer:
 
     Attributes:
         mark: Why the answer is not whole: stopped, cut off, or blocked; empty if it is.
-        problem: How it breaks the JSON schema that was asked for; empty if it does not.
+        problem: How it breaks the JSON schema that was asked for, or the moderation's warning.
         kl: Its tokens, each with the KL to SFT in nats; empty if not measured.
         dropped_turns: Turns at the start of the history that did not fit the context.
     """
@@ -222,9 +222,10 @@ class Chat:
         if not text.strip():
             raise UsageError("the question is empty")
         self.last_question = text
-        self._moderate(text)
+        warning = self._moderate(text)
         messages = [*self.history, {"role": "user", "content": self._asked(text)}]
         answer = Answer("", self.model, self.seed, usage_store.new_id(), mark="stopped")
+        answer.problem = warning
         self.seed = (self.seed + 1) % SEEDS
         stream = self.engine.stream(self._request(messages, self.model, answer.seed))
         gate = self.moderation.gate(text) if self.moderation else None
@@ -260,9 +261,11 @@ class Chat:
         _measure(answer, completion)
         if not (answer.mark or self.moderation or self.grounding):
             answer.text = completion.choices[0].text  # a base may go on with turns of its own
-        if self.schema is not None and not answer.mark:
+        valid = None
+        if self.schema is not None:
             problems = answer_format.problems(answer.text, {"json_schema": self.schema})
-            answer.problem = "; ".join(problems)
+            answer.problem = "; ".join(filter(None, [answer.problem, *problems]))
+            valid = not problems
         if answer.text or not answer.mark:
             self.exchanges.append((question, answer))
         if self.usage is not None:
@@ -279,7 +282,7 @@ class Chat:
                     queue_s=completion.queue_s,
                     first_token_s=completion.first_token_s,
                     blocked=answer.mark.startswith("blocked"),
-                    valid=None if self.schema is None else not answer.problem,
+                    valid=valid,
                     prompt=messages,
                 )
             )
@@ -287,9 +290,11 @@ class Chat:
     def _asked(self, text: str) -> str:
         return self.grounding.prompt(text) if self.grounding else text
 
-    def _moderate(self, text: str) -> None:
+    def _moderate(self, text: str) -> str:
+        """Refuse a question that the moderation blocks; return its warning, if any."""
         if self.moderation is None:
-            return
+            return ""
+        warnings = []
         earlier = "\n".join(question for question, _ in self.exchanges)
         checks: tuple[tuple[Where, str], ...] = (("prompt", text), ("history", earlier))
         for where, what in checks:
@@ -299,6 +304,9 @@ class Chat:
                     f"the {where} is blocked: {decision.reason}",
                     remedy="ask something else" if where == "prompt" else "/clear the history",
                 )
+            if decision is not None and decision.action == "warn":
+                warnings.append(f"warning on the {where}: {decision.reason}")
+        return "; ".join(warnings)
 
     def _request(self, messages: Sequence[dict[str, str]], model: str, seed: int) -> Request:
         shaped = Constraint("json_schema", self.schema) if self.schema is not None else None
@@ -458,7 +466,8 @@ class Chat:
 
 def _measure(answer: Answer, completion: Completion) -> None:
     choice = completion.choices[0]
-    answer.tokens, answer.seconds = len(choice.ids), completion.seconds
+    answer.tokens = len(choice.ids)
+    answer.seconds = completion.seconds - completion.queue_s
     answer.reward, answer.dropped_turns = choice.reward, completion.dropped_turns
     if not answer.mark and choice.finish_reason == "length":
         answer.mark = f"cut off at {answer.tokens} tokens"

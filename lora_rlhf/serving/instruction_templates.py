@@ -64,7 +64,7 @@ class Template(BaseModel):
     about: str = ""
     takes: list[Option] = []
     needs: list[Option] = []
-    checks: list[Literal["quotes", "in_source", "shorter", "same_language"]] = []
+    checks: list[Literal["quotes", "numbers", "in_source", "shorter", "same_language"]] = []
     split: bool = False
 
     def check_options(self, given: dict[str, Any]) -> None:

@@ -177,7 +177,7 @@ def carry_out(
     best: dict[int, Result] = {}
     pending = list(range(len(texts)))
     for attempt in range(instruction.tries):
-        requests = [_request(instruction, merged[i], attempt) for i in pending]
+        requests = [_request(engine, instruction, merged[i], attempt) for i in pending]
         handles = [engine.submit(request) for request in requests]
         for i, request, handle in zip(list(pending), requests, handles, strict=True):
             result = _result(
@@ -201,14 +201,19 @@ def carry_out(
     return [best[i] for i in range(len(texts))]
 
 
-def _request(instruction: Instruction, text: str, attempt: int) -> Request:
+def _longest(engine: InferenceEngine, instruction: Instruction) -> int:
+    """Return the most tokens of an answer; a run's own limit may be that of short rollouts."""
+    return instruction.max_tokens or max(engine.max_tokens, min(256, engine.context // 4))
+
+
+def _request(engine: InferenceEngine, instruction: Instruction, text: str, attempt: int) -> Request:
     temperature = instruction.temperature
     if temperature is None:
         temperature = RETRY_TEMPERATURE if attempt or instruction.best_of > 1 else 0.0
     return Request(
         instruction.messages(text),
         model=instruction.model,
-        max_tokens=instruction.max_tokens,
+        max_tokens=_longest(engine, instruction),
         temperature=temperature,
         seed=instruction.seed + attempt,
         best_of=instruction.best_of,
@@ -275,7 +280,7 @@ def _keep(
 
 def _parts(engine: InferenceEngine, instruction: Instruction, text: str) -> list[str]:
     """Cut a text into parts that fit the context, at paragraphs where there are any."""
-    room = engine.context - (instruction.max_tokens or engine.max_tokens)
+    room = engine.context - _longest(engine, instruction)
     tokens = engine.count_tokens(instruction.messages(text))
     if tokens <= room:
         return [text]
@@ -311,7 +316,7 @@ def _reduced(engine: InferenceEngine, instruction: Instruction, parts: Sequence[
     free = {k: v for k, v in instruction.options.items() if k not in ("length", "format")}
     each = replace(instruction, options=free)
     while len(parts) > 1:
-        handles = [engine.submit(_request(each, part, 0)) for part in parts]
+        handles = [engine.submit(_request(engine, each, part, 0)) for part in parts]
         done = "\n\n".join(handle.result().choices[0].text.strip() for handle in handles)
         before = sum(map(len, parts))
         parts = _parts(engine, instruction, done)

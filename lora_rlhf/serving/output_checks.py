@@ -109,7 +109,7 @@ def run(answer: str, wanted: Mapping[str, Any], source: str = "") -> list[Check]
 
     Args:
         wanted: `length` (a Length), `format`, `to` (a language), `labels`, `schema`, and the names
-            `quotes`, `in_source`, `shorter` and `same_language` as true.
+            `quotes`, `numbers`, `in_source`, `shorter` and `same_language` as true.
         source: Text that the answer is about.
 
     Raises:
@@ -249,6 +249,21 @@ def _quotes(answer: str, _: Any, source: str) -> str:
     )
 
 
+_NUMBER = re.compile(r"(?<![\w.,])\d+(?:[.,]\d+)*")
+_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
+          "eleven", "twelve")  # fmt: skip
+
+
+def _numbers(answer: str, _: Any, source: str) -> str:
+    """Find numbers in digits that the text has neither in digits nor, up to twelve, in words."""
+    known = {number.replace(",", "").rstrip(".") for number in _NUMBER.findall(source)}
+    known |= {str(_WORDS.index(w)) for w in re.findall(r"[a-z]+", source.lower()) if w in _WORDS}
+    new = [
+        n for n in _NUMBER.findall(_prose(answer)) if n.replace(",", "").rstrip(".") not in known
+    ]
+    return f"not in the text: {', '.join(new)}" if new else ""
+
+
 def _json(answer: str) -> list[str] | None:
     """Return the texts in a JSON object or array; None if the answer is neither."""
     try:
@@ -285,6 +300,7 @@ def _in_source(answer: str, _: Any, source: str) -> str:
 _CHECKS: dict[str, Callable[[str, Any, str], str | None]] = {
     "length": lambda answer, length, source: length.problem(answer),
     "format": _format, "schema": _schema, "labels": _label, "to": _language, "quotes": _quotes,
-    "in_source": _in_source, "shorter": _shorter, "same_language": _same_language,
+    "numbers": _numbers, "in_source": _in_source, "shorter": _shorter,
+    "same_language": _same_language,
 }  # fmt: skip
 NAMES = tuple(_CHECKS)

@@ -133,7 +133,8 @@ class Gate:
     """A moderation that blocks a word, and lets text through sentence by sentence."""
 
     def check(self, text, where, prompt=""):
-        return Decision("block" if "bad" in text else "allow", "rude", 0.9, 0.5, "words")
+        action = "block" if "bad" in text else "warn" if "odd" in text else "allow"
+        return Decision(action, "rude", 0.9, 0.5, "words")
 
     def gate(self, prompt):
         held = []
@@ -155,6 +156,8 @@ def test_moderation_of_prompt_history_and_answer():
     talk = Chat(ScriptedEngine(lambda request: "Fine. This is bad now."), moderation=Gate())
     assert list(talk.stream("one")) == ["Fine."]
     assert (talk.last.text, talk.last.mark) == ("Fine.", "blocked: rude")
+    list(talk.stream("odd"))
+    assert "warning on the prompt: rude" in talk.last.facts
     with pytest.raises(UsageError, match="the prompt is blocked: rude"):
         talk.ask("bad")
     talk.exchanges = [("bad", talk.last)]
@@ -163,6 +166,22 @@ def test_moderation_of_prompt_history_and_answer():
     assert {answer.mark for answer in Chat(talk.engine, moderation=Gate()).compare("x")} == {
         "blocked: rude"
     }
+
+
+def test_a_notebook_shows_the_answer_as_it_comes(talk, monkeypatch):
+    shown = []
+    handle = SimpleNamespace(update=lambda body: shown.append(body))
+    display = SimpleNamespace(
+        HTML=str, display=lambda body, display_id: shown.append(body) or handle
+    )
+    kernel = SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel=1), display=display)
+    monkeypatch.setitem(sys.modules, "IPython", kernel)
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    answer = talk.ask("<b>")
+    assert [body.count("policy says") for body in shown] == [0, 1, 1, 1]
+    assert "&lt;b&gt;" in shown[-1]
+    assert "says" not in answer._repr_html_() and "says" in answer._repr_html_()
+    assert "<small>policy · 4 tokens" in talk._repr_html_()
 
 
 def test_grounding_sees_the_question_and_ends_the_answer():

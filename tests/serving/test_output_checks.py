@@ -52,6 +52,7 @@ def test_a_length_that_is_none(text):
         ({"quotes": True}, 'She has it "Mostly for Bob’s cat."', 'She has it "for her cat"'),
         ({"quotes": True}, 'It is "a red lamp ... for Bob\'s cat"', 'A "for Bob ... red lamp"'),
         ({"quotes": True}, '{"colour": "a “red  lamp”"}', '{"colour": "a “blue lamp”"}'),
+        ({"numbers": True}, "It was 12.", "It was 13."),
         ({"in_source": True}, '{"price": 12, "for": ["Bob"]}', '{"price": 1}'),
         ({"in_source": True}, "- colour: red\n- city: Oslo", "- colour: re"),
     ],
@@ -71,6 +72,13 @@ def test_language():
     with pytest.raises(UsageError, match="Klingon"):
         output_checks.language_code("Klingon")
     assert not set(output_checks.LANGUAGES.values()) - set(output_checks._detector().labels)
+
+
+def test_numbers_may_be_words_in_the_text():
+    source = "It takes six weeks and costs 400,000 euros, 2.5 each."
+    assert failed("6 weeks, 400000 euros, 2.5. A4 paper", source, numbers=True) == []
+    [_, check] = output_checks.run("4 weeks, 1.5 each", {"numbers": True}, source)
+    assert check.problem == "not in the text: 4, 1.5"
 
 
 def test_an_empty_answer_fails_once():
