@@ -255,8 +255,10 @@ def parse(raw: bytes, body: type[BaseModel] = Chat) -> Any:
     """
     try:
         given = json.loads(raw)
+        json.dumps(given, ensure_ascii=False).encode()  # half of a surrogate pair is no text
     except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is not JSON: {first_line(error)}", "invalid_json") from None
+        message = f"the body is not JSON in UTF-8: {ascii(first_line(error))[1:-1]}"
+        raise ApiError(400, message, "invalid_json") from None
     try:
         return body.model_validate(given)
     except ValidationError as error:

@@ -172,6 +172,8 @@ def test_bodies_are_bounded_and_say_that_they_are_json(serve):
     assert post(url, content=stream, headers=json_type).status_code == 413
     assert post(url, content=b"{", headers=json_type).json()["error"]["code"] == "invalid_json"
     assert post(url, content=b"[" * 400, headers=json_type).status_code == 400
+    half = rb'{"messages": [{"role": "user", "content": "a \ud800"}]}'
+    assert post(url, content=half, headers=json_type).json()["error"]["code"] == "invalid_json"
     assert made.web.get("/nothing").json()["error"]["message"] == "there is no /v1/nothing"
     assert made.web.get(url).status_code == 405
 
