@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -28,11 +29,14 @@ from .inference import InferenceEngine, Request
 PYTHON = "LORA_RLHF_VLLM"
 """Variable with the interpreter of the environment that has vLLM."""
 
+OPTIONS = "LORA_RLHF_VLLM_OPTIONS"
+"""Variable with more options of vLLM's server, such as `--gpu-memory-utilization 0.3`."""
+
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values of vLLM's --max-lora-rank."""
 
-TOLERANCE = 0.1
-"""Largest difference of a token's log-prob: vLLM computes in bfloat16, and merges its kernels."""
+TOLERANCE = {"float32": 0.01, "auto": 0.3}
+"""Largest difference of a token's log-prob, by the dtype of both engines; half precision: auto."""
 
 _PROMPTS = ("What is the capital of France?", "Write one sentence about the sea.")
 _TOKENS, _SECONDS = 12, 60.0
@@ -61,6 +65,8 @@ class Served:
     name: str
     folder: Path
     references: tuple[Reference, ...] = ()
+    dtype: str = "auto"
+    """Of our engine: float32, or auto."""
 
 
 def problem(folder: Path, max_rank: int = RANKS[-1]) -> str:
@@ -135,12 +141,12 @@ class Client:
             path = str(served.folder.resolve())
             self.ask("/v1/load_lora_adapter", {"lora_name": served.name, "lora_path": path})
         worst = max((self._difference(served.name, one) for one in served.references), default=0.0)
-        if not worst <= TOLERANCE:
+        if not worst <= TOLERANCE[served.dtype]:
             self.ask("/v1/unload_lora_adapter", {"lora_name": served.name})
             raise AdapterError(
                 f"{served.name}: a log-prob in vLLM differs by {worst:.3g} from our engine's",
                 where=str(served.folder),
-                expected=f"at most {TOLERANCE:g}",
+                expected=f"at most {TOLERANCE[served.dtype]:g}",
                 remedy="serve it without --engine vllm, or merge it into the base",
             )
         return worst
@@ -196,6 +202,7 @@ def _referenced(
     engine = InferenceEngine.load(names, base=base)
     try:
         made = []
+        dtype = "float32" if "float32" in str(engine.base.causal.dtype) else "auto"
         for one in served:
             weights = one.name.rpartition("@")[2][:12]
             model = next(m.name for m in engine.models.values() if m.adapter.startswith(weights))
@@ -207,7 +214,8 @@ def _referenced(
                 values = [token.logprob for token in choice.logprobs or ()]
                 ids = [*map(int, engine._encode(turns)), *choice.ids[: len(values)]]
                 references.append(Reference(ids, values))
-            made.append(replace(one, references=tuple(r for r in references if r.logprobs)))
+            kept = tuple(r for r in references if r.logprobs)
+            made.append(replace(one, references=kept, dtype=dtype))
         return made
     finally:
         engine.close()
@@ -219,12 +227,14 @@ def command(python: str, base: str, served: Sequence[Served], access: Access) ->
     highest = max(max([r["r"], *(r.get("rank_pattern") or {}).values()]) for r in ranks)
     made = [
         python, "-m", "vllm.entrypoints.openai.api_server", "--model", base,
-        "--served-model-name", "base", "--host", access.host, "--port", str(access.port),
+        "--served-model-name", "base", "--dtype", served[0].dtype,
+        "--host", access.host, "--port", str(access.port),
         "--enable-lora", "--max-loras", str(max(2, len(served))),
         "--max-lora-rank", str(next(rank for rank in RANKS if rank >= highest)),
     ]  # fmt: skip
     template = served[0].folder / "chat_template.jinja"
-    return [*made, "--chat-template", str(template)] if template.is_file() else made
+    made += ["--chat-template", str(template)] if template.is_file() else []
+    return [*made, *shlex.split(os.environ.get(OPTIONS, ""))]
 
 
 class VllmServer:
