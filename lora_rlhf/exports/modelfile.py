@@ -62,7 +62,7 @@ def write(base: BaseModel, gguf: str, licence: str, context: int) -> str:
         UsageError: The chat template cannot be written in Go.
     """
     layout = shape(base.tokenizer)
-    if layout.start and layout.start == base.tokenizer.bos_token:
+    if layout.start == base.tokenizer.bos_token and gguf_tokenizer.adds_bos(base.tokenizer):
         layout = Shape("", layout.around, layout.opening, layout.system)  # llama.cpp adds it
     ends = [base.tokenizer.decode([i]) for i in special_tokens.end_ids(base.tokenizer, base.causal)]
     # The policy was trained on plain samples; Ollama's defaults draw from another distribution.
@@ -92,7 +92,8 @@ def shape(tokenizer: Any) -> Shape:
         return str(tokenizer.apply_chat_template([*turns], **options))
 
     try:
-        layout = _read_off(rendered, tokenizer.bos_token or "")
+        bos = tokenizer.bos_token if gguf_tokenizer.adds_bos(tokenizer) else ""
+        layout = _read_off(rendered, bos)
         tried = [_chat("Hi?"), _chat("1 < 2", "{{ x }}", "Why\nso?")]
         if "system" in layout.around:
             tried += [[{"role": "system", "content": "Be brief."}, *chat] for chat in tried]

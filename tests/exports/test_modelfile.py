@@ -101,6 +101,16 @@ def test_a_default_system_prompt_becomes_the_modelfiles():
     assert found.around["system"] == ("<|im_start|>system\n", "<|im_end|>\n")
 
 
+def test_a_turn_that_begins_with_the_bos_token_keeps_it():
+    """SmolLM2's bos opens every turn, and its tokenizer, and so llama.cpp, puts none before."""
+    made = small.base(small.base_folder("llama"))
+    made.tokenizer.bos_token = "<user>"
+    made.tokenizer.chat_template = CHATML.replace("<|im_start|>", "<user>")
+    text = modelfile.write(made, "m.gguf", "", 64)
+    assert 'TEMPLATE """{{ range .Messages }}{{ if eq .Role "system" }}<user>system\n' in text
+    assert 'SYSTEM """You are helpful"""' in text and "LICENSE" not in text
+
+
 @pytest.mark.parametrize("template", [SYSTEM_IN_THE_FIRST_TURN, CHANGES_EARLIER_TURNS, None])
 def test_a_template_that_is_more_than_text_around_turns_is_refused(template):
     with pytest.raises(UsageError, match="no Modelfile can be written: the"):
