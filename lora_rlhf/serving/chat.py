@@ -535,7 +535,7 @@ def chat(
     gate = None
     if moderation not in (None, "off"):
         gate = Moderation.load(None if moderation == "default" else Path(moderation))
-    engine = InferenceEngine.load(places, base=base, load_in_4bit=load_in_4bit)
+    engine = InferenceEngine.load(places, base=base, load_in_4bit=load_in_4bit, sharing=False)
     try:
         store = None if usage is None else usage_store.opened(Path(usage))
         return Chat(engine, model=model or named, usage=store, moderation=gate, **settings)

@@ -216,7 +216,8 @@ class Stream:
         self.close()
 
     def __del__(self) -> None:
-        self._handle.cancel()
+        if hasattr(self, "_handle"):  # the request was not refused
+            self._handle.cancel()
 
 
 class InferenceEngine:

@@ -2,6 +2,7 @@
 """A conversation: turns, commands, stops, judgements; over a pipe and in a pseudo-terminal."""
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -18,6 +19,7 @@ from scripted_engine import ScriptedEngine
 from lora_rlhf.errors import UsageError
 from lora_rlhf.serving import chat_terminal
 from lora_rlhf.serving.chat import Chat, level
+from lora_rlhf.serving.inference import Stream
 from lora_rlhf.serving.moderation import Blocked, Decision
 from lora_rlhf.serving.usage_store import UsageStore
 
@@ -83,6 +85,19 @@ def test_nothing_is_kept_of_an_answer_stopped_before_its_first_word(talk, monkey
     with pytest.raises(KeyboardInterrupt):
         talk.ask("one")
     assert talk.history == [] and talk.last_question == "one"
+
+
+def test_a_refused_request_is_one_error(monkeypatch):
+    noise = []
+    monkeypatch.setattr(sys, "unraisablehook", noise.append)
+
+    def refuse(put):
+        raise UsageError("too long")
+
+    with pytest.raises(UsageError, match="too long"):
+        Stream(refuse)
+    gc.collect()
+    assert noise == []
 
 
 def test_compare_leaves_the_conversation_as_it_was(talk):
