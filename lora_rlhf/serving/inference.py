@@ -84,6 +84,8 @@ class Request:
         best_of: Samples for each answer; the one with the highest reward is returned.
         stop: Texts before which an answer ends.
         logprobs: For each token its log-prob and so many most probable ones; None: none.
+        whole: Where `max_tokens` would cut a structured answer, end it in its form, by a short way;
+            it is reported as "length", and valid.
         scored: Compute the answers' rewards; best-of-n does it in any case.
     """
 
@@ -98,6 +100,7 @@ class Request:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     constraint: Constraint | None = None
+    whole: bool = True
     scored: bool = False
 
 
@@ -117,7 +120,7 @@ class Choice:
     Attributes:
         ids: Its tokens, the end token too.
         reward: With `scored` or best-of-n.
-        valid: It is whole and has the form of the constraint; None without one.
+        valid: It ended in the form of the constraint; None without one.
     """
 
     text: str
@@ -419,6 +422,7 @@ class InferenceEngine:
             request.temperature,
             request.top_p,
             request.logprobs,
+            request.whole,
             on_text,
             functools.partial(self._completion, request, name, best_of, dropped, on_delta),
         )
@@ -570,7 +574,8 @@ class InferenceEngine:
 def _is_valid(constraint: Constraint | None, row: Row) -> bool | None:
     if constraint is None:
         return None
-    return row.finish == "stop" and constraint.check(row.text.text) is None
+    ended = row.finish == "stop" or (row.matcher is not None and row.matcher.forced)
+    return ended and constraint.check(row.text.text) is None
 
 
 def _rank(choice: Choice) -> tuple[bool, float]:

@@ -119,7 +119,8 @@ class Constraint:
         made = library.LLMatcher(known[key], self.grammar, limits=_limits(), log_level=0)
         if made.is_error():
             raise self._error(first_line(ValueError(made.get_error())))
-        return Matcher(made, vocabulary)
+        pieces = [known[key].tokenize_str(each) for each in _ENDERS]
+        return Matcher(made, vocabulary, [ids[-1] for ids in pieces])
 
     def check(self, text: str) -> str | None:
         """Return the reason why a text is not in this form; None if it is."""
@@ -158,15 +159,28 @@ _JSON = {"whitespace_pattern": " ?", "whitespace_flexible": True, "coerce_one_of
 """
 
 
-class Matcher:
-    """The state of one answer: which tokens may come next."""
+_ENDERS = '"z}])"01,:anftu-'
+"""Characters to try, in this order, on the way to the end; the first two: where both may come."""
 
-    def __init__(self, matcher: Any, vocabulary: int) -> None:
-        self._matcher, self._vocabulary = matcher, vocabulary
+_LONGEST_ENDING = 256
+
+
+class Matcher:
+    """The state of one answer: which tokens may come next.
+
+    Attributes:
+        forced: The answer was ended because its tokens ran out.
+    """
+
+    def __init__(self, matcher: Any, vocabulary: int, enders: Sequence[int]) -> None:
+        self._matcher, self._vocabulary, self._enders = matcher, vocabulary, enders
+        self._ending: list[int] | None = None
+        self._watched: int | None = None  # tokens left from which the ending is looked at
+        self.forced = False
 
     def copy(self) -> Matcher:
         """Return another state, which goes on by itself."""
-        return Matcher(self._matcher.deep_copy(), self._vocabulary)
+        return Matcher(self._matcher.deep_copy(), self._vocabulary, self._enders)
 
     def allowed(self) -> Any:
         """(V,) bool, as numpy: the tokens that may come next.
@@ -187,6 +201,42 @@ class Matcher:
     def consume(self, token: int) -> None:
         """Go on by a token that was allowed."""
         self._matcher.consume_token(token)
+
+    def within(self, token: int, left: int) -> int:
+        """Return the token to take: another one where the rest would not fit `left` tokens.
+
+        From then on the answer takes a short way to its end; the shortest for most forms.
+        """
+        if self._ending:
+            return self._ending.pop(0)
+        if self._watched is None:
+            self._watched = 32 + 2 * len(self._way_out(_LONGEST_ENDING) or ())
+        if left > self._watched:
+            return token
+        ahead = self.copy()
+        ahead.consume(token)
+        if ahead.complete or ahead._way_out(left - 1) is not None:
+            return token
+        self._ending = self._way_out(left)
+        if not self._ending:
+            return token
+        self.forced = True
+        return self._ending.pop(0)
+
+    def _way_out(self, most: int) -> list[int] | None:
+        """Find up to `most` tokens after which the answer may end."""
+        state, way = self.copy(), list[int]()
+        while not state.valid:
+            step = state._matcher.compute_ff_tokens()
+            if not step:
+                mask, (quote, letter, *others) = state.allowed(), self._enders
+                inside = mask[quote] and mask[letter]  # a string, in which brackets are text
+                known = (i for i in ([quote] if inside else others) if mask[i])
+                step = [next(known, int(mask.argmax()))]
+            way += step
+            if len(way) > most or not state._matcher.consume_tokens(step):
+                return None
+        return way
 
     @property
     def complete(self) -> bool:

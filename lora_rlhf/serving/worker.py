@@ -117,6 +117,7 @@ class Job:
     Attributes:
         adapter: PEFT's name of it, or `stacked_lora.BASE`.
         limit: Tokens of the longest answer.
+        whole: End structured answers in their form before the limit cuts them.
         on_text: Called with a row's index and its new text.
         done: Makes the result when all rows have ended.
     """
@@ -128,6 +129,7 @@ class Job:
     temperature: float
     top_p: float
     logprobs: int | None
+    whole: bool
     on_text: Callable[[int, str], None] | None
     done: Callable[[Job], Any]
     future: Future[Any] = field(default_factory=Future)
@@ -339,6 +341,8 @@ class Worker:
     def _accept(self, job: Job, row: Row, token: int, logits: Tensor) -> None:
         """Add a token to a row, and tell the listener of its text."""
         job.first = job.first or time.monotonic()
+        if row.matcher is not None and job.whole:
+            token = row.matcher.within(token, job.limit - len(row.ids))
         row.ids.append(token)
         if job.logprobs is not None:
             row.logprobs.append(self._logprob(logits, token, job.logprobs))

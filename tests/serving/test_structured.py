@@ -168,3 +168,30 @@ def test_no_state_is_shared(tokenizer):
     before = second.allowed().copy()
     first.consume(random.choice(np.flatnonzero(first.allowed()).tolist()))
     assert (second.allowed() == before).all()
+
+
+@pytest.mark.parametrize(
+    ("constraint", "least"),
+    [
+        (Constraint("json_schema", closed(a={"type": "string"}, b={"items": WORD})), 24),
+        (Constraint("json_schema", TREE), 24),
+        (Constraint("json_schema", closed(s={"type": "string", "minLength": 12})), 24),
+        (Constraint("json"), 3),
+        (Constraint("regex", "[a-z]{3,9}( [a-z]+)*"), 3),
+        (Constraint("choice", ["a long answer of some words", "no"]), 12),
+    ],
+    ids=lambda one: getattr(one, "kind", one),
+)  # fmt: skip
+def test_an_answer_ends_in_its_form_before_it_is_cut(constraint, least, tokenizer):
+    eos = tokenizer.eos_token_id
+    for limit in (least, least + 1, least + 9, least + 60):
+        matcher = constraint.matcher(tokenizer, len(tokenizer), [eos])
+        rng, ids = np.random.default_rng(limit), []
+        while len(ids) < limit and not matcher.complete:
+            token = int(rng.choice(np.flatnonzero(matcher.allowed())))
+            ids.append(matcher.within(token, limit - len(ids)))
+            matcher.consume(ids[-1])
+            if ids[-1] == eos:
+                break
+        text = tokenizer.decode([i for i in ids if i != eos])
+        assert constraint.check(text) is None, text
