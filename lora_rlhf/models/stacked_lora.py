@@ -62,6 +62,8 @@ class StackedLora:
             out = base(x, *args, **kwargs)
             if (mask := self._mask(key, stacked_a)) is None:
                 return out
+            if x.dim() == 2:  # OPT's MLP sees rows and tokens as one dimension
+                mask = mask.squeeze(1)
             inner = nn.functional.linear(x.to(stacked_a.dtype), stacked_a) * mask
             return (out + nn.functional.linear(inner, stacked_b)).to(out.dtype)
 

@@ -172,6 +172,7 @@ class TestBatch:
         assert differing(engine, 16) == 0
 
     @pytest.mark.slow
+    @pytest.mark.timeout(3600)
     def test_a_thousand(self, engine):
         engine._worker.max_waiting = 1000
         assert differing(engine, 1000) == 0

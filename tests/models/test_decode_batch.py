@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches that rows join and leave: the same bits as alone, and the numbers of whole forwards."""
+
+import pytest
+import torch
+from small import ARCHITECTURES, base, base_folder
+
+from lora_rlhf.models import token_draw
+from lora_rlhf.models.decode_batch import PIECE, DecodeBatch
+from lora_rlhf.models.plain_adapters import PlainAdapters, peft_name
+from lora_rlhf.models.stacked_lora import BASE
+
+PROMPTS = [([5, 6, 7, 8], 1), ([9] * 13, 2), ([11] * 20, 1)]
+
+
+def logits(batch, prompts, steps: int = 12) -> list[torch.Tensor]:
+    """Each step's logits, (rows, V), of tokens that depend on the prompt and the step."""
+    with torch.inference_mode():
+        groups = []
+        for prompt, rows, adapter in prompts:
+            groups.append([group for group, _ in batch.begin(prompt, adapter, rows)][-1])
+        return [
+            batch.step(groups, [[token(group.prompt, t)] * group.rows for group in groups])
+            for t in range(steps)
+        ]
+
+
+def token(prompt: list[int], step: int) -> int:
+    return (5 + 7 * step + len(prompt)) % 60
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_row_is_the_same_alone_and_that_of_a_whole_forward(name, tmp_path):
+    made = base(base_folder(name))
+    adapters = PlainAdapters(made)
+    with adapters.training(4, tmp_path) as weights:
+        for weight in weights:
+            torch.nn.init.normal_(weight, std=0.1)
+    adapters.load("one", tmp_path)
+    batch = DecodeBatch(made, [peft_name("one")])
+    assert batch.why_single == ""
+    names = [BASE, peft_name("one"), peft_name("one")]
+    rows = [(*each, adapter) for each, adapter in zip(PROMPTS, names, strict=True)]
+    together, at = logits(batch, rows), 0
+    for prompt, count, adapter in rows:
+        alone = logits(batch, [(prompt, 1, adapter)])
+        for _ in range(count):
+            assert all(torch.equal(x[0], y[at]) for x, y in zip(alone, together, strict=True))
+            at += 1
+        whole = batch.logits([*prompt, *(token(prompt, t) for t in range(12))], adapter, 12)
+        torch.testing.assert_close(torch.cat(alone), whole, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"load_in_4bit": True}])
+def test_the_bits_of_other_precisions(options, tmp_path):
+    made = base("tiny", **options)
+    adapters = PlainAdapters(made)
+    with adapters.training(8, tmp_path) as weights:
+        for weight in weights:
+            torch.nn.init.normal_(weight, std=0.1)
+    adapters.load("one", tmp_path)
+    batch = DecodeBatch(made, [peft_name("one")])
+    rows = [(prompt, count, peft_name("one")) for prompt, count in PROMPTS]
+    together = logits(batch, rows)
+    alone = logits(batch, [(*PROMPTS[2], peft_name("one"))])
+    assert batch.why_single == ""
+    assert all(torch.equal(x[0], y[3]) for x, y in zip(alone, together, strict=True))
+
+
+def test_rows_leave_and_long_prompts_come_in_pieces():
+    made = base("tiny")
+    batch, long = DecodeBatch(made, []), [7 + i % 50 for i in range(PIECE - 40)]
+    with torch.inference_mode():
+        pieces = [group.length for group, _ in batch.begin([*long, *[9] * 60], BASE, 1)]
+        assert pieces == [PIECE, PIECE + 20]
+        [(group, _)] = batch.begin(long[:30], BASE, 3)
+        first = batch.step([group], [[5, 6, 7]])
+        group.keep([2])
+        second = batch.step([group], [[8]])
+        whole = batch.logits([*long[:30], 7, 8], BASE, 2)
+    torch.testing.assert_close(torch.stack([first[2], second[0]]), whole, atol=2e-5, rtol=0)
+
+
+def test_where_no_batch_is_possible_rows_are_computed_alone(monkeypatch):
+    made = base(base_folder("llama"))
+    monkeypatch.setattr(type(made.causal), "_supports_attention_backend", False)
+    batch = DecodeBatch(made, [])
+    assert "takes no other attention" in batch.why_single
+    rows = [(*each, BASE) for each in PROMPTS]
+    together = logits(batch, rows, 3)
+    monkeypatch.undo()
+    torch.testing.assert_close(
+        torch.stack(together),
+        torch.stack(logits(DecodeBatch(made, []), rows, 3)),
+        atol=2e-5,
+        rtol=0,
+    )
+
+
+class TestDraw:
+    def test_frequencies_are_the_probabilities(self):
+        row, n = torch.tensor([0.0, 1.0, -1.0, 2.0, -torch.inf]), 20_000
+        drawn = token_draw.draw(row.expand(n, -1).clone(), [0.5] * n, [1.0] * n, range(n), [3] * n)
+        expected = (row / 0.5).softmax(0) * n
+        counts = torch.bincount(drawn, minlength=5)
+        assert counts[4] == 0
+        assert float(((counts[:4] - expected[:4]) ** 2 / expected[:4]).sum()) < 16.3  # p = 0.001
+
+    def test_positions_are_independent(self):
+        n = 20_000
+        each = [token_draw.noise(torch.arange(n), torch.full((n,), t), 2) for t in (0, 1)]
+        pairs = torch.stack([each[0][:, 0], each[0][:, 1], each[1][:, 0], each[1][:, 1]])
+        correlations = torch.corrcoef(pairs).fill_diagonal_(0)
+        assert float(correlations.abs().max()) < 0.03
+
+    @pytest.mark.parametrize("size", [5, 5000])
+    def test_the_nucleus(self, size):
+        row = torch.full((size,), -20.0)
+        row[:4] = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+        n = 300
+        drawn = token_draw.draw(row.expand(n, -1).clone(), [1.0] * n, [0.75] * n, range(n), [0] * n)
+        assert set(drawn.tolist()) == {0, 1}
+
+    def test_greedy(self):
+        assert token_draw.draw(torch.tensor([[1.0, 3.0, 2.0]]), [0], [0.5], [1], [0]).tolist() == [
+            1
+        ]
