@@ -22,7 +22,12 @@ def noise(seeds: Tensor, positions: Tensor, size: int) -> Tensor:
     """Gumbel noise (B, size), float32, of seeds below 2^32 and positions, (B,) int64 each."""
     row = _mixed(seeds ^ _mixed(positions + 0x9E3779B9))
     bits = _mixed(row.unsqueeze(1) ^ _mixed(torch.arange(size, device=seeds.device) + 0x85EBCA6B))
-    uniform = ((bits >> 8).float() + 0.5) * 2.0**-24  # in (0, 1), exact in float32
+    return _gumbel(bits)
+
+
+def _gumbel(bits: Tensor) -> Tensor:
+    """Turn 32 bits to noise; 23 of them, since half more than 24 bits is rounded up to 1."""
+    uniform = ((bits >> 9).float() + 0.5) * 2.0**-23  # in (0, 1), exact in float32
     return -(-uniform.log()).log()
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -120,7 +121,7 @@ class Constraint:
         if made.is_error():
             raise self._error(first_line(ValueError(made.get_error())))
         pieces = [known[key].tokenize_str(each) for each in _ENDERS]
-        return Matcher(made, vocabulary, [ids[-1] for ids in pieces])
+        return Matcher(made, vocabulary, [ids[-1] for ids in pieces], eos[0])
 
     def check(self, text: str) -> str | None:
         """Return the reason why a text is not in this form; None if it is."""
@@ -159,7 +160,7 @@ _JSON = {"whitespace_pattern": " ?", "whitespace_flexible": True, "coerce_one_of
 """
 
 
-_ENDERS = '"z}])"01,:anftu-'
+_ENDERS = '"z}])"01,:anftu-@./'
 """Characters to try, in this order, on the way to the end; the first two: where both may come."""
 
 _LONGEST_ENDING = 256
@@ -172,15 +173,16 @@ class Matcher:
         forced: The answer was ended because its tokens ran out.
     """
 
-    def __init__(self, matcher: Any, vocabulary: int, enders: Sequence[int]) -> None:
-        self._matcher, self._vocabulary, self._enders = matcher, vocabulary, enders
+    def __init__(self, matcher: Any, vocabulary: int, enders: Sequence[int], eos: int) -> None:
+        self._matcher, self._vocabulary = matcher, vocabulary
+        self._enders, self._eos = enders, eos
         self._ending: list[int] | None = None
         self._watched: int | None = None  # tokens left from which the ending is looked at
         self.forced = False
 
     def copy(self) -> Matcher:
         """Return another state, which goes on by itself."""
-        return Matcher(self._matcher.deep_copy(), self._vocabulary, self._enders)
+        return Matcher(self._matcher.deep_copy(), self._vocabulary, self._enders, self._eos)
 
     def allowed(self) -> Any:
         """(V,) bool, as numpy: the tokens that may come next.
@@ -210,7 +212,7 @@ class Matcher:
         if self._ending:
             return self._ending.pop(0)
         if self._watched is None:
-            self._watched = 32 + 2 * len(self._way_out(_LONGEST_ENDING) or ())
+            self._watched = 12 + 2 * len(self._way_out(_LONGEST_ENDING) or ())
         if left > self._watched:
             return token
         ahead = self.copy()
@@ -218,21 +220,28 @@ class Matcher:
         if ahead.complete or ahead._way_out(left - 1) is not None:
             return token
         self._ending = self._way_out(left)
-        if not self._ending:
+        if self._ending is None:
             return token
         self.forced = True
-        return self._ending.pop(0)
+        return self._ending.pop(0) if self._ending else self._eos
 
     def _way_out(self, most: int) -> list[int] | None:
         """Find up to `most` tokens after which the answer may end."""
-        state, way = self.copy(), list[int]()
+        way = self._way(most, varied=False)
+        return self._way(most, varied=True) if way is None else way
+
+    def _way(self, most: int, varied: bool) -> list[int] | None:
+        """Try the first character that may come, or `varied`: the one used least often so far."""
+        state, way, used = self.copy(), list[int](), Counter[int]()
         while not state.valid:
             step = state._matcher.compute_ff_tokens()
             if not step:
                 mask, (quote, letter, *others) = state.allowed(), self._enders
                 inside = mask[quote] and mask[letter]  # a string, in which brackets are text
-                known = (i for i in ([quote] if inside else others) if mask[i])
-                step = [next(known, int(mask.argmax()))]
+                known = [i for i in ([quote] if inside else others) if mask[i]]
+                known.sort(key=used.__getitem__ if varied else lambda _: 0)
+                step = known[:1] or [int(mask.argmax())]
+                used.update(step)
             way += step
             if len(way) > most or not state._matcher.consume_tokens(step):
                 return None

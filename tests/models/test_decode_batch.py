@@ -106,6 +106,10 @@ class TestDraw:
         assert counts[4] == 0
         assert float(((counts[:4] - expected[:4]) ** 2 / expected[:4]).sum()) < 16.3  # p = 0.001
 
+    def test_noise_is_finite(self):
+        extreme = token_draw._gumbel(torch.tensor([0, 511, 2**31, 2**32 - 512, 2**32 - 1]))
+        assert bool(extreme.isfinite().all()) and bool((extreme.diff() >= 0).all())
+
     def test_positions_are_independent(self):
         n = 20_000
         each = [token_draw.noise(torch.arange(n), torch.full((n,), t), 2) for t in (0, 1)]

@@ -176,15 +176,17 @@ def test_no_state_is_shared(tokenizer):
         (Constraint("json_schema", closed(a={"type": "string"}, b={"items": WORD})), 24),
         (Constraint("json_schema", TREE), 24),
         (Constraint("json_schema", closed(s={"type": "string", "minLength": 12})), 24),
+        (Constraint("json_schema", closed(mail={"type": "string", "format": "email"})), 40),
         (Constraint("json"), 3),
         (Constraint("regex", "[a-z]{3,9}( [a-z]+)*"), 3),
+        (Constraint("regex", "[0-9]{1,3}(,000)*"), 1),
         (Constraint("choice", ["a long answer of some words", "no"]), 12),
     ],
     ids=lambda one: getattr(one, "kind", one),
 )  # fmt: skip
 def test_an_answer_ends_in_its_form_before_it_is_cut(constraint, least, tokenizer):
     eos = tokenizer.eos_token_id
-    for limit in (least, least + 1, least + 9, least + 60):
+    for limit in (least, least + 1, least + 2, least + 9, least + 60):
         matcher = constraint.matcher(tokenizer, len(tokenizer), [eos])
         rng, ids = np.random.default_rng(limit), []
         while len(ids) < limit and not matcher.complete:
