@@ -287,7 +287,8 @@ def test_only_the_hub_module_talks_to_the_hub():
         calls = {node.attr for node in TREE.nodes[name] if isinstance(node, ast.Attribute)}
         assert not calls & {"push_to_hub", "upload_folder", "create_repo", "create_commit"}, name
     for library in ("requests", "httpx", "urllib", "aiohttp", "socket", "http"):
-        assert not TREE.importers(library), library
+        # A vLLM that we started, on this machine.
+        assert TREE.importers(library) <= {"serving.vllm_engine"}, library
 
 
 PICKLES = ("pickle", "cPickle", "_pickle", "cloudpickle", "joblib", "dill", "marshal", "shelve")
