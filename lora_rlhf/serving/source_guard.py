@@ -39,6 +39,7 @@ _PATTERNS = (
     r"\byou (?:are|will be|must be|act|must act) (?:now |from now on )?(?:an? |as |in )?"
     r"(?:\w+ ){0,2}(?:ai|assistant|language model|chat ?bot|bot|developer mode|unrestricted"
     r"|jailbroken|pirate)\b",
+    r"\byou are now\b.{0,40}\b(?:who|that|which) (?:answer|say|repl|respond|speak)",
     r"\bfrom now on\b.{0,30}\b(?:answer|respond|reply|say|speak)\b",
     rf"\b(?:you|the {_ANSWER}) {_MUST}(?: \w+)? {_SPEAK}\b(?! for yourself)",
     rf"\byou (?:will|are going to|only) {_SPEAK}\b (?:in|with|only|as)\b",
@@ -67,7 +68,8 @@ _PATTERNS = (
     r"|everything) (?:following|above|text|sentence|document|passage|prompt)\b",
     r"^\W*(?:write|tell|compose|sing|generate) (?:me |us )?(?:an? )?(?:\w+ )?(?:poem|haiku|joke"
     r"|song|essay|limerick|story)\b",
-    r"\byou are (?:now (?:in|operating|acting|dan\b)|no longer (?:an? )?(?:ai|assistant|\w+ model))"
+    r"\byou are (?:now (?:in|operating|acting|dan\b|an? helpful)"
+    r"|no longer (?:an? )?(?:ai|assistant|\w+ model))"
     r"|\b(?:supersede|override|replace|revoke)[sd]? (?:all |any )?(?:prior|previous|earlier) "
     r"|\byour (?:prompt|(?:original|initial|previous|prior) (?:instruction|direction|prompt)s?)\b",
     r"\b(?:before|above) this (?:message|line|text|point)\b"
