@@ -160,7 +160,7 @@ _JSON = {"whitespace_pattern": " ?", "whitespace_flexible": True, "coerce_one_of
 """
 
 
-_ENDERS = '"z}])"01,:anftu-@./'
+_ENDERS = '"z}])"01,:anftu-@./;!?>|\n'
 """Characters to try, in this order, on the way to the end; the first two: where both may come."""
 
 _LONGEST_ENDING = 256

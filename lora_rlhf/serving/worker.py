@@ -357,6 +357,8 @@ class Worker:
                 row.finish = "stop"
             elif len(row.ids) >= job.limit:
                 row.finish = "length"
+        if row.finish == "stop" and row.matcher is not None and row.matcher.forced:
+            row.finish = "length"
         if job.cancelled.is_set():
             row.finish = row.finish or "cancelled"
         if row.finish:

@@ -129,10 +129,15 @@ def test_bad_turns(engine, messages):
 
 
 def test_an_answer_of_a_schema(engine):
-    done = engine.generate(ask(max_tokens=60, n=4, constraint=Constraint("json_schema", SCHEMA)))
-    for choice in done.choices:
-        assert choice.valid is (choice.finish_reason == "stop")
-    assert any(choice.valid for choice in done.choices)
+    form = Constraint("json_schema", SCHEMA)
+    for options in ({"max_tokens": 60}, {"max_tokens": 60, "temperature": 4.0}):
+        for choice in engine.generate(ask(n=4, constraint=form, **options)).choices:
+            assert choice.valid and choice.finish_reason == "stop"
+    text = Constraint("regex", "[a-z]{2}[a-z ]*;")
+    [ended] = engine.generate(ask(constraint=text, temperature=3.0)).choices
+    assert ended.valid and ended.finish_reason == "length" and ended.text.endswith(";")
+    [cut] = engine.generate(ask(constraint=text, temperature=3.0, whole=False)).choices
+    assert cut.valid is False and cut.finish_reason == "length"
 
 
 def mixed(engine, count: int) -> list[Request]:
