@@ -8,11 +8,13 @@ parser, jsonschema and `regex`.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
 import json
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -121,7 +123,9 @@ class Constraint:
         if made.is_error():
             raise self._error(first_line(ValueError(made.get_error())))
         pieces = [known[key].tokenize_str(each) for each in _ENDERS]
-        return Matcher(made, vocabulary, [ids[-1] for ids in pieces], eos[0])
+        keys = _Keys() if self.kind in ("json", "json_schema") else None
+        enders, read = [ids[-1] for ids in pieces], known[key].decode_bytes
+        return Matcher(made, vocabulary, enders, eos[0], read, keys)
 
     def check(self, text: str) -> str | None:
         """Return the reason why a text is not in this form; None if it is."""
@@ -166,6 +170,49 @@ _ENDERS = '"z}])"01,:anftu-@./;!?>|\n'
 _LONGEST_ENDING = 256
 
 
+class _Keys:
+    """The keys of the JSON objects that are open, as bytes come; a grammar cannot compare them."""
+
+    def __init__(self) -> None:
+        self._open: list[set[str] | None] = []  # None: a list
+        self._string: bytearray | None = None
+        self._escaped = self._before_key = False
+
+    def feed(self, data: bytes) -> bool:
+        """Read on; returns False if a key ends that its object has already."""
+        for byte in data:
+            if self._string is not None:
+                if byte == ord('"') and not self._escaped:
+                    text, self._string = bytes(self._string), None
+                    if self._before_key and self._open and not self._new(text):
+                        return False
+                    continue
+                self._escaped = byte == ord("\\") and not self._escaped
+                self._string.append(byte)
+            elif byte == ord('"'):
+                self._string = bytearray()
+            elif byte in b"{[":
+                self._open.append(set() if byte == ord("{") else None)
+                self._before_key = byte == ord("{")
+            elif byte in b"}]":
+                self._open = self._open[:-1]
+                self._before_key = False
+            elif byte == ord(","):
+                self._before_key = bool(self._open) and self._open[-1] is not None
+            elif byte == ord(":"):
+                self._before_key = False
+        return True
+
+    def _new(self, text: bytes) -> bool:
+        known, key = self._open[-1], text.decode("utf-8", "replace")
+        with contextlib.suppress(ValueError):
+            key = json.loads(f'"{key}"')
+        if known is None or key in known:
+            return known is None
+        known.add(key)
+        return True
+
+
 class Matcher:
     """The state of one answer: which tokens may come next.
 
@@ -173,16 +220,26 @@ class Matcher:
         forced: The answer was ended because its tokens ran out.
     """
 
-    def __init__(self, matcher: Any, vocabulary: int, enders: Sequence[int], eos: int) -> None:
+    def __init__(
+        self,
+        matcher: Any,
+        vocabulary: int,
+        enders: Sequence[int],
+        eos: int,
+        read: Callable[[list[int]], bytes],
+        keys: _Keys | None,
+    ) -> None:
         self._matcher, self._vocabulary = matcher, vocabulary
-        self._enders, self._eos = enders, eos
+        self._enders, self._eos, self._bytes, self._keys = enders, eos, read, keys
         self._ending: list[int] | None = None
         self._watched: int | None = None  # tokens left from which the ending is looked at
         self.forced = False
 
     def copy(self) -> Matcher:
         """Return another state, which goes on by itself."""
-        return Matcher(self._matcher.deep_copy(), self._vocabulary, self._enders, self._eos)
+        state = self._matcher.deep_copy()
+        keys = copy.deepcopy(self._keys)
+        return Matcher(state, self._vocabulary, self._enders, self._eos, self._bytes, keys)
 
     def allowed(self) -> Any:
         """(V,) bool, as numpy: the tokens that may come next.
@@ -200,9 +257,17 @@ class Matcher:
             )
         return mask
 
+    def repeats(self, token: int) -> bool:
+        """Tell if a token would end a key that its JSON object has already."""
+        if self._keys is None:
+            return False
+        return not copy.deepcopy(self._keys).feed(self._bytes([token]))
+
     def consume(self, token: int) -> None:
         """Go on by a token that was allowed."""
         self._matcher.consume_token(token)
+        if self._keys is not None:
+            self._keys.feed(self._bytes([token]))
 
     def within(self, token: int, left: int) -> int:
         """Return the token to take: another one where the rest would not fit `left` tokens.
@@ -238,12 +303,15 @@ class Matcher:
             if not step:
                 mask, (quote, letter, *others) = state.allowed(), self._enders
                 inside = mask[quote] and mask[letter]  # a string, in which brackets are text
-                known = [i for i in ([quote] if inside else others) if mask[i]]
+                string = [letter if state.repeats(quote) else quote]
+                known = [i for i in (string if inside else others) if mask[i]]
                 known.sort(key=used.__getitem__ if varied else lambda _: 0)
                 step = known[:1] or [int(mask.argmax())]
                 used.update(step)
             way += step
             if len(way) > most or not state._matcher.consume_tokens(step):
+                return None
+            if state._keys is not None and not state._keys.feed(self._bytes(step)):
                 return None
         return way
 

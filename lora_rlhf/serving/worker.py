@@ -341,6 +341,8 @@ class Worker:
     def _accept(self, job: Job, row: Row, token: int, logits: Tensor) -> None:
         """Add a token to a row, and tell the listener of its text."""
         job.first = job.first or time.monotonic()
+        if row.matcher is not None:
+            token = self._unrepeated(job, row, token, logits)
         if row.matcher is not None and job.whole:
             token = row.matcher.within(token, job.limit - len(row.ids))
         row.ids.append(token)
@@ -365,6 +367,21 @@ class Worker:
             new += row.text.finish()
         if new and job.on_text is not None:
             job.on_text(row.index, new)
+
+    def _unrepeated(self, job: Job, row: Row, token: int, logits: Tensor) -> int:
+        """Draw again, without the token, while it would end a JSON key for the second time."""
+        left = None
+        assert row.matcher is not None
+        while row.matcher.repeats(token):
+            if left is None:
+                mask = torch.from_numpy(row.matcher.allowed()).to(logits.device)
+                left = logits.masked_fill(~mask, -torch.inf)
+            left[token] = -torch.inf
+            if not bool(left.isfinite().any()):
+                break
+            one = [job.temperature], [job.top_p], [row.seed], [len(row.ids)]
+            token = int(token_draw.draw(left.unsqueeze(0).clone(), *one))
+        return token
 
     def _logprob(self, logits: Tensor, token: int, count: int) -> TokenLogprob:
         logprobs = logits.log_softmax(dim=-1)

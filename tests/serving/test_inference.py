@@ -133,6 +133,10 @@ def test_an_answer_of_a_schema(engine):
     for options in ({"max_tokens": 60}, {"max_tokens": 60, "temperature": 4.0}):
         for choice in engine.generate(ask(n=4, constraint=form, **options)).choices:
             assert choice.valid and choice.finish_reason == "stop"
+    free = {"type": "object", "additionalProperties": {"type": "null"}, "minProperties": 3}
+    form = Constraint("json_schema", free)
+    done = engine.generate(ask(n=40, max_tokens=40, constraint=form, temperature=0.7))
+    assert all("twice" not in (form.check(choice.text) or "") for choice in done.choices)
     text = Constraint("regex", "[a-z]{2}[a-z ]*;")
     [ended] = engine.generate(ask(constraint=text, temperature=3.0)).choices
     assert ended.valid and ended.finish_reason == "length" and ended.text.endswith(";")
