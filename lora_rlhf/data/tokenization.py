@@ -22,8 +22,13 @@ _CACHE: weakref.WeakKeyDictionary[Any, dict[bytes, array[int]]] = weakref.WeakKe
 """Tokenizer -> fingerprint -> ids."""
 
 
-def prompt_ids(tokenizer: Any, prompts: Sequence[Turns]) -> list[array[int]]:
+def prompt_ids(
+    tokenizer: Any, prompts: Sequence[Turns], *, cached: bool = True
+) -> list[array[int]]:
     """Encode prompts, all texts or all messages, with a generation prompt as in TRL's rollouts.
+
+    Args:
+        cached: Keep the ids until the tokenizer goes; a server would keep every conversation.
 
     Raises:
         jinja2.TemplateError: The chat template refuses one.
@@ -43,10 +48,12 @@ def prompt_ids(tokenizer: Any, prompts: Sequence[Turns]) -> list[array[int]]:
         return tokenizer(texts, add_special_tokens=plain, verbose=False)
 
     kind = "text" if plain else f"messages {tokenizer.chat_template}"
-    return _cached(tokenizer, kind, prompts, encode)
+    return _cached(tokenizer, kind, prompts, encode, cached)
 
 
-def completion_ids(tokenizer: Any, texts: Sequence[str]) -> list[array[int]]:
+def completion_ids(
+    tokenizer: Any, texts: Sequence[str], *, cached: bool = True
+) -> list[array[int]]:
     """Encode completions without eos. Control tokens in the text are encoded as plain text."""
 
     def encode(missing: list[str]) -> Any:
@@ -54,14 +61,18 @@ def completion_ids(tokenizer: Any, texts: Sequence[str]) -> list[array[int]]:
             missing, add_special_tokens=False, split_special_tokens=True, verbose=False
         )
 
-    return _cached(tokenizer, "completion", texts, encode)
+    return _cached(tokenizer, "completion", texts, encode, cached)
 
 
 def _cached(
-    tokenizer: Any, kind: str, texts: Sequence[Any], encode: Callable[[list[Any]], Any]
+    tokenizer: Any,
+    kind: str,
+    texts: Sequence[Any],
+    encode: Callable[[list[Any]], Any],
+    kept: bool,
 ) -> list[array[int]]:
     """Return the ids of each text; encodes all texts that are not cached in one call."""
-    cache = _CACHE.setdefault(tokenizer, {})
+    cache = _CACHE.setdefault(tokenizer, {}) if kept else {}
     keys = [_fingerprint(kind, text) for text in texts]
     missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in cache}
     if missing:

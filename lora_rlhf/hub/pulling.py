@@ -58,7 +58,8 @@ def pull(repo_id: str, out: str | Path | None = None, *, revision: str | None = 
             )
         published: dict[str, str] = {}
         if (record := _json(there / "record.json", repo_id)) is not None:
-            published = record.get("published") or {}
+            listed = record.get("published")
+            published = listed if isinstance(listed, dict) else {}
             (there / "record.json").rename(there / RECORD)
         for path, digest in published.items():
             if path in ADAPTER and (there / path).is_file() and sha256(there / path) != digest:

@@ -117,18 +117,20 @@ class BaseModel:
             entry["token_notes"] = [*entry.get("token_notes", []), note]
         return entry
 
-    def encode_prompt(self, prompt: tokenization.Turns) -> list[int]:
+    def encode_prompt(self, prompt: tokenization.Turns, *, cached: bool = True) -> list[int]:
         """Encode a prompt with its generation prompt, as TRL's rollouts do."""
-        return tokenization.prompt_ids(self.tokenizer, [prompt])[0].tolist()
+        return tokenization.prompt_ids(self.tokenizer, [prompt], cached=cached)[0].tolist()
 
-    def encode_completion(self, completion: tokenization.Turns) -> list[int]:
+    def encode_completion(
+        self, completion: tokenization.Turns, *, cached: bool = True
+    ) -> list[int]:
         """Encode a completion with its eos: the tokens that the policy would have to sample.
 
         SFT, reward model and PPO share this layout, so the reward model reads its score at the
         same token in training and in PPO. Control tokens in the text are encoded as plain text.
         """
         text = completion if isinstance(completion, str) else completion[-1]["content"]
-        ids = tokenization.completion_ids(self.tokenizer, [text])[0]
+        ids = tokenization.completion_ids(self.tokenizer, [text], cached=cached)[0]
         return [*ids, self.tokenizer.eos_token_id]
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +33,7 @@ PIECE = 512
 
 _NAME, _GROWTH = "lora_rlhf_groups", 256
 _CHECK = 24  # tokens of the comparison with one whole forward
+_NOW = threading.local()  # `cache` of the forward in this thread; other engines have other threads
 
 
 @dataclass
@@ -95,8 +97,6 @@ class DecodeBatch:
         least_rows: 1 is faster for a row alone on a CPU, and less exact beside others.
     """
 
-    _current: _Groups | None = None
-
     def __init__(self, base: BaseModel, adapters: Sequence[str]) -> None:
         self.base, self._stacked = base, StackedLora(base.causal, adapters)
         self._argument = sampler.cache_argument(base.causal)
@@ -155,13 +155,13 @@ class DecodeBatch:
         ids = [[token] for token in [*tokens, *[0] * filled]]
         cache = _Groups(groups, self._original)
         config = self.base.causal.config
-        DecodeBatch._current = cache
+        _NOW.cache = cache
         config._attn_implementation = _NAME
         try:
             logits = self._forward(ids, [*starts, *[0] * filled], [*names, *[BASE] * filled], cache)
         finally:
             config._attn_implementation = self._original
-            DecodeBatch._current = None
+            del _NOW.cache
         return logits[: len(tokens)]
 
     def _forward(
@@ -216,8 +216,7 @@ def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
 ) -> tuple[Tensor, None]:
     """Attend each group's rows to its own keys: an attention function of transformers."""
-    cache = DecodeBatch._current
-    assert cache is not None
+    cache: _Groups = _NOW.cache
     window = options.get("sliding_window")
     outs, row = [], 0
     for group in cache.groups:

@@ -61,7 +61,7 @@ def draw(
     for i, (top_p, temperature) in enumerate(zip(top_ps, temperatures, strict=True)):
         if top_p < 1 and temperature > 0:
             scaled[i] = _nucleus(scaled[i], top_p)
-    hot = [i for i, temperature in enumerate(temperatures) if temperature > 0]
+    hot = [i for i, row in enumerate(heat.tolist()) if row[0] > 0]  # of 1e-46 float32 makes 0
     if hot:
         made = noise(
             torch.tensor([seeds[i] for i in hot], device=device),

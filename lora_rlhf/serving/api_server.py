@@ -8,6 +8,7 @@ is stored or logged, but for the text of an answer that somebody gives a thumb. 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import math
 import os
@@ -34,7 +35,7 @@ from lora_rlhf.runtime.local_server import LOOPBACK, LocalServer, is_loopback, k
 from . import chat_protocol as protocol
 from . import usage_store
 from .chat_protocol import ApiError
-from .inference import Completion, Delta, Handle, InferenceEngine, Model, Request
+from .inference import Completion, Delta, Handle, InferenceEngine, Model, QueueFull, Request
 from .usage_store import UsageStore, Use
 
 _NEEDS = ("the API server", "serve")
@@ -55,6 +56,7 @@ CLOSED = 499
 
 _BODY_SECONDS = 30.0  # for a client to send its request
 _KEPT = 10_000_000  # characters of answers that may still get a thumb
+_OBJECT = 300  # bytes that an empty text takes with what holds it
 _THREADS = 8  # that read prompts, compile grammars and moderate
 _HEADERS = [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store")]
 _BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
@@ -168,7 +170,8 @@ class _Kept:
 
     @property
     def size(self) -> int:
-        return sum(len(turn["content"]) for turn in self.turns) + sum(map(len, self.answers))
+        texts = [*(turn["content"] for turn in self.turns), *self.answers]
+        return sum(map(len, texts)) + _OBJECT * (1 + len(texts))
 
 
 class _Guard:
@@ -510,6 +513,9 @@ class _Answer:
             retry = max(1, math.ceil(api.mean_seconds))
             message = f"the answer took over {api.limits.seconds:g} s"
             raise ApiError(503, message, "timeout", retry=retry) from None
+        except QueueFull:  # of jobs whose clients hung up
+            retry = max(1, math.ceil(api.mean_seconds))
+            raise ApiError(429, "too many requests wait", "queue_full", retry=retry) from None
         except UsageError as error:
             raise protocol.refused(error) from None
 
@@ -609,10 +615,11 @@ class _Answer:
         """Answer piece by piece, each sentence after it has passed moderation."""
         api, prompt = self.api, wanted.messages[-1]["content"]
         gates = [api.moderation.gate(prompt) for _ in range(wanted.n)] if api.moderation else []
-        async for delta in self._deltas(wanted):
-            if not self.started:
-                await self._begin()
-            await self._show(delta.index, delta.text, gates, "feed")
+        async with contextlib.aclosing(self._deltas(wanted)) as deltas:
+            async for delta in deltas:
+                if not self.started:
+                    await self._begin()
+                await self._show(delta.index, delta.text, gates, "feed")
         if not self.started:
             await self._begin()
         for index in range(len(gates)):

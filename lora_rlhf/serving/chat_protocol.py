@@ -234,7 +234,7 @@ class Thumb(_Given):
     completion_id: str = Field(min_length=1, max_length=100)
     thumb: Literal["up", "down"]
     comment: str = Field("", max_length=LONGEST_COMMENT)
-    choice: int = Field(0, ge=0)
+    choice: int = Field(0, ge=0, lt=128)
 
 
 def _schema(given: dict[str, Any] | bool | str) -> Any:

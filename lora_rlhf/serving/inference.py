@@ -196,7 +196,9 @@ class Stream:
         return self
 
     def __next__(self) -> Delta:
-        if self._ended or (delta := self._queue.get()) is None:
+        if self._ended:
+            raise StopIteration
+        if (delta := self._queue.get()) is None:
             self._ended = True
             self._handle.result(0)
             raise StopIteration
@@ -245,6 +247,7 @@ class InferenceEngine:
         self._best_of: dict[str, int] = {}  # model -> samples for each answer
         self._reward: tuple[list[str], RewardSection] | None = None
         self._plain = breaker(base.tokenizer)
+        self._encoding = threading.Lock()  # it sets how the tokenizer reads control tokens
         self._batch: DecodeBatch
         self._worker: Worker
 
@@ -402,6 +405,8 @@ class InferenceEngine:
             )
         _check_turns(request.messages)
         prompt, dropped, limit = self._fitted(request)
+        if best_of > 1 or request.scored:  # the reward model reads an end token as well
+            limit = max(1, min(limit, self.context - len(prompt) - 1))
         count = request.n * best_of
         if (cells := count * (len(prompt) + limit)) > self._worker.max_cells:
             raise UsageError(
@@ -457,10 +462,12 @@ class InferenceEngine:
 
     def _encode(self, turns: Turns) -> list[int]:
         clean = [{**turn, "content": self._plain(turn["content"])} for turn in turns]
-        if not self.base.tokenizer.chat_template:
-            return self.base.encode_prompt(without_template(clean, 0))
+        bare = not self.base.tokenizer.chat_template
         try:
-            return self.base.encode_prompt(clean)
+            with self._encoding:
+                return self.base.encode_prompt(
+                    without_template(clean, 0) if bare else clean, cached=False
+                )
         except Exception as error:  # a template may raise anything
             raise UsageError(
                 f"the chat template refuses the conversation: {first_line(error)}",
@@ -532,7 +539,8 @@ class InferenceEngine:
             UsageError: There is no reward model, or an answer does not fit the context.
         """
         prompt = self._encode(messages)
-        answers = [self.base.encode_completion(text)[:-1] for text in texts]
+        with self._encoding:
+            answers = [self.base.encode_completion(t, cached=False)[:-1] for t in texts]
         scores: list[float] = self._worker.call(lambda: self._rewards(prompt, answers))
         return scores
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -19,13 +20,15 @@ from lora_rlhf.data import answer_format, sources
 from lora_rlhf.errors import DataError, UsageError, first_line
 
 from . import instruction_templates, output_checks, usage_store
-from .inference import Completion, InferenceEngine, Request
+from .inference import Completion, Handle, InferenceEngine, Request
 from .instruction_templates import OPTIONS, Template
 from .output_checks import Check, Length
 from .structured import Constraint
 
 RETRY_TEMPERATURE = 0.7
 """Of tries after the first one, which is greedy, unless a temperature is given."""
+
+_AT_ONCE = 64  # requests in the engine, which lets 256 wait
 
 Long = Literal["refuse", "split"]
 _BOUNDARIES = (r"\n\s*\n", r"\n", r"(?<=[.!?])\s+", r"\s+")
@@ -178,11 +181,9 @@ def carry_out(
     pending = list(range(len(texts)))
     for attempt in range(instruction.tries):
         requests = [_request(engine, instruction, merged[i], attempt) for i in pending]
-        handles = [engine.submit(request) for request in requests]
-        for i, request, handle in zip(list(pending), requests, handles, strict=True):
-            result = _result(
-                instruction, texts[i], handle.result(), request, attempt, len(parts[i])
-            )
+        done = _completions(engine, requests)
+        for i, request, completion in zip(list(pending), requests, done, strict=True):
+            result = _result(instruction, texts[i], completion, request, attempt, len(parts[i]))
             before = best.get(i, result)
             spent = {
                 name: getattr(result, name) + (getattr(before, name) if attempt else 0)
@@ -199,6 +200,21 @@ def carry_out(
         if not pending:
             break
     return [best[i] for i in range(len(texts))]
+
+
+def _completions(engine: InferenceEngine, requests: Iterable[Request]) -> Iterator[Completion]:
+    """Answer requests in their order, without more at once than an engine lets wait."""
+    handles: deque[Handle] = deque()
+    try:
+        for request in requests:
+            if len(handles) == _AT_ONCE:
+                yield handles.popleft().result()
+            handles.append(engine.submit(request))
+        while handles:
+            yield handles.popleft().result()
+    finally:
+        for handle in handles:
+            handle.cancel()
 
 
 def _longest(engine: InferenceEngine, instruction: Instruction) -> int:
@@ -316,8 +332,9 @@ def _reduced(engine: InferenceEngine, instruction: Instruction, parts: Sequence[
     free = {k: v for k, v in instruction.options.items() if k not in ("length", "format")}
     each = replace(instruction, options=free)
     while len(parts) > 1:
-        handles = [engine.submit(_request(engine, each, part, 0)) for part in parts]
-        done = "\n\n".join(handle.result().choices[0].text.strip() for handle in handles)
+        requests = [_request(engine, each, part, 0) for part in parts]
+        answers = [made.choices[0].text.strip() for made in _completions(engine, requests)]
+        done = "\n\n".join(answers)
         before = sum(map(len, parts))
         parts = _parts(engine, instruction, done)
         if len(parts) > 1 and len(done) >= before:

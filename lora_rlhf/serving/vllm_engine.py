@@ -40,6 +40,7 @@ TOLERANCE = {"float32": 0.01, "auto": 0.3}
 
 _PROMPTS = ("What is the capital of France?", "Write one sentence about the sea.")
 _TOKENS, _SECONDS = 12, 60.0
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy would see the key
 _UNKNOWN = (
     "alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora",
     "trainable_token_indices",
@@ -112,7 +113,7 @@ class Client:
             {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"},
         )
         try:
-            with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
+            with _DIRECT.open(request, timeout=_SECONDS) as answer:
                 text = answer.read().decode()
         except urllib.error.HTTPError as error:
             message = error.read(2000).decode(errors="replace")
@@ -157,8 +158,8 @@ class Client:
         n = len(reference.logprobs)
         rows = zip(choice["prompt_logprobs"][-n:], reference.ids[-n:], strict=True)
         theirs = [float(row[str(token)]["logprob"]) for row, token in rows]
-        worst = max(abs(a - b) for a, b in zip(theirs, reference.logprobs, strict=True))
-        return worst if math.isfinite(worst) else math.inf
+        apart = [abs(a - b) for a, b in zip(theirs, reference.logprobs, strict=True)]
+        return max(apart) if all(map(math.isfinite, apart)) else math.inf
 
 
 def prepare(

@@ -233,22 +233,30 @@ class Worker:
 
     @torch.inference_mode()
     def _run(self) -> None:
-        while self._await_work():
-            self._prefill()
-            if self._active:
-                try:
-                    jobs, self._active = self._active, []
-                    tokens = [[row.ids[-1] for row in job.live] for job in jobs]
-                    logits = self._batch.step([_group(job) for job in jobs], tokens)
-                except Exception as error:  # out of memory, for example
-                    for job in jobs:
-                        _fail(job, error)
-                else:
-                    self._draw(jobs, logits)
-        for job in [*self._waiting, *self._prefilling, *self._active]:
-            _fail(job, CancelledError())
-        for _, future in self._calls:
-            future.set_exception(CancelledError())
+        try:
+            while self._await_work():
+                self._prefill()
+                if self._active:
+                    self._step()
+        finally:  # also after an error of ours, so that nobody goes on waiting
+            with self._wake:
+                self._closed = True
+            for job in [*self._waiting, *self._prefilling, *self._active]:
+                _fail(job, CancelledError())
+            for _, future in self._calls:
+                future.set_exception(CancelledError())
+
+    def _step(self) -> None:
+        """Compute one token of all active jobs."""
+        jobs, self._active = self._active, []
+        try:
+            tokens = [[row.ids[-1] for row in job.live] for job in jobs]
+            logits = self._batch.step([_group(job) for job in jobs], tokens)
+        except Exception as error:  # out of memory, for example
+            for job in jobs:
+                _fail(job, error)
+        else:
+            self._draw(jobs, logits)
 
     def _await_work(self) -> bool:
         """Wait for work, admit jobs and run calls; returns False once closed."""
@@ -316,13 +324,18 @@ class Worker:
         live = [(job, row, at + i) for job, rows, at in kept for i, row in enumerate(rows)]
         if not live:
             return
-        tokens = token_draw.draw(
-            allowed[[at for _, _, at in live]],
-            [job.temperature for job, _, _ in live],
-            [job.top_p for job, _, _ in live],
-            [row.seed for _, row, _ in live],
-            [len(row.ids) for _, row, _ in live],
-        ).tolist()
+        try:
+            tokens = token_draw.draw(
+                allowed[[at for _, _, at in live]],
+                [job.temperature for job, _, _ in live],
+                [job.top_p for job, _, _ in live],
+                [row.seed for _, row, _ in live],
+                [len(row.ids) for _, row, _ in live],
+            ).tolist()
+        except Exception as error:  # out of memory, for example
+            for job, _, _ in kept:
+                _fail(job, error)
+            return
         drawn = dict(zip((at for _, _, at in live), tokens, strict=True))
         for job, rows, at in kept:
             try:

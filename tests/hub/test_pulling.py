@@ -43,6 +43,12 @@ def test_a_file_that_was_changed_after_the_push_is_refused(pushed, tmp_path):
     assert not (tmp_path / "bad").exists()
 
 
+def test_a_record_of_another_form_verifies_nothing(pushed, tmp_path):
+    files = pushed.repos["acme/mine"].files
+    pushed.add_repo("acme/odd", {**files, "record.json": b'{"published": ["adapter_model"]}'})
+    assert not pulling.pull("acme/odd", tmp_path / "odd").verified
+
+
 @pytest.mark.parametrize(
     ("repo", "files", "problem"),
     [

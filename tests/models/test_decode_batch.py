@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches that rows join and leave: the same bits as alone, and the numbers of whole forwards."""
 
+import threading
+
 import pytest
 import torch
 from small import ARCHITECTURES, base, base_folder
@@ -65,6 +67,32 @@ def test_the_bits_of_other_precisions(options, tmp_path):
     alone = logits(batch, [(*PROMPTS[2], peft_name("one"))])
     assert batch.why_single == ""
     assert all(torch.equal(x[0], y[3]) for x, y in zip(alone, together, strict=True))
+
+
+def test_engines_in_two_threads_have_their_own_caches():
+    first, second = (DecodeBatch(base("tiny"), []) for _ in range(2))
+    rows, got = [([5, 6, 7, 8], 1, BASE)], []
+    alone = logits(first, rows, 2)
+    with torch.inference_mode():
+        [(group, _)] = first.begin(*rows[0][:1], BASE, 1)
+
+    def between(*_):
+        hook.remove()
+        thread = threading.Thread(target=lambda: got.extend(logits(second, rows, 2)))
+        thread.start()
+        thread.join()
+
+    hook = first.base.causal.register_forward_pre_hook(between)
+    with torch.inference_mode():
+        steps = [first.step([group], [[token(rows[0][0], t)]]) for t in range(2)]
+    for a, b, c in zip(alone, steps, got, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+def test_a_temperature_below_the_smallest_float_is_greedy():
+    row = torch.arange(50.0)[None] / 50
+    drawn = [int(token_draw.draw(row, [1e-60], [1.0], [seed], [0])) for seed in range(9)]
+    assert drawn == [49] * 9
 
 
 def test_rows_leave_and_long_prompts_come_in_pieces():

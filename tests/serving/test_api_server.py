@@ -16,7 +16,8 @@ from fake_engine import FakeEngine
 
 from lora_rlhf.errors import INTERRUPTED, UsageError
 from lora_rlhf.runtime import interrupts
-from lora_rlhf.serving.api_server import Access, ApiServer, Limits
+from lora_rlhf.serving.api_server import Access, ApiServer, Limits, _Kept
+from lora_rlhf.serving.inference import QueueFull
 from lora_rlhf.serving.moderation import Blocked, Decision
 from lora_rlhf.serving.usage_store import UsageStore
 
@@ -234,6 +235,24 @@ def test_a_full_queue_is_429_and_a_slow_answer_503(serve):
     assert [use["status"] for use in uses(made)] == [429, 503, 503]
 
 
+def test_an_engine_that_is_full_is_429(serve):
+    made = serve()
+
+    def submit(*_):
+        raise QueueFull("64 requests wait")
+
+    made.engine.submit = submit
+    status, problem = error(made)
+    assert (status, problem["code"]) == (429, "queue_full")
+
+
+def test_empty_texts_fill_the_memory_of_answers_too(serve):
+    api = serve().server.api
+    for number in range(200):
+        api.keep(str(number), _Kept(api.engine.models["base"], [{"content": ""}] * 1000, []))
+    assert len(api._kept) < 50
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_hangs_up_stops_its_generation(serve, stream):
     made = serve(pause=0.05)
@@ -270,6 +289,9 @@ def test_thumbs_keep_the_text_that_they_are_about(serve):
         ({"comment": "x" * 5001}, 400),
     ):  # fmt: skip
         assert made.web.post("/feedback", json={**thumb, **wrong}).status_code == status
+    made.server.api._kept.clear()  # as newer ones do
+    wrong = {"choice": 10**30}
+    assert made.web.post("/feedback", json={**thumb, **wrong}).status_code == 400
     text = httpx.get(f"{made.server.address}metrics", headers=made.web.headers).text
     assert 'lora_rlhf_thumbs_total{model="policy",thumb="down"} 1.0' in text
     assert 'lora_rlhf_requests_total{model="policy",status="200"} 1.0' in text

@@ -9,7 +9,9 @@ from concurrent.futures import CancelledError
 import pytest
 import torch
 
+from lora_rlhf.data import tokenization
 from lora_rlhf.errors import UsageError
+from lora_rlhf.models import token_draw
 from lora_rlhf.models.base_model import BaseModel
 from lora_rlhf.models.plain_adapters import PlainAdapters
 from lora_rlhf.recipe.schema import LoraSection, ModelSection
@@ -84,6 +86,16 @@ class TestAnswers:
             assert one.logprob == pytest.approx(float(row[one.id]), abs=1e-4)
             top = row.topk(2).values.tolist()
             assert [p for _, p in one.top] == pytest.approx(top, abs=1e-4)
+
+    def test_a_stream_ends_where_its_loop_closes_it(self, engine):
+        stream = engine.stream(ask(max_tokens=200, seed=3, temperature=5.0))
+        for _ in stream:
+            stream.close()
+
+    def test_no_conversation_is_kept(self, engine):
+        tokenization._CACHE.pop(engine.base.tokenizer, None)
+        engine.generate(ask())
+        assert not tokenization._CACHE.get(engine.base.tokenizer)
 
     def test_cancelled(self, engine):
         stream = engine.stream(ask(max_tokens=200, seed=3, temperature=5.0))
@@ -233,6 +245,23 @@ class TestBatch:
             broken.result(20)
         assert good.result(20).choices == engine.generate(ask()).choices
 
+    def test_an_error_of_the_draw_is_that_of_its_jobs_only(self, engine, monkeypatch):
+        monkeypatch.setattr(token_draw, "draw", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.submit(ask()).result(20)
+        monkeypatch.undo()
+        assert engine.submit(ask()).result(20).choices
+
+    def test_nobody_waits_for_a_thread_that_has_died(self, monkeypatch):
+        made = InferenceEngine.load(["tiny"])
+        monkeypatch.setattr(made._worker, "_draw", lambda *_: 1 / 0)
+        monkeypatch.setattr(threading, "excepthook", lambda _: None)
+        handles = [made.submit(ask()) for _ in range(2)]
+        with pytest.raises((CancelledError, ZeroDivisionError)):
+            handles[1].result(20)
+        with pytest.raises(UsageError, match="closed"):
+            made.submit(ask())
+
     def test_closing_ends_all(self):
         made = InferenceEngine.load(["tiny"])
         handle = made.submit(ask(max_tokens=200, temperature=5.0))
@@ -256,5 +285,11 @@ def test_best_of_n(runs):
         assert chosen.completion_tokens == flat.completion_tokens
         scored = engine.score(turns, [choice.text for choice in flat.choices])
         assert scored == pytest.approx(rewards, abs=1e-5)
+        long = ({"role": "user", "content": "w5 " * engine.context},)
+        while engine.count_tokens(long) > engine.context - 4:
+            long = ({"role": "user", "content": long[0]["content"][3:]},)
+        full = Request(long, model="base", seed=1, n=8, scored=True, max_tokens=4)
+        choices = engine.generate(full).choices  # an end token is read after the longest ones too
+        assert any(choice.finish_reason == "length" for choice in choices)
     finally:
         engine.close()

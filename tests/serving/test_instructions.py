@@ -38,6 +38,24 @@ def test_options_are_in_the_prompt_and_the_answer_is_checked():
     assert {c.name for c in result.checks} >= {"length", "shorter", "quotes"}
 
 
+def test_no_more_requests_than_an_engine_lets_wait():
+    inside, most = [], []
+
+    def submit(number):
+        inside.append(number)
+        most.append(len(inside))
+
+        def result():
+            inside.remove(number)
+            return number
+
+        return SimpleNamespace(result=result, cancel=lambda: None)
+
+    engine = SimpleNamespace(submit=submit)
+    assert [*instructions._completions(engine, range(400))] == [*range(400)]
+    assert max(most) == 64
+
+
 def test_a_failed_check_is_tried_again_with_another_seed():
     engine, failed = says("one two three", "one two"), []
     result = do("rewrite", engine, length="2 words", seed=5, failed=lambda *got: failed.append(got))

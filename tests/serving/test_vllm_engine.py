@@ -131,6 +131,13 @@ def test_adapters_are_loaded_under_their_names_and_checked(adapter, stub, tmp_pa
     assert server.process.poll() is not None
 
 
+def test_a_number_that_is_none_is_far(monkeypatch):
+    client, rows = vllm_engine.Client("http://x"), [{"7": {"logprob": -1.0}}]
+    rows.append({"8": {"logprob": float("nan")}})
+    monkeypatch.setattr(client, "ask", lambda *_: {"choices": [{"prompt_logprobs": rows}]})
+    assert client._difference("a", Reference([7, 8], [-1.0, -1.0])) == float("inf")
+
+
 def test_a_server_that_does_not_start_is_one_error(adapter, tmp_path):
     served = [Served("a@1", adapter)]
     with pytest.raises(SetupError, match="cannot be started"):
