@@ -23,7 +23,7 @@ def _init_verb(
         typer.Argument(metavar="FILE...", help="CSV, JSON, JSONL or Parquet; .gz allowed."),
     ] = None,
     hub: Annotated[
-        str | None, typer.Option(metavar="ORG/NAME", help="A dataset on the Hub instead.")
+        str | None, typer.Option(metavar="ORG/NAME", help="A Hub dataset instead of files.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Recipe to write.")] = Path("recipe.yaml"),
     gpu: Annotated[
@@ -40,15 +40,15 @@ def _init_verb(
         ),
     ] = None,
     ignore: Annotated[
-        list[str] | None, typer.Option(metavar="COLUMN", help="Leave it unread; repeatable.")
+        list[str] | None, typer.Option(metavar="COLUMN", help="Column to leave unread; repeatable.")
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Ask nothing; take what is likely.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Ask nothing; take likely answers.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing recipe.")] = False,
 ) -> None:
     """Write a first recipe for your data.
 
-    Says what each column is taken for, shows rows as the model will see them, and picks a base
-    model and sizes that fit the GPU.
+    Says what each column is used for, picks a base model and sizes that fit the GPU, and shows rows
+    as the model will see them.
     """
     pairs = [text.partition("=") for text in columns or ()]
     if bad := [ours for ours, sign, theirs in pairs if not (sign and theirs)]:
@@ -74,7 +74,7 @@ def _data_show_verb(
     path: RecipePath,
     overrides: Set = None,
     rows: Annotated[int, typer.Option(min=0, help="Random rows that are shown.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Of the random rows.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random rows.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Show the data of a recipe; `data RECIPE` does the same.
@@ -124,12 +124,12 @@ def _ask(question: str, answers: Sequence[str], default: str) -> str:
         answer = str(typer.prompt(shown, default=default))
         if not answers or answer in answers:
             return answer
-        shell.echo(f"one of: {', '.join(answers)}", err=True)
+        shell.echo(f"please answer one of: {', '.join(answers)}", err=True)
 
 
 def _refuse(question: str, answers: Sequence[str], default: str) -> str:
     raise UsageError(
-        f"a question has no answer: {question}",
+        f"nobody is there to answer (no terminal): {question}",
         expected=f"one of {', '.join(answers)}",
-        remedy="--yes takes what is likely; --column OURS=THEIRS and --ignore COLUMN answer it",
+        remedy="--yes takes the likely answer; --column OURS=THEIRS or --ignore COLUMN decides",
     )

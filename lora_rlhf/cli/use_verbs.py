@@ -50,9 +50,9 @@ Targets = Annotated[
     typer.Argument(metavar="TARGET...", help="Runs, RUN:policy, adapters and models, of one base."),
 ]
 UsageFile = Annotated[
-    Path, typer.Option("--usage", metavar="FILE", help="File for numbers of use, and thumbs.")
+    Path, typer.Option("--usage", metavar="FILE", help="File for usage figures and thumbs.")
 ]
-NoUsage = Annotated[bool, typer.Option("--no-usage", help="Keep neither numbers nor thumbs.")]
+NoUsage = Annotated[bool, typer.Option("--no-usage", help="Keep no usage figures and no thumbs.")]
 ModerationFile = Annotated[
     str, typer.Option(metavar="FILE", help="A policy file, default, or off.")
 ]
@@ -72,7 +72,7 @@ def _serve_verb(
     host: Annotated[
         str, typer.Option(help="0.0.0.0 lets other machines in; needs LORA_RLHF_API_KEY.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 8000,
     base: Annotated[
         str | None, typer.Option(help="Base of adapters whose config names none.")
     ] = None,
@@ -83,7 +83,7 @@ def _serve_verb(
     moderation_log: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Decisions as JSON Lines, without texts.")
     ] = None,
-    body: Annotated[int, typer.Option("--max-body", min=1, help="Bytes of a request.")] = 1_000_000,
+    body: Annotated[int, typer.Option("--max-body", min=1, help="Limit in bytes.")] = 1_000_000,
     prompt: Annotated[
         int | None, typer.Option("--max-prompt-tokens", min=1, help="Default: the context.")
     ] = None,
@@ -92,22 +92,22 @@ def _serve_verb(
         typer.Option("--max-tokens", min=1, help="Longest answer; default: the context."),
     ] = None,
     queue: Annotated[
-        int, typer.Option("--max-queue", min=1, help="Requests in work and waiting; then 429.")
+        int, typer.Option("--max-queue", min=1, help="Requests running and waiting; then 429.")
     ] = 64,
     seconds: Annotated[
-        float, typer.Option("--max-seconds", min=0.1, help="For one request; then 503.")
+        float, typer.Option("--max-seconds", min=0.1, help="Time for one request; then 503.")
     ] = 300.0,
     drain: Annotated[
         float, typer.Option("--drain-seconds", min=0.0, help="For running requests at the end.")
     ] = 30.0,
     engine: Annotated[
-        str, typer.Option(help="own, or vllm, whose Python is LORA_RLHF_VLLM.")
+        str, typer.Option(help="own or vllm; LORA_RLHF_VLLM names vLLM's Python.")
     ] = "own",
 ) -> None:
     """Serve base, SFT, policy and adapters: the chat-completions API.
 
-    On this machine only, with a key: LORA_RLHF_API_KEY, or a new one that is printed. A signal lets
-    running requests end; a second one stops at once.
+    It listens on this machine only and needs a key: LORA_RLHF_API_KEY, or a new one that is
+    printed. After a signal running requests may end; a second signal stops at once.
     """
     if engine != "own":
         return _serve_vllm(engine, targets, (host, port), base, moderation)
@@ -136,7 +136,7 @@ def _serve_vllm(
         raise UsageError(f"engine {engine!r}", expected="own or vllm")
     if moderation != "off":
         raise UsageError(
-            "vLLM's server answers without moderation, numbers of use and these limits",
+            "vLLM's server has no moderation, usage figures or limits of this package",
             remedy="add `--moderation off`, or leave --engine out",
         )
     server = shell.room("serving.vllm_engine")
@@ -153,16 +153,16 @@ def _usage_verb(
     ] = Path("lora-rlhf-usage.sqlite"),
     compare: Annotated[
         tuple[str, str] | None,
-        typer.Option(metavar="A B", help="Two models to compare; default: if there are two."),
+        typer.Option(metavar="A B", help="Two models to compare; default: both, if there are two."),
     ] = None,
     as_json: Json = False,
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="Plot the numbers as a PNG.")
     ] = None,
 ) -> None:
-    """Report the use of models: requests, times, tokens, blocked, thumbs.
+    """Report usage: requests, times, tokens, blocked answers, thumbs.
 
-    For each adapter and version, with 95 % intervals, from the file of chat, do and serve.
+    For each adapter and version, with 95 % intervals, from the file that chat, do and serve write.
     """
     from lora_rlhf.serving import usage_report
 
@@ -183,13 +183,13 @@ def _usage_verb(
 @command("moderate")
 def _moderate_verb(
     texts: Annotated[
-        list[str] | None, typer.Argument(metavar="[TEXT]...", help="None: show the policy.")
+        list[str] | None, typer.Argument(metavar="[TEXT]...", help="Without one: show the policy.")
     ] = None,
     policy: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Default: the packaged policy.")
     ] = None,
-    where: Annotated[str, typer.Option(help="prompt, history or answer.")] = "prompt",
-    prompt: Annotated[str, typer.Option(help="The question, for answers.")] = "",
+    where: Annotated[str, typer.Option(help="Kind: prompt, history or answer.")] = "prompt",
+    prompt: Annotated[str, typer.Option(help="The question that an answer is for.")] = "",
 ) -> None:
     """Show a moderation policy with its measured errors, or its decisions on texts."""
     moderation = shell.room("serving.moderation")
@@ -213,7 +213,7 @@ def _chat_verb(
     model: Annotated[str, typer.Option(help="Who answers first; default: the last trained.")] = "",
     system: Annotated[str, typer.Option(metavar="TEXT", help="System message.")] = "",
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy decoding.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the first answer.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first answer.")] = 0,
     tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of an answer.")] = None,
     schema: Schema = None,
     sources: Sources = None,
@@ -226,7 +226,7 @@ def _chat_verb(
 ) -> None:
     """Talk with a run's models in the terminal.
 
-    Answers stream, /help lists the commands: other models, all side by side, thumbs, and more.
+    Answers stream. /help lists the commands: change or compare models, give thumbs, and more.
     Over a pipe each line of the input is a question or a command; answers go to stdout.
     """
     terminal = shell.room("serving.chat_terminal")
@@ -273,18 +273,18 @@ AtLength = Annotated[
     str | None, typer.Option(help="50 words, 30-50 words, 2 sentences or 3 bullets.")
 ]
 To = Annotated[str | None, typer.Option(metavar="LANGUAGE", help="Such as German.")]
-Choices = Annotated[str | None, typer.Option("--labels", metavar="A,B,C", help="Of classify.")]
-Question = Annotated[str | None, typer.Option(metavar="TEXT", help="Of answer.")]
+Choices = Annotated[str | None, typer.Option("--labels", metavar="A,B,C", help="For classify.")]
+Question = Annotated[str | None, typer.Option(metavar="TEXT", help="For answer.")]
 Examples = Annotated[
     Path | None, typer.Option(metavar="FILE", help="1 to 3 lines of input and output.")
 ]
-Tries = Annotated[int, typer.Option(min=1, help="Most attempts while a check fails.")]
+Tries = Annotated[int, typer.Option(min=1, help="Most attempts, if checks fail.")]
 Warmth = Annotated[
-    float | None, typer.Option(min=0.0, help="Default: greedy, 0.7 when trying again.")
+    float | None, typer.Option(min=0.0, help="Default: greedy, then 0.7 in later attempts.")
 ]
 Tokens = Annotated[int | None, typer.Option(min=1, help="Most tokens of an answer.")]
-BestOf = Annotated[int, typer.Option(min=1, help="Samples; the best by reward counts.")]
-Long = Annotated[str, typer.Option(help="Too long a text: refuse or split.")]
+BestOf = Annotated[int, typer.Option(min=1, help="Samples; the reward model chooses one.")]
+Long = Annotated[str, typer.Option(help="If a text is too long: refuse or split.")]
 NewOut = Annotated[Path | None, typer.Option(help="New file, or folder for several texts.")]
 
 
@@ -318,9 +318,9 @@ def _do_verb(
 ) -> None:
     """Summarize, rewrite, translate, extract, classify or answer.
 
-    Checks each answer for what was asked, and tries again if a check fails. The exit code is 6 if
-    one still does; the best attempt is printed all the same. `do answer --sources` answers from
-    documents: it cites passages, and checks each sentence by them.
+    Each answer is checked for what was asked, and tried again if a check fails. The exit code is 6
+    if one still fails; the best attempt is printed all the same. `do answer --sources` answers from
+    documents: it cites passages, and checks each sentence against them.
     """
     if show is not None:
         from lora_rlhf.serving import instruction_templates
@@ -453,9 +453,10 @@ def _export_verb(
 ) -> None:
     """Write a trained role for another runtime: merged, measured, and verified there.
 
-    Refused if the merged model differs by a KL above 1e-5 a token, or if llama.cpp or mlx-lm has
-    another most probable token in over 1 % of held-out ones. llama.cpp is found through the
-    variable LORA_RLHF_LLAMA_CPP (a folder with `npm install node-llama-cpp`) or llama-cpp-python.
+    The export is refused if the merged model differs by a KL above 1e-5 a token, or if llama.cpp or
+    mlx-lm has another most probable token for over 1 % of held-out tokens. llama.cpp is found
+    through the variable LORA_RLHF_LLAMA_CPP (a folder with `npm install node-llama-cpp`) or
+    llama-cpp-python.
     """
     from lora_rlhf.runs.record import Record
 
@@ -474,7 +475,7 @@ def _score_verb(
     run: RunPath,
     file: Annotated[str, typer.Argument(metavar="FILE", help="JSON Lines; -: standard input.")],
     out: Annotated[Path | None, typer.Option(help="Write JSON Lines here too.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Answers at once.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Answers scored at once.")] = 32,
     as_json: Json = False,
 ) -> None:
     """Rank answers by the run's reward model.

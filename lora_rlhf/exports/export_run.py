@@ -112,7 +112,7 @@ def _check(record: Record, role: str, to: str, dtype: str | None, out: Path) -> 
         raise UsageError(f"--dtype {dtype} with --to {to}", expected=", ".join(DTYPES[to]))
     if role == "reward" and to != "merged":
         raise UsageError(
-            f"a reward model cannot be exported --to {to}: its runtime has no model with a score",
+            f"a reward model cannot be exported --to {to}: its runtime cannot return scores",
             expected="--to merged",
         )
     if not record.done(stage_of_role(role, record.algorithm)) or not record.adapter(role).is_dir():
@@ -124,7 +124,7 @@ def _check(record: Record, role: str, to: str, dtype: str | None, out: Path) -> 
     members = record.data["stages"].get("reward", {}).get("ensemble", {}).get("roles", [])
     if role == "reward" and len(members) > 1:
         raise UsageError(
-            f"the reward is an ensemble of {len(members)} models, which one merged model cannot be",
+            f"the reward is an ensemble of {len(members)} models, and cannot be merged into one",
             expected="a single reward model, or reward.combine: warm, which averages the members",
         )
     if out.exists() or out.is_symlink():
@@ -239,7 +239,7 @@ def _is_far(measured: dict[str, Any]) -> bool:
 def _refuse_far(measured: dict[str, Any], dtype: str) -> None:
     if _is_far(measured):
         raise UsageError(
-            f"merged in {dtype}, the model is another one: {_words(measured)}",
+            f"merged in {dtype}, the model differs too much: {_words(measured)}",
             expected=f"a KL of at most {KL:g} a token, or scores that differ by at most {SCORE:g}",
             remedy="export with --dtype float32" if dtype != "float32" else "report this",
         )

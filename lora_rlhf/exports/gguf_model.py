@@ -179,7 +179,7 @@ def _kind(key: str, tensor: Tensor, wanted: str) -> str:
     if wanted == "Q4_0" and key in ("token_embd.weight", "output.weight"):
         return "Q8_0"
     if wanted == "F16" and float(tensor.abs().max()) > _LARGEST_HALF:
-        raise UsageError(f"{key} holds numbers that float16 cannot", remedy="--dtype bfloat16")
+        raise UsageError(f"{key} holds numbers too large for float16", remedy="--dtype bfloat16")
     return wanted
 
 

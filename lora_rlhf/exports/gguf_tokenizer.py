@@ -69,7 +69,7 @@ def fields(base: BaseModel, writer: Any) -> None:
 
 
 def adds_bos(tokenizer: Any) -> bool:
-    """Tell if the tokenizer puts a bos before a text."""
+    """Tell whether the tokenizer puts a bos before a text."""
     ids = tokenizer("a")["input_ids"]
     return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
 

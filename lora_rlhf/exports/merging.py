@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merge an adapter into its base, and measure what that changed on the run's own held-out rows.
 
-Everything is computed in float32, so that a difference is one of the weights and not of rounding in
-a forward pass.
+Everything is computed in float32, so that differences come from the weights and not from rounding
+in a forward pass.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Merged:
 
 
 def merge_role(record: Record, role: str) -> Merged:
-    """Load a role on its base, keep what it gives, and merge it.
+    """Load a role on its base, keep its logits or scores, and merge it.
 
     Raises:
         DamageError: The adapter is not as the run wrote it.
@@ -176,7 +176,7 @@ def save(merged: Merged, folder: Path, dtype: torch.dtype) -> None:
     for name, weight in model.named_parameters():
         if not bool(weight.isfinite().all()):
             raise NonFiniteError(
-                f"{name} holds numbers that {str(dtype).removeprefix('torch.')} cannot",
+                f"{name} holds numbers too large for {str(dtype).removeprefix('torch.')}",
                 remedy="export with --dtype float32",
             )
     model.config.dtype = dtype

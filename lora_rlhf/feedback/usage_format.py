@@ -23,7 +23,7 @@ _REASON = 200  # characters of a comment
 
 
 def read(path: Path, names: Names, own: Mapping[str, Task]) -> Import:
-    """Read a store of use.
+    """Read a usage store.
 
     Raises:
         UsageError: There is no such store.

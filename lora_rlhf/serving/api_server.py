@@ -200,7 +200,8 @@ class _Guard:
         access, given = self.access, request.headers
         shared = not is_loopback(access.host)
         if not knows_host(given.get("host", ""), access.host, access.port, shared=shared):
-            raise ApiError(403, "this server has another name", "unknown_host")
+            message = "the request's Host is not this server's: use the base URL that it printed"
+            raise ApiError(403, message, "unknown_host")
         if request.url.path == "/health":
             return
         if not access.admits(given.get("authorization", "")):
@@ -218,7 +219,7 @@ def _response(error: ApiError) -> Any:
 
 
 class Api:
-    """The answers to requests, from an engine, to a store of use."""
+    """The answers to requests: computed by an engine, counted in a usage store."""
 
     def __init__(
         self,

@@ -399,7 +399,9 @@ class Chat:
 
     def _thumb(self, good: bool, comment: str) -> None:
         if self.usage is None:
-            raise UsageError("no usage store is open", remedy="give a file by --usage (`usage=`)")
+            raise UsageError(
+                "no usage store is open", remedy="start the chat with --usage FILE (Python: usage=)"
+            )
         answer = self.last
         self.usage.thumb(
             answer.id,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The chat-completions API in JSON: a body as a request of the engine, a completion as an answer.
+"""The chat-completions API in JSON: request bodies, answers and errors.
 
 The names are those of OpenAI's reference; `structured_outputs` and `guided_*` are vLLM's, and ours
 are `best_of`, `scored` and `reward`. A parameter that is not known, or does nothing, is refused.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A calibrated decision if a passage says what a sentence says, from how their words align.
+"""The calibrated probability that a passage supports a sentence, from how their words align.
 
 A logistic regression on counts decides: words, numbers and names that the passage lacks, how the
 sentence is joined from pieces of the passage, and what was left out at the joints. People's
@@ -96,7 +96,7 @@ def _aligned(s: Sequence[str], p: Sequence[str]) -> list[int | None]:
 def features(passage: str, sentence: str, question: str = "") -> dict[str, float]:
     """Features of a sentence against a passage: what is new, how it is joined, where it ends.
 
-    Words of the question are less suspicious than other new ones; its names and numbers are not.
+    New words that the question has count less than other new words; its names and numbers do not.
     """
     words = [w for w in tokens(sentence) if w[0].isalnum() or w == "n't"]
     p_words = tokens(passage)
@@ -149,7 +149,7 @@ def features(passage: str, sentence: str, question: str = "") -> dict[str, float
 
 
 def mentions(passage: str, question: str) -> bool:
-    """Tell if a passage has all names of a question."""
+    """Tell whether a passage has all names of a question."""
     return names(question) <= {_stem(word) for word in tokens(passage)}
 
 
@@ -184,7 +184,7 @@ def _joints(
 
 
 def _ends(places: Sequence[int | None], passage: Sequence[str]) -> dict[str, float]:
-    """Tell if the sentence begins and ends at the border of a clause of the passage."""
+    """Tell whether the sentence begins and ends where a clause of the passage does."""
     first, last = (
         next((x for x in order if x is not None), None) for order in (places, places[::-1])
     )
@@ -206,7 +206,7 @@ def parameters() -> dict[str, Any]:
 
 
 def probability(passage: str, sentence: str, question: str = "") -> float:
-    """The calibrated probability that the passage says what the sentence says."""
+    """The calibrated probability that the passage supports the sentence."""
     fitted, given = parameters(), features(passage, sentence, question)
     odds = fitted["bias"] + sum(w * given[name] for name, w in fitted["weights"].items())
     return 1 / (1 + math.exp(-max(min(odds, 50.0), -50.0)))

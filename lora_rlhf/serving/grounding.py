@@ -291,7 +291,7 @@ def _checked(sentence: str, passages: Sequence[str], question: str) -> Sentence:
 
 
 def _abstains(text: str) -> bool:
-    """Tell if a sentence says no more than that the sources do not say it."""
+    """Tell whether a sentence says only that the sources do not say it."""
     says = abstention.says_not_stated(text) or abstention.says_unknown(text)
     return says and len(text.split()) <= 20 and not re.search(r"\b(?:but|however|so)\b|[;:]", text)
 
@@ -315,7 +315,7 @@ def _verdict(text: str, cites: tuple[int, ...], passage: str, question: str) -> 
 
 
 def _carried_out(checked: Sequence[Sentence], policy: Policy) -> tuple[str, bool]:
-    """Return the answer that is shown under a policy, and if it is a refusal."""
+    """Return the answer that is shown under a policy, and whether it is a refusal."""
     if not checked:
         return NOT_FOUND, True
     kept = [one for one in checked if one.supported]

@@ -65,7 +65,7 @@ Turns = Sequence[dict[str, str]]
 class PromptTooLong(UsageError):
     """A prompt that leaves no room for an answer in the context.
 
-    A question of 9,000 tokens to a model of 8,192. Shorten it.
+    A prompt of 9,000 tokens for a context of 8,192. Shorten it.
     """
 
 
@@ -83,10 +83,11 @@ class Request:
         n: Answers returned.
         best_of: Samples for each answer; the one with the highest reward is returned.
         stop: Texts before which an answer ends.
-        logprobs: For each token its log-prob and so many most probable ones; None: none.
-        whole: Where `max_tokens` would cut a structured answer, end it in its form, by a short way;
-            it is reported as "length", and valid.
-        scored: Compute the answers' rewards; best-of-n does it in any case.
+        logprobs: How many of the most probable tokens come with each token's log-prob; None: no
+            log-probs.
+        whole: End a structured answer early, but valid, where `max_tokens` would cut it; its
+            finish_reason is "length".
+        scored: Compute the answers' rewards; best-of-n always does.
     """
 
     messages: tuple[dict[str, str], ...]
@@ -106,7 +107,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Model:
-    """One that answers: its adapter's sha256 ("" for the base itself) and its kind."""
+    """A model that answers: its adapter's sha256 ("" for the base itself) and its kind."""
 
     name: str
     adapter: str
@@ -118,9 +119,9 @@ class Choice:
     """One answer.
 
     Attributes:
-        ids: Its tokens, the end token too.
+        ids: Its tokens, with the end token.
         reward: With `scored` or best-of-n.
-        valid: It ended in the form of the constraint; None without one.
+        valid: True if it satisfies the constraint; None without one.
     """
 
     text: str
@@ -136,7 +137,7 @@ class Completion:
     """The answers to a request, and what they cost; times count from `submit`.
 
     Attributes:
-        completion_tokens: Of all samples, also those that best-of-n did not choose.
+        completion_tokens: Tokens of all samples, also of those that best-of-n did not choose.
         queue_s: Seconds until the prompt was computed.
         dropped_turns: Messages cut off the history, by whole turns, so that it fits the context.
     """
@@ -160,17 +161,17 @@ class Delta:
 
 
 class Handle:
-    """An answer in the making."""
+    """A request that is being answered."""
 
     def __init__(self, future: Future[Completion], cancelled: threading.Event) -> None:
         self._future, self._cancelled = future, cancelled
 
     def result(self, timeout: float | None = None) -> Completion:
-        """Wait for the completion; raises what went wrong."""
+        """Wait for the completion; raises the error if the request failed."""
         return self._future.result(timeout)
 
     def cancel(self) -> None:
-        """Stop after the current token; the completion has what is there, as `cancelled`."""
+        """Stop after the current token; the text so far becomes the completion, as `cancelled`."""
         self._cancelled.set()
 
     @property
@@ -179,7 +180,7 @@ class Handle:
         return self._future.done()
 
     def add_done_callback(self, call: Callable[[Handle], None]) -> None:
-        """Call in the engine's thread when done; at once if it is."""
+        """Call a function in the engine's thread when done, or at once if it is done already."""
         self._future.add_done_callback(lambda _: call(self))
 
 
@@ -267,9 +268,9 @@ class InferenceEngine:
 
         Args:
             base: Base of the adapters whose config names none that can be loaded.
-            load_in_4bit: Quantise a base that is no run's.
-            sharing: Answers are the same bits beside others. False: one request at a time is up to
-                twice as fast on a CPU in float32.
+            load_in_4bit: Quantise a base that does not come from a run.
+            sharing: An answer has the same bits whatever is computed beside it. False: one request
+                at a time is up to twice as fast on a CPU in float32.
             max_rows: Samples computed together.
             max_waiting: Requests that wait for room; more are refused with `QueueFull`.
 
@@ -309,7 +310,7 @@ class InferenceEngine:
 
     @property
     def load_now(self) -> tuple[int, int]:
-        """Requests in work, and those that wait."""
+        """Number of running requests, and of waiting ones."""
         return self._worker.load
 
     def _add(self, target: targets.Target, alone: bool) -> None:
@@ -390,7 +391,7 @@ class InferenceEngine:
         return str(self.base.tokenizer.decode(ids))
 
     def close(self) -> None:
-        """Cancel what is in work, which raises CancelledError, and end the thread."""
+        """Cancel running requests, which raise CancelledError, and end the thread."""
         self._worker.close()
 
     def _job(self, request: Request, on_delta: Callable[[Delta], None] | None) -> Job:
@@ -400,7 +401,7 @@ class InferenceEngine:
         _check_values(request, best_of)
         if (best_of > 1 or request.scored) and not self.has_reward:
             raise UsageError(
-                "best of n, or a reward, without a reward model",
+                "best of n and rewards need a reward model",
                 expected="a run whose reward model is trained",
             )
         _check_turns(request.messages)
@@ -454,7 +455,7 @@ class InferenceEngine:
             del turns[first : later[0]]
         if len(ids) >= self.context:
             raise PromptTooLong(
-                f"the last turn has {len(ids):,} tokens with its frame",
+                f"the last turn has {len(ids):,} tokens, with those of the chat template",
                 expected=f"fewer than the context has: {self.context:,}",
                 remedy="shorten it",
             )

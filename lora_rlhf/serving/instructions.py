@@ -302,7 +302,10 @@ def _parts(engine: InferenceEngine, instruction: Instruction, text: str) -> list
         return [text]
     shell = engine.count_tokens(instruction.messages(""))
     if instruction.long == "split" and not instruction.template.split:
-        raise UsageError(f"the template {instruction.template.name} has no `split: true`")
+        raise UsageError(
+            f"the template {instruction.template.name} has no `split: true`",
+            remedy="leave --long out, or write `split: true` into a copy of the template",
+        )
     if instruction.long != "split" or shell >= room or len(text.split()) < 2:
         remedy = "a shorter text, or fewer --tokens"
         if instruction.template.split:
@@ -339,7 +342,8 @@ def _reduced(engine: InferenceEngine, instruction: Instruction, parts: Sequence[
         parts = _parts(engine, instruction, done)
         if len(parts) > 1 and len(done) >= before:
             raise UsageError(
-                "the parts do not get shorter", remedy="another model, or fewer tokens"
+                "the results of the parts are not shorter than the text",
+                remedy="use another model, or fewer --tokens",
             )
     return parts[0]
 
@@ -380,7 +384,7 @@ def read_schema(path: Path) -> Any:
         answer_format.validate({"json_schema": schema})
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"no JSON schema: {first_line(error)}",
+            f"not a JSON schema: {first_line(error)}",
             where=str(path),
             expected='such as {"type": "object", "properties": {"name": {"type": "string"}}}',
         ) from None

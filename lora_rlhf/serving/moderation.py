@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Moderation of prompts, earlier turns and answers by a policy; what is not checked is blocked."""
+"""Moderation of prompts, earlier turns and answers; a text that cannot be checked is blocked."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Category(Section):
     """Kinds of personal data, as `data.personal_data.KINDS` names them; none: all."""
 
     def rules(self) -> Rules:
-        """Each detector has its list."""
+        """Check that each detector has the list that it needs."""
         if not 0 < self.threshold <= 1:
             yield f"the threshold is {self.threshold:g}, not above 0 and at most 1", "threshold"
         for key, detector in (("words", "words"), ("patterns", "regex")):
@@ -81,7 +81,7 @@ class Policy(Section):
     categories: dict[str, Category]
 
     def rules(self) -> Rules:
-        """Limits are above zero."""
+        """Check that the limits are above zero."""
         if self.seconds <= 0 or self.max_characters <= 0:
             yield "limits must be above 0", "seconds", "max_characters"
 

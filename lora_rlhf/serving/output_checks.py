@@ -93,7 +93,7 @@ class Length:
         return f"{self.low} to {self.high} {unit}" if self.low else f"at most {self.high} {unit}"
 
     def problem(self, text: str) -> str:
-        """Return how the text breaks it; empty if it does not."""
+        """Return how the text violates it; empty if it does not."""
         lines = [line for line in text.splitlines() if line.strip()]
         count = {
             "words": len(text.split()),
@@ -219,7 +219,7 @@ def normalised(text: str) -> str:
 
 
 def missing_quotes(answer: str, source: str) -> list[str]:
-    """Return the quotations of an answer that do not stand in the source, word for word.
+    """Return the quotations of an answer that are not in the source, word for word.
 
     White space, the form of quotation marks and dashes, the case of the first letter and a final
     punctuation mark may differ; an ellipsis stands for any text between two parts.

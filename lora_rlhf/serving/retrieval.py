@@ -178,7 +178,7 @@ def _files(given: Path) -> list[Path]:
     if given.is_file():
         return [given]
     if not given.is_dir():
-        raise DataError("there is no such file or folder", where=str(given), expected="sources")
+        raise DataError("there is no such file or folder", where=str(given))
     root, files = given.resolve(), []
     for folder, inner, names in os.walk(given):
         inner[:] = sorted(name for name in inner if not name.startswith("."))

@@ -133,10 +133,10 @@ def _row(where: str, row: Any) -> tuple[Turns, list[str]]:
     if not isinstance(row, dict):
         raise refuse("not an object")
     if ("answers" in row) == ("answer" in row):
-        raise refuse("it needs either answers or answer")
+        raise refuse("it needs one of answers and answer")
     answers = row["answers"] if "answers" in row else [row["answer"]]
     if not isinstance(answers, list) or not answers:
-        raise refuse("answers is no list with at least one text")
+        raise refuse("answers is not a list with at least one text")
     prompt: Any = row.get("prompt")
     turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     good = bool(turns) and all(
@@ -149,7 +149,7 @@ def _row(where: str, row: Any) -> tuple[Turns, list[str]]:
     if not good:
         raise refuse("prompt is neither a text nor a list of messages with role and content")
     if not all(isinstance(answer, str) for answer in answers):
-        raise refuse("an answer is no text")
+        raise refuse("an answer is not a text")
     for text in (*answers, *(str(turn["content"]) for turn in turns)):
         try:
             text.encode()

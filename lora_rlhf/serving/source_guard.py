@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sources are data: instructions in them are left out of the prompt, and reported.
 
-Documents describe and seldom speak to their reader's assistant. A sentence counts as an instruction
-if it speaks to a model about its orders, its answer or its role. A text can be written to pass; the
-check of the answer against the passages comes behind this one.
+Ordinary documents seldom address a model. A sentence counts as an instruction if it speaks to a
+model about its instructions, its answer or its role. A text can be written to pass this check; the
+answer is checked against the passages afterwards.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _seen(text: str) -> str:
 
 
 def _joined(text: str) -> str:
-    """The text with words put together that hyphens, dots or spaces cut in letters."""
+    """The text with words rejoined whose letters hyphens, dots or spaces had separated."""
     text = re.sub(r"(?<=\w)[-._*·](?=\w)", "", text)
     return re.sub(r"\b(?:\w ){3,}\w\b", lambda match: match[0].replace(" ", ""), text)
 
@@ -106,7 +106,7 @@ _SENTENCE = re.compile(r"\S.*?(?:[.!?…:]+[\"'”’)\]]*(?=\s|$)|(?=\n)|$)", r
 
 
 def instructs(sentence: str) -> bool:
-    """Tell if a sentence speaks to a model about its orders, its answer or its role."""
+    """Tell whether a sentence speaks to a model about its instructions, answer or role."""
     seen = _seen(sentence)[:2_000]
     return any(_INSTRUCTS.search(text) for text in {seen, _joined(seen)})
 
@@ -114,7 +114,7 @@ def instructs(sentence: str) -> bool:
 def cleaned(text: str) -> tuple[str, list[str]]:
     """Return a passage without the sentences that instruct, and these sentences.
 
-    The sentence behind one that ends in a colon belongs to it.
+    A sentence that ends in a colon takes the next one with it.
     """
     left_out: list[str] = []
     parts: list[str] = []

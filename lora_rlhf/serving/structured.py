@@ -236,7 +236,7 @@ class Matcher:
         self.forced = False
 
     def copy(self) -> Matcher:
-        """Return another state, which goes on by itself."""
+        """Return an independent copy of the state."""
         state = self._matcher.deep_copy()
         keys = copy.deepcopy(self._keys)
         return Matcher(state, self._vocabulary, self._enders, self._eos, self._bytes, keys)
@@ -264,7 +264,7 @@ class Matcher:
         return not copy.deepcopy(self._keys).feed(self._bytes([token]))
 
     def consume(self, token: int) -> None:
-        """Go on by a token that was allowed."""
+        """Advance by a token that was allowed."""
         self._matcher.consume_token(token)
         if self._keys is not None:
             self._keys.feed(self._bytes([token]))
@@ -339,7 +339,7 @@ def _strict_json(text: str) -> Any:
         if len(made) < len(items):
             names = [name for name, _ in items]
             twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"the key {twice!r:.60} stands twice in one object")
+            raise ValueError(f"the key {twice!r:.60} appears twice in one object")
         return made
 
     def constant(name: str) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Product metrics from the store of use: requests, times, blocked, valid, thumbs, by adapter.
+"""Product metrics from the usage store: requests, times, blocked, valid, thumbs, by adapter.
 
 Every number has its 95 % interval. Requests with the same prompt are one cluster. Two adapters are
 compared on the prompts that both answered, paired, or as independent samples where these are few.
@@ -116,7 +116,7 @@ def _pair(of_group: dict[str, list[Row]], compare: Sequence[str] | None) -> tupl
     for wanted in compare:
         fitting = [name for name in of_group if wanted in (name, name.partition("@")[0])]
         if len(fitting) != 1:
-            several = "is several versions" if fitting else "is not in the store"
+            several = "has several versions" if fitting else "is not in the store"
             raise UsageError(f"{wanted!r:.80} {several}", expected=", ".join(fitting or of_group))
         chosen += fitting
     return tuple(chosen)

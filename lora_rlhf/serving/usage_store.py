@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The store of use: one row for each request of chat, server and verbs, and thumbs, in SQLite.
+"""The usage store: one row for each request of chat, server and verbs, and thumbs, in SQLite.
 
 A request's row has numbers only: neither prompt nor answer. A keyed hash of the prompt finds the
 requests with the same prompt, so that two adapters can be compared on it; the key is in the file.
@@ -26,7 +26,7 @@ from lora_rlhf.runtime.sqlite_file import SqliteFile
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-sa: Any = extras.load("sqlalchemy", "the store of use", "serve")
+sa: Any = extras.load("sqlalchemy", "the usage store", "serve")
 
 NAME = "lora-rlhf-usage.sqlite"
 """The default file, in the current directory."""

@@ -170,15 +170,15 @@ def prepare(
     With `check` our own engine computes log-probs first, and is closed again.
 
     Raises:
-        UsageError: Several bases, no adapter, or one that vLLM cannot serve.
+        UsageError: There are several bases, or there is no adapter, or one that vLLM cannot serve.
     """
     named = targets.parse(list(map(str, names)), base=base)
     sections = [target.base for target in named if target.base is not None]
     places = {str(loading.local_folder(section) or section.id) for section in sections}
     if len(places) != 1 or any(section.load_in_4bit for section in sections):
         raise UsageError(
-            f"the bases {', '.join(sorted(places)) or 'of servers'}",
-            expected="adapters of one base that is not loaded in 4 bits",
+            f"vLLM serves one base, not in 4-bit; given: {', '.join(sorted(places)) or 'servers'}",
+            expected="runs and adapters of one base that was not trained in 4-bit",
         )
     served = []
     for target in named:
@@ -295,7 +295,10 @@ class VllmServer:
                 self.client.models()
                 return
             time.sleep(0.5)
-        raise SetupError("vLLM did not answer in time")
+        raise SetupError(
+            "vLLM started, but did not answer in time",
+            remedy="start its server there by hand; docs/use.md has the command",
+        )
 
     def lines(self) -> list[str]:
         """Lines for people: address, key and models."""

@@ -161,9 +161,9 @@ class Worker:
     """Computes jobs in the order in which they came, as many at once as there is room for.
 
     Args:
-        max_rows: Samples in the batch; a job of more has it for itself.
+        max_rows: Samples in the batch; a larger job gets the batch to itself.
         max_cells: Tokens in the caches of all samples.
-        max_waiting: Jobs that wait to be begun.
+        max_waiting: Jobs that may wait to begin.
     """
 
     def __init__(
@@ -220,7 +220,7 @@ class Worker:
         return future.result()
 
     def close(self) -> None:
-        """End the thread after the current token; what is in work ends with CancelledError."""
+        """End the thread after the current token; running jobs end with CancelledError."""
         with self._wake:
             self._closed = True
             self._wake.notify()

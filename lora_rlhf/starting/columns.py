@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each column of a user's file: the part of an example that it is taken for, and the reason."""
+"""Each column of a user's file: the part of an example that it is used for, and the reason."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def look(
     Args:
         given: Columns that the user named, ours -> theirs.
         ignore: Columns that the user wants to leave unread.
-        ask: Asks the user; None: takes what is likely, and says so.
+        ask: Asks the user; None: the likely answer is taken, and noted.
 
     Raises:
         DataError: It cannot be read, or no set can be made of its columns.
@@ -119,11 +119,11 @@ def _place(where: str) -> str:
 
 
 def _check_header(source: DataSource, names: list[str]) -> None:
-    """Refuse a CSV whose first row is no header."""
+    """Refuse a CSV whose first row is not a header."""
     long = [n for n in names if len(n) > _LONGEST_NAME or n.rstrip().endswith("?")]
     if long and re.search(r"\.[ct]sv(\.gz)?$", str(source.path), re.IGNORECASE):
         raise DataError(
-            f"the first line is no header, but data: {excerpt(long[0])}",
+            f"the first line is not a header, but data: {excerpt(long[0])}",
             where=f"{source.path}:1",
             expected="names of the columns in the first line, such as prompt,completion",
             remedy="add a line with their names",
@@ -157,7 +157,7 @@ def _take(
 
 
 def _paired(taken: Taken, name: str) -> bool:
-    """Tell if enough prompts have answers of both kinds; else the file is no comparisons."""
+    """Tell whether enough prompts have answers of both kinds to make comparisons."""
     kinds: dict[str, set[bool]] = {}
     for one in taken.examples[name]:
         kinds.setdefault(str(one.prompt), set()).add(one.good)
@@ -294,7 +294,7 @@ def _has(rows: list[Row], source: DataSource, layout: tuple[str, ...]) -> bool:
 
 def _ignored(taken: Taken, column: str) -> str:
     values = [row.get(column) for _, row in taken.rows if row.get(column) not in (None, "")]
-    return f"no layout reads it, such as {excerpt(values[0], 30)}" if values else "it is empty"
+    return f"no layout reads it; a value: {excerpt(values[0], 30)}" if values else "it is empty"
 
 
 # --- by content ----------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A commented recipe for a user's data: sets, algorithm, base and sizes, each with its reason.
 
-What the data leave open is asked for, or decided and said.
+If the data leave a choice open, the user is asked, or a default is taken and printed.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ def init(
 
     Raises:
         UsageError: `out` exists, or there is no data.
-        DataError: The data cannot be read, or nothing can be trained on them. If the recipe is
-            written by then, the message says so.
+        DataError: The data cannot be read, or nothing can be trained on them. If the recipe
+            was already written, the message says so.
     """
     say, out = say or (lambda line: None), Path(out)
     out = out / "recipe.yaml" if out.is_dir() else out

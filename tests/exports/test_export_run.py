@@ -129,7 +129,7 @@ def test_an_interrupted_export_leaves_nothing(run, tmp_path, monkeypatch, error)
 
 
 def test_a_dtype_that_changes_the_model_is_refused_and_never_chosen(run, tmp_path, monkeypatch):
-    with pytest.raises(UsageError, match=r"merged in bfloat16, the model is another one: KL \d"):
+    with pytest.raises(UsageError, match=r"merged in bfloat16, the model differs too much: KL \d"):
         lora_rlhf.export(run, tmp_path / "out", dtype="bfloat16")
     assert not list(tmp_path.iterdir())
     real = merging.merge_role

@@ -153,7 +153,7 @@ def test_a_long_text_is_refused_or_done_in_parts():
     assert all(engine.count_tokens(r.messages) <= 60 for r in engine.requests)
     assert sum(one.count("Paragraph") for one in shown) == 12  # each once, none cut
     assert "at most 5 words" in shown[-1] and "at most 5 words" not in shown[0]
-    with pytest.raises(UsageError, match="the parts do not get shorter"):
+    with pytest.raises(UsageError, match="the parts are not shorter"):
         do("summarize", ScriptedEngine(lambda r: "a " * 49, context=110), words, long="split")
 
 

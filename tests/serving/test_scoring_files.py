@@ -88,14 +88,14 @@ def test_memory_that_runs_out_makes_smaller_batches_with_the_same_scores(
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("{", "not JSON"), ("[1]", "not an object"), ("{}", "either answers or answer"),
-     ('{"prompt": "a", "answers": ["b"], "answer": "c"}', "either answers or answer"),
+    [("{", "not JSON"), ("[1]", "not an object"), ("{}", "one of answers and answer"),
+     ('{"prompt": "a", "answers": ["b"], "answer": "c"}', "one of answers and answer"),
      ('{"prompt": "a", "answers": []}', "no list with at least one"),
      ('{"prompt": "a", "answers": "b"}', "no list with at least one"),
      ('{"prompt": 3, "answer": "b"}', "prompt is neither"),
      ('{"prompt": [], "answer": "b"}', "prompt is neither"),
      ('{"prompt": [{"role": "robot", "content": "a"}], "answer": "b"}', "prompt is neither"),
-     ('{"prompt": "a", "answer": null}', "an answer is no text"),
+     ('{"prompt": "a", "answer": null}', "an answer is not a text"),
      ('{"prompt": "a", "answer": "\\ud800"}', "half of a character")],
 )  # fmt: skip
 def test_a_bad_line_is_one_error_with_its_place(tmp_path, line, message):

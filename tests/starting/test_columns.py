@@ -129,7 +129,7 @@ BROKEN = {
     "head.csv": (b"prompt,completion\n", "there are no rows"),
     "latin.csv": ("prompt,completion\nGr\xf6\xdfe?,klein\n".encode("latin-1"), "iconv -f latin1"),
     "wide.csv": ("prompt,completion\na?,b\n".encode("utf-16"), "iconv -f utf-16"),
-    "bare.csv": (f"{Q[0]},{A[0]}\n{Q[1]},{A[1]}\n".encode(), "is no header, but data"),
+    "bare.csv": (f"{Q[0]},{A[0]}\n{Q[1]},{A[1]}\n".encode(), "is not a header, but data"),
     "text.jsonl": (table(text=Q), "holds plain text only"),
     "three.jsonl": (table(a=Q, b=A, c=B), "cannot be told apart"),
     "winner.jsonl": (table(prompt=Q, response_a=A, response_b=B, winner=["a"] * N),
