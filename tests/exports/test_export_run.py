@@ -70,7 +70,7 @@ def test_a_merged_reward_model_scores_as_the_run_does(run, backbone, tmp_path):
     ("options", "message"),
     [({"role": "value"}, "policy, sft, reward"), ({"to": "onnx"}, "gguf-adapter, mlx, ollama"),
      ({"dtype": "q8_0"}, "float32, bfloat16, float16"),
-     ({"role": "reward", "to": "gguf"}, "no model with a score")],
+     ({"role": "reward", "to": "gguf"}, "cannot return scores")],
 )  # fmt: skip
 def test_what_is_refused_before_anything_is_loaded(run, tmp_path, monkeypatch, options, message):
     monkeypatch.setattr(merging, "merge_role", None)
