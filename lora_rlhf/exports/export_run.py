@@ -105,9 +105,9 @@ def export(
 
 
 def _check(record: Record, role: str, to: str, dtype: str | None, out: Path) -> None:
-    for given, known in ((role, ROLES), (to, TARGETS)):
+    for option, given, known in (("role", role, ROLES), ("to", to, TARGETS)):
         if given not in known:
-            raise UsageError(f"{given!r}", expected=f"one of {', '.join(known)}")
+            raise UsageError(f"--{option} {given!r}", expected=f"one of {', '.join(known)}")
     if dtype and dtype not in DTYPES[to]:
         raise UsageError(f"--dtype {dtype} with --to {to}", expected=", ".join(DTYPES[to]))
     if role == "reward" and to != "merged":

@@ -71,7 +71,7 @@ def test_two_versions_are_compared_on_their_common_prompts(path):
         faster["estimate"]["p_corrected"] < 0.001 < of_metric["answered"]["estimate"]["p_corrected"]
     )
     assert of_metric["thumbs up"]["how"] == "independent samples"
-    with pytest.raises(UsageError, match="'policy' is several versions"):
+    with pytest.raises(UsageError, match="'policy' has several versions"):
         lora_rlhf.usage(path, ["policy", "sft"])
     with pytest.raises(UsageError, match="'sft' is not in the store"):
         lora_rlhf.usage(path, ["sft", f"policy@{NEW[:12]}"])

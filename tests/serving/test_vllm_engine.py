@@ -193,7 +193,7 @@ def test_each_version_has_its_own_name_and_our_log_probs(folders, tmp_path):
 
 def test_serve_says_what_vllm_leaves_out():
     result = CliRunner().invoke(app, ["serve", "tiny", "--engine", "vllm"])
-    assert result.exit_code == 2 and "without moderation" in result.output
+    assert result.exit_code == 2 and "no moderation" in result.output
     result = CliRunner().invoke(app, ["serve", "tiny", "--engine", "llama"])
     assert result.exit_code == 2 and "own or vllm" in result.output
 
