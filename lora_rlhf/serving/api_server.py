@@ -54,7 +54,7 @@ SHORTEST_KEY = 16
 CLOSED = 499
 """Status of a request whose client hung up, as nginx counts it; nobody receives it."""
 
-_BODY_SECONDS = 30.0  # for a client to send its request
+_BODY_SECONDS = 30.0  # for a client to send its request, or to read an error
 _KEPT = 10_000_000  # characters of answers that may still get a thumb
 _OBJECT = 300  # bytes that an empty text takes with what holds it
 _THREADS = 8  # that read prompts, compile grammars and moderate
@@ -483,13 +483,15 @@ class _Answer:
         )
 
     async def fail(self, error: ApiError, scope: Any, receive: Any) -> None:
-        """Send an error, as an event if the stream has begun."""
+        """Send an error, as an event if the stream has begun; a client must read it in time."""
         self.status = error.status
-        if not self.started:
-            await _response(error)(scope, receive, self.send)
-        else:
-            await self._push(error.body)
-            await self._end()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_BODY_SECONDS):
+                if not self.started:
+                    await _response(error)(scope, receive, self.send)
+                else:
+                    await self._push(error.body)
+                    await self._end()
 
     async def run(self) -> None:
         """Generate and send.

@@ -148,11 +148,15 @@ def _compiled(text: str, where: str) -> jinja2.Template:
     environment.globals = {}
     try:
         tree = environment.parse(text)
-        compiled = environment.from_string(text)
+        _check_nodes(tree, where)  # before it is compiled: that computes constants
+        return environment.from_string(text)
     except (jinja2.TemplateError, RecursionError) as error:
         line = getattr(error, "lineno", None)
         place = f"{where}:{line}" if line else where
         raise DataError(f"the template is broken: {first_line(error)}", where=place) from None
+
+
+def _check_nodes(tree: nodes.Template, where: str) -> None:
     for node in tree.find_all(nodes.Node):
         unknown = node.name if isinstance(node, nodes.Name) else None
         if not isinstance(node, _ALLOWED) or unknown not in (None, *_VARIABLES):
@@ -165,4 +169,3 @@ def _compiled(text: str, where: str) -> jinja2.Template:
             )
     if not any(node.name == "text" for node in tree.find_all(nodes.Name)):
         raise DataError("the template does not print {{ text }}", where=where)
-    return compiled

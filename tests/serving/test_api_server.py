@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The chat-completions API: its official client, its limits, who may use it, and how it ends."""
 
+import asyncio
+import json
 import os
 import re
 import signal
@@ -16,6 +18,7 @@ from fake_engine import FakeEngine
 
 from lora_rlhf.errors import INTERRUPTED, UsageError
 from lora_rlhf.runtime import interrupts
+from lora_rlhf.serving import api_server
 from lora_rlhf.serving.api_server import Access, ApiServer, Limits, _Kept
 from lora_rlhf.serving.inference import QueueFull
 from lora_rlhf.serving.moderation import Blocked, Decision
@@ -244,6 +247,26 @@ def test_an_engine_that_is_full_is_429(serve):
     made.engine.submit = submit
     status, problem = error(made)
     assert (status, problem["code"]) == (429, "queue_full")
+
+
+def test_a_client_that_does_not_read_holds_no_place(monkeypatch):
+    monkeypatch.setattr(api_server, "_BODY_SECONDS", 0.05)
+    api, body = api_server.Api(FakeEngine(), Limits(seconds=0.05)), {"messages": HELLO}
+    parts = [json.dumps({**body, "stream": True}).encode()]
+
+    async def receive():
+        if not parts:
+            await asyncio.Event().wait()
+        return {"type": "http.request", "body": parts.pop(), "more_body": False}
+
+    async def send(message):
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    scope = {"type": "http", "headers": [(b"content-type", b"application/json")]}
+    asyncio.run(asyncio.wait_for(api_server._Endpoint(api)(scope, receive, send), 5))
+    assert api.active == 0
+    api.close()
 
 
 def test_empty_texts_fill_the_memory_of_answers_too(serve):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of answers, one right and one wrong text for each, and the packaged templates."""
 
+import jinja2
 import pytest
 
 from lora_rlhf.errors import DataError, UsageError
@@ -147,6 +148,12 @@ def test_a_template_of_ones_own(tmp_path):
 def test_a_template_cannot_run_programs(tmp_path, text):
     with pytest.raises(DataError, match=r"mine\.md"):
         own(tmp_path, text)
+
+
+def test_constants_of_a_refused_template_are_not_computed(tmp_path, monkeypatch):
+    monkeypatch.setattr(jinja2.Environment, "from_string", lambda *_: pytest.fail("compiled"))
+    with pytest.raises(DataError, match="uses mul"):
+        own(tmp_path, "{{ text }}{{ 'a' * 10 ** 9 }}")
 
 
 @pytest.mark.parametrize(
