@@ -121,7 +121,11 @@ class SqliteFile:
 
         def connected(raw: Any, _: Any) -> None:
             raw.isolation_level = None  # transactions begin where we say so
-            if not readonly:
+            if readonly:
+                return
+            [application] = raw.execute("PRAGMA application_id").fetchone()
+            [tables] = raw.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            if application == self.APPLICATION or not tables:  # others' files stay as they are
                 raw.execute("PRAGMA journal_mode=WAL")
 
         def begun(connection: Connection) -> None:

@@ -66,8 +66,10 @@ def test_another_file_is_refused(tmp_path):
     raw = sqlite3.connect(path)
     raw.executescript("CREATE TABLE tasks (id INTEGER); PRAGMA application_id = 1")
     raw.close()
+    before = path.read_bytes()
     with pytest.raises(SetupError, match="not made by lora-rlhf"):
         UsageStore(path).open()
+    assert path.read_bytes() == before
     with pytest.raises(UsageError, match="no store of uses here"):
         UsageStore(tmp_path / "none.sqlite").open(readonly=True)
     assert not (tmp_path / "none.sqlite").exists()
