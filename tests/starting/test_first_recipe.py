@@ -70,7 +70,7 @@ def test_demonstrations_only_end_with_sft(tmp_path):
 
 
 def test_a_dataset_of_the_hub(tmp_path, monkeypatch):
-    def load(name, config, split, revision):
+    def load(name, config, split, revision, data_dir):
         assert (name, split) == ("org/pairs", "train")
         return PAIRS
 
