@@ -71,6 +71,15 @@ def test_our_own_cards_have_none(tmp_path, role):
     assert faults(tmp_path, text) == []
 
 
+@pytest.mark.parametrize("index", ["x", "[x]", "3"])
+def test_metadata_of_another_form_are_a_fault(tmp_path, index):
+    text = f"---\nbase_model: 3\nmodel-index: {index}\n---\n# A\n"
+    (tmp_path / "README.md").write_text(text, encoding="utf-8")
+    faults = "\n".join(card_lint.lint(tmp_path))
+    assert "3: model-index is no list of mappings" in faults
+    assert "2: base_model 3 is no id on the Hub" in faults
+
+
 def test_a_file_that_cannot_be_read_is_one_error(tmp_path):
     with pytest.raises(UsageError, match="cannot be read"):
         card_lint.lint(tmp_path / "none.md")

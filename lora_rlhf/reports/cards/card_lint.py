@@ -68,19 +68,28 @@ def _metadata(text: str) -> Iterator[tuple[int, str]]:
         if not meta.get(key):
             yield 1, f"no {key}: without it {why}"
     bases = meta.get("base_model") or []
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in bases if isinstance(bases, list) else [bases]:
         if not _HUB_ID.fullmatch(str(base)) or str(base).startswith("."):
             yield line("base_model"), f"base_model {base!r} is no id on the Hub"
     if str(meta.get("license") or "") in ("license", "unknown", "None"):
         yield line("license"), f"license: {meta['license']} is a placeholder"
-    for model in meta.get("model-index") or []:
-        for result in (model or {}).get("results") or []:
+    index = meta.get("model-index")
+    if index and not _mappings(index):
+        yield line("model-index"), "model-index is no list of mappings"
+    for model in _mappings(index):
+        for result in _mappings(model.get("results")):
             yield from ((line("model-index"), what) for what in _metrics(result))
 
 
+def _mappings(given: Any) -> list[dict[str, Any]]:
+    listed = given if isinstance(given, list) else []
+    return [one for one in listed if isinstance(one, dict)]
+
+
 def _metrics(result: dict[str, Any]) -> Iterator[str]:
-    for metric in result.get("metrics") or []:
-        args, name = metric.get("args") or {}, metric.get("type")
+    for metric in _mappings(result.get("metrics")):
+        args, name = metric.get("args"), metric.get("type")
+        args = args if isinstance(args, dict) else {}
         if not is_number(metric.get("value")):
             yield f"the metric {name} has no number"
         elif not (is_number(args.get("low")) and is_number(args.get("high"))):
