@@ -46,6 +46,11 @@ def first_line(error: BaseException) -> str:
     return lines[0].strip() if lines else type(error).__name__
 
 
+def reason(error: BaseException) -> str:
+    """Return the reason why a file cannot be used, without its number and path if it has them."""
+    return getattr(error, "strerror", None) or first_line(error)
+
+
 class LoraRlhfError(Exception):
     """Base of all errors that a user can fix; the CLI prints them without a traceback.
 

@@ -429,7 +429,7 @@ def _do(
     wrong = [result for result in results if not result.passed]
     if wrong:
         raise ChecksError(
-            f"{len(wrong)} of {len(results)} answers fail a check after {options['tries']} tries",
+            f"answers that fail a check: {len(wrong)} of {len(results)}, tries: {options['tries']}",
             remedy="more --tries or --tokens, an easier --length or --format, or another model",
         )
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from lora_rlhf.errors import DataError
+from lora_rlhf.errors import DataError, reason
 from lora_rlhf.recipe.schema import COLUMNS, DataSource
 
 Row = tuple[str, dict[str, Any]]
@@ -131,7 +131,7 @@ def locate(path: str) -> Path:
             "this is a folder" if file.is_dir() else "there is no such file",
             where=str(file),
             expected=f"a file: {FORMATS}",
-            remedy=f"did you mean {close[0]}?" if close else "check data: in the recipe",
+            remedy=f"did you mean {close[0]}?" if close else "check the path",
         )
     return file
 
@@ -168,7 +168,7 @@ def whole_text(path: Path) -> str:
     try:
         return _decode(path, path.read_bytes())
     except OSError as error:
-        raise DataError(f"the file cannot be read: {error}", where=str(path)) from None
+        raise DataError(f"the file cannot be read: {reason(error)}", where=str(path)) from None
 
 
 def text_lines(path: Path) -> list[tuple[str, str]]:
@@ -201,7 +201,7 @@ def _file(path: Path, skips: Skips) -> list[Row]:
             raw, suffixes = _unpacked(path, raw), suffixes[:-1]
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError) as error:
         raise DataError(
-            f"the file cannot be read: {error}",
+            f"the file cannot be read: {reason(error)}",
             where=str(path),
             expected=FORMATS,
             remedy="check its permissions, and that it is complete",

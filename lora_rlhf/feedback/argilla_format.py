@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_rlhf.data import sources
-from lora_rlhf.errors import DataError, UsageError
+from lora_rlhf.errors import DataError, UsageError, reason
 from lora_rlhf.recipe.schema import DataSource
 from lora_rlhf.runs.disk import write_atomically
 
@@ -78,7 +78,7 @@ def _settings(path: Path, names: Names) -> tuple[str, dict[str, str]]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"the settings cannot be read: {error}", where=str(path)) from None
+        raise DataError(f"the settings cannot be read: {reason(error)}", where=str(path)) from None
     settings = mapping(str(path), "the file", settings)
     foreign.check_keys(str(path), "the settings", settings, _SETTINGS, names)
     types: dict[str, str] = {}

@@ -7,7 +7,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_rlhf.errors import UsageError
+from lora_rlhf.errors import UsageError, reason
 
 PACKAGED = Path(__file__).with_name("guidelines.md")
 """Our own text, as a starting point."""
@@ -43,7 +43,7 @@ def read(path: Path) -> Guidelines:
         else:
             problem = "the guidelines are empty"
     except (OSError, UnicodeDecodeError) as error:
-        problem = f"the guidelines cannot be read: {error}"
+        problem = f"the guidelines cannot be read: {reason(error)}"
     raise UsageError(
         problem,
         where=str(path),

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_rlhf.errors import AdapterError, UsageError
+from lora_rlhf.errors import AdapterError, UsageError, reason
 from lora_rlhf.recipe.schema import ModelSection
 from lora_rlhf.redaction import safe
 from lora_rlhf.runs.disk import sha256
@@ -178,6 +178,6 @@ def _read_json(path: Path) -> dict[str, Any]:
             raise ValueError(f"a JSON {type(content).__name__}")
     except (OSError, ValueError) as error:
         raise AdapterError(
-            f"cannot be read: {error}", where=str(path), expected="a JSON object"
+            f"cannot be read: {reason(error)}", where=str(path), expected="a JSON object"
         ) from None
     return content

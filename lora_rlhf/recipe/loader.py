@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from lora_rlhf.errors import RecipeError, UsageError, first_line
+from lora_rlhf.errors import RecipeError, UsageError, first_line, reason
 from lora_rlhf.redaction import hide
 
 from . import suggestions, trl_args
@@ -109,7 +109,7 @@ def load_section(model: type[S], path: Path, remedy: str) -> S:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the file cannot be read: {error}", where=str(path)) from error
+        raise UsageError(f"the file cannot be read: {reason(error)}", where=str(path)) from error
     data, lines = parse_yaml(text, str(path))
     try:
         return model.model_validate(data)

@@ -146,7 +146,7 @@ def parse_yaml(text: str, name: str) -> tuple[dict[str, Any], Lines]:
         raise RecipeError(
             f"not a mapping but a {type(data).__name__}",
             where=f"{name}:1",
-            expected="keys such as model: and data:",
+            expected="lines such as `key: value`",
         )
     return data, loader.lines
 

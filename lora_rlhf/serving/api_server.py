@@ -256,7 +256,10 @@ class Api:
             status = getattr(error, "status_code", 500)
             if status == 500:
                 self.say(_placed(error))
-            texts = {404: f"there is no {request.url.path:.100}", 405: "not with this method"}
+            texts = {
+                404: f"there is no {request.url.path:.100}",
+                405: f"{request.method} does nothing here",
+            }
             return _response(ApiError(status, texts.get(status, "the server failed")))
 
         handlers = dict.fromkeys((ApiError, 404, 405, Exception), failed)
@@ -314,7 +317,7 @@ class Api:
     async def body(self, request: Any) -> bytes:
         """Read a body, which must say that it is JSON: other sites' pages cannot without CORS."""
         if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
-            raise ApiError(415, "the content type is not application/json")
+            raise ApiError(415, "the content type is not `Content-Type: application/json`")
         raw, most = bytearray(), self.limits.body
         too_long = ApiError(413, f"the body has over {most:,} bytes", "body_too_large")
         if int(request.headers.get("content-length") or 0) > most:

@@ -212,7 +212,7 @@ class Chat(_Given):
                 raise ApiError(400, message, "invalid_value", "response_format")
             wanted.append(Constraint("json_schema", form.json_schema.schema_))
         if form.type == "json_object" or ours.json_object:
-            wanted.append(Constraint("json"))
+            wanted.append(Constraint("json_schema", {"type": "object"}))
         for schema in (ours.json_, self.guided_json):
             if schema is not None:
                 wanted.append(Constraint("json_schema", _schema(schema)))
@@ -259,6 +259,8 @@ def parse(raw: bytes, body: type[BaseModel] = Chat) -> Any:
     except (ValueError, RecursionError) as error:
         message = f"the body is not JSON in UTF-8: {ascii(first_line(error))[1:-1]}"
         raise ApiError(400, message, "invalid_json") from None
+    if not isinstance(given, dict):
+        raise ApiError(400, "the body is not a JSON object", "invalid_value")
     try:
         return body.model_validate(given)
     except ValidationError as error:
@@ -267,7 +269,7 @@ def parse(raw: bytes, body: type[BaseModel] = Chat) -> Any:
     if problem["type"] == "extra_forbidden":
         raise ApiError(400, f"unknown parameter {param!r}", "unknown_parameter", param)
     why = problem["msg"].removeprefix("Value error, ")
-    raise ApiError(400, f"{param or 'the body'}: {why}", "invalid_value", param or None)
+    raise ApiError(400, f"{param}: {why}", "invalid_value", param)
 
 
 # ------------------------------------------------------------------------------ answers
@@ -305,7 +307,8 @@ def chosen(index: int, choice: Choice | None, chunk: bool) -> dict[str, Any]:
     tokens = None if choice.logprobs is None else [*map(_token, choice.logprobs)]
     made["logprobs"] = None if tokens is None else {"content": tokens, "refusal": None}
     made["finish_reason"] = "length" if choice.finish_reason == "length" else "stop"
-    return made if choice.reward is None else {**made, "reward": choice.reward}
+    ours = {"reward": choice.reward, "valid": choice.valid}
+    return made | {name: value for name, value in ours.items() if value is not None}
 
 
 def piece(index: int, delta: Mapping[str, str]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from lora_rlhf import extras
 from lora_rlhf.data import sources
-from lora_rlhf.errors import DataError, first_line
+from lora_rlhf.errors import DataError, first_line, reason
 
 PASSAGE = 700
 """Characters of a passage, unless a paragraph's last sentence ends a little later."""
@@ -230,7 +230,7 @@ def _sections(path: Path) -> list[Section]:
             )
         return reader(path)
     except OSError as error:
-        raise DataError(f"the file cannot be read: {error}", where=str(path)) from None
+        raise DataError(f"the file cannot be read: {reason(error)}", where=str(path)) from None
 
 
 def _passages(file: str, sections: Sequence[Section]) -> Iterator[Passage]:

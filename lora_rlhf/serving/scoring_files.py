@@ -62,6 +62,8 @@ def score(
         UsageError: The run has no reward model.
         DataError: A line is not as it should be.
     """
+    if out is not None and Path(out).resolve() == Path(file).resolve():
+        raise UsageError(f"{out} is the file of answers", expected="another file to write")
     record = Record.read(run)
     stage = record.data["stages"].get("reward", {})
     if not record.done("reward") or "adapter_sha256" not in stage:

@@ -12,6 +12,7 @@ import contextlib
 import copy
 import functools
 import json
+import re
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -99,7 +100,8 @@ class Constraint:
             raise self._error(first_line(error)) from None
         wrong = matcher.validate_grammar(text, limits=_limits())
         if wrong and not wrong.startswith("WARNING"):
-            raise self._error(wrong[:300])
+            known = re.search("^error: (.+)", wrong, re.M)  # of a regex, below the grammar's lines
+            raise self._error(known[1] if known else wrong[:300])
         return str(text)
 
     def matcher(self, tokenizer: Any, vocabulary: int, eos: Sequence[int]) -> Matcher:
@@ -249,25 +251,33 @@ class Matcher:
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         mask = np.unpackbits(bits, bitorder="little")[: self._vocabulary].astype(bool)
+        self._sound()
+        return mask
+
+    def consume(self, token: int) -> None:
+        """Advance by a token that was allowed.
+
+        Raises:
+            UsageError: The form became too large to follow.
+        """
+        self._matcher.consume_token(token)
+        if self._keys is not None:
+            self._keys.feed(self._bytes([token]))
+        self._sound()  # a matcher that failed says that it stopped, as at the end of an answer
+
+    def _sound(self) -> None:
         if self._matcher.is_error():
             raise UsageError(
                 "the form of the answer cannot be followed: "
                 + first_line(ValueError(self._matcher.get_error())),
                 remedy="simplify the schema, the expression or the grammar",
             )
-        return mask
 
     def repeats(self, token: int) -> bool:
         """Tell if a token would end a key that its JSON object has already."""
         if self._keys is None:
             return False
         return not copy.deepcopy(self._keys).feed(self._bytes([token]))
-
-    def consume(self, token: int) -> None:
-        """Advance by a token that was allowed."""
-        self._matcher.consume_token(token)
-        if self._keys is not None:
-            self._keys.feed(self._bytes([token]))
 
     def within(self, token: int, left: int) -> int:
         """Return the token to take: another one where the rest would not fit `left` tokens.

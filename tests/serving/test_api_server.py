@@ -109,7 +109,7 @@ def test_the_official_client_streams(serve):
 @pytest.mark.parametrize(
     ("body", "kind"),
     [
-        ({"response_format": {"type": "json_object"}}, "json"),
+        ({"response_format": {"type": "json_object"}}, "json_schema"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}},
          "json_schema"),
         ({"structured_outputs": {"regex": "a+"}}, "regex"),
@@ -120,10 +120,11 @@ def test_the_official_client_streams(serve):
 )  # fmt: skip
 def test_constraints_reach_the_engine(serve, body, kind):
     made = serve()
-    made.chat.create(model="", messages=HELLO, extra_body={**body, "best_of": 2, "scored": True})
+    extra = {**body, "best_of": 2, "scored": True}
+    answer = made.chat.create(model="", messages=HELLO, extra_body=extra)
     request = made.engine.requests[0]
     assert (request.constraint.kind, request.best_of, request.scored) == (kind, 2, True)
-    assert uses(made)[0]["valid"] is True
+    assert answer.choices[0].valid is True and uses(made)[0]["valid"] is True
 
 
 @pytest.mark.parametrize(
@@ -176,10 +177,12 @@ def test_bodies_are_bounded_and_say_that_they_are_json(serve):
     assert post(url, content=stream, headers=json_type).status_code == 413
     assert post(url, content=b"{", headers=json_type).json()["error"]["code"] == "invalid_json"
     assert post(url, content=b"[" * 400, headers=json_type).status_code == 400
+    listed = post(url, content=b"[]", headers=json_type).json()["error"]["message"]
+    assert listed == "the body is not a JSON object"
     half = rb'{"messages": [{"role": "user", "content": "a \ud800"}]}'
     assert post(url, content=half, headers=json_type).json()["error"]["code"] == "invalid_json"
     assert made.web.get("/nothing").json()["error"]["message"] == "there is no /v1/nothing"
-    assert made.web.get(url).status_code == 405
+    assert made.web.get(url).json()["error"]["message"] == "GET does nothing here"
 
 
 def test_the_key_and_the_name_of_the_server(serve):

@@ -210,7 +210,7 @@ def test_a_failed_check_is_shown_and_gives_exit_code_6(command):
     code, out, err = command.call("rewrite", "a.txt", "--with", "run", "--length", "1 word")
     assert (code, out) == (6, "one two\n")
     assert err.count("a.txt: try") == 3 and "2 words, at most 1 word asked for" in err
-    assert "1 of 1 answers fail a check after 3 tries" in err
+    assert "answers that fail a check: 1 of 1, tries: 3" in err
 
 
 @pytest.mark.parametrize(

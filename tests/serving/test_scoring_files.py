@@ -56,6 +56,13 @@ def test_rewards_are_the_runs_and_ranks_follow_them(run, tmp_path):
     assert written == rows
 
 
+def test_the_file_of_answers_is_not_written_over(run, tmp_path):
+    path = write(tmp_path / "a.jsonl", ROWS)
+    with pytest.raises(UsageError, match="another file to write"):
+        lora_rlhf.score(run, path, out=tmp_path / "." / "a.jsonl")
+    assert [json.loads(line) for line in path.read_text().splitlines()] == ROWS
+
+
 def test_an_answer_that_is_too_long_gets_no_score_and_says_so(run, tmp_path):
     context = 2048
     rows = [{"prompt": "w5", "answers": ["w9 " * context, "w9"]}]
@@ -108,8 +115,8 @@ def test_a_bad_line_is_one_error_with_its_place(tmp_path, line, message):
 
 def test_an_empty_and_an_absent_file_are_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n")
-    for name in ("a.jsonl", "b.jsonl"):
-        with pytest.raises(DataError, match=r"no rows|cannot be read"):
+    for name, why in (("a.jsonl", "no rows"), ("b.jsonl", "read: No such file or directory$")):
+        with pytest.raises(DataError, match=why):
             list(scoring_files._read(str(tmp_path / name)))
 
 

@@ -146,6 +146,13 @@ def test_a_hostile_form_takes_a_bounded_time(kind, value, tokenizer):
     assert time.process_time() - start < 3
 
 
+def test_a_form_that_grows_too_large_is_an_error_and_no_end(tokenizer):
+    with pytest.raises(UsageError, match="cannot be followed: .*too many"):
+        walk(Constraint("regex", "(a{1000}){1000}"), tokenizer, 0)
+    with pytest.raises(UsageError, match="cannot be used: look-around, .* is not supported"):
+        Constraint("regex", "(?=a)b").matcher(tokenizer, len(tokenizer), [0])
+
+
 @pytest.mark.parametrize(
     ("schema", "text"),
     [

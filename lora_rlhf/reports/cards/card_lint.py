@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from lora_rlhf.errors import UsageError
+from lora_rlhf.errors import UsageError, reason
 from lora_rlhf.redaction import TOKENS
 
 from .card_markdown import is_number
@@ -41,7 +41,9 @@ def lint(path: str | Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {error}", expected="a model card") from None
+        raise UsageError(
+            f"{path} cannot be read: {reason(error)}", expected="a model card"
+        ) from None
     faults = [*_metadata(text), *_body(text, path.parent)]
     return [f"{path}:{line}: {what}" for line, what in sorted(faults)]
 
