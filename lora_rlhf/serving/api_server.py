@@ -62,7 +62,9 @@ _HEADERS = [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-sto
 _BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
 
-_DRAINING = ApiError(503, "the server is shutting down", "draining", retry=30)
+def _draining() -> ApiError:
+    """Make the error anew: one that was raised keeps its frames, and with them engine and texts."""
+    return ApiError(503, "the server is shutting down", "draining", retry=30)
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,7 @@ class _Guard:
             message = "the key is missing or wrong: send `Authorization: Bearer KEY`"
             raise ApiError(401, message, "invalid_api_key")
         if self.api.draining and request.url.path != "/metrics":
-            raise _DRAINING
+            raise _draining()
 
 
 def _response(error: ApiError) -> Any:
@@ -409,7 +411,7 @@ class _Endpoint:
         except requests.ClientDisconnect:
             answer.status = CLOSED
         except asyncio.CancelledError:  # a second signal, or the end of the time to drain
-            await answer.fail(_DRAINING, scope, receive)
+            await answer.fail(_draining(), scope, receive)
         except Exception as error:
             api.say(_placed(error))
             await answer.fail(ApiError(500, "the model failed", "engine"), scope, receive)
@@ -579,13 +581,13 @@ class _Answer:
                     handle.cancel()
             self.completion = handle.result(0)
         except CancelledError:  # of the engine, which is closed
-            raise _DRAINING from None
+            raise _draining() from None
         finally:
             handle.cancel()
             self.api.handles.discard(handle)
         cut = [i for i, c in enumerate(self.completion.choices) if c.finish_reason == "cancelled"]
         if {*cut} - self.blocked:
-            raise _DRAINING
+            raise _draining()
 
     def _keep(self, completion: Completion) -> None:
         assert self.model is not None and self.chat is not None

@@ -272,6 +272,14 @@ def test_a_client_that_does_not_read_holds_no_place(monkeypatch):
     api.close()
 
 
+def test_a_server_that_ended_keeps_nothing_of_its_requests(serve):
+    made = serve()
+    made.server.api.draining = True
+    assert error(made)[0] == 503
+    kept = [one for one in vars(api_server).values() if isinstance(one, Exception)]
+    assert not [one for one in kept if one.__traceback__ is not None]
+
+
 def test_empty_texts_fill_the_memory_of_answers_too(serve):
     api = serve().server.api
     for number in range(200):
