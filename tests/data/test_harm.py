@@ -50,6 +50,7 @@ def test_time_is_linear_in_the_text():
 
 
 @pytest.mark.data
+@pytest.mark.slow  # trains both detectors again
 def test_the_script_makes_the_packaged_parameters():
     folder = os.environ.get("LORA_RLHF_DATA")
     script = pytest.importorskip("train_harm_detector")

@@ -30,7 +30,7 @@ class Shapes:
 
 @pytest.fixture
 def shapes(monkeypatch):
-    monkeypatch.setattr(personal_data, "_loaded", lambda _: Shapes())
+    monkeypatch.setattr(personal_data, "loaded", lambda *_: Shapes())
 
 
 @pytest.mark.parametrize(

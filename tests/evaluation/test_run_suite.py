@@ -17,9 +17,9 @@ from lora_rlhf.evaluation import (
     prompt_sets,
     run_suite,
     suite,
-    targets,
 )
 from lora_rlhf.evaluation.engine import Engine, cost_of
+from lora_rlhf.hub import targets
 from lora_rlhf.recipe.schema import ModelSection
 
 SUITE = """version: 1
