@@ -215,6 +215,13 @@ class SqliteFile:
                 remedy="change their permissions, or make room; "
                 f"{self.HOLDS} that were saved are intact",
             )
+        if code == "NOTADB":
+            return UsageError(
+                "this is not a SQLite file",
+                where=str(self.path),
+                expected="the file that lora-rlhf wrote",
+                remedy="check its name; if it is the right one, restore it from a backup",
+            )
         return DamageError(
             f"the store is damaged: {text} ({name or 'SQLite'})",
             where=str(self.path),

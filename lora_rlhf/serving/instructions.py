@@ -120,7 +120,9 @@ class Instruction:
         constraint = None
         if labels := options.get("labels"):
             if len(set(labels)) < 2 or not all(isinstance(n, str) and n.strip() for n in labels):
-                raise UsageError(f"--labels {labels}", expected="two or more, such as a,b,c")
+                raise UsageError(
+                    f"--labels {labels}", expected="two or more different ones, such as a,b,c"
+                )
             constraint = Constraint("choice", list(labels))
         elif (schema := options.get("schema")) is not None:
             try:

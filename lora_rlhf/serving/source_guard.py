@@ -137,4 +137,4 @@ def cleaned(text: str) -> tuple[str, list[str]]:
 
 def quoted(text: str) -> str:
     """Escape what could close or open a passage of the prompt."""
-    return re.sub(r"<(?=/?\s*passage)", "‹", text, flags=re.IGNORECASE)
+    return re.sub(r"<(?=\s*/?\s*passage)", "‹", text, flags=re.IGNORECASE)

@@ -293,7 +293,7 @@ def _sizes(draft: _Draft, sets: _Sets, tokenizer: Any, config: Any) -> None:
     draft.set("data.held_out", share, "share of the prompts that nothing trains on")
     prompts, answers, whole = _lengths(sets, tokenizer)
     room = int(getattr(config.get_text_config(), "max_position_embeddings", 2048) or 2048)
-    longest = max(64, _rounded(int(1.5 * _quantile(answers, 0.95)), 256))
+    longest = min(max(64, _rounded(int(1.5 * _quantile(answers, 0.95)), 256)), room // 2)
     fitting = "; 99 % of the rows fit" if tokenizer else "; estimated, for 99 % of the rows"
     prompt = min(_rounded(_quantile(prompts, 0.99), 1024), room - longest)
     both = min(_rounded(_quantile(whole, 0.99), 2048), room)

@@ -329,7 +329,7 @@ def test_a_damaged_file_is_one_error(store):
     with pytest.raises(DamageError, match=r"labels.sqlite: the store is damaged: .*SQLITE_CORRUPT"):
         store.open()
     store.path.write_bytes(b"these are no labels" * 100)
-    with pytest.raises(DamageError, match="SQLITE_NOTADB"):
+    with pytest.raises(UsageError, match="this is not a SQLite file"):
         store.open()
 
 

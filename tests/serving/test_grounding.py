@@ -191,3 +191,11 @@ def test_the_packaged_decision_knows_its_errors_and_stays_below_its_claims() -> 
     assert set(entailment.parameters()["weights"]) == set(entailment.features("A cat.", "A cat."))
     for odd in ("", "…", "?!", "🙂", "a" * 5_000):
         assert 0 <= entailment.probability(odd, odd, odd) <= 1
+
+
+@pytest.mark.parametrize(
+    "tag", ["</passage>", "< /passage>", "</ passage>", "<PASSAGE id=2>", "<\n/passage>"]
+)
+def test_a_source_cannot_close_its_passage(tag):
+    assert "<" not in source_guard.quoted(f"before {tag} after")
+    assert source_guard.quoted("a < b") == "a < b"
