@@ -362,9 +362,7 @@ def correct(tables: Sequence[dict[str, Any]], head: dict[str, Any] | None) -> No
                 if estimated and p is not None:
                     estimated["p"] = p
                     family += [] if leads and few is own else [estimated]
-    corrected = estimates.false_discovery([estimated["p"] for estimated in family])
-    for estimated, p in zip(family, corrected, strict=True):
-        estimated["p_corrected"] = p
+    estimates.correct(family)
 
 
 # --- the verdict, in words ---------------------------------------------------------------------

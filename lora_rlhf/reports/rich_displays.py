@@ -17,6 +17,8 @@ from lora_rlhf.redaction import printable, safe
 from lora_rlhf.runs.progress import Progress
 from lora_rlhf.runs.record import Record
 
+from . import tables
+
 _SECONDS = 1.0
 """Least time between two updates of a cell, which the browser has to draw."""
 
@@ -49,8 +51,6 @@ def register(plan: str) -> None:
 
 def record_html(record: Record) -> str:
     """Return a run as HTML: its sentence, its table and its plots."""
-    from . import tables  # imports matplotlib's neighbours only when something is shown
-
     evaluation = record.data["evaluation"]
     parts = [f"<p><b>{_text(record.data.get('name', 'run'))}</b> in {_text(record.folder)}</p>"]
     if evaluation and record.done("evaluate"):
@@ -69,8 +69,6 @@ def record_html(record: Record) -> str:
 
 def comparison_html(report: Mapping[str, Any]) -> str:
     """Return a comparison of runs as HTML: its table, its differences and its notes."""
-    from . import tables
-
     header, rows = tables.rows({row["label"]: row["metrics"] for row in report["rows"]})
     lines = [*tables.differences(report["differences"]), *report["notes"]]
     return _table(header, rows) + "".join(f"<p>{_text(line)}</p>" for line in lines)
