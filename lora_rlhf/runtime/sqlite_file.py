@@ -217,7 +217,7 @@ class SqliteFile:
             )
         if code == "NOTADB":
             return UsageError(
-                "this is not a SQLite file",
+                "this is not a SQLite file, or its first bytes are damaged",
                 where=str(self.path),
                 expected="the file that lora-rlhf wrote",
                 remedy="check its name; if it is the right one, restore it from a backup",

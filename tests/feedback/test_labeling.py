@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import lora_rlhf
 from lora_rlhf.cli import app
-from lora_rlhf.errors import DamageError, UsageError
+from lora_rlhf.errors import UsageError
 from lora_rlhf.feedback import guidelines, label_files, labeling, project
 from lora_rlhf.feedback.label_server import Access
 
@@ -192,8 +192,10 @@ def test_guidelines_that_cannot_be_read_are_one_error(folder, content):
 def test_no_project_and_no_store_are_errors(tmp_path, folder):
     with pytest.raises(UsageError, match="there is no labelling project here"):
         project.load(tmp_path)
+    for ending in ("-wal", "-shm"):  # SQLite would read the first page from there
+        (folder / f"labels.sqlite{ending}").unlink(missing_ok=True)
     (folder / "labels.sqlite").write_bytes(b"x" * 5000)
-    with pytest.raises(DamageError, match=r"labels.sqlite: the store is damaged"):
+    with pytest.raises(UsageError, match=r"labels.sqlite: this is not a SQLite file, or"):
         sit(folder)
     (folder / "labels.sqlite").unlink()
     with pytest.raises(UsageError, match="there is no store of labels here"):
