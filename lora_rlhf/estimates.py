@@ -186,10 +186,16 @@ def share_interval(outcomes: ArrayLike, clusters: Sequence[Hashable]) -> Estimat
         return wilson(float(array.sum()), n)
     if count < 2:
         return _estimate(value, None, None, n)
-    half, t = (mean_interval(array, clusters)["high"] or 0.0) - value, t_quantile(count - 1)
+    return {**_score_interval(value, _effective_size(array, clusters)), "n": n}
+
+
+def _effective_size(outcomes: Floats, clusters: Sequence[Hashable]) -> float:
+    """The number of independent outcomes that tell as much as these of two or more clusters."""
+    n, count, value = outcomes.size, len(set(clusters)), float(outcomes.mean())
+    half, t = (mean_interval(outcomes, clusters)["high"] or 0.0) - value, t_quantile(count - 1)
     binomial = value * (1 - value) / n
     effect = max(1.0, (half / t) ** 2 / binomial) if binomial > 0 else n / count
-    return {**_score_interval(value, n / effect * (_Z / t) ** 2), "n": n}
+    return n / effect * (_Z / t) ** 2
 
 
 def mean_of_shares(values: ArrayLike) -> Estimate:
@@ -304,23 +310,37 @@ def _ratio_limit(limit: float, value: float, gain: Estimate, upper: bool) -> flo
     return (value * j + sign * math.sqrt(max(0.0, inside))) / (far * (2 * j - far))
 
 
-def quantile_interval(values: ArrayLike, share: float) -> Estimate:
+def quantile_interval(
+    values: ArrayLike, share: float, clusters: Sequence[Hashable] | None = None
+) -> Estimate:
     """A quantile of N numbers, linear between order statistics, with an interval of two of them.
 
     The interval needs no distribution: the number of values below the true quantile is binomial
-    (Conover 1999, section 3.2). Too few values for one of its ends: no interval.
+    (Conover 1999, section 3.2). Too few values for one of its ends: no interval. With clusters
+    (default: every value is its own) it is that of the effective number of values, of which the
+    share below the quantile is known as well (Woodruff 1952), if there are clusters enough.
     """
-    array = np.sort(_floats(values))
-    n, value = array.size, float(np.quantile(array, share))
+    given = _floats(values)
+    array, n, value = np.sort(given), given.size, float(np.quantile(given, share))
+    ranks, count = _ranks(n, share), n if clusters is None else len(set(clusters))
+    if ranks and clusters is not None and count < n:
+        size = _effective_size((given <= value).astype(np.float64), clusters) if count > 1 else 0.0
+        ranks = _ranks(count, share) and _ranks(int(size), share)
+        ranks = ranks and (ranks[0] * n // int(size), -(-ranks[1] * n // int(size)))
+    if not ranks:
+        return _estimate(value, None, None, n)
+    return _estimate(value, array[ranks[0] - 1], array[ranks[1]], n)
+
+
+def _ranks(n: int, share: float) -> tuple[int, int] | None:
+    """Numbers a, b: a quantile lies between the a-th smallest value and the one after the b-th."""
     k = np.arange(n + 1)
     logs = np.concatenate(([0.0], np.cumsum(np.log(np.arange(1, n + 1)))))
     masses = logs[n] - logs - logs[::-1] + k * math.log(share) + (n - k) * math.log1p(-share)
     below = np.cumsum(np.exp(masses))
     first = int(np.searchsorted(below, 0.025, side="right"))  # P(fewer than `first`) <= 0.025
     last = int(np.searchsorted(below, 0.975))  # P(`last` or fewer) >= 0.975
-    if first < 1 or last >= n:
-        return _estimate(value, None, None, n)
-    return _estimate(value, array[first - 1], array[last], n)
+    return (first, last) if first >= 1 and last < n else None
 
 
 def unpaired_difference(a: ArrayLike, b: ArrayLike) -> Estimate:

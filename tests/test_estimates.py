@@ -177,6 +177,23 @@ def test_the_interval_of_a_quantile_is_that_of_the_binomial_and_covers(n, share)
     assert_coverage([covers(one, truth) for one in made], 0.94, 0.99)
 
 
+def test_values_of_one_cluster_count_once_for_a_quantile():
+    def interval(values, clusters):
+        found = estimates.quantile_interval(values, 0.5, clusters)
+        return found["low"], found["high"]
+
+    rng = np.random.default_rng(0)
+    alone, names = rng.exponential(size=40), np.repeat(np.arange(40), 6).tolist()
+    assert interval(alone, [*range(40)]) == interval(alone, None)
+    low, high = interval(np.repeat(alone, 6), names)  # six times the same says no more
+    assert low <= interval(alone, None)[0] and high >= interval(alone, None)[1]
+    made = [np.repeat(rng.normal(size=40), 6) + 0.3 * rng.normal(size=240) for _ in range(300)]
+    found = [estimates.quantile_interval(one, 0.5, names) for one in made]
+    assert_coverage([covers(one, 0.0) for one in found], 0.93, 0.99)
+    few = estimates.quantile_interval(made[0], 0.95, names)  # 40 clusters, and 72 are needed
+    assert (few["low"], few["high"], few["n"]) == (None, None, 240)
+
+
 def test_few_values_have_no_interval_of_a_high_quantile():
     found = estimates.quantile_interval(range(71), 0.95)
     assert (found["value"], found["low"], found["high"]) == (66.5, None, None)

@@ -71,7 +71,12 @@ class Target:
 
 
 def parse(
-    texts: Sequence[str], *, base: str | None = None, load_in_4bit: bool = False, few_shot: int = 0
+    texts: Sequence[str],
+    *,
+    base: str | None = None,
+    load_in_4bit: bool = False,
+    few_shot: int = 0,
+    servers: bool = True,
 ) -> list[Target]:
     """Resolve what a user named to targets with unique names.
 
@@ -79,20 +84,31 @@ def parse(
         base: Base of the adapters whose config names none that can be loaded.
         load_in_4bit: Quantise models and bases that are no run's; a run has its own setting.
         few_shot: Examples before each prompt of a base without a chat template.
+        servers: Take URLs too; False where the weights are loaded.
 
     Raises:
         UsageError: A text names nothing that answers.
     """
     named: list[Target] = []
     for text in texts:
-        for target in _resolve(text, base, load_in_4bit):
+        if text.startswith(("http://", "https://")) and not servers:
+            raise UsageError(
+                f"{text} is a server, whose weights cannot be loaded", expected=_expected(servers)
+            )
+        for target in _resolve(text, base, load_in_4bit, servers):
             if target.kind == "model" and few_shot:
                 target = dataclasses.replace(target, few_shot=few_shot)
             name = apart(target.name, [one.name for one in named])
             named.append(dataclasses.replace(target, name=name))
     if not named:
-        raise UsageError("nothing is named", expected="a run, a model, an adapter or a URL")
+        raise UsageError("nothing is named", expected=_expected(servers))
     return named
+
+
+def _expected(servers: bool) -> str:
+    kinds = ["a run directory or RUN:policy", "a model or adapter folder", "a Hub id"]
+    kinds += ["the URL of a chat-completions server"] * servers
+    return f"{', '.join(kinds[:-1])} or {kinds[-1]}"
 
 
 def apart(name: str, taken: Sequence[str]) -> str:
@@ -101,7 +117,7 @@ def apart(name: str, taken: Sequence[str]) -> str:
     return next(one for one in itertools.chain([name], numbered) if one not in taken)
 
 
-def _resolve(text: str, base: str | None, load_in_4bit: bool) -> list[Target]:
+def _resolve(text: str, base: str | None, load_in_4bit: bool, servers: bool) -> list[Target]:
     if text.startswith(("http://", "https://")):
         return [Target(text.partition("#")[2] or text, "url", url=text)]
     folder, _, model = text.rpartition(":")
@@ -119,8 +135,7 @@ def _resolve(text: str, base: str | None, load_in_4bit: bool) -> list[Target]:
     if path.exists() or text.count("/") != 1:
         raise UsageError(
             f"{text} is no run, model or adapter",
-            expected="a run directory or RUN:policy, a model or adapter folder, a Hub id, or the "
-            "URL of a chat-completions server",
+            expected=_expected(servers),
             remedy="check the name; `lora-rlhf run RECIPE` makes a run directory",
         )
     return [_on_hub(text, base, load_in_4bit)]

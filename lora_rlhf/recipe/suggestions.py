@@ -9,6 +9,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
+from lora_rlhf.errors import UsageError
+
 from .schema import Recipe
 from .strict_yaml import Key
 
@@ -93,6 +95,20 @@ def nearest(given: str, known: Collection[str]) -> str:
     """Return ": did you mean ...?" for an unknown word; empty if none is near."""
     close = difflib.get_close_matches(given, sorted(known), n=1, cutoff=0.6)
     return f": did you mean {close[0]}?" if close else ""
+
+
+def check_names(given: Collection[str], known: Collection[str], of: str) -> None:
+    """Check the names of options that Python passes on.
+
+    Raises:
+        UsageError: One is unknown.
+    """
+    for name in given:
+        if name not in known:
+            raise UsageError(
+                f"{of} has no option {name!r}{nearest(name, known)}",
+                expected=", ".join(sorted(known)),
+            )
 
 
 def _everywhere(args: Args) -> Iterator[tuple[str, ...]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import json
 import math
 import os
 import secrets
@@ -57,6 +58,8 @@ CLOSED = 499
 _BODY_SECONDS = 30.0  # for a client to send its request, or to read an error
 _KEPT = 10_000_000  # characters of answers that may still get a thumb
 _OBJECT = 300  # bytes that an empty text takes with what holds it
+_UNWRITTEN = 1_000  # requests that wait for the usage store; with their prompts
+_REFUSED_BODY_SECONDS = 1.0  # for the body of a request that gets 429, to learn its model
 _THREADS = 8  # that read prompts, compile grammars and moderate
 _HEADERS = [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store")]
 _BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
@@ -237,7 +240,8 @@ class Api:
         self.draining, self.active, self.mean_seconds = False, 0, 1.0
         self.handles: set[Handle] = set()
         self.pool = ThreadPoolExecutor(_THREADS, "api")
-        self._writer = ThreadPoolExecutor(1, "usage")
+        self._writer, self._room = ThreadPoolExecutor(1, "usage"), threading.Semaphore(_UNWRITTEN)
+        self.unrecorded = 0
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
         self._size = 0
 
@@ -316,22 +320,29 @@ class Api:
         """Call a function that takes time in another thread."""
         return await asyncio.get_running_loop().run_in_executor(self.pool, call, *args)
 
-    async def body(self, request: Any) -> bytes:
+    def model_of(self, body: bytes) -> Model | None:
+        """Return the model that a refused body asks for; None if it names none that is here."""
+        try:
+            return self.named(str(json.loads(body).get("model", "")))
+        except (ValueError, RecursionError, AttributeError, ApiError):
+            return None
+
+    async def body(self, request: Any, seconds: float | None = None) -> bytes:
         """Read a body, which must say that it is JSON: other sites' pages cannot without CORS."""
         if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
             raise ApiError(415, "the content type is not `Content-Type: application/json`")
-        raw, most = bytearray(), self.limits.body
+        raw, most, seconds = bytearray(), self.limits.body, seconds or _BODY_SECONDS
         too_long = ApiError(413, f"the body has over {most:,} bytes", "body_too_large")
         if int(request.headers.get("content-length") or 0) > most:
             raise too_long
         try:
-            async with asyncio.timeout(_BODY_SECONDS):
+            async with asyncio.timeout(seconds):
                 async for part in request.stream():
                     raw += part
                     if len(raw) > most:
                         raise too_long
         except TimeoutError:
-            raise ApiError(408, f"the body did not come within {_BODY_SECONDS:g} s") from None
+            raise ApiError(408, f"the body did not come within {seconds:g} s") from None
         return bytes(raw)
 
     def fitted(self, wanted: Request) -> Request:
@@ -369,15 +380,27 @@ class Api:
         self.metrics.count(use)
         if use.completion_tokens:
             self.mean_seconds += 0.1 * (use.seconds - self.mean_seconds)
-        if self.store is not None:
+        if self.store is None:
+            return
+        if self._room.acquire(blocking=False):
             self._writer.submit(self._write, use)
+        else:  # the disk hangs, or is far too slow
+            self._lost(f"the usage store is behind by {_UNWRITTEN:,} requests, and misses some")
 
     def _write(self, use: Use) -> None:
         try:
             self.store.record(use)  # type: ignore[union-attr]
         except LoraRlhfError as error:
-            self.metrics.lost.inc()
-            self.say(first_line(error))
+            self._lost(first_line(error))
+        finally:
+            self._room.release()
+
+    def _lost(self, why: str) -> None:
+        """Count a request that is not stored; tell the first one, and at the end their number."""
+        self.unrecorded += 1
+        self.metrics.lost.inc()
+        if self.unrecorded == 1:
+            self.say(why)
 
     def close(self) -> None:
         """Cancel what is running, and wait for the last writes."""
@@ -385,6 +408,8 @@ class Api:
             handle.cancel()
         self.pool.shutdown(cancel_futures=True)
         self._writer.shutdown()
+        if self.unrecorded:
+            self.say(f"requests that the usage store misses: {self.unrecorded:,}")
 
 
 class _Endpoint:
@@ -395,16 +420,16 @@ class _Endpoint:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         api, answer = self.api, _Answer(self.api, send)
-        if api.active >= api.limits.queue:
-            retry = max(1, math.ceil(api.mean_seconds))
-            error = ApiError(429, f"{api.active} requests are in work", "queue_full", retry=retry)
-            answer.status = 429
-            api.record(answer.use())
-            await _response(error)(scope, receive, send)
-            return
-        api.active += 1
+        request, raw, full = requests.Request(scope, receive), b"", api.active >= api.limits.queue
+        api.active += not full
         try:
-            answer.chat = protocol.parse(await api.body(requests.Request(scope, receive)))
+            if full:
+                with contextlib.suppress(ApiError):
+                    raw = await api.body(request, _REFUSED_BODY_SECONDS)
+                retry = max(1, math.ceil(api.mean_seconds))
+                raise ApiError(429, f"{api.active} requests are in work", "queue_full", retry=retry)
+            raw = await api.body(request)
+            answer.chat = protocol.parse(raw)
             await _unless_closed(answer.run(), receive)
         except ApiError as error:
             await answer.fail(error, scope, receive)
@@ -416,7 +441,8 @@ class _Endpoint:
             api.say(_placed(error))
             await answer.fail(ApiError(500, "the model failed", "engine"), scope, receive)
         finally:
-            api.active -= 1
+            api.active -= not full
+            answer.model = answer.model or api.model_of(raw)
             api.record(answer.use())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import html
 import importlib
+import inspect
 import json
 import sys
 from collections.abc import Generator, Sequence
@@ -531,6 +532,8 @@ def chat(
     """
     if not targets:
         raise UsageError("no run, adapter or model is named")
+    known = inspect.signature(Chat).parameters.keys() - {"engine"}
+    suggestions.check_names(settings, known, "chat")
     places, named = list(targets), ""
     if len(places) == 1:  # all models of the run, of which this one answers first
         places[0], named = instructions.split_target(places[0])

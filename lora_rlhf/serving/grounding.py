@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 from lora_rlhf.data import abstention
 from lora_rlhf.data.sources import excerpt
 from lora_rlhf.errors import UsageError
+from lora_rlhf.recipe import suggestions
 
 from . import entailment, output_checks, source_guard
 from .retrieval import Embed, Index, Passage, read
@@ -223,7 +224,10 @@ def ground(
         options: Fields of `inference.Request`, such as `seed`, `temperature` and `max_tokens`.
     """
     from . import instructions, usage_store
+    from .inference import Request
 
+    known = {"history", *(one.name for one in fields(Request))} - {"messages"}
+    suggestions.check_names(options, known, "ground")
     opened = sources if isinstance(sources, Grounding) else Grounding.open(sources, unsupported)
     model = ""
     engines: contextlib.AbstractContextManager[Any] = contextlib.nullcontext(run)

@@ -277,7 +277,8 @@ class InferenceEngine:
         Raises:
             UsageError: A name is unknown, or they have several bases.
         """
-        named = targets.parse(list(map(str, targets_)), base=base, load_in_4bit=load_in_4bit)
+        texts = list(map(str, targets_))
+        named = targets.parse(texts, base=base, load_in_4bit=load_in_4bit, servers=False)
         records = {t.run: Record.read(t.run) for t in named if t.run is not None}
         sections = [_section(target, records) for target in named]
         places = {(loading.local_folder(s) or s.id, s.load_in_4bit) for s in sections}
@@ -594,12 +595,8 @@ def _rank(choice: Choice) -> tuple[bool, float]:
 
 def _section(target: targets.Target, records: dict[Path, Record]) -> ModelSection:
     """Return a target's base; a run's at the precision of its training."""
-    if target.base is None:
-        raise UsageError(
-            f"{target.name} is a server, and nothing of it can be loaded",
-            expected="a run, RUN:policy, an adapter folder, a model folder or a Hub id",
-        )
     if target.run is None:
+        assert target.base is not None
         return target.base
     record = records[target.run]
     return record.model_section(record.recipe())

@@ -12,12 +12,13 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lora_rlhf.data import answer_format, sources
 from lora_rlhf.errors import DataError, UsageError, first_line
+from lora_rlhf.recipe import suggestions
 
 from . import instruction_templates, output_checks, usage_store
 from .inference import Completion, Handle, InferenceEngine, Request
@@ -417,7 +418,12 @@ def make(
         schema: A JSON schema, or its file.
         examples: Pairs of a text and its answer, or a file of them.
         settings: The other fields of Instruction.
+
+    Raises:
+        UsageError: An option is unknown, or cannot be used.
     """
+    known = {one.name for one in fields(Instruction) if one.init} - {"options"}
+    suggestions.check_names(settings, known | {*OPTIONS}, "do")
     if isinstance(labels, str):
         labels = [label.strip() for label in labels.split(",") if label.strip()]
     if isinstance(schema, str | Path):

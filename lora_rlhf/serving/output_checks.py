@@ -45,6 +45,8 @@ _SURE = 0.6
 
 _QUOTED = re.compile(r'"([^"\n]+)"|“([^”\n]+)”|„([^“”\n]+)[“”]|«([^»\n]+)»')
 _ELLIPSIS = re.compile(r"\s*(?:\.\.\.|…|\[…\]|\[\.\.\.\])\s*")
+_LEFT_OUT = 200
+"""Characters that the ellipses of one quotation may stand for together: a long sentence."""
 _SENTENCE = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s|$)")
 _BULLET = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+")
 
@@ -222,24 +224,33 @@ def missing_quotes(answer: str, source: str) -> list[str]:
     """Return the quotations of an answer that are not in the source, word for word.
 
     White space, the form of quotation marks and dashes, the case of the first letter and a final
-    punctuation mark may differ; an ellipsis stands for any text between two parts.
+    punctuation mark may differ; an ellipsis stands for at most a long sentence.
     """
     quotes = [next(filter(None, groups)) for groups in _QUOTED.findall(_prose(answer))]
     return [quote for quote in quotes if not stands_in(quote, source)]
 
 
 def stands_in(quote: str, source: str) -> bool:
-    """Tell whether the parts of a quotation stand in a text, whole words in this order."""
-    place, whole = 0, normalised(source)
-    for part in filter(None, map(normalised, _ELLIPSIS.split(quote))):
-        part = part.strip(" .,;:!?") or part
-        first = f"[{re.escape(part[0].lower() + part[0].upper())}]" if part[0].isalpha() else ""
-        pattern = first + re.escape(part[1:]) if first else re.escape(part)
-        match = re.compile(rf"(?<!\w){pattern}(?!\w)").search(whole, place)
-        if match is None:
-            return False
-        place = match.end()
-    return place > 0
+    """Tell whether a quotation's parts stand near each other in a text, whole words in order."""
+    parts = [part.strip(" .,;:!?") or part for part in map(normalised, _ELLIPSIS.split(quote))]
+    patterns = [_whole_words(part) for part in parts if part]
+    whole, room = normalised(source), sum(map(len, parts)) + len(parts) + _LEFT_OUT
+    for first in patterns[0].finditer(whole) if patterns else ():
+        place, limit = first.end(), first.start() + room
+        for pattern in patterns[1:]:
+            match = pattern.search(whole, place, limit + 1)
+            if match is None or match.end() > limit:
+                break
+            place = match.end()
+        else:
+            return True
+    return False
+
+
+def _whole_words(part: str) -> re.Pattern[str]:
+    first = f"[{re.escape(part[0].lower() + part[0].upper())}]" if part[0].isalpha() else ""
+    pattern = first + re.escape(part[1:]) if first else re.escape(part)
+    return re.compile(rf"(?<!\w){pattern}(?!\w)")
 
 
 def _quotes(answer: str, _: Any, source: str) -> str:

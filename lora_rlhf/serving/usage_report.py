@@ -85,7 +85,7 @@ def _group(name: str, rows: list[Row]) -> dict[str, Any]:
         else:
             for share in (0.5, 0.95):
                 title = f"{metric}, p{100 * share:.0f}"
-                metrics[title] = estimates.quantile_interval(values, share)
+                metrics[title] = estimates.quantile_interval(values, share, prompts)
     return {
         "name": name,
         "model": rows[0]["model"],

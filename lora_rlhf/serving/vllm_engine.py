@@ -172,12 +172,12 @@ def prepare(
     Raises:
         UsageError: There are several bases, or there is no adapter, or one that vLLM cannot serve.
     """
-    named = targets.parse(list(map(str, names)), base=base)
+    named = targets.parse(list(map(str, names)), base=base, servers=False)
     sections = [target.base for target in named if target.base is not None]
     places = {str(loading.local_folder(section) or section.id) for section in sections}
     if len(places) != 1 or any(section.load_in_4bit for section in sections):
         raise UsageError(
-            f"vLLM serves one base, not in 4-bit; given: {', '.join(sorted(places)) or 'servers'}",
+            f"vLLM serves one base, not in 4-bit; given: {', '.join(sorted(places))}",
             expected="runs and adapters of one base that was not trained in 4-bit",
         )
     served = []

@@ -17,7 +17,8 @@ from lora_rlhf.evaluation.suite import SetSection, Suite
 from lora_rlhf.hub import targets
 from lora_rlhf.runs import samples
 from lora_rlhf.runs.record import Record
-from lora_rlhf.serving import loaded_run
+from lora_rlhf.serving import loaded_run, vllm_engine
+from lora_rlhf.serving.inference import InferenceEngine
 
 SUITE = Suite(name="little", temperature=1.0, seed=5, max_new_tokens=8,
               sets=[SetSection(name="x", format="plain")])  # fmt: skip
@@ -60,6 +61,21 @@ def test_what_is_no_target_is_refused(tmp_path, run):
     for text in (str(tmp_path), "nowhere", str(tmp_path / "x" / "y")):
         with pytest.raises(UsageError, match="no run, model or adapter"):
             targets.parse([text])
+
+
+def test_a_server_is_offered_only_where_one_is_accepted(tmp_path):
+    for given, match in (
+        (["http://x/v1"], "cannot be loaded"),
+        ([str(tmp_path)], "no run"),
+        ([], "nothing is named"),
+    ):
+        with pytest.raises(UsageError, match=match) as refused:
+            targets.parse(given, servers=False)
+        assert "expected: a run" in str(refused.value)
+        assert "URL" not in str(refused.value) and "a Hub id" in str(refused.value)
+    for load in (InferenceEngine.load, vllm_engine.prepare):
+        with pytest.raises(UsageError, match="cannot be loaded"):
+            load(["http://127.0.0.1:1/v1"])
 
 
 def test_answers_are_those_of_the_runs_roles(engine, run):

@@ -241,6 +241,34 @@ def test_a_full_queue_is_429_and_a_slow_answer_503(serve):
     assert [use["status"] for use in uses(made)] == [429, 503, 503]
 
 
+def test_a_request_that_is_refused_counts_for_the_model_asked_for(serve):
+    made = serve()
+    bodies = [{"model": "base", "n": "x"}, {"model": "gpt"}, {"n": 0}, [1]]
+    for queue in (64, 0):
+        made.server.api.limits = Limits(queue=queue)
+        for body in bodies:
+            made.web.post("/chat/completions", json=body)
+    kept = sorted((use["status"], use["model"]) for use in uses(made))
+    assert kept == [(status, n) for status in (400, 429) for n in ("", "", "base", "policy")]
+
+
+def test_uses_that_the_store_cannot_take_are_counted_and_told(serve, monkeypatch):
+    monkeypatch.setattr(api_server, "_UNWRITTEN", 2)
+    made, hangs = serve(), threading.Event()
+    record = made.server.api.store.record
+    monkeypatch.setattr(made.server.api.store, "record", lambda use: hangs.wait(30) and record(use))
+    for _ in range(5):
+        made.chat.create(model="", messages=HELLO)
+    url = f"{made.server.address}metrics"
+    wait(lambda: "lora_rlhf_unrecorded_total 3.0" in made.web.get(url).text)
+    hangs.set()
+    assert len(uses(made)) == 2
+    assert made.notes == [
+        "the usage store is behind by 2 requests, and misses some",
+        "requests that the usage store misses: 3",
+    ]
+
+
 def test_an_engine_that_is_full_is_429(serve):
     made = serve()
 

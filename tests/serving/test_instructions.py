@@ -140,6 +140,23 @@ def test_options_that_cannot_be_used(verb, options, match):
         instructions.make(verb, **options)
 
 
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (
+            lambda x: lora_rlhf.do("rewrite", TEXT, run=x, lenght=3),
+            r"'lenght': did you mean length",
+        ),
+        (lambda x: lora_rlhf.do("rewrite", TEXT, run=x, wanted={}), "do has no option 'wanted'"),
+        (lambda x: lora_rlhf.ground("Who?", x, run=x, max_new_tokens=3), "did you mean max_tokens"),
+        (lambda x: lora_rlhf.chat(x, temprature=1), "did you mean temperature"),
+    ],
+)
+def test_an_unknown_option_in_python_is_named_before_anything_is_read(call, match):
+    with pytest.raises(UsageError, match=match):
+        call("no/such/run")
+
+
 def test_a_long_text_is_refused_or_done_in_parts():
     words = "\n\n".join(f"Paragraph {i} has some words in it." for i in range(12))
     engine = ScriptedEngine(lambda r: "It has words.", context=110)

@@ -63,6 +63,18 @@ def test_each_check(asked, right, wrong):
     assert failed(wrong, **asked) == list(asked)
 
 
+def test_an_ellipsis_is_bounded():
+    apart = f"The pump is safe. {'More of the manual. ' * 12}Near water, call the fire brigade."
+    assert output_checks.stands_in("The pump is ... of the manual", apart)
+    for quote in ("The pump is safe ... call the fire brigade", "pump … manual … fire brigade"):
+        assert failed(f'It says "{quote}".', apart, quotes=True) == ["quotes"]
+        assert failed(f"- {quote}", apart, in_source=True) == ["in_source"]
+    late = f"{apart} {apart} The pump is safe if you call the fire brigade."
+    assert output_checks.stands_in("The pump is safe ... call the fire brigade", late)
+    for none in ("...", "", "The pump ... fire brig"):
+        assert not output_checks.stands_in(none, late)
+
+
 def test_language():
     pytest.importorskip("py3langid")
     assert failed(GERMAN, to="German") == failed(GERMAN, to="de") == []

@@ -55,9 +55,10 @@ def test_numbers_of_each_version(path):
         "n": 1,
     }
     assert numbers["seconds, p50"]["value"] == pytest.approx(1.995)
-    assert (
-        numbers["seconds, p95"]["low"] < numbers["seconds, p95"]["value"] == pytest.approx(2.4405)
-    )
+    low, high = (numbers["seconds, p50"][key] for key in ("low", "high"))
+    assert high - low > 0.2  # 20 prompts, not 100 requests
+    p95 = numbers["seconds, p95"]  # 20 prompts do not show a p95's upper limit
+    assert p95["value"] == pytest.approx(2.4405) and (p95["low"], p95["high"]) == (None, None)
     assert "tasks completed" not in numbers
 
 
