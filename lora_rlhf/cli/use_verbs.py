@@ -313,6 +313,7 @@ def _do_verb(
     long: Long = "refuse",
     out: NewOut = None,
     as_json: Json = False,
+    moderation: ModerationFile = "off",
     usage: UsageFile = Path("lora-rlhf-usage.sqlite"),
     no_usage: NoUsage = False,
 ) -> None:
@@ -333,7 +334,7 @@ def _do_verb(
         "template": template, "tone": tone, "format": format, "length": length, "to": to,
         "labels": labels, "schema": schema, "question": question, "examples": examples,
         "tries": tries, "seed": seed, "temperature": temperature, "max_tokens": tokens,
-        "best_of": best_of, "long": long,
+        "best_of": best_of, "long": long, "moderation": moderation,
     }  # fmt: skip
     store = None if no_usage else usage
     if sources:
@@ -342,6 +343,7 @@ def _do_verb(
         _do(verb, files or [], run, options, store, out, as_json)
 
 
+_GROUND_OPTIONS = ("question", "seed", "temperature", "max_tokens", "moderation")
 _DO = "lora-rlhf do summarize report.txt --with runs/mine"
 
 
@@ -356,7 +358,7 @@ def _ground(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    kept = {key: options.pop(key) for key in ("question", "seed", "temperature", "max_tokens")}
+    kept = {key: options.pop(key) for key in _GROUND_OPTIONS}
     usual = {"tries": 3, "best_of": 1, "long": "refuse"}
     other = [f"--{k}" for k, v in options.items() if v != usual.get(k)]
     if verb != "answer" or files or other or not kept["question"]:
@@ -364,7 +366,7 @@ def _ground(
         raise UsageError(
             f"--sources with {given}" if given else "--sources without --question",
             expected="lora-rlhf do answer --question TEXT --sources DIR --with RUN; --seed, "
-            "--temperature and --tokens are allowed too",
+            "--temperature, --tokens and --moderation are allowed too",
         )
     if out is not None and out.exists():
         raise UsageError(f"{out} exists", remedy="choose another --out")
@@ -376,6 +378,8 @@ def _ground(
         usage=usage,
         **{key: value for key, value in kept.items() if value is not None},
     )
+    if made.blocked:
+        raise ChecksError(made.blocked)
     text = json.dumps(made.to_dict(), ensure_ascii=False) if as_json else made.shown()
     if out is None:
         shell.echo(text)
@@ -407,10 +411,14 @@ def _do(
     room = shell.room("serving.instructions")
 
     def failed(index: int, attempt: int, result: Any) -> None:
-        shell.echo(f"{files[index]}: try {attempt}: {'; '.join(result.problems)}", err=True)
+        tried = f"try {attempt}: " if attempt else ""
+        shell.echo(f"{files[index]}: {tried}{'; '.join(result.problems)}", err=True)
 
     results = room.do(verb, texts, run=run, usage=usage, failed=failed, **options)
     names = [str(file) for file in files]
+    for name, result in zip(names, results, strict=True):
+        for warning in result.warnings:
+            shell.echo(f"{name}: warning: {warning}", err=True)
     if as_json:
         rows = ({"file": n, **r.record()} for n, r in zip(names, results, strict=True))
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

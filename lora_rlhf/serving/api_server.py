@@ -814,12 +814,9 @@ def serve(
         moderation_log: File for its decisions, as JSON Lines.
     """
     access = Access(host, port, key)
-    guard = None
-    if moderation != "off":
-        from .moderation import Moderation
+    from .moderation import Moderation
 
-        policy = None if moderation == "default" else Path(moderation)
-        guard = Moderation.load(policy, moderation_log)
+    guard = Moderation.opened(moderation, moderation_log)
     limits = limits or Limits()
     engine = InferenceEngine.load(
         targets, base=base, load_in_4bit=load_in_4bit, max_waiting=limits.queue

@@ -537,9 +537,7 @@ def chat(
     places, named = list(targets), ""
     if len(places) == 1:  # all models of the run, of which this one answers first
         places[0], named = instructions.split_target(places[0])
-    gate = None
-    if moderation not in (None, "off"):
-        gate = Moderation.load(None if moderation == "default" else Path(moderation))
+    gate = Moderation.opened(moderation)
     engine = InferenceEngine.load(places, base=base, load_in_4bit=load_in_4bit, sharing=False)
     try:
         store = None if usage is None else usage_store.opened(Path(usage))

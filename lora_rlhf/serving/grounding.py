@@ -71,6 +71,7 @@ class Grounded:
     refused: bool = False
     written: str = ""  # by the model, before the check
     completion: Any = None
+    blocked: str = ""  # why moderation blocked the question or the answer
 
     @property
     def unsupported(self) -> list[Sentence]:
@@ -209,6 +210,7 @@ def ground(
     run: Any,
     unsupported: Policy = "mark",
     usage: str | Path | None = None,
+    moderation: str | Path | None = "off",
     **options: Any,
 ) -> Grounded:
     """Answer a question from documents with a trained run; see `answer`.
@@ -221,38 +223,48 @@ def ground(
         run: A run, an adapter or a model, perhaps with `:model`; or an InferenceEngine.
         unsupported: Sentences without support are marked, dropped, or the answer is refused.
         usage: File of the usage store; None: nothing is recorded.
+        moderation: `off`, `default`, or the file of a policy; see `blocked` of the result.
         options: Fields of `inference.Request`, such as `seed`, `temperature` and `max_tokens`.
     """
     from . import instructions, usage_store
     from .inference import Request
+    from .moderation import Moderation
 
     known = {"history", *(one.name for one in fields(Request))} - {"messages"}
     suggestions.check_names(options, known, "ground")
     opened = sources if isinstance(sources, Grounding) else Grounding.open(sources, unsupported)
-    model = ""
+    gate, model = Moderation.opened(moderation), ""
     engines: contextlib.AbstractContextManager[Any] = contextlib.nullcontext(run)
     if isinstance(run, str | Path):
         target, model = instructions.split_target(run)
         engines = instructions.loaded(target)
     with engines as engine:
-        made = answer(engine, question, opened, **{"model": model, **options})
-        if usage is not None and (done := made.completion) is not None:
+        if gate and (asked := gate.check(question, "prompt")).action == "block":
+            made = _blocked("question", asked.reason)
+        else:
+            made = answer(engine, question, opened, **{"model": model, **options})
+            if gate and (given := gate.check(made.text, "answer", question)).action == "block":
+                made = replace(_blocked("answer", given.reason), completion=made.completion)
+        if usage is not None and (made.completion is not None or made.blocked):
+            done = made.completion
+            name = done.model if done else options.get("model") or model or engine.default
+            spent = ("prompt_tokens", "completion_tokens", "queue_s", "first_token_s", "seconds")
             use = usage_store.Use(
                 id=usage_store.new_id(),
                 kind="do",
-                model=done.model,
-                version=engine.models[done.model].adapter,
-                status=200,
-                prompt_tokens=done.prompt_tokens,
-                completion_tokens=done.completion_tokens,
-                queue_s=done.queue_s,
-                first_token_s=done.first_token_s,
-                seconds=done.seconds,
+                model=name,
+                version=engine.models[name].adapter,
+                blocked=bool(made.blocked),
+                **({key: getattr(done, key) for key in spent} if done else {}),
                 completed=not made.unsupported,
             )
             with usage_store.UsageStore(Path(usage)) as store:
                 store.record(use)
     return made
+
+
+def _blocked(what: str, reason: str) -> Grounded:
+    return Grounded("", (), (), refused=True, blocked=f"the {what} is blocked: {reason}")
 
 
 _CITE = re.compile(r"\s*[\[(](?:passages? )?(\d{1,3}(?:\s*[,;&]\s*\d{1,3})*)[\])]", re.IGNORECASE)

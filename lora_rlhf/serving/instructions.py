@@ -23,12 +23,14 @@ from lora_rlhf.recipe import suggestions
 from . import instruction_templates, output_checks, usage_store
 from .inference import Completion, Handle, InferenceEngine, Request
 from .instruction_templates import OPTIONS, Template
+from .moderation import Moderation
 from .output_checks import Check, Length
 from .structured import Constraint
 
 RETRY_TEMPERATURE = 0.7
 """Of tries after the first one, which is greedy, unless a temperature is given."""
 
+_MODERATION = "moderation"
 _AT_ONCE = 64  # requests in the engine, which lets 256 wait
 
 Long = Literal["refuse", "split"]
@@ -41,6 +43,7 @@ class Result:
     """The best attempt at an instruction, with its checks.
 
     Attributes:
+        text: Empty if moderation blocked the text or its answer.
         tries: Attempts that were made; tokens and seconds are of all of them.
         parts: Parts in which a long text was done; 1: in one.
     """
@@ -68,6 +71,11 @@ class Result:
     def problems(self) -> list[str]:
         """One sentence for each check that failed."""
         return [f"{c.name}: {c.problem}" for c in self.checks if c.passed is False]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What moderation warns of; the answer is given all the same."""
+        return [c.problem for c in self.checks if c.name == _MODERATION and c.passed]
 
     def __str__(self) -> str:
         return self.text
@@ -133,6 +141,8 @@ class Instruction:
             constraint = Constraint("json_schema", schema)
         elif form == "json":
             constraint = Constraint("json", None)
+        elif form == "bullets":
+            constraint = _bullets(options.get("length"))
         object.__setattr__(self, "options", options)
         object.__setattr__(self, "wanted", wanted)
         object.__setattr__(self, "constraint", constraint)
@@ -148,6 +158,15 @@ class Instruction:
         for given, answer in self.examples:
             turns += _turn("user", self.template.fill(given, **shown)), _turn("assistant", answer)
         return (*turns, _turn("user", self.template.fill(text, **shown)))
+
+
+def _bullets(length: Length | None) -> Constraint:
+    """The form of lines that begin with "- ", as many as the length asks for."""
+    line, low, high = r"- [^\s-][^\n]*", 1, None
+    if length is not None and length.unit == "bullets":
+        low, high = max(1, length.low), length.high
+    more = f"{low - 1},{'' if high is None else high - 1}"
+    return Constraint("regex", rf"{line}(\n{line}){{{more}}}")
 
 
 def _turn(role: str, content: str) -> dict[str, str]:
@@ -168,25 +187,41 @@ def carry_out(
     texts: Sequence[str],
     *,
     usage: usage_store.UsageStore | None = None,
+    moderation: Moderation | None = None,
     failed: Failed = _ignore,
 ) -> list[Result]:
     """Apply an instruction to texts: all at once, then those that failed a check again.
 
+    A text that moderation blocks is not given to the model; an answer that it blocks has failed.
+
     Raises:
         UsageError: A text does not fit the context, or an option cannot be used.
     """
-    parts = [_parts(engine, instruction, text) for text in texts]
+    best: dict[int, Result] = {}
+    warned: dict[int, list[Check]] = {}
+    for i, text in enumerate(texts if moderation else ()):
+        turns = instruction.messages(text)
+        warned[i] = _moderated(moderation, turns[-1]["content"])
+        if any(not check.passed for check in warned[i]):
+            best[i] = _unanswered(engine, instruction, warned[i])
+            failed(i, 0, best[i])
+            if usage is not None:
+                _keep(usage, engine, instruction, best[i], turns)
+    pending = [i for i in range(len(texts)) if i not in best]
+    parts = {i: _parts(engine, instruction, texts[i]) for i in pending}
     merged = list(texts)
-    for i, cut in enumerate(parts):
+    for i, cut in parts.items():
         if len(cut) > 1:
             merged[i] = _reduced(engine, instruction, cut)
-    best: dict[int, Result] = {}
-    pending = list(range(len(texts)))
     for attempt in range(instruction.tries):
         requests = [_request(engine, instruction, merged[i], attempt) for i in pending]
         done = _completions(engine, requests)
         for i, request, completion in zip(list(pending), requests, done, strict=True):
             result = _result(instruction, texts[i], completion, request, attempt, len(parts[i]))
+            checks = _moderated(moderation, result.text, request.messages[-1]["content"])
+            if any(not check.passed for check in checks):
+                result = replace(result, text="")
+            result = replace(result, checks=[*result.checks, *warned.get(i, ()), *checks])
             before = best.get(i, result)
             spent = {
                 name: getattr(result, name) + (getattr(before, name) if attempt else 0)
@@ -199,10 +234,27 @@ def carry_out(
             else:
                 failed(i, attempt + 1, result)
             if usage is not None and (result.passed or attempt + 1 == instruction.tries):
-                _keep(usage, engine, instruction, best[i], request)
+                _keep(usage, engine, instruction, best[i], request.messages)
         if not pending:
             break
     return [best[i] for i in range(len(texts))]
+
+
+def _moderated(moderation: Moderation | None, text: str, prompt: str | None = None) -> list[Check]:
+    """Return the check of a prompt, or of the answer to one, that moderation blocks or warns of."""
+    if moderation is None:
+        return []
+    where: Literal["prompt", "answer"] = "prompt" if prompt is None else "answer"
+    decision = moderation.check(text, where, prompt or "")
+    done = {"block": "is blocked", "warn": "is doubtful"}.get(decision.action)
+    why = f"the {where} {done}: {decision.reason}"
+    return [Check(_MODERATION, decision.action == "warn", why)] if done else []
+
+
+def _unanswered(engine: InferenceEngine, instruction: Instruction, checks: list[Check]) -> Result:
+    model, template = instruction.model or engine.default, instruction.template
+    made = Result("", checks, 0, model, template.name, template.sha256, instruction.seed)
+    return replace(made, completion_id=usage_store.new_id())
 
 
 def _completions(engine: InferenceEngine, requests: Iterable[Request]) -> Iterator[Completion]:
@@ -275,7 +327,7 @@ def _keep(
     engine: InferenceEngine,
     instruction: Instruction,
     result: Result,
-    request: Request,
+    turns: Sequence[dict[str, str]],
 ) -> None:
     form = [c.passed for c in result.checks if c.name in ("schema", "labels", "format")]
     usage.record(
@@ -287,9 +339,10 @@ def _keep(
             prompt_tokens=result.prompt_tokens,
             completion_tokens=result.completion_tokens,
             seconds=result.seconds,
+            blocked=any(c.name == _MODERATION and not c.passed for c in result.checks),
             valid=all(form) if form and instruction.constraint else None,
             completed=result.passed,
-            prompt=request.messages,
+            prompt=turns,
         )
     )
 
@@ -446,6 +499,7 @@ def do(
     *,
     run: Any,
     usage: str | Path | None = None,
+    moderation: str | Path | None = "off",
     failed: Failed = _ignore,
     **options: Any,
 ) -> Any:
@@ -456,6 +510,7 @@ def do(
     Args:
         run: A run, an adapter or a model, perhaps with `:model`; or an InferenceEngine.
         usage: File of the usage store; None: nothing is recorded.
+        moderation: `off`, `default`, or the file of a policy.
         options: Those of `instructions.make`: template, tone, format, length, to, labels, schema,
             question, examples, model, tries, seed, temperature, max_tokens, best_of, long.
 
@@ -468,10 +523,10 @@ def do(
         target, named = split_target(run)
         model = model or named
     instruction = make(verb, model=model, **options)
-    texts = [text] if isinstance(text, str) else list(text)
+    gate, texts = Moderation.opened(moderation), [text] if isinstance(text, str) else list(text)
     store = nullcontext() if usage is None else usage_store.UsageStore(Path(usage))
     with loaded(target) as engine, store as kept:
-        results = carry_out(engine, instruction, texts, usage=kept, failed=failed)
+        results = carry_out(engine, instruction, texts, usage=kept, moderation=gate, failed=failed)
     return results[0] if isinstance(text, str) else results
 
 

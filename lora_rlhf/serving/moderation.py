@@ -152,6 +152,15 @@ class Moderation:
         remedy = f"correct the policy; {POLICY.name} of the package is an example (docs/use.md)"
         return cls(load_section(Policy, Path(path or POLICY), remedy), log)
 
+    @classmethod
+    def opened(
+        cls, policy: str | Path | None, log: Path | Callable[[dict[str, Any]], None] | None = None
+    ) -> Moderation | None:
+        """Load a policy file, or the packaged one for `default`; None for `off`."""
+        if policy in (None, "off"):
+            return None
+        return cls.load(None if policy == "default" else Path(str(policy)), log)
+
     def check(self, text: str, where: Where, prompt: str = "") -> Decision:
         """Decide on a text, and log the decision; whatever goes wrong blocks.
 

@@ -25,6 +25,8 @@ PASSAGE = 700
 """Characters of a passage, unless a paragraph's last sentence ends a little later."""
 
 MOST_FILES, MOST_BYTES = 10_000, 50_000_000
+MOST_PAGES, MOST_CHARACTERS = 2_000, 50_000_000
+"""Pages of one PDF, and characters of all texts together: a small file can hold very many."""
 _RANK = 60.0  # Cormack et al. 2009, reciprocal rank fusion
 
 Embed = Callable[[Sequence[str]], Any]
@@ -152,19 +154,30 @@ def _html(path: Path) -> list[Section]:
 
 def _pdf(path: Path) -> list[Section]:
     pypdf = extras.load("pypdf", f"reading {path.name}", "ground")
+    made: list[Section] = []
+    start = 0
     try:
-        pages = [page.extract_text() for page in pypdf.PdfReader(path).pages]
+        for number, page in enumerate(pypdf.PdfReader(path).pages, 1):
+            if number > MOST_PAGES or start > MOST_CHARACTERS:
+                raise _too_much(path, f"{MOST_PAGES:,} pages of a PDF" * (number > MOST_PAGES))
+            made.append((f"page {number}", start, page.extract_text()))
+            start += len(made[-1][2])
+    except DataError:
+        raise
     except Exception as error:  # a broken or an encrypted file raises anything
         raise DataError(
             f"the PDF cannot be read: {first_line(error)}",
             where=str(path),
             expected="a complete PDF without a password",
         ) from None
-    made, start = [], 0
-    for number, text in enumerate(pages, 1):
-        made.append((f"page {number}", start, text))
-        start += len(text)
     return made
+
+
+def _too_much(path: Path, most: str = "") -> DataError:
+    most = most or f"{MOST_CHARACTERS:,} characters of text in all sources"
+    return DataError(
+        "more than can be read", where=str(path), expected=most, remedy="give fewer or split them"
+    )
 
 
 READERS: dict[str, Callable[[Path], list[Section]]] = {
@@ -203,6 +216,7 @@ def read(given: str | Path | Sequence[str | Path]) -> list[Passage]:
     """
     paths = [Path(one) for one in ([given] if isinstance(given, str | Path) else given)]
     made: list[Passage] = []
+    characters = 0
     for top in paths:
         files = _files(top)
         if len(files) > MOST_FILES:
@@ -211,7 +225,11 @@ def read(given: str | Path | Sequence[str | Path]) -> list[Passage]:
             )
         for path in files:
             name = path.name if path == top else path.relative_to(top).as_posix()
-            made += _passages(name, _sections(path))
+            sections = _sections(path)
+            characters += sum(len(text) for _, _, text in sections)
+            if characters > MOST_CHARACTERS:
+                raise _too_much(path)
+            made += _passages(name, sections)
     if not made:
         raise DataError(
             "the sources hold no text",

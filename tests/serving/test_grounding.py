@@ -1,5 +1,7 @@
 """Answers from sources: citations, the check of sentences, policies, instructions in sources."""
 
+import functools
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +13,7 @@ from lora_rlhf.cli import app
 from lora_rlhf.errors import UsageError
 from lora_rlhf.serving import entailment, grounding, source_guard
 from lora_rlhf.serving.grounding import MARK, NOT_FOUND, REFUSED, Grounding, answer
+from lora_rlhf.serving.moderation import Decision, Moderation
 from lora_rlhf.serving.usage_store import UsageStore
 
 NOTES = (
@@ -114,6 +117,28 @@ def test_ground_records_numbers_of_use(notes: Path, tmp_path: Path) -> None:
         [use] = kept.uses()
     assert (use["kind"], use["version"], use["completion_tokens"]) == ("do", "f00", 4)
     assert not use["completed"]
+
+
+def test_what_moderation_blocks_is_not_asked_or_not_shown(
+    notes: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def check(text: str, where: str, prompt: str = "") -> Decision:
+        return Decision("block" if "1999" in text else "allow", "years", 1.0, 0.5, "words")
+
+    gate = SimpleNamespace(check=check)
+    monkeypatch.setattr(Moderation, "opened", lambda *_: gate)
+    engine: Any = Parrot("It was built in 1999.")
+    engine.models, engine.default = {"policy": SimpleNamespace(adapter="f00")}, "policy"
+    store = tmp_path / "use.sqlite"
+    asked = functools.partial(grounding.ground, sources=notes, run=engine, moderation="default")
+    made = asked("When was the boiler built?")
+    assert made.blocked.startswith("the answer is blocked: years")
+    assert made.refused and "1999" not in json.dumps(made.to_dict())
+    before = len(engine.seen)
+    assert "the question is blocked" in asked("Was the boiler built in 1999?", usage=store).blocked
+    assert len(engine.seen) == before
+    with UsageStore(store) as kept:
+        assert [(use["model"], use["blocked"]) for use in kept.uses()] == [("policy", True)]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 """Instructions: what the model is asked, checks that fail and are tried again, long texts."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ import lora_rlhf
 from lora_rlhf.cli import app
 from lora_rlhf.errors import DataError, UsageError
 from lora_rlhf.serving import instructions
+from lora_rlhf.serving.moderation import Decision
 from lora_rlhf.serving.usage_store import UsageStore
 
 TEXT = "The river rose on Monday. The bridge was closed for a week, and then it opened again."
@@ -93,6 +95,45 @@ def test_labels_and_schemas_constrain_the_answer():
     invented = do("extract", engine, schema=SCHEMA, tries=1)
     assert invented.problems == ["in_source: not in the text: Friday"]
     do("answer", says('{"a": 1}'), question="When?", format="json")
+
+
+def test_bullets_constrain_the_answer():
+    engine = says("- one\n- two")
+    for options, wrong in (
+        ({}, "one\n- two"),
+        ({"length": "2 bullets"}, "- one"),
+        ({"length": "1-2 bullets"}, "- a\n- b\n- c"),
+    ):
+        assert do("rewrite", engine, format="bullets", **options).passed
+        constraint = engine.requests[-1].constraint
+        assert constraint.kind == "regex" and constraint.grammar
+        assert re.fullmatch(constraint.value, "- one\n- two")
+        assert not re.fullmatch(constraint.value, wrong)
+
+
+class Gate:
+    """A moderation that blocks `bad` and warns of `odd`."""
+
+    def check(self, text, where, prompt=""):
+        action = "block" if "bad" in text else "warn" if "odd" in text else "allow"
+        return Decision(action, "rude", 0.9, 0.5, "words")
+
+
+def test_moderation_of_texts_and_answers(monkeypatch, tmp_path):
+    monkeypatch.setattr(instructions.Moderation, "load", lambda *_: Gate())
+    engine, path = says("this is bad", "fine", "a bad one"), tmp_path / "u.sqlite"
+    options = {"moderation": "default", "usage": path, "tries": 2}
+    blocked, odd = do("rewrite", engine, ["a bad text", "an odd text"], **options)
+    assert (blocked.text, blocked.tries, blocked.passed) == ("", 0, False)
+    assert "the prompt is blocked: rude" in blocked.problems[0]
+    assert (odd.text, odd.tries, odd.passed) == ("fine", 2, True)
+    assert ["the prompt is doubtful: rude" in one for one in odd.warnings] == [True]
+    assert "bad text" not in str(engine.requests)
+    [never] = do("rewrite", engine, ["a text"], **options)
+    assert never.text == "" and "the answer is blocked: rude" in never.problems[0]
+    with UsageStore(path) as store:
+        assert [use["blocked"] for use in store.uses()] == [True, False, True]
+    assert do("rewrite", engine, "a bad text").text == "a bad one"  # off
 
 
 def test_an_answer_that_is_cut_off_is_not_whole():
@@ -242,6 +283,17 @@ def test_a_failed_check_is_shown_and_gives_exit_code_6(command):
 def test_what_the_command_refuses(command, args, match):
     code, out, err = command.call(*args)
     assert code in (2, 3) and not out and match in err
+
+
+def test_moderation_by_the_command(command, monkeypatch, tmp_path):
+    monkeypatch.setattr(instructions.Moderation, "load", lambda *_: Gate())
+    (tmp_path / "a.txt").write_text("a bad text")
+    (tmp_path / "b.txt").write_text("an odd text")
+    asked = ("rewrite", "--moderation", "default", "--with", "run", "--no-usage")
+    code, out, err = command.call(*asked, "b.txt")
+    assert (code, out) == (0, "one two\n") and "b.txt: warning: the prompt is doubtful" in err
+    code, out, err = command.call(*asked, "a.txt")
+    assert (code, out) == (6, "\n") and "a.txt: moderation: the prompt is blocked" in err
 
 
 def test_show_prints_a_template_to_copy(command, tmp_path):

@@ -1,6 +1,7 @@
 """Documents of each kind, cut in passages that keep their place, and found again."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -87,6 +88,22 @@ def test_a_pdf_is_read_by_pages_and_a_broken_one_is_named(tmp_path: Path) -> Non
     ]
     path.write_bytes(b"%PDF-1.4 not one")
     with pytest.raises(DataError, match="manual.pdf"):
+        read(path)
+
+
+def test_texts_are_bounded_in_all_and_pdfs_in_pages(tmp_path: Path, monkeypatch: Any) -> None:
+    path = tmp_path / "manual.pdf"
+    path.write_bytes(pdf("The tank holds 40 litres.", "The lamp is green.", "It hums."))
+    written(tmp_path, "notes.txt", "x" * 30)
+    monkeypatch.setattr(retrieval, "MOST_CHARACTERS", 80)
+    with pytest.raises(DataError, match=r"notes.txt(.|\n)*80 characters of text in all sources"):
+        read(tmp_path)
+    monkeypatch.setattr(retrieval, "MOST_CHARACTERS", 20)  # not one page more is read
+    with pytest.raises(DataError, match=r"manual.pdf(.|\n)*20 characters"):
+        retrieval._sections(path)
+    monkeypatch.setattr(retrieval, "MOST_PAGES", 2)
+    monkeypatch.setattr(retrieval, "MOST_CHARACTERS", 1_000)
+    with pytest.raises(DataError, match=r"manual.pdf(.|\n)*2 pages of a PDF"):
         read(path)
 
 
