@@ -239,12 +239,12 @@ def ground(
         target, model = instructions.split_target(run)
         engines = instructions.loaded(target)
     with engines as engine:
-        if gate and (asked := gate.check(question, "prompt")).action == "block":
-            made = _blocked("question", asked.reason)
+        if gate and (before := gate.check(question, "prompt")).action == "block":
+            made = _blocked("question", before.reason)
         else:
             made = answer(engine, question, opened, **{"model": model, **options})
-            if gate and (given := gate.check(made.text, "answer", question)).action == "block":
-                made = replace(_blocked("answer", given.reason), completion=made.completion)
+            if gate and (after := gate.check(made.text, "answer", question)).action == "block":
+                made = replace(_blocked("answer", after.reason), completion=made.completion)
         if usage is not None and (made.completion is not None or made.blocked):
             done = made.completion
             name = done.model if done else options.get("model") or model or engine.default

@@ -74,7 +74,7 @@ class Result:
 
     @property
     def warnings(self) -> list[str]:
-        """What moderation warns of; the answer is given all the same."""
+        """Reasons of moderation for a warning; the answer is given all the same."""
         return [c.problem for c in self.checks if c.name == _MODERATION and c.passed]
 
     def __str__(self) -> str:
