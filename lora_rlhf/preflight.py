@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from lora_rlhf.algorithms import best_of_n
+from lora_rlhf.algorithms import best_of_n, vllm_rollouts
 from lora_rlhf.algorithms import trainer_configs as configs
 from lora_rlhf.errors import RecipeError
 from lora_rlhf.recipe import trl_args
@@ -17,13 +17,23 @@ from lora_rlhf.training import trl_config
 
 
 def check_launch(recipe: Recipe, stages: Collection[str]) -> None:
-    """Reject several processes, and pushes of adapters that the run does not train.
+    """Reject several processes, pushes of adapters that are not trained, a missing rollout server.
 
     Raises:
-        SetupError: A variable of the environment asks for several processes or another engine.
-        RecipeError: `hub:` names a repository for an adapter that is not trained.
+        SetupError: A variable of the environment asks for several processes or another engine, or
+            the rollout server does not answer.
+        RecipeError: `hub:` names a repository for an adapter that is not trained, or an algorithm
+            other than PPO has a rollout server.
+        UsageError: The rollout server was started for another recipe.
     """
     environment.settle()
+    if (server := recipe.ppo.rollout_server) and recipe.algorithm in stages:
+        if recipe.algorithm != "ppo":
+            raise RecipeError(
+                f"ppo.rollout_server is set, but {ALGORITHMS[recipe.algorithm]} samples here",
+                remedy="leave it out, or use algorithm: ppo",
+            )
+        vllm_rollouts.RolloutServer(server).check(recipe)
     trained = {"best_of_n": set(), "ppo": {"policy", "value"}}.get(recipe.algorithm, {"policy"})
     trained -= {"value"} if recipe.ppo.value == "head" else set()
     for role in ("policy", "value") if "card" in stages else ():

@@ -27,6 +27,7 @@ from lora_rlhf.recipe.schema import PpoSection
 from lora_rlhf.runtime import oom
 
 from . import identities
+from .vllm_rollouts import RolloutServer
 
 PARITY = 1e-4
 """Largest difference in nats, at any token, up to which the sampler's numbers are reused."""
@@ -48,6 +49,9 @@ class Scorer:
         say: Reports to the user why something is not reused.
         trunk: Whether passes start from kept trunk states; decided on the first rollout.
         trusted: Whether the sampler's log-probs and states are reused; decided there too.
+        server: Samples instead of this process, if there is one; its log-probs are never reused.
+        server_difference: Of the last rollout: the largest |server's log-prob - trainer's|, in half
+            precision the mean.
     """
 
     backbone: Backbone
@@ -58,6 +62,8 @@ class Scorer:
     say: Callable[[str], None]
     trunk: bool | None = None
     trusted: bool | None = None
+    server: RolloutServer | None = None
+    server_difference: float = 0.0
     episodes: list[Episode] = field(default_factory=list)
     states: list[Tensor] | None = None
     _sampled: list[Sampled] | None = None
@@ -65,6 +71,8 @@ class Scorer:
     def __post_init__(self) -> None:
         if trunk.depth(self.backbone) == 0 or self.ppo.trunk_states == "off":
             self.trunk = False
+        if self.ppo.rollout_server:
+            self.server, self.trusted = RolloutServer(self.ppo.rollout_server), False
 
     def state_dict(self) -> dict[str, bool | None]:
         """Return the decisions of the first rollout."""
@@ -72,10 +80,21 @@ class Scorer:
 
     def load_state_dict(self, state: dict[str, bool | None]) -> None:
         """Restore what `state_dict` returned."""
-        self.trunk, self.trusted = state["trunk"], state["trusted"]
+        self.trunk = state["trunk"]
+        # A continued run may have a server now, or none any more.
+        self.trusted = False if self.server is not None else state["trusted"]
 
     def sample(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
         """Sample completions of the active role; keeps log-probs and states for `begin`."""
+        if self.server is not None:
+            self.server.send(self.backbone)
+            self._sampled = self.server.sample(
+                self.backbone,
+                prompts,
+                max_new_tokens=max_new_tokens,
+                temperature=self.temperature,
+            )
+            return [sampled.ids for sampled in self._sampled]
         self._sampled = sampler.sample(
             self.backbone,
             prompts,
@@ -126,6 +145,8 @@ class Scorer:
             logprobs = scoring.episode_logprobs(
                 self.backbone, self.episodes, "policy", size, self.temperature, self.states
             )
+        if self.server is not None and self._sampled is not None:
+            self._check_server(self._sampled, logprobs)
         reference = scoring.episode_logprobs(
             self.backbone, self.episodes, "reference", size, self.temperature, self.states
         )
@@ -151,6 +172,18 @@ class Scorer:
         with self.backbone.role("policy"):
             scoring.for_each_batch(self.backbone, self.episodes, size, self.states, visit)
         return logprobs, values
+
+    def _check_server(self, sampled: list[Sampled], logprobs: list[Tensor]) -> None:
+        """Compare every log-prob of the server with the trainer's.
+
+        Raises:
+            IdentityError: They differ: the server has another adapter, base or temperature.
+        """
+        drawn = [s.logprobs[-len(row) :] for s, row in zip(sampled, logprobs, strict=True)]
+        gap = (torch.cat(drawn) - torch.cat(logprobs).cpu()).abs()
+        dtype = self.backbone.causal.dtype
+        self.server_difference = identities.sampler_is_the_policy(gap, dtype)
+        self.identities.setdefault("sampler_difference", self.server_difference)
 
     def _trunk_pass(self) -> list[Tensor]:
         """Compute every episode's trunk states, (L, H) each."""

@@ -14,7 +14,7 @@ import typer
 from lora_rlhf.errors import ChecksError, UsageError
 
 from . import shell
-from .command_group import Json, RunPath, command
+from .command_group import Json, RecipePath, RunPath, Set, command
 
 
 @command("generate")
@@ -141,6 +141,28 @@ def _serve_vllm(
         )
     server = shell.room("serving.vllm_engine")
     made = server.serve(targets, server.Access(*at), base=base)
+    for line in made.lines():
+        shell.echo(line)
+    made.run()
+
+
+@command("rollout-server")
+def _rollout_server_verb(
+    path: RecipePath,
+    overrides: Set = None,
+    host: Annotated[str, typer.Option(help="Other than 127.0.0.1: with a key only.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 8001,
+) -> None:
+    """Sample PPO's rollouts with vLLM on this GPU, for a run on another GPU or machine.
+
+    LORA_RLHF_VLLM names the Python that has vLLM. The key is LORA_RLHF_ROLLOUT_KEY, or a new one
+    that is printed.
+    """
+    from lora_rlhf.recipe.loader import load_recipe
+
+    recipe = load_recipe(path, overrides)
+    server = shell.room("serving.rollout_server")
+    made = server.serve(recipe, server.access(host, port))
     for line in made.lines():
         shell.echo(line)
     made.run()

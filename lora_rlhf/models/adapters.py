@@ -54,23 +54,12 @@ def save_role(backbone: Backbone, role: str, folder: str | Path) -> Path:
         AdapterError: The number of tensors does not fit the adapter's shape.
     """
     folder = Path(folder)
-    tensors = {name: p.detach().cpu().contiguous() for name, p in backbone.role_parameters(role)}
-    if bad := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
-        raise NonFiniteError(
-            f"{role}: {len(bad)} tensors hold NaN or infinity, the first is {bad[0]}",
-            remedy="a broken adapter is never saved; lower the learning rate",
-        )
-    names = [name for name, _ in backbone.causal.named_parameters() if ".lora_" in name]
-    adapted = {name.rsplit(".lora_", 1)[0] for name in names}
-    expected = 2 * len(adapted) + sum("lora_" not in name for name in tensors)
-    if len(tensors) != expected:
-        raise AdapterError(f"{role} has {len(tensors)} tensors", expected=f"{expected}")
+    weights = _weights(backbone, role)
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         # `save_file` would make a file that only its owner may read.
-        weights = save(tensors, metadata={"format": "pt"})
         (temporary / "adapter_model.safetensors").write_bytes(weights)
         _config(backbone, role).save_pretrained(str(temporary))
         backbone.tokenizer.save_pretrained(str(temporary))
@@ -86,6 +75,37 @@ def save_role(backbone: Backbone, role: str, folder: str | Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     temporary.replace(folder)
     return folder
+
+
+def _weights(backbone: Backbone, role: str) -> bytes:
+    """Return the content of adapter_model.safetensors."""
+    tensors = {name: p.detach().cpu().contiguous() for name, p in backbone.role_parameters(role)}
+    if bad := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
+        raise NonFiniteError(
+            f"{role}: {len(bad)} tensors hold NaN or infinity, the first is {bad[0]}",
+            remedy="a broken adapter is never saved; lower the learning rate",
+        )
+    names = [name for name, _ in backbone.causal.named_parameters() if ".lora_" in name]
+    adapted = {name.rsplit(".lora_", 1)[0] for name in names}
+    expected = 2 * len(adapted) + sum("lora_" not in name for name in tensors)
+    if len(tensors) != expected:
+        raise AdapterError(f"{role} has {len(tensors)} tensors", expected=f"{expected}")
+    return save(tensors, metadata={"format": "pt"})
+
+
+def as_files(backbone: Backbone, role: str) -> dict[str, bytes]:
+    """Return PEFT's two files of a role as name -> content, for another process.
+
+    Raises:
+        NonFiniteError: A tensor holds NaN or infinity.
+        AdapterError: The number of tensors does not fit the adapter's shape.
+    """
+    config = _config(backbone, role).to_dict()
+    text = json.dumps(config, default=sorted, sort_keys=True)
+    return {
+        "adapter_config.json": text.encode(),
+        "adapter_model.safetensors": _weights(backbone, role),
+    }
 
 
 def _config(backbone: Backbone, role: str) -> Any:

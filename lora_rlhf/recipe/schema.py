@@ -34,6 +34,7 @@ Rules = Iterator[tuple[str, *tuple[str, ...]]]
 """(message, keys) of each broken rule. Keys are dotted and relative to the section; the error
 points to the first that the recipe has."""
 
+_ADDRESS = re.compile(r"https?://[^\s/?#@]+/?")
 
 SEEDS = 2**32 - 1000
 """Seeds must be below this: NumPy's end at 2**32, and each role adds an offset."""
@@ -501,9 +502,20 @@ class PpoSection(StageSection):
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay of a moving average of the policy's adapter, which becomes the result (0.992 in
     2203.02155)."""
+    rollout_server: str | None = None
+    """Address of `lora-rlhf rollout-server` on another GPU or machine, where vLLM samples the
+    rollouts."""
     watch: Literal["off", "warn", "raise_kl", "stop", "best"] = "warn"
     """On signs of over-optimisation: warn; double kl_coef; stop; or stop and return to the policy
     with the best held-out reward."""
+
+    @field_validator("rollout_server")
+    @classmethod
+    def _check_server(cls, given: str | None) -> str | None:
+        """Accept http and https addresses without user, password or query."""
+        if given is not None and not _ADDRESS.fullmatch(given):
+            raise ValueError("expected an address such as http://127.0.0.1:8000")
+        return given
 
     @field_validator("reward")
     @classmethod

@@ -17,7 +17,7 @@ ALGORITHMS = {
 """Algorithm, also the name of a run's third stage -> its name in texts."""
 
 FREE = ("card", "hub", "model.hub_id", "report_to", "reward.gate", "checkpoint",
-        "data.max_lost", "data.identity_test", "rounds")  # fmt: skip
+        "data.max_lost", "data.identity_test", "rounds", "ppo.rollout_server")  # fmt: skip
 """Recipe keys that may differ when a run is resumed, since they do not change what is trained."""
 
 _POLICY = "ppo.updates", "ppo.kl_coef", "ppo.reward", "ppo.missing_eos_penalty", "ppo.watch"

@@ -222,27 +222,42 @@ def _referenced(
         engine.close()
 
 
-def command(python: str, base: str, served: Sequence[Served], access: Access) -> list[str]:
-    """The command that starts vLLM's server; its key goes through the environment."""
+def serving_command(python: str, base: str, served: Sequence[Served], access: Access) -> list[str]:
+    """The command that serves these adapters."""
     ranks = [json.loads((s.folder / "adapter_config.json").read_text("utf-8")) for s in served]
     highest = max(max([r["r"], *(r.get("rank_pattern") or {}).values()]) for r in ranks)
-    made = [
-        python, "-m", "vllm.entrypoints.openai.api_server", "--model", base,
-        "--served-model-name", "base", "--dtype", served[0].dtype,
-        "--host", access.host, "--port", str(access.port),
-        "--enable-lora", "--max-loras", str(max(2, len(served))),
-        "--max-lora-rank", str(next(rank for rank in RANKS if rank >= highest)),
-    ]  # fmt: skip
     template = served[0].folder / "chat_template.jinja"
-    made += ["--chat-template", str(template)] if template.is_file() else []
-    return [*made, *shlex.split(os.environ.get(OPTIONS, ""))]
+    more = ["--chat-template", str(template)] if template.is_file() else []
+    loras = max(2, len(served))
+    return command(python, base, access, served[0].dtype, rank=highest, loras=loras, more=more)
+
+
+def command(
+    python: str,
+    base: str,
+    access: Access,
+    dtype: str,
+    *,
+    rank: int,
+    loras: int,
+    more: Sequence[str] = (),
+) -> list[str]:
+    """The command that starts vLLM's server; its key goes through the environment."""
+    return [
+        python, "-m", "vllm.entrypoints.openai.api_server", "--model", base,
+        "--served-model-name", "base", "--dtype", dtype,
+        "--host", access.host, "--port", str(access.port),
+        "--enable-lora", "--max-loras", str(loras),
+        "--max-lora-rank", str(next(known for known in RANKS if known >= rank)),
+        *more, *shlex.split(os.environ.get(OPTIONS, "")),
+    ]  # fmt: skip
 
 
 class VllmServer:
     """vLLM's server as a child process, with adapters that were checked.
 
     Args:
-        python: Interpreter of the environment that has vLLM.
+        command: The command that starts it.
         seconds: Time to start.
 
     Raises:
@@ -252,10 +267,9 @@ class VllmServer:
 
     def __init__(
         self,
-        python: str,
-        base: str,
-        served: Sequence[Served],
+        command: Sequence[str],
         access: Access,
+        served: Sequence[Served] = (),
         seconds: float = 900.0,
     ) -> None:
         environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", KEY)}
@@ -266,14 +280,13 @@ class VllmServer:
             "DO_NOT_TRACK": "1",
         }
         try:
-            self.process = subprocess.Popen(
-                command(python, base, served, access), env=environment, stdin=subprocess.DEVNULL
-            )
+            self.process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
         except OSError as error:
             raise SetupError(
-                f"{python} cannot be started: {first_line(error)}",
+                f"{command[0]} cannot be started: {first_line(error)}",
                 remedy=f"set {PYTHON} to the Python of the environment that has vLLM",
             ) from None
+        self.access = access
         self.client = Client(f"http://{access.host}:{access.port}", access.key)
         self.differences: dict[str, float] = {}
         try:
@@ -336,8 +349,20 @@ def serve(
     Args:
         python: Interpreter of the environment that has vLLM; default: that in LORA_RLHF_VLLM.
     """
-    if not access.port:
-        with socket.create_server((access.host, 0)) as free:
-            access = replace(access, port=free.getsockname()[1])
+    access = with_port(access)
     place, served = prepare(names, base)
-    return VllmServer(python or os.environ.get(PYTHON, "python"), place, served, access)
+    made = serving_command(python or interpreter(), place, served, access)
+    return VllmServer(made, access, served)
+
+
+def interpreter() -> str:
+    """The interpreter of the environment that has vLLM."""
+    return os.environ.get(PYTHON, "python")
+
+
+def with_port(access: Access) -> Access:
+    """The same address with a free port, if its port is 0."""
+    if access.port:
+        return access
+    with socket.create_server((access.host, 0)) as free:
+        return replace(access, port=free.getsockname()[1])

@@ -35,7 +35,7 @@ VERBS = (
     "run", "demo", "plan", "sft", "reward", "ppo", "policy", "evaluate", "judge", "label",
     "tasks", "iterate", "chat", "do", "card", "report", "doctor",
     "push", "pull", "lint-card", "generate", "compare", "env", "data", "init",
-    "serve", "usage", "moderate", "export", "score",
+    "serve", "rollout-server", "usage", "moderate", "export", "score",
 )  # fmt: skip
 SMALL = "name: small\nmodel: {id: tiny}\ndata: {demonstrations: [{task: closed-world}]}\n"
 

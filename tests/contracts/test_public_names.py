@@ -57,6 +57,7 @@ def test_the_verbs_of_the_command_line_exist_in_python():
         "env",
         "judge",
         "report",
+        "rollout-server",
     }  # only a shell needs them
     stages = {"sft", "reward", "ppo", "policy"}  # run(..., until=)
     assert {verb.replace("-", "_") for verb in verbs - stages} <= set(lora_rlhf.__all__)

@@ -95,6 +95,10 @@ def access():
         return Access("127.0.0.1", free.getsockname()[1], KEY)
 
 
+def started(python, served, at, base="base-model"):
+    return VllmServer(vllm_engine.serving_command(python, base, served, at), at, served)
+
+
 def log(tmp_path):
     return [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
 
@@ -115,7 +119,7 @@ def test_adapters_that_vllm_cannot_load_are_named_with_a_reason(adapter, change,
 
 def test_adapters_are_loaded_under_their_names_and_checked(adapter, stub, tmp_path):
     good = Served("policy@1234", adapter, (Reference([1, 2, 3], [-0.2, -0.3]),))
-    server = VllmServer(stub, "base-model", [good], access())
+    server = started(stub, [good], access())
     try:
         assert server.client.models() == ["base", "policy@1234"]
         assert server.differences == {"policy@1234": pytest.approx(0, abs=1e-9)}
@@ -141,18 +145,18 @@ def test_a_number_that_is_none_is_far(monkeypatch):
 def test_a_server_that_does_not_start_is_one_error(adapter, tmp_path):
     served = [Served("a@1", adapter)]
     with pytest.raises(SetupError, match="cannot be started"):
-        VllmServer(str(tmp_path / "absent"), "base", served, access())
+        started(str(tmp_path / "absent"), served, access())
     with pytest.raises(SetupError, match="ended with exit code"):
-        VllmServer("/bin/false", "base", served, access())
+        started("/bin/false", served, access())
 
 
 def test_the_key_is_not_on_the_command_line(adapter, monkeypatch):
     monkeypatch.setenv("LORA_RLHF_VLLM_OPTIONS", "--gpu-memory-utilization 0.3")
-    made = vllm_engine.command("python", "base-model", [Served("a@1", adapter)], access())
+    made = vllm_engine.serving_command("python", "base-model", [Served("a@1", adapter)], access())
     assert KEY not in " ".join(made) and made[-2:] == ["--gpu-memory-utilization", "0.3"]
     assert made[made.index("--max-lora-rank") + 1] == "16"
     (adapter / "adapter_config.json").write_text(json.dumps(CONFIG | {"r": 24}))
-    made = vllm_engine.command("python", "base-model", [Served("a@1", adapter)], access())
+    made = vllm_engine.serving_command("python", "base-model", [Served("a@1", adapter)], access())
     assert made[made.index("--max-lora-rank") + 1] == "32"
 
 

@@ -34,6 +34,7 @@ METRICS = {
     "policy/clip_fraction": "share of tokens at which the clip is active",
     "policy/ratio_max": "largest ratio of new to old probability at a token",
     "policy/ratio_start": "largest |ratio - 1| on the rollout's first micro-batch; must be near 0",
+    "policy/server_difference": "largest difference of the rollout server's log-probs from ours",
     "policy/approx_kl": "KL between the policies before and after, by k2, nats per token",
     "policy/skipped": "share of micro-batches left out because their mean ratio was too large",
     "policy/ptx_loss": "negative log-likelihood of the mixed-in text, nats per token",
@@ -52,7 +53,7 @@ METRICS = {
 (the policy's) and `learning_rate`. While only the value learns, the only policy metric is
 `policy/grad_norm`, 0."""
 
-OPTIONAL = {"reward/scale", "policy/ptx_loss"}
+OPTIONAL = {"reward/scale", "policy/ptx_loss", "policy/server_difference"}
 """Names that are logged only if the recipe key that they measure is set."""
 
 

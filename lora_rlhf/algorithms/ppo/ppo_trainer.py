@@ -176,6 +176,8 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
         out["advantages"] = whiten(advantages_bt, mask_bt)
         self.note(ppo_metrics.rollout(out, self._scores_b, ended_b, kl, rewards_bt))
         self.note({"kl/coef": self.controller.kl_coef})
+        if self.scorer.server is not None:
+            self.note({"policy/server_difference": self.scorer.server_difference})
         if self._moments is not None:
             self.note({"reward/scale": self._moments.std})
         self.controller.before_update(self.update)
