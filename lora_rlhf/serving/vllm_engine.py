@@ -243,7 +243,7 @@ def command(
     more: Sequence[str] = (),
 ) -> list[str]:
     """The command that starts vLLM's server; its key goes through the environment."""
-    return [
+    made = [
         python, "-m", "vllm.entrypoints.openai.api_server", "--model", base,
         "--served-model-name", "base", "--dtype", dtype,
         "--host", access.host, "--port", str(access.port),
@@ -251,6 +251,7 @@ def command(
         "--max-lora-rank", str(next(known for known in RANKS if known >= rank)),
         *more, *shlex.split(os.environ.get(OPTIONS, "")),
     ]  # fmt: skip
+    return made
 
 
 class VllmServer:
