@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from lora_rlhf.serving.scoring_files import score
     from lora_rlhf.starting.data_view import show_data
     from lora_rlhf.starting.first_recipe import init
+    from lora_rlhf.sweeps import sweep
 
     __version__: str
 
@@ -74,6 +75,7 @@ __all__ = [
     "score",
     "serve",
     "show_data",
+    "sweep",
     "tasks",
     "usage",
 ]
@@ -100,6 +102,7 @@ _HOMES = {
     "score": "serving.scoring_files",
     "serve": "serving.api_server",
     "show_data": "starting.data_view",
+    "sweep": "sweeps",
 }
 """Public name -> the module that defines it."""
 

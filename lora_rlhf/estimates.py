@@ -117,22 +117,29 @@ def t_quantile(dof: int) -> float:
     if dof > 1000:  # two terms of 26.7.5; the next one is below 1e-8
         g1, g2 = (_Z**3 + _Z) / 4, (5 * _Z**5 + 16 * _Z**3 + 3 * _Z) / 96
         return _Z + g1 / dof + g2 / dof**2
-    odd = dof % 2
-    k = np.arange(1, (dof - odd) // 2)  # factors of successive terms: 1/2, 3/4 ... or 2/3, 4/5 ...
-    coefficients = np.cumprod(np.concatenate(([1.0], (2 * k - 1 + odd) / (2 * k + odd))))
-
-    def inside(theta: float) -> float:
-        """P(-t < T < t) with tan(theta) = t / sqrt(dof)."""
-        cosine = math.cos(theta)
-        powers = cosine ** (2 * np.arange(coefficients.size) + odd)
-        series = math.sin(theta) * float(coefficients @ powers)
-        return 2 / math.pi * (theta + (series if dof > 1 else 0.0)) if odd else series
-
     low, high = 0.0, math.pi / 2
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if inside(middle) < 0.95 else (low, middle)
+        low, high = (middle, high) if _t_within(middle, dof) < 0.95 else (low, middle)
     return math.tan(low) * math.sqrt(dof)
+
+
+def _t_within(theta: float, dof: int) -> float:
+    """P(-t < T < t) of Student's t, with tan(theta) = t / sqrt(dof); eq. 26.7.3 and 26.7.4."""
+    odd = dof % 2
+    k = np.arange(1, (dof - odd) // 2)  # factors of successive terms: 1/2, 3/4 ... or 2/3, 4/5 ...
+    coefficients = np.cumprod(np.concatenate(([1.0], (2 * k - 1 + odd) / (2 * k + odd))))
+    cosine = math.cos(theta)
+    powers = cosine ** (2 * np.arange(coefficients.size) + odd)
+    series = math.sin(theta) * float(coefficients @ powers)
+    return 2 / math.pi * (theta + (series if dof > 1 else 0.0)) if odd else series
+
+
+def _t_p(t: float, dof: int) -> float:
+    """The two-sided p-value of Student's t; normal for many degrees of freedom."""
+    if dof > 1000:
+        return 2 * _NORMAL.cdf(-abs(t))
+    return max(0.0, 1 - _t_within(math.atan(abs(t) / math.sqrt(dof)), dof))
 
 
 def mean_interval(values: ArrayLike, clusters: Sequence[Hashable] | None = None) -> Estimate:
@@ -161,6 +168,51 @@ def mean_interval(values: ArrayLike, clusters: Sequence[Hashable] | None = None)
     error = math.sqrt(count / (count - 1) * float(sums @ sums)) / array.size
     half = t_quantile(count - 1) * error
     return _estimate(value, value - half, value + half, array.size)
+
+
+def crossed_interval(
+    values: ArrayLike, seeds: Sequence[Hashable], prompts: Sequence[Hashable]
+) -> Estimate:
+    """The mean over seeds of the mean over prompts, for other seeds and other prompts.
+
+    Args:
+        values: (N,) such as paired differences of two models.
+        seeds: (N,) the training run of each value.
+        prompts: (N,) its prompt, which several seeds may share.
+
+    The variance of the seeds' means over their number S contains what differs between seeds, their
+    own prompts included. A prompt that several seeds share moves their means together: that adds
+    the mean covariance of two seeds, from the products of their deviations on the same prompt. It
+    is 0 without shared prompts; then this is `mean_interval` of the means. Student's t on the
+    degrees of freedom of Satterthwaite 1946; `p` is of the same test, and `n` is S. One seed: no
+    interval.
+    """
+    array = _floats(values)
+    rows: dict[Hashable, list[int]] = {}
+    for i, name in enumerate(seeds):
+        rows.setdefault(name, []).append(i)
+    means = np.array([array[row].mean() for row in rows.values()])
+    value, count = float(means.mean()), len(rows)
+    if count < 2:
+        return _estimate(value, None, None, count)
+    by_prompt: dict[Hashable, dict[Hashable, float]] = {}
+    for (name, row), mean in zip(rows.items(), means, strict=True):
+        for i in row:
+            cells = by_prompt.setdefault(prompts[i], {})
+            cells[name] = cells.get(name, 0.0) + float(array[i] - mean) / len(row)
+    shared = [list(cells.values()) for cells in by_prompt.values() if len(cells) > 1]
+    products = sum(sum(cells) ** 2 - sum(x * x for x in cells) for cells in shared)
+    between = float(means.var(ddof=1)) / count
+    within = max(0.0, products / (count * (count - 1))) if len(shared) > 1 else 0.0
+    within *= len(shared) / max(1, len(shared) - 1)
+    error, dof = math.sqrt(between + within), count - 1
+    if within:
+        parts = between**2 / (count - 1) + within**2 / (len(shared) - 1)
+        dof = max(1, int((between + within) ** 2 / parts))
+    half = t_quantile(dof) * error
+    # Equal means: all that is known is that so many signs agree.
+    p = _t_p(value / error, dof) if error else 2.0 ** (1 - count) if value else 1.0
+    return {**_estimate(value, value - half, value + half, count), "p": p}
 
 
 def share_interval(outcomes: ArrayLike, clusters: Sequence[Hashable]) -> Estimate:

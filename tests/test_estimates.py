@@ -86,6 +86,29 @@ def test_clusters_keep_the_coverage_that_ignoring_them_loses():
     assert np.mean(plain) < 0.75
 
 
+def test_seeds_with_prompts_of_their_own_are_the_t_interval_of_their_means():
+    gaps = np.random.default_rng(6).normal(0.3, 1.0, size=(5, 12)) + np.arange(5)[:, None] / 4
+    seeds, prompts = np.repeat(np.arange(5), 12).tolist(), list(range(60))
+    found = estimates.crossed_interval(gaps.ravel(), seeds, prompts)
+    plain = estimates.mean_interval(gaps.mean(axis=1))
+    assert {**plain, "p": found["p"]} == found
+    assert found["p"] == pytest.approx(stats.ttest_1samp(gaps.mean(axis=1), 0).pvalue)
+    assert estimates.crossed_interval([1.0, 2.0], [0, 0], "ab")["low"] is None
+    assert estimates.crossed_interval([1.0, 1.0], [0, 1], "ab")["p"] == 0.5
+
+
+def test_prompts_that_seeds_share_add_their_own_variance():
+    rng = np.random.default_rng(7)
+    seeds, prompts = np.repeat(np.arange(6), 16).tolist(), [*range(16)] * 6
+    crossed, plain = [], []
+    for _ in range(400):
+        gaps = 0.1 * rng.normal(size=(6, 1)) + rng.normal(size=16) + 0.5 * rng.normal(size=(6, 16))
+        crossed.append(covers(estimates.crossed_interval(gaps.ravel(), seeds, prompts), 0.0))
+        plain.append(covers(estimates.mean_interval(gaps.mean(axis=1)), 0.0))
+    assert 0.92 < np.mean(crossed) < 0.98
+    assert np.mean(plain) < 0.8
+
+
 SHARES = (0.0,) * 40 + (0.02, 0.05, 0.3)
 """Most texts repeat nothing, a few a little, one loops."""
 

@@ -142,6 +142,36 @@ def _demo_verb(
     _train(tiny.recipe(), out, [f"seed={seed}", *(overrides or [])], dry_run)
 
 
+@command("sweep")
+def _sweep_verb(
+    path: RecipePath,
+    out: Annotated[Path, typer.Option(help="Folder of the sweep.")],
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE,VALUE", help="Values of a recipe key; repeatable."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Seeds of each setting.")] = 5,
+    processes: Annotated[int, typer.Option(help="Runs at a time.")] = 1,
+    overrides: Set = None,
+) -> None:
+    """Run a recipe at several settings and seeds, and compare them.
+
+    SFT and the reward model are trained once for all settings that share them. The same command
+    goes on: finished runs are kept, failed ones are named and tried again. The comparison is
+    printed, and written to sweep.md and sweep.json.
+    """
+    sweeps = shell.room("sweeps")
+    from lora_rlhf.reports import sweep_report
+
+    say = functools.partial(shell.echo, err=True)
+    options = {"seeds": seeds, "processes": processes, "overrides": overrides or ()}
+    report = sweeps.sweep(path, grid or (), out, say=say, **options)
+    sweep_report.show(report)
+    shell.echo(f"report    {out / 'sweep.md'}")
+    if codes := [one["exit_code"] for one in report["runs"] if one["state"] != "done"]:
+        raise typer.Exit(codes[0])
+
+
 @command("plan")
 def _plan_verb(
     path: RecipePath,

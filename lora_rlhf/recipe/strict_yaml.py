@@ -151,6 +151,18 @@ def parse_yaml(text: str, name: str) -> tuple[dict[str, Any], Lines]:
     return data, loader.lines
 
 
+def list_items(text: str, name: str) -> list[str]:
+    """Split the inside of a YAML list, such as `0.1, [a, b], "c, d"`, into the text of its items.
+
+    Raises:
+        RecipeError: It is not YAML, or an item is empty.
+    """
+    parse_yaml(f"items: [{text}]", name)
+    node = yaml.compose(f"[{text}]", Loader=yaml.SafeLoader)
+    items = node.value if isinstance(node, yaml.SequenceNode) else []
+    return [text[i.start_mark.index - 1 : i.end_mark.index - 1].strip() for i in items]
+
+
 def dump_yaml(data: dict[str, Any]) -> str:
     """Return plain data as YAML that `parse_yaml` reads back as equal data."""
     text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

@@ -3,7 +3,8 @@
 
 Reads only records and samples. Two runs are paired prompt by prompt if both started from the same
 SFT adapter and answered the same prompts with the same seed and settings; otherwise the report
-gives the reason. Runs that differ only in the seed are one row: mean and interval over seeds.
+gives the reason. Runs that differ only in the seed are one row: mean and interval over seeds. A
+difference over several seeds allows for the seeds and for the prompts that they share.
 """
 
 from __future__ import annotations
@@ -11,10 +12,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_rlhf.errors import UsageError
-from lora_rlhf.estimates import Estimate, correct, mean_interval, paired_difference
+from lora_rlhf.estimates import (
+    Estimate,
+    correct,
+    crossed_interval,
+    mean_interval,
+    paired_difference,
+)
 from lora_rlhf.recipe.stage_keys import ALGORITHMS, identity
 from lora_rlhf.runs import samples
 from lora_rlhf.runs.metric_names import METRICS
@@ -30,6 +37,9 @@ _JUDGED_BY = {"held_out_reward": "stages.reward.held_out_adapter_sha256",
               "proxy_reward": "stages.reward.adapter_sha256"}  # fmt: skip
 """Reward -> path of the hash of its reward model in the record: two models' scores differ."""
 
+ONE_ROW = ("seed", "name", "threads")
+"""Recipe keys in which the runs of one row may differ."""
+
 FEWEST_SEEDS = 3
 """Seeds for a statement about an algorithm (2411.00640 asks for the spread over runs)."""
 
@@ -43,6 +53,7 @@ class Run:
     model: str  # name of its policy in the evaluation
     lines: dict[int, dict[str, Any]]
     recipe: str
+    label: str = ""  # of its row, if it is given
 
     @property
     def seed(self) -> int:
@@ -66,31 +77,36 @@ class Comparison(dict[str, Any]):
     """The report of `run`; a notebook shows it as a table."""
 
 
-def run(folders: Sequence[str | Path]) -> Comparison:
+def run(folders: Sequence[str | Path], labels: Sequence[str] = ()) -> Comparison:
     """Compare runs; differences are to the first one.
 
     Args:
         folders: Run directories whose evaluation is finished.
+        labels: The name of each run's row; default: from the folders.
 
     Returns:
         Plain JSON: `metric` (the reward of the differences), `rows` (`label`, `algorithm`, `runs`,
         `seeds`, `metrics`, `by_kind` (kind of prompt -> metrics), `episodes`, `seconds`,
-        `samples_per_answer`), `differences` (`of`, `less`, `estimate` or None, `pairs`, `why_not`)
-        and `notes`.
+        `samples_per_answer`), `differences` (`of`, `less`, `estimate` or None, `by_kind`, `pairs`,
+        `why_not`) and `notes`. Several differences are corrected for their number, and those by
+        kind for theirs.
 
     Raises:
         UsageError: A folder is not a run, is given twice, or its evaluation is not finished.
     """
     if len({Path(f).resolve() for f in folders}) < len(folders):
         raise UsageError("a run is given twice", remedy="name each run once")
-    runs = [_read(folder, folders) for folder in folders]
+    names = labels or [""] * len(folders)
+    runs = [_read(one, folders, name) for one, name in zip(folders, names, strict=True)]
     groups = _grouped(runs)
     metric = next((m for m in REWARDS if all(m in r.evaluated() for r in runs)), None)
     # The row of SFT, from which all runs start, is taken from the first group.
     rows = [_row(groups[0], "SFT", "sft") | _NO_POLICY, *map(_policy_row, groups)]
     differences = [] if metric is None else [_difference(g, groups[0], metric) for g in groups[1:]]
-    if len(several := [one["estimate"] for one in differences if one["estimate"]]) > 1:
-        correct(several)
+    kind_gaps = [estimate for one in differences for estimate in one["by_kind"].values()]
+    for family in ([one["estimate"] for one in differences if one["estimate"]], kind_gaps):
+        if len(family) > 1:
+            correct(family)
     notes = _notes(groups, metric)
     for number, row in enumerate(rows[1:]):
         of_sft = [r.evaluated("sft") for r in groups[number]]
@@ -99,7 +115,7 @@ def run(folders: Sequence[str | Path]) -> Comparison:
     return Comparison(metric=metric, rows=rows, differences=differences, notes=notes)
 
 
-def _read(folder: str | Path, all_folders: Sequence[str | Path]) -> Run:
+def _read(folder: str | Path, all_folders: Sequence[str | Path], row: str) -> Run:
     record = Record.read(folder)
     if not record.done("evaluate"):
         raise UsageError(f"{folder} is not evaluated yet", remedy="finish it with `lora-rlhf run`")
@@ -109,9 +125,8 @@ def _read(folder: str | Path, all_folders: Sequence[str | Path]) -> Run:
     model = "best_of_n" if record.algorithm == "best_of_n" else "policy"
     answers = samples.read(record)
     lines = {index: line[model] for index, line in answers.items() if model in line}
-    return Run(
-        label, record, model, lines, identity(record.recipe(), without=("seed", "name", "threads"))
-    )
+    recipe = identity(record.recipe(), without=ONE_ROW)
+    return Run(label, record, model, lines, recipe, row)
 
 
 def _grouped(runs: list[Run]) -> list[list[Run]]:
@@ -148,7 +163,8 @@ def _row(group: list[Run], label: str, model: str | None = None) -> dict[str, An
 
 
 def _label(group: list[Run]) -> str:
-    return group[0].name + (f" and {len(group) - 1} more" if len(group) > 1 else "")
+    more = f" and {len(group) - 1} more" if len(group) > 1 else ""
+    return group[0].label or group[0].name + more
 
 
 def _policy_row(group: list[Run]) -> dict[str, Any]:
@@ -193,25 +209,46 @@ def _difference(group: list[Run], base: list[Run], metric: str) -> dict[str, Any
     if not pairs:
         ours, theirs = (sorted(r.seed for r in side) for side in (group, base))
         why_not = f"no seed in common: {ours} and {theirs}"
-    estimate = None
-    if why_not is None:
-        each = [_paired(*pair, metric) for pair in pairs]
-        estimate = each[0] if len(each) == 1 else mean_interval([e["value"] for e in each])
+    gaps = [] if why_not else [gap for pair in pairs for gap in _gaps(*pair, metric)]
+    by_kind: dict[str, list[_Gap]] = {}
+    for gap in gaps:
+        if gap.kind is not None:
+            by_kind.setdefault(gap.kind, []).append(gap)
     return {
         "of": _label(group),
         "less": _label(base),
         "metric": metric,
-        "estimate": estimate,
-        "pairs": len(pairs) if estimate else 0,
+        "estimate": _estimate(gaps) if gaps else None,
+        "by_kind": {kind: _estimate(by_kind[kind]) for kind in sorted(by_kind)},
+        "pairs": len(pairs) if gaps else 0,
         "why_not": why_not,
     }
 
 
-def _paired(ours: Run, theirs: Run, metric: str) -> Estimate:
-    both = [i for i in ours.lines if metric in ours.lines[i] and metric in theirs.lines[i]]
-    return paired_difference(
-        [ours.lines[i][metric] for i in both], [theirs.lines[i][metric] for i in both], seed=0
-    )
+class _Gap(NamedTuple):
+    """One prompt that two runs of a seed answered."""
+
+    seed: int
+    prompt: str
+    kind: str | None
+    ours: float
+    theirs: float
+
+
+def _gaps(ours: Run, theirs: Run, metric: str) -> list[_Gap]:
+    return [
+        _Gap(ours.seed, line["prompt"], line.get("family"), line[metric], other[metric])
+        for i, line in ours.lines.items()
+        if metric in line and metric in (other := theirs.lines[i])
+    ]
+
+
+def _estimate(gaps: Sequence[_Gap]) -> Estimate:
+    """The mean difference: over prompts with one seed, over seeds and prompts with several."""
+    if len({gap.seed for gap in gaps}) == 1:
+        return paired_difference([gap.ours for gap in gaps], [gap.theirs for gap in gaps], seed=0)
+    values = [gap.ours - gap.theirs for gap in gaps]
+    return crossed_interval(values, [gap.seed for gap in gaps], [gap.prompt for gap in gaps])
 
 
 def not_comparable(ours: Run, theirs: Run, metric: str) -> str | None:
@@ -242,7 +279,8 @@ def _notes(groups: list[list[Run]], metric: str | None) -> list[str]:
         "little. Set reward.held_out_model: true to train an independent judge.": (
             metric == "proxy_reward"
         ),
-        "Rows with several seeds show the mean over seeds; their interval and n count seeds.": (
+        "Rows with several seeds show the mean over seeds; their interval and n count seeds. Their "
+        "differences are paired by seed and prompt, and hold for other seeds and prompts.": (
             any(len(group) > 1 for group in groups)
         ),
         f"Rows with fewer than {FEWEST_SEEDS} seeds describe those runs, not their algorithm: "

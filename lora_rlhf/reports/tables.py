@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lora_rlhf.estimates import Estimate, detectable
+from lora_rlhf.estimates import Estimate, detectable, differs
 from lora_rlhf.recipe.stage_keys import ALGORITHMS, stage_names
 from lora_rlhf.redaction import printable, safe
 from lora_rlhf.runs import samples
@@ -174,6 +174,8 @@ def show_comparison(report: dict[str, Any], console: Console | None = None) -> N
     if any(row["by_kind"] for row in report["rows"]):
         by_kind = {row["label"]: (row["metrics"], row["by_kind"]) for row in report["rows"]}
         _print_kinds(console, by_kind)
+    if (by_kind_table := differences_by_kind(report["differences"]))[1]:
+        _print_columns(console, *by_kind_table)
     for line in (*differences(report["differences"]), *report["notes"]):
         say(console, line)
 
@@ -188,6 +190,23 @@ def differences(given: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             result += _corrected(one["estimate"])
         metric = one["metric"].replace("_", " ")
         yield f"{metric} of {one['of']} minus that of {one['less']}: {result}"
+
+
+def differences_by_kind(
+    given: Sequence[Mapping[str, Any]],
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the paired differences by kind of prompt; a `*` marks the clear ones."""
+    names = sorted({kind for one in given for kind in one["by_kind"]})
+    lines = []
+    for one in given:
+        shown = {
+            kind: "*" * abs(differs(estimate)) + cell(estimate, difference=True)
+            for kind, estimate in one["by_kind"].items()
+        }
+        if shown:
+            lines.append([f"{one['of']} less {one['less']}", *(shown.get(k, "") for k in names)])
+    metric = given[0]["metric"] if given else ""
+    return [f"{metric}, difference", *kinds.columns(names)[1:]], lines
 
 
 def _plain(value: Any) -> str:
@@ -300,20 +319,26 @@ def _print_kinds(
         for model, (all_prompts, own) in models.items()
         for _, known in kinds.values(all_prompts, {n: own.get(n, {}) for n in names}, [metric])
     ]
+    _print_columns(console, ["by kind of prompt", *kinds.columns(names)], lines)
+    if console.is_terminal:
+        say(console, "The 95 % intervals by kind are on the cards and in record.json.\n")
+
+
+def _print_columns(console: Console, header: Sequence[str], lines: Sequence[list[str]]) -> None:
+    """Print estimates in many columns; on a terminal values only."""
     if not console.is_terminal:
-        for part in _blocks(["by kind of prompt", *kinds.columns(names)], lines):
+        for part in _blocks(header, lines):
             for text in part:
                 say(console, text)
             say(console, "")
         return
     rich = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)  # eight kinds fit 80 columns
-    rich.add_column("by kind of prompt", min_width=18)
-    for name in kinds.columns(names):
+    rich.add_column(header[0], min_width=18)
+    for name in header[1:]:
         rich.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
     for metric, *cells in lines:
         rich.add_row(metric.replace("_", " "), *(text.partition(" ")[0] for text in cells))
     console.print(rich)
-    say(console, "The 95 % intervals by kind are on the cards and in record.json.\n")
 
 
 def _rich_table(header: list[str], table: list[list[str]], between: str) -> Table:

@@ -60,8 +60,7 @@ def check(source: str | Path, recipe: Recipe, out: str | Path) -> Record:
     other = Record.read(source)
     if not other.done("sft"):
         raise UsageError(f"{source} has no finished stage to start from", remedy="leave --from out")
-    if is_run(Path(out)):
-        sft = Record.read(out).data["stages"].get("sft", {})
+    if is_run(Path(out)) and (sft := Record.read(out).data["stages"].get("sft")):
         if sft.get("adapter_sha256") != other.data["stages"]["sft"]["adapter_sha256"]:
             raise UsageError(
                 f"{out} holds a run that did not start from {source}",
@@ -125,10 +124,12 @@ def copy_stages(other: Record, record: Record) -> list[str]:
         for name in _DATA[stage]:
             if name in other.data["data"]:
                 record.data["data"][name] = other.data["data"][name]
-        for line in lines:
-            if stage_of(line["stage"]) == stage:
-                metrics = {k: v for k, v in line.items() if k not in ("stage", "step", "clock")}
-                record.log(line["stage"], line["step"], metrics, line.get("clock"))
+        copied = [line for line in lines if stage_of(line["stage"]) == stage]
+        for training in {line["stage"] for line in copied}:
+            record.truncate_log(training)  # of a copy that was killed before the record was saved
+        for line in copied:
+            metrics = {k: v for k, v in line.items() if k not in ("stage", "step", "clock")}
+            record.log(line["stage"], line["step"], metrics, line.get("clock"))
         made_with = {**other.data["versions"], **entry.get("versions", {})}
         entry = {k: v for k, v in entry.items() if k not in ("from_run", "versions")}
         if changed := changed_versions(record.data["versions"], made_with):

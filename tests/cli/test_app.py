@@ -32,7 +32,7 @@ from lora_rlhf.runtime import quiet
 
 ROOT = Path(__file__).resolve().parents[2]
 VERBS = (
-    "run", "demo", "plan", "sft", "reward", "ppo", "policy", "evaluate", "judge", "label",
+    "run", "demo", "sweep", "plan", "sft", "reward", "ppo", "policy", "evaluate", "judge", "label",
     "tasks", "iterate", "chat", "do", "card", "report", "doctor",
     "push", "pull", "lint-card", "generate", "compare", "env", "data", "init",
     "serve", "rollout-server", "usage", "moderate", "export", "score",

@@ -36,7 +36,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("training", "reports"),
     ("algorithms", "hub"),
     ("evaluation", "planning", "serving", "exports", "preflight"),
-    ("pipeline", "feedback", "starting"),
+    ("pipeline", "feedback", "starting", "sweeps"),
     ("cli",),
     ("__main__",),
 ]

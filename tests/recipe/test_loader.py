@@ -16,7 +16,7 @@ from lora_rlhf.errors import RecipeError
 from lora_rlhf.recipe import trl_args
 from lora_rlhf.recipe.loader import dump_recipe, load_recipe, parse_recipe
 from lora_rlhf.recipe.schema import COLUMNS, ModelSection, PpoSection, Recipe
-from lora_rlhf.recipe.strict_yaml import dump_yaml, parse_yaml
+from lora_rlhf.recipe.strict_yaml import dump_yaml, list_items, parse_yaml
 from lora_rlhf.redaction import hide
 
 BASE = "name: x\nmodel: {id: tiny}\n"
@@ -376,3 +376,22 @@ def test_a_contradiction_that_no_wanted_stage_meets_refuses_nothing(
         else:
             with pytest.raises(RecipeError):
                 load_recipe(path, [contradiction], until=until)
+
+
+@pytest.mark.parametrize(
+    ("text", "items"),
+    [
+        ("0.02,2e-5, null", ["0.02", "2e-5", "null"]),
+        ('[a, b], {c: 1, d: 2},"x, y"', ["[a, b]", "{c: 1, d: 2}", '"x, y"']),
+        ("gold,my_reward:score", ["gold", "my_reward:score"]),
+        ("", []),
+    ],
+)
+def test_items_of_a_list_keep_their_text(text, items):
+    assert list_items(text, "x") == items
+
+
+@pytest.mark.parametrize("text", ["a,,b", "a]b", "1] [2", "a, &x b"])
+def test_items_that_are_no_list_are_refused(text):
+    with pytest.raises(RecipeError):
+        list_items(text, "x")

@@ -3,6 +3,7 @@
 
 from pathlib import Path
 
+import killed
 import pytest
 
 from lora_rlhf.errors import DataError
@@ -32,3 +33,17 @@ def test_data_may_not_change_between_stages_that_read_them(tmp_path: Path):
         pass
     with pytest.raises(DataError, match="data.prompts has changed since ppo"):
         reuse.check_data(record, "prompts", report("b"))
+
+
+def test_a_copy_that_was_killed_is_made_again(
+    runs: killed.Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    recipe, out, source = runs.recipe("ppo"), tmp_path / "run", runs.before("ppo")
+    record, other = Record.open(out, recipe), reuse.check(source, recipe, out)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(record, "save", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        reuse.copy_stages(other, record)
+    record, other = Record.open(out, recipe), reuse.check(source, recipe, out)
+    assert not record.done("sft") and record.metrics("sft")
+    assert reuse.copy_stages(other, record) == ["sft", "reward"]
+    assert Record.read(out).metrics() == other.metrics()
