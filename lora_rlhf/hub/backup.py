@@ -8,7 +8,8 @@ its own paths.
 
 Each upload is one commit on top of the previous one, so the repository is always a consistent
 snapshot. If another process has committed there, uploading stops. A thread uploads from a copy, so
-that no failure can stop or change the run.
+that no failure can stop or change the run. At its end the history becomes one commit: the Hub
+keeps, and counts, every checkpoint that is in it.
 """
 
 from __future__ import annotations
@@ -144,6 +145,7 @@ class _Uploader:
         self, remote: Repository, recipe: Recipe, record: Record, progress: Progress
     ) -> None:
         self.remote, self.recipe, self.record, self.progress = remote, recipe, record, progress
+        self.title = f"Checkpoints of {recipe.name}"
         self.seconds = 60 * recipe.checkpoint.hub_minutes
         self.counts: dict[str, Any] = {"repo_id": remote.repo_id, "sent": 0, "failed": 0}
         self._thread: threading.Thread | None = None
@@ -165,6 +167,8 @@ class _Uploader:
         if self._unsent and not self.taken:
             self._start()
             self._wait()
+        if self.counts["sent"] and not self._error and self.record.done("card"):
+            self._squash()
         if self._error and not self.taken:
             self.progress.say(
                 f"{self.remote.repo_id} does not hold the end of this run; {self.record.folder} "
@@ -173,6 +177,13 @@ class _Uploader:
         self.record.data["clock"]["backup"] = self.counts
         with contextlib.suppress(OSError):  # a full disk has its own message
             self.record.save()
+
+    def _squash(self) -> None:
+        title = f"The finished run {self.recipe.name}"
+        try:
+            self.remote.squash(title, {title, self.title}, self._check_parent)
+        except Exception as error:  # the run is there, with its history
+            self.progress.say(f"the history of {self.remote.repo_id} is kept: {error}")
 
     def _wait(self) -> None:
         if self._thread is None:
@@ -203,9 +214,8 @@ class _Uploader:
             files = _make_ready(
                 folder, self.recipe, self.record.folder, self.remote.repo_id, self.writer
             )
-            title = f"Checkpoints of {self.recipe.name}"
             with _no_progress_bars():
-                self.remote.head = self.remote.mirror(folder, files, title, self._check_parent)
+                self.remote.head = self.remote.mirror(folder, files, self.title, self._check_parent)
         except Exception as error:  # no failure of an upload may reach the run
             self._failed(folder, error)
             return

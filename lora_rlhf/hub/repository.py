@@ -292,6 +292,23 @@ class Repository:
         oid: str = self.call(commit)
         return oid
 
+    def squash(self, message: str, titles: set[str], check_parent: Callable[[str], None]) -> None:
+        """Make the newest commit the only one, so that the Hub can drop what earlier ones hold.
+
+        Args:
+            titles: Those of the commits that may go; with any other commit nothing is done.
+            check_parent: Called with the newest commit before every try; may raise.
+        """
+
+        def squash() -> None:
+            commits = self.api.list_repo_commits(self.repo_id)
+            check_parent(commits[0].commit_id)
+            if others := {commit.title for commit in commits} - titles - {"initial commit"}:
+                raise HubError(f"the run did not make the commit {min(others)!r:.80}")
+            self.api.super_squash_history(self.repo_id, commit_message=message)
+
+        self.call(squash)
+
     def download(self, folder: Path, only: str | None = None, commit: str | None = None) -> None:
         """Download all files, or one, of a commit (the newest), if the repository exists."""
         options: dict[str, Any] = {"local_dir": folder, "allow_patterns": only, "revision": commit}

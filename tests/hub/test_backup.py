@@ -283,6 +283,30 @@ def test_uploads_respect_hub_minutes_and_do_not_block_the_run(server, tmp_path, 
     assert "checkpoints/reward/step-00000006/manifest.json" in newest_files(server)
 
 
+@pytest.mark.parametrize("kept", [None, 500, 403, "of the user"])
+def test_the_history_of_a_finished_run_is_one_commit(server, tmp_path, no_pauses, kept):
+    """Unless the Hub refuses, or something else lies in the history."""
+    recipe = recipe_in(tmp_path / "data")
+    record = short_run(tmp_path / "run", recipe)
+    send(recipe, record)
+    assert len(server.repos["acme/kept"].commits) == 2, "an unfinished run keeps its history"
+    record = Record.read(record.folder)
+    with record.stage("card"):
+        record.seal()
+    if kept == "of the user":
+        commits = server.repos["acme/kept"].commits
+        commits[0] = commits[0]._replace(message=kept)
+    elif kept:
+        server.fail_next("POST", "super-squash", kept, times=9)
+    lines = send(recipe, record).lines
+    assert len(server.repos["acme/kept"].commits) == (3 if kept else 1)
+    assert len(lines) == bool(kept)
+    if kept:
+        assert "the history of acme/kept is kept: " in lines[0] and str(kept) in lines[0]
+    assert record.data["clock"]["backup"] == {"repo_id": "acme/kept", "sent": 1, "failed": 0}
+    assert fetch(recipe, tmp_path / "other").done("sft")
+
+
 # --- refused before training ---------------------------------------------------------------------
 
 

@@ -302,6 +302,10 @@ class HubServer:
                 if top and not entries:
                     raise HubError(404, f"{top} does not exist", "EntryNotFound", "", commit.sha)
                 return Reply(entries)
+            case ["commits", "main"]:
+                fixed = {"message": "", "date": DATE, "authors": []}
+                said = [{"id": c.sha, "title": c.message, **fixed} for c in repo.commits]
+                return Reply(said[::-1])
             case ["paths-info", revision]:
                 entries = list_tree(repo.at(revision).tree, "", True)
                 paths = {path.strip("/") for path in parse_qs(body.decode()).get("paths", [])}
@@ -353,6 +357,10 @@ class HubServer:
                 return Reply({"success": True, "commitOid": commit.sha, "commitUrl": url})
             case ["POST", "commit", revision]:
                 raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+            case ["POST", "super-squash", "main"]:
+                tree, repo.commits = repo.commits[-1].tree, []
+                repo.commit(tree, data["message"])
+                return Reply({})
             case ["PUT", "settings"]:
                 repo.private = data.get("visibility") == "private"
                 return Reply({"private": repo.private})
