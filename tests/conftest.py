@@ -3,6 +3,7 @@
 
 import gc
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -22,6 +23,15 @@ def _one_thread():
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_plans():
+    """The plan of a tiny run takes longer than the run; planning/test_run_memory.py makes them."""
+    with pytest.MonkeyPatch.context() as patch:
+        if run_memory := sys.modules.get("lora_rlhf.planning.run_memory"):
+            patch.setattr(run_memory, "before_run", lambda recipe: (None, "plan: none in tests"))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

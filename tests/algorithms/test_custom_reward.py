@@ -120,7 +120,9 @@ SHORT = """def score(prompts, completions, **_):
 """
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "grpo", "rloo", "best_of_n"])
+@pytest.mark.parametrize(
+    "algorithm", ["ppo", "grpo", pytest.param("rloo", marks=pytest.mark.slow), "best_of_n"]
+)
 def test_every_algorithm_optimises_it(algorithm, runs: killed.Runs, tmp_path: Path):
     path = tmp_path / "mine.py"
     path.write_text(SHORT)

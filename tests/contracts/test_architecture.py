@@ -228,33 +228,36 @@ def test_every_room_is_in_the_map_and_has_a_readme():
         assert not absent, f"{folder.name}/README.md does not say what these are for: {absent}"
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_functions_stay_short(name):
-    for function in TREE.nodes[name]:
-        if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
-            continue
-        length = (function.end_lineno or 0) - function.lineno + 1
-        assert length <= LONGEST_FUNCTION, f"{name}.{function.name} has {length} lines"
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_only_tables_of_data_are_formatted_by_hand(name):
-    lines = FILES[name].read_text(encoding="utf-8").splitlines()
-    skipped = {number for number, line in enumerate(lines, 1) if "# fmt:" in line}
-    tables = {
-        node.end_lineno
-        for node in TREE.nodes[name]
-        if isinstance(node, ast.Assign | ast.AnnAssign)
-        and isinstance(node.value, ast.Dict | ast.Tuple | ast.List | ast.Set)
+def test_functions_stay_short():
+    lengths = {
+        f"{name}.{function.name}": (function.end_lineno or 0) - function.lineno + 1
+        for name in FILES
+        for function in TREE.nodes[name]
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
     }
-    assert skipped <= tables, f"{name}: fmt: skip outside of a table on {sorted(skipped - tables)}"
+    assert len(lengths) > 1000
+    assert not {name: lines for name, lines in lengths.items() if lines > LONGEST_FUNCTION}
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_every_file_names_its_licence_and_purpose(name):
-    first = FILES[name].read_text(encoding="utf-8").split("\n", 1)[0]
-    assert first == "# SPDX-License-Identifier: Apache-2.0"
-    assert ast.get_docstring(TREE.trees[name])
+def test_only_tables_of_data_are_formatted_by_hand():
+    outside = []
+    for name, path in FILES.items():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        skipped = {number for number, line in enumerate(lines, 1) if "# fmt:" in line}
+        tables = {
+            node.end_lineno
+            for node in TREE.nodes[name]
+            if isinstance(node, ast.Assign | ast.AnnAssign)
+            and isinstance(node.value, ast.Dict | ast.Tuple | ast.List | ast.Set)
+        }
+        outside += [f"{name}:{number}" for number in sorted(skipped - tables)]
+    assert not outside, "fmt: skip outside of a table"
+
+
+def test_every_file_names_its_licence_and_purpose():
+    licence = "# SPDX-License-Identifier: Apache-2.0\n"
+    assert not [n for n, p in FILES.items() if not p.read_text("utf-8").startswith(licence)]
+    assert not [name for name in FILES if not ast.get_docstring(TREE.trees[name])]
 
 
 def test_one_door_per_library():
@@ -344,9 +347,8 @@ def dangers(tree: ast.AST) -> list[str]:
     return dangerous
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_nothing_is_unpickled_or_executed(name):
-    assert dangers(TREE.trees[name]) == []
+def test_nothing_is_unpickled_or_executed():
+    assert {name: seen for name in FILES if (seen := dangers(TREE.trees[name]))} == {}
 
 
 @pytest.mark.parametrize(
@@ -422,10 +424,10 @@ def _class(annotation: object) -> type:
     return annotation if isinstance(annotation, type) else object
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_what_is_public_is_documented(name):
+def test_what_is_public_is_documented():
     public = [
         node
+        for name in FILES
         for node in TREE.trees[name].body
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
         and not node.name.startswith("_")
@@ -437,5 +439,5 @@ def test_what_is_public_is_documented(name):
         for method in node.body
         if isinstance(method, ast.FunctionDef) and not method.name.startswith("_")
     ]
-    bare = [node.name for node in public if not ast.get_docstring(node)]
-    assert not bare, f"{name}: {bare}"
+    assert len(public) > 500
+    assert not [node.name for node in public if not ast.get_docstring(node)]

@@ -83,9 +83,8 @@ def test_every_size_and_base_has_its_recipe():
 
 
 @each
-def test_the_data_of_a_recipe_are_built_for_its_tokenizer(one, on_tiny, tmp_path, monkeypatch):
+def test_the_data_of_a_recipe_are_built_for_its_tokenizer(one, on_tiny, tmp_path):
     """By the check of `run --dry-run`, without its plan."""
-    monkeypatch.setattr(pipeline.run_memory, "before_run", lambda _: (None, ""))
     recipe = on_tiny(one)
     pad = BaseModel.load(recipe.model, recipe.lora).tokenizer.pad_token
     assert pad == PADS[re.match("[a-z]+[23]?", one.folder.name)[0]]

@@ -116,9 +116,8 @@ def pasted(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_readmes_recipe_runs_as_pasted(pasted: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_readmes_recipe_runs_as_pasted(pasted: Path):
     """On the packaged base, the only one that is here."""
-    monkeypatch.setattr(pipeline.run_memory, "before_run", lambda _: (None, ""))
     recipe = load_recipe(pasted, ["model.id=tiny", "model.load_in_4bit=false"])
     assert [str(error) for error in pipeline.check(recipe, pasted / "run")] == []
 

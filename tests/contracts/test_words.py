@@ -5,10 +5,12 @@ import ast
 import re
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[2]
-FILES = sorted((ROOT / "lora_rlhf").rglob("*.py"))
+TREES = {
+    path: ast.parse(path.read_text(encoding="utf-8"))
+    for path in sorted((ROOT / "lora_rlhf").rglob("*.py"))
+}
+assert len(TREES) > 100
 
 RIDDLE = re.compile(r"(What|Whether|Where|How|Who|That|Those|It)\b")
 """First words of a docstring that make a reader guess what the thing is."""
@@ -47,32 +49,31 @@ def variables(tree: ast.AST):
             yield node.lineno, node.name
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_docstrings_begin_with_a_verb_or_a_noun(path):
+def test_docstrings_begin_with_a_verb_or_a_noun():
     riddles = [
         f"{name_of(path)}:{line}: {text.splitlines()[0]}"
-        for line, text in docstrings(ast.parse(path.read_text(encoding="utf-8")))
+        for path, tree in TREES.items()
+        for line, text in docstrings(tree)
         if RIDDLE.match(text)
     ]
     assert not riddles, "\n".join(riddles)
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_names_say_what_a_value_is(path):
+def test_names_say_what_a_value_is():
     vague = [
         f"{name_of(path)}:{line}: {name}"
-        for line, name in variables(ast.parse(path.read_text(encoding="utf-8")))
+        for path, tree in TREES.items()
+        for line, name in variables(tree)
         if name in VAGUE
     ]
     assert not vague, "\n".join(vague)
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_no_private_phrases(path):
-    lines = path.read_text(encoding="utf-8").splitlines()
+def test_no_private_phrases():
     private = [
         f"{name_of(path)}:{number}: {match[0]}"
-        for number, line in enumerate(lines, 1)
+        for path in TREES
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
         if (match := PRIVATE.search(line))
     ]
     assert not private, "\n".join(private)

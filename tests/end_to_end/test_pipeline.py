@@ -4,6 +4,7 @@
 import io
 import json
 import os
+import re
 import runpy
 import shlex
 import shutil
@@ -15,7 +16,7 @@ from reduced_run import REDUCED, recipe
 from rich.console import Console
 
 import lora_rlhf
-from lora_rlhf import pipeline
+from lora_rlhf import pipeline, tiny
 from lora_rlhf.algorithms.ppo import ppo_stage, ppo_trainer
 from lora_rlhf.errors import DataError, GateError, RecipeError, SetupError, UsageError
 from lora_rlhf.recipe import stage_keys
@@ -28,6 +29,9 @@ from lora_rlhf.runtime.oom import BatchSizeBackoff
 from lora_rlhf.serving import loaded_run
 from lora_rlhf.training.reward import reward_stage
 from lora_rlhf.training.stage_context import StageContext
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICKSTART = ROOT / "docs" / "quickstart.py"
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +148,7 @@ def test_a_run_of_another_recipe_is_refused(finished: Record):
     assert Record.read(finished.folder).data == finished.data
 
 
+@pytest.mark.slow  # test_resume.py kills, and test_interrupts.py stops, at more places
 @pytest.mark.usefixtures("no_pictures")
 def test_an_interrupted_run_ends_with_the_same_bits(
     finished: Record, rewarded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -193,7 +198,9 @@ def started(finished: Record) -> str:
     return str(finished.folder)
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "dpo", "best_of_n"])
+@pytest.mark.parametrize(
+    "algorithm", [pytest.param("grpo", marks=pytest.mark.slow), "dpo", "best_of_n"]
+)
 def test_a_control_ends_in_the_same_report(
     algorithm: str, started: str, tmp_path: Path, request: pytest.FixtureRequest
 ):
@@ -390,19 +397,57 @@ SHORT = [
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_the_quickstart_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    root = Path(__file__).resolve().parents[2]
-    (tmp_path / "recipes").symlink_to(root / "recipes")
+@pytest.mark.parametrize("again", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_the_quickstart_runs(finished, tmp_path: Path, monkeypatch, capsys, again: bool):
+    sets = REDUCED if again else SHORT
+    if again:
+        shutil.copytree(finished.folder, tmp_path / "runs" / "quickstart")
+        monkeypatch.setattr(reward_stage, "run", lambda *_: pytest.fail("it ran again"))
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     monkeypatch.chdir(tmp_path)
     load = lora_rlhf.load_recipe
     monkeypatch.setattr(
-        lora_rlhf, "load_recipe", lambda path, sets: load(path, [*sets, *SHORT]), raising=False
+        lora_rlhf, "load_recipe", lambda path, given: load(path, [*given, *sets]), raising=False
     )
-    script = root / "docs" / "quickstart.py"
-    assert len(script.read_text().splitlines()) <= 15
-    runpy.run_path(str(script))
+    assert len(QUICKSTART.read_text().splitlines()) <= 15
+    runpy.run_path(str(QUICKSTART))
     assert "policy" in capsys.readouterr().out
     assert os.path.exists("runs/quickstart/record.json")
+
+
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+PAGES = {
+    page.relative_to(ROOT).as_posix(): blocks
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+    if (blocks := BLOCK.findall(page.read_text(encoding="utf-8")))
+}
+
+
+def test_no_page_hides_its_python():
+    """Blocks begin at the start of a line, where the next test finds them."""
+    assert {page: len(blocks) for page, blocks in PAGES.items()} == {
+        "README.md": 2, "docs/use.md": 4,
+    }  # fmt: skip
+    for page in (ROOT / "docs").rglob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        assert len(re.findall("```py", text)) == len(BLOCK.findall(text)), page
+    assert QUICKSTART.read_text().endswith(PAGES["README.md"][0])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_python_of_a_page_runs(finished, page: str, tmp_path: Path, monkeypatch):
+    """In one namespace per page, with this run under every name that the pages give to theirs."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("demo", "mine", "smollm2"):
+        shutil.copytree(finished.folder, tmp_path / "runs" / name)
+    names: dict[str, object] = {}
+    with lora_rlhf.serve("runs/demo", usage="served.sqlite") as server:
+        monkeypatch.setenv("OPENAI_API_KEY", server.key)
+        for code in PAGES[page]:
+            code = code.replace("http://127.0.0.1:8000/v1", server.url)
+            code = code.replace("HuggingFaceTB/SmolLM2-1.7B-Instruct", str(tiny.path()))
+            if code not in QUICKSTART.read_text():  # which has a test of its own
+                exec(compile(code, page, "exec"), names)
 
 
 def test_the_last_line_asks_what_the_model_was_asked(finished: Record):

@@ -205,11 +205,13 @@ def test_a_fetch_returns_the_uploaded_bits_and_nothing_else_is_uploaded(server, 
 
 
 FAULTS = [
-    ("POST", "/commit/", 500, 2), ("POST", "/commit/", 412, 1), ("POST", "/commit/", 429, 2),
-    ("POST", "/commit/", 0, 2), ("PUT", "^/_lfs/", 500, 3), ("PUT", "^/_lfs/", 0, 3),
-    ("PUT", "^/_lfs/", -1, 1), ("POST", "/commit/", -1, 1), ("POST", "objects/batch", 503, 3),
-    ("GET", "/tree/|/revision/|kept$", 502, 1), ("POST", "preupload", 504, 2),
-    ("POST", "repos/create", 500, 2), ("PUT", "^/_lfs/", -3, 3),
+    ("POST", "/commit/", 412, 1), ("POST", "/commit/", 429, 2), ("PUT", "^/_lfs/", 0, 3),
+    ("POST", "/commit/", -1, 1), ("GET", "/tree/|/revision/|kept$", 502, 1),
+    ("PUT", "^/_lfs/", -3, 3),
+    *(pytest.param(*other, marks=pytest.mark.slow) for other in (
+        ("POST", "/commit/", 500, 2), ("POST", "/commit/", 0, 2), ("PUT", "^/_lfs/", 500, 3),
+        ("PUT", "^/_lfs/", -1, 1), ("POST", "objects/batch", 503, 3), ("POST", "preupload", 504, 2),
+        ("POST", "repos/create", 500, 2))),
 ]  # fmt: skip
 
 
@@ -430,7 +432,7 @@ def test_no_token_and_no_home_folder_is_uploaded_or_saved(server, tmp_path, monk
             assert path.encode() not in content, (name, path)
 
 
-@pytest.mark.parametrize("at", [0, 3, 8])
+@pytest.mark.parametrize("at", [0, pytest.param(3, marks=pytest.mark.slow), 8])
 def test_a_fetch_that_was_killed_is_repeated(server, tmp_path, at):
     recipe = recipe_in(tmp_path / "data")
     send(recipe, short_run(tmp_path / "run", recipe))

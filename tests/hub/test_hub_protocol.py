@@ -109,6 +109,7 @@ def client_round_trip() -> dict:
     }
 
 
+@pytest.mark.slow
 def test_backbone_and_adapter_there_and_back(hub, tmp_path):
     got = client(hub, tmp_path, "client_round_trip")
     repo = hub.repos["acme/policy"]
@@ -270,6 +271,7 @@ def client_data() -> dict:
     return {"rows": back.to_list(), "private": info.private, "sha": info.sha, "missing": missing}
 
 
+@pytest.mark.slow  # a process that imports datasets
 def test_data_there_and_back(hub, tmp_path):
     got = client(hub, tmp_path, "client_data")
     repo = hub.repos["datasets/acme/pairs"]

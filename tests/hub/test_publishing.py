@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import hub_run
 import pytest
 import yaml
 from hub_server import HubServer, hub_env, turn_to
@@ -66,7 +67,7 @@ from lora_rlhf.hub import publishing as hub
 from lora_rlhf.runs.record import Record
 record = Record.read("run")
 results = [hub.push_base(record, "acme/little-base")]
-results += [hub.push(record, role, f"acme/little-{role}") for role in ("policy", "reward")]
+results += [hub.push(record, role, f"acme/little-{role}") for role in ROLES]
 assert all(r["private"] for r in results), results
 import sys
 assert "torch" not in sys.modules
@@ -85,7 +86,7 @@ import torch
 from huggingface_hub import hf_hub_download
 
 torch.set_num_threads(1)
-for role in ("policy", "reward"):
+for role in ROLES:
     path = hf_hub_download(f"acme/little-{role}", "README.md")
     blocks = re.findall(r"^```python\\n(.*?)^```", open(path).read(), re.S | re.M)
     assert len(blocks) == 3, blocks
@@ -95,7 +96,7 @@ for role in ("policy", "reward"):
     assert names["difference"] <= names["check"]["atol"], (role, names["difference"])
     with names["model"].disable_adapter(), torch.no_grad():
         bare = names["model"](input_ids=names["ids"], attention_mask=names["mask"]).logits
-    bare = bare[:, -1] if role == "policy" else bare
+    bare = (bare[:, -1] if role != "reward" else bare).reshape(len(names["ids"]), -1)
     off = (bare[:, : names["expected"].shape[1]] - names["expected"]).abs().max()
     assert off > 0.01, "the check would not notice a missing adapter"
     if role == "reward":
@@ -104,18 +105,21 @@ for role in ("policy", "reward"):
     assert "lora" not in str(merged["merged"].state_dict().keys())
     with torch.no_grad():
         out = merged["merged"](input_ids=names["ids"], attention_mask=names["mask"]).logits
-    out = out[:, -1] if role == "policy" else out
+    out = (out[:, -1] if role != "reward" else out).reshape(len(names["ids"]), -1)
     assert (out[:, : names["expected"].shape[1]] - names["expected"]).abs().max() < 1e-4
 assert "lora_rlhf" not in sys.modules
 print("loaded")
 """
 
 
+ROLES = ("policy", "reward", "value")
+
+
 def python(code: str, server, tmp_path, where: Path) -> str:
     root = str(Path(__file__).resolve().parents[2])
     env = hub_env(server, tmp_path) | {"PYTHONPATH": root}
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
+        [sys.executable, "-c", f"ROLES = {ROLES}\n{textwrap.dedent(code)}"],
         env=env,
         cwd=where,
         capture_output=True,
@@ -126,14 +130,15 @@ def python(code: str, server, tmp_path, where: Path) -> str:
 
 
 @pytest.mark.slow  # two fresh interpreters; test_adapters.py loads with plain PEFT by default
-def test_pushed_adapters_load_without_this_package(finished, server, tmp_path):
+def test_pushed_adapters_load_without_this_package(server, tmp_path):
     home = tmp_path / "home"
-    shutil.copytree(finished.parent, home)
+    home.mkdir()
+    hub_run.make_finished(home, "value")
     python(PUSH, server, tmp_path, home)
     base = server.repos["acme/little-base"]
     assert base.private and len(base.commits) == 2
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(base.files)
-    for role in ("policy", "reward"):
+    for role in ROLES:
         repo = server.repos[f"acme/little-{role}"]
         assert repo.private
         assert len(repo.commits) == 2  # the Hub's own first one, and one with all files
@@ -146,7 +151,7 @@ def test_pushed_adapters_load_without_this_package(finished, server, tmp_path):
         published = json.loads(repo.files["record.json"])["published"]
         assert set(published) == set(repo.files) - {".gitattributes", "record.json"}
         for name, data in repo.files.items():
-            for private in (str(finished.parent), str(tmp_path), str(Path.home()) + "/"):
+            for private in (str(tmp_path), str(Path.home()) + "/"):
                 assert private.encode() not in data, name
         meta = yaml.safe_load(repo.files["README.md"].decode().split("---\n")[1])
         assert meta["base_model"] == "acme/little-base"

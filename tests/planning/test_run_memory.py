@@ -14,6 +14,14 @@ from lora_rlhf.planning.memory_budget import format_bytes
 from lora_rlhf.recipe.loader import load_recipe
 from lora_rlhf.runs.record import Record
 
+PLAN = run_memory.before_run
+
+
+@pytest.fixture(autouse=True)
+def _plans(monkeypatch: pytest.MonkeyPatch):
+    """Other tests run without."""
+    monkeypatch.setattr(run_memory, "before_run", PLAN)
+
 
 def test_a_run_prints_its_plan_at_the_start_and_its_peak_at_the_end(tmp_path: Path):
     progress = RecordingProgress()

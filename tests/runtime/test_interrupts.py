@@ -155,7 +155,7 @@ def test_signals_at_random_moments(runs: killed.Runs, whole: Path, tmp_path: Pat
 
 
 @pytest.mark.hub
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", [pytest.param("SIGTERM", marks=pytest.mark.slow), "SIGINT"])
 def test_signal_during_a_push_leaves_no_partial_repository(tmp_path: Path, name: str):
     """The Hub is busy, the client waits to try again; then the user has had enough."""
     number = getattr(signal, name)

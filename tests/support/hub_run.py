@@ -41,24 +41,32 @@ def _base(folder: Path):
     return tokenizer
 
 
+_KINDS = {
+    "policy": ("CAUSAL_LM", "AutoModelForCausalLM", "logits_last"),
+    "reward": ("SEQ_CLS", "AutoModelForSequenceClassification", "score"),
+    "value": ("TOKEN_CLS", "AutoModelForTokenClassification", "value_last"),
+}
+"""Role -> PEFT's task, the class of transformers, and the key of `check.json`."""
+
+
 def _adapter(base: Path, tokenizer, role: str, folder: Path) -> None:
     """A plain PEFT adapter with random weights, and the check.json that the run would write."""
     import torch
+    import transformers
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    reward = role == "reward"
-    kind = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
-    model = kind.from_pretrained(base, dtype=torch.float32, **({"num_labels": 1} if reward else {}))
+    task, kind, key = _KINDS[role]
+    head = {"num_labels": 1} if role != "policy" else {}
+    model = getattr(transformers, kind).from_pretrained(base, dtype=torch.float32, **head)
     model.config.pad_token_id = 0
     lora = LoraConfig(
         r=2,
         target_modules=["q_proj", "up_proj"],
-        task_type="SEQ_CLS" if reward else "CAUSAL_LM",
-        modules_to_save=["score"] if reward else None,
+        task_type=task,
+        modules_to_save=["score"] if head else None,
     )
     model = get_peft_model(model, lora).eval()
-    torch.manual_seed({"policy": 1, "reward": 2}[role])
+    torch.manual_seed([*_KINDS].index(role) + 1)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -69,18 +77,20 @@ def _adapter(base: Path, tokenizer, role: str, folder: Path) -> None:
     mask = (ids != 0).long()
     with torch.no_grad():
         logits = model(input_ids=ids, attention_mask=mask).logits
-    expected = {"score": logits[:, 0].tolist()}
-    if reward:
+    if role == "reward":
         note = {"reward_offset": 0.25, "pad_token_id": 0, "head": "score, no bias"}
         (folder / "reward.json").write_text(json.dumps(note))
-    else:
-        expected = {"logits_last": logits[:, -1, :8].tolist()}
+    last = logits[:, 0] if role == "reward" else logits[:, -1]
+    expected = {key: (last[:, :8] if role == "policy" else last.flatten()).tolist()}
     check = {"role": role, "input_ids": ids.tolist(), "attention_mask": mask.tolist()}
     (folder / "check.json").write_text(json.dumps(check | {"expected": expected, "atol": 1e-5}))
 
 
-def make_finished(top: Path) -> Path:
-    """The folder of a run on a base that exists only here: `base` beside `run` in `top`."""
+def make_finished(top: Path, *more: str) -> Path:
+    """The folder of a run on a base that exists only here: `base` beside `run` in `top`.
+
+    It has adapters of policy, reward, and the roles of `more`.
+    """
     tokenizer = _base(top / "base")
 
     def edit(data):
@@ -92,7 +102,7 @@ def make_finished(top: Path) -> Path:
     recipe = RECIPE | {"model": {"id": str(top / "base")}}
     recipe["data"] = {"prompts": [{"path": f"{top}/private/prompts.jsonl"}]}
     record = make_run(top / "run", edit, recipe, roles=())
-    for role in ("policy", "reward"):
+    for role in ("policy", "reward", *more):
         _adapter(top / "base", tokenizer, role, record.adapter(role))
         (record.adapter(role) / "training_args.bin").write_bytes(b"pickle")
         (record.adapter(role) / "optimizer.pt").write_bytes(b"pickle")

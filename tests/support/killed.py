@@ -20,7 +20,6 @@ from filelock import FileLock
 from small import base_folder
 
 from lora_rlhf import pipeline
-from lora_rlhf.planning import run_memory
 from lora_rlhf.recipe.loader import parse_recipe
 from lora_rlhf.runs.record import Record
 from lora_rlhf.training import checkpoint_callback
@@ -58,9 +57,7 @@ def write(folder: Path, n: int = 40) -> None:
 def recipe(folder: Path, *sets: str):
     base = folder / "base" if (folder / "base").is_dir() else base_folder("llama")
     text = broken_runs.RECIPE.format(base=base)
-    parsed = parse_recipe(text, "recipe.yaml", [*SETS, *sets], folder)
-    run_memory.before_run(parsed)  # what it counts is kept, and would be counted by every child
-    return parsed
+    return parse_recipe(text, "recipe.yaml", [*SETS, *sets], folder)
 
 
 def start(run, *args, **kwargs) -> int:
