@@ -2,6 +2,7 @@
 """The command line: what it prints where, its exit codes, and every command that a page shows."""
 
 import ast
+import functools
 import io
 import json
 import os
@@ -651,13 +652,19 @@ def test_env_tells_no_secret(monkeypatch):
 # --- every command that is shown -----------------------------------------------------------------
 
 
+@functools.cache
+def whole():
+    """All commands as they are parsed; making them takes longer than a line."""
+    return typer.main.get_command(app.app)
+
+
 def parse(line: str) -> None:
     """Let the CLI parse a command line without running it; its errors come through."""
     words = shlex.split(line, comments=True)
     ends = [i for i, word in enumerate(words) if word in ("|", "&&", "||", ";", "&")]
     ends += [i for i, word in enumerate(words) if re.match(r"\d?>", word)]
     words = words[1 : min(ends, default=None)]
-    group = typer.main.get_command(app.app)
+    group = whole()
     try:
         context = group.make_context("lora-rlhf", words)
         name, command, rest = group.resolve_command(

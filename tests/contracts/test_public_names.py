@@ -72,7 +72,7 @@ def test_verbs_over_runs_take_their_folder(tmp_path, capsys):
     other = card_run.make_run(tmp_path / "other").folder
     with pytest.raises(lora_rlhf.LoraRlhfError, match="runs of the same recipe and seed"):
         lora_rlhf.compare(record.folder, other)
-    plan = lora_rlhf.plan(lora_rlhf.load_recipe(tiny.recipe()), "16GB")
+    plan = lora_rlhf.plan(lora_rlhf.load_recipe(tiny.recipe(), ["algorithm=best_of_n"]), "16GB")
     assert plan.fits and "fits 16 GB" in plan.as_text()
     assert capsys.readouterr() == ("", "")
 

@@ -50,7 +50,7 @@ TEXTS = {
     "tabs": "\ta\t",
     "html": "<script>alert(1)</script>",
     "markdown": "| a | [x](http://x) ![](y) |", "quotes": "'\"\\`",
-    "long word": "x" * 100_000, "a megabyte": "ab c" * 250_000,
+    "long word": "x" * 100_000, "many words": "ab c" * 25_000,
 }  # fmt: skip
 
 

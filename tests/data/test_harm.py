@@ -42,11 +42,11 @@ def test_harmless_text_around_it_hides_nothing():
 def test_time_is_linear_in_the_text():
     import time
 
-    begun = time.perf_counter()
+    begun = time.process_time()
     for text in ("a " * 20_000, "kill " * 8_000, "a.b-c d_" * 5_000, "why women " * 4_000,
                  "x" * 40_000, "my my my " * 4_000, "! " * 20_000):  # fmt: skip
         harm.probability(text, "request")
-    assert time.perf_counter() - begun < 10
+    assert time.process_time() - begun < 10
 
 
 @pytest.mark.data

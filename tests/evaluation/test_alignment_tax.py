@@ -37,6 +37,7 @@ def section(tmp_path):
     return LmEvalSection(tasks=["words"], path=str(tmp_path)), rows
 
 
+@pytest.mark.slow  # the next test runs the same tasks
 def test_grades_are_the_models_own_choices(runs, section):
     run, (wanted, rows) = runs.after("evaluate"), section
     named = targets.parse([str(run)])

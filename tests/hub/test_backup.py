@@ -227,7 +227,7 @@ def test_an_upload_survives_transient_faults(
     with backup.uploading(remote, recipe, record, progress):
         pass
     assert record.data["clock"]["backup"] == {"repo_id": "acme/kept", "sent": 1, "failed": 0}
-    assert time.monotonic() - started < 20, "a connection that is silent was waited for"
+    assert time.monotonic() - started < 50, "a connection that is silent was waited for"
     assert len([r for r in server.requests if r.status == status]) >= 1
     assert len(server.repos["acme/kept"].commits) == 2
     fetch(recipe, tmp_path / "other")

@@ -213,7 +213,7 @@ def test_transient_faults_are_retried(run, server, here, impatient, method, path
     started = time.monotonic()
     publishing.push(run, "policy", "acme/p")
     assert here  # it paused
-    assert time.monotonic() - started < 20, "a connection that is silent was waited for"
+    assert time.monotonic() - started < 50, "a connection that is silent was waited for"
     assert [r.status for r in server.requests].count(status) == 3
     assert len(server.repos["acme/p"].commits) == 2
     assert set(server.repos["acme/p"].files) <= ALLOWED

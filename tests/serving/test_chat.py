@@ -331,7 +331,7 @@ class Screen:
                 code = 0
             os._exit(code)
 
-    def until(self, text, seconds=20):
+    def until(self, text, seconds=60):
         """Read on until a text is on the screen."""
         end = time.monotonic() + seconds
         while text not in self.seen:

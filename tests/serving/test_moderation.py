@@ -82,17 +82,17 @@ def fails(*args, **kwargs):
 
 
 @pytest.mark.parametrize(
-    ("broken", "problem"),
-    [(fails, "RuntimeError: the weights are gone"), (lambda *a: float("nan"), "score nan"),
-     (lambda *a: time.sleep(0.4) or 0.0, "took over 0.05 s")],
+    ("broken", "problem", "seconds"),
+    [(fails, "RuntimeError: the weights are gone", 60), (lambda *a: float("nan"), "score nan", 60),
+     (lambda *a: time.sleep(0.4) or 0.0, "took over 0.05 s", 0.05)],
 )  # fmt: skip
-def test_what_cannot_be_checked_is_blocked(monkeypatch, broken, problem):
+def test_what_cannot_be_checked_is_blocked(monkeypatch, broken, problem, seconds):
     monkeypatch.setitem(moderation._SCORES, "request", broken)
-    rules = only("request").model_copy(update={"seconds": 0.05})
+    rules = only("request").model_copy(update={"seconds": seconds})
     decision = Moderation(rules).check("hello", "prompt")
     assert decision.action == "block" and problem in decision.reason
     with pytest.raises(Blocked, match=re.escape(problem)):
-        Moderation(only("request", "answer").model_copy(update={"seconds": 0.05})).gate().feed(
+        Moderation(only("request", "answer").model_copy(update={"seconds": seconds})).gate().feed(
             "Hi. "
         )
 
@@ -101,7 +101,7 @@ def test_hanging_expressions_and_long_texts_block():
     slow = only("regex", patterns=[r"(a|aa)+$"]).model_copy(update={"seconds": 0.1})
     begun = time.monotonic()
     assert "took over 0.1 s" in Moderation(slow).check("a" * 60 + "b", "prompt").reason
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 30
     short = only().model_copy(update={"max_characters": 10})
     assert "at most 10" in Moderation(short).check("x" * 11, "prompt").reason
 

@@ -10,7 +10,10 @@ from lora_rlhf.serving.inference import Choice, Completion, Delta, Handle, Model
 
 
 class FakeEngine:
-    """Each request has a thread; `pause` seconds lie between two words."""
+    """Each request has a thread; `pause` seconds lie between two words.
+
+    While `held` returns true for the words that were said, the next one waits.
+    """
 
     context, max_tokens, default, has_reward = 100, 20, "policy", True
 
@@ -21,6 +24,7 @@ class FakeEngine:
             "policy": Model("policy", "ab" * 32, "policy"),
         }
         self.requests, self.cancelled = [], threading.Event()
+        self.held = lambda told: False
 
     def count_tokens(self, messages):
         if messages[-1]["role"] != "user":
@@ -48,6 +52,8 @@ class FakeEngine:
         for index in range(request.n):
             told = []
             for word in words:
+                while self.held(told) and not handle._cancelled.is_set():
+                    time.sleep(0.01)
                 if handle._cancelled.is_set():
                     break
                 time.sleep(self.pause)

@@ -59,7 +59,7 @@ class Sitting:
                 LabelServer(self.project, access).run()
             finally:
                 os._exit(1)
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while True:
             try:
                 socket.create_connection(("127.0.0.1", self.port)).close()
