@@ -23,7 +23,7 @@ test: $(BIN)/lora-rlhf ## the default tests: offline, no GPU
 
 test-lowest: ## the default tests on the lowest versions that pyproject.toml allows (TESTS=some of them)
 	$(PYTHON) -m venv build/lowest && build/lowest/bin/python -m pip install -q uv
-	build/lowest/bin/uv pip compile pyproject.toml --resolution lowest-direct --no-annotate -o build/lowest.txt
+	build/lowest/bin/uv pip compile pyproject.toml --python build/lowest/bin/python --resolution lowest-direct --no-annotate -o build/lowest.txt
 	build/lowest/bin/uv pip install -q --python build/lowest/bin/python -r build/lowest.txt
 	build/lowest/bin/uv pip install -q --python build/lowest/bin/python -e ".[test]" -c build/lowest.txt
 	build/lowest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
