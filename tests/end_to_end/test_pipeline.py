@@ -434,7 +434,9 @@ def test_no_page_hides_its_python():
     assert QUICKSTART.read_text().endswith(PAGES["README.md"][0])
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "page", [p if p == "README.md" else pytest.param(p, marks=pytest.mark.slow) for p in PAGES]
+)
 def test_the_python_of_a_page_runs(finished, page: str, tmp_path: Path, monkeypatch):
     """In one namespace per page, with this run under every name that the pages give to theirs."""
     monkeypatch.chdir(tmp_path)
