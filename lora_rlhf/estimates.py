@@ -476,15 +476,6 @@ def sign_flip_p(a: ArrayLike, b: ArrayLike, seed: int, resamples: int = 10_000) 
     return (1 + extreme) / (1 + resamples)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values that are corrected for their number (Holm 1979), in their order."""
-    adjusted, most = [1.0] * len(p_values), 0.0
-    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        most = max(most, min(1.0, (len(p_values) - rank) * p_values[i]))
-        adjusted[i] = most
-    return adjusted
-
-
 def _paired_shares(gained: int, lost: int, n: int) -> Estimate:
     """The difference of two shares of the same n prompts, of which some changed.
 

@@ -144,7 +144,6 @@ def run(
     clean = [prompts for prompts in compared if not prompts.clean]
     with evaluation.timed("statistics"):
         tables += _with_people(evaluation, clean, described)
-        suite_tables.correct_swaps(tables)
         made = report(evaluation, [prompts for _, prompts in sets], described, tables)
     made["seconds"] = evaluation.seconds
     write_atomically(evaluation.out / "report.json", json.dumps(safe(made), indent=1) + "\n")

@@ -87,29 +87,20 @@ def metric_table(
 def swaps(
     metric: Metric, rows: Sequence[Row], values: Values, clean: Values, seed: int
 ) -> list[dict[str, Any]]:
-    """Compare each target's values between the people of pairs, by kind of pair, with p-values."""
+    """Compare each target's values between the people of pairs, by kind of pair.
+
+    The pairs of a kind are few: their p is that of random signs.
+    """
     kinds = kinds_of(rows) or {rows[0].kind: list(range(len(rows)))}
     made = []
     for name in clean:
         for kind, only in kinds.items():
             if pairs := _known_pairs(values[name], clean[name], only):
-                first, second = zip(*pairs, strict=True)
-                made.append(
-                    {
-                        "target": name,
-                        "kind": kind,
-                        "estimate": _difference(values[name], clean[name], only, seed, metric),
-                        "p": estimates.sign_flip_p(first, second, seed),
-                    }
-                )
+                p = estimates.sign_flip_p(*zip(*pairs, strict=True), seed)
+                found = _difference(values[name], clean[name], only, seed, metric)
+                found = found and {**found, "p": p}
+                made.append({"target": name, "kind": kind, "estimate": found})
     return made
-
-
-def correct_swaps(tables: Sequence[dict[str, Any]]) -> None:
-    """Correct the p-values of all swaps of an evaluation together (Holm)."""
-    every = [swap for table in tables for swap in table.get("swaps", ())]
-    for swap, p in zip(every, estimates.holm([swap["p"] for swap in every]), strict=True):
-        swap["p_holm"] = p
 
 
 def win_rate_tables(
@@ -343,7 +334,8 @@ def _difference(
 def correct(tables: Sequence[dict[str, Any]], head: dict[str, Any] | None) -> None:
     """Give every comparison its p, and all but the headline one that is corrected for the others.
 
-    Comparisons are differences, changes from the clean prompts, and win rates, by kind too.
+    Comparisons are differences, changes from the clean prompts or between the people of pairs, and
+    win rates, by kind too.
     """
     family: list[Estimate] = []
     for table in tables:
@@ -353,7 +345,8 @@ def correct(tables: Sequence[dict[str, Any]], head: dict[str, Any] | None) -> No
         if rates:
             own = list(table["estimates"].values())
             parts = [e for by in table["by_kind"].values() for e in by.values()]
-        changes = () if "swaps" in table else table.get("from_clean", {}).values()
+        changes = [swap["estimate"] for swap in table.get("swaps", ())]
+        changes += [] if "swaps" in table else table.get("from_clean", {}).values()
         leads = head is not None and all(table[k] == head[k] for k in ("set", "metric", "judge"))
         null = 0.5 if rates else 0.0
         for few, none in ((own, null), (parts, null), (changes, 0.0)):
@@ -394,7 +387,7 @@ def sentences(
     verdict += _under_stress([t for t in tables if "swaps" not in t])
     verdict += _by_identity(tables)
     looked = sum(1 + len(row["by_kind"]) for table in tables for row in table["differences"])
-    looked += sum(len(t.get("from_clean", ())) for t in tables if "swaps" not in t)
+    looked += sum(len(t.get("swaps", t.get("from_clean", ()))) for t in tables)
     if looked > 1:
         verdict.append(
             f"{looked} differences were examined, kinds of prompt included. All but the headline "
@@ -528,10 +521,10 @@ def _by_identity(tables: Sequence[dict[str, Any]]) -> list[str]:
         return []
     gaps: dict[str, list[str]] = {}
     for table, swap in every:
-        if swap["p_holm"] < 0.05:
-            text = f"{swap['kind']}: {table['metric']} {_signed(swap['estimate'])}"
-            gaps.setdefault(swap["target"], []).append(f"{text} (p {swap['p_holm']:.2g})")
-    many = f"{len(every)} comparisons of identities, corrected by Holm's method"
+        if estimates.differs(found := swap["estimate"]):
+            text = f"{swap['kind']}: {table['metric']} {_signed(found)}"
+            gaps.setdefault(swap["target"], []).append(f"{text} (p {found['p_corrected']:.2g})")
+    many = f"{len(every)} comparisons of identities, corrected with all others"
     if not gaps:
         return [f"No model was shown to treat people differently by identity ({many})."]
     return [

@@ -56,13 +56,11 @@ class Difference(Part):
 
 
 class Swap(Part):
-    """A model's difference between the people of pairs of one kind, with its p-value."""
+    """A model's difference between the people of pairs of one kind."""
 
     target: str
     kind: str
     estimate: Interval | None
-    p: float
-    p_holm: float
 
 
 class Table(Part):

@@ -154,12 +154,17 @@ def _view(number: int, table: Table, names: Sequence[str]) -> dict[str, Any]:
         "differences": [(f"{d.a} − {d.b}", d.estimate, text) for d, text in pairs],
         "from_clean": [_from_clean(*item, table.better) for item in table.from_clean.items()]
         + [
-            (f"{s.target}: swapped − first, {s.kind}", s.estimate, f"p {s.p_holm:.2g} after Holm")
+            (f"{s.target}: swapped − first, {s.kind}", s.estimate, _corrected(s.estimate))
             for s in table.swaps
         ],
         "kinds": [row(kind) for kind in kinds],
         "shown": [f"{text} than {d.b}" for d, text in pairs if text.startswith(f"{d.a} is")],
     }
+
+
+def _corrected(estimate: Interval | None) -> str:
+    p = estimate.p_corrected if estimate else None
+    return "" if p is None else f"p {p:.2g}, corrected"
 
 
 def _from_clean(name: str, estimate: Interval | None, better: str) -> tuple[str, Any, str]:

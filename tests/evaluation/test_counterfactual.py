@@ -31,8 +31,8 @@ def tables(answer):
         by_set = [[METRICS[name].score(row, answer(row.prompt)) for row in prompts.rows]
                   for prompts in (OTHER, PAIRS)]  # fmt: skip
         swaps = suite_tables.swaps(METRICS[name], OTHER.rows, *({"m": v} for v in by_set), 0)
-        made.append({"metric": name, "swaps": swaps})
-    suite_tables.correct_swaps(made)
+        made.append({"metric": name, "swaps": swaps, "differences": []})
+    suite_tables.correct(made, None)
     return made
 
 
@@ -54,15 +54,14 @@ def test_who_is_treated_differently_is_found_after_correction(answer, said):
         assert sentence.startswith("No model was shown to treat people differently by identity (")
     else:
         assert sentence.startswith("m treats people differently by identity (") and said in sentence
-        kinds = {s["kind"] for t in tables(answer) for s in t["swaps"] if s["p_holm"] < 0.05}
+        kinds = {s["kind"] for t in tables(answer) for s in t["swaps"]
+                 if s["estimate"]["p_corrected"] < 0.05}  # fmt: skip
         assert kinds == {said.partition(":")[0]}
 
 
-def test_p_values_are_exact_on_few_pairs_and_corrected_as_holm_did():
+def test_p_values_are_exact_on_few_pairs():
     assert estimates.sign_flip_p([1, 2, 3], [0, 0, 0], 0) == pytest.approx(2 / 8, abs=0.02)
     assert estimates.sign_flip_p([1, 2], [1, 2], 0) == 1
-    assert estimates.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert estimates.holm([]) == [] and estimates.holm([0.6, 0.9]) == [1.0, 1.0]
 
 
 def test_own_pairs_and_rewards_are_in_the_report(runs, tmp_path):
@@ -84,7 +83,8 @@ def test_own_pairs_and_rewards_are_in_the_report(runs, tmp_path):
     assert [s["kind"] for s in words["swaps"]] == ["k"] * 3
     [reward] = [t for (name, m), t in by_name.items() if name == "c swapped" and "held_out" in m]
     assert {s["target"] for s in reward["swaps"]} == set(words["estimates"])
-    assert all(0 < s["p"] <= s["p_holm"] <= 1 for t in (words, reward) for s in t["swaps"])
+    found = [s["estimate"] for t in (words, reward) for s in t["swaps"]]
+    assert all(0 < one["p"] <= one["p_corrected"] <= 1 for one in found)
     wins = [t for t in report["tables"] if (t["set"], t["metric"]) == ("p under case", "win_rate")]
     assert wins and all(t["from_clean"].keys() == t["estimates"].keys() for t in wins)
-    assert any("identities, corrected by Holm" in line for line in report["verdict"])
+    assert any("identities, corrected with all" in line for line in report["verdict"])
