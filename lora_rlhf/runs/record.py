@@ -327,8 +327,17 @@ class Record:
             ]
             for name in ("demonstrations", "comparisons", "prompts", "text", "evaluate")
         }
-        data = recipe.data.model_copy(update=sets)
-        return recipe.model_copy(update={"model": model, "data": data})
+        updated = {"model": model, "data": recipe.data.model_copy(update=sets)}
+        for name in ("sft", "reward"):
+            section = getattr(recipe, name)
+            if section.start:
+                start = {"from": moved(section.start, self.folder)}
+                updated[name] = section.model_copy(update=start)
+        if recipe.ppo.function:
+            file, function = recipe.ppo.function
+            own = {"reward": f"{moved(file, self.folder)}:{function}"}
+            updated["ppo"] = recipe.ppo.model_copy(update=own)
+        return recipe.model_copy(update=updated)
 
     def model_section(self, recipe: Recipe) -> ModelSection:
         """Return the recipe's base at the precision at which this run loaded it first."""

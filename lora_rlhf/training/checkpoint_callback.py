@@ -264,7 +264,8 @@ def identity(backbone: Backbone, record: Record, stage: str) -> dict[str, Any]:
             flat[f"data.{name}"] = fingerprints(record.data["data"][name])
     own = record.recipe().ppo.function
     if own and stage not in ("sft", "reward"):
-        flat["ppo.reward.sha256"] = sha256(Path(own[0]))
+        path = Path(own[0])
+        flat |= {"ppo.reward": f"{path.name}:{own[1]}", "ppo.reward.sha256": sha256(path)}
     frozen = backbone.views.keys() - backbone.trained_roles
     if stage == "evaluate":  # it does not use the value, which exists only right after PPO
         frozen -= {"value"}
@@ -278,7 +279,9 @@ def _differences(
     return [
         f"  {key}: {before.get(key)!r:.80} -> {now.get(key)!r:.80}"
         for key in keys or sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key != "model.id" and not key.endswith(".path")
+        if before.get(key) != now.get(key)
+        and key != "model.id"
+        and not key.endswith((".path", ".from"))
     ]
 
 

@@ -6,8 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from lora_rlhf import pipeline, tiny
+from lora_rlhf.cli import app
 from lora_rlhf.data import dataset_builder, label_pool
 from lora_rlhf.data.closed_world import generator
 from lora_rlhf.data.closed_world.checkers import check
@@ -214,3 +216,24 @@ def test_labels_of_the_task_generator_are_those_of_the_run(tmp_path, monkeypatch
         "earlier.jsonl", "labels.jsonl",
     ]  # fmt: skip
     assert made.rounds[0].noise > 0 and made.rounds[0].labels == "simulated"
+
+
+def test_the_command_waits_for_labels_and_goes_on(runs, tmp_path, monkeypatch):
+    run, out, made = runs.after("evaluate"), tmp_path / "round", []
+
+    def execute(recipe, folder, **options):
+        made.append((recipe, folder))
+        return Record.read(run)
+
+    monkeypatch.setattr(pipeline, "run", execute)
+    asked = ["iterate", str(run), "--n", "4", "--k", "3", "--start", "policy", "--out", str(out)]
+    asked += ["--set", "reward.gate=warn"]
+    first = CliRunner().invoke(app.app, asked)
+    assert first.exit_code == 0 and f"{out / 'tasks.jsonl'} waits for labels" in first.stdout
+    again = CliRunner().invoke(app.app, [*asked, "--labels", str(labels(out))])
+    assert again.exit_code == 0 and "win rate" in again.stdout, again.output
+    [(recipe, folder)] = made
+    assert (folder, recipe.rounds[0].rankings, recipe.reward.gate) == (out / "run", 4, "warn")
+    other = CliRunner().invoke(app.app, [*asked, "--seed", "1"])
+    assert other.exit_code == 2 and "holds a round with another choice" in other.stderr
+    assert CliRunner().invoke(app.app, ["iterate", str(tmp_path)]).exit_code == 2

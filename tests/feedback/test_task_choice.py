@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from small import tokenizer
+from typer.testing import CliRunner
 
+from lora_rlhf.cli import app
 from lora_rlhf.data import dataset_builder
 from lora_rlhf.errors import UsageError
 from lora_rlhf.feedback import task_choice
@@ -195,3 +197,19 @@ def test_a_run_without_what_the_strategy_needs(runs, tmp_path):
         task_choice.make(runs.after("sft"), Choice("highest_reward", 2), tmp_path / "t.jsonl")
     with pytest.raises(UsageError, match="no failures of sft"):
         task_choice.make(runs.after("sft"), Choice("failures", 2), tmp_path / "t.jsonl")
+
+
+def test_the_command_writes_tasks_and_says_how_many(runs, tmp_path):
+    out, run = tmp_path / "tasks.jsonl", str(runs.after("ppo"))
+    asked = ["tasks", run, "--n", "3", "--k", "3", "--model", "policy", "--out", str(out)]
+    done = CliRunner().invoke(app.app, asked)
+    assert (done.exit_code, done.stdout) == (0, f"3 tasks: {out}\n")
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) == 3 and all(2 <= len(row["answers"]) <= 3 for row in rows)  # equal ones once
+    for wrong, said in (
+        (["tasks", str(tmp_path)], "is not a run"),
+        ([*asked[:-1], str(tmp_path / "x"), "--strategy", "luck"], "highest_reward"),
+        (["tasks", run, "--strategy", "failures"], "report"),
+    ):
+        refused = CliRunner().invoke(app.app, wrong)
+        assert refused.exit_code == 2 and said in refused.stderr, refused.output

@@ -12,6 +12,7 @@ from lora_rlhf import pipeline
 from lora_rlhf.errors import AdapterError, RecipeError
 from lora_rlhf.recipe.loader import dump_recipe, load_recipe, parse_recipe
 from lora_rlhf.runs.disk import sha256
+from lora_rlhf.training import checkpoint_callback
 
 
 @pytest.fixture
@@ -46,6 +47,27 @@ def test_both_are_used_as_they_are(runs: killed.Runs, own: Path, tmp_path: Path)
         assert weights(own / stage) == weights(out / "adapters" / stage)
     assert (entry["gate"], entry["offset"], entry["offset_from"]) == ("not judged", 0.0, 0)
     assert not record.metrics("sft") and record.metrics("ppo")
+
+
+def test_adapters_and_a_function_that_were_moved_with_the_run_are_found(
+    runs: killed.Runs, own: Path, tmp_path: Path
+):
+    """As in a round of feedback, whose recipe names the run before by its absolute path."""
+    project, later = tmp_path / "project", tmp_path / "later"
+    shutil.copytree(own, project / "own")
+    (project / "mine.py").write_text("def score(completions):\n    return [0.0] * len(completions)")
+    made = runs.recipe("ppo", *sets(project / "own"), f"ppo.reward={project}/mine.py:score")
+    pipeline.run(made, project / "run", until="sft")
+    project.rename(later)
+    found = pipeline.Record.read(later / "run").recipe()
+    assert (found.sft.start, found.reward.start) == tuple(
+        str(later / "own" / name) for name in ("sft", "reward")
+    )
+    assert found.ppo.reward == f"{later}/mine.py:score"
+    record = pipeline.run(found, later / "run", until="reward")
+    assert record.done("reward")
+    flat = checkpoint_callback._differences({"sft.from": str(project)}, {"sft.from": str(later)})
+    assert flat == [], "their sha256 stands for them in a checkpoint"
 
 
 def test_a_reward_model_is_judged_where_there_is_data(runs: killed.Runs, own: Path, tmp_path: Path):
