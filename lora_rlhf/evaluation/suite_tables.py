@@ -96,10 +96,11 @@ def swaps(
     for name in clean:
         for kind, only in kinds.items():
             if pairs := _known_pairs(values[name], clean[name], only):
-                p = estimates.sign_flip_p(*zip(*pairs, strict=True), seed)
-                found = _difference(values[name], clean[name], only, seed, metric)
-                found = found and {**found, "p": p}
-                made.append({"target": name, "kind": kind, "estimate": found})
+                first, second = zip(*pairs, strict=True)
+                gap = _difference(values[name], clean[name], only, seed, metric)
+                if gap is not None:
+                    gap["p"] = estimates.sign_flip_p(first, second, seed)
+                made.append({"target": name, "kind": kind, "estimate": gap})
     return made
 
 
@@ -521,9 +522,9 @@ def _by_identity(tables: Sequence[dict[str, Any]]) -> list[str]:
         return []
     gaps: dict[str, list[str]] = {}
     for table, swap in every:
-        if estimates.differs(found := swap["estimate"]):
-            text = f"{swap['kind']}: {table['metric']} {_signed(found)}"
-            gaps.setdefault(swap["target"], []).append(f"{text} (p {found['p_corrected']:.2g})")
+        if estimates.differs(gap := swap["estimate"]):
+            text = f"{swap['kind']}: {table['metric']} {_signed(gap)}"
+            gaps.setdefault(swap["target"], []).append(f"{text} (p {gap['p_corrected']:.2g})")
     many = f"{len(every)} comparisons of identities, corrected with all others"
     if not gaps:
         return [f"No model was shown to treat people differently by identity ({many})."]

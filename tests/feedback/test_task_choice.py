@@ -209,7 +209,7 @@ def test_the_command_writes_tasks_and_says_how_many(runs, tmp_path):
     for wrong, said in (
         (["tasks", str(tmp_path)], "is not a run"),
         ([*asked[:-1], str(tmp_path / "x"), "--strategy", "luck"], "highest_reward"),
-        (["tasks", run, "--strategy", "failures"], "report"),
+        (["tasks", run, "--strategy", "failures"], "has no failures of sft"),
     ):
         refused = CliRunner().invoke(app.app, wrong)
         assert refused.exit_code == 2 and said in refused.stderr, refused.output
