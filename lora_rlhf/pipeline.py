@@ -29,6 +29,8 @@ from lora_rlhf.data import dataset_builder
 from lora_rlhf.data.contamination import OVERLAP
 from lora_rlhf.data.dataset_builder import Prepared
 from lora_rlhf.data.filters import SECRET
+from lora_rlhf.distributed import replica
+from lora_rlhf.distributed.world import joined, world
 from lora_rlhf.errors import (
     AdapterError,
     DataError,
@@ -43,7 +45,7 @@ from lora_rlhf.models import adapters
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.planning import run_memory, stage_work
 from lora_rlhf.recipe.schema import Recipe
-from lora_rlhf.recipe.stage_keys import has_reward_model, stage_names
+from lora_rlhf.recipe.stage_keys import fingerprints, flat_keys, has_reward_model, stage_names
 from lora_rlhf.reports import evaluation_report, html_report, plots, rich_displays, tables
 from lora_rlhf.reports.cards import model_card
 from lora_rlhf.reports.doctor import findings
@@ -51,7 +53,7 @@ from lora_rlhf.runs import disk, reuse, run_lock
 from lora_rlhf.runs.progress import Progress
 from lora_rlhf.runs.record import Record
 from lora_rlhf.runtime import environment, interrupts, paths, quiet
-from lora_rlhf.runtime.devices import hardware_limitations
+from lora_rlhf.runtime.devices import device_name, hardware_limitations
 from lora_rlhf.serving import loaded_run
 from lora_rlhf.training import checkpoint_callback, sft
 from lora_rlhf.training.reward import reward_gate, reward_stage
@@ -62,6 +64,7 @@ _OFFSET_ROWS = 256
 
 
 @quiet.libraries()
+@joined()
 def run(
     recipe: Recipe,
     out: str | Path,
@@ -73,6 +76,9 @@ def run(
     redo: str | None = None,
 ) -> Record:
     """Run a recipe in a directory, or continue the run that is there.
+
+    Started by torchrun or `accelerate launch`, the processes share every batch, and the first one
+    writes the run directory.
 
     Args:
         out: The run directory: new, empty, or with a run of the same recipe.
@@ -96,6 +102,10 @@ def run(
     stages = _stages(recipe, until)
     preflight.check_launch(recipe, stages)
     configs = preflight.trainer_configs(recipe, out, stages)
+    _check_same_launch(recipe)
+    if not world().first:
+        with replica.received() as copy:
+            return _follow(recipe, copy, stages, warm_start)
     paths.reject_escaping_links(out, UsageError)
     if out.exists() and not out.is_dir():
         return Record.open(out, recipe)  # raises: it is a file
@@ -116,11 +126,41 @@ def run(
             progress.say(ignored)
         if source is not None and (copied := reuse.copy_stages(source, record)):
             progress.say(f"copied from {source.folder}: {', '.join(copied)}")
+        replica.share(record.folder)
         if "card" in stages:  # before hours of training, not after them
             for note in publishing.check_pushes(recipe, record):
                 progress.say(note)
         with backup.uploading(remote, recipe, record, progress), _end_recorded(record):
             _run_stages(recipe, configs, record, stages, progress)
+    return record
+
+
+def _check_same_launch(recipe: Recipe) -> None:
+    """Check that all processes have the same recipe, libraries and kind of device.
+
+    Raises:
+        SetupError: They differ.
+    """
+    recipe_keys = {  # a folder may have another place on another machine; its data is compared
+        f"recipe {key}": Path(value).name if isinstance(value, str) else value
+        for key, value in flat_keys(recipe).items()
+    }
+    device = {"device": device_name()}
+    world().agree("recipes, packages or devices", recipe_keys | environment.versions() | device)
+
+
+def _follow(recipe: Recipe, folder: Path, stages: tuple[str, ...], warm_start: bool) -> Record:
+    """Compute this process's part of the run, in a copy of its directory that nobody sees."""
+    with (
+        run_lock.locked(folder) as check_place,
+        interrupts.time_budget(recipe.checkpoint.max_minutes),
+        _disk_and_memory_errors(recipe, folder),
+    ):
+        record = Record.open(folder, recipe, warm_start=warm_start)
+        record.check_place = check_place
+        configs = preflight.trainer_configs(recipe, folder, stages)
+        stages = tuple(stage for stage in stages if stage != "card")
+        _run_stages(recipe, configs, record, stages, Progress(quiet=True))
     return record
 
 
@@ -242,6 +282,14 @@ def _run_stages(
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     threads, clock = torch.get_num_threads(), record.data["clock"]
+    size, before = world().size, clock.get("processes", 1)
+    if wanted and size != before:
+        if "threads" in clock:
+            progress.say(
+                f"{size} processes instead of {before}: sums round differently, so the results "
+                "are not bit-identical to those of an uninterrupted run"
+            )
+        clock["processes"] = size
     if wanted and clock.setdefault("threads", threads) != threads:
         progress.say(
             f"{threads} threads instead of {clock['threads']}: sums round differently, so the "
@@ -254,7 +302,7 @@ def _run_stages(
         except interrupts.OutOfTime:
             progress.say("Time budget reached; run the same command to continue.")
             return
-    if wanted and evaluation_report.FILE in record.listed():
+    if wanted and world().first and evaluation_report.FILE in record.listed():
         html_report.of_run(record)
     if "card" in wanted:
         with record.stage("card"):  # the seal included, because only a sealed run can be pushed
@@ -300,6 +348,8 @@ def _compute(
     data = _Data(recipe, record, backbone, progress)
     for check_part in data.checks(wanted, configs):
         check_part()
+    read = {f"rows of {n}": fingerprints(report) for n, report in record.data["data"].items()}
+    world().agree("data or base", {**read, "base": backbone.fingerprint})
     progress.plan(stage_names(recipe.algorithm), data.work(wanted, configs))
     record.on_done = lambda: _describe(record, backbone, peak)
     stages = stage_names(recipe.algorithm)
@@ -309,6 +359,7 @@ def _compute(
             continue
         _run_stage(stage, context, configs, data)
         progress.say(tables.stage_line(record, stage))
+        interrupts.agree(world().gathered)
         # Checked after a stage, so that even the shortest budget makes some progress each time.
         if stage != wanted[-1]:
             interrupts.stop_if_requested()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_rlhf.distributed.world import world
 from lora_rlhf.errors import RecipeError, first_line
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.runs.disk import sha256
@@ -69,16 +70,20 @@ def _checked(function: Callable[..., Any], path: Path, name: str) -> Callable[..
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     taken = {p.name for p in parameters}
 
-    def reward(prompts: Sequence[Any], completions: Sequence[Any], **given: Any) -> list[float]:
-        given |= {"prompts": prompts, "completions": completions}
-        given.pop("trunk_states", None)
+    def called(given: dict[str, Any]) -> list[float]:
         try:
             result = function(**{k: v for k, v in given.items() if takes_all or k in taken})
             if inspect.isawaitable(result):
                 result = asyncio.run(_await(result))
-            values = [float(value) for value in result]
+            return [float(value) for value in result]
         except Exception as error:
             raise _failed(error, path, f"{name} failed") from error
+
+    def reward(prompts: Sequence[Any], completions: Sequence[Any], **given: Any) -> list[float]:
+        given |= {"prompts": prompts, "completions": completions}
+        given.pop("trunk_states", None)
+        # On the whole batch, in one process: it may compare answers, or never say the same twice.
+        values = world().of_first(lambda: called(given))
         if len(values) != len(completions):
             raise _wrong(path, name, f"returned {len(values)} numbers for {len(completions)}")
         if bad := [i for i, value in enumerate(values) if not math.isfinite(value)]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from lora_rlhf._trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from lora_rlhf.distributed.world import world
 from lora_rlhf.estimates import repetition
 from lora_rlhf.models import fused_layers, sampler, scoring
 from lora_rlhf.models.backbone import Backbone
@@ -105,6 +106,7 @@ def arguments(recipe: Recipe, out: Path) -> Any:
 class _GroupTrainer(RolloutTrainer, TiedReferenceTrainer):
     """GRPO and RLOO on our backbone; the last reward function is the penalty for a missing eos."""
 
+    by_token = frozenset({"entropy", "clip_ratio/region_mean"})
     _ids_alone = False  # RLOO's `_generate_single_turn` returns no log-probs
 
     def __init__(self, backbone: Backbone, *, progress: Progress, **options: Any) -> None:
@@ -135,17 +137,26 @@ class _GroupTrainer(RolloutTrainer, TiedReferenceTrainer):
     def _get_per_token_logps_and_entropies(
         self, *args: Any, batch_size: int | None = None, **options: Any
     ) -> Any:
-        """Compute as TRL does; without gradient, on fewer rows at once where memory runs out."""
+        """Compute as TRL does; without gradient, on fewer rows at once where memory runs out.
+
+        Several processes then share the rows, if nothing but ids and mask has rows.
+        """
         compute = super()._get_per_token_logps_and_entropies
         if torch.is_grad_enabled():
             return compute(*args, batch_size=batch_size, **options)
         model, ids, mask, tokens, *rest = args
         size = batch_size or (rest[0] if rest else None) or len(ids)
-        return self.backbone.backoff.call(
+        alone = world().size == 1 or any(torch.is_tensor(v) for v in options.values())
+        rows = slice(*(world().block(len(ids)) if not alone else (0, len(ids))))
+        out = self.backbone.backoff.call(
             "scoring",
             size,
-            lambda rows: compute(model, ids, mask, tokens, batch_size=rows, **options),
+            lambda n: compute(model, ids[rows], mask[rows], tokens, batch_size=n, **options),
         )
+        if alone:
+            return out
+        columns = zip(*world().gathered(out), strict=True)
+        return tuple(None if part[0] is None else torch.cat(part) for part in columns)
 
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
@@ -209,10 +220,11 @@ class _GroupTrainer(RolloutTrainer, TiedReferenceTrainer):
             )
 
         with self.backbone.role(role):
+            mine = range(*world().block(len(logprobs_bt)))
             self.backbone.backoff.for_each_batch(
-                "scoring", range(len(logprobs_bt)), self.args.per_device_train_batch_size, visit
+                "scoring", mine, self.args.per_device_train_batch_size, visit
             )
-        return logprobs_bt
+        return torch.cat(world().gathered(logprobs_bt[mine.start : mine.stop]))
 
     def _check_sampler(self, policy_bt: Tensor, mask_bt: Tensor) -> None:
         """Compare the sampler's log-probs with the trainer's on the first rollout."""

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_rlhf.distributed.world import world
 from lora_rlhf.models import sampler, scoring, trunk
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.models.sampler import Sampled
@@ -107,6 +108,8 @@ class Scorer:
     def begin(self, episodes: list[Episode]) -> list[Tensor] | None:
         """Decide what is reused; return each episode's trunk states (L, H), if there is a trunk.
 
+        States of episodes of other processes are empty.
+
         Raises:
             IdentityError: The sampler's log-probs are not those of the trained policy.
         """
@@ -116,9 +119,11 @@ class Scorer:
         if self.trusted is None and self._sampled is not None:
             self._compare_sampler(self._sampled)
         if self.trunk:
-            sampled = [s.states for s in self._sampled or () if s.states is not None]
-            reuse = self.trusted and len(sampled) == len(episodes)
-            self.states = sampled if reuse else self._trunk_pass()
+            kept = {i: s.states for i, s in enumerate(self._sampled or ()) if s.states is not None}
+            if self.trusted and len(kept) == len(world().own(len(episodes))):
+                self.states = [kept.get(i, torch.empty(0)) for i in range(len(episodes))]
+            else:
+                self.states = self._trunk_pass()
             if self.ppo.trunk_states == "cpu":
                 self.states = [states.cpu() for states in self.states]
         return self.states
@@ -153,7 +158,7 @@ class Scorer:
         if not values:
             values = scoring.episode_values(self.backbone, self.episodes, size, self.states)
         out["old_logprobs"], out["old_values"] = _pad(logprobs, mask_nt), _pad(values, mask_nt)
-        if self.states is not None:
+        if self.states is not None and world().size == 1:
             out |= self._padded_states(out)
         self._sampled = self.states = None  # `out` holds them now
         return _pad(reference, mask_nt)
@@ -171,7 +176,7 @@ class Scorer:
 
         with self.backbone.role("policy"):
             scoring.for_each_batch(self.backbone, self.episodes, size, self.states, visit)
-        return logprobs, values
+        return world().completed(logprobs), world().completed(values)
 
     def _check_server(self, sampled: list[Sampled], logprobs: list[Tensor]) -> None:
         """Compare every log-prob of the server with the trainer's.
@@ -257,9 +262,10 @@ class Scorer:
             gap, self.backbone.causal.dtype
         )
         worst = float(gap.max())
-        states = [s.states for s in sampled[: len(rows)]]
-        if self.trunk and states[0] is not None:
-            reused = torch.cat(pass_over(states)).cpu()  # type: ignore[arg-type]
+        kept = [s.states for s in sampled[: len(rows)]]
+        if self.trunk and (world().size > 1 or kept[0] is not None):
+            states = [torch.empty(0) if one is None else one for one in kept]
+            reused = torch.cat(pass_over(states)).cpu()
             worst = max(worst, float((reused - whole).abs().max()))
         self.trusted = worst <= PARITY
         if not self.trusted:

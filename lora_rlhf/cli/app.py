@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lora_rlhf.distributed import launch
 from lora_rlhf.errors import DataError, SetupError, UsageError
 
 from . import shell
@@ -37,12 +38,14 @@ from .command_group import (
 
 def main() -> None:
     """Run the command line."""
+    launch.mute()
     app(prog_name="lora-rlhf")
 
 
 # --- verbs over recipes --------------------------------------------------------------------------
 
 
+@shell.processes()
 def _train(
     path: Path,
     out: Path | None,

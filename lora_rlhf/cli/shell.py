@@ -9,12 +9,14 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
 import typer
 
+from lora_rlhf.distributed import launch
 from lora_rlhf.errors import INTERRUPTED, LoraRlhfError, MemoryLimitError, first_line
 from lora_rlhf.redaction import printable, safe
 from lora_rlhf.runtime import interrupts
@@ -108,13 +110,32 @@ def echo(text: object = "", *, err: bool = False, nl: bool = True) -> None:
     typer.echo(printable(str(text)), err=err, nl=nl)
 
 
+@contextlib.contextmanager
+def processes() -> Iterator[None]:
+    """Join the other processes of the launch, if there are any, so that one reports errors."""
+    if launch.read() is None:
+        yield
+        return
+    from lora_rlhf.distributed.world import joined
+
+    with joined():
+        yield
+
+
 def _fail(debug: bool, message: str, code: int) -> NoReturn:
+    if launch.silent:
+        raise typer.Exit(code) from None
+    sys.stderr = launch.stderr or sys.stderr
     if debug:
         import traceback
 
         echo(safe(traceback.format_exc()), err=True, nl=False)
     echo(safe(message), err=True)
     raise typer.Exit(code) from None
+
+
+_SAME_SIGNAL = 5.0
+"""Seconds within which a second signal is the first one again, in a process of a launch."""
 
 
 @contextlib.contextmanager
@@ -124,13 +145,21 @@ def signals_raise() -> Iterator[None]:
     A terminal that closes sends SIGHUP more than once, so a second one is ignored.
     """
 
+    def again(number: int, frame: FrameType | None) -> None:
+        # A launcher passes on the signal that the terminal has sent to all.
+        if time.monotonic() - first[0] > _SAME_SIGNAL:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
     def stop_once(number: int, frame: FrameType | None) -> None:
+        first.append(time.monotonic())
         for each in before:
             hangup = signal.Signals(each).name == "SIGHUP"
-            signal.signal(each, signal.SIG_IGN if hangup else signal.SIG_DFL)
+            later: Any = again if launched else signal.SIG_DFL
+            signal.signal(each, signal.SIG_IGN if hangup else later)
         interrupts.receive(signal.Signals(number).name)
 
-    before = {}
+    before, first, launched = {}, list[float](), launch.read() is not None
     if threading.current_thread() is threading.main_thread():
         for number in (getattr(signal, name) for name in INTERRUPTED if hasattr(signal, name)):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from lora_rlhf.data.padding import pad_left, position_ids
+from lora_rlhf.distributed.world import world
 
 from . import decode_graph, trunk
 from .base_model import BaseModel
@@ -74,6 +75,8 @@ def sample(
 ) -> list[Sampled]:
     """Sample a completion of each prompt from the active role, in the order given.
 
+    Several processes share the prompts; each keeps the states of its own.
+
     Args:
         prompts: Ids of each prompt.
         temperature: 0 is greedy.
@@ -85,7 +88,8 @@ def sample(
     out: dict[int, Sampled] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     longest = max(map(len, prompts), default=0) + max_new_tokens
-    size = batch_size or rows_that_fit(base.causal, longest, len(prompts))
+    own = world().own(len(prompts))
+    size = batch_size or rows_that_fit(base.causal, longest, len(own))
 
     def run(part: Sequence[tuple[int, Tensor]]) -> None:
         rows = [list(prompts[i]) for i, _ in part]
@@ -99,17 +103,18 @@ def sample(
     base.causal.eval()
     try:
         with _seeded(seed, base.device):
-            for start in range(0, len(order), size):
-                index = order[start : start + size]
-                # Uniforms drawn up front, so that a sample does not depend on its batch.
-                if seeds is None:
-                    uniforms = torch.rand(len(index), max_new_tokens)
-                else:
-                    uniforms = torch.stack([_uniforms(seeds[i], max_new_tokens) for i in index])
-                drawn = list(zip(index, uniforms, strict=True))
-                base.backoff.for_each_batch("generation", drawn, len(drawn), run)
+            # Uniforms drawn up front, so that a sample does not depend on its batch or process.
+            if seeds is None:
+                uniforms = list(torch.rand(len(order), max_new_tokens))
+            else:
+                uniforms = [_uniforms(seeds[i], max_new_tokens) for i in order]
+            drawn = [(i, u) for i, u in zip(order, uniforms, strict=True) if i in own]
+            base.backoff.for_each_batch("generation", drawn, size, run)
     finally:
         base.causal.train(was_training)
+    if world().size > 1:
+        small = {i: Sampled(one.ids, one.logprobs) for i, one in out.items()}
+        out = world().merged(small) | out
     return [out[i] for i in range(len(prompts))]
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lora_rlhf.data.padding import pad_left, position_ids
+from lora_rlhf.distributed.world import world
 
 from . import trunk
 from .backbone import Backbone
@@ -57,7 +58,8 @@ def mean_states(backbone: Backbone, texts: Sequence[list[int]], batch_size: int 
 
     with backbone.role(None):
         for_each_batch(backbone, [(ids, []) for ids in texts], batch_size, None, visit)
-    return out
+    rows = world().completed(list(out))
+    return torch.stack(rows) if rows else out
 
 
 def trunk_states(backbone: Backbone, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -207,13 +209,14 @@ def for_each_batch(
     states: Sequence[Tensor] | None,
     visit: Callable[[Batch], None],
 ) -> None:
-    """Call `visit` on all episodes in batches sorted by length, which keeps padding short.
+    """Call `visit` on this process's episodes in batches sorted by length: padding stays short.
 
     After memory ran out, the failed batch and the remaining episodes come in smaller batches.
     """
+    own = world().own(len(episodes))
     backbone.backoff.for_each_batch(
         "scoring",
-        by_length(episodes),
+        [i for i in by_length(episodes) if i in own],
         size,
         lambda index: visit(batch(backbone, episodes, index, states)),
     )
@@ -241,7 +244,7 @@ def scores(
 
     with backbone.role(role):
         for_each_batch(backbone, episodes, batch_size, states, visit)
-    return out
+    return world().completed(out)
 
 
 @torch.no_grad()
@@ -259,7 +262,7 @@ def _per_token(
         for_each_batch(
             backbone, episodes, batch_size, states, lambda b: b.scatter(compute(b), episodes, out)
         )
-    return out
+    return world().completed(out)
 
 
 def episode_logprobs(

@@ -70,7 +70,7 @@ def stage_names(algorithm: str) -> tuple[str, ...]:
 
 def identity(recipe: Recipe, without: tuple[str, ...] = ()) -> str:
     """Hash the recipe by sha256, without the keys that leave a run's result unchanged."""
-    flat = _flat(hide(recipe.model_dump(mode="json")))
+    flat = flat_keys(recipe)
     kept = (k for k in flat if k not in without and first_reader(k, recipe.algorithm))
     data = {k: flat[k] for k in kept}
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
@@ -81,9 +81,14 @@ def differences(before: Recipe, now: Recipe) -> list[tuple[str, Any, Any]]:
 
     Secrets are masked, as in the recipe that a run writes.
     """
-    a, b = (_flat(hide(recipe.model_dump(mode="json"))) for recipe in (before, now))
+    a, b = flat_keys(before), flat_keys(now)
     keys = sorted(a.keys() | b.keys())
     return [(key, a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)]
+
+
+def flat_keys(recipe: Recipe) -> dict[str, Any]:
+    """Return all of a recipe as dotted keys, secrets masked."""
+    return _flat(hide(recipe.model_dump(mode="json")))
 
 
 def first_reader(key: str, algorithm: str) -> str | None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import platform
+
 import torch
 
 
@@ -22,6 +24,13 @@ def pick_dtype(name: str) -> torch.dtype:
     if not torch.cuda.is_available():
         return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(0) >= (8, 0) else torch.float16
+
+
+def device_name() -> str:
+    """Name the GPU, or the processor's kind and its vector instructions: sums depend on them."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(0)
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def hardware_limitations(dtype: torch.dtype) -> list[str]:

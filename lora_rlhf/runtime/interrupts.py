@@ -9,8 +9,10 @@ disk already. Nothing heavy is imported here, because the command line needs thi
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 
 class Interrupted(KeyboardInterrupt):
@@ -66,6 +68,18 @@ def stop_if_requested() -> None:
         raise Interrupted(name)
     if out_of_time():
         raise OutOfTime
+
+
+def agree(gathered: Callable[[Any], list[Any]]) -> None:
+    """Stop if any process of the run is to stop; called by all at the same point.
+
+    Args:
+        gathered: Returns the values of all processes.
+    """
+    states = gathered((_state.waiting, out_of_time()))
+    _state.waiting = _state.waiting or next((name for name, _ in states if name), None)
+    if any(late for _, late in states):
+        _state.deadline = -math.inf
 
 
 def sleep(seconds: float) -> None:

@@ -17,6 +17,7 @@ import torch
 from accelerate.utils import send_to_device
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from lora_rlhf.distributed.world import world
 from lora_rlhf.errors import CheckpointError
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.recipe.stage_keys import READS, fingerprints, keys_read
@@ -143,19 +144,32 @@ class CheckpointCallback(TrainerCallback):
         self._epoch = _random_states(train_dataloader)
 
     def on_step_end(self, _: Any, state: TrainerState, control: TrainerControl, **__: Any) -> None:
-        """Request a checkpoint if one is due; at the end of training `_train` saves one."""
+        """Request a checkpoint if one is due; at the end of training `_train` saves one.
+
+        With several processes, if one is due in any.
+        """
+        interrupts.agree(world().gathered)
         if state.global_step >= state.max_steps:
             return
         every, minutes = self.section.every_steps, self.section.every_minutes
         due = every is not None and state.global_step % every == 0
         # A checkpoint by time waits for the end of a rollout, whose buffer is then not saved.
         if minutes is not None and state.global_step % self.unit == 0:
-            due = due or time.monotonic() - self._saved >= 60 * minutes
+            late = time.monotonic() - self._saved >= 60 * minutes
+            due = any(world().gathered(late)) or due
         if due or interrupts.stop_requested():
             control.should_save = True
 
     def save(self, trainer: Any, notes: dict[str, Any] | None = None) -> None:
-        """Write a checkpoint of the current state."""
+        """Write a checkpoint of the current state, in the first process.
+
+        Raises:
+            SetupError: The processes have different adapters.
+        """
+        self.context.check_equal(sorted(self.backbone.trained_roles))
+        if not world().first:
+            self._saved = time.monotonic()
+            return
         random_now = _random_states(trainer.callback_handler.train_dataloader)
         epoch_ends = float(trainer.state.epoch).is_integer()
         parts = {

@@ -10,7 +10,8 @@ from typing import TypeVar
 
 from transformers.utils import enable_tf32, is_torch_tf32_available
 
-from lora_rlhf.errors import NonFiniteError
+from lora_rlhf.distributed.world import world
+from lora_rlhf.errors import NonFiniteError, RecipeError
 from lora_rlhf.recipe.trl_args import section
 
 from .checkpoint_callback import CheckpointCallback, Result
@@ -49,6 +50,11 @@ def fit(
     name = name or stage
     with as_recipe_error(stage):
         trainer = build(callbacks=[StageLog(context.record, name, context.progress, unit)])
+    if world().size > 1 and not trainer.can_be_split():
+        raise RecipeError(
+            f"{name}: this loss is no sum over rows, so several processes cannot share its batches",
+            remedy="use another loss, or one process",
+        )
     context.backbone.assert_trainable()
     if trainer.args.tf32 is not None and is_torch_tf32_available():
         enable_tf32(trainer.args.tf32)  # one switch for the process, last set by another stage

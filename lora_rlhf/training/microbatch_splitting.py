@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Micro-batches split when memory runs out, with the same gradient.
+"""Micro-batches split over processes, and when memory runs out, with the same gradient.
 
-If memory runs out in the forward or backward of a micro-batch, its gradients are restored and it
-is repeated in pieces half as large, one after the other. The backward therefore runs inside
-`compute_loss`.
+With several processes each computes its own rows of every micro-batch. If memory runs out in the
+forward or backward, gradients are restored and the rows repeated in pieces half as large, one after
+the other. The backward therefore runs inside `compute_loss`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -17,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from lora_rlhf.distributed.world import world
 from lora_rlhf.errors import MemoryLimitError
 from lora_rlhf.runtime.oom import BatchSizeBackoff, attempt
 
@@ -30,12 +33,15 @@ class MicrobatchSplitting(_Base):
     """Mixin placed before a TRL trainer whose micro-batches can be split.
 
     Attributes:
+        by_token: Metrics that are means over tokens; the others are means over rows.
         backoff: Determines the rows of a piece; without it, running out of memory raises.
         micro_batch: The whole inputs of the current loss.
     """
 
+    by_token: frozenset[str] = frozenset({"entropy", "mean_token_accuracy"})
     backoff: BatchSizeBackoff | None = None
     micro_batch: Any = None
+    _pieces = 0  # of this optimizer step
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -63,7 +69,10 @@ class MicrobatchSplitting(_Base):
 
         cut = functools.partial(self.part, inputs)
         losses = self.in_pieces(inputs, self.rows(inputs), cut, step, self.loss_parameters())
-        return torch.stack(losses).sum().requires_grad_()
+        loss = torch.stack(losses).sum() if losses else torch.zeros((), device=self.args.device)
+        if world().size > 1:
+            loss = torch.stack([part.to(loss) for part in world().gathered(loss.cpu())]).sum()
+        return loss.requires_grad_()
 
     def whole_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -92,6 +101,14 @@ class MicrobatchSplitting(_Base):
         # A mixture of experts adds a loss that is not a sum over rows.
         return not getattr(self, "aux_loss_enabled", False)
 
+    def metric_weight(self, name: str, piece: Any) -> float:
+        """Return the weight of a process's rows in the mean of a metric over the micro-batch."""
+        if name not in self.by_token:
+            return self.rows(piece)
+        masks = [piece[n] for n in ("completion_mask", "attention_mask") if n in piece]
+        labels = piece.get("labels")
+        return int((labels != -100).sum() if labels is not None else masks[0].sum())
+
     def loss_parameters(self) -> Iterable[torch.nn.Parameter]:
         """Return the parameters that get a gradient from the loss."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -106,7 +123,8 @@ class MicrobatchSplitting(_Base):
     ) -> list[T]:
         """Run forward and backward on a micro-batch, or on its pieces one after the other.
 
-        When memory runs out, gradients and metrics are restored and the pieces halved.
+        With several processes each takes its rows, and all end with the metrics of the whole. When
+        memory runs out, gradients and metrics are restored and the pieces halved.
 
         Args:
             rows: Number of rows in `whole`.
@@ -123,20 +141,22 @@ class MicrobatchSplitting(_Base):
         lists = self._metrics["train"]
         noted = {name: len(values) for name, values in lists.items()}
         tokens = getattr(self, "_total_train_tokens", None)
+        start, stop = world().block(rows)
 
         def run(size: int) -> list[T]:
-            with in_one_block(parameters):
-                if size >= rows:
+            with in_one_block(parameters), self.own_random_numbers():
+                if size >= rows and world().size == 1:
                     return [step(whole)]
-                return [step(cut(i, min(i + size, rows))) for i in range(0, rows, size)]
+                return [step(cut(i, min(i + size, stop))) for i in range(start, stop, size)]
 
-        if limit is None:
-            return run(rows)
         while True:
-            size = limit.rows("training", rows)
-            results, why = attempt(lambda size=size: run(size))  # type: ignore[misc]
+            size = limit.rows("training", rows) if limit else rows
+            results, why = attempt(lambda size=size: run(size)) if limit else (run(size), None)  # type: ignore[misc]
             if results is not None:
+                if world().size > 1:
+                    self.share_metrics(cut(start, stop) if start < stop else None, noted, tokens)
                 return results
+            assert limit is not None
             for parameter, gradient in zip(parameters, before, strict=True):
                 parameter.grad = None if gradient is None else gradient.clone()
             for name in list(lists):
@@ -150,6 +170,50 @@ class MicrobatchSplitting(_Base):
                     remedy="lower per_device_train_batch_size, or use another loss",
                 )
             limit.halve("training", size, why or "")
+
+    @contextlib.contextmanager
+    def own_random_numbers(self) -> Iterator[None]:
+        """Draw dropout masks of this process, and leave the random state that all share alone."""
+        if world().size == 1:
+            yield
+            return
+        self._pieces += 1
+        place = f"{self.args.seed} {self.state.global_step} {self._pieces} {world().rank}"
+        seed = int.from_bytes(hashlib.sha256(place.encode()).digest()[:7], "big")
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            yield
+
+    def share_metrics(self, piece: Any, noted: dict[str, int], tokens: int | None) -> None:
+        """Replace what the processes noted of their rows by the numbers of the micro-batch."""
+        lists = self._metrics["train"]
+        mine = {}
+        for name, values in lists.items():
+            new = values[noted.get(name, 0) :]
+            if new and piece is not None:
+                mine[name] = (
+                    sum(new) / len(new),
+                    self.metric_weight(name, piece),
+                    min(new),
+                    max(new),
+                )
+        added = self._total_train_tokens - tokens if tokens is not None else 0
+        parts = world().gathered((mine, added))
+        for name in sorted({name for each, _ in parts for name in each}):
+            values = [each[name] for each, _ in parts if name in each]
+            total = sum(weight for _, weight, _, _ in values)
+            mean = (
+                sum(value * weight for value, weight, _, _ in values) / total if total else math.nan
+            )
+            most, least = max(v[3] for v in values), min(v[2] for v in values)
+            ends = {"max": most, "start": most, "min": least}
+            end = next((end for end in ends if end in name.replace("/", "_").split("_")), "")
+            lists[name][noted.get(name, 0) :] = [ends.get(end, mean)]
+        if tokens is not None:
+            self._total_train_tokens = tokens + sum(added for _, added in parts)
+            if "num_tokens" in lists:
+                lists["num_tokens"] = [self._total_train_tokens]
 
 
 @contextlib.contextmanager

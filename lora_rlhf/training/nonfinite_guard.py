@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerState
 
+from lora_rlhf.distributed.world import world
 from lora_rlhf.errors import IdentityError, NonFiniteError
 from lora_rlhf.redaction import safe
 from lora_rlhf.runs.disk import append
@@ -82,6 +83,7 @@ class NonFiniteGuard(TrainerCallback):
         if not _finite([p.grad for p in parameters if p.grad is not None]):
             self.note(NonFiniteError("a gradient is not finite"))
         why, self._why = self._why or self._rollout, None
+        why = next(filter(None, world().gathered(why)), None)
         self.skipped = why is not None
         if why is not None:
             for parameter in parameters:

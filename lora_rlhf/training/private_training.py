@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lora_rlhf.distributed.world import world
 from lora_rlhf.errors import CheckpointError, DataError, RecipeError
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.recipe.schema import PrivacySection, Recipe
@@ -46,6 +47,11 @@ def check_args(section: str, recipe: Recipe, args: Any) -> None:
     """
     if getattr(recipe, section).privacy.epsilon is None:
         return
+    if world().size > 1:
+        raise RecipeError(
+            f"{section}.privacy.epsilon with several processes is not supported yet",
+            remedy="use one process",
+        )
     if any(recipe.data.augment.model_dump().values()):
         raise RecipeError(
             f"data.augment makes several examples of one, and {section}.privacy.epsilon holds for "

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PrinterCallback
 
 from lora_rlhf._trl import telemetry_allowed
+from lora_rlhf.distributed.world import world
 from lora_rlhf.errors import NonFiniteError
 from lora_rlhf.estimates import UNDEFINED
 from lora_rlhf.models.backbone import Backbone
@@ -101,8 +102,20 @@ class ResumableTrainer(MicrobatchSplitting):
                 setattr(self, names[entry], value)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """Run TRL's step; keeps its inputs for a report on a non-finite update."""
+        """Add a micro-batch's gradient; at the end of a step sum those of all processes.
+
+        Keeps the inputs for a report on a non-finite update.
+        """
         self.seen = inputs
+        loss = self.add_gradient(model, inputs, num_items_in_batch)
+        if world().size > 1 and self.accelerator.sync_gradients:
+            self._pieces = 0
+            roles = sorted(self.backbone.trained_roles)
+            world().add_gradients(p for r in roles for _, p in self.backbone.role_parameters(r))
+        return loss
+
+    def add_gradient(self, model: Any, inputs: Any, num_items_in_batch: Any) -> Any:
+        """Run TRL's step, forward and backward."""
         return super().training_step(model, inputs, num_items_in_batch)
 
     @property
@@ -146,6 +159,7 @@ class ResumableTrainer(MicrobatchSplitting):
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        interrupts.agree(world().gathered)
         # Read once: a signal during the write takes effect at the next checkpoint.
         stop = interrupts.stop_requested() and not self.control.should_training_stop
         self.checkpoints.save(self)

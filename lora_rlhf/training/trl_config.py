@@ -15,6 +15,7 @@ from transformers import Trainer, get_scheduler
 from transformers.integrations import integration_utils
 
 from lora_rlhf._trl import GRPOConfig
+from lora_rlhf.distributed.world import world
 from lora_rlhf.errors import RecipeError, SetupError, first_line
 from lora_rlhf.recipe import trl_args
 from lora_rlhf.recipe.schema import Recipe
@@ -96,6 +97,7 @@ def build(stage: str, config: Any, given: dict[str, Any]) -> Any:
         built = config(**given)
         # With several visible GPUs, Trainer would replicate the backbone.
         built._n_gpu = min(built.n_gpu, 1)
+        _check_processes(stage, built)
         # Built here for one number, since TRL would fail only inside the stage.
         Trainer.get_optimizer_cls_and_kwargs(built)
         get_scheduler(
@@ -109,6 +111,28 @@ def build(stage: str, config: Any, given: dict[str, Any]) -> Any:
         built.to_dict = functools.partial(_redacted, built)
         built.run_name, built.project = safe(built.run_name), safe(built.project)
         return built
+
+
+def _check_processes(stage: str, built: Any) -> None:
+    """Check that every process has equally many rows of a micro-batch.
+
+    Raises:
+        RecipeError: The rows do not divide by the processes.
+    """
+    rows, size = built.per_device_train_batch_size, world().size
+    if rows % size:
+        window = built.gradient_accumulation_steps
+        lower, step = rows // size * size, rows * window
+        would = [f"{n} with gradient_accumulation_steps {step // n}" for n in
+                 range(size, step + 1, size) if step % n == 0]  # fmt: skip
+        nearest = ", ".join(str(n) for n in (lower, lower + size) if n)
+        raise RecipeError(
+            f"{trl_args.section(stage)}.args.per_device_train_batch_size: {rows} rows cannot be "
+            f"shared equally by {size} processes",
+            expected=f"a multiple of {size}: {', '.join(would[:3]) or nearest}",
+            remedy="change it, or the number of processes: the batch is that of all processes "
+            "together",
+        )
 
 
 def _redacted(args: Any) -> dict[str, Any]:

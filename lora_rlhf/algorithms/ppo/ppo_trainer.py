@@ -74,6 +74,9 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
         "scorer": "scorer", "steering": "controller", "text": "text", "_moments": "_moments",
         "_moved": "frozen_check",
     }  # fmt: skip
+    by_token = frozenset(
+        name for name in ppo_metrics.METRICS if name.startswith(("policy/", "value/"))
+    ) - {"policy/skipped"}
     lr_scheduler: Any
     _buffered_inputs: list[dict[str, Any]] | None
 
@@ -247,6 +250,11 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
         """Select some episodes, without padding that only others needed."""
         return minibatches.trim(super().part(inputs, start, stop))
 
+    def metric_weight(self, name: str, piece: Any) -> float:
+        """Count tokens, of text for PPO-ptx."""
+        tokens = isinstance(piece, ptx.TextBatch)
+        return piece.tokens if tokens else super().metric_weight(name, piece)
+
     def loss_parameters(self) -> list[torch.nn.Parameter]:
         """Return the policy's parameters: the value has its own loss."""
         return [p for _, p in self.backbone.role_parameters("policy")]
@@ -255,14 +263,14 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
         """Return 0 without a graph to the policy, which then has no gradient and cannot move."""
         return torch.zeros((), device=self.backbone.device, requires_grad=True)
 
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+    def add_gradient(self, model: Any, inputs: Any, num_items_in_batch: Any) -> Tensor:
         """Run forward and backward of the policy, then of the value, each inside its own role.
 
         With gradient checkpointing the backward recomputes under the active adapter, so a common
         backward would recompute one of the two wrongly.
         """
         warming_up = self.warming_up
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        loss: Tensor = super().add_gradient(model, inputs, num_items_in_batch)
         batch = self.micro_batch
         if "text" in batch and not warming_up:
             text, tokens = batch["text"], batch["window_text_tokens"]

@@ -181,6 +181,10 @@ class RankingTrainer(PrivateTraining, RewardTrainer):
             "prompts": inputs["prompts"][start:stop],
         }
 
+    def metric_weight(self, name: str, piece: Any) -> float:
+        """Count prompts, and completions for the mean reward."""
+        return len(piece["input_ids"]) if name == "mean_reward" else self.rows(piece)
+
     def share(self, piece: Any, inputs: Any, num_items_in_batch: Any) -> float:
         """Return the share of prompts; 1 if the loss is divided by those of the whole step."""
         if num_items_in_batch is not None:

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes of one run as forks, each with the variables that torchrun would give it."""
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+from killed import start, wait
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def launch(size: int, run: Callable[..., object], *args, port: int | None = None) -> list[int]:
+    """Call a function in several children; returns their process ids, by rank."""
+    port, children = port or free_port(), []
+    for rank in range(size):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
+        children.append(start(_named, place, run, *args))
+    return children
+
+
+def _named(place: dict[str, int], run: Callable[..., object], *args) -> object:
+    os.environ |= {name: str(value) for name, value in place.items()}
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    if log := os.environ.get("KILLED_LOG"):
+        os.environ["KILLED_LOG"] = f"{log}.{place['RANK']}"
+    return run(*args)
+
+
+def finish(size: int, run: Callable[..., object], *args, log: Path) -> None:
+    """Call a function in several children, which must end well."""
+    os.environ["KILLED_LOG"] = str(log)
+    codes = [wait(child) for child in launch(size, run, *args)]
+    logs = [path.read_text() for path in sorted(log.parent.glob(f"{log.name}.*"))]
+    assert codes == [0] * size, "\n".join(logs)
