@@ -145,6 +145,13 @@ class ResumableDPOTrainer(TiedReferenceTrainer, DPOTrainer):
         both = [*range(start, stop), *range(n + start, n + stop)]
         return {k: v[both] if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
+    def metric_weight(self, name: str, piece: Any) -> float:
+        """Count comparisons, or the tokens of the completions that TRL averages over."""
+        chosen, rejected = (int(m.sum()) for m in piece["completion_mask"].chunk(2))
+        counts = {"entropy": chosen + rejected, "logits/rejected": rejected}
+        counts |= dict.fromkeys(("mean_token_accuracy", "logits/chosen"), chosen)
+        return counts.get(name, self.rows(piece))
+
     def can_be_split(self) -> bool:
         """Allow splitting only with losses that are means over comparisons."""
         return super().can_be_split() and set(self.loss_types) <= _BY_ROW

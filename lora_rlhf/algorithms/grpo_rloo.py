@@ -106,7 +106,6 @@ def arguments(recipe: Recipe, out: Path) -> Any:
 class _GroupTrainer(RolloutTrainer, TiedReferenceTrainer):
     """GRPO and RLOO on our backbone; the last reward function is the penalty for a missing eos."""
 
-    by_token = frozenset({"entropy", "clip_ratio/region_mean"})
     _ids_alone = False  # RLOO's `_generate_single_turn` returns no log-probs
 
     def __init__(self, backbone: Backbone, *, progress: Progress, **options: Any) -> None:
@@ -269,6 +268,7 @@ class GroupGRPO(_GroupTrainer, GRPOTrainer):
     """TRL's GRPO on our backbone."""
 
     _tag_names = ["lora-rlhf", "grpo"]
+    by_token = _GroupTrainer.by_token | {"clip_ratio/region_mean"}  # RLOO's is a mean over rows
 
 
 class GroupRLOO(_GroupTrainer, RLOOTrainer):

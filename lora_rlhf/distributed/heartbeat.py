@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 SECONDS = 3.0
 """Time between two beats."""
@@ -69,6 +69,6 @@ class Heartbeat:
                     return self.gone(None)
 
 
-def exit_now(code: int) -> None:
+def exit_now(code: int) -> NoReturn:
     """End the process from a thread, while the main thread waits inside a library."""
     os._exit(code)

@@ -85,6 +85,9 @@ def mute() -> None:
     """Drop the output of all processes but the first, except the error that ends the run."""
     global stderr
     with contextlib.suppress(SetupError):  # which the verb raises again
-        if (launch := read()) is not None and launch.rank > 0:
+        if (launch := read()) is None:
+            return
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported
+        if launch.rank > 0:
             stderr = sys.stderr
             sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115

@@ -18,6 +18,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from lora_rlhf.errors import SetupError, first_line
 
@@ -49,6 +50,7 @@ class World:
     ) -> None:
         self.rank, self.size, self._store, self._hosts = rank, size, store, hosts
         self._gpu: Any = None  # group for gradients on GPUs
+        self._server: Any = None
 
     @property
     def first(self) -> bool:
@@ -197,15 +199,14 @@ def joined() -> Iterator[World]:
 
 def _connect(given: launch.Launch) -> tuple[World, Heartbeat]:
     """Open the store and the process groups."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     hosts = given.rank == 0 and not given.agent
     place, prefix = f"{given.address}:{given.port}", f"lora-rlhf/{given.attempt}"
 
     def connection(host: bool) -> Any:
-        made = dist.TCPStore(
+        made = TCPStore(
             given.address, given.port, is_master=host, timeout=_JOIN, wait_for_workers=False
         )
-        return dist.PrefixStore(prefix, made)
+        return PrefixStore(prefix, made)
 
     try:
         store = connection(hosts)
@@ -213,9 +214,10 @@ def _connect(given: launch.Launch) -> tuple[World, Heartbeat]:
             "gloo", store=store, rank=given.rank, world_size=given.size, timeout=_JOIN
         )
         made = World(given.rank, given.size, connection(False), hosts)
+        made._server = store  # with its last reference the server would end
         dist.barrier()
         dist.destroy_process_group()
-        work = dist.PrefixStore("work", store)
+        work = PrefixStore("work", store)
         dist.init_process_group(
             "gloo", store=work, rank=given.rank, world_size=given.size, timeout=_WORK
         )

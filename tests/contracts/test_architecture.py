@@ -31,7 +31,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("estimates", "redaction", "tiny"),
     ("errors",),
     ("recipe", "_trl", "extras"),
-    ("data", "runtime"),
+    ("data", "runtime", "distributed"),
     ("models", "runs"),
     ("training", "reports"),
     ("algorithms", "hub"),

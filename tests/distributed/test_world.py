@@ -2,7 +2,6 @@
 """Several processes train what one trains: the same rows, sums and metrics."""
 
 import json
-import shutil
 from pathlib import Path
 
 import killed

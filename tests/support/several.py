@@ -3,10 +3,14 @@
 
 import os
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from killed import start, wait
+from transformers.utils import logging
+
+from lora_rlhf.cli.app import main
 
 
 def free_port() -> int:
@@ -30,6 +34,31 @@ def _named(place: dict[str, int], run: Callable[..., object], *args) -> object:
     if log := os.environ.get("KILLED_LOG"):
         os.environ["KILLED_LOG"] = f"{log}.{place['RANK']}"
     return run(*args)
+
+
+def command(size: int, args: list[str], log: Path, **place: str) -> list[int]:
+    """Start `lora-rlhf` in several children; process N writes to `LOG.N`."""
+    return launch(size, _command, args, log, place)
+
+
+def _command(args: list[str], log: Path, place: dict[str, str]) -> None:
+    rank = os.environ["RANK"]
+    handle = os.open(f"{log}.{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(handle, stream)
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    os.environ |= {
+        k.removesuffix(f"_{rank}"): v for k, v in place.items() if k.endswith(f"_{rank}")
+    }
+    logging.set_verbosity_error()  # as in a process that imports transformers itself
+    sys.argv = ["lora-rlhf", *args]
+    main()
+
+
+def said(log: Path, size: int) -> list[str]:
+    """What each process wrote."""
+    return [Path(f"{log}.{rank}").read_text() for rank in range(size)]
 
 
 def finish(size: int, run: Callable[..., object], *args, log: Path) -> None:
