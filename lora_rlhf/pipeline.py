@@ -106,6 +106,20 @@ def run(
     if not world().first:
         with replica.received() as copy:
             return _follow(recipe, copy, stages, warm_start)
+    return _lead(recipe, out, stages, configs, progress, start_from, warm_start, redo)
+
+
+def _lead(
+    recipe: Recipe,
+    out: Path,
+    stages: tuple[str, ...],
+    configs: TrainerConfigs,
+    progress: Progress,
+    start_from: str | Path | None,
+    warm_start: bool,
+    redo: str | None,
+) -> Record:
+    """Run the stages in the run directory, and share it with other processes."""
     paths.reject_escaping_links(out, UsageError)
     if out.exists() and not out.is_dir():
         return Record.open(out, recipe)  # raises: it is a file
@@ -141,6 +155,8 @@ def _check_same_launch(recipe: Recipe) -> None:
     Raises:
         SetupError: They differ.
     """
+    if world().size == 1:
+        return
     recipe_keys = {  # a folder may have another place on another machine; its data is compared
         f"recipe {key}": Path(value).name if isinstance(value, str) else value
         for key, value in flat_keys(recipe).items()

@@ -67,7 +67,7 @@ def read() -> Launch | None:
         attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     except ValueError as error:
         raise SetupError(
-            f"a variable of the launch is no number: {error}",
+            f"a variable of the launch is not a whole number: {error}",
             expected=f"whole numbers in {', '.join(_NEEDED)}, LOCAL_RANK",
         ) from None
     if not 0 <= rank < size:

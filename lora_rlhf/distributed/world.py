@@ -230,8 +230,9 @@ def _connect(given: launch.Launch) -> tuple[World, Heartbeat]:
     def gone(rank: int | None) -> NoReturn:
         name = "the first process" if rank is None else f"process {rank}"
         if made.speaks():
-            text = str(_lost(f"{name} of {given.size} does not answer"))
-            print(text, file=launch.stderr or sys.stderr, flush=True)
+            stream = launch.stderr or sys.stderr
+            stream.write(f"{_lost(name)}\n")
+            stream.flush()
         exit_now(SetupError.exit_code)
 
     return made, Heartbeat(connection(False), given.rank, given.size, gone)
@@ -253,9 +254,9 @@ def _cannot_join(place: str, given: launch.Launch, error: Exception) -> SetupErr
     )
 
 
-def _lost(text: str) -> SetupError:
+def _lost(name: str) -> SetupError:
     return SetupError(
-        f"another process of this run ended, or its machine cannot be reached ({text})",
+        f"{name} of this run ended, or its machine cannot be reached",
         expected="all processes until the end",
         remedy="run the same command to continue from the last checkpoint",
     )
@@ -267,7 +268,7 @@ def _lost_as_error() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise _lost(first_line(error)[:200]) from None
+        raise _lost("another process") from error
 
 
 def _pin_gpu(local_rank: int) -> None:

@@ -18,8 +18,8 @@ _PACKAGES = ("lora-rlhf", "torch", "transformers", "peft", "trl", "bitsandbytes"
 
 _OFF = ("", "0", "-1", "false", "no", "off", "n", "f")
 _ONE_PROCESS = (
-    "one process: all roles share one backbone on one GPU",
-    "start `lora-rlhf` itself, without torchrun, accelerate launch or mpirun",
+    "one process; `run` and the verbs of its stages also work under torchrun and accelerate launch",
+    "start `lora-rlhf` itself, without mpirun and, for this verb, without another launcher",
 )
 _PLAIN = (
     "plain PyTorch: this package trains without DeepSpeed, FSDP and Megatron",

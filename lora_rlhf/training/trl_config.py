@@ -122,14 +122,13 @@ def _check_processes(stage: str, built: Any) -> None:
     rows, size = built.per_device_train_batch_size, world().size
     if rows % size:
         window = built.gradient_accumulation_steps
-        lower, step = rows // size * size, rows * window
-        would = [f"{n} with gradient_accumulation_steps {step // n}" for n in
-                 range(size, step + 1, size) if step % n == 0]  # fmt: skip
-        nearest = ", ".join(str(n) for n in (lower, lower + size) if n)
+        sizes = [n for n in range(size, rows * window + 1, size) if rows * window % n == 0]
+        would = [f"{n} with gradient_accumulation_steps {rows * window // n}" for n in sizes[:3]]
+        nearest = [str(n) for n in (rows // size * size, rows // size * size + size) if n]
         raise RecipeError(
             f"{trl_args.section(stage)}.args.per_device_train_batch_size: {rows} rows cannot be "
             f"shared equally by {size} processes",
-            expected=f"a multiple of {size}: {', '.join(would[:3]) or nearest}",
+            expected=f"a multiple of {size}: {', '.join(would or nearest)}",
             remedy="change it, or the number of processes: the batch is that of all processes "
             "together",
         )
