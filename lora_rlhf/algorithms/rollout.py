@@ -88,7 +88,8 @@ class Scorer:
     def sample(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
         """Sample completions of the active role; keeps log-probs and states for `begin`."""
         if self.server is not None:
-            self.server.send(self.backbone)
+            if world().first:
+                self.server.send(self.backbone)
             self._sampled = self.server.sample(
                 self.backbone,
                 prompts,

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from lora_rlhf.distributed.world import world
 from lora_rlhf.errors import SetupError, UsageError, first_line
 from lora_rlhf.models import adapters
 from lora_rlhf.models.backbone import Backbone
@@ -130,7 +131,8 @@ class RolloutServer:
     ) -> list[Sampled]:
         """Sample one completion of each prompt with the adapter that was sent last.
 
-        Each request has a seed of its own, drawn from torch's global random state.
+        Each request has a seed of its own, drawn from torch's global random state. The first
+        process of the run asks for all.
 
         Raises:
             SetupError: The server cannot be reached, or its answer cannot be used.
@@ -146,8 +148,11 @@ class RolloutServer:
             }  # fmt: skip
             return self._sampled(self._ask("POST", "/v1/completions", json.dumps(body).encode()))
 
-        with ThreadPoolExecutor(min(_AT_ONCE, max(len(prompts), 1))) as pool:
-            return list(pool.map(one, prompts, seeds))
+        def ask() -> list[Sampled]:
+            with ThreadPoolExecutor(min(_AT_ONCE, max(len(prompts), 1))) as pool:
+                return list(pool.map(one, prompts, seeds))
+
+        return world().of_first(ask)
 
     def _sampled(self, answer: dict[str, Any]) -> Sampled:
         try:
