@@ -19,10 +19,16 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def launch(size: int, run: Callable[..., object], *args, port: int | None = None) -> list[int]:
-    """Call a function in several children; returns their process ids, by rank."""
+def launch(
+    size: int,
+    run: Callable[..., object],
+    *args,
+    port: int | None = None,
+    only: int | None = None,
+) -> list[int]:
+    """Call a function in several children, or in one of them; returns their process ids."""
     port, children = port or free_port(), []
-    for rank in range(size):
+    for rank in range(size) if only is None else [only]:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
         children.append(start(_named, place, run, *args))
     return children
@@ -36,21 +42,18 @@ def _named(place: dict[str, int], run: Callable[..., object], *args) -> object:
     return run(*args)
 
 
-def command(size: int, args: list[str], log: Path, **place: str) -> list[int]:
+def command(size: int, args: list[str], log: Path, **place) -> list[int]:
     """Start `lora-rlhf` in several children; process N writes to `LOG.N`."""
-    return launch(size, _command, args, log, place)
+    return launch(size, _command, args, log, **place)
 
 
-def _command(args: list[str], log: Path, place: dict[str, str]) -> None:
+def _command(args: list[str], log: Path) -> None:
     rank = os.environ["RANK"]
     handle = os.open(f"{log}.{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(handle, stream)
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-    os.environ |= {
-        k.removesuffix(f"_{rank}"): v for k, v in place.items() if k.endswith(f"_{rank}")
-    }
     logging.set_verbosity_error()  # as in a process that imports transformers itself
     sys.argv = ["lora-rlhf", *args]
     main()
