@@ -26,10 +26,11 @@ from lora_rlhf.recipe.schema import Recipe
 from . import chat_template, tokenization, tool_calls
 from .row_formats import Example, text_of, transcript
 from .sources import Skips, excerpt
-from .tokenization import Turns
+from .tokenization import Turns, split_alike
 
 _JOINT = "\u200b"  # a zero-width space, which breaks a control token's spelling invisibly
 _BATCH = 1_000
+_COMPARED = 64  # conversations of a set whose ids are compared with those of the whole text
 
 REFUSES = "the chat template refuses"
 """The beginning of a note with the reason why a chat template refuses rows."""
@@ -185,7 +186,8 @@ def follow_template(kept: FilteredSet, examples: list[Example], tokenizer: Any) 
     """Make answers the text that the chat template writes after its generation prompt.
 
     Prompt and answer, encoded apart, then equal the template's text of the whole conversation: a
-    template may begin answers with a space, trim them, or put reasoning into <think>.
+    template may begin answers with a space, trim them, or put reasoning into <think>. Where their
+    ids differ from those of the whole text, it is noted.
     """
     if not any(isinstance(example.prompt, list) for example in examples):
         return
@@ -211,6 +213,7 @@ def follow_template(kept: FilteredSet, examples: list[Example], tokenizer: Any) 
             changed |= {how} - {""}
         for how in changed:
             kept.notes[how] += 1
+    _note_other_ids(kept, examples, tokenizer)
     if untrained:
         why, count = untrained.most_common(1)[0]
         raise DataError(
@@ -220,6 +223,30 @@ def follow_template(kept: FilteredSet, examples: list[Example], tokenizer: Any) 
             remedy="use a base whose template does, or write calls and results into the content; "
             "`ignore: [tools]` leaves out the list of tools only",
         )
+
+
+def _note_other_ids(kept: FilteredSet, examples: list[Example], tokenizer: Any) -> None:
+    """Note how many answers begin inside a token of the template's text; none of the first: none.
+
+    That is a property of the template's last characters, so a few rows show if there are any.
+    """
+
+    def other(example: Example) -> bool:
+        turns: list[Any] = [*example.prompt, *example.answers[0]]
+        try:
+            return not split_alike(tokenizer, turns[:-1], turns[-1]["content"])
+        except Exception:  # a conversation that the template refuses is counted by another filter
+            return False
+
+    given = [
+        one
+        for one in examples
+        if isinstance(one.prompt, list) and one.answers and isinstance(one.answers[0], list)
+    ]
+    if any(map(other, given[:_COMPARED])):
+        note = "answers have their own first token, which the template's whole text would join to "
+        note += "its end: other programs that encode whole conversations see other ids there"
+        kept.notes[note] += sum(map(other, given))
 
 
 def call_tools(kept: FilteredSet, examples: list[Example]) -> list[Example]:

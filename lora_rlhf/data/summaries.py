@@ -9,7 +9,8 @@ from typing import Any
 from .sources import excerpt
 from .tokenization import completion_ids, prompt_ids
 
-_WIDTH = 160
+_WIDTH, _MOST = 160, 20
+"""Characters of a text, and notes or columns, that are shown."""
 
 
 def lines(name: str, report: dict[str, Any], row: Mapping[str, Any], tokenizer: Any) -> list[str]:
@@ -41,8 +42,15 @@ def lines(name: str, report: dict[str, Any], row: Mapping[str, Any], tokenizer: 
         line += f", {report['held_out']:,} held out"
     line += f"; left out: {', '.join(left)}" if left else ""
     unread = [c for source in report["sources"] for c in source.get("columns_not_read", [])]
-    line += f"; not read: {', '.join(dict.fromkeys(unread))}" if unread else ""
+    columns = [*dict.fromkeys(unread)]
+    line += f"; not read: {', '.join(columns[:_MOST])}" if columns else ""
+    line += f" and {len(columns) - _MOST:,} more columns" if len(columns) > _MOST else ""
     notes = [f"  {note}" for note in report["notes"]]
+    if len(notes) > _MOST:
+        more = (
+            f"  and {len(notes) - _MOST:,} more notes, under data.{name} in the run's record.json"
+        )
+        notes = [*notes[:_MOST], more]
     return [line, *notes, f"  as the model sees it: {_shown(row, tokenizer)}"]
 
 

@@ -35,15 +35,8 @@ def prompt_ids(
     """
     plain = not prompts or isinstance(prompts[0], str)
 
-    def rendered(prompt: Turns) -> str:
-        if isinstance(prompt, str):
-            return prompt
-        messages, tools = tool_calls.for_template(prompt)
-        options = {"add_generation_prompt": True, "tokenize": False}
-        return str(tokenizer.apply_chat_template(messages, tools=tools, **options))
-
     def encode(missing: list[Turns]) -> Any:
-        texts = [rendered(prompt) for prompt in missing]
+        texts = [_rendered(tokenizer, prompt) for prompt in missing]
         # A template writes its special tokens itself.
         return tokenizer(texts, add_special_tokens=plain, verbose=False)
 
@@ -62,6 +55,24 @@ def completion_ids(
         )
 
     return _cached(tokenizer, "completion", texts, encode, cached)
+
+
+def split_alike(tokenizer: Any, prompt: Turns, answer: str) -> bool:
+    """Tell if prompt and answer, encoded apart as all stages do, have the ids of their whole text.
+
+    They do not where a token of the whole text would reach over the beginning of the answer.
+    """
+    whole = tokenizer(_rendered(tokenizer, prompt) + answer, add_special_tokens=False)["input_ids"]
+    [first], [rest] = prompt_ids(tokenizer, [prompt]), completion_ids(tokenizer, [answer])
+    return bool(whole == [*first, *rest])
+
+
+def _rendered(tokenizer: Any, prompt: Turns) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    messages, tools = tool_calls.for_template(prompt)
+    options = {"add_generation_prompt": True, "tokenize": False}
+    return str(tokenizer.apply_chat_template(messages, tools=tools, **options))
 
 
 def _cached(

@@ -399,6 +399,14 @@ else:  # `from` is a keyword, so a class cannot define it
     )
 
 
+def _unused(key: str) -> str:
+    start = f"{key.partition('.')[0]}.from"
+    return (
+        f"{key}: without effect with {start}, which is used as it is; leave it out, or add "
+        f"`--set {key}={{}}`"
+    )
+
+
 class SftSection(StartSection):
     """`sft`: supervised fine-tuning on demonstrations."""
 
@@ -412,9 +420,9 @@ class SftSection(StartSection):
     def rules(self) -> Rules:
         """Nothing is trained with `from`."""
         if self.start and self.args:
-            yield "sft.args have no effect with sft.from, which is not trained", "args", "from"
+            yield _unused("sft.args"), "args", "from"
         if self.start and self.changed("privacy"):
-            yield "sft.privacy has no effect with sft.from, which is not trained", "privacy", "from"
+            yield _unused("sft.privacy"), "privacy", "from"
 
 
 class RewardSection(StartSection):
@@ -442,11 +450,9 @@ class RewardSection(StartSection):
         if self.start and self.ensemble is not None:
             yield "reward.from is one adapter: leave reward.ensemble out", "ensemble", "from"
         if self.start and self.args and not self.held_out_model:
-            message = "reward.args have no effect with reward.from, which is not trained"
-            yield message, "args", "from"
+            yield _unused("reward.args"), "args", "from"
         if self.start and self.changed("privacy") and not self.held_out_model:
-            message = "reward.privacy has no effect with reward.from, which is not trained"
-            yield message, "privacy", "from"
+            yield _unused("reward.privacy"), "privacy", "from"
         if self.ensemble is None and self.changed("combine"):
             yield "reward.combine needs reward.ensemble: 2 or more adapters", "combine"
         if self.combine != "mean_minus_std" and self.changed("combine_std"):

@@ -23,7 +23,7 @@ from lora_rlhf.runs.record import Record
 
 from . import kinds
 
-_WIDTH = 100
+_WIDTH, _MOST = 100, 60  # columns of a screen, and lines of one list
 """Widest line of the results by kind without a terminal."""
 
 _COMPARED = (
@@ -176,7 +176,9 @@ def show_comparison(report: dict[str, Any], console: Console | None = None) -> N
         _print_kinds(console, by_kind)
     if (by_kind_table := differences_by_kind(report["differences"]))[1]:
         _print_columns(console, *by_kind_table)
-    for line in (*differences(report["differences"]), *report["notes"]):
+    each = [*differences(report["differences"])]
+    more = [f"and {len(each) - _MOST} more differences: add --json"] * (len(each) > _MOST)
+    for line in (*each[:_MOST], *more, *report["notes"]):
         say(console, line)
 
 

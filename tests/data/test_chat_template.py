@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Answers are the text that a chat template writes after its generation prompt."""
 
+import copy
+
 import pytest
 from data_sources import TEMPLATE, all_rows, answer, jsonl, make_tokenizer, recipe, user
+from transformers import AutoTokenizer
 
-from lora_rlhf.data import chat_template, dataset_builder
+from lora_rlhf import tiny
+from lora_rlhf.data import chat_template, dataset_builder, filters, summaries, tokenization
+from lora_rlhf.data.filters import FilteredSet
+from lora_rlhf.data.row_formats import Example
 
 _TURNS = (
     "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}{% else %}"
@@ -60,3 +66,32 @@ def test_the_end_of_a_turn_is_the_token_that_the_template_writes():
     assert chat_template.turn_end(make_tokenizer()) == "<|im_end|>"
     assert chat_template.turn_end(make_tokenizer(None)) is None
     assert chat_template.turn_end(make_tokenizer("{{ messages[-1].content }}")) is None
+
+
+@pytest.mark.parametrize(("ending", "count"), [("assistant\n", 0), ("lang", 40)])
+def test_ids_that_the_whole_text_would_split_otherwise_are_noted(tmp_path, ending, count):
+    """A template's text is compared as ids too: `lang` and `uage` are one token together."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny.path())
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}ENDING{% endif %}{{ m.content }}\n"
+        "{% endfor %}{% if add_generation_prompt %}ENDING{% endif %}"
+    ).replace("ENDING", ending)
+    example = Example(user("Which one?"), [answer("uage: Finnish")])
+    kept = FilteredSet("demonstrations")
+    filters.follow_template(kept, [copy.deepcopy(example) for _ in range(40)], tokenizer)
+    noted = [n for note, n in kept.notes.items() if "first token" in note]
+    assert noted == [count] * bool(count)
+    alike = tokenization.split_alike(tokenizer, user("Which one?"), "uage: Finnish")
+    assert alike is not bool(count)
+
+
+def test_a_set_with_very_many_notes_points_to_the_record():
+    report = {
+        "counts": {}, "rows": 9, "train": 6, "held_out": 3, "read_as": ["messages"],
+        "sources": [{"columns_not_read": [f"c{i}" for i in range(300)]}],
+        "notes": [f"note {i}" for i in range(300)],
+    }  # fmt: skip
+    row = {"prompt": user("q"), "completion": answer("a")}
+    made = summaries.lines("demonstrations", report, row, make_tokenizer(TEMPLATE))
+    assert len(made) == 23 and "280 more notes, under data.demonstrations in" in made[21]
+    assert "c19 and 280 more columns" in made[0] and "c20" not in made[0]

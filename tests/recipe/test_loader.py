@@ -395,3 +395,16 @@ def test_items_of_a_list_keep_their_text(text, items):
 def test_items_that_are_no_list_are_refused(text):
     with pytest.raises(RecipeError):
         list_items(text, "x")
+
+
+@pytest.mark.parametrize("key", ["sft.args", "sft.privacy", "reward.args", "reward.privacy"])
+def test_what_an_adapter_of_ones_own_makes_useless_has_a_remedy_that_helps(key):
+    stage, _, name = key.partition(".")
+    sets = [f"{stage}.from=/own", f"{stage}.args={{}}", "sft.args={}"][: 3 if stage == "sft" else 2]
+    sets += [f"{stage}.privacy.epsilon=3"] if name == "privacy" else []
+    sets += [f"{key}={{learning_rate: 1e-4}}"] if name == "args" else []
+    with pytest.raises(RecipeError, match="without effect") as caught:
+        parse("", *sets)
+    remedy = re.search(r"`--set (.+?)`", str(caught.value))[1]
+    assert remedy == f"{key}={{}}"
+    assert getattr(parse("", *sets, remedy), stage).start == "/own"
