@@ -363,8 +363,10 @@ def test_debug_shows_the_traceback_wherever_it_stands(last, recipe, fake, tmp_pa
 
 @pytest.mark.parametrize(
     ("name", "times", "code"),
-    [("SIGTERM", 1, 143), ("SIGINT", 1, 130), ("SIGTERM", 2, -15), ("SIGINT", 2, -2)],
-)
+    [("SIGTERM", 1, 143), ("SIGINT", 2, -2),
+     *(pytest.param(*other, marks=pytest.mark.slow) for other in
+       (("SIGINT", 1, 130), ("SIGTERM", 2, -15)))],
+)  # fmt: skip
 def test_signals(name, times, code, recipe, tmp_path):
     """The first one lets stages clean up; a second one, while they do, ends the process at once."""
     script = f"""

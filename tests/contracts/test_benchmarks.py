@@ -99,6 +99,7 @@ def measured(tmp_path_factory):
     return json.loads((out / "tiny.json").read_text()), printed.getvalue(), page.read_text()
 
 
+@pytest.mark.slow
 def test_an_update_is_split_into_its_phases(measured):
     found, _, _ = measured
     assert [p["name"] for p in found["programs"]] == ["ours float32 1", "ours float32 1/2"]
@@ -113,6 +114,7 @@ def test_an_update_is_split_into_its_phases(measured):
     assert layers == [2, 1]
 
 
+@pytest.mark.slow
 def test_the_tables_are_printed_and_replace_what_was_on_the_page(measured):
     _, printed, page = measured
     assert re.search(r"\| ours \| float32 \| 1/2 \| \d", printed)
@@ -121,6 +123,7 @@ def test_the_tables_are_printed_and_replace_what_was_on_the_page(measured):
     assert page.startswith("before\n") and page.endswith("\nafter\n") and "old" not in page
 
 
+@pytest.mark.slow
 def test_the_formula_agrees_with_torchs_counter(measured):
     """Its products but attention, which the counter does not know on a CPU."""
     found, _, _ = measured

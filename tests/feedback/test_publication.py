@@ -138,6 +138,7 @@ def test_what_cannot_be_published_is_one_error(tea, tmp_path):
         staged(empty, tmp_path / "out2")
 
 
+@pytest.mark.slow  # an interpreter that imports datasets
 @pytest.mark.hub
 def test_it_loads_where_we_cannot_be_imported(tea, tmp_path, monkeypatch):
     load = (
