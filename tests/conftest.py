@@ -44,10 +44,11 @@ def _no_waiting_for_the_disk():
 
 
 HEAVY = (
-    "test_pipeline.py", "test_plan.py", "test_ppo_trainer.py", "test_backup.py", "test_run_suite.py",
-    "test_oom.py", "test_backbone.py", "test_resume.py", "test_doctor.py", "test_interrupts.py",
-    "test_nonfinite_guard.py", "test_hostile.py", "test_rollout.py", "test_refusals.py",
-    "test_publishing.py", "test_adapters.py", "test_policy_trainer.py", "test_custom_reward.py",
+    "test_pipeline.py", "test_plan.py", "test_ppo_trainer.py", "test_backup.py",
+    "test_run_suite.py", "test_oom.py", "test_backbone.py", "test_resume.py", "test_doctor.py",
+    "test_interrupts.py", "test_nonfinite_guard.py", "test_hostile.py", "test_rollout.py",
+    "test_refusals.py", "test_publishing.py", "test_adapters.py", "test_policy_trainer.py",
+    "test_custom_reward.py",
 )  # fmt: skip
 """The files that take longest. They begin, so that two workers end at about the same time."""
 
