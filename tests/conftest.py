@@ -56,8 +56,16 @@ _absent = set(HEAVY) - {path.name for path in Path(__file__).parent.rglob("test_
 assert not _absent, f"HEAVY names files that are gone: {sorted(_absent)}"
 
 
+ALIKE = ("qwen2", "mistral")
+"""Architectures whose code is that of others: their cases in models/ are slow."""
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.parent.name == "models" and (case := getattr(item, "callspec", None)):
+            if any(isinstance(value, str) and value in ALIKE for value in case.params.values()):
+                item.add_marker(pytest.mark.slow)
     order = {name: number for number, name in enumerate(HEAVY)}
     items.sort(key=lambda item: order.get(item.path.name, len(HEAVY)))
 

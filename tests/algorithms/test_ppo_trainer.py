@@ -624,8 +624,8 @@ def test_another_schedule_is_transformers_own(tmp_path):
     assert rates == pytest.approx([1e-2 * x for x in (1, 0.75, 0.5, 0.25)])
 
 
-def test_an_entropy_bonus_pushes_entropy_up(tmp_path):
-    """Its gradient is that of the mean entropy, against autograd over whole logits."""
+def test_the_gradient_of_an_entropy_bonus():
+    """It is that of the mean entropy, against autograd over whole logits."""
     made = roles()
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     mask = torch.ones_like(ids)
@@ -640,6 +640,10 @@ def test_an_entropy_bonus_pushes_entropy_up(tmp_path):
         (-(logprobs.exp() * logprobs).sum(-1)).sum().backward()
         for name, p in made.role_parameters("policy"):
             torch.testing.assert_close(ours[name], p.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_an_entropy_bonus_pushes_entropy_up(tmp_path):
     options = {
         "updates": 12,
         "rewards": [lambda completion_ids, **_: [0.0] * len(completion_ids)],

@@ -35,7 +35,7 @@ from lora_rlhf.recipe import loader, trl_args
 from lora_rlhf.recipe.schema import COLUMNS, Recipe
 from lora_rlhf.recipe.strict_yaml import dump_yaml
 
-QUICK = {"recipe": 80, "data": 150, "adapter": 70}
+QUICK = {"recipe": 50, "data": 100, "adapter": 40}
 DEEP = {"recipe": 3_000, "data": 5_000, "adapter": 2_000}
 
 

@@ -19,7 +19,7 @@ EPISODES = st.lists(
     min_size=1,
     max_size=5,
 )
-FEW = settings(max_examples=12, deadline=None)
+FEW = settings(max_examples=8, deadline=None)
 ROLES = ("policy", "reference", "reward", "value")
 
 

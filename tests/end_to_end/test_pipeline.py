@@ -14,10 +14,12 @@ from types import SimpleNamespace
 import pytest
 from reduced_run import REDUCED, recipe
 from rich.console import Console
+from typer.testing import CliRunner
 
 import lora_rlhf
 from lora_rlhf import pipeline, tiny
 from lora_rlhf.algorithms.ppo import ppo_stage, ppo_trainer
+from lora_rlhf.cli.app import app
 from lora_rlhf.errors import DataError, GateError, RecipeError, SetupError, UsageError
 from lora_rlhf.recipe import stage_keys
 from lora_rlhf.reports import tables
@@ -420,8 +422,10 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PAGES = {
     page.relative_to(ROOT).as_posix(): blocks
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
-    if (blocks := BLOCK.findall(page.read_text(encoding="utf-8")))
+    if page.parent.name != "tutorials" and (blocks := BLOCK.findall(page.read_text("utf-8")))
 }
+TUTORIALS = ("own-data", "reward-model", "ppo-or-not", "evaluation", "labels", "serving")
+"""In the order in which each needs the files of those before it."""
 
 
 def test_no_page_hides_its_python():
@@ -449,6 +453,31 @@ def test_the_python_of_a_page_runs(finished, page: str, tmp_path: Path, monkeypa
             code = code.replace("HuggingFaceTB/SmolLM2-1.7B-Instruct", str(tiny.path()))
             if code not in QUICKSTART.read_text():  # which has a test of its own
                 exec(compile(code, page, "exec"), names)
+
+
+def test_each_tutorial_is_in_the_list():
+    assert {path.stem for path in (ROOT / "docs" / "tutorials").iterdir()} == {*TUTORIALS}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_tutorials_run_one_after_another(tmp_path: Path, monkeypatch):
+    """The labeler ranks as the answers stand; a server has a test of its own."""
+    monkeypatch.chdir(tmp_path)
+    for name in TUTORIALS:
+        text = (ROOT / "docs" / "tutorials" / f"{name}.md").read_text(encoding="utf-8")
+        blocks = re.findall(r"^```(python|console)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+        assert blocks, name
+        for kind, block in blocks:
+            if kind == "python":
+                exec(compile(block, name, "exec"), {})
+                continue
+            for line in block.replace("\\\n", " ").splitlines():
+                if not line.startswith("lora-rlhf ") or line.startswith("lora-rlhf serve"):
+                    continue
+                words = shlex.split(line, comments=True)[1:]
+                done = CliRunner().invoke(app, words, input="a b c\n" * 9 + "/quit\n")
+                assert done.exit_code == 0, f"{name}: {line}\n{done.output[-2000:]}"
 
 
 def test_the_last_line_asks_what_the_model_was_asked(finished: Record):

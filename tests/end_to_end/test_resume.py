@@ -79,7 +79,7 @@ def test_killed_between_a_stage_and_its_record(runs: Runs, tmp_path: Path, monke
     assert "value" in Record.read(out).data["lora"]["parameters_per_role"]
 
 
-@pytest.mark.parametrize("model", ["base", "sft"])
+@pytest.mark.parametrize("model", [pytest.param("base", marks=pytest.mark.slow), "sft"])
 def test_killed_between_two_models_of_the_evaluation(runs: Runs, tmp_path: Path, model: str):
     """What is done is not done again, whether or not the value is still in memory."""
     whole = runs.after("evaluate")

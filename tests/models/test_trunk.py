@@ -125,6 +125,7 @@ def test_ppo_ends_at_the_same_bits_wherever_the_states_are_kept(tmp_path):
         torch.testing.assert_close(tensor, found["off"][name], rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_with_accumulation_and_a_value_head_too(tmp_path):
     args = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     found = {}

@@ -88,6 +88,7 @@ def test_shuffled_labels(tmp_path):
     assert finding.stage == "reward" and "n=" in finding.what and "shuffled" in finding.remedy
 
 
+@pytest.mark.slow
 def test_an_untrained_reward_model(tmp_path):
     record = broken_runs.run(tmp_path, "reward.args.learning_rate=1e-12")
     finding = fault(record, "reward_untrained")

@@ -220,6 +220,7 @@ def in_words(monkeypatch):
     monkeypatch.setattr(canaries, "draw", draw)
 
 
+@pytest.mark.slow  # twenty epochs
 def test_canaries_are_planted_by_coins_and_found_where_training_is_not_private(in_words, tmp_path):
     sets = {"sft.privacy.canaries": 60, "sft.args.num_train_epochs": 20}
     sets |= {"sft.args.learning_rate": 1e-2, "sft.args.per_device_train_batch_size": 25}
