@@ -8,6 +8,7 @@ import killed
 import pytest
 import several
 from safetensors.torch import load_file
+from small import base_folder
 
 STAGES = ("sft", "reward", "ppo", "grpo", "rloo", "dpo")
 
@@ -30,6 +31,40 @@ def assert_equal(one: Path, other: Path, stage: str) -> None:
             assert mine[name] == theirs[name] or float(mine[name]) == pytest.approx(
                 float(theirs[name]), abs=2e-5, rel=1e-4
             ), (stage, name)
+
+
+def test_two_processes_take_the_first_steps_of_one(tmp_path: Path, runs):
+    recipe = runs.recipe("sft", "sft.args.max_steps=2")
+    one, two = tmp_path / "one", tmp_path / "two"
+    killed.finish(recipe, one, "sft")
+    several.finish(2, killed.go, recipe, two, "sft", log=tmp_path / "log")
+    assert_equal(one, two, "sft")
+
+
+@pytest.mark.slow
+def test_dropout_leaves_the_shared_random_state_alone(tmp_path: Path, runs):
+    """Each process has masks of its own; the order of rows stays common, or adapters would differ."""
+    recipe = runs.recipe("sft", f"model.id={base_folder('gpt2')}")  # with its dropout of 0.1
+    outs = [tmp_path / "a", tmp_path / "b"]
+    for out in outs:
+        several.finish(2, killed.go, recipe, out, "sft", log=out.with_suffix(".error"))
+    assert killed.bits(outs[0]) == killed.bits(outs[1])
+
+
+@pytest.mark.slow
+def test_a_value_head_a_reward_function_and_best_of_n_work_in_two_processes(tmp_path, runs):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import random\n"
+        "def mine(completions, **_):\n"
+        "    texts = [c if isinstance(c, str) else c[-1]['content'] for c in completions]\n"
+        "    return [len(t) / max(map(len, texts)) + 0.001 * random.SystemRandom().random()"
+        " for t in texts]\n"
+    )
+    sets = ("ppo.value=head", f"ppo.reward={path}:mine", "evaluate.n=3")
+    out = runs.copy("ppo", tmp_path / "run")
+    several.finish(2, killed.go, runs.recipe("ppo", *sets), out, "evaluate", log=tmp_path / "log")
+    assert (out / "samples.jsonl").exists()
 
 
 @pytest.mark.slow
