@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_rlhf import preflight
+from lora_rlhf.distributed import launch
 from lora_rlhf.errors import LoraRlhfError, RecipeError, UsageError
 from lora_rlhf.recipe.loader import load_recipe
 from lora_rlhf.recipe.schema import Recipe
@@ -110,6 +111,7 @@ def sweep(
         UsageError: The grid is empty, a point is given twice, a key or value is wrong, or `out`
             holds something else.
     """
+    launch.refuse("a sweep")
     path, folder = Path(recipe), Path(out)
     if seeds < 1 or processes < 1:
         raise UsageError(f"{seeds} seeds in {processes} processes", expected="1 or more of both")

@@ -270,6 +270,7 @@ def _evaluate_verb(
         return
     if overrides or start_from or warm_start or dry_run:
         raise UsageError("--set, --from, --warm-start and --dry-run are for a recipe")
+    launch.refuse("`evaluate` with models")
     evaluate_targets = shell.room("evaluation.evaluate_targets")
     folder = evaluate_targets.evaluate_targets(
         targets,

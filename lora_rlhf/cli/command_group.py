@@ -11,11 +11,15 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from lora_rlhf.distributed import launch
 from lora_rlhf.runtime import quiet
 
 from . import shell
 
 _debug = False
+
+_SHARED = ("run", "demo", "sft", "reward", "ppo", "policy", "evaluate")
+"""Verbs that several processes may share."""
 
 
 class _Group(TyperGroup):
@@ -135,6 +139,8 @@ def command(
                 quiet.loud = _debug
                 if not _debug:
                     quiet.process()
+                if name not in _SHARED:
+                    launch.refuse(f"`{name}`")
                 function(*args, **kwargs)
 
         group.command(name)(guarded)

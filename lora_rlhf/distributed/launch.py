@@ -76,6 +76,22 @@ def read() -> Launch | None:
     return Launch(rank, size, local, os.environ["MASTER_ADDR"], port, agent, attempt)
 
 
+def refuse(what: str) -> None:
+    """Refuse to do in several processes what is for one.
+
+    Raises:
+        SetupError: There are several.
+    """
+    global silent
+    if (given := read()) is not None:
+        silent = given.rank > 0
+        raise SetupError(
+            f"{what} is for one process, and this launch has {given.size}",
+            expected="several processes only for `run` and the verbs of its stages",
+            remedy="start it without torchrun and `accelerate launch`",
+        )
+
+
 def take() -> dict[str, str]:
     """Take the variables out of the environment; return them, to be put back."""
     return {name: os.environ.pop(name) for name in _TAKEN if name in os.environ}

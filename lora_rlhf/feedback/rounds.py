@@ -27,6 +27,7 @@ from lora_rlhf.data import label_pool, sources
 from lora_rlhf.data.closed_world import generator, labelers
 from lora_rlhf.data.closed_world.checkers import Item
 from lora_rlhf.data.filters import prompt_key
+from lora_rlhf.distributed import launch
 from lora_rlhf.errors import DataError, UsageError
 from lora_rlhf.recipe.loader import dump_recipe, parse_recipe
 from lora_rlhf.recipe.schema import DataSource, Recipe
@@ -87,6 +88,7 @@ def iterate(
     Returns:
         The record of the round's run; None if tasks wait for labels.
     """
+    launch.refuse("a round")
     run = find_run(run)
     record = Record.read(run)
     try:

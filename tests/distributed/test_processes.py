@@ -86,6 +86,17 @@ def test_a_launch_with_a_wrong_variable_is_refused(monkeypatch, given, message):
         launch.read()
 
 
+def test_what_is_for_one_process_is_refused_in_several(monkeypatch):
+    launch.refuse("a sweep")
+    given = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(launch, "silent", False)
+    with pytest.raises(SetupError, match="a sweep is for one process, and this launch has 2"):
+        launch.refuse("a sweep")
+    assert launch.silent  # the first process says it
+
+
 def test_a_process_without_a_beat_is_gone_and_one_that_ended_is_not(monkeypatch):
     monkeypatch.setattr("lora_rlhf.distributed.heartbeat.SECONDS", 0.01)
     monkeypatch.setattr("lora_rlhf.distributed.heartbeat.SILENCE", 0.05)

@@ -43,7 +43,7 @@ def test_two_processes_take_the_first_steps_of_one(tmp_path: Path, runs):
 
 @pytest.mark.slow
 def test_dropout_leaves_the_shared_random_state_alone(tmp_path: Path, runs):
-    """Each process has masks of its own; the order of rows stays common, or adapters would differ."""
+    """Masks are of each process; the order of rows stays common, or adapters would differ."""
     recipe = runs.recipe("sft", f"model.id={base_folder('gpt2')}")  # with its dropout of 0.1
     outs = [tmp_path / "a", tmp_path / "b"]
     for out in outs:
