@@ -121,7 +121,8 @@ SHORT = """def score(prompts, completions, **_):
 
 
 @pytest.mark.parametrize(
-    "algorithm", ["ppo", "grpo", pytest.param("rloo", marks=pytest.mark.slow), "best_of_n"]
+    "algorithm",
+    ["ppo", "best_of_n", *(pytest.param(a, marks=pytest.mark.slow) for a in ("grpo", "rloo"))],
 )
 def test_every_algorithm_optimises_it(algorithm, runs: killed.Runs, tmp_path: Path):
     path = tmp_path / "mine.py"

@@ -66,7 +66,7 @@ def test_after_the_first_update_each_role_makes_one_pass_over_its_own_layers(tmp
     }
 
 
-@pytest.mark.parametrize("top_fraction", [1.0, 0.5])
+@pytest.mark.parametrize("top_fraction", [pytest.param(1.0, marks=pytest.mark.slow), 0.5])
 def test_the_samplers_numbers_equal_those_of_a_pass(tmp_path, top_fraction):
     made = run(tmp_path / "r", top_fraction=top_fraction)
     scorer, found = made.trainer.scorer, []

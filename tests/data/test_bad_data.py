@@ -279,7 +279,7 @@ def test_blank_prompts_are_dropped_and_counted(tmp_path, plain, kind):
     assert "9 -> 0" in caught.value.given
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "ppo", pytest.param("reward", marks=pytest.mark.slow)])
 def test_a_batch_larger_than_the_data_trains_or_is_an_error(tmp_path, stage):
     """Unguarded, TRL's sampler would draw nothing and report `num_samples=0`."""
     broken_runs.write(tmp_path, None, 40)

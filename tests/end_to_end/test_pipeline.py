@@ -269,6 +269,7 @@ def test_runs_that_cannot_finish_are_refused_before_anything(tmp_path: Path, mon
     assert not out.exists()
 
 
+@pytest.mark.slow  # test_tokenization.py counts the reads of a run
 def test_comparisons_of_a_file_are_read_once(tmp_path: Path, monkeypatch):
     path = tmp_path / "c.jsonl"
     path.write_text(

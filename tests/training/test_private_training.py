@@ -137,6 +137,7 @@ def holding(folder, seed):
     return {path for path in files if seed.encode() in path.read_bytes()}
 
 
+@pytest.mark.slow
 def test_a_private_run_that_was_stopped_ends_in_the_same_bits(quick, tmp_path, monkeypatch):
     """The secret seed is in the checkpoints of the stopped run, and in no other file."""
     seed = "51" * 16
