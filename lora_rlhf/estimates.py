@@ -428,8 +428,8 @@ def paired_difference(a: ArrayLike, b: ArrayLike, seed: int, resamples: int = 10
 
     Both scores of a prompt are drawn together, so that its difficulty cancels (Miller 2024,
     section 4). One prompt: no interval. All differences equal: an interval of width 0. Shares,
-    which are 0 or 1 on every prompt, have `_paired_shares`, because the bootstrap of few changes
-    covers too little.
+    which are 0 or 1 on every prompt, have `_paired_shares`, and wins with ties (0, 0.5 or 1)
+    `_paired_wins`, because the bootstrap of few changes covers too little.
     """
     first, second = _pair(a, b)
     gaps = first - second
@@ -438,6 +438,8 @@ def paired_difference(a: ArrayLike, b: ArrayLike, seed: int, resamples: int = 10
         return _estimate(value, None, None, n)
     if np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all():
         return _paired_shares(int((gaps > 0).sum()), int((gaps < 0).sum()), n)
+    if np.isin(first, (0, 0.5, 1)).all() and np.isin(second, (0, 0.5, 1)).all():
+        return _paired_wins(gaps)
     centred = gaps - value
     spread = float(centred @ centred)
     if spread <= (1e-12 * max(1.0, float(np.abs(gaps).max()))) ** 2 * n:
@@ -482,6 +484,23 @@ def _paired_shares(gained: int, lost: int, n: int) -> Estimate:
     Tango's score interval (1998), and `p` by McNemar's exact test: of the changed prompts, half
     would be gained if there were no difference.
     """
+    changed, fewer = gained + lost, min(gained, lost)
+    tail = sum(math.comb(changed, k) for k in range(fewer + 1))
+    return {**_tango(gained, lost, n), "p": min(1.0, 2 * tail / 2**changed)}
+
+
+def _paired_wins(gaps: Floats) -> Estimate:
+    """The difference of two win rates with ties on the same prompts: changes of 0.5 and of 1.
+
+    Tango's interval for as many changes of one size as have the same sum and sum of squares.
+    """
+    size = float(gaps @ gaps) / max(float(np.abs(gaps).sum()), 1e-12) or 1.0
+    gained, lost = (float(np.maximum(side, 0).sum()) / size for side in (gaps, -gaps))
+    return scaled(_tango(gained, lost, gaps.size), size)
+
+
+def _tango(gained: float, lost: float, n: int) -> Estimate:
+    """Tango's score interval (1998) of the difference of two shares of the same n prompts."""
     value = (gained - lost) / n
 
     def score(d: float) -> float:
@@ -501,9 +520,7 @@ def _paired_shares(gained: int, lost: int, n: int) -> Estimate:
             else:
                 inside = middle
         limits.append(outside)
-    changed, fewer = gained + lost, min(gained, lost)
-    tail = sum(math.comb(changed, k) for k in range(fewer + 1))
-    return {**_estimate(value, limits[0], limits[1], n), "p": min(1.0, 2 * tail / 2**changed)}
+    return _estimate(value, limits[0], limits[1], n)
 
 
 def p_value(estimate: Estimate, null: float = 0.0) -> float | None:

@@ -90,6 +90,18 @@ def difference_of_shares(p: float, gains: float, losses: float) -> Case:
     return draw
 
 
+def difference_of_wins(*chances: float) -> Case:
+    """A paired difference of win rates with ties: chances of changes by -1, -1/2, 0, 1/2 and 1."""
+    steps = np.array([-1.0, -0.5, 0.0, 0.5, 1.0])
+
+    def draw(rng: np.random.Generator, n: int) -> Drawn:
+        gap = rng.choice(steps, n, p=chances)
+        before = np.where(gap == 0, rng.choice((0, 0.5, 1), n), np.where(gap == 0.5, 0.5, gap < 0))
+        yield estimates.paired_difference(before + gap, before, 1, RESAMPLES), steps @ chances
+
+    return draw
+
+
 def win_rate(p: float, ties: float) -> Case:
     """A win rate: a share p of the verdicts that are no ties is won."""
 
@@ -185,6 +197,12 @@ CASES: dict[str, dict[str, Case]] = {
         "5 % gained, 5 % lost": difference_of_shares(0.05, 0.05, 0.05),
         "10 % gained, 2 % lost": difference_of_shares(0.5, 0.1, 0.02),
         "30 % gained, 20 % lost": difference_of_shares(0.5, 0.3, 0.2),
+    },
+    "paired difference of win rates (Tango)": {
+        "half of the wins changed": difference_of_wins(0.1, 0.15, 0.5, 0.2, 0.05),
+        "20 % changed": difference_of_wins(0.02, 0.06, 0.8, 0.08, 0.04),
+        "5 % changed": difference_of_wins(0.0, 0.01, 0.95, 0.02, 0.02),
+        "10 % from or to ties": difference_of_wins(0.0, 0.05, 0.9, 0.05, 0.0),
     },
     "win rate": {
         "50 %, no ties": win_rate(0.5, 0.0),

@@ -223,6 +223,22 @@ def test_few_values_have_no_interval_of_a_high_quantile():
     assert estimates.quantile_interval(range(73), 0.95)["high"] == 72
 
 
+def test_wins_with_ties_have_the_interval_of_shares_of_the_same_size():
+    """Changes of one half are those of shares at half the size."""
+    half = estimates.paired_difference([0.5] * 4 + [0.0] * 26, [0.0] * 30, 0)
+    whole = estimates.paired_difference([1.0] * 4 + [0.0] * 26, [0.0] * 30, 0)
+    assert [2 * half[key] for key in ("value", "low", "high")] == pytest.approx(
+        [whole[key] for key in ("value", "low", "high")]
+    )
+    same = estimates.paired_difference([0.5] * 30, [0.5] * 30, 0)
+    assert same["value"] == 0 and same["low"] == pytest.approx(-same["high"])
+    assert same["high"] > 0.05, "30 prompts prove no draw"
+    mixed = estimates.paired_difference(
+        [1, 0.5, 0.5, 0] + [0.5] * 26, [0, 0, 1, 0.5] + [0.5] * 26, 0
+    )
+    assert mixed["value"] == pytest.approx(0.5 / 30) and mixed["low"] < 0 < mixed["high"]
+
+
 def test_unpaired_differences_are_welchs_and_newcombes():
     rng = np.random.default_rng(1)
     a, b = rng.normal(1, 1, 40), rng.normal(0, 3, 15)

@@ -17,6 +17,8 @@ spec.loader.exec_module(interval_coverage)
     [
         ("paired difference of shares (Tango)", "all equal but 2 %", 30, 0.93),  # BCa: 0.43
         ("paired difference of shares (Tango)", "10 % gained, 2 % lost", 100, 0.92),
+        ("paired difference of win rates (Tango)", "20 % changed", 30, 0.92),  # BCa: 0.84
+        ("paired difference of win rates (Tango)", "5 % changed", 30, 0.93),  # BCa: 0.72
         ("people and a judge", "nearly always", 30, 0.90),  # of a mean: 0.75
         ("people and a judge", "judge says yes", 100, 0.91),
         ("share of prompts (Wilson)", "p = 0.02", 100, 0.92),
