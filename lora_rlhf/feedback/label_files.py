@@ -190,7 +190,7 @@ def export(
     tasks, labels = list(tasks), list(labels)
     given, lost = _given(tasks, labels, without)
     if form is None:
-        only = all(task.type == "demonstration" for task, _ in given)
+        only = bool(given) and all(task.type == "demonstration" for task, _ in given)
         form = "demonstrations" if only else "comparisons"
     if form not in FORMS:
         raise UsageError(f"there is no form {form!r}", expected=", ".join(FORMS))

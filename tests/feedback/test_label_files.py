@@ -203,6 +203,8 @@ def test_what_is_broken_private_or_by_a_left_out_labeler_is_not_written(tmp_path
     assert "2 flagged as broken or personal data, 1 by labelers left out" in sentence
     with pytest.raises(DataError, match=r"no label can be written as demonstrations; left out"):
         exported(tmp_path, tasks, labels, "demonstrations")
+    with pytest.raises(DataError, match="no label can be written as comparisons"):
+        exported(tmp_path, tasks, [])
     with pytest.raises(UsageError, match="no label by 'eve'"):
         exported(tmp_path, tasks, labels, without=["eve"])
     with pytest.raises(UsageError, match="no form 'csv'"):
