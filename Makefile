@@ -50,6 +50,7 @@ docs: $(BIN)/lora-rlhf ## write the generated pages again
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[notebook]"
 	$(BIN)/jupytext --quiet --to ipynb recipes/notebooks/quickstart.py
 	$(BIN)/python docs/make_plans.py
+	$(BIN)/python docs/make_scale.py
 
 site: $(BIN)/lora-rlhf ## the documentation as a site in build/site, built strictly and offline
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[docs]"

@@ -10,10 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from transformers import AutoModelForCausalLM
-
 from lora_rlhf.models.loading import find_config
+from lora_rlhf.planning import meta_backbone
 from lora_rlhf.planning.memory_budget import CUDA_CONTEXT, FRAGMENTATION, Plan, format_bytes
 from lora_rlhf.planning.plan import planner_for
 from lora_rlhf.recipe.loader import load_recipe
@@ -58,12 +56,6 @@ def all_recipes() -> list[GpuRecipe]:
     return sorted(found, key=lambda one: (one.gpu, one.folder.name))
 
 
-def parameters(config: Any) -> int:
-    """Count the parameters of a base, tied ones once, without its weights."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-
-
 def block(one: GpuRecipe, plan: Plan) -> str:
     """Return the plan as it stands in a recipe's README."""
     phases = "".join(f"| {name} | {p.total / 1e9:.2f} |\n" for name, p in plan.phases.items())
@@ -72,8 +64,9 @@ def block(one: GpuRecipe, plan: Plan) -> str:
         f"**{format_bytes(plan.needed)}** of {one.gpu} GB. The peak is in *{plan.worst}*, where "
         f"{plan.sampled_at_once} episodes are sampled at once; {100 * FRAGMENTATION:g} % for "
         f"fragmentation and {format_bytes(CUDA_CONTEXT)} for CUDA's context are added to it. "
-        f"The base has {parameters(one.config):,} parameters, {format_bytes(plan.backbone)} in "
-        f"memory. Minutes: not measured.\n\n| phase | planned, GB |\n|---|---|\n{phases}"
+        f"The base has {meta_backbone.parameters(one.config):,} parameters, "
+        f"{format_bytes(plan.backbone)} in memory. Minutes: not measured.\n\n"
+        f"| phase | planned, GB |\n|---|---|\n{phases}"
     )
 
 

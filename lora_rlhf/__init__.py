@@ -125,11 +125,25 @@ def evaluate(recipe: Recipe, out: str | Path, *, progress: Progress | None = Non
     return pipeline.run(recipe, out, until="evaluate", progress=progress)
 
 
-def plan(recipe: Recipe, gpu: str | None = None, *, probe: bool = False) -> Report:
-    """Plan the memory of a recipe for a GPU such as "16GB"; `as_text()` of the result prints it."""
+def plan(
+    recipe: Recipe,
+    gpu: str | None = None,
+    *,
+    probe: bool = False,
+    workers: int | None = None,
+    network: tuple[str, str] = ("1Gbit", "0.1ms"),
+    runs: Sequence[str | Path] = (),
+) -> Report:
+    """Plan the memory of a recipe for a GPU such as "16GB"; `as_text()` of the result prints it.
+
+    Args:
+        workers: Also model an update's time on up to so many workers, each with a link of this
+            `network` (speed, latency), from the measured seconds of `runs`.
+    """
     from lora_rlhf.planning import plan_report
 
-    return plan_report.report(recipe, Path(), gpu, probe=probe)
+    more: dict[str, Any] = {"workers": workers, "network": network, "runs": runs}
+    return plan_report.report(recipe, Path(), gpu, probe=probe, **more)
 
 
 def compare(*runs: str | Path) -> dict[str, Any]:

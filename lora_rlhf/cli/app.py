@@ -183,22 +183,43 @@ def _plan_verb(
     ] = None,
     overrides: Set = None,
     probe: Annotated[bool, typer.Option("--probe", help="Load the base and measure.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(help="Model the time of an update on so many machines.")
+    ] = None,
+    network: Annotated[
+        str, typer.Option(metavar="SPEED", help="Of --workers: each one's link.")
+    ] = "1Gbit",
+    latency: Annotated[str, typer.Option(metavar="TIME", help="Of --workers.")] = "0.1ms",
+    runs: Annotated[
+        list[Path] | None,
+        typer.Option("--from", metavar="RUN", help="Of --workers: measured seconds; repeatable."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Plan the memory of a recipe, and the GPUs it fits.
 
     Reads the config of the base model; only --probe loads weights. With --gpu, the exit code is 0
-    if the recipe fits as it is, and 4 if it does not.
+    if the recipe fits as it is, and 4 if it does not. With --workers, the time of an update on
+    several workers is modelled from the seconds of runs; a run in place of RECIPE is one of them.
     """
     from lora_rlhf.recipe.loader import load_recipe
 
     recipe = load_recipe(path, overrides)
     if (run := _run_of(path)) is not None:
         shell.echo(f"{run} is a run directory: this plans its recipe", err=True)
+        runs = [run, *(runs or ())]
     shell.room("pipeline")
     from lora_rlhf.planning import plan_report
 
-    report = plan_report.report(recipe, path if path.is_dir() else path.parent, gpu, probe=probe)
+    report = plan_report.report(
+        recipe,
+        path if path.is_dir() else path.parent,
+        gpu,
+        probe=probe,
+        workers=workers,
+        network=(network, latency),
+        runs=runs or (),
+    )
     shell.echo(report.as_json() if as_json else report.as_text())
     if gpu is not None and not report.fits:
         raise typer.Exit(SetupError.exit_code)

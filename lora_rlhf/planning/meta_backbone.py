@@ -53,6 +53,12 @@ def backbone(
     return MetaBackbone(causal, None, model, lora, {})  # type: ignore[arg-type]
 
 
+def parameters(config: Any) -> int:
+    """Count the parameters of a base, tied ones once, without its weights."""
+    with META:
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+
+
 def is_4bit(model: ModelSection, config: Any) -> bool:
     """Tell if the base is quantised to 4 bits, by the recipe or by its own config."""
     own = getattr(config, "quantization_config", None) or {}

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from .gpu_fit import Fit, as_options, capacity, fit
 from .memory_budget import CUDA_CONTEXT, FRAGMENTATION, Plan, format_bytes
 from .plan import planner_for
 from .probe import Probed
+from .scale import Network, Scale, model
 
 GPUS = (8, 12, 16, 24)
 """GPUs of the table, in GB."""
@@ -35,12 +36,14 @@ class Report:
         gpus: The named GPU, or the GPUs of the table.
         named: Whether the user named a GPU.
         probed: Planned and measured bytes, with --probe.
+        scale: An update's time on several workers, with --workers.
     """
 
     plan: Plan
     gpus: list[Fit]
     named: bool
     probed: list[Probed]
+    scale: Scale | None = None
 
     @property
     def fits(self) -> bool:
@@ -60,7 +63,9 @@ class Report:
             for fitted in self.gpus
         ]
         probed = [asdict(phase) for phase in self.probed]
-        return json.dumps({"plan": self.plan.as_dict(), "cards": gpus, "probe": probed}, indent=1)
+        made = {"plan": self.plan.as_dict(), "cards": gpus, "probe": probed}
+        scale = {"scale": self.scale.as_dict()} if self.scale else {}
+        return json.dumps(made | scale, indent=1)
 
     def as_text(self) -> str:
         """Return the report for people."""
@@ -96,21 +101,37 @@ class Report:
                 for p in self.probed
             ]
             yield from aligned(["phase", "planned", "measured", "planned/measured"], rows)
+        if self.scale:
+            yield ""
+            yield from self.scale.lines()
 
 
 @quiet.libraries()
-def report(recipe: Recipe, folder: Path, gpu: str | None, *, probe: bool) -> Report:
+def report(
+    recipe: Recipe,
+    folder: Path,
+    gpu: str | None,
+    *,
+    probe: bool,
+    workers: int | None = None,
+    network: tuple[str, str] = ("1Gbit", "0.1ms"),
+    runs: Sequence[str | Path] = (),
+) -> Report:
     """Plan a recipe for one GPU, or for the device of this machine and a table of GPUs.
 
     Args:
         folder: Folder of the recipe; a config.json in it is used.
         gpu: Memory of the GPU, such as "16GB".
         probe: Whether to load the base and measure on this machine.
+        workers: Model an update's time on up to so many data-parallel workers.
+        network: Speed and latency of each worker's link.
+        runs: Runs of the recipe's model, for the seconds of that model.
 
     Raises:
         BaseModelError: The base has no config, or is not a causal language model.
         UsageError: `gpu` is not a size.
     """
+    link = Network.parse(*network)
     capacities = [capacity(gpu)] if gpu is not None else [n * 10**9 for n in GPUS]
     config = find_config(recipe.model, folder)
     here = "cuda" if torch.cuda.is_available() else "cpu"
@@ -123,7 +144,8 @@ def report(recipe: Recipe, folder: Path, gpu: str | None, *, probe: bool) -> Rep
     if probe:
         total = torch.cuda.mem_get_info()[1] if here == "cuda" else None
         probed = probing.run(recipe, planner_for(config, here).plan(recipe, total))
-    return Report(plan, gpus, gpu is not None, probed)
+    scale = None if workers is None else model(config, recipe, plan, runs, workers, link)
+    return Report(plan, gpus, gpu is not None, probed, scale)
 
 
 def _phases(plan: Plan) -> tuple[list[str], list[list[str]]]:

@@ -41,6 +41,8 @@ class Progress:
         self._spent, self._worked = 0.0, 0.0  # seconds and work of the trainings that are done
         self._started = self._printed = time.monotonic()
         self._early: tuple[int, float] | None = None  # steps and seconds at the first report
+        self._laps: dict[str, float] = {}  # phase -> seconds since `laps` was called
+        self._lap_began = time.perf_counter()
 
     def plan(self, stages: Sequence[str], work: Mapping[str, float]) -> None:
         """Announce the stages of the run, and the work of each training that is still to do.
@@ -61,6 +63,7 @@ class Progress:
         self.stage, self.total, self.step_count, self._shown = stage, total, first, {}
         self._started = self._printed = time.monotonic()
         self.phase_name, self._last_printed, self._first, self._early = "", -1, first, None
+        self._laps = {}
         if not self.quiet and self.console.is_terminal:
             self._live = Live(
                 self._line(), console=self.console, transient=True, refresh_per_second=4
@@ -69,8 +72,22 @@ class Progress:
 
     def phase(self, name: str) -> None:
         """Show the phase of the stage: rollout, score, update."""
+        self._end_lap()
         self.phase_name = name
         self._refresh()
+
+    def laps(self) -> dict[str, float]:
+        """Return the seconds of each phase since the last call."""
+        self._end_lap()
+        taken, self._laps = {k: round(v, 4) for k, v in self._laps.items()}, {}
+        return taken
+
+    def _end_lap(self) -> None:
+        now = time.perf_counter()
+        if self.phase_name:
+            known = self._laps.get(self.phase_name, 0.0)
+            self._laps[self.phase_name] = known + now - self._lap_began
+        self._lap_began = now
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
         """Show a finished step with its main metrics; a step logged twice has one plain line."""

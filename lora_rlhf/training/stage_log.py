@@ -40,6 +40,8 @@ class StageLog(TrainerCallback):
         clock = {k: v for k, v in logs.items() if any(word in k for word in _CLOCK)}
         clock["seconds"] = round(now - self._last, 4)
         self._last = now
+        if laps := self.progress.laps():
+            clock["phases"] = laps
         metrics = {k: v for k, v in logs.items() if k not in clock and k != "epoch"}
         step = state.global_step // self.steps_per_unit
         self.record.log(self.stage, step, metrics, clock)
