@@ -143,7 +143,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Parts:
-    """What was measured on one worker: rollout, score, and one micro-batch of the update."""
+    """Seconds measured on one worker: rollout, score, and one micro-batch of the update."""
 
     rollout: Part
     score: Part
