@@ -2,7 +2,8 @@
 """Write the tables of docs/scale.md from the model in planning/scale.py: `make docs`.
 
     python docs/make_scale.py                 # from the parts in docs/scale.json
-    python docs/make_scale.py RUN RUN ...     # measure the demo's parts anew, from runs of it
+    python docs/make_scale.py RUN RUN 2=RUN   # measure the demo's parts anew, from runs of it; and
+                                              # compare them with a run by 2 processes
 
 The seconds of SmolLM2-135M are those of case c in docs/benchmarks.md.
 """
@@ -12,6 +13,7 @@ import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from lora_rlhf import tiny
@@ -112,7 +114,8 @@ def exchanges() -> str:
 
 def render() -> str:
     """Return the page with its blocks as the model is now."""
-    measured = parts(json.loads(STORED.read_text(encoding="utf-8")))
+    stored = json.loads(STORED.read_text(encoding="utf-8"))
+    measured = parts(stored)
     link = scale.Network.parse(*LINKS[0])
     recipe, config, plan = recipe_of(tiny.recipe())
     demo = scale.Scale(
@@ -125,7 +128,7 @@ def render() -> str:
     text = PAGE.read_text(encoding="utf-8")
     blocks = {
         "inputs": inputs(measured), "demo": curves(demo), "smollm": curves(smol),
-        "exchange": exchanges(),
+        "exchange": exchanges(), "check": checks(measured, stored["processes"]),
     }  # fmt: skip
     for name, block in blocks.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
@@ -134,10 +137,37 @@ def render() -> str:
     return text
 
 
+def checks(measured: scale.Parts, runs: dict[str, dict[str, float]]) -> str:
+    """Return the seconds of a process of several, beside the model's."""
+    work, rows = scale.Work.of(load_recipe(tiny.recipe())), []
+    for count, seconds in runs.items():
+        own = [size // int(count) for size in (work.episodes, work.micro_rows)]
+        micro = work.steps * work.micro_batches * measured.micro.seconds(own[1])
+        modelled = measured.rollout.seconds(own[0]), measured.score.seconds(own[0]), micro
+        pairs = [*zip(modelled, seconds.values(), strict=True)]
+        pairs.append((sum(modelled), sum(seconds.values())))
+        rows.append([count, *(f"{ours:.2f} / {theirs:.2f}" for ours, theirs in pairs)])
+        rows[-1].append(f"{pairs[-1][1] / pairs[-1][0]:.2f}")
+    head = ["processes", "rollout, s", "score, s", "update, s", "sum, s", "measured / modelled"]
+    return "\n" + _table(head, rows)
+
+
+def store(arguments: list[str]) -> None:
+    """Measure the parts from runs of the demo, and what processes took from `NUMBER=RUN`."""
+    counted = [text.partition("=") for text in arguments if "=" in text]
+    runs = [Record.read(text) for text in arguments if "=" not in text]
+    data = asdict(scale.Parts.measure(runs, load_recipe(tiny.recipe())))
+    data["processes"] = {
+        count: {
+            name: fmean(line[name] for line in scale.phases(Record.read(run)))
+            for name in ("rollout", "score", "update")
+        }
+        for count, _, run in [("1", "", arguments[0]), *counted]
+    }
+    STORED.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
 if __name__ == "__main__":
     if sys.argv[1:]:
-        made = scale.Parts.measure(
-            [Record.read(run) for run in sys.argv[1:]], load_recipe(tiny.recipe())
-        )
-        STORED.write_text(json.dumps(asdict(made), indent=1) + "\n", encoding="utf-8")
+        store(sys.argv[1:])
     PAGE.write_text(render(), encoding="utf-8")

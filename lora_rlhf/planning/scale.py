@@ -165,17 +165,10 @@ class Parts:
         for run in runs:
             own = run.recipe()
             _check_same(run, own, recipe)
-            lines = [line.get("clock", {}).get("phases", {}) for line in run.metrics(run.algorithm)]
-            lines = [line for line in lines[1:] if set(_PHASES) <= line.keys()]
-            if len(lines) < 2:
-                raise UsageError(
-                    f"{run.folder} has no seconds per phase for two updates after the first",
-                    remedy="run its recipe again with this version into a new --out",
-                )
+            lines = phases(run)
             work, updates = Work.of(own), updates + len(lines)
-            micro = work.steps * work.micro_batches
             for name in _PHASES:
-                many = micro if name == "update" else 1
+                many = work.steps * work.micro_batches if name == "update" else 1
                 rows = work.micro_rows if name == "update" else work.episodes
                 seconds = [line[name] / many for line in lines]
                 mean = statistics.fmean(seconds)
@@ -184,6 +177,22 @@ class Parts:
                 points[name].append((rows, mean, cv))
         rollout, score, micro = (_fit(points[name]) for name in _PHASES)
         return cls(rollout, score, micro, updates)
+
+
+def phases(run: Record) -> list[dict[str, float]]:
+    """Return the seconds of each phase in every update of a run after the first, which warms up.
+
+    Raises:
+        UsageError: There are not two of them.
+    """
+    clocks = (line.get("clock", {}).get("phases", {}) for line in run.metrics(run.algorithm))
+    lines = [line for line in list(clocks)[1:] if set(_PHASES) <= line.keys()]
+    if len(lines) < 2:
+        raise UsageError(
+            f"{run.folder} has no seconds per phase for two updates after the first",
+            remedy="run its recipe again with this version into a new --out",
+        )
+    return lines
 
 
 def _check_same(run: Record, own: Recipe, recipe: Recipe) -> None:
