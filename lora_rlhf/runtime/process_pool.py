@@ -30,12 +30,15 @@ def start(processes: int, folder: Path) -> Pool:
     return (RayPool if importlib.util.find_spec("ray") else Pool)(processes, folder)
 
 
-def run_child(command: Sequence[str], log: Path, changes: dict[str, str], stop: Path) -> int:
+def run_child(
+    command: Sequence[str], log: Path, changes: dict[str, str], stop: Path, place: Path
+) -> int:
     """Run a command to its end, with its output in a file; return its exit code.
 
     Args:
         changes: Changes of its environment.
         stop: A file; once it is there, the command gets SIGTERM, or does not begin.
+        place: The folder in which it runs; that of a worker of Ray may be another.
     """
     if stop.exists():
         return STOPPED
@@ -47,6 +50,7 @@ def run_child(command: Sequence[str], log: Path, changes: dict[str, str], stop: 
             stdout=file,
             stderr=file,
             env={**os.environ, **changes},
+            cwd=place,
             start_new_session=True,
         )
         while True:
@@ -61,7 +65,8 @@ class Pool:
     """A thread waits for each process; several GPUs are taken in turn."""
 
     def __init__(self, processes: int, folder: Path) -> None:
-        self._file, self._futures = folder / "stop", list["Future[int]"]()
+        self._file, self._futures = folder.absolute() / "stop", list["Future[int]"]()
+        self._place = Path.cwd()
         self._file.unlink(missing_ok=True)
         count = getattr(os, "sched_getaffinity", None)
         cores = len(count(0)) if count else os.cpu_count() or 1
@@ -79,7 +84,7 @@ class Pool:
 
     def submit(self, command: Sequence[str], log: Path) -> Future[int]:
         """Run a command when its turn comes; the future has its exit code."""
-        self._futures.append(self._submit(list(command), log))
+        self._futures.append(self._submit(list(command), log.absolute()))
         return self._futures[-1]
 
     def _submit(self, command: list[str], log: Path) -> Future[int]:
@@ -87,11 +92,11 @@ class Pool:
 
     def _on_a_gpu(self, command: list[str], log: Path) -> int:
         if self._gpus.empty():  # there is at most one: no choice
-            return run_child(command, log, self._changes, self._file)
+            return run_child(command, log, self._changes, self._file, self._place)
         gpu = self._gpus.get()
         try:
             changes = {**self._changes, "CUDA_VISIBLE_DEVICES": gpu}
-            return run_child(command, log, changes, self._file)
+            return run_child(command, log, changes, self._file, self._place)
         finally:
             self._gpus.put(gpu)
 
@@ -130,7 +135,7 @@ class RayPool(Pool):
 
     def _submit(self, command: list[str], log: Path) -> Future[int]:
         future: Future[int]
-        future = self._task.remote(command, log, self._changes, self._file).future()
+        future = self._task.remote(command, log, self._changes, self._file, self._place).future()
         return future
 
     def _close(self) -> None:
