@@ -125,7 +125,7 @@ def _lead(
         return Record.open(out, recipe)  # raises: it is a file
     with (
         run_lock.locked(out) as check_place,
-        interrupts.time_budget(recipe.checkpoint.max_minutes),
+        interrupts.time_budget(recipe.checkpoint.max_minutes, alone=world().size == 1),
         _disk_and_memory_errors(recipe, out),
     ):
         source = reuse.check(start_from, recipe, out) if start_from is not None else None
@@ -169,7 +169,7 @@ def _follow(recipe: Recipe, folder: Path, stages: tuple[str, ...], warm_start: b
     """Compute this process's part of the run, in a copy of its directory that nobody sees."""
     with (
         run_lock.locked(folder) as check_place,
-        interrupts.time_budget(recipe.checkpoint.max_minutes),
+        interrupts.time_budget(recipe.checkpoint.max_minutes, alone=world().size == 1),
         _disk_and_memory_errors(recipe, folder),
     ):
         record = Record.open(folder, recipe, warm_start=warm_start)
@@ -375,9 +375,9 @@ def _compute(
             continue
         _run_stage(stage, context, configs, data)
         progress.say(tables.stage_line(record, stage))
-        interrupts.agree(world().gathered)
+        stop = interrupts.agree(world().gathered)
         # Checked after a stage, so that even the shortest budget makes some progress each time.
-        if stage != wanted[-1]:
+        if stop and stage != wanted[-1]:
             interrupts.stop_if_requested()
     progress.say(peak.line())
 

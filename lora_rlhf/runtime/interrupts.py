@@ -9,7 +9,6 @@ disk already. Nothing heavy is imported here, because the command line needs thi
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,6 +28,7 @@ class _State:
     waiting: str | None = None
     deferred = 0
     deadline: float | None = None
+    agreed: bool | None = None  # with several processes: whether they agreed that time is up
     say: Callable[[str], None] | None = None
 
 
@@ -57,7 +57,11 @@ def stop_requested() -> bool:
 
 
 def out_of_time() -> bool:
-    """Return whether the time budget is used up."""
+    """Return whether the time budget is used up; with several processes, if they agreed on it."""
+    return _late() if _state.agreed is None else _state.agreed
+
+
+def _late() -> bool:
     return _state.deadline is not None and time.monotonic() >= _state.deadline
 
 
@@ -70,16 +74,22 @@ def stop_if_requested() -> None:
         raise OutOfTime
 
 
-def agree(gathered: Callable[[Any], list[Any]]) -> None:
-    """Stop if any process of the run is to stop; called by all at the same point.
+def agree(gathered: Callable[[Any], list[Any]]) -> bool:
+    """Return whether any process of the run is to stop; called by all at the same point.
+
+    Only this answer is the same in all: a signal or the end of the time may come right after it.
 
     Args:
         gathered: Returns the values of all processes.
     """
-    states = gathered((_state.waiting, out_of_time()))
-    _state.waiting = _state.waiting or next((name for name, _ in states if name), None)
-    if any(late for _, late in states):
-        _state.deadline = -math.inf
+    late = out_of_time() if _state.agreed is None else _late()
+    states = gathered((_state.waiting, late))
+    signal = next((name for name, _ in states if name), None)
+    late = any(late for _, late in states)
+    _state.waiting = _state.waiting or signal
+    if _state.agreed is not None:
+        _state.agreed = late
+    return signal is not None or late
 
 
 def sleep(seconds: float) -> None:
@@ -101,12 +111,16 @@ def deferred(say: Callable[[str], None] | None = None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def time_budget(minutes: float | None) -> Iterator[None]:
-    """Make `stop_requested` true after this many minutes; None: never."""
+def time_budget(minutes: float | None, *, alone: bool = True) -> Iterator[None]:
+    """Make `stop_requested` true after this many minutes; None: never.
+
+    Args:
+        alone: False if several processes have to `agree` on it.
+    """
     before = _state.deadline
-    _state.waiting = None
+    _state.waiting, _state.agreed = None, None if alone else False
     _state.deadline = None if minutes is None else time.monotonic() + 60 * minutes
     try:
         yield
     finally:
-        _state.deadline = before
+        _state.deadline, _state.agreed = before, None

@@ -148,7 +148,7 @@ class CheckpointCallback(TrainerCallback):
 
         With several processes, if one is due in any.
         """
-        interrupts.agree(world().gathered)
+        stop = interrupts.agree(world().gathered)
         if state.global_step >= state.max_steps:
             return
         every, minutes = self.section.every_steps, self.section.every_minutes
@@ -157,7 +157,7 @@ class CheckpointCallback(TrainerCallback):
         if minutes is not None and state.global_step % self.unit == 0:
             late = time.monotonic() - self._saved >= 60 * minutes
             due = any(world().gathered(late)) or due
-        if due or interrupts.stop_requested():
+        if due or stop:
             control.should_save = True
 
     def save(self, trainer: Any, notes: dict[str, Any] | None = None) -> None:

@@ -159,9 +159,8 @@ class ResumableTrainer(MicrobatchSplitting):
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        interrupts.agree(world().gathered)
         # Read once: a signal during the write takes effect at the next checkpoint.
-        stop = interrupts.stop_requested() and not self.control.should_training_stop
+        stop = interrupts.agree(world().gathered) and not self.control.should_training_stop
         self.checkpoints.save(self)
         self.control.should_save = False  # else Trainer saves again at the end of an epoch
         if stop:

@@ -217,3 +217,12 @@ def test_a_signal_to_one_process_saves_in_all(tmp_path, command):
     os.kill(children[1], signal.SIGTERM)
     assert [killed.wait(child) for child in children] == [143, 143]
     one_speaks(log, 2, "Interrupted; run the same command to continue.")
+
+
+@pytest.mark.slow
+def test_the_time_budget_ends_all(tmp_path, command):
+    """Clocks differ between processes, so they agree after each step that time is up."""
+    log = tmp_path / "log"
+    children = several.command(2, [*command, "--set", "checkpoint.max_minutes=0.01"], log)
+    assert [killed.wait(child) for child in children] == [0, 0]
+    one_speaks(log, 2, "Time budget reached; run the same command to continue.")
