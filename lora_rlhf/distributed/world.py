@@ -41,7 +41,7 @@ class World:
     """This process among those of the run.
 
     Attributes:
-        rank: Number of this process; 0 writes the files and speaks.
+        rank: Number of this process; 0 writes the files and prints.
         size: Number of processes.
     """
 
@@ -54,7 +54,7 @@ class World:
 
     @property
     def first(self) -> bool:
-        """True in the process that writes the files and speaks."""
+        """True in the process that writes the files and prints."""
         return self.rank == 0
 
     def own(self, count: int) -> range:
@@ -135,7 +135,7 @@ class World:
                     remedy="give them the same recipe, data, package versions and kind of device",
                 )
 
-    def speaks(self) -> bool:
+    def reports_error(self) -> bool:
         """Return True in the one process that reports an error with which all end."""
         try:
             until = time.monotonic() + (0 if self.first else _FIRST_SPEAKS)
@@ -185,7 +185,7 @@ def joined() -> Iterator[World]:
         try:
             yield _world
         except BaseException:
-            launch.silent = not _world.speaks()
+            launch.silent = not _world.reports_error()
             _world.linger()
             raise
         finally:
@@ -200,6 +200,8 @@ def joined() -> Iterator[World]:
 def _connect(given: launch.Launch) -> tuple[World, Heartbeat]:
     """Open the store and the process groups."""
     hosts = given.rank == 0 and not given.agent
+    if given.address in ("localhost", "127.0.0.1", "::1"):
+        _use_loopback()
     place, prefix = f"{given.address}:{given.port}", f"lora-rlhf/{given.attempt}"
 
     def connection(host: bool) -> Any:
@@ -229,13 +231,22 @@ def _connect(given: launch.Launch) -> tuple[World, Heartbeat]:
 
     def gone(rank: int | None) -> NoReturn:
         name = "the first process" if rank is None else f"process {rank}"
-        if made.speaks():
+        if made.reports_error():
             stream = launch.stderr or sys.stderr
             stream.write(f"{_lost(name)}\n")
             stream.flush()
         exit_now(SetupError.exit_code)
 
     return made, Heartbeat(connection(False), given.rank, given.size, gone)
+
+
+def _use_loopback() -> None:
+    """Let gloo use the loopback interface, unless the user chose one.
+
+    Without a choice gloo looks up the machine's own name, which fails on machines without one.
+    """
+    if name := {"linux": "lo", "darwin": "lo0"}.get(sys.platform):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def _cannot_join(place: str, given: launch.Launch, error: Exception) -> SetupError:

@@ -35,7 +35,7 @@ class Store(dict):
         return self[key].encode()
 
 
-def one_speaks(log: Path, size: int, text: str) -> str:
+def one_reports(log: Path, size: int, text: str) -> str:
     """The error, which exactly one process printed."""
     said = several.said(log, size)
     errors = [one for one in said if text in one]
@@ -114,7 +114,7 @@ def test_a_process_without_a_beat_is_gone_and_one_that_ended_is_not(monkeypatch)
 def test_a_batch_that_does_not_divide_is_one_error(tmp_path, command):
     children = several.command(3, command, tmp_path / "log")
     assert [killed.wait(child) for child in children] == [2, 2, 2]
-    error = one_speaks(tmp_path / "log", 3, "4 rows cannot be shared equally by 3 processes")
+    error = one_reports(tmp_path / "log", 3, "4 rows cannot be shared equally by 3 processes")
     assert "a multiple of 3" in error and not (tmp_path / "out").exists()
 
 
@@ -126,7 +126,7 @@ def test_processes_with_different_recipes_are_one_error(tmp_path, command):
     port = several.free_port()
     children = [several.command(2, other(r), tmp_path / "log", only=r, port=port) for r in (0, 1)]
     assert [killed.wait(child) for [child] in children] == [4, 4]
-    error = one_speaks(tmp_path / "log", 2, "different recipes, packages or devices")
+    error = one_reports(tmp_path / "log", 2, "different recipes, packages or devices")
     assert "sft.args.learning_rate: 0.001 in process 0, 0.002 in process 1" in error
 
 
@@ -186,7 +186,7 @@ def test_a_killed_process_ends_all_and_the_command_goes_on(tmp_path, runs, comma
     assert killed.wait(children[1 - victim]) == 4
     assert time.monotonic() - started < 60
     killed.wait(children[victim])
-    one_speaks(log, 2, "another process of this run ended")
+    one_reports(log, 2, "another process of this run ended")
     children = several.command(2, command, log)
     assert [killed.wait(child) for child in children] == [0, 0]
     assert "continuing from step" in several.said(log, 2)[0]
@@ -216,7 +216,7 @@ def test_a_signal_to_one_process_saves_in_all(tmp_path, command):
     until(lambda: (saved / "step-00000002").is_dir())
     os.kill(children[1], signal.SIGTERM)
     assert [killed.wait(child) for child in children] == [143, 143]
-    one_speaks(log, 2, "Interrupted; run the same command to continue.")
+    one_reports(log, 2, "Interrupted; run the same command to continue.")
 
 
 @pytest.mark.slow
@@ -225,4 +225,4 @@ def test_the_time_budget_ends_all(tmp_path, command):
     log = tmp_path / "log"
     children = several.command(2, [*command, "--set", "checkpoint.max_minutes=0.01"], log)
     assert [killed.wait(child) for child in children] == [0, 0]
-    one_speaks(log, 2, "Time budget reached; run the same command to continue.")
+    one_reports(log, 2, "Time budget reached; run the same command to continue.")
