@@ -173,7 +173,7 @@ def mean_interval(values: ArrayLike, clusters: Sequence[Hashable] | None = None)
 def crossed_interval(
     values: ArrayLike, seeds: Sequence[Hashable], prompts: Sequence[Hashable]
 ) -> Estimate:
-    """The mean over seeds of the mean over prompts, for other seeds and other prompts.
+    """The mean over seeds and prompts, with an interval that allows for other seeds and prompts.
 
     Args:
         values: (N,) such as paired differences of two models.

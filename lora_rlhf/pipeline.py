@@ -166,7 +166,7 @@ def _check_same_launch(recipe: Recipe) -> None:
 
 
 def _follow(recipe: Recipe, folder: Path, stages: tuple[str, ...], warm_start: bool) -> Record:
-    """Compute this process's part of the run, in a copy of its directory that nobody sees."""
+    """Compute this process's part of the run, in a temporary copy of its directory."""
     with (
         run_lock.locked(folder) as check_place,
         interrupts.time_budget(recipe.checkpoint.max_minutes, alone=world().size == 1),

@@ -17,7 +17,7 @@ from lora_rlhf.training import trl_config
 
 
 def check_launch(recipe: Recipe, stages: Collection[str]) -> None:
-    """Reject several processes, pushes of adapters that are not trained, a missing rollout server.
+    """Reject launchers, pushes of adapters that are not trained, and a missing rollout server.
 
     Raises:
         SetupError: A variable of the environment asks for several processes or another engine, or

@@ -115,7 +115,7 @@ def sweep(
     path, folder = Path(recipe), Path(out)
     if seeds < 1 or processes < 1:
         raise UsageError(f"{seeds} seeds in {processes} processes", expected="1 or more of both")
-    points = _points(path, _settings(grid), seeds, overrides)
+    points = _points(path, _settings(grid), seeds, overrides, processes)
     settings = {one.setting: identity(one.recipe, compare.ONE_ROW) for one in points}
     plan = {"grid": list(grid), "seeds": seeds, "settings": settings}
     points = list(_with_shared(points, folder))
@@ -154,7 +154,11 @@ def _settings(grid: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def _points(
-    path: Path, settings: list[tuple[str, ...]], seeds: int, overrides: Sequence[str]
+    path: Path,
+    settings: list[tuple[str, ...]],
+    seeds: int,
+    overrides: Sequence[str],
+    processes: int = 1,
 ) -> list[Job]:
     """Return the run of every setting and seed, without folders yet; all recipes are checked."""
     points, known = list[Job](), dict[str, str]()
@@ -162,6 +166,11 @@ def _points(
         name = ",".join(setting)
         sets = (*overrides, _NO_PUSH, *setting)
         first = load_recipe(path, list(sets))
+        if first.ppo.rollout_server and processes > 1:
+            raise RecipeError(
+                "ppo.rollout_server: it holds the adapter of one run at a time",
+                remedy="--processes 1, or --set ppo.rollout_server=null",
+            )
         preflight.check_launch(first, stages := stage_names(first.algorithm))
         preflight.trainer_configs(first, Path(), stages)
         if first.checkpoint.hub:

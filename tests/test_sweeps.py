@@ -174,6 +174,10 @@ def test_stages_are_shared_as_far_as_their_recipe_is_equal(recipe, tmp_path, gri
         ({"seeds": 0}, "0 seeds"),
         ({"processes": 0}, "in 0 processes"),
         ({"overrides": ["checkpoint.hub=a/b"]}, "would back up to a/b"),
+        (
+            {"overrides": ["ppo.rollout_server=http://127.0.0.1:1"], "processes": 2},
+            "the adapter of one run at a time",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_anything(engine, recipe, tmp_path, change, why):

@@ -77,7 +77,8 @@ class Scorer:
 
     def state_dict(self) -> dict[str, bool | None]:
         """Return the decisions of the first rollout."""
-        return {"trunk": self.trunk, "trusted": self.trusted}
+        trusted = None if self.server is not None else self.trusted  # of our sampler
+        return {"trunk": self.trunk, "trusted": trusted}
 
     def load_state_dict(self, state: dict[str, bool | None]) -> None:
         """Restore what `state_dict` returned."""

@@ -8,6 +8,7 @@ gets token ids with log-probs back. `serving/rollout_server.py` is the other sid
 from __future__ import annotations
 
 import hashlib
+import http.client
 import io
 import json
 import math
@@ -180,7 +181,7 @@ class RolloutServer:
                     remedy=f"set {KEY} to the key that `lora-rlhf rollout-server` printed",
                 ) from None
             raise self._problem(f"it refused {path}: {error.code}: {text:.300}") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise self._problem(f"{path} failed: {first_line(error)}") from None
         if not isinstance(answer, dict):
             raise self._problem(f"{path} answered no JSON object")

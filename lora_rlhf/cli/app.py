@@ -160,8 +160,8 @@ def _sweep_verb(
     """Run a recipe at several settings and seeds, and compare them.
 
     SFT and the reward model are trained once for all settings that share them. The same command
-    goes on: finished runs are kept, failed ones are named and tried again. The comparison is
-    printed, and written to sweep.md and sweep.json.
+    continues the sweep: finished runs are kept, failed ones are named and tried again. The
+    comparison is printed, and written to sweep.md and sweep.json.
     """
     sweeps = shell.room("sweeps")
     from lora_rlhf.reports import sweep_report
@@ -187,12 +187,15 @@ def _plan_verb(
         int | None, typer.Option(help="Model the time of an update on so many machines.")
     ] = None,
     network: Annotated[
-        str, typer.Option(metavar="SPEED", help="Of --workers: each one's link.")
-    ] = "1Gbit",
-    latency: Annotated[str, typer.Option(metavar="TIME", help="Of --workers.")] = "0.1ms",
+        str | None,
+        typer.Option(metavar="SPEED", help="With --workers: a worker's link; default 1Gbit."),
+    ] = None,
+    latency: Annotated[
+        str | None, typer.Option(metavar="TIME", help="With --workers: default 0.1ms.")
+    ] = None,
     runs: Annotated[
         list[Path] | None,
-        typer.Option("--from", metavar="RUN", help="Of --workers: measured seconds; repeatable."),
+        typer.Option("--from", metavar="RUN", help="With --workers: measured seconds; repeatable."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -204,6 +207,11 @@ def _plan_verb(
     """
     from lora_rlhf.recipe.loader import load_recipe
 
+    if workers is None and (network or latency or runs):
+        raise UsageError(
+            "--network, --latency and --from are for --workers, which is missing",
+            remedy="add --workers N, or leave them out",
+        )
     recipe = load_recipe(path, overrides)
     if (run := _run_of(path)) is not None:
         shell.echo(f"{run} is a run directory: this plans its recipe", err=True)
@@ -217,7 +225,7 @@ def _plan_verb(
         gpu,
         probe=probe,
         workers=workers,
-        network=(network, latency),
+        network=(network or "1Gbit", latency or "0.1ms"),
         runs=runs or (),
     )
     shell.echo(report.as_json() if as_json else report.as_text())

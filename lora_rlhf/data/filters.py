@@ -244,8 +244,8 @@ def _note_other_ids(kept: FilteredSet, examples: list[Example], tokenizer: Any) 
         if isinstance(one.prompt, list) and one.answers and isinstance(one.answers[0], list)
     ]
     if any(map(other, given[:_COMPARED])):
-        note = "answers have their own first token, which the template's whole text would join to "
-        note += "its end: other programs that encode whole conversations see other ids there"
+        note = "encoded as one text, the end of the template and the beginning of the answer would "
+        note += "become one token: programs that encode whole conversations see other ids there"
         kept.notes[note] += sum(map(other, given))
 
 

@@ -19,6 +19,9 @@ SECONDS = 3.0
 SILENCE = 45.0
 """Time without a beat after which a process counts as gone."""
 
+FAILED = 10.0
+"""Time after which a process that ended with an error counts as gone: NCCL would wait for it."""
+
 
 class Heartbeat:
     """Beats for this process, and watches the others.
@@ -40,12 +43,12 @@ class Heartbeat:
         self.store.set(f"beat/{self.rank}", "0")
         self._thread.start()
 
-    def stop(self) -> None:
-        """Stop, and let the others know that this process ends by itself."""
+    def stop(self, last: str = "end") -> None:
+        """Stop, and let the others know that this process ends by itself, or `failed`."""
         self._stopped.set()
         self._thread.join(timeout=10)
         try:
-            self.store.set(f"beat/{self.rank}", "end")
+            self.store.set(f"beat/{self.rank}", last)
         except Exception:  # the store ended first
             return
 
@@ -62,7 +65,9 @@ class Heartbeat:
                     beat, now = self.store.get(f"beat/{other}"), time.monotonic()
                     if seen.get(other, (b"", 0.0))[0] != beat:
                         seen[other] = beat, now
-                    elif beat != b"end" and now - seen[other][1] > SILENCE:
+                    elif beat != b"end" and now - seen[other][1] > (
+                        FAILED if beat == b"failed" else SILENCE
+                    ):
                         return self.gone(other)
             except Exception:
                 if not self._stopped.is_set():

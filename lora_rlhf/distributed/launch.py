@@ -77,7 +77,7 @@ def read() -> Launch | None:
 
 
 def refuse(what: str) -> None:
-    """Refuse to do in several processes what is for one.
+    """Refuse a command that supports one process only.
 
     Raises:
         SetupError: There are several.

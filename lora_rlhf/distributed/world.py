@@ -27,6 +27,8 @@ from .heartbeat import Heartbeat, exit_now
 
 T = TypeVar("T")
 
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
 _JOIN = datetime.timedelta(minutes=10)
 """Time in which all processes must have started."""
 
@@ -186,10 +188,12 @@ def joined() -> Iterator[World]:
             yield _world
         except BaseException:
             launch.silent = not _world.reports_error()
+            heartbeat.stop("failed")
             _world.linger()
             raise
-        finally:
-            heartbeat.stop()
+        with contextlib.suppress(Exception):
+            _world.gathered(None)  # the first process may hold the store: it must not end early
+        heartbeat.stop()
         with contextlib.suppress(Exception):
             dist.destroy_process_group()
     finally:
@@ -200,7 +204,7 @@ def joined() -> Iterator[World]:
 def _connect(given: launch.Launch) -> tuple[World, Heartbeat]:
     """Open the store and the process groups."""
     hosts = given.rank == 0 and not given.agent
-    if given.address in ("localhost", "127.0.0.1", "::1"):
+    if given.address in _LOOPBACK:
         _use_loopback()
     place, prefix = f"{given.address}:{given.port}", f"lora-rlhf/{given.attempt}"
 
@@ -226,7 +230,8 @@ def _connect(given: launch.Launch) -> tuple[World, Heartbeat]:
         if torch.cuda.is_available():
             made._gpu = dist.new_group(backend="nccl", timeout=_WORK)
     except (RuntimeError, ValueError) as error:
-        launch.silent = given.rank > 0 and not isinstance(error, SetupError)
+        here = given.address in _LOOPBACK  # else the error may be on another screen
+        launch.silent = given.rank > 0 and here and not isinstance(error, SetupError)
         raise _cannot_join(place, given, error) from None
 
     def gone(rank: int | None) -> NoReturn:
@@ -289,7 +294,7 @@ def _pin_gpu(local_rank: int) -> None:
         SetupError: There are fewer GPUs than processes on this machine, or CUDA has started.
     """
     count = torch.cuda.device_count()
-    if count <= 1:
+    if count == 0 or (count == 1 and "CUDA_VISIBLE_DEVICES" in os.environ):
         return  # no GPU, or the scheduler has chosen one
     if local_rank >= count:
         raise SetupError(

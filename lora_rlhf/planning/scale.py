@@ -195,13 +195,24 @@ def phases(run: Record) -> list[dict[str, float]]:
     return lines
 
 
+_MEASURED = ("data.max_prompt_tokens", "ppo.args.max_completion_length", "ppo.value", "ppo.reward")
+"""Keys that change the seconds of a row."""
+
+
 def _check_same(run: Record, own: Recipe, recipe: Recipe) -> None:
-    sections = ("model", "lora", "algorithm")
+    if (processes := run.data["clock"].get("processes", 1)) != 1:
+        raise UsageError(
+            f"{run.folder} was made by {processes} processes",
+            expected="the seconds of one worker",
+            remedy="measure with a short run in one process",
+        )
+    sections = ("model", "lora", "algorithm", "threads")
     for key, was, now in differences(own, recipe):
-        if key.split(".")[0] in sections and key != "model.hub_id":
+        same = key.split(".")[0] in sections or key in _MEASURED
+        if same and key != "model.hub_id":
             raise UsageError(
                 f"{run.folder} was measured with {key} {was!r}, and the recipe has {now!r}",
-                expected="the same model, LoRA and algorithm",
+                expected="the same model, LoRA, algorithm, lengths and threads",
                 remedy="measure with a short run of this recipe: --set ppo.updates=10",
             )
 

@@ -176,6 +176,7 @@ def show_comparison(report: dict[str, Any], console: Console | None = None) -> N
         _print_kinds(console, by_kind)
     if (by_kind_table := differences_by_kind(report["differences"]))[1]:
         _print_columns(console, *by_kind_table)
+        say(console, "* clear after correction for the number of kinds and metrics")
     each = [*differences(report["differences"])]
     more = [f"and {len(each) - _MOST} more differences: add --json"] * (len(each) > _MOST)
     for line in (*each[:_MOST], *more, *report["notes"]):

@@ -19,7 +19,7 @@ _PACKAGES = ("lora-rlhf", "torch", "transformers", "peft", "trl", "bitsandbytes"
 _OFF = ("", "0", "-1", "false", "no", "off", "n", "f")
 _ONE_PROCESS = (
     "one process; `run` and the verbs of its stages also work under torchrun and accelerate launch",
-    "start `lora-rlhf` itself, without mpirun and, for this verb, without another launcher",
+    "use torchrun or accelerate launch only for `run` and the verbs of its stages, and no mpirun",
 )
 _PLAIN = (
     "plain PyTorch: this package trains without DeepSpeed, FSDP and Megatron",

@@ -130,7 +130,7 @@ class RayPool(Pool):
             )
             if threading.current_thread() is threading.main_thread():  # where Ray sets its own
                 signal.signal(signal.SIGTERM, before)
-        gpus = min(1.0, torch.cuda.device_count() / processes)
+        gpus = min(1.0, ray.cluster_resources().get("GPU", 0) / processes)
         self._task = ray.remote(run_child).options(num_cpus=1, num_gpus=gpus, max_retries=0)
 
     def _submit(self, command: list[str], log: Path) -> Future[int]:

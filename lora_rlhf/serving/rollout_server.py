@@ -9,9 +9,11 @@ of its own, has vLLM load them, and passes completion requests on.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import io
 import json
 import os
+import platform
 import re
 import secrets
 import shutil
@@ -101,11 +103,13 @@ class Versions:
         try:
             with zipfile.ZipFile(io.BytesIO(body)) as archive:
                 if sorted(archive.namelist()) != sorted(FILES):
-                    raise UsageError(f"an adapter of other files: {archive.namelist()}")
+                    raise UsageError(f"an adapter of other files: {archive.namelist()[:5]}")
+                if any(one.compress_type != zipfile.ZIP_STORED for one in archive.infolist()):
+                    raise UsageError("the adapter is compressed; it is sent as it is")
                 for name in FILES:
                     (folder / name).write_bytes(archive.read(name))
-        except zipfile.BadZipFile as error:
-            raise UsageError(f"the adapter is no zip archive: {error}") from None
+        except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError) as error:
+            raise UsageError(f"the adapter is not a zip archive: {error}") from None
 
 
 class RolloutServer:
@@ -136,25 +140,32 @@ class RolloutServer:
     @property
     def url(self) -> str:
         """The address for `ppo.rollout_server`."""
-        return f"http://{self.access.host}:{self.port}"
+        anywhere = self.access.host in ("0.0.0.0", "::")
+        return f"http://{platform.node() if anywhere else self.access.host}:{self.port}"
 
     def lines(self) -> list[str]:
         """Lines for people: what the trainer needs."""
         return [
             f"rollout server for {self.info['base']} at {self.url}",
-            f"on the trainer: export {vllm_rollouts.KEY}={self.access.key}",
+            f"on the trainer: export {vllm_rollouts.KEY}={self._shown_key()}",
             f"and: lora-rlhf run RECIPE --set ppo.rollout_server={self.url}",
         ]
 
+    def _shown_key(self) -> str:
+        own = os.environ.get(vllm_rollouts.KEY) == self.access.key
+        return "(the key that is set here)" if own else self.access.key
+
     def run(self) -> None:
         """Serve until Ctrl-C, or until vLLM ends."""
+        code = None
         try:
             self._http.serve_forever()
+            code = self.vllm.process.poll()  # before we end it ourselves
         except KeyboardInterrupt:
             pass
         finally:
             self.close()
-        if code := self.vllm.process.poll():
+        if code:
             raise SetupError(
                 f"vLLM ended with exit code {code}; its lines are above",
                 remedy="start the rollout server again, then continue the run",
@@ -180,11 +191,11 @@ class RolloutServer:
             },
         )
         try:
-            with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
+            with vllm_engine.DIRECT.open(request, timeout=_SECONDS) as answer:
                 return answer.status, answer.read()
         except urllib.error.HTTPError as error:
             return error.code, error.read()
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             return 502, first_line(error).encode()
 
 
@@ -192,6 +203,7 @@ class _Handler(BaseHTTPRequestHandler):
     """Requests of the trainer."""
 
     protocol_version = "HTTP/1.1"
+    timeout = 60
     owner: RolloutServer
 
     def do_GET(self) -> None:

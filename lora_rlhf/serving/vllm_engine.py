@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import math
 import os
@@ -40,7 +41,7 @@ TOLERANCE = {"float32": 0.01, "auto": 0.3}
 
 _PROMPTS = ("What is the capital of France?", "Write one sentence about the sea.")
 _TOKENS, _SECONDS = 12, 60.0
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy would see the key
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy would see the key
 _UNKNOWN = (
     "alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora",
     "trainable_token_indices",
@@ -113,12 +114,12 @@ class Client:
             {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"},
         )
         try:
-            with _DIRECT.open(request, timeout=_SECONDS) as answer:
+            with DIRECT.open(request, timeout=_SECONDS) as answer:
                 text = answer.read().decode()
         except urllib.error.HTTPError as error:
             message = error.read(2000).decode(errors="replace")
             raise SetupError(f"vLLM refused {path}: {error.code}: {message:.300}") from None
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise SetupError(f"vLLM at {self.url} cannot be reached: {first_line(error)}") from None
         with suppress(ValueError):
             return json.loads(text)

@@ -52,7 +52,7 @@ def fit(
         trainer = build(callbacks=[StageLog(context.record, name, context.progress, unit)])
     if world().size > 1 and not trainer.can_be_split():
         raise RecipeError(
-            f"{name}: this loss is no sum over rows, so several processes cannot share its batches",
+            f"{name}: this loss is not a sum over rows: several processes cannot share its batch",
             remedy="use another loss, or one process",
         )
     context.backbone.assert_trainable()

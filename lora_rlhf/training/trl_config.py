@@ -62,7 +62,7 @@ def trainer_args(
     return {
         "output_dir": str(out / "checkpoints" / stage),
         "seed": recipe.seed,
-        "report_to": list(recipe.report_to) or "none",
+        "report_to": (world().first and list(recipe.report_to)) or "none",
         "run_name": f"{recipe.name}-{stage}",
         "bf16": False,
         "fp16": False,

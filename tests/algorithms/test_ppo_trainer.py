@@ -567,7 +567,7 @@ def test_the_log_holds_exactly_what_is_listed(tmp_path):
         rewards = {"rewards/lengths", "rewards/w9"}
         assert set(line) == set(METRICS) - OPTIONAL | rewards | TRAINER_KEYS
         assert line["kl/k3"] >= 0 and line["policy/ratio_start"] < 1e-5
-        assert set(line["clock"]) == {"step_time", "seconds"}
+        assert set(line["clock"]) == {"step_time", "seconds", "phases"}
     assert run.lines[0]["kl/sequence"] == run.lines[0]["kl/k3"] == 0 < run.lines[1]["kl/k3"]
     assert run.lines[0]["policy/ratio_max"] > 1
 

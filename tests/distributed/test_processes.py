@@ -108,6 +108,17 @@ def test_a_process_without_a_beat_is_gone_and_one_that_ended_is_not(monkeypatch)
     assert gone == [1] and store["beat/0"] == "end"
 
 
+def test_a_process_that_failed_is_gone_sooner_than_a_silent_one(monkeypatch):
+    monkeypatch.setattr("lora_rlhf.distributed.heartbeat.SECONDS", 0.01)
+    monkeypatch.setattr("lora_rlhf.distributed.heartbeat.FAILED", 0.05)
+    store, gone = Store({"beat/1": "failed", "beat/2": "7"}), []
+    beat = Heartbeat(store, 0, 3, gone.append)
+    beat.start()
+    until(lambda: gone, 30)
+    beat.stop("failed")
+    assert gone == [1] and store["beat/0"] == "failed"
+
+
 # ------------------------------------------------------------------------- in several
 
 
