@@ -23,7 +23,8 @@ def served(path, ready):
 @pytest.mark.parametrize(
     "seconds", [2, pytest.param(300, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
 )
-def test_32_clients(tmp_path, seconds):
+def test_32_clients(tmp_path, seconds, monkeypatch):
+    monkeypatch.setenv("KILLED_LOG", str(tmp_path / "error"))
     read, write = os.pipe()
     child = killed.start(served, tmp_path / "usage.sqlite", write)
     os.close(write)
@@ -31,7 +32,9 @@ def test_32_clients(tmp_path, seconds):
         url = lines.readline().strip()
     found = api_load.measure(url, KEY, ["base"], seconds, pid=child)
     os.kill(child, signal.SIGTERM)
-    assert killed.wait(child) == 0
+    code = killed.wait(child)
+    error = (tmp_path / "error").read_text() if (tmp_path / "error").exists() else ""
+    assert code == 0, error or f"exit code {code} without an exception"
     assert found["errors"] == [] and found["requests"] >= 32 and found["tokens_per_s"] > 0
     if seconds > 60:
         rss = np.array(found["rss_mib"])

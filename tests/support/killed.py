@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import broken_runs
+import torch
 from filelock import FileLock
 from small import base_folder
 
@@ -71,6 +72,9 @@ def start(run, *args, **kwargs) -> int:
         null = os.open(os.devnull, os.O_WRONLY)
         for stream in (1, 2):
             os.dup2(null, stream)
+        # After a fork torch makes its pool of threads anew. If the threads that load a base do it
+        # at the same moment, one of them fails: "Invalid thread pool".
+        torch.set_num_threads(torch.get_num_threads())
         code = run(*args, **kwargs) or 0
     except SystemExit as error:
         code = error.code or 0
