@@ -39,7 +39,7 @@ _AT_ONCE = 256
 """Requests that wait for the server at the same time; vLLM batches them."""
 
 _SECONDS = 600.0
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy would see the key
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy would see the key
 _START = "start it with `lora-rlhf rollout-server RECIPE`, then run the same command again"
 
 
@@ -170,7 +170,7 @@ class RolloutServer:
         headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}
         request = urllib.request.Request(self.url + path, body, headers, method=method)
         try:
-            with _DIRECT.open(request, timeout=_SECONDS) as response:
+            with DIRECT.open(request, timeout=_SECONDS) as response:
                 answer = json.loads(response.read())
         except urllib.error.HTTPError as error:
             text = error.read(2000).decode(errors="replace")

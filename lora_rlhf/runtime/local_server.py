@@ -50,6 +50,12 @@ def knows_host(header: str, host: str, port: int, *, shared: bool) -> bool:
     return shared and (is_address(name) or name in (mine, f"{mine}.local"))
 
 
+def reached_at(host: str, port: int) -> str:
+    """Return the address of a server's root, without a slash at its end."""
+    host = platform.node() if host in ("0.0.0.0", "::") else host
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 class LocalServer:
     """An application on an open port; `run` serves in this thread, `start` in one of its own.
 
@@ -96,8 +102,7 @@ class LocalServer:
     @property
     def address(self) -> str:
         """The address of the root."""
-        host = platform.node() if self.host in ("0.0.0.0", "::") else self.host
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}/"
+        return f"{reached_at(self.host, self.port)}/"
 
     def run(self) -> None:
         """Serve until a signal."""

@@ -75,24 +75,26 @@ class Access:
     """Address and key of a server.
 
     Args:
-        key: Empty: the variable LORA_RLHF_API_KEY, or a new one.
+        key: Empty: the one in `variable`, or a new one.
     """
 
     host: str = LOOPBACK
     port: int = 0
     key: str = field(default="", repr=False)
+    variable: str = KEY
 
     def __post_init__(self) -> None:
-        key = self.key or os.environ.get(KEY, "")
+        key = self.key or os.environ.get(self.variable, "")
         if not key and not is_loopback(self.host):
             raise UsageError(
                 f"{self.host} can be reached from other machines, and there is no key",
                 expected=f"{LOOPBACK}, or a key for the clients",
-                remedy=f"set {KEY}, or leave --host out and let clients come through an SSH tunnel",
+                remedy=f"set {self.variable}, or leave --host out and let clients come through an "
+                "SSH tunnel",
             )
         if key and not (len(key) >= SHORTEST_KEY and key.isascii() and key.isprintable()):
             raise UsageError(
-                f"the key in {KEY} has {len(key)} characters",
+                f"the key in {self.variable} has {len(key)} characters",
                 expected=f"{SHORTEST_KEY} or more, ASCII that can be printed",
             )
         object.__setattr__(self, "key", key or secrets.token_urlsafe(32))

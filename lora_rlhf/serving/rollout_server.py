@@ -13,9 +13,7 @@ import http.client
 import io
 import json
 import os
-import platform
 import re
-import secrets
 import shutil
 import tempfile
 import threading
@@ -31,7 +29,7 @@ from lora_rlhf.errors import LoraRlhfError, SetupError, UsageError, first_line
 from lora_rlhf.models import loading
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.runtime import devices
-from lora_rlhf.runtime.local_server import LOOPBACK, is_loopback
+from lora_rlhf.runtime.local_server import LOOPBACK, reached_at
 
 from . import vllm_engine
 from .api_server import Access
@@ -140,8 +138,7 @@ class RolloutServer:
     @property
     def url(self) -> str:
         """The address for `ppo.rollout_server`."""
-        anywhere = self.access.host in ("0.0.0.0", "::")
-        return f"http://{platform.node() if anywhere else self.access.host}:{self.port}"
+        return reached_at(self.access.host, self.port)
 
     def lines(self) -> list[str]:
         """Lines for people: what the trainer needs."""
@@ -191,7 +188,7 @@ class RolloutServer:
             },
         )
         try:
-            with vllm_engine.DIRECT.open(request, timeout=_SECONDS) as answer:
+            with vllm_rollouts.DIRECT.open(request, timeout=_SECONDS) as answer:
                 return answer.status, answer.read()
         except urllib.error.HTTPError as error:
             return error.code, error.read()
@@ -280,14 +277,7 @@ def access(host: str = LOOPBACK, port: int = 0) -> Access:
     Raises:
         UsageError: Other machines can reach it, and there is no key; or the key is too short.
     """
-    key = os.environ.get(vllm_rollouts.KEY, "")
-    if not key and not is_loopback(host):
-        raise UsageError(
-            f"{host} can be reached from other machines, and there is no key",
-            expected=f"{LOOPBACK}, or a key for the trainer",
-            remedy=f"set {vllm_rollouts.KEY} here and on the trainer, to the same random text",
-        )
-    return Access(host, port, key or secrets.token_urlsafe(32))
+    return Access(host, port, variable=vllm_rollouts.KEY)
 
 
 def serve(recipe: Recipe, access: Access, python: str = "") -> RolloutServer:

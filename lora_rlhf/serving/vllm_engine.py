@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lora_rlhf.algorithms.vllm_rollouts import DIRECT
 from lora_rlhf.errors import AdapterError, SetupError, UsageError, first_line
 from lora_rlhf.hub import targets
 from lora_rlhf.models import loading
@@ -41,7 +42,6 @@ TOLERANCE = {"float32": 0.01, "auto": 0.3}
 
 _PROMPTS = ("What is the capital of France?", "Write one sentence about the sea.")
 _TOKENS, _SECONDS = 12, 60.0
-DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy would see the key
 _UNKNOWN = (
     "alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora",
     "trainable_token_indices",

@@ -97,26 +97,20 @@ def test_what_is_for_one_process_is_refused_in_several(monkeypatch):
     assert launch.silent  # the first process says it
 
 
-def test_a_process_without_a_beat_is_gone_and_one_that_ended_is_not(monkeypatch):
+@pytest.mark.parametrize(
+    ("limit", "first", "second", "last"),
+    [("SILENCE", "5", "end", "end"), ("FAILED", "failed", "7", "failed")],
+)
+def test_a_process_that_is_silent_or_failed_is_gone(monkeypatch, limit, first, second, last):
+    """One that ended is not gone, and one that failed is sooner than a silent one."""
     monkeypatch.setattr("lora_rlhf.distributed.heartbeat.SECONDS", 0.01)
-    monkeypatch.setattr("lora_rlhf.distributed.heartbeat.SILENCE", 0.05)
-    store, gone = Store({"beat/1": "5", "beat/2": "end"}), []
+    monkeypatch.setattr(f"lora_rlhf.distributed.heartbeat.{limit}", 0.05)
+    store, gone = Store({"beat/1": first, "beat/2": second}), []
     beat = Heartbeat(store, 0, 3, gone.append)
     beat.start()
     until(lambda: gone, 30)
-    beat.stop()
-    assert gone == [1] and store["beat/0"] == "end"
-
-
-def test_a_process_that_failed_is_gone_sooner_than_a_silent_one(monkeypatch):
-    monkeypatch.setattr("lora_rlhf.distributed.heartbeat.SECONDS", 0.01)
-    monkeypatch.setattr("lora_rlhf.distributed.heartbeat.FAILED", 0.05)
-    store, gone = Store({"beat/1": "failed", "beat/2": "7"}), []
-    beat = Heartbeat(store, 0, 3, gone.append)
-    beat.start()
-    until(lambda: gone, 30)
-    beat.stop("failed")
-    assert gone == [1] and store["beat/0"] == "failed"
+    beat.stop(last)
+    assert gone == [1] and store["beat/0"] == last
 
 
 # ------------------------------------------------------------------------- in several

@@ -25,14 +25,8 @@ def page(tmp_path_factory):
 
 @pytest.fixture
 def browser(chromium, page):
-    """The page, freshly opened; afterwards it has made no request and printed no error."""
-    for log in ("performance", "browser"):
-        chromium.get_log(log)
-    chromium.get(page.as_uri())
-    yield chromium
-    headless.emulate(chromium)
-    assert headless.requests(chromium) == [page.as_uri()]
-    assert chromium.get_log("browser") == []
+    with headless.opened(chromium, page) as opened:
+        yield opened
 
 
 def test_hostile_names_are_text(browser):

@@ -31,15 +31,19 @@ def token(prompt: list[int], step: int) -> int:
     return (5 + 7 * step + len(prompt)) % 60
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_row_is_the_same_alone_and_that_of_a_whole_forward(name, tmp_path):
-    made = base(base_folder(name))
+def with_adapter(made, rank: int, folder) -> DecodeBatch:
+    """A batch of the base and of one adapter with random weights."""
     adapters = PlainAdapters(made)
-    with adapters.training(4, tmp_path) as weights:
+    with adapters.training(rank, folder) as weights:
         for weight in weights:
             torch.nn.init.normal_(weight, std=0.1)
-    adapters.load("one", tmp_path)
-    batch = DecodeBatch(made, [peft_name("one")])
+    adapters.load("one", folder)
+    return DecodeBatch(made, [peft_name("one")])
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_row_is_the_same_alone_and_that_of_a_whole_forward(name, tmp_path):
+    batch = with_adapter(base(base_folder(name)), 4, tmp_path)
     assert batch.why_single == ""
     names = [BASE, peft_name("one"), peft_name("one")]
     rows = [(*each, adapter) for each, adapter in zip(PROMPTS, names, strict=True)]
@@ -55,13 +59,7 @@ def test_a_row_is_the_same_alone_and_that_of_a_whole_forward(name, tmp_path):
 
 @pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"load_in_4bit": True}])
 def test_the_bits_of_other_precisions(options, tmp_path):
-    made = base("tiny", **options)
-    adapters = PlainAdapters(made)
-    with adapters.training(8, tmp_path) as weights:
-        for weight in weights:
-            torch.nn.init.normal_(weight, std=0.1)
-    adapters.load("one", tmp_path)
-    batch = DecodeBatch(made, [peft_name("one")])
+    batch = with_adapter(base("tiny", **options), 8, tmp_path)
     rows = [(prompt, count, peft_name("one")) for prompt, count in PROMPTS]
     together = logits(batch, rows)
     alone = logits(batch, [(*PROMPTS[2], peft_name("one"))])

@@ -26,14 +26,8 @@ def page(report, tmp_path_factory):
 
 @pytest.fixture
 def browser(chromium, page):
-    """The page, freshly opened; afterwards it has made no request and printed no error."""
-    for log in ("performance", "browser"):
-        chromium.get_log(log)
-    chromium.get(page.as_uri())
-    yield chromium
-    headless.emulate(chromium)
-    assert headless.requests(chromium) == [page.as_uri()]
-    assert chromium.get_log("browser") == []
+    with headless.opened(chromium, page) as opened:
+        yield opened
 
 
 def select(browser, name, value):

@@ -25,6 +25,18 @@ def started():
         yield browser
 
 
+@contextlib.contextmanager
+def opened(browser, page):
+    """A page, freshly opened; afterwards it has made no request and printed no error."""
+    for log in ("performance", "browser"):
+        browser.get_log(log)
+    browser.get(page.as_uri())
+    yield browser
+    emulate(browser)
+    assert requests(browser) == [page.as_uri()]
+    assert browser.get_log("browser") == []
+
+
 def emulate(browser, scheme=None, width=None):
     """Prefer a colour scheme, and be a screen of this width; without either, be as before."""
     features = [{"name": "prefers-color-scheme", "value": scheme}] if scheme else []
