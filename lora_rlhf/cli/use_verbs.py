@@ -402,6 +402,8 @@ def _ground(
     )
     if made.blocked:
         raise ChecksError(made.blocked)
+    for warning in made.warnings:
+        shell.echo(f"warning: {warning}", err=True)
     text = json.dumps(made.to_dict(), ensure_ascii=False) if as_json else made.shown()
     if out is None:
         shell.echo(text)

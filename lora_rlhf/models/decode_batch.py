@@ -3,16 +3,18 @@
 
 A row's numbers do not depend on its neighbours. Prompts are computed one at a time, in pieces.
 Each group of rows (samples of one prompt) has keys and values of its own, and attends to them over
-its own length. The linear layers see all rows at once: their float32 kernels on a CPU use another
-order of summation below `LEAST_ROWS` rows, to which a smaller batch is filled up.
+its own length. The linear layers see all rows at once: kernels on a CPU use another order of
+summation for few rows than for many. From how many rows it stays the same depends on the processor
+and on the shapes, and is measured; a smaller batch is filled up to that.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, Cache, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
 
 from lora_rlhf.errors import first_line
 
@@ -27,7 +30,9 @@ from . import sampler
 from .base_model import BaseModel
 from .stacked_lora import BASE, StackedLora
 
-LEAST_ROWS = 4
+ROWS = (4, 8, 16, 32)
+"""Rows to which a batch may be filled up; the fewest with which a row's numbers stay the same."""
+
 PIECE = 512
 """Tokens of a prompt that are computed at once, so that other answers go on in between."""
 
@@ -94,7 +99,8 @@ class DecodeBatch:
 
     Attributes:
         why_single: Why rows are computed one at a time; empty: they are not.
-        least_rows: 1 is faster for a row alone on a CPU, and less exact beside others.
+        least_rows: 1 is faster for a row alone on a CPU, and less exact beside others; 0 if no
+            number of rows would do.
     """
 
     def __init__(self, base: BaseModel, adapters: Sequence[str]) -> None:
@@ -102,8 +108,9 @@ class DecodeBatch:
         self._argument = sampler.cache_argument(base.causal)
         self._positions = sampler.takes_positions(base.causal)
         self._original = str(base.causal.config._attn_implementation)
-        # In bfloat16 too: adapters stay float32.
-        self.least_rows = LEAST_ROWS if base.device.type == "cpu" else 1
+        self.least_rows = 1
+        if base.device.type == "cpu":
+            self.least_rows = _least_rows(base.causal, self._stacked.weights)
         AttentionInterface.register(_NAME, _attend)
         self.why_single = self._tried(adapters)
 
@@ -190,6 +197,8 @@ class DecodeBatch:
     def _tried(self, adapters: Sequence[str]) -> str:
         """Compare tokens of a batch with whole forwards; returns why batches cannot be used."""
         causal = self.base.causal
+        if not self.least_rows:
+            return "on this processor a row's numbers depend on the rows beside it"
         if not getattr(causal, "_supports_attention_backend", False):
             return f"{type(causal).__name__} takes no other attention"
         self.why_single = ""
@@ -210,6 +219,37 @@ class DecodeBatch:
         tolerance = 1e-3 if causal.dtype == torch.float32 else 0.05
         worst = float((got - expected).abs().max() / expected.abs().max().clamp(min=1.0))
         return "" if worst < tolerance else f"the logits of a batch differ by {worst:.1g}"
+
+
+@torch.inference_mode()
+def _least_rows(causal: Any, adapters: Sequence[Tensor]) -> int:
+    """Return the fewest of `ROWS` beside which every product gives a row what it gives beside more.
+
+    0: beside none of them. Products of one kind and shape are tried once.
+    """
+    products: dict[tuple[Any, ...], tuple[Callable[[Tensor], Tensor], int, torch.dtype]] = {}
+    for name, layer in causal.named_modules():
+        if isinstance(layer, nn.Linear | Conv1D) and "lora_" not in name:
+            weight = layer.weight
+            width = layer.in_features if isinstance(layer, nn.Linear) else layer.nx
+            dtype = weight.dtype if weight.is_floating_point() else causal.dtype
+            products.setdefault((type(layer), *weight.shape, dtype), (layer, width, dtype))
+    for weight in adapters:
+        product = functools.partial(nn.functional.linear, weight=weight)
+        products.setdefault((*weight.shape, weight.dtype), (product, len(weight[0]), weight.dtype))
+    candidates = list(ROWS)
+    for function, width, dtype in products.values():
+        rows = torch.linspace(-1, 1, 4 * ROWS[-1] * width).sin().reshape(-1, 1, width).to(dtype)
+        while candidates and not _steady(function, rows, candidates[0]):
+            del candidates[0]
+    return candidates[0] if candidates else 0
+
+
+def _steady(function: Callable[[Tensor], Tensor], rows: Tensor, least: int) -> bool:
+    """Tell whether the first rows give the same bits beside any more."""
+    first = function(rows[:least])
+    more = (least + 1, least + 3, 2 * least - 1, 2 * least, 3 * least + 1, len(rows))
+    return all(torch.equal(function(rows[:count])[:least], first) for count in more)
 
 
 def _attend(

@@ -25,10 +25,15 @@ BASE = "__base__"
 
 
 class StackedLora:
-    """The adapters `names` in a model's layers, by PEFT's names."""
+    """The adapters `names` in a model's layers, by PEFT's names.
+
+    Attributes:
+        weights: The matrices (out, in) that rows are multiplied by.
+    """
 
     def __init__(self, causal: nn.Module, names: Sequence[str]) -> None:
         self._rows: list[str] = []
+        self.weights: list[Tensor] = []
         self._masks: dict[tuple[tuple[str, int], ...], Tensor | None] = {}
         self._forwards: list[tuple[nn.Module, Callable[..., Any]]] = []
         for module in causal.modules():
@@ -56,6 +61,7 @@ class StackedLora:
         stacked_a = torch.cat([layer.lora_A[name].weight.data for name in names])
         scaled = [layer.lora_B[name].weight.data * layer.scaling[name] for name in names]
         stacked_b = torch.cat(scaled, dim=1)
+        self.weights += [stacked_a, stacked_b]
         base = layer.base_layer
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:

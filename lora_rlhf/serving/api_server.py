@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -491,6 +491,7 @@ class _Answer:
         self.id, self.created, self.begun = usage_store.new_id(), time.time(), time.monotonic()
         self.status = 200
         self.blocked: set[int] = set()  # answers; all of them if it was the prompt
+        self.logprobs: dict[int, protocol.StreamedLogprobs] = defaultdict(protocol.StreamedLogprobs)
 
     def use(self) -> Use:
         """Return the numbers of the request."""
@@ -627,7 +628,7 @@ class _Answer:
         assert self.chat is not None
         made: Sequence[Any] = completion.choices if completion else [None] * self.chat.n
         return [
-            protocol.chosen(i, None if i in self.blocked else choice, chunk)
+            protocol.chosen(i, None if i in self.blocked else choice, chunk, self.logprobs[i].sent)
             for i, choice in enumerate(made)
         ]
 
@@ -655,6 +656,7 @@ class _Answer:
             async for delta in deltas:
                 if not self.started:
                     await self._begin()
+                self.logprobs[delta.index].add(delta.text, delta.logprobs)
                 await self._show(delta.index, delta.text, gates, "feed")
         if not self.started:
             await self._begin()
@@ -680,7 +682,8 @@ class _Answer:
                 self.blocked.add(index)
                 return
         if text:
-            await self._chunk([protocol.piece(index, {"content": text})])
+            logprobs = self.logprobs[index].shown(text)
+            await self._chunk([protocol.piece(index, {"content": text}, logprobs)])
 
     async def _begin(self) -> None:
         assert self.chat is not None

@@ -8,6 +8,7 @@ are `best_of`, `scored` and `reward`. A parameter that is not known, or does not
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Protocol
 
@@ -297,23 +298,62 @@ def frame(name: str, created: float, model: Model, chunk: bool) -> dict[str, Any
     }
 
 
-def chosen(index: int, choice: Choice | None, chunk: bool) -> dict[str, Any]:
-    """Return one answer, or the last chunk of it; None is an answer that was blocked."""
+class StreamedLogprobs:
+    """Log-probs of a streamed answer, each sent with the text of its token and never before.
+
+    Attributes:
+        sent: Tokens whose log-probs were sent.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[int, Sequence[TokenLogprob]]] = deque()
+        self._written = self._shown = self.sent = 0
+
+    def add(self, text: str, logprobs: Sequence[TokenLogprob]) -> None:
+        """Take a piece that the model wrote; moderation may show it later."""
+        self._written += len(text)
+        self._waiting.append((self._written, logprobs))
+
+    def shown(self, text: str) -> list[TokenLogprob]:
+        """Return the log-probs that may go with text which is shown now."""
+        self._shown += len(text)
+        ready: list[TokenLogprob] = []
+        while self._waiting and self._waiting[0][0] <= self._shown:
+            ready += self._waiting.popleft()[1]
+        self.sent += len(ready)
+        return ready
+
+
+def chosen(index: int, choice: Choice | None, chunk: bool, streamed: int = 0) -> dict[str, Any]:
+    """Return one answer, or the last chunk of it; None is an answer that was blocked.
+
+    Args:
+        streamed: Tokens whose log-probs went with earlier chunks; the rest go with this one.
+    """
     text = "" if choice is None or chunk else choice.text
     whole = {"message": {"role": "assistant", "content": text, "refusal": None}}
     made: dict[str, Any] = {"index": index, **({"delta": {}} if chunk else whole)}
     if choice is None:
         return {**made, "logprobs": None, "finish_reason": FILTERED}
-    tokens = None if choice.logprobs is None else [*map(_token, choice.logprobs)]
-    made["logprobs"] = None if tokens is None else {"content": tokens, "refusal": None}
+    left = choice.logprobs and choice.logprobs[streamed:]
+    made["logprobs"] = _tokens(left or None if chunk else left)
     made["finish_reason"] = "length" if choice.finish_reason == "length" else "stop"
     ours = {"reward": choice.reward, "valid": choice.valid}
     return made | {name: value for name, value in ours.items() if value is not None}
 
 
-def piece(index: int, delta: Mapping[str, str]) -> dict[str, Any]:
+def piece(
+    index: int, delta: Mapping[str, str], logprobs: Sequence[TokenLogprob] = ()
+) -> dict[str, Any]:
     """Return a chunk's new text of one answer."""
-    return {"index": index, "delta": dict(delta), "logprobs": None, "finish_reason": None}
+    tokens = _tokens(logprobs or None)
+    return {"index": index, "delta": dict(delta), "logprobs": tokens, "finish_reason": None}
+
+
+def _tokens(logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
+    if logprobs is None:
+        return None
+    return {"content": [*map(_token, logprobs)], "refusal": None}
 
 
 def _token(given: TokenLogprob) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from lora_rlhf.data import abstention
 from lora_rlhf.data.sources import excerpt
@@ -21,6 +21,9 @@ from lora_rlhf.recipe import suggestions
 
 from . import entailment, output_checks, source_guard
 from .retrieval import Embed, Index, Passage, read
+
+if TYPE_CHECKING:
+    from .moderation import Moderation
 
 Policy = Literal["mark", "drop", "refuse"]
 
@@ -72,6 +75,7 @@ class Grounded:
     written: str = ""  # by the model, before the check
     completion: Any = None
     blocked: str = ""  # why moderation blocked the question or the answer
+    warnings: tuple[str, ...] = ()  # of moderation; the answer is given all the same
 
     @property
     def unsupported(self) -> list[Sentence]:
@@ -223,7 +227,7 @@ def ground(
         run: A run, an adapter or a model, perhaps with `:model`; or an InferenceEngine.
         unsupported: Sentences without support are marked, dropped, or the answer is refused.
         usage: File of the usage store; None: nothing is recorded.
-        moderation: `off`, `default`, or the file of a policy; see `blocked` of the result.
+        moderation: `off`, `default`, or the file of a policy; see `blocked` and `warnings`.
         options: Fields of `inference.Request`, such as `seed`, `temperature` and `max_tokens`.
     """
     from . import instructions, usage_store
@@ -239,12 +243,9 @@ def ground(
         target, model = instructions.split_target(run)
         engines = instructions.loaded(target)
     with engines as engine:
-        if gate and (before := gate.check(question, "prompt")).action == "block":
-            made = _blocked("question", before.reason)
-        else:
-            made = answer(engine, question, opened, **{"model": model, **options})
-            if gate and (after := gate.check(made.text, "answer", question)).action == "block":
-                made = replace(_blocked("answer", after.reason), completion=made.completion)
+        made = _moderated(
+            gate, question, lambda: answer(engine, question, opened, **{"model": model, **options})
+        )
         if usage is not None and (made.completion is not None or made.blocked):
             done = made.completion
             name = done.model if done else options.get("model") or model or engine.default
@@ -263,8 +264,25 @@ def ground(
     return made
 
 
-def _blocked(what: str, reason: str) -> Grounded:
-    return Grounded("", (), (), refused=True, blocked=f"the {what} is blocked: {reason}")
+def _moderated(
+    gate: Moderation | None, question: str, answered: Callable[[], Grounded]
+) -> Grounded:
+    """Answer a question unless moderation blocks it; its warnings go with the answer."""
+    if gate is None:
+        return answered()
+    made, warnings = Grounded("", (), (), refused=True), []
+    for where in ("question", "answer"):
+        if where == "answer":
+            made = answered()
+            decision = gate.check(made.text, "answer", question)
+        else:
+            decision = gate.check(question, "prompt")
+        if decision.action == "block":
+            why = f"the {where} is blocked: {decision.reason}"
+            return Grounded("", (), (), refused=True, completion=made.completion, blocked=why)
+        if decision.action == "warn":
+            warnings.append(f"the {where} is doubtful: {decision.reason}")
+    return replace(made, warnings=tuple(warnings))
 
 
 _CITE = re.compile(r"\s*[\[(](?:passages? )?(\d{1,3}(?:\s*[,;&]\s*\d{1,3})*)[\])]", re.IGNORECASE)

@@ -154,10 +154,15 @@ class Completion:
 
 @dataclass(frozen=True)
 class Delta:
-    """New text of one answer."""
+    """New text of one answer, and the log-probs of its tokens if the request wants them.
+
+    Tokens without text of their own, such as the end token, come with the next piece or are only
+    in the completion.
+    """
 
     index: int
     text: str
+    logprobs: Sequence[TokenLogprob] = ()
 
 
 class Handle:
@@ -420,7 +425,7 @@ class InferenceEngine:
         on_text = None
         if on_delta is not None and best_of == 1:
             listener = on_delta
-            on_text = lambda index, text: listener(Delta(index, text))  # noqa: E731
+            on_text = lambda *piece: listener(Delta(*piece))  # noqa: E731
         return Job(
             prompt,
             self._adapter(name),
@@ -519,7 +524,7 @@ class InferenceEngine:
         chosen = [max(group, key=_rank) for group in groups]
         if best_of > 1 and on_delta is not None:
             for index, choice in enumerate(chosen):
-                on_delta(Delta(index, choice.text))
+                on_delta(Delta(index, choice.text, choice.logprobs or ()))
         now = time.monotonic()
         return Completion(
             chosen,

@@ -107,6 +107,7 @@ class Row:
     matcher: Matcher | None = None
     ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    told: int = 0  # tokens that the listener has heard of
     finish: Literal["stop", "length", "cancelled", ""] = ""
 
 
@@ -118,7 +119,7 @@ class Job:
         adapter: PEFT's name of it, or `stacked_lora.BASE`.
         limit: Tokens of the longest answer.
         whole: End structured answers in their form before the limit cuts them.
-        on_text: Called with a row's index and its new text.
+        on_text: Called with a row's index, its new text, and the log-probs of the tokens since.
         done: Makes the result when all rows have ended.
     """
 
@@ -130,7 +131,7 @@ class Job:
     top_p: float
     logprobs: int | None
     whole: bool
-    on_text: Callable[[int, str], None] | None
+    on_text: Callable[[int, str, list[TokenLogprob]], None] | None
     done: Callable[[Job], Any]
     future: Future[Any] = field(default_factory=Future)
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -379,7 +380,8 @@ class Worker:
         if row.finish:
             new += row.text.finish()
         if new and job.on_text is not None:
-            job.on_text(row.index, new)
+            since, row.told = row.logprobs[row.told :], len(row.logprobs)
+            job.on_text(row.index, new, since)
 
     def _unrepeated(self, job: Job, row: Row, token: int, logits: Tensor) -> int:
         """Draw again, without the token, while it would end a JSON key for the second time."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from small import ARCHITECTURES, base, base_folder
 
-from lora_rlhf.models import token_draw
+from lora_rlhf.models import decode_batch, token_draw
 from lora_rlhf.models.decode_batch import PIECE, DecodeBatch
 from lora_rlhf.models.plain_adapters import PlainAdapters, peft_name
 from lora_rlhf.models.stacked_lora import BASE
@@ -121,6 +121,27 @@ def test_where_no_batch_is_possible_rows_are_computed_alone(monkeypatch):
         atol=2e-5,
         rtol=0,
     )
+
+
+@pytest.mark.parametrize(("changes_at", "least"), [((), 4), ((7,), 8), ((11, 20), 32), ((99,), 0)])
+def test_the_fewest_rows_are_measured(changes_at, least):
+    class Kernels(torch.nn.Linear):
+        """A layer that rounds in another way from some numbers of rows on, as a processor's do."""
+
+        def forward(self, rows):
+            return rows + 1e-3 * sum(len(rows) >= at for at in changes_at)
+
+    layers = torch.nn.Sequential(torch.nn.Linear(8, 8), Kernels(8, 8))
+    assert decode_batch._least_rows(layers, []) >= least
+    if not least:
+        assert decode_batch._least_rows(layers, []) == 0
+    assert decode_batch._least_rows(torch.nn.Sequential(Kernels(8, 8)), []) == least
+
+
+def test_without_steady_kernels_rows_are_computed_alone(monkeypatch):
+    monkeypatch.setattr(decode_batch, "_steady", lambda *_: False)
+    batch = DecodeBatch(base(base_folder("llama")), [])
+    assert "on this processor" in batch.why_single
 
 
 class TestDraw:

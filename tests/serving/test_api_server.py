@@ -21,7 +21,7 @@ from lora_rlhf.runtime import interrupts
 from lora_rlhf.serving import api_server
 from lora_rlhf.serving.api_server import Access, ApiServer, Limits, _Kept
 from lora_rlhf.serving.inference import QueueFull
-from lora_rlhf.serving.moderation import Blocked, Decision
+from lora_rlhf.serving.moderation import Blocked, Decision, Moderation
 from lora_rlhf.serving.usage_store import UsageStore
 
 KEY = "k" * 20
@@ -104,6 +104,35 @@ def test_the_official_client_streams(serve):
     for chunk in two:
         texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
     assert texts == {0: "a b ", 1: "a b "}
+
+
+def test_streamed_logprobs_come_with_their_text(serve):
+    made = serve()
+    chunks = [*made.chat.create(model="", messages=HELLO, stream=True, logprobs=True)]
+    pieces = [(c.choices[0].delta.content, c.choices[0].logprobs) for c in chunks]
+    told = [
+        (text, logprobs and [one.token for one in logprobs.content]) for text, logprobs in pieces
+    ]
+    one_by_one = [(f"{word} ", [word]) for word in ("one", "two", "three")]
+    assert told == [("", None), *one_by_one, (None, ["<end>"])]
+
+
+def test_streamed_logprobs_wait_for_moderation_as_their_text_does(serve):
+    def check(text, where, prompt=""):
+        return Decision("block" if where == "answer" and "secret" in text else "allow")
+
+    moderation = SimpleNamespace(check=check)
+    moderation.gate = lambda prompt: Moderation.gate(moderation, prompt)
+    made = serve(moderation=moderation)
+    text = "Not so good. And this is a secret thing."
+    messages = [{"role": "user", "content": text}]
+    shown, tokens = "", []
+    for chunk in made.chat.create(model="", messages=messages, stream=True, logprobs=True):
+        shown += chunk.choices[0].delta.content or ""
+        logprobs = chunk.choices[0].logprobs
+        tokens += [one.token for one in logprobs.content] if logprobs else []
+        assert tokens == shown.split()
+    assert shown == "Not so good. "
 
 
 @pytest.mark.parametrize(

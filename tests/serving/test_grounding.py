@@ -141,6 +141,25 @@ def test_what_moderation_blocks_is_not_asked_or_not_shown(
         assert [(use["model"], use["blocked"]) for use in kept.uses()] == [("policy", True)]
 
 
+def test_warnings_of_moderation_go_with_the_answer(notes: Path, monkeypatch: Any) -> None:
+    def check(text: str, where: str, prompt: str = "") -> Decision:
+        return Decision("warn" if "1999" in text else "allow", "years", 1.0, 0.5, "words")
+
+    monkeypatch.setattr(Moderation, "opened", lambda *_: SimpleNamespace(check=check))
+    engine: Any = Parrot("It was built in 1999.")
+    asked = functools.partial(grounding.ground, sources=notes, run=engine, moderation="default")
+    made = asked("When was the boiler built?")
+    assert "1999" in made.text and not made.blocked
+    assert [one.partition(":")[0] for one in made.warnings] == ["the answer is doubtful"]
+    places = [one.partition(":")[0] for one in asked("Was the boiler built in 1999?").warnings]
+    assert places == ["the question is doubtful", "the answer is doubtful"]
+    monkeypatch.setattr(grounding, "ground", lambda *_, **__: made)
+    ask = ["do", "answer", "--question", "When?", "--sources", str(notes), "--with", "absent"]
+    done = CliRunner().invoke(app.app, ask)
+    assert done.exit_code == 0
+    assert "warning: the answer is doubtful: years" in done.stderr.splitlines()[1]
+
+
 @pytest.mark.parametrize(
     ("args", "problem"),
     [

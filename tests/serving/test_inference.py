@@ -67,6 +67,14 @@ class TestAnswers:
         for index, choice in enumerate(stream.completion.choices):
             assert "".join(d.text for d in parts if d.index == index) == choice.text
 
+    def test_log_probs_of_the_stream_are_those_of_the_completion(self, engine):
+        stream = engine.stream(ask(n=2, max_tokens=40, logprobs=1, stop=("e",)))
+        parts = list(stream)
+        for index, choice in enumerate(stream.completion.choices):
+            told = [one for d in parts if d.index == index for one in d.logprobs]
+            assert told and told == choice.logprobs[: len(told)]
+            assert "".join(d.text for d in parts if d.index == index) == choice.text
+
     def test_text_before_a_stop(self, engine):
         whole = engine.generate(ask(max_tokens=40)).choices[0]
         stop = whole.text[5:8]

@@ -59,15 +59,12 @@ class FakeEngine:
                 time.sleep(self.pause)
                 told.append(word)
                 if on_delta:
-                    on_delta(Delta(index, word + " "))
+                    on_delta(Delta(index, word + " ", self._logprobs(request, [word]) or ()))
             if handle._cancelled.is_set():
                 self.cancelled.set()
             full = "length" if len(told) == request.max_tokens else "stop"
             finish = "cancelled" if handle._cancelled.is_set() else full
-            logprobs = None
-            if request.logprobs is not None:
-                top = [("x", -1.0)] * request.logprobs
-                logprobs = [TokenLogprob(word, 1, float("-inf"), top) for word in told]
+            logprobs = self._logprobs(request, [*told, "<end>"])
             text, valid = " ".join(told), request.constraint and True
             choices.append(Choice(text, [1] * len(told), finish, logprobs, 0.5, valid))
         tokens, seconds = len(words) * request.n, time.monotonic() - start
@@ -75,6 +72,12 @@ class FakeEngine:
             choices, request.model or "policy", self.count_tokens(request.messages), tokens,
             0.001, 0.002, seconds, 0,
         )  # fmt: skip
+
+    def _logprobs(self, request, words):
+        if request.logprobs is None:
+            return None
+        top = [("x", -1.0)] * request.logprobs
+        return [TokenLogprob(word, 1, float("-inf"), top) for word in words]
 
     def close(self):
         pass
