@@ -107,7 +107,7 @@ class Row:
     matcher: Matcher | None = None
     ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    told: int = 0  # tokens that the listener has heard of
+    streamed: int = 0  # tokens that the listener has heard of
     finish: Literal["stop", "length", "cancelled", ""] = ""
 
 
@@ -380,7 +380,7 @@ class Worker:
         if row.finish:
             new += row.text.finish()
         if new and job.on_text is not None:
-            since, row.told = row.logprobs[row.told :], len(row.logprobs)
+            since, row.streamed = row.logprobs[row.streamed :], len(row.logprobs)
             job.on_text(row.index, new, since)
 
     def _unrepeated(self, job: Job, row: Row, token: int, logits: Tensor) -> int:
