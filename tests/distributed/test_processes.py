@@ -18,6 +18,7 @@ from lora_rlhf.distributed import launch, replica
 from lora_rlhf.distributed.heartbeat import Heartbeat
 from lora_rlhf.distributed.world import World
 from lora_rlhf.errors import SetupError
+from lora_rlhf.models import sampler
 from lora_rlhf.recipe.loader import dump_recipe
 
 SETS = ("sft.args.num_train_epochs=4",)
@@ -198,6 +199,34 @@ def test_a_killed_process_ends_all_and_the_command_goes_on(tmp_path, runs, comma
     whole = tmp_path / "whole"
     several.finish(2, killed.go, runs.recipe("sft", *SETS), whole, "sft", log=tmp_path / "error")
     assert killed.bits(whole)["weights"] == killed.bits(tmp_path / "out")["weights"]
+
+
+def _dies_while_sampling(recipe, out: Path) -> None:
+    """Kill process 1 between two tokens, once the first update is saved."""
+    real, rank = sampler._Batch._step, os.environ["RANK"]
+
+    def step(self, only_trunk):
+        if rank == "1" and list(out.glob("checkpoints/ppo/step-*")):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, only_trunk)
+
+    sampler._Batch._step = step
+    pipeline.run(recipe, out, until="ppo")
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_in_a_rollout_ends_all_and_nothing_is_lost(tmp_path, runs, monkeypatch):
+    recipe, out = runs.recipe(), runs.copy("ppo", tmp_path / "run")
+    monkeypatch.setenv("KILLED_LOG", str(tmp_path / "log"))
+    first, second = several.launch(2, _dies_while_sampling, recipe, out)
+    assert killed.wait(second) == -signal.SIGKILL
+    started = time.monotonic()
+    assert killed.wait(first) == 1 and time.monotonic() - started < 60
+    assert "another process of this run ended" in (tmp_path / "log.0").read_text()
+    several.finish(2, killed.go, recipe, out, "ppo", log=tmp_path / "again")
+    whole = runs.copy("ppo", tmp_path / "whole")
+    several.finish(2, killed.go, recipe, whole, "ppo", log=tmp_path / "other")
+    assert killed.bits(out)["weights"] == killed.bits(whole)["weights"]
 
 
 @pytest.mark.slow
