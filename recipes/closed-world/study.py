@@ -217,21 +217,36 @@ def noise(seed: int, out: Path) -> list[dict[str, Any]]:
     recipe = lora_rlhf.load_recipe(start / "recipe.yaml")
     prompts = read_prompts(recipe, backbone.tokenizer).train["prompt"]
     measured, fresh = (sampled(backbone, recipe, prompts[i : i + 192]) for i in (0, 192))
+    grouped = sampled(backbone, recipe, prompts[:192], grouped=True)
     rows: list[dict[str, Any]] = []
     for name, (rollouts, epochs) in VALUES.items():
         ppo_stage.start_roles(backbone, recipe)
-        with backbone.training("policy", "value"):
-            fit_value(backbone, fresh[:rollouts], epochs)
-            parts = [rollout_gradients(backbone, one, name, not rows) for one in measured]
-        explained = fmean(part for _, part in parts)
-        rows += [noise_row(seed, a, [v[a] for v, _ in parts], explained) for a in parts[0][0]]
+        for kind, each, same in (("", measured, SAMPLES), (GROUPED, grouped, 1)):
+            with backbone.training("policy", "value"):
+                if not kind:
+                    fit_value(backbone, fresh[:rollouts], epochs)
+                first = name == next(iter(VALUES))
+                parts = [rollout_gradients(backbone, one, name, first) for one in each]
+            explained = fmean(part for _, part in parts)
+            for a in parts[0][0]:
+                rows.append(noise_row(seed, a + kind, [v[a] for v, _ in parts], explained, same))
     return rows
 
 
-def noise_row(seed: int, advantage: str, vectors: list[Tensor], explained: float) -> dict[str, Any]:
-    """Return signal, from products of gradients on different prompts, over noise of one rollout."""
+GROUPED = "; 16 prompts x 4"
+"""Mark of rollouts with all answers to a prompt, as RLOO's; the others have 64 prompts."""
+
+
+def noise_row(
+    seed: int, advantage: str, vectors: list[Tensor], explained: float, same: int = 4
+) -> dict[str, Any]:
+    """Return signal, from products of gradients on different prompts, over noise of one rollout.
+
+    Args:
+        same: Rollouts on the same prompts, one such set after the other.
+    """
     total = fmean(float(v @ v) for v in vectors)
-    blocks = torch.stack(vectors).view(SAMPLES, -1, len(vectors[0])).mean(0)  # same prompts
+    blocks = torch.stack(vectors).view(same, -1, len(vectors[0])).mean(0)
     n = len(blocks)
     signal = (float((blocks.sum(0) ** 2).sum()) - float((blocks**2).sum())) / (n * (n - 1))
     result = {"name": advantage, "seed": seed, "snr": signal / (total - signal)}
@@ -250,6 +265,8 @@ VALUES = {
 SAMPLES = 4
 """Answers to each prompt."""
 
+RAW = "not whitened"
+
 
 class Rollout(NamedTuple):
     """Answers to 64 prompts, their scores, and the mean score of the prompt's other samples."""
@@ -260,8 +277,12 @@ class Rollout(NamedTuple):
     others_b: Tensor
 
 
-def sampled(backbone: Any, recipe: Any, prompts: list[Any]) -> list[Rollout]:
-    """Sample rollouts of 64 prompts from SFT, in all SAMPLES answers to each prompt."""
+def sampled(backbone: Any, recipe: Any, prompts: list[Any], grouped: bool = False) -> list[Rollout]:
+    """Sample rollouts of 64 episodes from SFT, in all SAMPLES answers to each prompt.
+
+    Args:
+        grouped: The answers to a prompt are in one rollout, not in one each.
+    """
     ids = [backbone.encode_prompt(p) for p in prompts] * SAMPLES
     limit = recipe.ppo.args["max_completion_length"]
     answers = backbone.generate(ids, "reference", max_new_tokens=limit, seed=recipe.seed)
@@ -271,12 +292,12 @@ def sampled(backbone: Any, recipe: Any, prompts: list[Any]) -> list[Rollout]:
     scores = scores - recipe.ppo.missing_eos_penalty * (~ended).float()
     table = scores.view(SAMPLES, -1)
     others = ((table.sum(0) - table) / (SAMPLES - 1)).flatten()
+    order = torch.arange(len(ids)).view(SAMPLES, -1)
     rollouts = []
-    for start in range(0, len(ids), 64):
-        batch = scoring.batch(backbone, episodes, range(start, start + 64))
+    for part in (order.T if grouped else order).flatten().split(64):
+        batch = scoring.batch(backbone, episodes, part.tolist())
         lengths = torch.tensor([len(answers[i]) for i in batch.index])
         mask_bt = torch.arange(batch.tokens, 0, -1) <= lengths.unsqueeze(1)  # completions end last
-        part = slice(start, start + 64)
         rollouts.append(Rollout(batch, mask_bt, scores[part], others[part]))
     return rollouts
 
@@ -306,20 +327,26 @@ def rollout_gradients(
     relative_bt = (scores - one.others_b.unsqueeze(1)) * torch.ones_like(values_bt)
     flat_bt = torch.ones_like(values_bt)
     first = (values_bt * (mask_bt.cumsum(1) == 1)).sum(1, keepdim=True)
+    short_bt = gae(rewards_bt, values_bt, mask_bt, 1.0, 0.95)[0]
     advantages = {
-        f"{value}, lambda 0.95": gae(rewards_bt, values_bt, mask_bt, 1.0, 0.95)[0],
+        f"{value}, lambda 0.95": short_bt,
+        f"{value}, lambda 0.95, {RAW}": short_bt,
         f"{value}, lambda 1": scores - values_bt,
         f"{value}, beside the other samples": relative_bt - (values_bt - first),
     }
     if plain:
         advantages |= {"mean of the rollout": scores * flat_bt}
-        advantages |= {"mean of the prompt's other samples": relative_bt}
+        advantages |= {
+            "mean of the prompt's other samples": relative_bt,
+            f"mean of the prompt's other samples, {RAW}": relative_bt,
+        }
     parameters = [p for _, p in backbone.role_parameters("policy")]
     with backbone.role("policy"):
         logprobs_bt, _ = scoring.completion_logprobs(backbone, *one.batch.inputs, 1.0)
         vectors = {}
         for name, advantage_bt in advantages.items():
-            loss = masked_mean(logprobs_bt * whiten(advantage_bt, mask_bt), mask_bt)
+            used_bt = advantage_bt if name.endswith(RAW) else whiten(advantage_bt, mask_bt)
+            loss = masked_mean(logprobs_bt * used_bt, mask_bt)
             parts = torch.autograd.grad(loss, parameters, retain_graph=True)
             vectors[name] = torch.cat([part.flatten() for part in parts])
     targets_bt = scores * flat_bt

@@ -3,6 +3,7 @@
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from ppo_run import roles
 from small import EOS, EPISODES
 
 from lora_rlhf.models import scoring
+from lora_rlhf.recipe.schema import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,6 +36,26 @@ def test_signal_to_noise_of_known_gradients(study):
     same_prompts = torch.zeros(count, 2)  # what only answers to the same prompts share is no signal
     same_prompts[:, 0] = torch.tensor([3.0, -3.0, 0.0] * study.SAMPLES)
     assert study.noise_row(0, "value", list(same_prompts), 0.5)["snr"] < 0
+    alike = study.noise_row(0, "value", list(same_prompts), 0.5, same=1)  # each on its own prompts
+    assert alike["snr"] == pytest.approx(-1 / count)
+
+
+def test_rollouts_of_groups_have_all_answers_to_a_prompt(study, monkeypatch):
+    backbone = roles()
+    prompts = [f"w{5 + i}" for i in range(32)]
+    monkeypatch.setattr(
+        study.ensemble, "scores", lambda _, e, __: SimpleNamespace(rewards=[1.0] * len(e))
+    )
+    answers = [[9 + i // 32, EOS] for i in range(128)]
+    monkeypatch.setattr(type(backbone), "generate", lambda *_, **__: answers)
+    recipe = Recipe(name="little", model={"id": "tiny"}, ppo={"args": {"max_completion_length": 2}})
+    plain, grouped = (study.sampled(backbone, recipe, prompts, g) for g in (False, True))
+    for rollouts, different in ((plain, 32), (grouped, 16)):
+        assert len(rollouts) == 2
+        for one in rollouts:
+            assert len({tuple(row[:-2].tolist()) for row in one.batch.ids}) == different
+            if different == 16:
+                assert one.batch.ids[:4, -2].tolist() == [9, 10, 11, 12]
 
 
 def test_gradients_of_a_rollout_are_those_of_its_completions(study):
@@ -63,6 +85,14 @@ def test_gradients_of_a_rollout_are_those_of_its_completions(study):
         torch.testing.assert_close(
             vectors["mean of the prompt's other samples"], total, rtol=1e-3, atol=1e-6
         )
+        raw = torch.zeros_like(total)
+        for i, weight in enumerate(advantage):
+            alone = scoring.batch(backbone, EPISODES, [i])
+            logprobs, _ = scoring.completion_logprobs(backbone, *alone.inputs, 1.0)
+            parts = torch.autograd.grad(logprobs.sum() * weight / tokens, parameters)
+            raw += torch.cat([part.flatten() for part in parts])
+        name = f"mean of the prompt's other samples, {study.RAW}"
+        torch.testing.assert_close(vectors[name], raw, rtol=1e-3, atol=1e-6)
         before = vectors["v, lambda 1"]
         study.fit_value(backbone, [one], 3)
         after = study.rollout_gradients(backbone, one, "v", False)[0]["v, lambda 1"]
