@@ -41,7 +41,7 @@ from lora_rlhf.errors import (
 )
 from lora_rlhf.evaluation import evaluate, suite
 from lora_rlhf.hub import backup, publishing, repository
-from lora_rlhf.models import adapters
+from lora_rlhf.models import adapters, sharded_layers
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.planning import run_memory, stage_work
 from lora_rlhf.recipe.schema import Recipe
@@ -101,6 +101,7 @@ def run(
     out, progress = Path(out), progress or rich_displays.progress()
     stages = _stages(recipe, until)
     preflight.check_launch(recipe, stages)
+    preflight.check_processes(recipe)
     configs = preflight.trainer_configs(recipe, out, stages)
     _check_same_launch(recipe)
     if not world().first:
@@ -448,7 +449,10 @@ def _load_backbone(
         record.data["plan"] = planned.as_dict()
     peak, clock = run_memory.PeakMemory(planned), record.data["clock"]
     started = time.perf_counter()
-    backbone = Backbone.load(record.model_section(recipe), recipe.lora)
+    section = record.model_section(recipe)
+    backbone = Backbone.load(section, recipe.lora, on_host=recipe.model.shard)
+    if recipe.model.shard:
+        sharded_layers.shard(backbone)
     if planned is None:  # said after loading, so that a missing base is reported once
         progress.say(line)
     backbone.backoff.say = progress.say

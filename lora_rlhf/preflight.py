@@ -8,7 +8,8 @@ from pathlib import Path
 
 from lora_rlhf.algorithms import best_of_n, vllm_rollouts
 from lora_rlhf.algorithms import trainer_configs as configs
-from lora_rlhf.errors import RecipeError
+from lora_rlhf.distributed.world import world
+from lora_rlhf.errors import RecipeError, SetupError
 from lora_rlhf.recipe import trl_args
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.recipe.stage_keys import ALGORITHMS
@@ -22,11 +23,19 @@ def check_launch(recipe: Recipe, stages: Collection[str]) -> None:
     Raises:
         SetupError: A variable of the environment asks for several processes or another engine, or
             the rollout server does not answer.
-        RecipeError: `hub:` names a repository for an adapter that is not trained, or an algorithm
-            other than PPO has a rollout server.
+        RecipeError: `hub:` names a repository for an adapter that is not trained, an algorithm
+            other than PPO has a rollout server, or a shared base another sampler.
         UsageError: The rollout server was started for another recipe.
     """
     environment.settle()
+    samplers = ("cache_implementation", "use_transformers_continuous_batching")
+    given = [name for name in samplers if recipe.ppo.args.get(name)]
+    if recipe.model.shard and given and recipe.algorithm in ("ppo", "grpo", "rloo"):
+        raise RecipeError(
+            f"ppo.args.{given[0]} is set, and model.shard shares the base between processes",
+            expected="our own sampler, which waits for a layer's weights",
+            remedy=f"leave {given[0]} out, or model.shard",
+        )
     if (server := recipe.ppo.rollout_server) and recipe.algorithm in stages:
         if recipe.algorithm != "ppo":
             raise RecipeError(
@@ -42,6 +51,20 @@ def check_launch(recipe: Recipe, stages: Collection[str]) -> None:
                 f"hub.{role} is set, and {ALGORITHMS[recipe.algorithm]} trains no {role} adapter",
                 remedy=f"leave it out, or --set hub.{role}=null",
             )
+
+
+def check_processes(recipe: Recipe) -> None:
+    """Reject a base that is to be shared by one process.
+
+    Raises:
+        SetupError: `model.shard` is set, and there is one process.
+    """
+    if recipe.model.shard and world().size == 1:
+        raise SetupError(
+            "model.shard shares the base between processes, and this run is one process",
+            expected="two or more processes; accelerate needs --multi_gpu to start them",
+            remedy="start it by torchrun --nproc_per_node 2, or --set model.shard=false",
+        )
 
 
 def trainer_configs(recipe: Recipe, out: Path, stages: Collection[str]) -> configs.TrainerConfigs:

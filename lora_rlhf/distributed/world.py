@@ -45,13 +45,15 @@ class World:
     Attributes:
         rank: Number of this process; 0 writes the files and prints.
         size: Number of processes.
+        waiting: Called before each exchange, where this process may wait for the others.
     """
 
     def __init__(
         self, rank: int = 0, size: int = 1, store: Any = None, hosts: bool = False
     ) -> None:
         self.rank, self.size, self._store, self._hosts = rank, size, store, hosts
-        self._gpu: Any = None  # group for gradients on GPUs
+        self._gpu: Any = None  # group for tensors on GPUs
+        self.waiting: Callable[[], None] = lambda: None
         self._server: Any = None
 
     @property
@@ -67,12 +69,17 @@ class World:
         """Return start and stop of this process's rows in a batch of `count`."""
         return count * self.rank // self.size, count * (self.rank + 1) // self.size
 
+    def group(self, device: torch.device) -> Any:
+        """Return the processes' group for tensors on this device; None is the default one."""
+        return self._gpu if device.type == "cuda" else None
+
     def gathered(self, mine: T) -> list[T]:
         """Return the values of all processes, by rank."""
         if self.size == 1:
             return [mine]
         values: list[Any] = [None] * self.size
-        with _lost_as_error():
+        self.waiting()
+        with lost_as_error():
             dist.all_gather_object(values, mine)
         return values
 
@@ -92,7 +99,8 @@ class World:
         if self.size == 1:
             return compute()
         value = [compute() if self.first else None]
-        with _lost_as_error():
+        self.waiting()
+        with lost_as_error():
             dist.broadcast_object_list(value, src=0)
         return value[0]  # type: ignore[return-value]
 
@@ -106,8 +114,9 @@ class World:
         bucket = torch.cat(
             [*(part.reshape(-1).float() for part in parts), parts[0].new_tensor(used)]
         )
-        with _lost_as_error():
-            dist.all_reduce(bucket, group=self._gpu if bucket.is_cuda else None)
+        self.waiting()
+        with lost_as_error():
+            dist.all_reduce(bucket, group=self.group(bucket.device))
         *sums, used_by = bucket.split([*(p.numel() for p in parameters), len(parameters)])
         for parameter, total, users in zip(parameters, sums, used_by.tolist(), strict=True):
             if users:
@@ -279,7 +288,7 @@ def _lost(name: str) -> SetupError:
 
 
 @contextlib.contextmanager
-def _lost_as_error() -> Iterator[None]:
+def lost_as_error() -> Iterator[None]:
     """Turn a failed exchange into an error with a remedy."""
     try:
         yield

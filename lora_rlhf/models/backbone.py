@@ -362,7 +362,9 @@ class Backbone(BaseModel):
                 # PEFT also keeps the original head.
                 own += head_wrapper(self.views[role]).original_module.parameters()
             roles[role] = tensor_bytes([p.data for p in own])
-        backbone = tensor_bytes([t for p in shared.values() for t in held_tensors(p)])
+        parts = self.shards.parts if self.shards is not None else []
+        held = [t for p in shared.values() for t in held_tensors(p)]
+        backbone = tensor_bytes([*held, *parts])
         return {"backbone": backbone, "roles": roles, "total": backbone + sum(roles.values())}
 
     def describe_lora(self) -> dict[str, Any]:

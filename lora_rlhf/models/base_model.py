@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from lora_rlhf.data import chat_template, tokenization
+from lora_rlhf.distributed.shards import Shards
 from lora_rlhf.errors import BaseModelError
 from lora_rlhf.recipe.schema import LoraSection, ModelSection
 from lora_rlhf.redaction import safe
@@ -34,6 +35,7 @@ class BaseModel:
         tokenizer: Pads on the left, with a pad token that is not an eos token.
         source: Origin and licence of the weights, for the record.
         backoff: Batch-size limits after memory ran out.
+        shards: The layers' matrices, if processes share them.
         adapted_layers: Indices of the top layers, which carry adapters.
         target_modules: Names of the adapted linear modules inside those layers.
     """
@@ -46,6 +48,7 @@ class BaseModel:
 
     def __post_init__(self) -> None:
         self.backoff = BatchSizeBackoff()
+        self.shards: Shards | None = None  # set by `sharded_layers.shard`
         self.layers = decoder_layers(self.causal)
         count = math.ceil(len(self.layers) * self.lora_section.top_fraction)
         self.adapted_layers = list(range(len(self.layers) - count, len(self.layers)))
@@ -54,13 +57,16 @@ class BaseModel:
         self.causal.eval()
 
     @classmethod
-    def load(cls, model: ModelSection, lora: LoraSection) -> Self:
+    def load(cls, model: ModelSection, lora: LoraSection, *, on_host: bool = False) -> Self:
         """Load base model and tokenizer; raises the errors of `loading.load`.
 
         Environment variables that would change its outputs are refused or ignored first.
+
+        Args:
+            on_host: Load the weights into the host's memory, even if there is a GPU.
         """
         environment.settle()
-        causal, tokenizer, source = loading.load(model)
+        causal, tokenizer, source = loading.load(model, on_host=on_host)
         return cls(causal, tokenizer, model, lora, source)
 
     @functools.cached_property

@@ -32,9 +32,10 @@ _TOLERANCE = 0.02
 
 
 def is_possible(base: BaseModel, cache: DynamicCache) -> bool:
-    """Tell if a step can be replayed: CUDA, torch's attention, no sliding window."""
+    """Tell if a step can be replayed: CUDA, torch's attention, no sliding window, whole layers."""
     return (
         base.device.type in DEVICES
+        and base.shards is None
         and base.causal.config.get_text_config()._attn_implementation == "sdpa"
         and all(type(layer) is DynamicLayer for layer in cache.layers)
     )

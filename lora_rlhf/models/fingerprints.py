@@ -56,4 +56,8 @@ def nearly_same(values: list[float], causal: PreTrainedModel) -> bool:
 def _base_parameters(causal: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in causal.named_parameters():
         if "lora_" not in name and "value_head" not in name:
-            yield name, tensor
+            # A matrix that processes share is put together for this.
+            yield (
+                name,
+                tensor if (piece := getattr(tensor, "piece", None)) is None else piece.whole(),
+            )

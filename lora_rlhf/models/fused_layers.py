@@ -23,7 +23,7 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from . import trunk
+from . import sharded_layers, trunk
 from .backbone import Backbone
 
 _MLPS = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP"}
@@ -47,7 +47,9 @@ def layers(backbone: Backbone) -> Iterator[None]:
 
 
 def _is_frozen(weight: Tensor) -> bool:
-    return weight.dtype == torch.float32 and not weight.requires_grad
+    """Tell if this is a plain weight, which no other process holds a part of."""
+    here = sharded_layers.of(weight) is None
+    return here and weight.dtype == torch.float32 and not weight.requires_grad
 
 
 def _is_plain(layer: nn.Module) -> bool:

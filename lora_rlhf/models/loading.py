@@ -40,8 +40,13 @@ _DROPOUTS = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hi
 """Dropout keys of transformers' configs."""
 
 
-def load(model: ModelSection) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
+def load(
+    model: ModelSection, *, on_host: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
     """Load base model and tokenizer, quantised if the recipe says so.
+
+    Args:
+        on_host: Load the weights into the host's memory, even if there is a GPU.
 
     Returns:
         The model, its tokenizer (padding on the left, with a pad token that is not an eos token),
@@ -54,7 +59,8 @@ def load(model: ModelSection) -> tuple[PreTrainedModel, PreTrainedTokenizerBase,
     """
     where = _locate(model)
     source = _source(model)
-    device, dtype = pick_device(), pick_dtype(model.dtype)
+    device = torch.device("cpu") if on_host else pick_device()
+    dtype = pick_dtype(model.dtype)
     plain: dict[str, Any] = {"revision": model.revision, "trust_remote_code": False}
     options = {**plain, "use_safetensors": True}  # never falls back to pickles
     if model.load_in_4bit:

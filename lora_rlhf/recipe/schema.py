@@ -93,6 +93,8 @@ class ModelSection(Section):
     """Hub id that adapters name as their base model, if `id` is tiny or a folder."""
     gradient_checkpointing: bool = False
     """Save memory by recomputing activations in the backward pass."""
+    shard: bool = False
+    """Share the base's layers between the processes of a run, for a base that fits no GPU."""
 
     @field_validator("id")
     @classmethod

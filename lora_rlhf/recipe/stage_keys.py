@@ -16,7 +16,7 @@ ALGORITHMS = {
 }  # fmt: skip
 """Algorithm, also the name of a run's third stage -> its name in texts."""
 
-FREE = ("card", "hub", "model.hub_id", "report_to", "reward.gate", "checkpoint",
+FREE = ("card", "hub", "model.hub_id", "model.shard", "report_to", "reward.gate", "checkpoint",
         "data.max_lost", "data.identity_test", "rounds", "ppo.rollout_server")  # fmt: skip
 """Recipe keys that may differ when a run is resumed, since they do not change what is trained."""
 
