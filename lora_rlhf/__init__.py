@@ -129,6 +129,7 @@ def plan(
     recipe: Recipe,
     gpu: str | None = None,
     *,
+    gpus: str | None = None,
     probe: bool = False,
     workers: int | None = None,
     network: tuple[str, str] = ("1Gbit", "0.1ms"),
@@ -137,12 +138,13 @@ def plan(
     """Plan the memory of a recipe for a GPU such as "16GB"; `as_text()` of the result prints it.
 
     Args:
+        gpus: Several equal GPUs in place of one, such as "2x24GB", with a process on each.
         workers: Also model an update's time on up to so many workers, each with a link of this
             `network` (speed, latency), from the measured seconds of `runs`.
     """
     from lora_rlhf.planning import plan_report
 
-    more: dict[str, Any] = {"workers": workers, "network": network, "runs": runs}
+    more: dict[str, Any] = {"gpus": gpus, "workers": workers, "network": network, "runs": runs}
     return plan_report.report(recipe, Path(), gpu, probe=probe, **more)
 
 

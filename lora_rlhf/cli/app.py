@@ -181,6 +181,9 @@ def _plan_verb(
     gpu: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Memory of the GPU: 16GB, 16GiB or 16.")
     ] = None,
+    gpus: Annotated[
+        str | None, typer.Option(metavar="NxSIZE", help="Several equal GPUs: 2x24GB.")
+    ] = None,
     overrides: Set = None,
     probe: Annotated[bool, typer.Option("--probe", help="Load the base and measure.")] = False,
     workers: Annotated[
@@ -202,7 +205,8 @@ def _plan_verb(
     """Plan the memory of a recipe, and the GPUs it fits.
 
     Reads the config of the base model; only --probe loads weights. With --gpu, the exit code is 0
-    if the recipe fits as it is, and 4 if it does not. With --workers, the time of an update on
+    if the recipe fits as it is, and 4 if it does not; with --gpus for several processes, one on
+    each, with the base whole or shared. With --workers, the time of an update on
     several workers is modelled from the seconds of runs; a run in place of RECIPE is one of them.
     """
     from lora_rlhf.recipe.loader import load_recipe
@@ -211,6 +215,11 @@ def _plan_verb(
         raise UsageError(
             "--network, --latency and --from are for --workers, which is missing",
             remedy="add --workers N, or leave them out",
+        )
+    if gpus is not None and (gpu is not None or probe):
+        raise UsageError(
+            f"--gpus and {'--gpu' if gpu is not None else '--probe'} exclude each other",
+            remedy="leave one of them out",
         )
     recipe = load_recipe(path, overrides)
     if (run := _run_of(path)) is not None:
@@ -223,13 +232,17 @@ def _plan_verb(
         recipe,
         path if path.is_dir() else path.parent,
         gpu,
+        gpus=gpus,
+        given=shlex.join(
+            [str(path), *(part for one in overrides or () for part in ("--set", one))]
+        ),
         probe=probe,
         workers=workers,
         network=(network or "1Gbit", latency or "0.1ms"),
         runs=runs or (),
     )
     shell.echo(report.as_json() if as_json else report.as_text())
-    if gpu is not None and not report.fits:
+    if (gpu or gpus) is not None and not report.fits:
         raise typer.Exit(SetupError.exit_code)
 
 

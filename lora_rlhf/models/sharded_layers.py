@@ -174,19 +174,31 @@ def check(base: BaseModel) -> None:
             expected="two or more processes, each with a GPU of its own",
             remedy="start it by torchrun --nproc_per_node 2, or leave model.shard out",
         )
+    if reason := why_not(base):
+        raise BaseModelError(
+            f"model.shard: {reason}",
+            expected=f"layers of which {_LEAST:.0%} of the bytes can be shared: no mixture of "
+            "experts, and no quantisation but 4-bit by bitsandbytes",
+            remedy="leave model.shard out, or choose another base",
+        )
+
+
+def why_not(base: BaseModel) -> str:
+    """Say why a base's layers cannot be shared; empty if they can."""
     inside = [t for layer in base.layers for p in layer.parameters() for t in held_tensors(p)]
     inside += [b for layer in base.layers for b in layer.buffers()]
     taken = [m.weight for layer in base.layers for m in matrices(layer)]
     share = tensor_bytes(t for p in taken for t in held_tensors(p)) / tensor_bytes(inside)
-    if share < _LEAST or len({id(p) for p in taken}) < len(taken):
+    name = type(base.causal).__name__
+    if len({id(p) for p in taken}) < len(taken):
+        return f"{name} cannot be shared between processes: its layers have weights in common"
+    if share < _LEAST:
         kinds = {type(m).__name__ for layer in base.layers for m in layer.modules()}
-        raise BaseModelError(
-            f"model.shard cannot share {type(base.causal).__name__}: {share:.0%} of its layers' "
-            f"bytes are plain or 4-bit (bitsandbytes) linear weights of one layer",
-            expected=f"at least {_LEAST:.0%}: no mixture of experts, no other quantisation; found "
-            f"{', '.join(sorted(kinds)[:8])}",
-            remedy="leave model.shard out, or choose another base",
+        return (
+            f"{name} cannot be shared between processes: {share:.0%} of its layers' bytes are "
+            f"plain or 4-bit linear weights; found {', '.join(sorted(kinds)[:8])}"
         )
+    return ""
 
 
 def _move_rest(base: BaseModel, device: torch.device) -> None:

@@ -23,8 +23,11 @@ _SHORTEST, _LOWEST_RANK, _LEAST = 32, 4, 0.25
 Changes = dict[str, Any]
 
 
-def capacity(text: str) -> int:
+def capacity(text: str, option: str = "--gpu") -> int:
     """Parse the memory of a GPU: "16GB" and "16" are 16e9 bytes, "16GiB" is 16 * 2**30.
+
+    Args:
+        option: The option that gave it, for the error.
 
     Raises:
         UsageError: `text` is not a size.
@@ -33,7 +36,7 @@ def capacity(text: str) -> int:
     unit = _UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None or float(match[1]) == 0:
         raise UsageError(
-            f"--gpu {text!r} is not a size",
+            f"{option} {text!r} is not a size",
             expected="such as 16GB, 16GiB or 16",
             remedy="give the memory of the GPU",
         )

@@ -15,13 +15,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import DynamicCache
 
 from lora_rlhf.algorithms import rollout, trainer_configs
 from lora_rlhf.algorithms.ppo import ppo_stage
+from lora_rlhf.models import sharded_layers
 from lora_rlhf.models.backbone import MEMBERS
 from lora_rlhf.models.memory import held_tensors, tensor_bytes
 from lora_rlhf.recipe.schema import LoraSection, Recipe
@@ -49,6 +50,20 @@ _KEPT_PLANNERS = 4
 """Planners in memory; the oldest is dropped."""
 
 
+class Cards(NamedTuple):
+    """Processes that share the rows of every batch, and perhaps the base's layers."""
+
+    processes: int = 1
+    sharded: bool = False
+
+    def rows(self, count: int) -> int:
+        """Return the most rows of one process."""
+        return -(-count // self.processes)
+
+
+ONE_CARD = Cards()
+
+
 @dataclass
 class Planner:
     """Plans recipes on one base and device; a phase that recipes have in common is counted once."""
@@ -58,16 +73,17 @@ class Planner:
     _backbones: dict[Any, meta_backbone.MetaBackbone] = field(default_factory=dict)
     _counts: dict[Any, int] = field(default_factory=dict)
 
-    def plan(self, recipe: Recipe, capacity: int | None = None) -> Plan:
+    def plan(self, recipe: Recipe, capacity: int | None = None, cards: Cards = ONE_CARD) -> Plan:
         """Plan a recipe.
 
         Args:
             capacity: Bytes of the GPU, on which a rollout may be sampled in parts; None: unlimited.
+            cards: The processes of the run; the plan is that of one of them.
 
         Raises:
             RecipeError: The `args:` of a stage are not valid.
         """
-        return Estimate(self, recipe, capacity).plan()
+        return Estimate(self, recipe, capacity, cards).plan()
 
     def dtype(self, recipe: Recipe) -> torch.dtype:
         """Return the compute dtype of a recipe on this device."""
@@ -89,6 +105,16 @@ class Planner:
             for role in ("policy", "reward", "value"):
                 made.add_role(role)
             self._backbones[key] = made
+        return self._backbones[key]
+
+    def whole(self, recipe: Recipe) -> meta_backbone.MetaBackbone:
+        """Build the base with all its layers, without a role."""
+        quantised = meta_backbone.is_4bit(recipe.model, self.config)
+        key = ("whole", quantised, self.dtype(recipe))
+        if key not in self._backbones:
+            self._backbones[key] = meta_backbone.backbone(
+                self.config, recipe.model, LoraSection(), self.dtype(recipe)
+            )
         return self._backbones[key]
 
     def count(
@@ -145,10 +171,17 @@ def planner_for(config: Any, device: str) -> Planner:
 
 
 class Estimate:
-    """Memory of one recipe, phase by phase."""
+    """Memory of one recipe, phase by phase.
 
-    def __init__(self, planner: Planner, recipe: Recipe, capacity: int | None) -> None:
+    Attributes:
+        layers_shared: Bytes of the layers' weights that processes share, in all of them.
+    """
+
+    def __init__(
+        self, planner: Planner, recipe: Recipe, capacity: int | None, cards: Cards = ONE_CARD
+    ) -> None:
         self.planner, self.recipe, self.capacity = planner, recipe, capacity
+        self.cards, self.layers_shared = cards, 0
         self.dtype = planner.dtype(recipe)
         configs = trainer_configs.build(recipe, Path("plan"), stage_names(recipe.algorithm))
         self.sft, self.policy = configs.sft, configs.policy
@@ -164,14 +197,16 @@ class Estimate:
         """Count the bytes that are resident: backbone, roles and moments."""
         recipe = self.recipe
         quantised = meta_backbone.is_4bit(recipe.model, self.planner.config)
-        key = ("whole", quantised, self.dtype)
-        if key not in self.planner._backbones:
-            self.planner._backbones[key] = meta_backbone.backbone(
-                self.planner.config, recipe.model, LoraSection(), self.dtype
-            )
-        whole = self.planner._backbones[key]
+        whole = self.planner.whole(recipe)
         held = [*whole.causal.parameters(), *whole.causal.buffers()]
         self.backbone = tensor_bytes([t for p in held for t in held_tensors(p)])
+        if self.cards.sharded:  # a part of each layer, and one that is put together
+            shared = [
+                tensor_bytes(m.weight.data for m in sharded_layers.matrices(layer))
+                for layer in whole.layers
+            ]
+            self.layers_shared = sum(shared)
+            self.backbone += self.cards.rows(self.layers_shared) + max(shared) - self.layers_shared
         shapes = meta_backbone.adapted_shapes(whole, self.adapted, recipe.lora.target_modules)
         self.adapter = 4 * recipe.lora.r * sum(a + b for a, b in shapes)
         # A weight that is being quantised is in memory in 16 bits too; other loading copies none.
@@ -206,7 +241,8 @@ class Estimate:
         off = self.recipe.algorithm != "ppo" or section.trunk_states == "off"
         if off or self.adapted == self.layers:
             return 0
-        tokens = self.policy.generation_batch_size * (self.prompt + self.completion)
+        rows = self.cards.rows(self.policy.generation_batch_size)
+        tokens = rows * (self.prompt + self.completion)
         return int(tokens * self.hidden * self.dtype.itemsize)
 
     @property
@@ -219,20 +255,20 @@ class Estimate:
     def sft_batch(self) -> Batch:
         """Longest micro-batch of SFT."""
         tokens = self.recipe.data.max_tokens
-        return Batch(self.sft.per_device_train_batch_size, 1, tokens - 1)
+        return Batch(self.cards.rows(self.sft.per_device_train_batch_size), 1, tokens - 1)
 
     @property
     def reward_batch(self) -> Batch:
         """Longest micro-batch of the reward model, in completions: two or more per prompt."""
         sources = self.recipe.data.comparisons
         each = max([s.completions if s.task else 2 for s in sources], default=2)
-        rows = self.reward.per_device_train_batch_size * each
+        rows = self.cards.rows(self.reward.per_device_train_batch_size) * each
         return Batch(rows, 1, self.recipe.data.max_tokens - 1)
 
     def plan(self) -> Plan:
         """Plan all phases."""
         recipe, algorithm = self.recipe, self.recipe.algorithm
-        rows = int(self.policy.per_device_train_batch_size)
+        rows = self.cards.rows(int(self.policy.per_device_train_batch_size))
         sft = self._step(dry_run.language_model, self.sft_batch, self.sft, "policy")
         phases = {
             "load": Phase(self.backbone, activations=self.loading),
@@ -251,7 +287,8 @@ class Estimate:
             phases[f"{algorithm} update"] = self.update(rows)
         section = recipe.evaluate  # the reward stage samples in the same batches
         longest = section.max_new_tokens or self.completion
-        evaluated = Batch(min(section.batch_size, section.n), self.prompt, longest)
+        own = self.cards.rows(section.n)
+        evaluated = Batch(min(section.batch_size, own), self.prompt, longest)
         phases["evaluate"] = self._sampling(self.resident, evaluated)
         head = Batch(rows, self.prompt, self.completion)
         return Plan(
@@ -293,7 +330,7 @@ class Estimate:
 
     def _sampled_at_once(self) -> int:
         """Return the rows sampled at once: the rollout, or as many as the sampler fits on a GPU."""
-        rows = int(self.policy.generation_batch_size)
+        rows = self.cards.rows(int(self.policy.generation_batch_size))
         if self.planner.device == "cpu" or self.capacity is None:
             return rows
         row = self._kv(Batch(1, self.prompt, self.completion), dry_run.decode)
@@ -322,12 +359,13 @@ class Estimate:
     def _rollouts(self, sampled: int) -> dict[str, Phase]:
         """Plan sampling and scoring of a rollout."""
         recipe, count = self.recipe, self.planner.count
-        size, rows = self.policy.per_device_train_batch_size, self.policy.generation_batch_size
+        size = self.policy.per_device_train_batch_size
+        rows = self.cards.rows(self.policy.generation_batch_size)
         many, trunk = min(rollout.SCORING_FACTOR * size, rows), self.trunk_states
         resident, name = self.resident + self.moments, recipe.algorithm
         scoring = max(
             count(recipe, dry_run.score, self._episodes(many)),
-            count(recipe, dry_run.score, self._episodes(size, kept=False)),
+            count(recipe, dry_run.score, self._episodes(min(size, rows), kept=False)),
             count(recipe, dry_run.rewards, self._episodes(min(_SCORED, rows))),
             count(recipe, dry_run.trunk_pass, self._episodes(many, kept=False)) if trunk else 0,
         )

@@ -17,11 +17,13 @@ from lora_rlhf.reports.tables import aligned
 from lora_rlhf.runtime import quiet
 
 from . import probe as probing
+from . import several_gpus
 from .gpu_fit import Fit, as_options, capacity, fit
 from .memory_budget import CUDA_CONTEXT, FRAGMENTATION, Plan, format_bytes
 from .plan import planner_for
 from .probe import Probed
 from .scale import Network, Scale, model
+from .several_gpus import SeveralGpus
 
 GPUS = (8, 12, 16, 24)
 """GPUs of the table, in GB."""
@@ -37,6 +39,7 @@ class Report:
         named: Whether the user named a GPU.
         probed: Planned and measured bytes, with --probe.
         scale: An update's time on several workers, with --workers.
+        several: The recipe on several GPUs, with --gpus.
     """
 
     plan: Plan
@@ -44,10 +47,13 @@ class Report:
     named: bool
     probed: list[Probed]
     scale: Scale | None = None
+    several: SeveralGpus | None = None
 
     @property
     def fits(self) -> bool:
-        """True if the recipe fits every GPU as it is."""
+        """True if the recipe fits every GPU, or the several ones, as it is."""
+        if self.several is not None:
+            return self.several.choice is not None
         return all(fitted.unchanged for fitted in self.gpus)
 
     def as_json(self) -> str:
@@ -65,7 +71,8 @@ class Report:
         probed = [asdict(phase) for phase in self.probed]
         made = {"plan": self.plan.as_dict(), "cards": gpus, "probe": probed}
         scale = {"scale": self.scale.as_dict()} if self.scale else {}
-        return json.dumps(made | scale, indent=1)
+        several = {"several": self.several.as_dict()} if self.several else {}
+        return json.dumps(made | scale | several, indent=1)
 
     def as_text(self) -> str:
         """Return the report for people."""
@@ -90,7 +97,9 @@ class Report:
                 f"assuming {100 * FRAGMENTATION:g} % for fragmentation and "
                 f"{format_bytes(CUDA_CONTEXT)} for CUDA's context"
             )
-        if self.named:
+        if self.several:
+            yield from self.several.lines()
+        elif self.named:
             yield from _verdict(self.gpus[0])
         else:
             yield from aligned(*_gpus(self.gpus))
@@ -112,6 +121,8 @@ def report(
     folder: Path,
     gpu: str | None,
     *,
+    gpus: str | None = None,
+    given: str = "recipe.yaml",
     probe: bool,
     workers: int | None = None,
     network: tuple[str, str] = ("1Gbit", "0.1ms"),
@@ -122,6 +133,9 @@ def report(
     Args:
         folder: Folder of the recipe; a config.json in it is used.
         gpu: Memory of the GPU, such as "16GB".
+        gpus: Several equal ones, such as "2x24GB", in place of `gpu`.
+        given: The recipe and its options as `run` takes them, for the command that starts a run on
+            several GPUs.
         probe: Whether to load the base and measure on this machine.
         workers: Model an update's time on up to so many data-parallel workers.
         network: Speed and latency of each worker's link.
@@ -129,14 +143,21 @@ def report(
 
     Raises:
         BaseModelError: The base has no config, or is not a causal language model.
-        UsageError: `gpu` is not a size.
+        UsageError: `gpu` is not a size, or `gpus` not a number of equal GPUs.
+        RecipeError: The processes on several GPUs cannot share the batches equally.
     """
     link = Network.parse(*network)
     capacities = [capacity(gpu)] if gpu is not None else [n * 10**9 for n in GPUS]
     config = find_config(recipe.model, folder)
     here = "cuda" if torch.cuda.is_available() else "cpu"
-    gpus = [fit(planner_for(config, "cuda"), recipe, size) for size in capacities]
-    if gpu is not None:
+    several = None
+    if gpus is not None:
+        several = several_gpus.plan(planner_for(config, "cuda"), recipe, gpus, given)
+        capacities = []
+    fitted = [fit(planner_for(config, "cuda"), recipe, size) for size in capacities]
+    if several is not None:
+        plan = several.shared if several.choice == "shared" and several.shared else several.whole
+    elif gpu is not None:
         plan = planner_for(config, "cuda").plan(recipe, capacities[0])
     else:
         plan = planner_for(config, here).plan(recipe)
@@ -145,7 +166,7 @@ def report(
         total = torch.cuda.mem_get_info()[1] if here == "cuda" else None
         probed = probing.run(recipe, planner_for(config, here).plan(recipe, total))
     scale = None if workers is None else model(config, recipe, plan, runs, workers, link)
-    return Report(plan, gpus, gpu is not None, probed, scale)
+    return Report(plan, fitted, gpu is not None, probed, scale, several)
 
 
 def _phases(plan: Plan) -> tuple[list[str], list[list[str]]]:

@@ -8,6 +8,7 @@ import sys
 import psutil
 import torch
 
+from lora_rlhf.distributed.world import world
 from lora_rlhf.errors import MemoryLimitError, first_line
 from lora_rlhf.models.loading import find_config
 from lora_rlhf.recipe.schema import Recipe
@@ -15,7 +16,7 @@ from lora_rlhf.runtime.oom import is_out_of_memory
 
 from . import gpu_fit
 from .memory_budget import Plan, format_bytes
-from .plan import Planner, planner_for
+from .plan import Cards, Planner, planner_for
 
 _REMEDY_KEYS = (
     "model.gradient_checkpointing, ppo.trunk_states: cpu, evaluate.batch_size, shorter lengths, "
@@ -34,7 +35,7 @@ def before_run(recipe: Recipe) -> tuple[Plan | None, str]:
     """Plan a run for this machine, with a line about the plan; an error does not stop the run."""
     try:
         planner, total = _planner_here(recipe)
-        plan = planner.plan(recipe, total)
+        plan = planner.plan(recipe, total, Cards(world().size, recipe.model.shard))
     except Exception as error:
         return None, f"plan: none ({type(error).__name__}: {first_line(error):.120})"
     peak = f"{format_bytes(plan.peak)} at the peak ({plan.worst}, with the longest texts allowed)"

@@ -97,7 +97,7 @@ def build(stage: str, config: Any, given: dict[str, Any]) -> Any:
         built = config(**given)
         # With several visible GPUs, Trainer would replicate the backbone.
         built._n_gpu = min(built.n_gpu, 1)
-        _check_processes(stage, built)
+        check_rows(stage, built, world().size)
         # Built here for one number, since TRL would fail only inside the stage.
         Trainer.get_optimizer_cls_and_kwargs(built)
         get_scheduler(
@@ -113,13 +113,13 @@ def build(stage: str, config: Any, given: dict[str, Any]) -> Any:
         return built
 
 
-def _check_processes(stage: str, built: Any) -> None:
-    """Check that every process has equally many rows of a micro-batch.
+def check_rows(stage: str, built: Any, size: int) -> None:
+    """Check that each of `size` processes has equally many rows of a micro-batch.
 
     Raises:
         RecipeError: The rows do not divide by the processes.
     """
-    rows, size = built.per_device_train_batch_size, world().size
+    rows = built.per_device_train_batch_size
     if rows % size:
         window = built.gradient_accumulation_steps
         sizes = [n for n in range(size, rows * window + 1, size) if rows * window % n == 0]

@@ -6,7 +6,8 @@ name: every
 seed: 3
 threads: 2
 report_to: [none]
-model: {id: /base, dtype: float16, load_in_4bit: true, hub_id: a/base, gradient_checkpointing: true}
+model: {id: /base, dtype: float16, load_in_4bit: true, hub_id: a/base, gradient_checkpointing: true,
+  shard: true}
 lora: {r: 2, alpha: 5, top_fraction: 0.5, target_modules: [q_proj]}
 data:
   demonstrations: [{hub: a/d, name: en, data_dir: b, split: test, revision: abc,

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A recipe on several equal GPUs, one process on each: the base whole on each, or shared.
+
+Bytes per pass are those of the layers' weights that a GPU receives, and sends, when a pass goes
+through all layers once. Gradients go around a ring: 2 (N - 1) / N of their bytes.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_rlhf.algorithms import trainer_configs
+from lora_rlhf.errors import UsageError
+from lora_rlhf.models.sharded_layers import why_not
+from lora_rlhf.recipe.schema import Recipe
+from lora_rlhf.recipe.stage_keys import stage_names
+from lora_rlhf.reports.tables import aligned
+from lora_rlhf.training import trl_config
+
+from .gpu_fit import capacity
+from .memory_budget import Plan, format_bytes
+from .plan import Cards, Estimate, Planner
+
+MOST = 1024
+"""Most GPUs that are planned for."""
+
+
+@dataclass(frozen=True)
+class SeveralGpus:
+    """A recipe on `count` GPUs of `capacity` bytes each.
+
+    Attributes:
+        whole: Plan of a process with the whole base.
+        shared: Plan of a process with a part of it; None if the base cannot be shared.
+        why_not: The reason.
+        per_step: Bytes that each GPU sends and receives per optimizer step of the policy.
+        per_pass: Bytes that each sends and receives per pass through a shared base.
+        start: The command that starts the recipe as it is.
+        shares: Whether the recipe itself shares the base.
+    """
+
+    count: int
+    capacity: int
+    whole: Plan
+    shared: Plan | None
+    why_not: str
+    per_step: int
+    per_pass: int
+    start: str
+    shares: bool
+
+    @property
+    def command(self) -> str:
+        """The command that starts the chosen run."""
+        wanted = self.choice == "shared"
+        other = f" --set model.shard={str(wanted).lower()}"
+        return self.start + other * (wanted != self.shares)
+
+    @property
+    def choice(self) -> str | None:
+        """Return `whole` if that fits, else `shared` if that does, else None."""
+        if self.whole.needed <= self.capacity:
+            return "whole"
+        fits = self.shared is not None and self.shared.needed <= self.capacity
+        return "shared" if fits else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the plan for JSON; bytes are whole numbers."""
+        return {
+            "gpus": self.count,
+            "bytes": self.capacity,
+            "choice": self.choice,
+            "whole": self.whole.as_dict(),
+            "shared": self.shared and self.shared.as_dict(),
+            "why_not_shared": self.why_not or None,
+            "exchanged_per_step": self.per_step,
+            "exchanged_per_pass": self.per_pass,
+            "command": self.choice and self.command,
+        }
+
+    def lines(self) -> Iterator[str]:
+        """Yield the plan for people."""
+        size = f"{self.capacity / 10**9:g} GB"
+        yield (
+            f"{self.count} GPUs of {size}, each with {self.whole.micro_batch} rows of a micro-batch"
+        )
+        step, once = format_bytes(self.per_step), format_bytes(self.per_pass)
+        rows = [self._row("whole on each", self.whole, f"{step} per optimizer step")]
+        if self.shared is not None:
+            exchanged = f"that, and {once} per pass through the base"
+            rows.append(self._row("shared between them", self.shared, exchanged))
+        head = ["base", "held of it", "peak", "needs", "fits", "sent and received by each GPU"]
+        yield from aligned(head, rows)
+        if self.why_not:
+            yield self.why_not
+        yield ""
+        if self.choice is None:
+            yield f"does not fit {self.count} GPUs of {size} in either way"
+            return
+        if self.choice == "shared":
+            yield (
+                "choose the shared base. A pass is a forward or a backward; sampling makes one for "
+                "every token of the longest answer"
+            )
+        else:
+            yield "choose the whole base on each: nothing of it travels"
+        yield f"  {self.command}"
+
+    def _row(self, name: str, plan: Plan, exchanged: str) -> list[str]:
+        fits = "yes" if plan.needed <= self.capacity else "no"
+        sizes = [format_bytes(count) for count in (plan.backbone, plan.peak, plan.needed)]
+        return [name, *sizes, fits, exchanged]
+
+
+def parse(text: str) -> tuple[int, int]:
+    """Read `2x24GB` as a number of GPUs and the bytes of each.
+
+    Raises:
+        UsageError: It is something else, such as GPUs of several sizes.
+    """
+    match = re.fullmatch(r"\s*(\d+)\s*[x*]\s*([\d.]+\s*[A-Za-z]*)\s*", text)
+    count = int(match[1]) if match else 0
+    if match is None or not 2 <= count <= MOST:
+        raise UsageError(
+            f"--gpus {text!r} is not a number of equal GPUs and their memory",
+            expected=f"such as 2x24GB, with 2 to {MOST} GPUs: each gets the same share of a batch",
+            remedy="for unequal ones give the smallest memory; for one GPU use --gpu",
+        )
+    return count, capacity(match[2], "--gpus")
+
+
+def plan(planner: Planner, recipe: Recipe, text: str, given: str) -> SeveralGpus:
+    """Plan a recipe for several GPUs.
+
+    Args:
+        text: Their number and memory, such as `2x24GB`.
+        given: The recipe and its options as `run` takes them, for the command.
+
+    Raises:
+        UsageError: `text` is something else.
+        RecipeError: They cannot share the recipe's batches equally.
+    """
+    count, size = parse(text)
+    configs = trainer_configs.build(recipe, Path("plan"), stage_names(recipe.algorithm))
+    trained = {"sft": configs.sft, **configs.reward}
+    if recipe.algorithm != "best_of_n":
+        trained[recipe.algorithm] = configs.policy
+    for stage, config in trained.items():
+        trl_config.check_rows(stage, config, count)
+    whole = planner.plan(recipe, size, Cards(count))
+    reason = why_not(planner.whole(recipe))
+    estimate = Estimate(planner, recipe, size, Cards(count, sharded=True))
+    shared = None if reason else estimate.plan()
+    gradients = estimate.moments // 2
+    return SeveralGpus(
+        count=count,
+        capacity=size,
+        whole=whole,
+        shared=shared,
+        why_not=reason,
+        per_step=2 * (count - 1) * gradients // count,
+        per_pass=(count - 1) * estimate.layers_shared // count,
+        start=f"torchrun --nproc_per_node {count} -m lora_rlhf run {given} "
+        f"--out runs/{shlex.quote(recipe.name)}",
+        shares=recipe.model.shard,
+    )

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans for several GPUs: bytes by hand, what is chosen, and what is refused."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig, MixtralConfig
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from lora_rlhf.cli import app
+from lora_rlhf.errors import RecipeError, UsageError
+from lora_rlhf.planning import gpu_fit, plan, several_gpus
+from lora_rlhf.planning.plan import Cards, Planner
+from lora_rlhf.recipe.loader import parse_recipe
+
+TEXT = (
+    "name: x\nmodel: {id: tiny}\ndata: {max_tokens: 48, max_prompt_tokens: 16, "
+    "prompts: [{task: closed-world}], demonstrations: [{task: closed-world}], "
+    "comparisons: [{task: closed-world}]}\n"
+    "ppo: {args: {per_device_train_batch_size: 4, steps_per_generation: 2, "
+    "max_completion_length: 16}}\n"
+)
+SIZE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256}
+LAYER = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+"""Bytes in bfloat16 of q and o, k and v, and the MLP."""
+REST = 2 * (2 * 256 * 64 + (2 * 4 + 1) * 64)
+"""Of embedding, LM head and norms."""
+ROTARY = 2 * 4 * 8
+"""Of the frequencies of the positions, twice."""
+
+
+@pytest.fixture(scope="module")
+def planner() -> Planner:
+    return Planner(LlamaConfig(**SIZE, **HEADS, tie_word_embeddings=False), "cuda")
+
+
+def recipe(*sets: str):
+    return parse_recipe(TEXT, "recipe.yaml", list(sets))
+
+
+def test_a_part_of_each_layer_and_one_layer_are_held(planner):
+    whole, shared, four = (
+        plan.Estimate(planner, recipe(), None, cards)
+        for cards in (Cards(2), Cards(2, sharded=True), Cards(4, sharded=True))
+    )
+    assert whole.backbone == REST + ROTARY + 4 * LAYER
+    assert shared.backbone == REST + ROTARY + 2 * LAYER + LAYER
+    assert four.backbone == REST + ROTARY + LAYER + LAYER
+    assert shared.layers_shared == 4 * LAYER
+
+
+def test_a_process_has_its_share_of_every_batch(planner):
+    few = recipe("evaluate.n=8")
+    alone, two = (planner.plan(few, None, Cards(n)) for n in (1, 2))
+    assert (alone.micro_batch, two.micro_batch) == (4, 2)
+    assert (alone.sampled_at_once, two.sampled_at_once) == (8, 4)
+    for name, phase in two.phases.items():
+        assert name == "load" or phase.total < alone.phases[name].total, name
+    assert planner.plan(few) == alone
+
+
+def test_the_whole_base_is_chosen_where_it_fits_and_else_the_shared_one(planner):
+    made = several_gpus.plan(planner, recipe(), "2x24GB", "r.yaml --set seed=3")
+    assert made.choice == "whole"
+    assert made.command == (
+        "torchrun --nproc_per_node 2 -m lora_rlhf run r.yaml --set seed=3 --out runs/x"
+    )
+    assert made.per_pass == 2 * LAYER
+    trained = plan.Estimate(planner, recipe(), None).moments // 2  # policy and value, N = 2
+    assert made.per_step == trained
+    assert made.shared.needed < made.whole.needed
+    between = f"2x{(made.whole.needed + made.shared.needed) // 2 / 1e9:.6f}GB"
+    tight = several_gpus.plan(planner, recipe(), between, "r.yaml")
+    assert tight.choice == "shared" and tight.command.endswith("--set model.shard=true")
+    assert "choose the shared base" in "\n".join(tight.lines())
+    small = several_gpus.plan(planner, recipe("model.shard=true"), "2x0.1GB", "r.yaml")
+    assert small.choice is None and "in either way" in "\n".join(small.lines())
+    again = several_gpus.plan(planner, recipe("model.shard=true"), "2x24GB", "r.yaml")
+    assert again.command.endswith("--set model.shard=false")
+
+
+def test_experts_cannot_be_shared():
+    config = MixtralConfig(**SIZE | {"num_hidden_layers": 1}, **HEADS, num_local_experts=2)
+    made = several_gpus.plan(Planner(config, "cuda"), recipe(), "2x24GB", "r.yaml")
+    assert made.shared is None and made.choice == "whole"
+    assert "MixtralForCausalLM cannot be shared" in "\n".join(made.lines())
+
+
+@pytest.mark.parametrize(
+    "text", ["2", "24GB", "1x24GB", "0x24GB", "2x", "2x24GB,1x16GB", "2x24GB+2x8GB", "9999x1GB"]
+)
+def test_what_is_no_number_of_equal_gpus_is_refused(text):
+    with pytest.raises(UsageError, match="--gpus .* is not a number of equal GPUs"):
+        several_gpus.parse(text)
+
+
+def test_memory_without_meaning_and_batches_that_do_not_divide_are_refused(planner):
+    with pytest.raises(UsageError, match="--gpus '24XB' is not a size"):
+        several_gpus.parse("2x24XB")
+    with pytest.raises(
+        RecipeError, match="reward.args.*: 8 rows cannot be shared equally by 3 processes"
+    ):
+        several_gpus.plan(
+            planner, recipe("sft.args.per_device_train_batch_size=6"), "3x24GB", "r.yaml"
+        )
+    assert several_gpus.parse(" 8 x 16GiB ") == (8, 16 * 2**30)
+    assert gpu_fit.capacity("16") == 16 * 10**9
+
+
+def test_the_verb_prints_both_and_its_command_parses(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(TEXT)
+    run = CliRunner().invoke
+    done = run(app.app, ["plan", str(path), "--gpus", "2x24GB", "--set", "seed=2", "--json"])
+    assert done.exit_code == 0, done.output
+    several = json.loads(done.stdout)["several"]
+    assert several["choice"] == "whole" and several["shared"]["backbone"] > 0
+    words = shlex.split(several["command"])
+    assert words[:5] == ["torchrun", "--nproc_per_node", "2", "-m", "lora_rlhf"]
+    assert words[6:9] == [str(path), "--set", "seed=2"]
+    parsed = get_command(app.app).commands["run"].make_context("run", words[6:])
+    assert parsed.params["out"] == Path("runs/x")
+    assert run(app.app, ["plan", str(path), "--gpus", "2x0.2GB"]).exit_code == 4
+    both = run(app.app, ["plan", str(path), "--gpus", "2x24GB", "--gpu", "24GB"])
+    assert both.exit_code == 2 and "exclude each other" in both.output
