@@ -150,7 +150,7 @@ def _share(name: str, four_bit: bool) -> None:
         def damaged(self, tensors):
             at = real(self, tensors)
             if world().rank == 1:  # as if codes that look like NaN were made equal
-                self.parts[-1][::100] = 127
+                self.parts[-1][::99] = 127
             return at
 
         Shards.add = damaged
