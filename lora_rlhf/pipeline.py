@@ -450,7 +450,7 @@ def _load_backbone(
     peak, clock = run_memory.PeakMemory(planned), record.data["clock"]
     started = time.perf_counter()
     section = record.model_section(recipe)
-    backbone = Backbone.load(section, recipe.lora, on_host=recipe.model.shard)
+    backbone = Backbone.load(section, recipe.lora, recipe.model.shard)
     if recipe.model.shard:
         sharded_layers.shard(backbone)
     if planned is None:  # said after loading, so that a missing base is reported once

@@ -57,7 +57,7 @@ class BaseModel:
         self.causal.eval()
 
     @classmethod
-    def load(cls, model: ModelSection, lora: LoraSection, *, on_host: bool = False) -> Self:
+    def load(cls, model: ModelSection, lora: LoraSection, on_host: bool = False) -> Self:
         """Load base model and tokenizer; raises the errors of `loading.load`.
 
         Environment variables that would change its outputs are refused or ignored first.
