@@ -175,15 +175,16 @@ def _sweep_verb(
         raise typer.Exit(codes[0])
 
 
+Gpus = Annotated[str | None, typer.Option(metavar="NxSIZE", help="Several equal GPUs: 2x24GB.")]
+
+
 @command("plan")
 def _plan_verb(
     path: RecipePath,
     gpu: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Memory of the GPU: 16GB, 16GiB or 16.")
     ] = None,
-    gpus: Annotated[
-        str | None, typer.Option(metavar="NxSIZE", help="Several equal GPUs: 2x24GB.")
-    ] = None,
+    gpus: Gpus = None,
     overrides: Set = None,
     probe: Annotated[bool, typer.Option("--probe", help="Load the base and measure.")] = False,
     workers: Annotated[
@@ -216,11 +217,7 @@ def _plan_verb(
             "--network, --latency and --from are for --workers, which is missing",
             remedy="add --workers N, or leave them out",
         )
-    if gpus is not None and (gpu is not None or probe):
-        raise UsageError(
-            f"--gpus and {'--gpu' if gpu is not None else '--probe'} exclude each other",
-            remedy="leave one of them out",
-        )
+    given = shlex.join([str(path), *(p for one in overrides or () for p in ("--set", one))])
     recipe = load_recipe(path, overrides)
     if (run := _run_of(path)) is not None:
         shell.echo(f"{run} is a run directory: this plans its recipe", err=True)
@@ -233,9 +230,7 @@ def _plan_verb(
         path if path.is_dir() else path.parent,
         gpu,
         gpus=gpus,
-        given=shlex.join(
-            [str(path), *(part for one in overrides or () for part in ("--set", one))]
-        ),
+        given=given,
         probe=probe,
         workers=workers,
         network=(network or "1Gbit", latency or "0.1ms"),

@@ -118,8 +118,7 @@ def of(weight: Any) -> Piece | None:
 
 def matrices(layer: nn.Module) -> list[Any]:
     """List the modules of a layer whose matrix can be shared, in order."""
-    found = [m for m in layer.modules() if type(m) in (nn.Linear, Conv1D) or _is_4bit(m)]
-    return list({id(m.weight): m for m in found}.values())  # type: ignore[call-overload]
+    return [m for m in layer.modules() if type(m) in (nn.Linear, Conv1D) or _is_4bit(m)]
 
 
 def _is_4bit(module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from lora_rlhf.runtime import optional_packages  # noqa: F401  # isort: skip
+from lora_rlhf.errors import UsageError
 from lora_rlhf.models.loading import find_config
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.reports.tables import aligned
@@ -143,9 +144,14 @@ def report(
 
     Raises:
         BaseModelError: The base has no config, or is not a causal language model.
-        UsageError: `gpu` is not a size, or `gpus` not a number of equal GPUs.
+        UsageError: `gpu` is not a size, `gpus` is not a number of equal GPUs, or there are both.
         RecipeError: The processes on several GPUs cannot share the batches equally.
     """
+    if gpus is not None and (gpu is not None or probe):
+        raise UsageError(
+            f"--gpus and {'--gpu' if gpu is not None else '--probe'} exclude each other",
+            remedy="leave one of them out",
+        )
     link = Network.parse(*network)
     capacities = [capacity(gpu)] if gpu is not None else [n * 10**9 for n in GPUS]
     config = find_config(recipe.model, folder)
