@@ -13,7 +13,6 @@ out in ten folds. Needs scikit-learn (extra `eval`).
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import zipfile
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from parameters_file import command
 from sklearn.linear_model import LogisticRegression
 
 from lora_rlhf import estimates
@@ -101,16 +101,5 @@ def train(wheel: Path) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Train, and write the file."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("wheel", type=Path)
-    parser.add_argument("--out", type=Path, default=short_answers.PARAMETERS)
-    options = parser.parse_args()
-    made = train(options.wheel)
-    options.out.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(json.dumps(made["validation"], indent=1))
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, train, short_answers.PARAMETERS, "wheel")

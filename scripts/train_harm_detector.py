@@ -14,7 +14,6 @@ prompt with its contrast, and by leaving out all of XSTest. Needs scikit-learn (
 
 from __future__ import annotations
 
-import argparse
 import base64
 import csv
 import functools
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from parameters_file import command
 from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 
@@ -353,19 +353,6 @@ def train(folder: Path) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Train, and write the file."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("data", type=Path, nargs="?", default=os.environ.get("LORA_RLHF_DATA"))
-    parser.add_argument("--out", type=Path, default=harm.PARAMETERS)
-    options = parser.parse_args()
-    made = train(Path(options.data))
-    options.out.write_text(
-        json.dumps(made, ensure_ascii=False, separators=(",", ":")) + "\n",
-        encoding="utf-8",
-    )
-    print(json.dumps(made["validation"], indent=1))
-
-
 if __name__ == "__main__":
-    main()
+    data = os.environ.get("LORA_RLHF_DATA")
+    command(__doc__, train, harm.PARAMETERS, "data", data, indent=None)

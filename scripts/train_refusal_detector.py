@@ -13,7 +13,6 @@ authors. Needs scikit-learn (extra `eval`).
 
 from __future__ import annotations
 
-import argparse
 import csv
 import gzip
 import hashlib
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from parameters_file import command
 from sklearn.linear_model import LogisticRegression
 
 from lora_rlhf import estimates
@@ -229,16 +229,6 @@ def train(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main() -> None:
-    """Train, and write the file."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("data", type=Path, nargs="?", default=os.environ.get("LORA_RLHF_DATA"))
-    parser.add_argument("--out", type=Path, default=refusal.PARAMETERS)
-    options = parser.parse_args()
-    made = train(Path(options.data))
-    options.out.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(json.dumps({key: made[key] for key in ("validation", "counts")}, indent=1))
-
-
 if __name__ == "__main__":
-    main()
+    data = os.environ.get("LORA_RLHF_DATA")
+    command(__doc__, train, refusal.PARAMETERS, "data", data, shown=("validation", "counts"))
