@@ -51,11 +51,6 @@ def receive(name: str) -> None:
         )
 
 
-def stop_requested() -> bool:
-    """Return whether to stop at the next boundary."""
-    return _state.waiting is not None or out_of_time()
-
-
 def out_of_time() -> bool:
     """Return whether the time budget is used up; with several processes, if they agreed on it."""
     return _late() if _state.agreed is None else _state.agreed
@@ -101,7 +96,7 @@ def sleep(seconds: float) -> None:
 
 @contextlib.contextmanager
 def deferred(say: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Defer signals, for code that checks `stop_requested`; call `stop_if_requested` at the end."""
+    """Defer signals to the next `stop_if_requested`, which is called at the end as well."""
     _state.deferred, _state.say = _state.deferred + 1, say
     try:
         yield
@@ -112,7 +107,7 @@ def deferred(say: Callable[[str], None] | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def time_budget(minutes: float | None, *, alone: bool = True) -> Iterator[None]:
-    """Make `stop_requested` true after this many minutes; None: never.
+    """Make `out_of_time` true after this many minutes; None: never.
 
     Args:
         alone: False if several processes have to `agree` on it.

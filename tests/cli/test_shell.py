@@ -24,7 +24,7 @@ def work(terminal: int, ignore: bool, done) -> int:
         with shell.errors_as_text(False), shell.signals_raise(), interrupts.deferred(print):
             done.with_suffix(".ready").touch()
             for _ in range(500):
-                if interrupts.stop_requested() or done.with_suffix(".closed").exists():
+                if interrupts._state.waiting or done.with_suffix(".closed").exists():
                     break
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGHUP)  # a shell sends it once more

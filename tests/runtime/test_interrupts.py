@@ -206,13 +206,13 @@ def test_deferred_signal_is_raised_at_the_end():
     lines = []
     with pytest.raises(interrupts.Interrupted, match="SIGINT"):
         with interrupts.deferred(lines.append):
-            assert not interrupts.stop_requested()
+            assert interrupts._state.waiting is None
             interrupts.receive("SIGINT")
-            assert interrupts.stop_requested()
+            assert interrupts._state.waiting == "SIGINT"
     assert lines == [
         "Ctrl-C: finishing this step, then saving. Press again to quit without saving."
     ]
-    assert not interrupts.stop_requested()
+    assert interrupts._state.waiting is None
 
 
 def test_an_error_inside_is_not_hidden_by_a_signal():
@@ -225,9 +225,9 @@ def test_an_error_inside_is_not_hidden_by_a_signal():
 
 def test_a_budget_ends_with_its_run():
     with interrupts.time_budget(1e-9):
-        assert interrupts.stop_requested()
+        assert interrupts.out_of_time()
         with pytest.raises(interrupts.OutOfTime):
             interrupts.stop_if_requested()
         with interrupts.time_budget(None):
-            assert not interrupts.stop_requested()
-    assert not interrupts.stop_requested()
+            assert not interrupts.out_of_time()
+    assert not interrupts.out_of_time()

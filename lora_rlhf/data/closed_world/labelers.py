@@ -128,9 +128,6 @@ def measured(same: Sequence[bool], prompts: Sequence[Any]) -> dict[str, Any]:
     }
 
 
-HABITS = ("honest", "spammer", "liar", "left", "copy")
-
-
 def judged(
     habit: str,
     rewards: Sequence[float],
