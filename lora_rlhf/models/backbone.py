@@ -338,8 +338,9 @@ class Backbone(BaseModel):
                 )
 
     def _all_parameters(self) -> list[nn.Parameter]:
-        models: list[nn.Module] = [self.causal, *self.views.values()]
-        return list({id(p): p for model in models for p in model.parameters()}.values())
+        seen: set[nn.Module] = set()  # each module once: the views share most of them
+        modules = (m for v in (self.causal, *self.views.values()) for _, m in v.named_modules(seen))
+        return list({id(p): p for m in modules for p in m.parameters(recurse=False)}.values())
 
     def state_hash(self, role: str | None) -> str:
         """Hash a role's tensors by sha256; None: a sample of the frozen backbone's tensors."""

@@ -9,6 +9,7 @@ writes text nodes, and the Content-Security-Policy allows the page's own script 
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import math
@@ -38,6 +39,7 @@ from .evaluation_report import (
 )
 
 NAME = "report.html"
+_FOLDER = Path(__file__).with_name("page")
 
 LARGEST = 3_000_000
 """Bytes of a page; browsers on a phone open it, and it can be attached to an issue."""
@@ -108,20 +110,10 @@ def fill(template: str, script: str = "", **context: Any) -> str:
         script: File of `page/` that alone may run; none by default.
         context: The names of the template.
     """
-    folder = Path(__file__).with_name("page")
     style, code = (
-        (folder / name).read_text(encoding="utf-8") if name else ""
+        (_FOLDER / name).read_text(encoding="utf-8") if name else ""
         for name in ("report.css", script)
     )
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"shown": shown, "fields": fields, "plain": plain}
-    environment.globals |= {"axis": Axis.of, "width": WIDTH, "probe_words": PROBES}
     allowed = _hash(code) if script else "'none'"
     policy = (
         f"default-src 'none'; script-src {allowed}; style-src {_hash(style)}; "
@@ -129,8 +121,23 @@ def fill(template: str, script: str = "", **context: Any) -> str:
     )
     given = {"policy": policy, "style": style, "script": code}
     safe_here = {name: Markup(text) for name, text in given.items()}
-    text = environment.get_template(template).render(**safe_here, **context)
+    text = _environment().get_template(template).render(**safe_here, **context)
     return text.lstrip()  # of the blank lines between macros
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    """Return the environment of all pages, which keeps compiled templates."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_FOLDER),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"shown": shown, "fields": fields, "plain": plain}
+    environment.globals |= {"axis": Axis.of, "width": WIDTH, "probe_words": PROBES}
+    return environment
 
 
 def _hash(text: str) -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import os
 import platform
@@ -84,12 +85,15 @@ def result_variables() -> dict[str, str]:
     return dict(sorted((kept | ignored).items()))
 
 
+_version = functools.cache(importlib.metadata.version)
+
+
 def versions() -> dict[str, str]:
     """Return the versions of the packages that determine a run's results."""
     installed = {}
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            installed[package] = importlib.metadata.version(package)
+            installed[package] = _version(package)
     return installed
 
 
