@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Offline, quiet and on one thread, before any library is imported."""
 
+import functools
 import gc
 import os
 import sys
@@ -14,6 +15,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # connections that end ar
 from pathlib import Path
 
 import pytest
+import typer.testing
 
 # Collect seldom: tests make little garbage, and a full collection goes through all of torch.
 gc.set_threshold(50_000, 50, 50)
@@ -32,6 +34,14 @@ def _no_plans():
     with pytest.MonkeyPatch.context() as patch:
         if run_memory := sys.modules.get("lora_rlhf.planning.run_memory"):
             patch.setattr(run_memory, "before_run", lambda recipe: (None, "plan: none in tests"))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_tree_of_commands():
+    """`CliRunner.invoke` builds the command of an app each time, which takes longer than most."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.testing, "_get_command", functools.cache(typer.main.get_command))
         yield
 
 

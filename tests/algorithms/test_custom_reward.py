@@ -122,7 +122,7 @@ SHORT = """def score(prompts, completions, **_):
 
 @pytest.mark.parametrize(
     "algorithm",
-    ["ppo", "best_of_n", *(pytest.param(a, marks=pytest.mark.slow) for a in ("grpo", "rloo"))],
+    ["ppo", *(pytest.param(a, marks=pytest.mark.slow) for a in ("best_of_n", "grpo", "rloo"))],
 )
 def test_every_algorithm_optimises_it(algorithm, runs: killed.Runs, tmp_path: Path):
     path = tmp_path / "mine.py"

@@ -147,7 +147,7 @@ def test_a_step_that_can_move_nothing_is_not_checked(tmp_path):
     assert record.data["stages"]["dpo"]["identities"]["only_policy_moved"] == 1
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
+@pytest.mark.parametrize("algorithm", ["grpo", pytest.param("rloo", marks=pytest.mark.slow)])
 def test_nan_rewards_are_skipped_and_then_stop_the_run(tmp_path, monkeypatch, algorithm):
     """TRL would take a NaN for 0."""
     monkeypatch.setattr(

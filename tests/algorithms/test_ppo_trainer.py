@@ -583,7 +583,7 @@ def test_the_logged_largest_ratio_is_not_averaged(tmp_path):
     assert logs["policy/ratio_max"] == 4 and logs["policy/entropy"] == 2
 
 
-@pytest.mark.parametrize("mode", ["bfloat16", "4bit"])
+@pytest.mark.parametrize("mode", [pytest.param("bfloat16", marks=pytest.mark.slow), "4bit"])
 def test_other_precisions_hold_the_same_identities(tmp_path, mode):
     if mode == "4bit" and not importlib.util.find_spec("bitsandbytes"):
         pytest.skip("bitsandbytes is not installed")

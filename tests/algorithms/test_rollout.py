@@ -128,8 +128,12 @@ def _at(made, inner, prompts, longest):
     return [sampled.ids for sampled in scorer._sampled]
 
 
-@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"load_in_4bit": True}], ids=str)
-@pytest.mark.parametrize("parity", [rollout.PARITY, 0.0])
+@pytest.mark.parametrize(
+    ("options", "parity"),
+    [({"dtype": "bfloat16"}, rollout.PARITY), ({"load_in_4bit": True}, 0.0),
+     *(pytest.param(*other, marks=pytest.mark.slow) for other in
+       (({"dtype": "bfloat16"}, 0.0), ({"load_in_4bit": True}, rollout.PARITY)))],
+)  # fmt: skip
 def test_other_precisions_keep_every_identity(tmp_path, monkeypatch, options, parity):
     """Whether the sampler is trusted is decided by numbers, not by the dtype."""
     monkeypatch.setattr(rollout, "PARITY", parity)

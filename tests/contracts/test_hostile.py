@@ -288,7 +288,9 @@ BOMBS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", BOMBS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=pytest.mark.slow) if k == "recursion" else k for k in BOMBS]
+)
 def test_a_template_bomb_is_found_before_it_goes_off(base, monkeypatch, kind):
     monkeypatch.setattr(chat_template, "SECONDS", 1)
     tokenizer = small.tokenizer()

@@ -434,7 +434,7 @@ def litter(backbone):
     }
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("checkpointing", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("role", "trainer"), [("policy", sft), ("reward", reward)])
 def test_a_stage_leaves_nothing_on_the_backbone(tmp_path, role, trainer, checkpointing):
     """TRL checkpoints by default and hooks the embedding; Trainer hooks it again.

@@ -2,15 +2,19 @@
 """Plain English, as far as a test can hold it: how docstrings begin, and words that say nothing."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-TREES = {
-    path: ast.parse(path.read_text(encoding="utf-8"))
-    for path in sorted((ROOT / "lora_rlhf").rglob("*.py"))
-}
-assert len(TREES) > 100
+PATHS = sorted((ROOT / "lora_rlhf").rglob("*.py"))
+assert len(PATHS) > 100
+
+
+@functools.cache
+def trees() -> dict[Path, ast.Module]:
+    return {path: ast.parse(path.read_text(encoding="utf-8")) for path in PATHS}
+
 
 RIDDLE = re.compile(r"(What|Whether|Where|How|Who|That|Those|It)\b")
 """First words of a docstring that make a reader guess what the thing is."""
@@ -52,7 +56,7 @@ def variables(tree: ast.AST):
 def test_docstrings_begin_with_a_verb_or_a_noun():
     riddles = [
         f"{name_of(path)}:{line}: {text.splitlines()[0]}"
-        for path, tree in TREES.items()
+        for path, tree in trees().items()
         for line, text in docstrings(tree)
         if RIDDLE.match(text)
     ]
@@ -62,7 +66,7 @@ def test_docstrings_begin_with_a_verb_or_a_noun():
 def test_names_say_what_a_value_is():
     vague = [
         f"{name_of(path)}:{line}: {name}"
-        for path, tree in TREES.items()
+        for path, tree in trees().items()
         for line, name in variables(tree)
         if name in VAGUE
     ]
@@ -72,7 +76,7 @@ def test_names_say_what_a_value_is():
 def test_no_private_phrases():
     private = [
         f"{name_of(path)}:{number}: {match[0]}"
-        for path in TREES
+        for path in PATHS
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
         if (match := PRIVATE.search(line))
     ]

@@ -406,7 +406,7 @@ def share(outcomes) -> float:
     return sum(outcomes) / len(outcomes)
 
 
-@pytest.mark.parametrize("agreement", [0.6, 0.73, 0.9])
+@pytest.mark.parametrize("agreement", [0.6, pytest.param(0.73, marks=pytest.mark.slow), 0.9])
 def test_two_labelers_agree_as_often_as_calibrated(agreement):
     pairs = population(1200)
     temperature = labelers.calibrate(agreement, pairs)

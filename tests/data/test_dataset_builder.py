@@ -269,13 +269,15 @@ def test_hh_comparisons_are_split_by_conversation(real_data, monkeypatch):
         max_prompt_tokens=100_000,
         held_out=0.2,
     )
-    chat = Words()
-    pairs = dataset_builder.comparisons(given, chat)
+    chat, loaded = Words(), {}  # shared, as in a run
+    pairs = dataset_builder.comparisons(given, chat, loaded=loaded)
     assert [source["rows"] for source in pairs.report["sources"]] == [2354, 2312]
     assert removed(pairs, "chosen equal to rejected") == 2
     assert "HH-RLHF transcripts were read as messages (4666 rows)" in pairs.report["notes"]
     check_sides_apart(
-        dataset_builder.demonstrations(given, chat), pairs, dataset_builder.prompts(given, chat)
+        dataset_builder.demonstrations(given, chat, loaded),
+        pairs,
+        dataset_builder.prompts(given, chat, loaded),
     )
     assert 0.15 < len(pairs.held_out) / len(all_rows(pairs)) < 0.25
     assert all(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole pipeline at reduced size: from demonstrations to cards, twice, interrupted, gated."""
 
+import functools
 import io
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from killed import Runs
 from reduced_run import REDUCED, recipe
 from rich.console import Console
 from typer.testing import CliRunner
@@ -174,27 +176,6 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     assert bits(record) == bits(finished)
 
 
-@pytest.mark.usefixtures("no_pictures")
-def test_shared_stages_end_with_the_same_bits(finished: Record, tmp_path: Path, monkeypatch):
-    """A run that took SFT and reward model over from another is the run it would have been."""
-    monkeypatch.setattr(reward_stage, "run", lambda *_: pytest.fail("a shared stage ran again"))
-    record = pipeline.run(recipe("name=other"), tmp_path / "b", start_from=finished.folder)
-    origins = [record.data["stages"][stage].pop("from_run") for stage in ("sft", "reward")]
-    assert origins[0] == origins[1] and origins[0]["name"] == "closed-world"
-    assert len(origins[0]["record_sha256"]) == 64 and set(origins[0]) == {"name", "record_sha256"}
-    for key in ("name", "recipe_sha256"):
-        assert record.data.pop(key) != finished.data[key]
-    wanted = bits(finished)
-    wanted["record"] = {k: v for k, v in wanted["record"].items() if k in record.data}
-    now = bits(record)
-    for one in (now, wanted):  # it has the recipe's name
-        assert one["record"]["stages"]["evaluate"]["files"].pop("report.json")
-    assert now == wanted
-    assert (record.adapter("sft") / "README.md").read_text() != (
-        finished.adapter("sft") / "README.md"
-    ).read_text(), "the card is of this run"
-
-
 @pytest.fixture(scope="module")
 def started(finished: Record) -> str:
     return str(finished.folder)
@@ -205,17 +186,18 @@ def started(finished: Record) -> str:
     ["dpo", *(pytest.param(a, marks=pytest.mark.slow) for a in ("grpo", "best_of_n"))],
 )
 def test_a_control_ends_in_the_same_report(
-    algorithm: str, started: str, tmp_path: Path, request: pytest.FixtureRequest
+    algorithm: str, runs: Runs, tmp_path: Path, request: pytest.FixtureRequest
 ):
     if algorithm != "grpo":
         request.getfixturevalue("no_pictures")
     sets = [f"algorithm={algorithm}", "best_of_n.n=3", "ppo.updates=2", "dpo.args.max_steps=3"]
+    recipe, started = functools.partial(runs.recipe, "ppo"), runs.after("evaluate")
     record = pipeline.run(recipe(*sets), tmp_path / "run", start_from=started)
     model = "best_of_n" if algorithm == "best_of_n" else "policy"
     evaluation = record.data["evaluation"]
     assert list(evaluation) == ["base", "sft", model] and record.done(algorithm)
     assert evaluation["sft"] == Record.read(started).data["evaluation"]["sft"]
-    rows = loaded_run.generate(record.folder, "Say hello politely.", seed=1, max_new_tokens=8)
+    rows = loaded_run.generate(record.folder, "w5 w6", seed=1, max_new_tokens=8)
     assert [row["model"] for row in rows] == ["base", "sft", model]
     name = {"grpo": "GRPO", "dpo": "DPO", "best_of_n": "best of n"}[algorithm]
     if model == "policy":

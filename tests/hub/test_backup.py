@@ -246,7 +246,7 @@ def test_a_lost_answer_makes_no_second_commit(server, tmp_path, no_pauses, path)
     assert "checkpoints/reward/step-00000003/manifest.json" not in newest_files(server)
 
 
-@pytest.mark.parametrize("status", [500, 0, -1, -2])
+@pytest.mark.parametrize("status", [500, pytest.param(0, marks=pytest.mark.slow), -1, -2])
 def test_a_fetch_survives_transient_faults(server, tmp_path, no_pauses, impatient, status):
     recipe = recipe_in(tmp_path / "data")
     send(recipe, short_run(tmp_path / "run", recipe))
@@ -285,7 +285,9 @@ def test_uploads_respect_hub_minutes_and_do_not_block_the_run(server, tmp_path, 
     assert "checkpoints/reward/step-00000006/manifest.json" in newest_files(server)
 
 
-@pytest.mark.parametrize("kept", [None, 500, 403, "of the user"])
+@pytest.mark.parametrize(
+    "kept", [None, pytest.param(500, marks=pytest.mark.slow), 403, "of the user"]
+)
 def test_the_history_of_a_finished_run_is_one_commit(server, tmp_path, no_pauses, kept):
     """Unless the Hub refuses, or something else lies in the history."""
     recipe = recipe_in(tmp_path / "data")

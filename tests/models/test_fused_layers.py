@@ -20,8 +20,7 @@ def gradients(made, role):
         return {n: p.grad.clone() for n, p in made.role_parameters(role) if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", small.ARCHITECTURES)
-@pytest.mark.parametrize("top_fraction", [1.0, 0.5])
+@pytest.mark.parametrize(("name", "top_fraction"), small.with_each(1.0, 0.5))
 def test_outputs_and_gradients_are_pefts(name, top_fraction):
     torch.manual_seed(0)
     made = small.backbone(name, *ROLES, top_fraction=top_fraction)

@@ -27,8 +27,7 @@ def eos_often(made, bias=2.0):
     return made
 
 
-@pytest.mark.parametrize("name", small.ARCHITECTURES)
-@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize(("name", "keep"), small.with_each(True, False))
 def test_greedy_tokens_are_those_of_transformers(name, keep):
     made = eos_often(halved(name), 1.0)
     with made.role("policy"):
@@ -43,8 +42,7 @@ def test_greedy_tokens_are_those_of_transformers(name, keep):
             assert mine.ids == out[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("name", small.ARCHITECTURES)
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize(("name", "temperature"), small.with_each(0.6, 1.0))
 def test_log_probs_and_states_are_the_trainers(name, temperature):
     made = eos_often(halved(name))
     options = {"max_new_tokens": 9, "temperature": temperature, "seed": 3, "keep_states": True}

@@ -49,7 +49,7 @@ def test_an_error_in_planning_does_not_stop_the_run(monkeypatch: pytest.MonkeyPa
 def test_an_error_in_planning_is_printed_after_the_base_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(run_memory, "find_config", lambda *_: 1 / 0)
     progress = RecordingProgress()
-    pipeline.run(recipe(), tmp_path / "run", until="sft", progress=progress)
+    pipeline.run(recipe("sft.args.max_steps=1"), tmp_path / "run", until="sft", progress=progress)
     assert [line for line in progress.lines if line.startswith("plan: ")] == [
         "plan: none (ZeroDivisionError: division by zero)"
     ]

@@ -91,7 +91,7 @@ def test_parts_are_read_from_runs_and_the_first_update_is_left_out(tmp_path):
 def test_the_curve_of_a_real_run(runs: killed.Runs, tmp_path):
     run = runs.after("ppo")
     made = plan_report.report(
-        runs.recipe(), runs.folder, None, probe=False, workers=12, runs=[run],
+        runs.recipe(), runs.folder, "8GB", probe=False, workers=12, runs=[run],
         network=("25Gbit", "50us"),
     )  # fmt: skip
     per_role = Record.read(run).data["lora"]["parameters_per_role"]

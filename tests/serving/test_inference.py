@@ -155,7 +155,7 @@ def test_an_answer_of_a_schema(engine):
             assert choice.valid and choice.finish_reason == "stop"
     free = {"type": "object", "additionalProperties": {"type": "null"}, "minProperties": 3}
     form = Constraint("json_schema", free)
-    done = engine.generate(ask(n=40, max_tokens=40, constraint=form, temperature=0.7))
+    done = engine.generate(ask(n=20, max_tokens=40, constraint=form, temperature=0.7))
     assert all("twice" not in (form.check(choice.text) or "") for choice in done.choices)
     text = Constraint("regex", "[a-z]{2}[a-z ]*;")
     [ended] = engine.generate(ask(constraint=text, temperature=3.0)).choices

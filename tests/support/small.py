@@ -6,8 +6,10 @@ import copy
 import functools
 import shutil
 import tempfile
+from collections import OrderedDict
 from pathlib import Path
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -44,6 +46,16 @@ ARCHITECTURES = {
             "word_embed_proj_dim": 64},
 }  # fmt: skip
 """model_type -> what makes its config tiny; every one keeps its dropout defaults."""
+
+
+def with_each(first: object, other: object) -> list[object]:
+    """Cases (architecture, value): each with the first value, Llama with both; the rest is slow."""
+    return [
+        pytest.param(name, value, marks=[pytest.mark.slow] * (value is other and name != "llama"))
+        for value in (first, other)
+        for name in ARCHITECTURES
+    ]
+
 
 NO_TOKEN_CLASS = ("opt", "gemma3_text")
 """Those whose value head sits in their sequence class."""
@@ -156,7 +168,17 @@ def backbone(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             _BACKBONES[key] = _backbone(model, lora, roles)
-    return copy.deepcopy(_BACKBONES[key])
+    return _copied(_BACKBONES[key])
+
+
+def _copied(made: Backbone) -> Backbone:
+    """A copy; most of its time would go into thousands of modules' dictionaries without hooks."""
+    memo: dict[int, object] = {}
+    seen: set[torch.nn.Module] = set()
+    for view in (made.causal, *made.views.values()):
+        for _, module in view.named_modules(seen):
+            memo |= {id(d): OrderedDict() for d in vars(module).values() if d == OrderedDict()}
+    return copy.deepcopy(made, memo)
 
 
 def _backbone(model: ModelSection, lora: LoraSection, roles: tuple[str, ...]) -> Backbone:

@@ -2,6 +2,7 @@
 """The modules of a package read as syntax trees: who imports whom, and which rules that breaks."""
 
 import ast
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -23,10 +24,21 @@ class SourceTree:
         for path in map(PurePosixPath, sources):
             parts = path.with_suffix("").parts
             self.paths[".".join(parts).removesuffix(".__init__")] = path
-        self.trees = {name: ast.parse(sources[str(path)]) for name, path in self.paths.items()}
-        self.nodes = {name: list(ast.walk(tree)) for name, tree in self.trees.items()}
+        self.sources = sources
         self.modules = [name for name in self.paths if name != ENTRANCE]
-        self._openers = {
+
+    @functools.cached_property
+    def trees(self) -> dict[str, ast.Module]:
+        """Parsed at the first use, which is after collection."""
+        return {name: ast.parse(self.sources[str(path)]) for name, path in self.paths.items()}
+
+    @functools.cached_property
+    def nodes(self) -> dict[str, list[ast.AST]]:
+        return {name: list(ast.walk(tree)) for name, tree in self.trees.items()}
+
+    @functools.cached_property
+    def _openers(self) -> set[str]:
+        return {
             function.name
             for nodes in self.nodes.values()
             for function in nodes
@@ -35,6 +47,7 @@ class SourceTree:
         }
 
     @classmethod
+    @functools.cache
     def read(cls, folder: Path) -> "SourceTree":
         files = sorted(folder.rglob("*.py"))
         return cls({f.relative_to(folder).as_posix(): f.read_text(encoding="utf-8") for f in files})

@@ -77,8 +77,12 @@ def run(folder: Path, kind: str, updates: set[int], total: int = 5) -> Run:
     return made
 
 
-@pytest.mark.parametrize("role", ["reference", "reward"])
-@pytest.mark.parametrize("at", [1, 3])
+@pytest.mark.parametrize(
+    ("role", "at"),
+    [("reference", 3), ("reward", 1),
+     pytest.param("reference", 1, marks=pytest.mark.slow),
+     pytest.param("reward", 3, marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_a_frozen_role_that_moves_stops_the_run_in_that_update(tmp_path, role, at):
     """The first update has hashes of its own; this one is after each."""
     made = Run(tmp_path / "r", ARGS, updates=3)
