@@ -302,7 +302,7 @@ FORBIDDEN = {
     *("yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "yaml.unsafe_load_all"),
     *("yaml.full_load_all", "pandas.read_pickle", "pd.read_pickle"),
 }
-SAFE_LOADERS = ("yaml.SafeLoader", "_Loader")
+SAFE_LOADERS = ("yaml.SafeLoader", "yaml.CSafeLoader", "_Loader")
 
 
 def dangers(tree: ast.AST) -> list[str]:
