@@ -240,7 +240,7 @@ def _settings_of(kind: str, answers: int, guidelines: str) -> dict[str, Any]:
     def options(given: Iterable[str], marks: Mapping[str, str] = QUESTIONS) -> list[dict[str, str]]:
         return [{"value": key, "text": marks.get(key, key)} for key in given]
 
-    names = [f"answer-{number}" for number in range(1, answers + 1)]
+    names = [f"answer_{number}" for number in range(1, answers + 1)]
     flags = [*FLAGS, "both_bad"]
     questions = {
         "ranking": [one("ranking", True, type="ranking", options=options(names))],

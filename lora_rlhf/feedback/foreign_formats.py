@@ -145,7 +145,7 @@ def split(
         raise fault(
             where,
             f"unknown field {wrong[0]!r:.60} beside the prompt {prompt!r}",
-            "fields named answer-1, response_a and the like",
+            "fields named answer_1, response_a and the like",
             f"if it is an answer: --field answer={wrong[0]}; if not: --ignore {wrong[0]}",
         )
     return prompt, [key for key in answers if key in given]
@@ -257,7 +257,7 @@ def _rated(
         raise fault(
             where,
             f"a rating of {len(names)} answers together",
-            "a rating of one answer, or one of each, such as quality-answer-1",
+            "a rating of one answer, or one of each, such as quality-answer_1",
         )
     if len(numbers) < len(names):
         raise Unusable("ratings of only some answers")
@@ -384,7 +384,7 @@ def exported(
         order = shuffled(task)
         places = tuple(order.index(index) for index in range(len(order)))
         answers = tuple(
-            Answer(f"answer-{place}", task.answers[index].text)
+            Answer(f"answer_{place}", task.answers[index].text)
             for place, index in enumerate(order, start=1)
         )
         mine = [] if unlabelled else of_task.get(task.id, [])

@@ -43,6 +43,12 @@ _RESULT = (
 )  # fmt: skip
 LABELER = "labeler: "
 """Beginning of the region's note in which we write who gave a label."""
+_SHOWN = {
+    "a3": "A is much better", "a2": "A is better", "a1": "A is slightly better",
+    "tie": "about the same",
+    "b1": "B is slightly better", "b2": "B is better", "b3": "B is much better",
+}  # fmt: skip
+"""Option of a pair, by `STRENGTHS` -> as people see it."""
 _BUCKET = re.compile(r"rank[-_ ]?(\d+)", re.I)
 
 
@@ -225,9 +231,9 @@ def _annotation(task: Task, label: Label) -> dict[str, Any]:
         option = next(key for key, strength in STRENGTHS.items() if strength == value["strength"])
         add("preference", "prompt", "choices", choices=[option])
     elif "overall" in value:
-        add("overall", "answer-1", "rating", rating=value["overall"])
+        add("overall", "answer_1", "rating", rating=value["overall"])
         yes = [key for key, holds in value["questions"].items() if holds]
-        add("questions", "answer-1", "choices", choices=yes)
+        add("questions", "answer_1", "choices", choices=yes)
     elif "text" in value:
         add("demonstration", "prompt", "textarea", text=[value["text"]])
     if marks:
@@ -240,6 +246,11 @@ def _annotation(task: Task, label: Label) -> dict[str, Any]:
     return {"result": results, "ground_truth": False, "created_at": label.created, **about}
 
 
+def _choice(text: str, name: str) -> str:
+    """Return a choice that shows a text, and stands in results by its name."""
+    return f"<Choice value={quoteattr(text)} alias={quoteattr(name)}/>"
+
+
 def _interface(kind: str) -> str:
     """Return the labelling interface of a type of task."""
     shown = {
@@ -247,23 +258,22 @@ def _interface(kind: str) -> str:
         + "".join(f'<Bucket name="rank-{n}" title="{n}"/>' for n in range(1, 10))
         + "</Ranker>",
         "pair": '<View style="display: flex; gap: 2em">'
-        '<Text name="answer-1" value="$answer-1"/><Text name="answer-2" value="$answer-2"/></View>'
+        '<View><Header value="A"/><Text name="answer_1" value="$answer_1"/></View>'
+        '<View><Header value="B"/><Text name="answer_2" value="$answer_2"/></View></View>'
         '\n<Choices name="preference" toName="prompt" choice="single">'
-        + "".join(f'<Choice value="{option}"/>' for option in STRENGTHS)
+        + "".join(_choice(text, option) for option, text in _SHOWN.items())
         + "</Choices>",
-        "rating": '<Text name="answer-1" value="$answer-1"/>\n'
-        f'<Rating name="overall" toName="answer-1" maxRating="{OVERALL[1]}"/>\n'
-        '<Choices name="questions" toName="answer-1" choice="multiple">'
-        + "".join(
-            f"<Choice value={quoteattr(text)} alias={quoteattr(key)}/>"
-            for key, text in QUESTIONS.items()
-        )
+        "rating": '<Text name="answer_1" value="$answer_1"/>\n'
+        f'<Rating name="overall" toName="answer_1" maxRating="{OVERALL[1]}"/>\n'
+        '<Choices name="questions" toName="answer_1" choice="multiple">'
+        + "".join(_choice(text, key) for key, text in QUESTIONS.items())
         + "</Choices>",
         "demonstration": '<TextArea name="demonstration" toName="prompt" rows="8" maxSubmissions='
         '"1"/>',
     }
-    note = '<TextArea name="note" toName="prompt" maxSubmissions="1"/>\n'
-    flags = "".join(f'<Choice value="{flag}"/>' for flag in (*FLAGS, "both_bad"))
+    note = '<TextArea name="note" toName="prompt" maxSubmissions="1" placeholder="Note"/>\n'
+    marks = {**{flag: flag.replace("_", " ") for flag in FLAGS}, "both_bad": "all answers are bad"}
+    flags = "".join(_choice(text, mark) for mark, text in marks.items())
     return (
         '<View>\n<Paragraphs name="prompt" value="$prompt" layout="dialogue" nameKey="role" '
         f'textKey="content"/>\n{shown[kind]}\n'

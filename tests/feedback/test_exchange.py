@@ -7,6 +7,7 @@ feedback model.
 """
 
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -308,6 +309,16 @@ def test_our_labels_come_back_as_they_were(tmp_path, folder, labelled, tool):
         assert len(store.tasks()) == 7
     for part in parts:
         assert "0 tasks and 0 labels" in exchange.take(folder, part, tool)[0]
+
+
+def test_label_studio_shows_what_its_tasks_hold(tmp_path, folder, labelled):
+    """Its page reads `$answer-1` as `$answer` and the text "-1"."""
+    exchange.put(folder, tmp_path / "out", "label-studio")
+    for path in (tmp_path / "out").glob("*.xml"):
+        shown = set(re.findall(r'value="\$([^"]*)"', path.read_text()))
+        assert all(re.fullmatch(r"\w+", name) for name in shown)
+        for row in json.loads(path.with_suffix(".json").read_text()):
+            assert shown == row["data"].keys() - {"task"}
 
 
 def test_tasks_alone_can_be_handed_out_and_ties_are_counted_for_argilla(tmp_path, folder, labelled):
