@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import platform
+from typing import Any
 
 import torch
 
@@ -33,11 +34,25 @@ def device_name() -> str:
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
+def _emulates_bfloat16() -> bool:
+    """True on an x86 processor that computes in bfloat16 by way of float32."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)  # not every torch has it
+    able: dict[str, Any] = capabilities()
+    x86 = able.get("architecture") == "x86_64"
+    return x86 and not (able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
 def hardware_limitations(dtype: torch.dtype) -> list[str]:
     """List the limitations of this machine for a base that was loaded in `dtype`."""
     if not torch.cuda.is_available():
         apple = "an Apple GPU (MPS) is not used, " if torch.backends.mps.is_available() else ""
-        return [f"no CUDA GPU: {apple}everything runs on the CPU"]
+        limitations = [f"no CUDA GPU: {apple}everything runs on the CPU"]
+        if dtype == torch.bfloat16 and _emulates_bfloat16():
+            limitations.append(
+                "this processor has no instructions for bfloat16: it is emulated, and several "
+                "times slower than float32; model.dtype: auto takes float32"
+            )
+        return limitations
     limitations, (major, minor) = [], torch.cuda.get_device_capability(0)
     if (major, minor) < (8, 0):
         how = {

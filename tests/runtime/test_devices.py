@@ -77,6 +77,25 @@ def test_hardware_limitations_are_named(gpus, count, capability, mps, dtype, lim
     assert devices.hardware_limitations(dtype) == limitations
 
 
+@pytest.mark.parametrize(
+    ("able", "emulates"),
+    [
+        ({"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}, True),
+        ({"architecture": "x86_64", "avx512_bf16": True}, False),
+        ({"architecture": "x86_64", "amx_bf16": True}, False),
+        ({"architecture": "aarch64"}, False),
+        ({}, False),
+    ],
+)
+def test_a_processor_that_emulates_bfloat16_is_named(gpus, monkeypatch, able, emulates):
+    gpus(0, None)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    slow = ["this processor has no instructions for bfloat16: it is emulated, and several times "
+            "slower than float32; model.dtype: auto takes float32"]  # fmt: skip
+    assert devices.hardware_limitations(torch.bfloat16)[1:] == slow * emulates
+    assert devices.hardware_limitations(torch.float32)[1:] == []
+
+
 def test_a_t4_trains_in_float16_with_float32_adapters(gpus, tmp_path):
     """All stages that train, on a CPU that is presented as a T4."""
     gpus(1, (7, 5))
