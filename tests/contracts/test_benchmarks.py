@@ -317,7 +317,7 @@ def test_a_peer_runs(peer):
 
 def test_the_page_has_a_place_for_every_table():
     page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    for name in ("case a", "case b", "case c", "gpu", "quality", "start"):
+    for name in ("case a", "case b", "case c", "gpu", "quality", "start", "time to quality"):
         assert page.count(f"<!-- {name} -->") == page.count(f"<!-- end {name} -->") == 1
 
 
@@ -333,3 +333,46 @@ def test_the_table_of_quality_is_made_from_the_study():
     [line] = [line for line in text.splitlines() if line.startswith("| 1/4")]
     # t(2) = 4.3027, s = 0.1: 0.65 -+ 4.3027 * 0.1 / sqrt(3)
     assert "| 3 | 0.650 [0.402, 0.898]" in line and line.endswith("| 2 of 3 |")
+
+
+def test_seconds_to_quality_are_compared_seed_by_seed():
+    import time_to_quality
+
+    def one(program, seed, rate, seconds):
+        curve = [{"update": 2, "seconds": 20.0, "win_rate": 0.6 if seconds else 0.5}]
+        facts = {"program": program, "seed": seed, "rate": rate, "seconds": seconds}
+        return {**facts, "updates": 2, "per_update": 10.0, "curve": curve}
+
+    runs = [one("rloo", 0, 1e-3, 30.0), one("rloo", 0, 2e-3, 20.0), one("rloo", 1, 2e-3, 10.0)]
+    runs += [one("trl-rloo", 0, 1e-3, 60.0), one("trl-rloo", 1, 1e-3, 40.0)]
+    runs += [one("ppo", 0, 1e-3, None), one("ppo", 1, 1e-3, 80.0)]
+    found = time_to_quality.options(["study", "--out", "out", "--target", "0.57"])
+    text = time_to_quality.markdown(runs, found)
+    assert "| ours, RLOO | 3.50 (3.00 to 4.00), 2 seeds |" in text
+    assert "| ours, PPO | 0.50 (0.50 to 0.50), 1 seed |" in text  # not reached is no pair
+    assert "| ours, PPO | 0.001 | 0 | 0.500 | 2 | not in 20.0 | 10.00 |" in text
+
+
+def test_the_clock_of_quality_stands_still_while_answers_are_checked(monkeypatch):
+    import time_to_quality
+
+    now = [5.0]
+    monkeypatch.setattr(time_to_quality.time, "process_time", lambda: now[0])
+    watch = time_to_quality.Watch.__new__(time_to_quality.Watch)
+    watch.target, watch.every, watch.curve, watch.spent = 0.6, 2, [], 0.0
+    watch.sft, watch.take = [0.0, 0.0], lambda: None
+    answers = iter([[0.0, 0.0], [1.0, 1.0]])
+
+    def gold(role):
+        now[0] += 100  # an evaluation
+        return next(answers)
+
+    watch._gold = gold
+    clock, control = watch.callback(per_update=3), SimpleNamespace(should_training_stop=False)
+    clock.on_train_begin()
+    for step in range(1, 13):
+        now[0] += 1
+        clock.on_step_end(None, SimpleNamespace(global_step=step), control)
+        assert control.should_training_stop == (step == 12)
+    assert [line["seconds"] for line in watch.curve] == [6.0, 12.0]
+    assert watch.result()["seconds"] == 12.0 and watch.result()["updates"] == 4
