@@ -64,6 +64,8 @@ Sources = Annotated[
 Unsupported = Annotated[
     str, typer.Option(help="Sentences that the sources do not support: mark, drop or refuse.")
 ]
+Base = Annotated[str | None, typer.Option(help="Base of adapters whose config names none.")]
+In4Bit = Annotated[bool, typer.Option("--load-in-4bit")]
 
 
 @command("serve")
@@ -73,10 +75,8 @@ def _serve_verb(
         str, typer.Option(help="0.0.0.0 lets other machines in; needs LORA_RLHF_API_KEY.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 8000,
-    base: Annotated[
-        str | None, typer.Option(help="Base of adapters whose config names none.")
-    ] = None,
-    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit")] = False,
+    base: Base = None,
+    load_in_4bit: In4Bit = False,
     usage: UsageFile = Path("lora-rlhf-usage.sqlite"),
     no_usage: NoUsage = False,
     moderation: ModerationFile = "default",
@@ -222,8 +222,6 @@ def _moderate_verb(
         shell.echo(f"{decision.action}  {decision.reason}")
 
 
-Base = Annotated[str | None, typer.Option(help="Base of adapters whose config names none.")]
-In4Bit = Annotated[bool, typer.Option("--load-in-4bit")]
 Schema = Annotated[
     Path | None, typer.Option("--schema", metavar="FILE", help="JSON schema of the answer.")
 ]
