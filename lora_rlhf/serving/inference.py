@@ -314,11 +314,6 @@ class InferenceEngine:
         """Why requests are not computed together; empty: they are."""
         return self._batch.why_single
 
-    @property
-    def load_now(self) -> tuple[int, int]:
-        """Number of running requests, and of waiting ones."""
-        return self._worker.load
-
     def _add(self, target: targets.Target, alone: bool) -> None:
         """Add a target under its name; a run's models have short names if it is the only one."""
         kind = target.name.rpartition(":")[2] if target.run else target.kind

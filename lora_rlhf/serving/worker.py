@@ -188,11 +188,6 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
         self._thread.start()
 
-    @property
-    def load(self) -> tuple[int, int]:
-        """Count the jobs in the batch, and those that wait."""
-        return len(self._active) + len(self._prefilling), len(self._waiting)
-
     def submit(self, job: Job) -> None:
         """Queue a job.
 
