@@ -237,7 +237,8 @@ def check(
         if record is None:
             return wrong
         progress.say(run_memory.before_run(recipe)[1])
-        if (backbone := ok(Backbone.load, record.model_section(recipe), recipe.lora)) is None:
+        section, shard = record.model_section(recipe), recipe.model.shard
+        if (backbone := ok(Backbone.load, section, recipe.lora, shard)) is None:
             return wrong
         for note in backbone.source.get("token_notes", ()):
             progress.say(note)

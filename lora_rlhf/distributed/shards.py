@@ -30,12 +30,10 @@ class Shards:
 
     Attributes:
         parts: Bytes of each block, (total / processes,) uint8.
-        received: Bytes that this process has received.
     """
 
     def __init__(self, world: World, device: torch.device) -> None:
         self.parts: list[Tensor] = []
-        self.received = 0
         self._world, self._device = world, device
         self._whole: tuple[int, Tensor | None] = (_WAITS, None)
         world.waiting = self.serve
@@ -93,7 +91,6 @@ class Shards:
                     moves.append(dist.P2POp(dist.isend, self.parts[number], other, group))
                 if out is not None:
                     moves.append(dist.P2POp(dist.irecv, out[other], other, group))
-                    self.received += out[other].nbytes
             for work in dist.batch_isend_irecv(moves) if moves else ():
                 work.wait()
         if out is not None:

@@ -137,6 +137,7 @@ def shard(base: BaseModel) -> None:
     device, shared = pick_device(), world()
     _move_rest(base, device)
     before = _logits(base, device)
+    _move_rest(base, device)  # the norms went back to the host with their layers
     shards = Shards(shared, device)
     for layer in base.layers:
         modules = matrices(layer)
