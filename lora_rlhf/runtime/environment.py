@@ -24,7 +24,8 @@ _ONE_PROCESS = (
 )
 _PLAIN = (
     "plain PyTorch: this package trains without DeepSpeed, FSDP and Megatron",
-    "unset the variable, which accelerate reads",
+    "unset the variable, which accelerate reads; if the base fits no single GPU, "
+    "set model.shard: true",
 )
 _REFUSED = {
     **dict.fromkeys(
