@@ -236,9 +236,9 @@ def check(
                 progress.say(note)
         if record is None:
             return wrong
-        progress.say(run_memory.before_run(recipe)[1])
-        section, shard = record.model_section(recipe), recipe.model.shard
-        if (backbone := ok(Backbone.load, section, recipe.lora, shard)) is None:
+        model, planned = record.model_section(recipe), run_memory.before_run(recipe)
+        progress.say(planned[1])
+        if (backbone := ok(Backbone.load, model, recipe.lora, model.shard)) is None:
             return wrong
         for note in backbone.source.get("token_notes", ()):
             progress.say(note)
