@@ -44,7 +44,7 @@ from lora_rlhf.hub import backup, publishing, repository
 from lora_rlhf.models import adapters, sharded_layers
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.planning import run_memory, stage_work
-from lora_rlhf.recipe.schema import Recipe
+from lora_rlhf.recipe.schema import LoraSection, ModelSection, Recipe
 from lora_rlhf.recipe.stage_keys import fingerprints, flat_keys, has_reward_model, stage_names
 from lora_rlhf.reports import evaluation_report, html_report, plots, rich_displays, tables
 from lora_rlhf.reports.cards import model_card
@@ -236,9 +236,8 @@ def check(
                 progress.say(note)
         if record is None:
             return wrong
-        model, planned = record.model_section(recipe), run_memory.before_run(recipe)
-        progress.say(planned[1])
-        if (backbone := ok(Backbone.load, model, recipe.lora, model.shard)) is None:
+        progress.say(run_memory.before_run(recipe)[1])
+        if (backbone := ok(Backbone.load, *_base(recipe, record))) is None:
             return wrong
         for note in backbone.source.get("token_notes", ()):
             progress.say(note)
@@ -440,6 +439,11 @@ def _with_adapters_here(recipe: Recipe) -> Recipe:
     return recipe
 
 
+def _base(recipe: Recipe, record: Record) -> tuple[ModelSection, LoraSection, bool]:
+    """Return how the base is loaded; one that processes share comes by way of the host."""
+    return record.model_section(recipe), recipe.lora, recipe.model.shard
+
+
 def _load_backbone(
     recipe: Recipe, record: Record, progress: Progress
 ) -> tuple[Backbone, run_memory.PeakMemory]:
@@ -450,8 +454,7 @@ def _load_backbone(
         record.data["plan"] = planned.as_dict()
     peak, clock = run_memory.PeakMemory(planned), record.data["clock"]
     started = time.perf_counter()
-    section = record.model_section(recipe)
-    backbone = Backbone.load(section, recipe.lora, recipe.model.shard)
+    backbone = Backbone.load(*_base(recipe, record))
     if recipe.model.shard:
         sharded_layers.shard(backbone)
     if planned is None:  # said after loading, so that a missing base is reported once
