@@ -55,6 +55,8 @@ class BaseModel:
         self.target_modules = linear_names(self.layers, self.lora_section.target_modules)
         self.causal.requires_grad_(False)
         self.causal.eval()
+        if self.causal.dtype != torch.float32:
+            self.causal.get_output_embeddings().register_forward_pre_hook(_contiguous)
 
     @classmethod
     def load(cls, model: ModelSection, lora: LoraSection, on_host: bool = False) -> Self:
@@ -142,6 +144,17 @@ class BaseModel:
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids to text, without special tokens."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def _contiguous(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Make the input of a half-precision head contiguous on the CPU.
+
+    The last token's states of several rows are not, and torch then multiplies row by row with a
+    copy of the head for each: 864 MB for 16 rows and SmolLM2's vocabulary.
+    """
+    if not args or args[0].device.type != "cpu":
+        return None
+    return args[0].contiguous(), *args[1:]
 
 
 def decoder_layers(causal: PreTrainedModel) -> nn.ModuleList:

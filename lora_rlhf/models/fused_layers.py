@@ -7,8 +7,8 @@ and its gradient into the input's gradient. A gated MLP keeps the outputs of its
 backward and recomputes the rest, instead of keeping two more tensors as wide as the MLP; an RMS
 norm keeps its input and one number per row.
 
-Only plain float32 layers are replaced, not quantised ones or other dtypes. Hooks on the projections
-of a replaced MLP are not called. docs/log.md has the measured gain.
+Only plain float32 layers are replaced; for quantised ones and other dtypes there is `lean_layers`.
+Hooks on the projections of a replaced MLP are not called. docs/log.md has the measured gain.
 
 N rows (batch times tokens), I and O features in and out, r rank, M width of the MLP.
 """
@@ -23,11 +23,8 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from . import sharded_layers, trunk
+from . import lean_layers, sharded_layers, trunk
 from .backbone import Backbone
-
-_MLPS = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP"}
-"""Classes whose forward is down(act(gate(x)) up(x)); test_fused_layers.py compares each."""
 
 _NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm"}
 """Classes whose forward is w x / sqrt(mean(x²) + ε), compared in the same test."""
@@ -42,7 +39,7 @@ def layers(backbone: Backbone) -> Iterator[None]:
         forwards += [(m, _mlp(m)) for m in modules if _is_gated(m)]
         norms = [m for m in modules if type(m).__name__ in _NORMS and _is_frozen(m.weight)]
         forwards += [(m, _norm(m)) for m in norms]
-    with trunk.replaced(forwards):
+    with lean_layers.layers(backbone), trunk.replaced(forwards):
         yield
 
 
@@ -60,7 +57,7 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 def _is_gated(mlp: Any) -> bool:
-    if type(mlp).__name__ not in _MLPS or "SiLU" not in type(mlp.act_fn).__name__:
+    if type(mlp).__name__ not in lean_layers.MLPS or "SiLU" not in type(mlp.act_fn).__name__:
         return False
     return all(
         _is_plain(part) or (type(part) is nn.Linear and _is_frozen(part.weight))

@@ -265,6 +265,7 @@ def test_one_door_per_library():
     assert TREE.importers("peft") == {
         "models.backbone",
         "models.fused_layers",
+        "models.lean_layers",
         "models.plain_adapters",
         "models.stacked_lora",
     }

@@ -5,6 +5,8 @@ import json
 
 import pytest
 import small
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from lora_rlhf.errors import BaseModelError
@@ -82,3 +84,22 @@ def test_a_model_without_layers_is_refused():
     causal.config.num_hidden_layers = 7
     with pytest.raises(BaseModelError, match="no list of 7 layers"):
         decoder_layers(causal)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_last_tokens_head_is_one_product_in_half_precision(dtype):
+    """Without a contiguous input it is a batch of products, each with a copy of the head."""
+    base = small.base(small.base_folder(), dtype=dtype)
+    names = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    states = torch.randn(3, 5, small.HIDDEN).to(base.causal.dtype)
+    with torch.no_grad(), Names():
+        found = base.causal.lm_head(states[:, -1:])
+    assert "aten.mm.default" in names and "aten.bmm.default" not in names
+    wanted = states[:, -1].float() @ base.causal.lm_head.weight.float().t()
+    torch.testing.assert_close(found[:, 0].float(), wanted, rtol=2e-2, atol=2e-2)

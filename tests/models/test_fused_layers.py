@@ -6,7 +6,7 @@ import small
 import torch
 from small import EPISODES
 
-from lora_rlhf.models import fused_layers, scoring
+from lora_rlhf.models import fused_layers, lean_layers, scoring
 
 ROLES = ("policy", "reward")
 
@@ -61,7 +61,7 @@ def replaced(made):
 @pytest.mark.parametrize("name", small.ARCHITECTURES)
 def test_what_is_replaced_is_what_is_compared(name):
     found = replaced(small.backbone(name, *ROLES))
-    norms, mlps = fused_layers._NORMS.intersection(found), fused_layers._MLPS.intersection(found)
+    norms, mlps = fused_layers._NORMS.intersection(found), lean_layers.MLPS.intersection(found)
     if name in ("llama", "mistral", "qwen2", "qwen3"):
         assert len(norms) == len(mlps) == 1
         assert found.count(*mlps) == 2 and found.count(*norms) == (9 if name == "qwen3" else 5)
