@@ -119,10 +119,7 @@ def _low(lora_a: Any, made_by: _Gated | None) -> Callable[..., Tensor]:
 
 
 class _Recomputed(torch.autograd.Function):
-    """A function of frozen weights that keeps its inputs only, and is computed again in backward.
-
-    `torch.utils.checkpoint` keeps its inputs where no hook for saved tensors sees them.
-    """
+    """A function of frozen weights that keeps its inputs only; backward computes it again."""
 
     @staticmethod
     def forward(ctx: Any, own: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -136,8 +133,7 @@ class _Recomputed(torch.autograd.Function):
         inputs = [
             t.detach().requires_grad_(n) for t, n in zip(ctx.saved_tensors, needs, strict=True)
         ]
-        as_it_is = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
-        with torch.enable_grad(), as_it_is:
+        with torch.enable_grad():
             out = ctx.own(*inputs)
         by_input = iter(torch.autograd.grad(out, [t for t in inputs if t.requires_grad], grads))
         return None, *(next(by_input) if n else None for n in needs)
