@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,12 +25,8 @@ def fingerprint(causal: PreTrainedModel) -> str:
     """Hash names, shapes and evenly spaced samples of the frozen tensors by sha256."""
     digest = hashlib.sha256()
     for name, tensor in _base_parameters(causal):
-        flat = tensor.detach().reshape(-1)
-        # Odd, because an even step would sample a single column of a matrix with 4096 columns.
-        step = max(1, flat.numel() // 4096) | 1
-        sample = flat[::step].float() if flat.is_floating_point() else flat[::step]
         digest.update(f"{name.replace('.base_layer', '')} {tuple(tensor.shape)}".encode())
-        digest.update(sample.cpu().numpy().tobytes())
+        digest.update(_spaced(tensor, tensor.numel() // 4096).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -40,8 +37,7 @@ def sample(causal: PreTrainedModel) -> list[float]:
     each = max(1, _SAMPLE // max(len(tensors), 1))
     values: list[float] = []
     for tensor in tensors:
-        flat = tensor.detach().reshape(-1)
-        values += flat[:: max(1, flat.numel() // each) | 1][:each].float().tolist()
+        values += _spaced(tensor, tensor.numel() // each)[:each].tolist()
     return values
 
 
@@ -56,8 +52,16 @@ def nearly_same(values: list[float], causal: PreTrainedModel) -> bool:
 def _base_parameters(causal: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in causal.named_parameters():
         if "lora_" not in name and "value_head" not in name:
-            # A matrix that processes share is put together for this.
-            yield (
-                name,
-                tensor if (piece := getattr(tensor, "piece", None)) is None else piece.whole(),
-            )
+            yield name, tensor
+
+
+def _spaced(parameter: Any, step: int) -> Tensor:
+    """Copy every `step`-th number, or every one after it, to the host; floats as float32.
+
+    The step is odd, because an even one would sample a single column of a matrix with 4096 columns.
+    A matrix that processes share is put together for this, and dropped before the next one.
+    """
+    piece = getattr(parameter, "piece", None)
+    whole: Tensor = parameter.detach() if piece is None else piece.whole()
+    flat = whole.reshape(-1)[:: max(1, step) | 1]
+    return (flat.float() if flat.is_floating_point() else flat).cpu().clone()

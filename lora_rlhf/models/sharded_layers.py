@@ -148,9 +148,10 @@ def shard(base: BaseModel) -> None:
             Piece(module, shards, number, place)
     base.shards = shards
     gap = float((_logits(base, device) - before).abs().max() / before.abs().max())
-    if not (worst := max(shared.gathered(gap))) <= _TOLERANCE:  # NaN too
+    wrong = [one for one in shared.gathered(gap) if not one <= _TOLERANCE]  # NaN too
+    if wrong:
         raise IdentityError(
-            f"model.shard: the base's logits differ by {worst:.2g} of the largest one after its "
+            f"model.shard: the base's logits differ by {wrong[0]:.2g} of the largest one after its "
             "layers were shared between the processes",
             expected="the same numbers",
             remedy="leave model.shard out; please report it with the base's name and the versions "

@@ -155,6 +155,17 @@ def _share(name: str, four_bit: bool) -> None:
         with pytest.raises(IdentityError, match="logits differ by"):
             sharded_layers.shard(base)
 
+        Shards.add, logits = real, sharded_layers._logits
+
+        def unlike_in_the_last(base, device):
+            lost = base.shards is not None and world().rank == world().size - 1
+            return logits(base, device) * (torch.nan if lost else 1)
+
+        sharded_layers._logits = unlike_in_the_last
+        base = small.base(small.base_folder(name), load_in_4bit=four_bit, dtype="float32")
+        with pytest.raises(IdentityError, match="logits differ by nan"):
+            sharded_layers.shard(base)
+
 
 @pytest.mark.parametrize(
     ("name", "four_bit"),

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A base is recognised by its tensors, in any dtype, whatever adapters it carries."""
 
+import weakref
+
+import numpy as np
 import pytest
 import small
 import torch
@@ -40,3 +43,25 @@ def test_a_base_is_recognised_in_another_dtype(dtype):
     assert there.fingerprint != small.base(small.base_folder()).fingerprint  # values are rounded
     assert nearly_same(here, there.causal)
     assert not nearly_same(here, small.base(small.base_folder(seed=1), dtype=dtype).causal)
+
+
+def test_matrices_that_processes_share_are_put_together_one_at_a_time():
+    class Piece:
+        made: list = []
+
+        def __init__(self, weight):
+            self.values = weight.detach().numpy().copy()
+
+        def whole(self):
+            assert all(ref() is None for ref in Piece.made), "another matrix is still whole"
+            array = np.copy(self.values)
+            Piece.made.append(weakref.ref(array))
+            return torch.from_numpy(array)
+
+    layers = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(3)))
+    before = fingerprint(layers), sample(layers)
+    for layer in layers:
+        layer.weight.piece = Piece(layer.weight)
+        layer.weight.data = torch.full((1,), torch.nan).expand(4, 4)
+    assert (fingerprint(layers), sample(layers)) == before
+    assert len(Piece.made) == 6
