@@ -231,9 +231,12 @@ def _least_rows(causal: Any, adapters: Sequence[Tensor]) -> int:
     for name, layer in causal.named_modules():
         if isinstance(layer, nn.Linear | Conv1D) and "lora_" not in name:
             weight = layer.weight
-            width = layer.in_features if isinstance(layer, nn.Linear) else layer.nx
+            if isinstance(layer, nn.Linear):  # the shape of packed weights tells only their number
+                shape = layer.in_features, layer.out_features
+            else:
+                shape = layer.nx, layer.nf
             dtype = weight.dtype if weight.is_floating_point() else causal.dtype
-            products.setdefault((type(layer), *weight.shape, dtype), (layer, width, dtype))
+            products.setdefault((type(layer), *shape, dtype), (layer, shape[0], dtype))
     for weight in adapters:
         product = functools.partial(nn.functional.linear, weight=weight)
         products.setdefault((*weight.shape, weight.dtype), (product, len(weight[0]), weight.dtype))

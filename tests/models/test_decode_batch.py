@@ -138,6 +138,22 @@ def test_the_fewest_rows_are_measured(changes_at, least):
     assert decode_batch._least_rows(torch.nn.Sequential(Kernels(8, 8)), []) == least
 
 
+def test_packed_weights_of_one_size_may_be_of_two_products():
+    class Packed(torch.nn.Linear):
+        def __init__(self, width, out, changes_at=999):
+            super().__init__(width, out, bias=False)
+            codes = torch.zeros(width * out // 2, 1, dtype=torch.uint8)
+            self.weight = torch.nn.Parameter(codes, requires_grad=False)
+            self.changes_at = changes_at
+
+        def forward(self, rows):
+            return rows + 1e-3 * (len(rows) >= self.changes_at)
+
+    layers = torch.nn.Sequential(Packed(8, 16), Packed(16, 8, changes_at=11))
+    layers.dtype = torch.float32
+    assert decode_batch._least_rows(layers, []) == 16
+
+
 def test_without_steady_kernels_rows_are_computed_alone(monkeypatch):
     monkeypatch.setattr(decode_batch, "_steady", lambda *_: False)
     batch = DecodeBatch(base(base_folder("llama")), [])
