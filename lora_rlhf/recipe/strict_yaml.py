@@ -41,8 +41,9 @@ class _Loader(yaml.SafeLoader):
 
     def __init__(self, text: str, name: str) -> None:
         super().__init__(text)
-        # libyaml is ten times faster; where it finds an error, PyYAML's parser words it.
-        with contextlib.suppress(yaml.YAMLError, UnicodeError):
+        # libyaml is ten times faster; where it finds an error, PyYAML's parser words it. PyYAML may
+        # have been built without libyaml: then it has no CSafeLoader.
+        with contextlib.suppress(yaml.YAMLError, UnicodeError, AttributeError):
             self.state = iter([*yaml.parse(text, Loader=yaml.CSafeLoader)]).__next__
         self.name, self.depth = name, 0
         self.lines: Lines = {}

@@ -408,3 +408,16 @@ def test_what_an_adapter_of_ones_own_makes_useless_has_a_remedy_that_helps(key):
     remedy = re.search(r"`--set (.+?)`", str(caught.value))[1]
     assert remedy == f"{key}={{}}"
     assert getattr(parse("", *sets, remedy), stage).start == "/own"
+
+
+@pytest.mark.parametrize("text", [EVERY_KEY, "- a\n- [b, 'c']\n", "a: &x 1\n", "a: 1\na: 2\n", ""])
+def test_yaml_reads_the_same_without_libyaml(monkeypatch, text):
+    def read():
+        try:
+            return parse_yaml(text, "r.yaml")
+        except RecipeError as error:
+            return str(error)
+
+    with_libyaml = read()
+    monkeypatch.delattr(yaml, "CSafeLoader")  # as where PyYAML was built without it
+    assert read() == with_libyaml
