@@ -310,7 +310,7 @@ def expected_outputs(backbone: Backbone, role: str) -> dict[str, Any]:
         "base_fingerprint": backbone.fingerprint,
         "dtype": str(backbone.causal.dtype).removeprefix("torch."),
         "load_in_4bit": backbone.is_4bit,
-        "base_sample": fingerprints.sample(backbone.causal),
+        "base_sample": backbone.base_sample,
         "input_ids": ids.tolist(),
         "attention_mask": mask.tolist(),
         "pad_token_id": int(backbone.tokenizer.pad_token_id),

@@ -76,6 +76,11 @@ class BaseModel:
         """Hash that identifies the base model."""
         return fingerprints.fingerprint(self.causal)
 
+    @functools.cached_property
+    def base_sample(self) -> list[float]:
+        """Some of its weights, for `fingerprints.nearly_same`; a shared base is fetched once."""
+        return fingerprints.sample(self.causal)
+
     @property
     def device(self) -> torch.device:
         """The device that holds the backbone."""

@@ -86,9 +86,8 @@ class SeveralGpus:
     def lines(self) -> Iterator[str]:
         """Yield the plan for people."""
         size = f"{self.capacity / 10**9:g} GB"
-        yield (
-            f"{self.count} GPUs of {size}, each with {self.whole.micro_batch} rows of a micro-batch"
-        )
+        rows_each = f"{self.whole.micro_batch} row{'s' * (self.whole.micro_batch > 1)}"
+        yield f"{self.count} GPUs of {size}, each with {rows_each} of a micro-batch"
         step, once = format_bytes(self.per_step), format_bytes(self.per_pass)
         rows = [self._row("whole on each", self.whole, f"{step} per optimizer step")]
         if self.shared is not None:

@@ -9,6 +9,7 @@ import small
 import torch
 from torch import nn
 
+from lora_rlhf.models import adapters, fingerprints
 from lora_rlhf.models.fingerprints import fingerprint, nearly_same, sample
 
 
@@ -43,6 +44,18 @@ def test_a_base_is_recognised_in_another_dtype(dtype):
     assert there.fingerprint != small.base(small.base_folder()).fingerprint  # values are rounded
     assert nearly_same(here, there.causal)
     assert not nearly_same(here, small.base(small.base_folder(seed=1), dtype=dtype).causal)
+
+
+def test_weights_of_a_base_are_sampled_once(monkeypatch, tmp_path):
+    """A base that processes share would be put together for each adapter that is saved."""
+    monkeypatch.setattr(
+        fingerprints, "sample", lambda causal, own=sample: calls.append(own(causal))
+    )
+    calls: list = []
+    backbone = small.backbone("llama", "policy", "reference")
+    for role in ("policy", "reference"):
+        adapters.save_role(backbone, role, tmp_path / role)
+    assert len(calls) == 1
 
 
 def test_matrices_that_processes_share_are_put_together_one_at_a_time():
