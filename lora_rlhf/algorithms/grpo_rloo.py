@@ -31,7 +31,7 @@ from lora_rlhf.training.trl_config import build, effective, trainer_args
 
 from . import custom_reward, identities, policy_stage, reward_functions
 from .objectives import kl_estimates, masked_mean
-from .policy_trainer import RolloutTrainer, TiedReferenceTrainer
+from .policy_trainer import CLONE, RolloutTrainer, TiedReferenceTrainer
 from .ppo import ppo_metrics, ppo_stage
 from .ppo.minibatches import model_inputs
 
@@ -112,6 +112,7 @@ class _GroupTrainer(RolloutTrainer, TiedReferenceTrainer):
         self.progress = progress
         self._prompt_ids: list[list[int]] = []
         self._sampled: list[sampler.Sampled] = []
+        self._computed: dict[str, Tensor] = {}
         super().__init__(backbone, **options)
 
     def _generate(self, prompts: list[Any]) -> Any:
@@ -152,10 +153,12 @@ class _GroupTrainer(RolloutTrainer, TiedReferenceTrainer):
             size,
             lambda n: compute(model, ids[rows], mask[rows], tokens, batch_size=n, **options),
         )
-        if alone:
-            return out
-        columns = zip(*world().gathered(out), strict=True)
-        return tuple(None if part[0] is None else torch.cat(part) for part in columns)
+        if not alone:
+            columns = zip(*world().gathered(out), strict=True)
+            out = tuple(None if part[0] is None else torch.cat(part) for part in columns)
+        role = "reference" if self.backbone.views["policy"].active_adapter == CLONE else "policy"
+        self._computed[role] = out[0]
+        return out
 
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
@@ -181,6 +184,7 @@ class _GroupTrainer(RolloutTrainer, TiedReferenceTrainer):
         return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._computed.clear()
         out: dict[str, Any] = super()._generate_and_score_completions(inputs)
         self._observe(out)
         self.progress.phase("update")
@@ -189,7 +193,11 @@ class _GroupTrainer(RolloutTrainer, TiedReferenceTrainer):
     @torch.no_grad()
     def _observe(self, out: dict[str, Any]) -> None:
         """Check and log the KL to SFT as PPO measures it, whatever estimator the loss uses."""
-        policy_bt, reference_bt = (self._logprobs(out, role) for role in ("policy", "reference"))
+        roles = ("policy", "reference")
+        if {*roles} <= self._computed.keys():  # by TRL for the loss; both in the same way
+            policy_bt, reference_bt = (self._computed[role] for role in roles)
+        else:
+            policy_bt, reference_bt = (self._logprobs(out, role) for role in roles)
         mask_bt = out["completion_mask"]
         if self.state.global_step == 0 and not self.warm_started:
             self.identities["kl_at_start"] = identities.policy_equals_reference(

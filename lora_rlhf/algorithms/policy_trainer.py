@@ -19,7 +19,7 @@ from lora_rlhf.training.resumable_trainer import ResumableTrainer
 from . import identities
 from .identities import FrozenRolesCheck
 
-_CLONE = "ref"
+CLONE = "ref"
 """Name of the adapter into which TRL clones the policy's, as the reference of its KL."""
 
 
@@ -115,9 +115,9 @@ def tie_reference(backbone: Backbone) -> int:
     """
     view = backbone.views["policy"]
     parameters = dict(view.named_parameters())
-    clones = [name for name in parameters if f".{_CLONE}." in name]
+    clones = [name for name in parameters if f".{CLONE}." in name]
     for name in clones:
-        sft = parameters[name.replace(f".{_CLONE}.", f".{ADAPTERS['reference']}.")]
+        sft = parameters[name.replace(f".{CLONE}.", f".{ADAPTERS['reference']}.")]
         same = parameters[name].dtype == sft.dtype and torch.equal(parameters[name], sft)
         if not same:
             raise IdentityError(
@@ -129,9 +129,7 @@ def tie_reference(backbone: Backbone) -> int:
     # PEFT's `set_adapter` would also change which parameters are trainable.
     view.active_adapter = view.base_model.active_adapter = ADAPTERS["policy"]
     backbone.activate([ADAPTERS["policy"]])
-    for name in clones:
-        parameters[name].requires_grad_(False)
-    backbone.assert_trainable()
+    backbone.apply_trainable()  # the clone is frozen, and PEFT below 0.21 makes all LoRA trainable
     return len(clones)
 
 

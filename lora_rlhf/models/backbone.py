@@ -225,7 +225,7 @@ class Backbone(BaseModel):
         """After a change of the adapters: deactivate all, and set requires_grad as declared."""
         self._known.clear()
         self.activate([])
-        self._apply_trainable()
+        self.apply_trainable()
 
     # -------------------------------------------------------------- switching
 
@@ -273,13 +273,13 @@ class Backbone(BaseModel):
             # through the frozen layers below the adapters. Only reentrant checkpointing needs it.
             base.__dict__["enable_input_require_grads"] = lambda: None
         self.trained_roles = frozenset(roles)
-        self._apply_trainable()
+        self.apply_trainable()
         try:
             with self.role(roles[0]):
                 yield
         finally:
             self.trained_roles = frozenset()
-            self._apply_trainable()
+            self.apply_trainable()
             self.causal.__dict__.pop("forward", None)
             if forward is not None:
                 self.causal.__dict__["forward"] = forward
@@ -307,7 +307,8 @@ class Backbone(BaseModel):
             for parameter, data in kept:
                 parameter.data = data
 
-    def _apply_trainable(self) -> None:
+    def apply_trainable(self) -> None:
+        """Set `requires_grad` of all parameters as the stage declared it."""
         declared = self._declared()
         for parameter in self._all_parameters():
             parameter.requires_grad_(id(parameter) in declared)

@@ -6,6 +6,7 @@ import math
 import pytest
 import small
 import torch
+from peft import PeftModel
 from policy_run import recipe, run
 from ppo_run import ARGS, roles
 
@@ -40,6 +41,20 @@ def test_trls_clone_of_the_policy_is_dropped_and_never_saved(finished):
     assert {p.name for p in (record.folder / "adapters").iterdir()} == {"policy"}
     assert small.active(made) is None
     assert not any(p.requires_grad for p in made.views["policy"].parameters())
+
+
+def test_other_adapters_stay_frozen_where_peft_makes_all_trainable(monkeypatch, tmp_path):
+    """As PEFT 0.20 does when TRL adds its clone."""
+    real = PeftModel.add_adapter
+
+    def add(self, *args, **options):
+        real(self, *args, **options)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+
+    monkeypatch.setattr(PeftModel, "add_adapter", add)
+    _, record = run(tmp_path / "run", recipe("dpo"), roles())
+    assert record.done("dpo")
 
 
 def test_the_entry_holds_results_and_identities(finished):

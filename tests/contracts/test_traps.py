@@ -281,7 +281,7 @@ def test_a_foreign_set_adapter_is_noticed(name):
         view.set_adapter(name)
         with pytest.raises(AdapterError, match="is frozen|is trainable"):
             backbone.assert_trainable()
-        backbone._apply_trainable()
+        backbone.apply_trainable()
         backbone.assert_trainable()
 
 
