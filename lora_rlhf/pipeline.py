@@ -303,8 +303,8 @@ def _run_stages(
     if wanted and size != before:
         if "threads" in clock:
             progress.say(
-                f"{size} processes instead of {before}: sums round differently, so the results "
-                "are not bit-identical to those of an uninterrupted run"
+                f"{size} process{'es' * (size > 1)} instead of {before}: sums round differently, so "
+                "the results are not bit-identical to those of an uninterrupted run"
             )
         clock["processes"] = size
     if wanted and clock.setdefault("threads", threads) != threads:
@@ -456,7 +456,9 @@ def _load_backbone(
     started = time.perf_counter()
     backbone = Backbone.load(*_base(recipe, record))
     if recipe.model.shard:
-        sharded_layers.shard(backbone)
+        progress.say(sharded_layers.shard(backbone))
+    elif (size := world().size) > 1:
+        progress.say(f"{size} processes share the work; each holds the whole base")
     if planned is None:  # said after loading, so that a missing base is reported once
         progress.say(line)
     backbone.backoff.say = progress.say

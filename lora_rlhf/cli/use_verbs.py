@@ -398,10 +398,10 @@ def _ground(
         usage=usage,
         **{key: value for key, value in kept.items() if value is not None},
     )
-    if made.blocked:
-        raise ChecksError(made.blocked)
     for warning in made.warnings:
         shell.echo(f"warning: {warning}", err=True)
+    if made.blocked:
+        raise ChecksError(made.blocked)
     text = json.dumps(made.to_dict(), ensure_ascii=False) if as_json else made.shown()
     if out is None:
         shell.echo(text)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from lora_rlhf.errors import SetupError
 
 _TAKEN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE",
-          "TORCHELASTIC_RESTART_COUNT")  # fmt: skip
+          "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID")  # fmt: skip
 """Variables that are taken out of the environment, since libraries would split batches by them."""
 
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -125,8 +125,11 @@ def _is_4bit(module: nn.Module) -> bool:
     return type(module).__name__ == "Linear4bit"
 
 
-def shard(base: BaseModel) -> None:
-    """Share the matrices of a base that lies in the host's memory; move the rest to the device.
+def shard(base: BaseModel) -> str:
+    """Split the matrices of a base that lies in the host's memory; move the rest to the device.
+
+    Returns:
+        A line about it for people.
 
     Raises:
         SetupError: There is one process.
@@ -152,11 +155,16 @@ def shard(base: BaseModel) -> None:
     if wrong:
         raise IdentityError(
             f"model.shard: the base's logits differ by {wrong[0]:.2g} of the largest one after its "
-            "layers were shared between the processes",
+            "layers were split between the processes",
             expected="the same numbers",
             remedy="leave model.shard out; please report it with the base's name and the versions "
             "of torch and bitsandbytes",
         )
+    held = sum(part.nbytes for part in shards.parts) / 1e6
+    return (
+        f"{shared.size} processes, and the base's layers are split: each holds {held:,.1f} of "
+        f"{held * shared.size:,.1f} MB; the base's logits are the same as before"
+    )
 
 
 def check(base: BaseModel) -> None:

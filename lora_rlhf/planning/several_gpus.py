@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A recipe on several equal GPUs, one process on each: the base whole on each, or shared.
+"""A recipe on several equal GPUs, one process on each: the base whole on each, or split.
 
 Bytes per pass are those of the layers' weights that a GPU receives, and sends, when a pass goes
 through all layers once. Gradients go around a ring: 2 (N - 1) / N of their bytes.
@@ -92,7 +92,7 @@ class SeveralGpus:
         rows = [self._row("whole on each", self.whole, f"{step} per optimizer step")]
         if self.shared is not None:
             exchanged = f"that, and {once} per pass through the base"
-            rows.append(self._row("shared between them", self.shared, exchanged))
+            rows.append(self._row("split between them", self.shared, exchanged))
         head = ["base", "held of it", "peak", "needs", "fits", "sent and received by each GPU"]
         yield from aligned(head, rows)
         if self.why_not:
@@ -100,14 +100,15 @@ class SeveralGpus:
         yield ""
         if self.choice is None:
             yield f"does not fit {self.count} GPUs of {size} in either way"
+            yield f"to do: see the changes that --gpu {size.replace(' ', '')} suggests"
             return
         if self.choice == "shared":
             yield (
-                "choose the shared base. A pass is a forward or a backward; sampling makes one for "
+                "split the base. A pass is a forward or a backward; sampling makes one for "
                 "every token of the longest answer"
             )
         else:
-            yield "choose the whole base on each: nothing of it travels"
+            yield "keep the whole base on each GPU: none of it has to be sent"
         yield f"  {self.command}"
 
     def _row(self, name: str, plan: Plan, exchanged: str) -> list[str]:
@@ -122,7 +123,7 @@ def parse(text: str) -> tuple[int, int]:
     Raises:
         UsageError: It is something else, such as GPUs of several sizes.
     """
-    match = re.fullmatch(r"\s*(\d+)\s*[x*]\s*([\d.]+\s*[A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"\s*(\d+)\s*[xX*]\s*([\d.]+\s*[A-Za-z]*)\s*", text)
     count = int(match[1]) if match else 0
     if match is None or not 2 <= count <= MOST:
         raise UsageError(

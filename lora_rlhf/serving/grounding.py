@@ -279,7 +279,8 @@ def _moderated(
             decision = gate.check(question, "prompt")
         if decision.action == "block":
             why = f"the {where} is blocked: {decision.reason}"
-            return Grounded("", (), (), refused=True, completion=made.completion, blocked=why)
+            made = Grounded("", (), (), refused=True, completion=made.completion, blocked=why)
+            break
         if decision.action == "warn":
             warnings.append(f"the {where} is doubtful: {decision.reason}")
     return replace(made, warnings=tuple(warnings))

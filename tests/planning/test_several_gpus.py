@@ -76,7 +76,7 @@ def test_the_whole_base_is_chosen_where_it_fits_and_else_the_shared_one(planner)
     between = f"2x{(made.whole.needed + made.shared.needed) // 2 / 1e9:.6f}GB"
     tight = several_gpus.plan(planner, recipe(), between, "r.yaml")
     assert tight.choice == "shared" and tight.command.endswith("--set model.shard=true")
-    assert "choose the shared base" in "\n".join(tight.lines())
+    assert "split the base" in "\n".join(tight.lines())
     assert next(tight.lines()).endswith(" GB, each with 2 rows of a micro-batch")
     four = several_gpus.plan(planner, recipe(), "4x24GB", "r.yaml")
     assert next(four.lines()) == "4 GPUs of 24 GB, each with 1 row of a micro-batch"
