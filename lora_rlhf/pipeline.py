@@ -303,8 +303,8 @@ def _run_stages(
     if wanted and size != before:
         if "threads" in clock:
             progress.say(
-                f"{size} process{'es' * (size > 1)} instead of {before}: sums round differently, so "
-                "the results are not bit-identical to those of an uninterrupted run"
+                f"{size} process{'es' * (size > 1)} instead of {before}: sums round differently, "
+                "so the results are not bit-identical to those of an uninterrupted run"
             )
         clock["processes"] = size
     if wanted and clock.setdefault("threads", threads) != threads:
