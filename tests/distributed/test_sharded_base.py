@@ -11,7 +11,6 @@ import pytest
 import several
 import small
 import torch
-from safetensors.torch import load_file
 from transformers import DynamicCache, MixtralConfig, MixtralForCausalLM
 
 from lora_rlhf import pipeline, preflight
@@ -26,16 +25,6 @@ from lora_rlhf.runtime.oom import BatchSizeBackoff
 SHARED = "model.shard=true"
 BASES = [("llama", False), ("llama", True), ("gpt2", False)]
 """Architecture, 4-bit: every kind of module whose matrix is shared."""
-
-
-def assert_near(one: Path, other: Path) -> None:
-    """Adapters within 1e-5; 1e-4 is promised."""
-    adapters = sorted(one.glob("adapters/*/adapter_model.safetensors"))
-    assert adapters
-    for path in adapters:
-        a, b = load_file(path), load_file(other / path.relative_to(one))
-        worst = max(float((a[name] - b[name]).abs().max()) for name in a)
-        assert worst < 1e-5, f"{path.parent.name}: {worst}"
 
 
 def matrix_bytes(base) -> int:
@@ -182,7 +171,7 @@ def test_two_processes_with_half_a_base_train_what_one_trains(tmp_path, runs):
     killed.finish(runs.recipe("sft", steps), one, "sft")
     shared = runs.recipe("sft", steps, SHARED)
     several.finish(2, killed.go, shared, two, "sft", log=tmp_path / "log")
-    assert_near(one, two)
+    several.assert_near(one, two)
     base = small.base(small.base_folder("llama"))
     held = [Record.read(out).data["clock"]["memory"]["backbone"] for out in (one, two)]
     assert held[1] == pytest.approx(held[0] - matrix_bytes(base) / 2, rel=0.02)
@@ -202,7 +191,7 @@ def test_a_whole_run_on_a_shared_base(tmp_path, runs, setting):
     killed.finish(runs.recipe("ppo", setting), one, "ppo")
     shared = runs.recipe("ppo", setting, SHARED)
     several.finish(2, killed.go, shared, two, "ppo", log=tmp_path / "log")
-    assert_near(one, two)
+    several.assert_near(one, two)
 
 
 def _uneven(recipe, out: Path, stage: str) -> None:
@@ -218,7 +207,7 @@ def test_processes_need_not_run_equally_many_passes(tmp_path, runs, stage):
     out = runs.copy(stage, tmp_path / "run")
     recipe = runs.recipe(stage, SHARED)
     several.finish(2, _uneven, recipe, out, stage, log=tmp_path / "log")
-    assert_near(runs.after(stage), out)
+    several.assert_near(runs.after(stage), out)
 
 
 @pytest.mark.slow
@@ -235,7 +224,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on(tmp_path, runs):
     several.finish(2, killed.go, recipe, whole, "ppo", log=tmp_path / "log")
     assert killed.bits(out)["weights"] == killed.bits(whole)["weights"]
     killed.finish(runs.recipe("ppo"), alone, "ppo")
-    assert_near(runs.after("ppo"), alone)
+    several.assert_near(runs.after("ppo"), alone)
 
 
 def _die_alone(recipe, out: Path) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 import killed
 import pytest
 import several
-from safetensors.torch import load_file
 from small import base_folder
 
 STAGES = ("sft", "reward", "ppo", "grpo", "rloo", "dpo")
@@ -15,12 +14,7 @@ STAGES = ("sft", "reward", "ppo", "grpo", "rloo", "dpo")
 
 def assert_equal(one: Path, other: Path, stage: str) -> None:
     """Adapters within 1e-5, and the log's numbers."""
-    adapters = sorted(one.glob("adapters/*/adapter_model.safetensors"))
-    assert adapters
-    for path in adapters:
-        a, b = load_file(path), load_file(other / path.relative_to(one))
-        worst = max(float((a[name] - b[name]).abs().max()) for name in a)
-        assert worst < 1e-5, f"{path.parent.name}: {worst}"
+    several.assert_near(one, other)
     logs = [
         [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         for run in (one, other)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from killed import start, wait
+from safetensors.torch import load_file
 from transformers.utils import logging
 
 from lora_rlhf.cli.app import main
@@ -70,3 +71,13 @@ def finish(size: int, run: Callable[..., object], *args, log: Path) -> None:
     codes = [wait(child) for child in launch(size, run, *args)]
     logs = [path.read_text() for path in sorted(log.parent.glob(f"{log.name}.*"))]
     assert codes == [0] * size, "\n".join(logs)
+
+
+def assert_near(one: Path, other: Path) -> None:
+    """Two runs have the same adapters within 1e-5."""
+    adapters = sorted(one.glob("adapters/*/adapter_model.safetensors"))
+    assert adapters
+    for path in adapters:
+        a, b = load_file(path), load_file(other / path.relative_to(one))
+        worst = max(float((a[name] - b[name]).abs().max()) for name in a)
+        assert worst < 1e-5, f"{path.parent.name}: {worst}"
