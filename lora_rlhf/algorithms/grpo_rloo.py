@@ -184,9 +184,10 @@ class _GroupTrainer(RolloutTrainer, TiedReferenceTrainer):
         return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self._computed.clear()
+        self._computed.clear()  # those of an evaluation
         out: dict[str, Any] = super()._generate_and_score_completions(inputs)
         self._observe(out)
+        self._computed.clear()
         self.progress.phase("update")
         return out
 
