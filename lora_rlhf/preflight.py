@@ -24,7 +24,7 @@ def check_launch(recipe: Recipe, stages: Collection[str]) -> None:
         SetupError: A variable of the environment asks for several processes or another engine, or
             the rollout server does not answer.
         RecipeError: `hub:` names a repository for an adapter that is not trained, an algorithm
-            other than PPO has a rollout server, or a shared base another sampler.
+            other than PPO has a rollout server, or a split base another sampler.
         UsageError: The rollout server was started for another recipe.
     """
     environment.settle()
@@ -32,7 +32,7 @@ def check_launch(recipe: Recipe, stages: Collection[str]) -> None:
     given = [name for name in samplers if recipe.ppo.args.get(name)]
     if recipe.model.shard and given and recipe.algorithm in ("ppo", "grpo", "rloo"):
         raise RecipeError(
-            f"ppo.args.{given[0]} is set, and model.shard shares the base between processes",
+            f"ppo.args.{given[0]} is set, and model.shard splits the base between processes",
             expected="our own sampler, which waits for a layer's weights",
             remedy=f"leave {given[0]} out, or model.shard",
         )
@@ -54,14 +54,14 @@ def check_launch(recipe: Recipe, stages: Collection[str]) -> None:
 
 
 def check_processes(recipe: Recipe) -> None:
-    """Reject a base that is to be shared by one process.
+    """Reject a base that is to be split in one process.
 
     Raises:
         SetupError: `model.shard` is set, and there is one process.
     """
     if recipe.model.shard and world().size == 1:
         raise SetupError(
-            "model.shard shares the base between processes, and this run is one process",
+            "model.shard splits the base between processes, and this run is one process",
             expected="two or more processes; accelerate needs --multi_gpu to start them",
             remedy="start it by torchrun --nproc_per_node 2, or --set model.shard=false",
         )

@@ -207,7 +207,7 @@ def _plan_verb(
 
     Reads the config of the base model; only --probe loads weights. With --gpu, the exit code is 0
     if the recipe fits as it is, and 4 if it does not; with --gpus for several processes, one on
-    each, with the base whole or shared. With --workers, the time of an update on
+    each, with the base whole or split. With --workers, the time of an update on
     several workers is modelled from the seconds of runs; a run in place of RECIPE is one of them.
     """
     from lora_rlhf.recipe.loader import load_recipe

@@ -292,6 +292,8 @@ def lost_as_error() -> Iterator[None]:
     """Turn a failed exchange into an error with a remedy."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise  # of this process: it has its own error and remedies
     except RuntimeError as error:
         raise _lost("another process") from error
 

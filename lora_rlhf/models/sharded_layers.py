@@ -29,7 +29,7 @@ from .base_model import BaseModel
 from .memory import held_tensors, tensor_bytes
 
 _LEAST = 0.9
-"""Share of a layer's bytes that must be in matrices that can be shared."""
+"""Share of a layer's bytes that must be in matrices that can be split."""
 
 _TOLERANCE = 1e-3
 """Largest difference of logits before and after sharding, as a share of the largest logit.
@@ -111,13 +111,13 @@ class _Frozen(torch.autograd.Function):
 
 
 def of(weight: Any) -> Piece | None:
-    """Return the piece of a parameter that is shared between processes, else None."""
+    """Return the piece of a parameter that is split between processes, else None."""
     piece: Piece | None = getattr(weight, "piece", None)
     return piece
 
 
 def matrices(layer: nn.Module) -> list[Any]:
-    """List the modules of a layer whose matrix can be shared, in order."""
+    """List the modules of a layer whose matrix can be split, in order."""
     return [m for m in layer.modules() if type(m) in (nn.Linear, Conv1D) or _is_4bit(m)]
 
 
@@ -133,7 +133,7 @@ def shard(base: BaseModel) -> str:
 
     Raises:
         SetupError: There is one process.
-        BaseModelError: The base cannot be shared.
+        BaseModelError: The base cannot be split.
         IdentityError: Its outputs are not the same afterwards.
     """
     check(base)
@@ -168,7 +168,7 @@ def shard(base: BaseModel) -> str:
 
 
 def check(base: BaseModel) -> None:
-    """Refuse a base that cannot be shared.
+    """Refuse a base that cannot be split.
 
     Raises:
         SetupError: There is one process, or `device_map` has spread the base over devices.
@@ -178,7 +178,7 @@ def check(base: BaseModel) -> None:
     if world().size == 1 or len(places) > 1:
         spread = f"the base lies on {', '.join(sorted(places))} by a device_map, in one process"
         raise SetupError(
-            f"model.shard shares the base between processes, and "
+            f"model.shard splits the base between processes, and "
             f"{spread if len(places) > 1 else 'there is one'}",
             expected="two or more processes, each with a GPU of its own",
             remedy="start it by torchrun --nproc_per_node 2, or leave model.shard out",
@@ -186,25 +186,25 @@ def check(base: BaseModel) -> None:
     if reason := why_not(base):
         raise BaseModelError(
             f"model.shard: {reason}",
-            expected=f"layers of which {_LEAST:.0%} of the bytes can be shared: no mixture of "
+            expected=f"layers of which {_LEAST:.0%} of the bytes can be split: no mixture of "
             "experts, and no quantisation but 4-bit by bitsandbytes",
             remedy="leave model.shard out, or choose another base",
         )
 
 
 def why_not(base: BaseModel) -> str:
-    """Say why a base's layers cannot be shared; empty if they can."""
+    """Say why a base's layers cannot be split; empty if they can."""
     inside = [t for layer in base.layers for p in layer.parameters() for t in held_tensors(p)]
     inside += [b for layer in base.layers for b in layer.buffers()]
     taken = [m.weight for layer in base.layers for m in matrices(layer)]
     share = tensor_bytes(t for p in taken for t in held_tensors(p)) / tensor_bytes(inside)
     name = type(base.causal).__name__
     if len({id(p) for p in taken}) < len(taken):
-        return f"{name} cannot be shared between processes: its layers have weights in common"
+        return f"{name} cannot be split between processes: its layers have weights in common"
     if share < _LEAST:
         kinds = {type(m).__name__ for layer in base.layers for m in layer.modules()}
         return (
-            f"{name} cannot be shared between processes: {share:.0%} of its layers' bytes are "
+            f"{name} cannot be split between processes: {share:.0%} of its layers' bytes are "
             f"plain or 4-bit linear weights; found {', '.join(sorted(kinds)[:8])}"
         )
     return ""

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +16,14 @@ from lora_rlhf.recipe.schema import Recipe
 
 from . import meta_backbone
 from .memory_budget import Plan, largest_peak
-from .plan import Estimate, Planner
+from .plan import ONE_CARD, Cards, Estimate, Planner
 
 _UNITS = {"": 10**9, "G": 10**9, "GB": 10**9, "GIB": 2**30, "M": 10**6, "MB": 10**6, "MIB": 2**20}
 _SHORTEST, _LOWEST_RANK, _LEAST = 32, 4, 0.25
 """Limits of the remedies: tokens of a prompt or completion, rank, share of adapted layers."""
 
 Changes = dict[str, Any]
+Remedy = Callable[[Planner, Recipe, Plan], Changes]
 
 
 def capacity(text: str, option: str = "--gpu") -> int:
@@ -53,7 +56,8 @@ class Fit:
             it fits as it is, None if no remedy makes it fit.
         recipe: The recipe with the changes.
         plan: Its plan.
-        micro_batch: Largest per_device_train_batch_size of the policy's updates that fits.
+        micro_batch: Largest per_device_train_batch_size of the policy's updates that fits; None
+            for several GPUs.
     """
 
     capacity: int
@@ -69,15 +73,16 @@ class Fit:
         return self.changes == {}
 
 
-def fit(planner: Planner, recipe: Recipe, gpu: int) -> Fit:
-    """Change a recipe until it fits a GPU of `gpu` bytes.
+def fit(planner: Planner, recipe: Recipe, gpu: int, cards: Cards = ONE_CARD) -> Fit:
+    """Change a recipe until it fits a GPU of `gpu` bytes, or several of that size.
 
     The remedies, in this order: checkpointing, smaller micro-batches with accumulation (these two
     leave the result the same), lengths, rank, share of adapted layers, 4-bit. 4-bit comes first if
     the frozen base alone takes half of the GPU.
     """
-    plan = planner.plan(recipe, gpu)
-    steps = [checkpointing, micro_batches, lengths, rank, fraction, four_bit]
+    plan = planner.plan(recipe, gpu, cards)
+    fewer_rows = functools.partial(micro_batches, processes=cards.processes)
+    steps: list[Remedy] = [checkpointing, fewer_rows, lengths, rank, fraction, four_bit]
     if plan.needed > gpu and plan.backbone > gpu / 2:
         steps.insert(0, steps.pop())
     changes: list[Changes] = [{} for _ in steps]
@@ -86,7 +91,7 @@ def fit(planner: Planner, recipe: Recipe, gpu: int) -> Fit:
         while plan.needed > gpu and (more := step(planner, now, plan)):
             group |= more
             now = changed(recipe, *changes)
-            plan = planner.plan(now, gpu)
+            plan = planner.plan(now, gpu, cards)
     quantised = meta_backbone.is_4bit(now.model, planner.config)
     if plan.needed > gpu:
         return Fit(gpu, None, now, plan, is_4bit=quantised)
@@ -95,11 +100,12 @@ def fit(planner: Planner, recipe: Recipe, gpu: int) -> Fit:
         if changes[index]:
             fewer = [*changes[:index], {}, *changes[index + 1 :]]
             other = changed(recipe, *fewer)
-            other_plan = planner.plan(other, gpu)
+            other_plan = planner.plan(other, gpu, cards)
             if other_plan.needed <= gpu:
                 changes, now, plan = fewer, other, other_plan
     merged = {key: value for group in changes for key, value in group.items()}
-    return Fit(gpu, merged, now, plan, largest_micro_batch(planner, now, gpu), quantised)
+    largest = largest_micro_batch(planner, now, gpu) if cards == ONE_CARD else None
+    return Fit(gpu, merged, now, plan, largest, quantised)
 
 
 def largest_micro_batch(planner: Planner, recipe: Recipe, gpu: int) -> int | None:
@@ -153,8 +159,12 @@ def checkpointing(planner: Planner, recipe: Recipe, plan: Plan) -> Changes:
     return {"model.gradient_checkpointing": True}
 
 
-def micro_batches(planner: Planner, recipe: Recipe, plan: Plan) -> Changes:
-    """Halve the rows of the worst phase; the batch of an optimizer step stays the same."""
+def micro_batches(planner: Planner, recipe: Recipe, plan: Plan, *, processes: int = 1) -> Changes:
+    """Halve the rows of the worst phase; the batch of an optimizer step stays the same.
+
+    Args:
+        processes: Each has an equal number of a micro-batch's rows.
+    """
     if plan.worst == "evaluate":
         rows = recipe.evaluate.batch_size
         return {"evaluate.batch_size": rows // 2} if rows > 1 else {}
@@ -164,7 +174,7 @@ def micro_batches(planner: Planner, recipe: Recipe, plan: Plan) -> Changes:
     trains_policy = plan.worst not in ("sft", "reward")
     args: Any = estimate.policy if trains_policy else getattr(estimate, plan.worst)
     rows = args.per_device_train_batch_size
-    if rows % 2:
+    if rows % (2 * processes):
         return {}
     section = f"{'ppo' if trains_policy else plan.worst}.args"  # all algorithms read `ppo.args`
     changes = {

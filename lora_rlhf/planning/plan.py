@@ -51,7 +51,7 @@ _KEPT_PLANNERS = 4
 
 
 class Cards(NamedTuple):
-    """Processes that share the rows of every batch, and perhaps the base's layers."""
+    """Processes that share the rows of every batch; the base's layers may be split between them."""
 
     processes: int = 1
     sharded: bool = False
@@ -174,14 +174,14 @@ class Estimate:
     """Memory of one recipe, phase by phase.
 
     Attributes:
-        layers_shared: Bytes of the layers' weights that processes share, in all of them.
+        layers_split: Bytes of the layers' weights that are split between processes, in all of them.
     """
 
     def __init__(
         self, planner: Planner, recipe: Recipe, capacity: int | None, cards: Cards = ONE_CARD
     ) -> None:
         self.planner, self.recipe, self.capacity = planner, recipe, capacity
-        self.cards, self.layers_shared = cards, 0
+        self.cards, self.layers_split = cards, 0
         self.dtype = planner.dtype(recipe)
         configs = trainer_configs.build(recipe, Path("plan"), stage_names(recipe.algorithm))
         self.sft, self.policy = configs.sft, configs.policy
@@ -201,12 +201,12 @@ class Estimate:
         held = [*whole.causal.parameters(), *whole.causal.buffers()]
         self.backbone = tensor_bytes([t for p in held for t in held_tensors(p)])
         if self.cards.sharded:  # a part of each layer, and one that is put together
-            shared = [
+            split = [
                 tensor_bytes(m.weight.data for m in sharded_layers.matrices(layer))
                 for layer in whole.layers
             ]
-            self.layers_shared = sum(shared)
-            self.backbone += self.cards.rows(self.layers_shared) + max(shared) - self.layers_shared
+            self.layers_split = sum(split)
+            self.backbone += self.cards.rows(self.layers_split) + max(split) - self.layers_split
         shapes = meta_backbone.adapted_shapes(whole, self.adapted, recipe.lora.target_modules)
         self.adapter = 4 * recipe.lora.r * sum(a + b for a, b in shapes)
         # A weight that is being quantised is in memory in 16 bits too; other loading copies none.

@@ -83,7 +83,11 @@ class Report:
         plan = self.plan
         parts = {"backbone": plan.backbone, **plan.roles}
         sizes = ", ".join(f"{name} {format_bytes(count)}" for name, count in parts.items())
-        yield f"planned for {plan.device} in {plan.dtype}: {sizes}"
+        where = plan.device
+        if self.several:
+            base = "split" if plan is self.several.split else "whole"
+            where = f"each of {self.several.count} GPUs, with the base {base},"
+        yield f"planned for {where} in {plan.dtype}: {sizes}"
         moments, gradients = format_bytes(plan.optimizer), format_bytes(plan.optimizer // 2)
         yield (
             f"Adam's moments {moments}; in the activations of an update: gradients {gradients}, "
@@ -162,7 +166,7 @@ def report(
         capacities = []
     fitted = [fit(planner_for(config, "cuda"), recipe, size) for size in capacities]
     if several is not None:
-        plan = several.shared if several.choice == "shared" and several.shared else several.whole
+        plan = several.split if several.choice == "split" and several.split else several.whole
     elif gpu is not None:
         plan = planner_for(config, "cuda").plan(recipe, capacities[0])
     else:

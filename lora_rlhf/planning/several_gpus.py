@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from lora_rlhf.algorithms import trainer_configs
-from lora_rlhf.errors import UsageError
+from lora_rlhf.errors import RecipeError, UsageError
 from lora_rlhf.models.sharded_layers import why_not
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.recipe.stage_keys import stage_names
 from lora_rlhf.reports.tables import aligned
 from lora_rlhf.training import trl_config
 
-from .gpu_fit import capacity
+from .gpu_fit import Fit, as_options, capacity, fit
 from .memory_budget import Plan, format_bytes
 from .plan import Cards, Estimate, Planner
 
@@ -36,38 +36,43 @@ class SeveralGpus:
 
     Attributes:
         whole: Plan of a process with the whole base.
-        shared: Plan of a process with a part of it; None if the base cannot be shared.
+        split: Plan of a process with a part of it; None if the base cannot be split.
         why_not: The reason.
         per_step: Bytes that each GPU sends and receives per optimizer step of the policy.
-        per_pass: Bytes that each sends and receives per pass through a shared base.
+        per_pass: Bytes that each sends and receives per pass through a split base.
         start: The command that starts the recipe as it is.
-        shares: Whether the recipe itself shares the base.
+        splits: Whether the recipe itself splits the base.
+        remedy: The least changes with which it fits, and the way; None if it fits without, or if
+            none are found.
     """
 
     count: int
     capacity: int
     whole: Plan
-    shared: Plan | None
+    split: Plan | None
     why_not: str
     per_step: int
     per_pass: int
     start: str
-    shares: bool
+    splits: bool
+    remedy: tuple[str, Fit] | None = None
 
     @property
     def command(self) -> str:
         """The command that starts the chosen run."""
-        wanted = self.choice == "shared"
-        other = f" --set model.shard={str(wanted).lower()}"
-        return self.start + other * (wanted != self.shares)
+        way = self.remedy[0] if self.choice is None and self.remedy else self.choice
+        options = as_options(self.remedy[1].changes or {}) if self.remedy else []
+        if way == "split" or self.splits:
+            options.append(f"--set model.shard={str(way == 'split').lower()}")
+        return " ".join([self.start, *options])
 
     @property
     def choice(self) -> str | None:
-        """Return `whole` if that fits, else `shared` if that does, else None."""
+        """Return `whole` if that fits, else `split` if that does, else None."""
         if self.whole.needed <= self.capacity:
             return "whole"
-        fits = self.shared is not None and self.shared.needed <= self.capacity
-        return "shared" if fits else None
+        fits = self.split is not None and self.split.needed <= self.capacity
+        return "split" if fits else None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan for JSON; bytes are whole numbers."""
@@ -76,11 +81,12 @@ class SeveralGpus:
             "bytes": self.capacity,
             "choice": self.choice,
             "whole": self.whole.as_dict(),
-            "shared": self.shared and self.shared.as_dict(),
-            "why_not_shared": self.why_not or None,
+            "split": self.split and self.split.as_dict(),
+            "why_not_split": self.why_not or None,
             "exchanged_per_step": self.per_step,
             "exchanged_per_pass": self.per_pass,
-            "command": self.choice and self.command,
+            "changes": self.remedy[1].changes if self.remedy else None,
+            "command": self.command if self.choice or self.remedy else None,
         }
 
     def lines(self) -> Iterator[str]:
@@ -90,25 +96,36 @@ class SeveralGpus:
         yield f"{self.count} GPUs of {size}, each with {rows_each} of a micro-batch"
         step, once = format_bytes(self.per_step), format_bytes(self.per_pass)
         rows = [self._row("whole on each", self.whole, f"{step} per optimizer step")]
-        if self.shared is not None:
+        if self.split is not None:
             exchanged = f"that, and {once} per pass through the base"
-            rows.append(self._row("split between them", self.shared, exchanged))
+            rows.append(self._row("split between them", self.split, exchanged))
         head = ["base", "held of it", "peak", "needs", "fits", "sent and received by each GPU"]
         yield from aligned(head, rows)
         if self.why_not:
             yield self.why_not
         yield ""
         if self.choice is None:
-            yield f"does not fit {self.count} GPUs of {size} in either way"
-            yield f"to do: see the changes that --gpu {size.replace(' ', '')} suggests"
+            yield from self._remedies(f"{self.count} GPUs of {size}")
             return
-        if self.choice == "shared":
+        if self.choice == "split":
             yield (
                 "split the base. A pass is a forward or a backward; sampling makes one for "
                 "every token of the longest answer"
             )
         else:
             yield "keep the whole base on each GPU: none of it has to be sent"
+        yield f"  {self.command}"
+
+    def _remedies(self, gpus: str) -> Iterator[str]:
+        ways = "in either way" if self.split is not None else "with the whole base on each"
+        if self.remedy is None:
+            yield f"does not fit {gpus} {ways}, even with every change that is tried"
+            return
+        way, fitted = self.remedy
+        base = "whole on each" if way == "whole" else "split between them"
+        needs = format_bytes(fitted.plan.needed)
+        yield f"does not fit {gpus} {ways}"
+        yield f"changed like this, with the base {base}, it needs {needs}:"
         yield f"  {self.command}"
 
     def _row(self, name: str, plan: Plan, exchanged: str) -> list[str]:
@@ -150,22 +167,54 @@ def plan(planner: Planner, recipe: Recipe, text: str, given: str) -> SeveralGpus
     trained = {"sft": configs.sft, **configs.reward}
     if recipe.algorithm != "best_of_n":
         trained[recipe.algorithm] = configs.policy
-    for stage, config in trained.items():
-        trl_config.check_rows(stage, config, count)
+    _check_rows(trained, count)
     whole = planner.plan(recipe, size, Cards(count))
     reason = why_not(planner.whole(recipe))
     estimate = Estimate(planner, recipe, size, Cards(count, sharded=True))
-    shared = None if reason else estimate.plan()
+    split = None if reason else estimate.plan()
+    remedy = None
+    if min(made.needed for made in (whole, split) if made is not None) > size:
+        remedy = _remedy(planner, recipe, size, count, bool(reason))
     gradients = estimate.moments // 2
+    given = re.sub(r" --set model\.shard=\S*", "", given)  # the command ends with the chosen one
     return SeveralGpus(
         count=count,
         capacity=size,
         whole=whole,
-        shared=shared,
+        split=split,
         why_not=reason,
         per_step=2 * (count - 1) * gradients // count,
-        per_pass=(count - 1) * estimate.layers_shared // count,
+        per_pass=(count - 1) * estimate.layers_split // count,
         start=f"torchrun --nproc_per_node {count} -m lora_rlhf run {given} "
         f"--out runs/{shlex.quote(recipe.name)}",
-        shares=recipe.model.shard,
+        splits=recipe.model.shard,
+        remedy=remedy,
     )
+
+
+def _check_rows(trained: dict[str, Any], count: int) -> None:
+    """Check the micro-batches of all stages, and name all that cannot be shared in one error."""
+    wrong: dict[str, RecipeError] = {}  # by its text: two reward models have the same arguments
+    for stage, config in trained.items():
+        try:
+            trl_config.check_rows(stage, config, count)
+        except RecipeError as error:
+            wrong[str(error)] = error
+    if len(wrong) > 1:
+        rows = [f"  {one.given}; expected {one.expected}" for one in wrong.values()]
+        raise RecipeError(
+            f"the rows of {len(wrong)} stages cannot be shared equally:\n" + "\n".join(rows),
+            remedy="change them, or the number of GPUs",
+        )
+    for one in wrong.values():
+        raise one
+
+
+def _remedy(
+    planner: Planner, recipe: Recipe, size: int, count: int, only_whole: bool
+) -> tuple[str, Fit] | None:
+    """Find the way with the fewest changes; with equally many the base stays whole."""
+    ways = {"whole": Cards(count)} | ({} if only_whole else {"split": Cards(count, True)})
+    fits = [(way, fit(planner, recipe, size, cards)) for way, cards in ways.items()]
+    fitting = [(way, fitted) for way, fitted in fits if fitted.changes is not None]
+    return min(fitting, key=lambda pair: len(pair[1].changes or {}), default=None)

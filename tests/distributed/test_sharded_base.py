@@ -60,9 +60,7 @@ def test_experts_are_refused(monkeypatch):
     base.causal = MixtralForCausalLM(MixtralConfig(**options, **size, **heads))
     base.layers = base.causal.model.layers
     monkeypatch.setattr(sharded_layers, "world", lambda: World(0, 2))
-    with pytest.raises(
-        BaseModelError, match="MixtralForCausalLM cannot be shared .*MixtralExperts"
-    ):
+    with pytest.raises(BaseModelError, match="MixtralForCausalLM cannot be split .*MixtralExperts"):
         sharded_layers.check(base)
 
 

@@ -7,7 +7,11 @@ from pathlib import Path
 import killed
 import pytest
 import several
+import torch
 from small import base_folder
+
+from lora_rlhf.distributed import world
+from lora_rlhf.errors import SetupError
 
 STAGES = ("sft", "reward", "ppo", "grpo", "rloo", "dpo")
 
@@ -72,3 +76,13 @@ def test_several_processes_train_what_one_trains(tmp_path: Path, runs, stage: st
         assert_equal(one, out, stage)
     if size == 2:
         assert killed.bits(outs[0]) == killed.bits(outs[1])
+
+
+def test_memory_that_runs_out_in_an_exchange_is_not_a_lost_process():
+    with pytest.raises(torch.OutOfMemoryError), world.lost_as_error():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with (
+        pytest.raises(SetupError, match="another process of this run ended"),
+        world.lost_as_error(),
+    ):
+        raise RuntimeError("Connection closed by peer")

@@ -50,7 +50,7 @@ def test_a_part_of_each_layer_and_one_layer_are_held(planner):
     assert whole.backbone == REST + ROTARY + 4 * LAYER
     assert shared.backbone == REST + ROTARY + 2 * LAYER + LAYER
     assert four.backbone == REST + ROTARY + LAYER + LAYER
-    assert shared.layers_shared == 4 * LAYER
+    assert shared.layers_split == 4 * LAYER
 
 
 def test_a_process_has_its_share_of_every_batch(planner):
@@ -72,16 +72,17 @@ def test_the_whole_base_is_chosen_where_it_fits_and_else_the_shared_one(planner)
     assert made.per_pass == 2 * LAYER
     trained = plan.Estimate(planner, recipe(), None).moments // 2  # policy and value, N = 2
     assert made.per_step == trained
-    assert made.shared.needed < made.whole.needed
-    between = f"2x{(made.whole.needed + made.shared.needed) // 2 / 1e9:.6f}GB"
+    assert made.split.needed < made.whole.needed
+    between = f"2x{(made.whole.needed + made.split.needed) // 2 / 1e9:.6f}GB"
     tight = several_gpus.plan(planner, recipe(), between, "r.yaml")
-    assert tight.choice == "shared" and tight.command.endswith("--set model.shard=true")
+    assert tight.choice == "split" and tight.command.endswith("--set model.shard=true")
     assert "split the base" in "\n".join(tight.lines())
     assert next(tight.lines()).endswith(" GB, each with 2 rows of a micro-batch")
     four = several_gpus.plan(planner, recipe(), "4x24GB", "r.yaml")
     assert next(four.lines()) == "4 GPUs of 24 GB, each with 1 row of a micro-batch"
     small = several_gpus.plan(planner, recipe("model.shard=true"), "2x0.1GB", "r.yaml")
-    assert small.choice is None and "in either way" in "\n".join(small.lines())
+    assert small.choice is None and small.remedy is None
+    assert "in either way, even with every change" in "\n".join(small.lines())
     again = several_gpus.plan(planner, recipe("model.shard=true"), "2x24GB", "r.yaml")
     assert again.command.endswith("--set model.shard=false")
 
@@ -89,8 +90,8 @@ def test_the_whole_base_is_chosen_where_it_fits_and_else_the_shared_one(planner)
 def test_experts_cannot_be_shared():
     config = MixtralConfig(**SIZE | {"num_hidden_layers": 1}, **HEADS, num_local_experts=2)
     made = several_gpus.plan(Planner(config, "cuda"), recipe(), "2x24GB", "r.yaml")
-    assert made.shared is None and made.choice == "whole"
-    assert "MixtralForCausalLM cannot be shared" in "\n".join(made.lines())
+    assert made.split is None and made.choice == "whole"
+    assert "MixtralForCausalLM cannot be split" in "\n".join(made.lines())
 
 
 @pytest.mark.parametrize(
@@ -104,12 +105,11 @@ def test_what_is_no_number_of_equal_gpus_is_refused(text):
 def test_memory_without_meaning_and_batches_that_do_not_divide_are_refused(planner):
     with pytest.raises(UsageError, match="--gpus '24XB' is not a size"):
         several_gpus.parse("2x24XB")
+    fitting = ["sft.args.per_device_train_batch_size=6", "ppo.args.per_device_train_batch_size=3"]
     with pytest.raises(
         RecipeError, match="reward.args.*: 8 rows cannot be shared equally by 3 processes"
     ):
-        several_gpus.plan(
-            planner, recipe("sft.args.per_device_train_batch_size=6"), "3x24GB", "r.yaml"
-        )
+        several_gpus.plan(planner, recipe(*fitting), "3x24GB", "r.yaml")
     assert several_gpus.parse(" 8 x 16GiB ") == (8, 16 * 2**30)
     assert gpu_fit.capacity("16") == 16 * 10**9
 
@@ -121,7 +121,7 @@ def test_the_verb_prints_both_and_its_command_parses(tmp_path):
     done = run(app.app, ["plan", str(path), "--gpus", "2x24GB", "--set", "seed=2", "--json"])
     assert done.exit_code == 0, done.output
     several = json.loads(done.stdout)["several"]
-    assert several["choice"] == "whole" and several["shared"]["backbone"] > 0
+    assert several["choice"] == "whole" and several["split"]["backbone"] > 0
     words = shlex.split(several["command"])
     assert words[:5] == ["torchrun", "--nproc_per_node", "2", "-m", "lora_rlhf"]
     assert words[6:9] == [str(path), "--set", "seed=2"]
@@ -130,3 +130,34 @@ def test_the_verb_prints_both_and_its_command_parses(tmp_path):
     assert run(app.app, ["plan", str(path), "--gpus", "2x0.2GB"]).exit_code == 4
     both = run(app.app, ["plan", str(path), "--gpus", "2x24GB", "--gpu", "24GB"])
     assert both.exit_code == 2 and "exclude each other" in both.output
+
+
+def test_changes_with_which_it_fits_are_in_the_command(planner):
+    long = ["data.max_tokens=4096", "sft.args.per_device_train_batch_size=16", "model.shard=true"]
+    needs = several_gpus.plan(planner, recipe(*long), "2x24GB", "r.yaml")
+    least = min(needs.whole.needed, needs.split.needed)
+    made = several_gpus.plan(planner, recipe(*long), f"2x{(least - 4096) / 1e9:.9f}GB", "r.yaml")
+    assert made.choice is None
+    way, fitted = made.remedy
+    again = recipe(*long, *(f"{key}={value}".lower() for key, value in fitted.changes.items()))
+    after = several_gpus.plan(planner, again, f"2x{made.capacity / 1e9:.9f}GB", "r.yaml")
+    assert getattr(after, way).needed <= made.capacity < getattr(made, way).needed
+    assert made.command.count("model.shard") == 1
+    assert all(option in made.command for option in gpu_fit.as_options(fitted.changes))
+    assert "changed like this" in "\n".join(made.lines())
+
+
+def test_rows_are_halved_only_as_far_as_each_process_has_one(planner):
+    sets = ("sft.args.per_device_train_batch_size=6", "reward.args.per_device_train_batch_size=1")
+    rows = recipe(*sets, "data.max_tokens=4096")
+    worst = planner.plan(rows)
+    assert worst.worst == "sft"
+    assert gpu_fit.micro_batches(planner, rows, worst, processes=1)
+    assert not gpu_fit.micro_batches(planner, rows, worst, processes=2)
+
+
+def test_all_batches_that_do_not_divide_are_named_in_one_error(planner):
+    with pytest.raises(RecipeError, match="of 3 stages cannot be shared equally") as caught:
+        several_gpus.plan(planner, recipe(), "3x24GB", "r.yaml")
+    text = str(caught.value)
+    assert all(f"{name}.args.per_device_train" in text for name in ("sft", "reward", "ppo"))
