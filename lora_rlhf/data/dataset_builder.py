@@ -508,6 +508,9 @@ def _prepared(
         lost = {reason: n["before"] - n["after"] for reason, n in kept.counts.items()}
         worst = max(lost, key=lost.__getitem__)
         remedy = f"give more rows, or another share than data.held_out = {recipe.data.held_out}"
+        if len({prompt_key(row["prompt"]) for row in (*train, *held_out)}) == 1:
+            remedy = "all rows have the same first user turn, by which they are split: write what "
+            remedy += "is the same in each into a system message, or give other conversations too"
         if worst == "in the evaluation set":
             remedy = "leave data.evaluate out: then a share of the prompts is held out instead"
         elif lost[worst] > 0:
@@ -515,7 +518,8 @@ def _prepared(
         refused = [note for note in kept.notes if note.startswith(REFUSES)]
         raise DataError(
             f"too few {kept.name}: {len(train)} rows are left to train on and {len(held_out)} to "
-            f"test on{kept.table()}" + "".join(f"\n  {note}" for note in refused[:3]),
+            f"test on{kept.table()}{kept.first(worst)}"
+            + "".join(f"\n  {note}" for note in refused[:3]),
             expected="two or more on either side",
             remedy=remedy,
         )
@@ -538,7 +542,7 @@ def _dataset(rows: _Rows) -> datasets.Dataset:
     from pyarrow import lib  # type: ignore[import-untyped]
 
     prompts_only = not {"chosen", "completion"} & rows[0].keys()
-    dropped = {"_tokens", "user", "columns"}
+    dropped = {"_tokens", "user", "columns", "_where"}
     if not (prompts_only and any(row["item"] for row in rows)):
         dropped.add("item")
     kept = [{key: value for key, value in row.items() if key not in dropped} for row in rows]

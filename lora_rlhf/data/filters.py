@@ -35,8 +35,17 @@ _COMPARED = 64  # conversations of a set whose ids are compared with those of th
 REFUSES = "the chat template refuses"
 """The beginning of a note with the reason why a chat template refuses rows."""
 
+_PARTS = ("prompt", "completion", "chosen", "rejected")
+_NO_VALUE = frozenset("nan NaN <NA> #N/A #NAME? #NULL! #NUM! #REF! #VALUE! #DIV/0!".split())
+"""Texts that programs write for an empty cell of a table, or for a formula that failed."""
+
 _INTENDED = ("limit", "broken", "label is false", "expanded to pairs", "ties")
 """Counts of rows that the recipe leaves out, and of pairs without a winner."""
+
+_EARLIER = (
+    "answers before the last one of a conversation are its context, and are not trained on; to "
+    "train on each, give each a row that ends with it"
+)
 
 SECRET = "the text holds what looks like"
 """The beginning of a note about a secret; a run warns of these notes."""
@@ -48,6 +57,7 @@ class FilteredSet:
 
     A row is a dict: `prompt`, `item` ("" without a task), and `completion`, or `chosen`,
     `rejected`, `group` and perhaps `margin`. `tokens`: lengths of rows before the longest are cut.
+    `dropped`: the first row that each filter dropped.
     """
 
     name: str
@@ -64,12 +74,18 @@ class FilteredSet:
     instructions: list[str] = field(default_factory=list)
     more: dict[str, Any] = field(default_factory=dict)
     tokens: list[float] = field(default_factory=list)
+    dropped: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def filter(
         self, reason: str, rows: list[dict[str, Any]], good: Callable[[dict[str, Any]], bool]
     ) -> list[dict[str, Any]]:
         """Return the good rows, and count rows before and after under `reason`."""
-        left = [row for row in rows if good(row)]
+        left = []
+        for row in rows:
+            if good(row):
+                left.append(row)
+            else:
+                self.dropped.setdefault(reason, row)
         self.counts[reason] = {"before": len(rows), "after": len(left)}
         return left
 
@@ -99,6 +115,14 @@ class FilteredSet:
         if self.instructions:
             report["instructions"] = " / ".join(dict.fromkeys(self.instructions))
         return report | self.more
+
+    def first(self, reason: str) -> str:
+        """Return the first row that a filter dropped, with its place, as a line of an error."""
+        row = self.dropped.get(reason)
+        if not row or not row.get("_where"):
+            return ""
+        parts = (f"{k}: {excerpt(text_of(row[k]), 60)}" for k in _PARTS if k in row)
+        return f"\n  {row['_where'].rpartition(os.sep)[2]}: {'; '.join(parts)}"
 
     def table(self) -> str:
         """Return the counts of filters that dropped rows, as lines of an error."""
@@ -153,9 +177,10 @@ def break_control_tokens(kept: FilteredSet, examples: list[Example], tokenizer: 
     """Break control tokens in prompts, so that they are encoded as text, and count the rows.
 
     Answers stay as they are, because they are encoded as text apart from the template; an eos that
-    ends one is removed, since trainers add their own. Apparent secrets are kept and counted.
+    ends one is removed, since trainers add their own, and a bos before a prompt. Apparent secrets
+    are kept and counted.
     """
-    broken, eos = breaker(tokenizer), tokenizer.eos_token
+    broken, eos, bos = breaker(tokenizer), tokenizer.eos_token, tokenizer.bos_token
 
     def cleaned(turns: Turns) -> Turns:
         if isinstance(turns, str):
@@ -170,6 +195,9 @@ def break_control_tokens(kept: FilteredSet, examples: list[Example], tokenizer: 
         return [*cleaned(answer[:-1]), last]  # earlier turns belong to the prompt
 
     for example in examples:
+        if bos and isinstance(example.prompt, str) and example.prompt.startswith(bos):
+            example.prompt = example.prompt.removeprefix(bos)
+            kept.notes[f"prompts began with {bos}, which was removed: the tokenizer writes it"] += 1
         before = _JOINT.join(text_of(turns) for turns in (example.prompt, *example.answers))
         example.prompt = cleaned(example.prompt)
         example.answers = [ended(answer) for answer in example.answers]
@@ -308,6 +336,7 @@ def expand(kept: FilteredSet, examples: list[Example]) -> list[dict[str, Any]]:
     pairs = 0
     for example in examples:
         row: dict[str, Any] = {"prompt": example.prompt, "item": example.item}
+        row["_where"] = example.where
         if example.user:
             row["user"] = example.user
         ranks = example.ranks or [0.0] * len(example.answers)
@@ -318,6 +347,9 @@ def expand(kept: FilteredSet, examples: list[Example]) -> list[dict[str, Any]]:
             best: Turns = example.answers[order[0]] if order else ""
             if not isinstance(best, str):  # turns before the last one belong to the prompt
                 row["prompt"], best = [*row["prompt"], *best[:-1]], best[-1:]
+            turns = row["prompt"] if isinstance(row["prompt"], list) else []
+            if any(t["role"] == "assistant" and not t.get("tool_calls") for t in turns):
+                kept.notes[_EARLIER] += 1
             rows.append({**row, "completion": best})
         else:
             row["group"] = groups.setdefault(json.dumps(example.prompt), len(groups))
@@ -347,6 +379,14 @@ def _one_turn(row: dict[str, Any]) -> bool:
     return all(isinstance(answer, str) or len(answer) == 1 for answer in answers)
 
 
+def _unanswered(row: dict[str, Any]) -> bool:
+    return isinstance(row["prompt"], list) and row["completion"] == ""
+
+
+def _no_value(row: dict[str, Any]) -> bool:
+    return any(text_of(row[part]).strip() in _NO_VALUE for part in _PARTS if part in row)
+
+
 def drop_useless(kept: FilteredSet) -> None:
     """Drop and count equal pairs, empty texts, duplicates and contradictions."""
     rows = kept.rows
@@ -365,6 +405,9 @@ def drop_useless(kept: FilteredSet) -> None:
     if comparing or kept.name == "demonstrations":
         rows = kept.filter("answers of another role than the assistant", rows, _by_assistant)
     if kept.name == "demonstrations":
+        if any(map(_unanswered, rows)):
+            reason = "no answer after the last question"
+            rows = kept.filter(reason, rows, lambda r: not _unanswered(r))
         empty = "empty completion"
         rows = kept.filter(empty, rows, lambda r: bool(text_of(r["completion"]).strip()))
     if comparing:
@@ -375,11 +418,14 @@ def drop_useless(kept: FilteredSet) -> None:
             return bool(text_of(row["chosen"]).strip() and rejected)
 
         rows = kept.filter("empty chosen or rejected", rows, answered)
-    columns = ("prompt", "completion", "chosen", "rejected")
+
+    if any(map(_no_value, rows)):
+        reason = "an empty or failed cell, such as nan or #REF!"
+        rows = kept.filter(reason, rows, lambda r: not _no_value(r))
     seen: set[str] = set()
 
     def new(row: dict[str, Any]) -> bool:
-        key = json.dumps([row[column] for column in columns if column in row])
+        key = json.dumps([row[column] for column in _PARTS if column in row])
         fresh = key not in seen
         seen.add(key)
         return fresh
@@ -425,6 +471,7 @@ def check_losses(kept: FilteredSet, max_lost: float) -> None:
             remedy = "leave data.evaluate out: then a share of the prompts is held out instead"
         raise DataError(
             f"{lost:.0%} of the {kept.name} are dropped as: {reason}{kept.table()}"
+            + kept.first(reason)
             + "".join(f"\n  {note}" for note in notes[:3]),
             expected=f"at most {max_lost:.0%} (data.max_lost)",
             remedy=f"{remedy}, or set data.max_lost to {math.ceil(lost * 100) / 100:g} to do "
@@ -461,7 +508,7 @@ def drop_too_long(kept: FilteredSet, recipe: Recipe, tokenizer: Any) -> None:
     if lost > recipe.data.max_lost:
         tokens = sorted(row["_tokens"] for row in rows)
         raise DataError(
-            f"{lost:.0%} of the {kept.name} are {reason}" + kept.table(),
+            f"{lost:.0%} of the {kept.name} are {reason}" + kept.table() + kept.first(reason),
             expected=f"at most {recipe.data.max_lost:.0%} (data.max_lost); half of the rows have "
             f"up to {tokens[len(rows) // 2]:.0f} tokens, the longest {tokens[-1]:.0f}",
             remedy=f"raise data.{name}, or set data.max_lost to {math.ceil(lost * 100) / 100:g} to "

@@ -47,7 +47,8 @@ def _rated(group: list[Row]) -> Row:
 
 
 def _pair(row: dict[str, Any], prompt: str, one: str, two: str, preference: str) -> dict[str, Any]:
-    others = {k: v for k, v in row.items() if k not in (prompt, one, two) and "preference" not in k}
+    left = (prompt, one, two, "split")
+    others = {k: v for k, v in row.items() if k not in left and "preference" not in k}
     answers, scores = [row.get(one), row.get(two)], [0, row.get(preference)]
     others["prompt"] = _conversation(row.get(prompt))
     return {**others, "completions": answers, "scores": scores}

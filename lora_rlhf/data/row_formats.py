@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import json
-import math
 import os
 import re
 from collections import Counter
@@ -56,8 +55,11 @@ and in demonstrations `tools` is given to the chat template.
 LAYOUTS["evaluate"] = LAYOUTS["prompts"]
 
 ROLES = ("system", "user", "assistant", "tool")
-_SHAREGPT = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant",
-             "observation": "tool"}  # fmt: skip
+_ROLES = {
+    **{role: role for role in ROLES}, "human": "user", "prompter": "user", "developer": "system",
+    **dict.fromkeys(("gpt", "bot", "chatgpt", "model", "ai"), "assistant"), "observation": "tool",
+}  # fmt: skip
+"""What files call a role, letter case apart -> ours."""
 _KNOWN_NAMES = {
     "prompt": ("instruction", "question", "query", "goal", "input", "user_message", "user",
                "frage", "anfrage", "anweisung", "aufgabe", "pregunta", "eingabe"),
@@ -73,7 +75,7 @@ _KNOWN_NAMES = {
     "ranks": ("rank", "ranking", "rankings"),
     "scores": ("ratings", "rewards"),
     "label": ("rating", "thumbs", "thumb", "vote", "feedback", "good", "liked", "correct",
-              "bewertung", "daumen"),
+              "kto_tag", "desirable", "bewertung", "daumen"),
 }  # fmt: skip
 """Ours -> what files call it, letter case, spaces and hyphens apart."""
 
@@ -82,15 +84,23 @@ _TRANSCRIPT = re.compile(r"\s*Human:.*\n\nAssistant:", re.DOTALL)
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 _TRANSCRIPTS_READ = "HH-RLHF transcripts were read as messages"
 _SERIALISED = re.compile(r"\s*\[\s*\{\s*['\"](?:role|content|from|value)['\"]\s*:")
-_RENDERED = re.compile(
-    r"\s*(?:<s>|<\|begin_of_text\|>|<bos>)?\s*"
-    r"(?:<\|(?:im_start|user|system|start_header_id)\|>|\[INST\]|<start_of_turn>|"
-    r"(?:### ?)?(?:USER|User|Human|Instruction):.*\n(?:### ?)?(?:ASSISTANT|Assistant|Response):)",
-    re.DOTALL,
-)
-"""The beginning of a conversation that was written as one text in the form of some template."""
+_ONE_TURN = re.compile(r"\s*\{\s*['\"](?:role|content|from|value)['\"]\s*:")
+_TURN = re.compile(r"<\|(?:im_start|user|system|start_header_id)\|>|\[INST\]|<start_of_turn>")
+_ASKED = re.compile(r"(?<!\w)(?:USER|User|HUMAN|Human|Instruction):")
+_ANSWERED = re.compile(r"(?<![^\s#])(?:ASSISTANT|Assistant|Response):")
+"""Tokens and words with which templates begin a turn."""
 
+_BEGINS = re.compile(
+    r"\s*(<\|im_start\|>assistant\n|<\|start_header_id\|>assistant<\|end_header_id\|>|"
+    r"<start_of_turn>model\n|\[/INST\]|<\|assistant\|>|(?:### ?)?(?:ASSISTANT|Assistant|Response):)"
+)
+"""The beginning of an answer that some template writes, and of none that people write."""
+
+_OPENS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>")
 _ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "</s>", "<eos>")
+_INSIDE = re.compile("|".join(re.escape(e) for e in _ENDS if e != "</s>") + f"|{_TURN.pattern}")
+"""Tokens around turns, which an answer holds if it is several turns written as one text."""
+
 _NOT_TRAINED = ("function_call", "reasoning_content", "reasoning", "thinking",
                 "images", "image", "audio")  # fmt: skip
 """Keys of a turn whose content no stage would see."""
@@ -107,7 +117,8 @@ class Example:
     """One prompt and its answers; `ranks` (lowest = best) is None without a comparison.
 
     `good` is the row's label, if it is `labelled`; `system` goes before the prompt; `user` is who
-    wrote the prompt, if that is known; `columns` are the other columns of a prompt's row.
+    wrote the prompt, if that is known; `where` its place; `columns` are the other columns of a
+    prompt's row.
     """
 
     prompt: Turns
@@ -119,6 +130,7 @@ class Example:
     good: bool = True
     labelled: bool = False
     user: str = ""
+    where: str = ""
     columns: dict[str, Any] = field(default_factory=dict)
 
 
@@ -164,6 +176,7 @@ def examples(
     for where, row in rows:
         try:
             example = _parse(row, layout, chat, notes)
+            example.where = where
             example.labelled = mapped or "label" in layout
             example.good = not example.labelled or _label(row)
             _add_columns(example, row, layout, name)
@@ -173,8 +186,7 @@ def examples(
             parsed.append(None)
     _skip(bad, skips, rows, f"rows do not fit {' + '.join(layout)}", _accepted(name))
     if source is not None and name != "text":
-        _check_rendered(rows, parsed if chat else [])
-        _take_off(parsed, notes)
+        _take_off(rows, parsed, notes, chat)
         parsed = _of_form(rows, parsed, source, skips)
     fitting = [(where, one) for (where, _), one in zip(rows, parsed, strict=True) if one]
     for where, example in fitting:
@@ -235,7 +247,7 @@ def _check_rendered(rows: list[Row], parsed: list[Example | None]) -> None:
         (where, example.prompt)
         for (where, _), example in zip(rows, parsed, strict=False)
         if example and isinstance(example.prompt, str)
-        if _RENDERED.match(example.prompt) and not transcript(example.prompt)
+        if _rendered(example.prompt) and not transcript(example.prompt)
     ]
     if 2 * len(rendered) > len(rows):
         raise DataError(
@@ -248,10 +260,84 @@ def _check_rendered(rows: list[Row], parsed: list[Example | None]) -> None:
         )
 
 
-def _take_off(parsed: list[Example | None], notes: Counter[str]) -> None:
-    """Remove what frames the answers: the prompt before, a token of some template after."""
+def _rendered(text: str) -> bool:
+    """Tell if a text begins like a turn of some template, or asks for one of the assistant."""
+    if _TURN.search(text):
+        return True
+    question, answers = _ASKED.search(text), [*_ANSWERED.finditer(text)]
+    if not question or not answers or question.start() > answers[-1].start():
+        return False
+    first = re.sub("|".join(map(re.escape, _OPENS)), "", text[: question.start()])
+    return not first.strip("# \n") or answers[-1].end() == len(text.rstrip())
+
+
+def _check_answers(rows: list[Row], parsed: list[Example | None], notes: Counter[str]) -> None:
+    """Refuse answers that are several turns written as one text; note a few of them."""
+    given = [(where, one) for (where, _), one in zip(rows, parsed, strict=True) if one]
+    several = [
+        (where, _last(answer), match[0])
+        for where, one in given
+        for answer in one.answers[:1]
+        if (match := _INSIDE.search(_last(answer)))
+    ]
+    for *_, token in several:
+        notes[f"answers hold {token}, with which a template parts turns: trained on as text"] += 1
+    if 2 * len(several) > len(given):
+        where, answer, token = several[0]
+        raise DataError(
+            f"{len(several)} of {len(given)} answers are several turns written as one text, parted "
+            f"by {token}" + _shown([(where, excerpt(answer))]),
+            where=where,
+            expected="one answer; the base's own chat template writes the turns",
+            remedy="write the turns as `messages`, or cut the answers at the first such token",
+        )
+
+
+def _take_off(
+    rows: list[Row], parsed: list[Example | None], notes: Counter[str], chat: bool
+) -> None:
+    """Remove what frames prompts and answers, and refuse several turns written as one text."""
+    if chat:
+        _check_rendered(rows, parsed)
+        _take_off_opens(parsed, notes)
     _take_off_prompts(parsed, notes)
+    if chat:
+        _take_off_begins(parsed, notes)
     _take_off_ends(parsed, notes)
+    _check_answers(rows, parsed, notes)
+
+
+def _take_off_opens(parsed: list[Example | None], notes: Counter[str]) -> None:
+    """Remove a token with which some base begins a text, if most prompts begin with it."""
+    texts = [one for one in parsed if one and isinstance(one.prompt, str) and one.prompt.strip()]
+    for token in _OPENS:
+        opened = [one for one in texts if str(one.prompt).lstrip().startswith(token)]
+        if 2 * len(opened) > len(texts):
+            for one in opened:
+                one.prompt = str(one.prompt).lstrip().removeprefix(token)
+                one.answers = [
+                    answer.lstrip().removeprefix(token) if isinstance(answer, str) else answer
+                    for answer in one.answers
+                ]
+            notes[f"prompts began with {token}, which was removed"] += len(opened)
+
+
+def _take_off_begins(parsed: list[Example | None], notes: Counter[str]) -> None:
+    """Remove what some template writes before an answer, if most answers begin with it."""
+    given = [one for one in parsed if one and one.answers]
+    begun = [one for one in given if all(_BEGINS.match(_last(a)) for a in one.answers)]
+    if 2 * len(begun) > len(given):
+        for one in begun:
+            match = _BEGINS.match(_last(one.answers[0]))
+            notes[
+                f"answers began with {excerpt(match[1]) if match else ''}, which was removed"
+            ] += 1
+            one.answers = [
+                _BEGINS.sub("", answer, count=1)
+                if isinstance(answer, str)
+                else [*answer[:-1], {**answer[-1], "content": _BEGINS.sub("", _last(answer), 1)}]
+                for answer in one.answers
+            ]
 
 
 def _take_off_prompts(parsed: list[Example | None], notes: Counter[str]) -> None:
@@ -345,26 +431,45 @@ def _unfolded(row: dict[str, Any], ignored: set[str], notes: Counter[str]) -> di
         converted.setdefault("prompt" if "chosen" in row else "messages", row["conversations"])
     for column in (*_MESSAGES, "completions", "ranks", "scores"):
         turns = converted.get(column)
-        if isinstance(turns, str) and (column not in _MESSAGES or _SERIALISED.match(turns)):
+        if isinstance(turns, str) and (
+            column not in _MESSAGES or _SERIALISED.match(turns) or _ONE_TURN.match(turns)
+        ):
             turns = _deserialised(turns)
-            serialised |= isinstance(turns, list)
+            serialised |= not isinstance(turns, str)
             converted[column] = turns
         turns = [turns] if isinstance(turns, dict) else turns
         if not isinstance(turns, list) or not turns or column not in _MESSAGES:
             continue
         if all(isinstance(turn, dict) and {"from", "value"} <= turn.keys() for turn in turns):
-            converted[column] = [
+            turns = [
                 {k: v for k, v in turn.items() if k not in ("from", "value")}
-                | {"role": _SHAREGPT.get(str(turn["from"]), turn["from"])}
+                | {"role": _ROLES.get(str(turn["from"]).casefold(), turn["from"])}
                 | {"content": turn["value"]}
                 for turn in turns
             ]
             sharegpt = True
+        if all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns):
+            converted[column] = [_as_ours(turn, notes) for turn in turns]
     if sharegpt:
         notes["turns of from and value (ShareGPT) were read as messages"] += 1
     if serialised:
         notes["lists written as text were read as lists"] += 1
     return converted
+
+
+def _as_ours(turn: dict[str, Any], notes: Counter[str]) -> dict[str, Any]:
+    """Return a turn with a role of ours, and content parts of text only as one text."""
+    role, content = turn["role"], turn["content"]
+    ours = _ROLES.get(role.casefold(), role) if isinstance(role, str) else role
+    if ours != role:
+        notes[f"the role {excerpt(role)} was read as {ours}"] += 1
+    if isinstance(content, list) and content:
+        parts = [part for part in content if isinstance(part, dict)]
+        texts = [part.get("text") for part in parts if part.get("type", "text") == "text"]
+        if len(texts) == len(content) and all(isinstance(text, str) for text in texts):
+            notes["turns whose content is a list of texts were joined"] += 1
+            content = "".join(map(str, texts))
+    return {**turn, "role": ours, "content": content}
 
 
 def _ultrafeedback(row: dict[str, Any], notes: Counter[str]) -> dict[str, Any]:
@@ -408,13 +513,16 @@ def _mean_rating(annotations: Any) -> float | None:
 
 
 def _deserialised(text: str) -> Any:
-    """Read a list from JSON or from Python's notation; other text stays as it is."""
+    """Read a list, or one turn, from JSON or from Python's notation; other text stays as it is."""
     for parse in (json.loads, ast.literal_eval):
         try:
             value = parse(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-        return value if isinstance(value, list) else text
+        keys = {*value} if isinstance(value, dict) else set()
+        turn = keys == {"role", "content"} or keys == {"from", "value"}
+        turn = turn and str(value.get("role", value.get("from"))).casefold() in _ROLES
+        return value if isinstance(value, list) or turn else text
     return text
 
 
@@ -441,7 +549,7 @@ def _no_layout(rows: list[Row], name: str) -> DataError:
             remedy = f"try `columns: {{{', '.join(f'{a}: {b}' for a, b in guess.items())}}}`"
             break
     return DataError(
-        f"no usable columns for {name}; found: {', '.join(columns)}"
+        f"no usable columns for {name}; match: {', '.join(columns)}"
         + _shown([(where, excerpt(row)) for where, row in rows[:5]]),
         where=rows[0][0],
         expected=_accepted(name),
@@ -452,7 +560,7 @@ def _no_layout(rows: list[Row], name: str) -> DataError:
 def mapping(columns: list[str], layout: tuple[str, ...], rows: list[Row]) -> dict[str, str] | None:
     """Return `columns:` for a layout, by the usual names of columns; None if one is missing.
 
-    The prompt beside a pair, `input` and `system` are found too.
+    The prompt beside a pair, `input` and `system` are match too.
     """
     plain = {"_".join(re.findall(r"[^\W_]+", name.casefold())): name for name in reversed(columns)}
     guess = {
@@ -581,7 +689,8 @@ def _turns(row: dict[str, Any], column: str) -> Turns:
     turns = []
     for turn in value:
         left = [k for k in _NOT_TRAINED if isinstance(turn, dict) and turn.get(k)]
-        left += [k for k in ("weight", "train") if isinstance(turn, dict) and turn.get(k, 1) == 0]
+        if isinstance(turn, dict) and (turn is value[-1] or turn.get("tool_calls")):
+            left += [k for k in ("weight", "train") if turn.get(k, 1) == 0]  # others are context
         if left:
             raise _Unfit(
                 f"column {column!r}: a turn has {left[0]!r}, which no stage reads: write what it "
@@ -619,7 +728,7 @@ def _ranking(row: dict[str, Any], column: str) -> Example:
     answers, given = row.get("completions"), row.get(column)
     if not isinstance(answers, list) or len(answers) < 2:
         raise _Unfit(f"column 'completions' must be a list of two or more: {excerpt(answers)}")
-    numbers = [_number(rank) for rank in given] if isinstance(given, list) else []
+    numbers = [unread_columns.number(rank) for rank in given] if isinstance(given, list) else []
     finite = [rank for rank in numbers if rank is not None]
     if not len(finite) == len(numbers) == len(answers):
         wanted = f"a list of {len(answers)} numbers"
@@ -636,25 +745,12 @@ def _ranking(row: dict[str, Any], column: str) -> Example:
     return Example(_question(row), turns, finite if column == "ranks" else [-x for x in finite])
 
 
-def _number(value: Any) -> float | None:
-    """Return a finite number or None; Python's JSON parser allows NaN, Infinity and 10**400."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
-        return None
-
-
 def _margin(row: dict[str, Any]) -> float | None:
     """Return the column `margin`, which is text in a CSV; None for an empty cell."""
     value = row.get("margin")
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
-    try:
-        margin = _number(float(value) if isinstance(value, str) else value)
-    except ValueError:
-        margin = None
+    margin = unread_columns.number(value)
     if margin is None:
         raise _Unfit(f"column 'margin' must be a finite number: {excerpt(value)}")
     if margin < 0:

@@ -11,6 +11,7 @@ import codecs
 import contextlib
 import csv
 import difflib
+import glob
 import gzip
 import hashlib
 import io
@@ -30,9 +31,24 @@ from lora_rlhf.recipe.schema import COLUMNS, DataSource
 Row = tuple[str, dict[str, Any]]
 """(`file:line`, counted from 1, and columns)."""
 
+_MANY = 20
 _ENOUGH = "at least a few dozen rows"
 _QUOTE = "quote cells that hold a comma, a quote or a line break"
-FORMATS = ".jsonl, .ndjson, .json, .csv, .tsv or .parquet, .gz allowed"
+_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+FORMATS = f"{', '.join(_ENDINGS[:-1])} or {_ENDINGS[-1]}, .gz allowed"
+_CONTENTS = {b"\x1f\x8b": "gz", b"PAR1": "parquet", b"PK\x03\x04": "zip or .xlsx", b"BZh": "bz2",
+             b"\x28\xb5\x2f\xfd": "zst", b"\xd0\xcf\x11\xe0": "xls", b"ARROW1": "arrow",
+             b"\xff\xff\xff\xff": "arrow", b"%PDF": "pdf"}  # fmt: skip
+"""First bytes -> the ending that a file with them has; none of them begins a text."""
+
+_CONVERTED = {
+    ".arrow": "write its rows as .parquet: `datasets.load_from_disk(FOLDER).to_parquet(FILE)`",
+    ".xlsx": "save it in the spreadsheet as CSV (UTF-8)", ".xls": "save it as CSV (UTF-8)",
+    ".ods": "save it as CSV (UTF-8)", ".zip": "unpack it, and name the file inside",
+    ".txt": "write each text as a row into a .jsonl, such as {'prompt': ..., 'completion': ...}",
+}  # fmt: skip
+"""Ending -> how such a file becomes one that is read."""
+
 _KNOWN_COLUMNS = {*COLUMNS, "conversations", "item", "text"}
 _MAX_UNREAD_COLUMNS = 20
 _MAX_UNPACKED, _MAX_RATIO = 2**26, 200  # limits of a .gz: bytes, or a multiple of its size
@@ -90,7 +106,8 @@ def described(source: DataSource, rows: list[Row]) -> dict[str, Any]:
     }
     columns = dict.fromkeys(str(key) for _, row in rows for key in row)
     if unread := [key for key in columns if key not in _KNOWN_COLUMNS]:
-        report["columns_not_read"] = [excerpt(key) for key in unread[:_MAX_UNREAD_COLUMNS]]
+        shown = unread[:_MAX_UNREAD_COLUMNS]
+        report["columns_not_read"] = [excerpt(key) or "(without a name)" for key in shown]
     if source.hub:
         report |= {"config": source.name, "split": source.split, "revision": source.revision}
         report |= {"data_dir": source.data_dir} if source.data_dir else {}
@@ -127,13 +144,29 @@ def locate(path: str) -> Path:
     if not is_file(file):
         siblings = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
         close = [] if file.is_dir() else difflib.get_close_matches(file.name, siblings, n=1)
+        remedy = f"did you mean {close[0]}?" if close else "check the path"
+        if file.is_dir():
+            remedy = _of_folder(file)
+        elif glob.has_magic(file.name):
+            remedy = (
+                "patterns are not read: name each file, as a source of its own (`- path: FILE`)"
+            )
         raise DataError(
             "this is a folder" if file.is_dir() else "there is no such file",
             where=str(file),
             expected=f"a file: {FORMATS}",
-            remedy=f"did you mean {close[0]}?" if close else "check the path",
+            remedy=remedy,
         )
     return file
+
+
+def _of_folder(folder: Path) -> str:
+    """Say how the files of a folder are read."""
+    if any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+        return _CONVERTED[".arrow"]
+    inside = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in (*_ENDINGS, ".gz"))
+    shown = f"; in it are {', '.join(inside[:5])}" if inside else ""
+    return f"name each of its files, as a source of its own (`- path: FILE`){shown}"
 
 
 def is_file(path: Path) -> bool:
@@ -197,7 +230,7 @@ def _file(path: Path, skips: Skips) -> list[Row]:
     try:
         raw = _bytes(path)
         suffixes = [suffix.lower() for suffix in path.suffixes]
-        if suffixes and suffixes[-1] == ".gz":
+        if suffixes and suffixes[-1] == ".gz" and not _is_text(raw):
             raw, suffixes = _unpacked(path, raw), suffixes[:-1]
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError) as error:
         raise DataError(
@@ -211,19 +244,60 @@ def _file(path: Path, skips: Skips) -> list[Row]:
         raise DataError("the file is empty", where=str(path), expected=_ENOUGH)
     if kind == ".parquet":
         return _parquet(path, raw)
+    content = next((name for first, name in _CONTENTS.items() if raw.startswith(first)), "")
+    if kind not in _ENDINGS or content:
+        what = f"its content is that of a .{content} file" if content else ""
+        remedy = _CONVERTED.get(f".{content}" if content else kind, "convert the file")
+        named = "rename it if its ending is wrong"
+        raise DataError(
+            what or f"files ending in {kind!r} cannot be read",
+            where=str(path),
+            expected=FORMATS,
+            remedy=f"{named}, or unpack it"
+            if content in ("gz", "parquet")
+            else f"{remedy}, or {named}",
+        )
     if kind in (".csv", ".tsv"):
         text = _decode(path, raw)
-        return list(_csv(path, text, _delimiter(text, "\t" if kind == ".tsv" else ","), skips))
-    if kind in (".jsonl", ".ndjson", ".json"):
-        raw = raw.removeprefix(codecs.BOM_UTF8)
-        array = kind == ".json" and raw.lstrip().startswith(b"[")
-        return _json(path, _decode(path, raw)) if array else list(_jsonl(path, raw, skips))
-    raise DataError(
-        f"files ending in {kind!r} cannot be read",
-        where=str(path),
-        expected=FORMATS,
-        remedy="convert the file, or rename it if its ending is wrong",
-    )
+        return _table(path, text, "\t" if kind == ".tsv" else ",", skips)
+    raw = raw.removeprefix(codecs.BOM_UTF8)
+    whole = _whole(raw)
+    if isinstance(whole, list) or (kind == ".json" and raw.lstrip().startswith(b"[")):
+        return _json(path, _decode(path, raw))
+    rows = [(f"{path}:1", whole)] if isinstance(whole, dict) else list(_jsonl(path, raw, skips))
+    if len(rows) == 1:
+        _check_rows_inside(*rows[0])
+    return rows
+
+
+def _is_text(raw: bytes) -> bool:
+    """Tell a file that is no archive, though its name ends in .gz."""
+    return raw.lstrip()[:1] in (b"{", b"[")
+
+
+def _whole(raw: bytes) -> Any:
+    """Return the list or object that a file is as a whole; None for lines of JSON."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(raw, object_pairs_hook=_once)
+    return None
+
+
+def _check_rows_inside(where: str, row: dict[str, Any]) -> None:
+    """Refuse a file of one object that holds all the rows, or all the values of each column."""
+    lists = [key for key, value in row.items() if isinstance(value, list) and len(value) > 1]
+    objects = [key for key in lists if all(isinstance(one, dict) for one in row[key])]
+    inside = [key for key in objects if "role" not in row[key][0] and "from" not in row[key][0]]
+    tables = [key for key, value in row.items() if isinstance(value, dict) and "0" in value]
+    texts = [key for key in lists if key not in objects and len(row[key]) > _MANY]
+    if inside:
+        given = f"the file is one object, with its rows inside {' and '.join(map(repr, inside))}"
+        remedy = "write the list of rows alone into the file"
+    elif len(tables) > 1 or len(texts) > 1:
+        given = f"the file holds columns ({excerpt(', '.join(tables or texts))}), not rows"
+        remedy = "write it by rows, such as with pandas' `to_json(FILE, orient='records')`"
+    else:
+        return
+    raise DataError(given, where=where, expected="an object for each row", remedy=remedy)
 
 
 def _unpacked(path: Path, raw: bytes) -> bytes:
@@ -281,10 +355,20 @@ def _json(path: Path, text: str) -> list[Row]:
     return [_object(row, f"{path} row {n}", row) for n, row in enumerate(rows, start=1)]
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON, in which no key is given twice."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {excerpt(twice)!r} is given twice")
+    return made
+
+
 def _loads(path: Path, text: str, first: int, expected: str) -> Any:
     """Parse JSON that begins on this line of the file."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         line, column, problem = 1, "", str(error)
         if isinstance(error, json.JSONDecodeError):
@@ -300,34 +384,44 @@ def _loads(path: Path, text: str, first: int, expected: str) -> Any:
 def _object(row: Any, where: str, shown: Any) -> Row:
     if not isinstance(row, dict):
         given = f"a JSON {type(row).__name__}: {excerpt(shown)}"
-        raise DataError(given, where=where, expected="a JSON object")
+        wanted = (
+            'a JSON object, such as {"messages": [...]}'
+            if isinstance(row, list)
+            else "a JSON object"
+        )
+        raise DataError(given, where=where, expected=wanted)
     return where, row
 
 
-def _delimiter(text: str, usual: str) -> str:
-    """Return the delimiter; a German or French Excel writes semicolons into a .csv."""
+def _table(path: Path, text: str, usual: str, skips: Skips) -> list[Row]:
+    """Read a CSV; an Excel may begin it with `sep=;`, and writes semicolons in some countries."""
+    first, _, rest = text.partition("\n")
+    if match := re.fullmatch(r"sep=(.)\r?", first):
+        return list(_csv(path, rest, match[1], skips, 2))
     columns = {}
     for delimiter in dict.fromkeys((usual, ",", ";", "\t", "|")):
         with contextlib.suppress(csv.Error):
             columns[delimiter] = len(next(csv.reader(io.StringIO(text), delimiter=delimiter)))
-    return usual if columns.get(usual, 2) > 1 else max(columns, key=columns.__getitem__)
+    likely = usual if columns.get(usual, 2) > 1 else max(columns, key=columns.__getitem__)
+    return list(_csv(path, text, likely, skips))
 
 
-def _csv(path: Path, text: str, delimiter: str, skips: Skips) -> Iterator[Row]:
+def _csv(path: Path, text: str, delimiter: str, skips: Skips, first: int = 1) -> Iterator[Row]:
+    """Yield the rows of a CSV whose header is on this line of the file."""
     limit = csv.field_size_limit(_MAX_CELL)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        header = next(reader)
+        header = [name.strip() for name in next(reader)]
         if twice := [name for name in header if header.count(name) > 1]:
             raise DataError(
                 f"two columns are called {excerpt(twice[0])!r}",
-                where=f"{path}:1",
+                where=f"{path}:{first}",
                 expected="a different name for every column",
                 remedy="rename or remove one of them",
             )
-        line = reader.line_num + 1
+        line = reader.line_num + first
         for cells in reader:
-            where, line = f"{path}:{line}", reader.line_num + 1
+            where, line = f"{path}:{line}", reader.line_num + first
             if cells and len(cells) == len(header):
                 yield where, dict(zip(header, cells, strict=True))
             elif cells:
@@ -335,14 +429,15 @@ def _csv(path: Path, text: str, delimiter: str, skips: Skips) -> Iterator[Row]:
                     DataError(
                         f"{len(cells)} cells under {len(header)} columns: {excerpt(cells)}",
                         where=where,
-                        expected="as many cells as the header has",
+                        expected="as many cells as the header has, which is line "
+                        f"{first}: {excerpt(delimiter.join(header))}",
                         remedy=_QUOTE,
                     )
                 )
     except csv.Error as error:
         raise DataError(
             f"not valid CSV: {error}",
-            where=f"{path}:{max(1, reader.line_num)}",
+            where=f"{path}:{max(1, reader.line_num) + first - 1}",
             expected="CSV with a header",
             remedy=_QUOTE,
         ) from None

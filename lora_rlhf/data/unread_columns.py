@@ -6,6 +6,7 @@ Training without it would not train on what the rows mean.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -18,32 +19,66 @@ from .sources import Row, excerpt
 
 PARTS = {
     "prompt": ("instruction", "question", "query", "problem"),
-    "input": ("input", "context", "passage", "document", "documents", "background", "history"),
-    "system": ("system", "system_prompt", "system_message"),
+    "input": (
+        "input",
+        "context",
+        "passage",
+        "document",
+        "documents",
+        "background",
+        "history",
+        "article",
+        "kontext",
+    ),
+    "system": ("system", "system_prompt", "system_message", "persona"),
 }
 """Our column -> usual names of columns that hold this part of the prompt."""
 
 _NO_COLUMN = ("tools", "functions", "tool_calls", "images", "image", "thinking", "reasoning",
-              "reasoning_content")  # fmt: skip
+              "reasoning_content", "chain_of_thought", "cot", "rationale", "choices",
+              "options")  # fmt: skip
 _JUDGES = frozenset(
     "label labels score scores rating ratings reward rewards grade grades stars vote votes upvotes "
     "downvotes likes dislikes thumb thumbs correct quality preference preferred winner verdict "
     "accepted approved rank ranks ranking toxic toxicity safe harmful helpful helpfulness "
     "choice better best annotator annotators "
-    "correctness coherence honesty harmlessness".split()
+    "correctness coherence honesty harmlessness "
+    "kto desirable undesirable good bad liked disliked flagged incorrect wrong unsafe upvote "
+    "downvote weight weights".split()
 )
+_TOLD_APART = (
+    ("good", "bad"), ("accepted", "rejected"), ("approved", "rejected"), ("correct", "incorrect"),
+    ("correct", "wrong"), ("right", "wrong"), ("pass", "fail"), ("passed", "failed"),
+    ("desirable", "undesirable"), ("like", "dislike"), ("liked", "disliked"), ("👍", "👎"),
+    ("thumbs up", "thumbs down"), ("thumbs_up", "thumbs_down"), ("chosen", "rejected"),
+    ("gut", "schlecht"), ("richtig", "falsch"),
+)  # fmt: skip
+"""Words of which a column with both judges the answers, whatever its name is."""
+
+_MOST_KINDS = 5
+_HELD_OUT = frozenset("test validation valid val dev eval evaluation holdout heldout".split())
 _ANSWERS = ("completion", "messages", "chosen", "rejected", "completions")
 _LABELS = {
-    **dict.fromkeys(("true", "1", "1.0", "+1", "up", "thumbs up", "thumbs_up", "good", "like",
-                     "liked", "yes", "positive", "👍"), True),
-    **dict.fromkeys(("false", "0", "-1", "0.0", "-1.0", "down", "thumbs down", "thumbs_down", "bad",
-                     "dislike", "disliked", "no", "negative", "👎"), False),
+    **dict.fromkeys(("true", "1", "1.0", "+1", "up", "yes", "positive"), True),
+    **dict.fromkeys(("false", "0", "-1", "0.0", "-1.0", "down", "no", "negative"), False),
+    **{good: True for good, _ in _TOLD_APART}, **{bad: False for _, bad in _TOLD_APART},
 }  # fmt: skip
 
 
 def label(value: Any) -> bool | None:
     """Return the judgement of a label: true or false, also as 1 and 0 (or -1), or thumbs."""
     return _LABELS.get(str(value).strip().lower())
+
+
+def number(value: Any) -> float | None:
+    """Return a finite number, also one that is written as text, as in a CSV; None for another."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        read = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return read if math.isfinite(read) else None
 
 
 class Problem(NamedTuple):
@@ -111,7 +146,7 @@ def _part(
     if not ours and column.lower() not in _NO_COLUMN:
         return None
     prompts = [str(row.get("prompt") or row.get("messages")) for _, row in rows if row.get(column)]
-    if all(str(value).strip() in prompt for value, prompt in zip(given, prompts, strict=False)):
+    if all(_said(value, prompt) for value, prompt in zip(given, prompts, strict=False)):
         return None  # nothing is lost: the prompt says it too
     remedy = "write what it says into the prompt or the answers, as the model should see it"
     if ours == "prompt" and "prompt" in source.columns.keys() | {
@@ -132,17 +167,27 @@ def _part(
     return Problem(column, columns, error)
 
 
+def _said(value: Any, prompt: str) -> bool:
+    """Tell if a prompt holds a value, or each value of a list."""
+    values = value if isinstance(value, list) and value else [value]
+    return all(str(one).strip() in prompt for one in values)
+
+
 def _judgement(
     rows: list[Row], column: str, given: list[Any], name: str, source: DataSource
 ) -> Problem | None:
-    """Describe a column that says how good the answers are; None for another."""
-    if not _words(column) & _JUDGES:
+    """Describe a column that says how good the answers are, or what they are for; else None."""
+    words = {str(value).strip().lower() for value in given}
+    if words & _HELD_OUT and words <= _HELD_OUT | {"train", "training"} and len(words) > 1:
+        return _split(rows, column, given)
+    told_apart = len(words) <= _MOST_KINDS and any(words >= {*pair} for pair in _TOLD_APART)
+    if not _words(column) & _JUDGES and not told_apart:
         return None
     if _words(column) & {"chosen", "rejected"}:
         return _pair(rows, column)
     kinds = Counter(excerpt(value, 30) for value in given)
     if _words(column) & {"annotator", "annotators"} and not (
-        len(kinds) <= 5 and all(isinstance(value, int | float) for value in given)
+        len(kinds) <= _MOST_KINDS and all(isinstance(value, int | float) for value in given)
     ):
         return None  # names of people, not what they said
     if len(kinds) == 1 and label(given[0]) is not False:
@@ -165,14 +210,28 @@ def _judgement(
     return Problem(column, columns, error)
 
 
+def _split(rows: list[Row], column: str, given: list[Any]) -> Problem:
+    """Describe a column that says which rows are not to train on."""
+    shown = ", ".join(f"{value}: {n}" for value, n in Counter(map(str, given)).most_common(4))
+    error = DataError(
+        f"the column {column!r} is not read, and keeps rows out of training ({shown})",
+        where=rows[0][0],
+        expected="a file of rows to train on; those to evaluate on are another file",
+        remedy="write the rows of each kind into a file of their own, those to evaluate on for "
+        f"data.evaluate; to train on all: `ignore: [{column}]`",
+    )
+    return Problem(column, {}, error)
+
+
 def _pair(rows: list[Row], column: str) -> Problem | None:
     """Describe scores of pairs that prefer the rejected answer."""
     other = column.replace("chosen", "rejected")
     turned = [
         where
         for where, row in rows
-        if all(isinstance(row.get(c), int | float) for c in (column, other))
-        and row[column] < row[other]
+        if (a := number(row.get(column))) is not None
+        and (b := number(row.get(other))) is not None
+        and a < b
     ]
     if not turned:
         return None

@@ -203,10 +203,10 @@ def test_text_and_messages_may_be_mixed_only_with_a_chat_template(tmp_path, chat
 
 @pytest.mark.parametrize("bad", [
     {"prompt": 3, "completion": "a"}, {"prompt": "q", "completion": ["a"]},
-    {"prompt": {"role": "user", "content": "q"}, "completion": "a"},
+    {"prompt": {"name": "user", "content": "q"}, "completion": "a"},
     {"prompt": [{"role": "user", "content": None}], "completion": "a"},
-    {"prompt": [{"role": "USER", "content": "q"}], "completion": "a"},
-    {"prompt": [{"role": "user", "content": [{"type": "text", "text": "q"}]}], "completion": "a"},
+    {"prompt": [{"role": "critic", "content": "q"}], "completion": "a"},
+    {"prompt": [{"role": "user", "content": [{"type": "image", "text": "q"}]}], "completion": "a"},
     {"prompt": [["user", "q"]], "completion": "a"}, {"prompt": None, "completion": None},
     {"prompt": True, "completion": 1.5}, {"completion": "a"}, {"messages": []}, {},
 ])  # fmt: skip

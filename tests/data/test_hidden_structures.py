@@ -72,13 +72,109 @@ def test_a_list_of_messages_that_cannot_be_read_is_no_text(tmp_path, chat):
 
 @pytest.mark.parametrize("text", ["<|im_start|>user\nq{}<|im_end|>\n<|im_start|>assistant\n",
                                   "<s>[INST] q{} [/INST]", "USER: q{}\nASSISTANT:",
-                                  "### Instruction:\nq{}\n\n### Response:\n"])  # fmt: skip
+                                  "### Instruction:\nq{}\n\n### Response:\n",
+                                  "Below is a task.\n\n### Instruction:\nq{}\n\n### Response:",
+                                  "A chat with an assistant. USER: q{} ASSISTANT:",
+                                  "### Human: q{}### Assistant: yes{}"])  # fmt: skip
 def test_a_conversation_rendered_as_one_text_is_refused(tmp_path, chat, plain, text):
-    rows = [{"prompt": text.format(i), "completion": "a"} for i in range(N)]
+    rows = [{"prompt": text.format(i, i), "completion": "a"} for i in range(2 * N)]
     with pytest.raises(DataError, match="conversations written as one text"):
         demonstrations(tmp_path, chat, rows)
     if "<|" not in text:  # without a template, the text is what the model is given
-        assert len(all_rows(demonstrations(tmp_path, plain, rows))) == N
+        assert len(all_rows(demonstrations(tmp_path, plain, rows))) == 2 * N
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["Sum up: User: hi {}. Assistant: hello. User: bye.", "Question: {}?\nAnswer:", "a User: {}"],
+)
+def test_a_prompt_that_quotes_turns_is_a_prompt(tmp_path, chat, prompt):
+    rows = [{"prompt": prompt.format(i), "completion": "a"} for i in range(2 * N)]
+    assert len(all_rows(demonstrations(tmp_path, chat, rows))) == 2 * N
+
+
+@pytest.mark.parametrize("more", ["<|eot_id|>\nHuman: and?", "<|im_end|>\n<|im_start|>user\nand?",
+                                  " [INST] and? [/INST] yes"])  # fmt: skip
+def test_answers_that_hold_more_turns_are_refused(tmp_path, chat, plain, more):
+    rows = [{"prompt": f"q{i}", "completion": f"a{i}{more}"} for i in range(N)]
+    for tokenizer in (chat, plain):
+        with pytest.raises(DataError, match=f"{N} of {N} answers are several turns") as caught:
+            demonstrations(tmp_path, tokenizer, rows)
+        assert caught.value.where.endswith("d.jsonl:1")
+    few = demonstrations(tmp_path, chat, [*PAIRS, *rows[:3]])
+    assert len(all_rows(few)) == 63
+    assert any(
+        note.startswith("answers hold <|") or "[INST]" in note for note in few.report["notes"]
+    )
+
+
+@pytest.mark.parametrize("begin", ["<|im_start|>assistant\n", "Assistant: ", "### Response:\n",
+                                   "<start_of_turn>model\n"])  # fmt: skip
+def test_what_a_template_writes_around_prompts_and_answers_is_taken_off(
+    tmp_path, chat, plain, begin
+):
+    rows = [{"prompt": f"<s>q{i}", "completion": f"{begin}a{i}<|im_end|>"} for i in range(2 * N)]
+    prepared = demonstrations(tmp_path, chat, rows)
+    assert all(row["prompt"][0]["content"][0] == "q" for row in all_rows(prepared))
+    assert all(row["completion"][0]["content"][0] == "a" for row in all_rows(prepared))
+    notes = " ".join(prepared.report["notes"])
+    assert "prompts began with <s>, which was removed" in notes
+    assert "answers began with" in notes
+    if begin == "Assistant: ":  # without a template, the text is what the model is given
+        kept = all_rows(demonstrations(tmp_path, plain, rows))
+        assert all(row["completion"].startswith(begin) for row in kept)
+        rows = [*PAIRS, rows[0]]  # one answer is no frame
+        assert any(r["completion"][0]["content"].startswith(begin.strip())
+                   for r in all_rows(demonstrations(tmp_path, chat, rows)))  # fmt: skip
+
+
+@pytest.mark.parametrize("write", [json.dumps, str])
+@pytest.mark.parametrize("keys", [("role", "content"), ("from", "value")])
+def test_one_message_written_as_text_is_read(tmp_path, chat, write, keys):
+    def said(text):
+        return write(dict(zip(keys, ("assistant", text), strict=True)))
+
+    rows = [{"prompt": f"q{i}", "chosen": said("a"), "rejected": said("b")} for i in range(N)]
+    for row in all_rows(comparisons(tmp_path, chat, rows)):
+        assert (row["chosen"], row["rejected"]) == (answer("a"), answer("b"))
+    text = write({"role": "admin", "content": "x"})  # an answer in JSON is an answer
+    rows = [{"prompt": f"q{i}", "completion": text} for i in range(N)]
+    for row in all_rows(demonstrations(tmp_path, chat, rows)):
+        assert row["completion"] == answer(text)
+
+
+@pytest.mark.parametrize(("role", "ours"), [("User", "user"), ("human", "user"), ("USER", "user")])
+def test_other_names_of_roles_are_read(tmp_path, chat, role, ours):
+    first = {"role": "developer", "content": "Be kind."}
+    rows = [{"messages": [first, {"role": role, "content": f"q{i}"},
+                          {"role": "Model", "content": [{"type": "text", "text": f"a{i}"}]}]}
+            for i in range(N)]  # fmt: skip
+    prepared = demonstrations(tmp_path, chat, rows)
+    for row in all_rows(prepared):
+        assert [turn["role"] for turn in row["prompt"]] == ["system", ours]
+        assert row["completion"] == answer("a" + row["prompt"][1]["content"][1:])
+    assert f"the role {role} was read as {ours} ({N} rows)" in prepared.report["notes"]
+
+
+def test_a_run_is_told_that_only_the_last_answer_is_trained_on(tmp_path, chat):
+    turns = user("hi") + answer("hello")
+    rows = [{"messages": [*user(f"q{i}"), *answer("hm"), *turns]} for i in range(N)]
+    assert any("are not trained on" in note and f"({N} rows)" in note
+               for note in demonstrations(tmp_path, chat, rows).report["notes"])  # fmt: skip
+    rows = [{"messages": [*user(f"q{i}"), {**answer("hm")[0], "weight": 0}, *turns]}
+            for i in range(N)]  # fmt: skip
+    assert len(all_rows(demonstrations(tmp_path, chat, rows))) == N  # as the weight says
+    rows = [{"messages": [*user(f"q{i}"), *answer("a"), *user("thanks")]} for i in range(N)]
+    with pytest.raises(DataError, match="no answer after the last question") as caught:
+        demonstrations(tmp_path, chat, rows)
+    assert "d.jsonl:" in caught.value.given  # a row that was dropped, with its line
+
+
+def test_rows_that_all_begin_with_the_same_turn_cannot_be_split(tmp_path, chat):
+    rows = [{"messages": [*user("Hi."), *answer("Hello."), *user(f"q{i}"), *answer("a")]}
+            for i in range(N)]  # fmt: skip
+    with pytest.raises(DataError, match="same first user turn"):
+        demonstrations(tmp_path, chat, rows)
 
 
 @pytest.mark.parametrize("templated", [True, False])
@@ -106,6 +202,27 @@ def test_a_csv_may_part_its_columns_otherwise(tmp_path, plain, delimiter):
     given = recipe(demonstrations=tmp_path / "d.csv")
     rows = all_rows(dataset_builder.demonstrations(given, plain))
     assert {row["completion"] for row in rows} == {"1,50 Euro"}
+
+
+@pytest.mark.parametrize("text", ["nan", "NaN", "<NA>", "#REF!", "#N/A"])
+def test_an_empty_or_failed_cell_is_no_answer(tmp_path, plain, text):
+    rows = [*PAIRS, *[{"prompt": f"p{i}", "completion": text} for i in range(5)]]
+    prepared = demonstrations(tmp_path, plain, rows)
+    assert len(all_rows(prepared)) == 60
+    assert "5 an empty or failed cell" in prepared.lines[0]
+    with pytest.raises(DataError, match="an empty or failed cell, such as nan") as caught:
+        demonstrations(tmp_path, plain, rows[-5:])
+    assert f"completion: {text}" in caught.value.given
+
+
+def test_numbers_written_as_text_are_numbers(tmp_path, plain):
+    rows = [{"prompt": f"q{i}", "completions": ["bad", "good"], "scores": ["9", "10"]}
+            for i in range(N)]  # fmt: skip
+    assert comparisons(tmp_path, plain, rows).train[0]["chosen"] == "good"
+    rows = [{"prompt": f"q{i}", "chosen": "a", "rejected": "b", "score_chosen": "9",
+             "score_rejected": "10"} for i in range(N)]  # fmt: skip
+    with pytest.raises(DataError, match=f"{N} of {N} rows have a score_chosen below"):
+        comparisons(tmp_path, plain, rows)
 
 
 # --- impossible values ------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def test_unknown_columns_suggest_a_mapping_that_works(tmp_path, plain):
         )
 
 
-@pytest.mark.parametrize("bad", [None, 3, ["x"], [{"role": "human", "content": "x"}], [], {}])
+@pytest.mark.parametrize("bad", [None, 3, ["x"], [{"role": "critic", "content": "x"}], [], {}])
 def test_rows_of_a_wrong_type_are_listed_with_their_lines(tmp_path, chat, bad):
     rows = [*PAIRS[:2], *[{"prompt": "q", "completion": bad}] * 7, {"prompt": "q"}]
     with pytest.raises(DataError) as caught:
@@ -186,7 +186,7 @@ def test_rankings_become_all_strict_pairs_of_one_group(tmp_path, plain):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"ranks": [1]}, "a list of 2 numbers"), ({"ranks": [1, "2"]}, "a list of 2 numbers"),
+    [({"ranks": [1]}, "a list of 2 numbers"), ({"ranks": [1, "x"]}, "a list of 2 numbers"),
      ({"completions": ["a"]}, "two or more"), ({"completions": "ab"}, "two or more"),
      ({"completions": ["a", None]}, "column 'completions' is missing")],
 )  # fmt: skip
@@ -253,7 +253,7 @@ def test_sharegpt_conversations_are_messages(tmp_path, chat):
     wanted = [{"prompt": filled(turns, i), "completion": answer("good")} for i in range(40)]
     assert sorted(all_rows(prepared), key=str) == sorted(wanted, key=str)
     note = "turns of from and value (ShareGPT) were read as messages (40 rows)"
-    assert prepared.report["notes"] == [note]
+    assert prepared.report["notes"][0] == note
     assert len(all_rows(dataset_builder.prompts(recipe(prompts=path), chat))) == 40
     rows = [
         {
@@ -281,7 +281,8 @@ def test_conversations_may_hold_messages(tmp_path, chat):
     prepared = dataset_builder.demonstrations(
         recipe(demonstrations=jsonl(tmp_path / "d.jsonl", rows)), chat
     )
-    assert len(all_rows(prepared)) == 40 and prepared.report["notes"] == []
+    assert len(all_rows(prepared)) == 40
+    assert all(note.startswith("answers before the last one") for note in prepared.report["notes"])
 
 
 def test_a_files_own_column_item_is_not_a_task_item(tmp_path, plain):

@@ -76,6 +76,14 @@ GOOD = json.dumps(PAIRS[0]).encode() + b"\n"
         ("l.jsonl", b"[" * 100_000, "l.jsonl:1", "not valid JSON"),
         ("m.json", b'[{"prompt": "x"}, 7]', "m.json row 2", "a JSON int: 7"),
         ("n.csv", b"prompt,answer,prompt\na,b,c\n", "n.csv:1", "two columns are called"),
+        ("o.jsonl", gzip.compress(GOOD), "o.jsonl", "its content is that of a .gz file"),
+        ("p.csv", b"PK\x03\x04\0\0", "p.csv", "its content is that of a .zip or .xlsx file"),
+        ("q.json", b'{"data": [%s]}' % b",".join([GOOD] * 2), "q.json:1", "its rows inside 'data'"),
+        ("r.json", b'{"prompt": {"0": "x", "1": "y"}, "completion": {"0": "a", "1": "b"}}',
+         "r.json:1", "the file holds columns (prompt, completion), not rows"),
+        ("s.jsonl", GOOD + b'{"prompt": "x", "completion": "y", "prompt": "z"}', "s.jsonl:2",
+         "the key 'prompt' is given twice"),
+        ("t.csv", b"sep=;\nprompt;completion\na;b\na;b;c\n", "t.csv:4", "3 cells under 2"),
     ],
 )  # fmt: skip
 def test_an_unreadable_file_is_one_error_with_its_place(tmp_path, plain, name, raw, where, message):
@@ -85,6 +93,30 @@ def test_an_unreadable_file_is_one_error_with_its_place(tmp_path, plain, name, r
     assert caught.value.where.endswith(where)
     assert message in caught.value.given
     str(caught.value).encode()  # nothing that a terminal cannot show
+
+
+def test_a_list_in_a_jsonl_and_a_header_with_spaces_are_read(tmp_path, plain):
+    (tmp_path / "a.jsonl").write_text(json.dumps(PAIRS, indent=1), encoding="utf-8")
+    lines = [f"{row['prompt']}; {row['completion']}" for row in PAIRS]
+    (tmp_path / "b.csv").write_text("\n".join(["sep=;", "prompt; completion", *lines]), "utf-8")
+    for name in ("a.jsonl", "b.csv"):
+        prepared = dataset_builder.demonstrations(recipe(demonstrations=tmp_path / name), plain)
+        assert len(all_rows(prepared)) == 60
+
+
+@pytest.mark.parametrize(
+    ("path", "remedy"), [("set", "in it are a.jsonl"), ("set/*.jsonl", "patterns are not read")]
+)
+def test_a_folder_and_a_pattern_say_how_files_are_named(tmp_path, plain, path, remedy):
+    (tmp_path / "set").mkdir()
+    jsonl(tmp_path / "set" / "a.jsonl", PAIRS)
+    with pytest.raises(DataError) as caught:
+        dataset_builder.demonstrations(recipe(demonstrations=tmp_path / path), plain)
+    assert remedy in caught.value.remedy
+    (tmp_path / "set" / "dataset_info.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        dataset_builder.demonstrations(recipe(demonstrations=tmp_path / "set"), plain)
+    assert "load_from_disk" in caught.value.remedy
 
 
 def test_excerpts_are_short_and_escaped(tmp_path, plain):

@@ -114,12 +114,36 @@ def test_an_answer_by_the_user_is_no_answer(tmp_path, chat):
     assert "left out: 1 answers of another role" in prepare(tmp_path, chat, rows).lines[0]
 
 
-@pytest.mark.parametrize("column", ["rating", "qualityScore", "is_correct", "upvotes"])
+@pytest.mark.parametrize("column", ["rating", "qualityScore", "is_correct", "upvotes", "kto_tag",
+                                    "desirable", "sample_weight"])  # fmt: skip
 def test_a_column_that_judges_the_answers_stops(tmp_path, plain, column):
     with pytest.raises(DataError, match=f"'{column}' is not read, and judges"):
         prepare(tmp_path, plain, with_column(column, [1, 5]))
     assert len(all_rows(prepare(tmp_path, plain, with_column(column, [5])))) == 60  # all the same
     assert len(prepare(tmp_path, plain, with_column(column, [1, 5]), "prompts").train) > 40
+
+
+@pytest.mark.parametrize(("column", "values", "what"), [
+    ("status", ["approved", "rejected"], "judges the answers"),
+    ("note", ["👍", "👎", "👍"], "judges the answers"),
+    ("subset", ["train", "train", "test"], "keeps rows out of training"),
+])  # fmt: skip
+def test_a_column_whose_values_tell_answers_apart_stops(tmp_path, plain, column, values, what):
+    with pytest.raises(DataError, match=f"'{column}' is not read, and {what}"):
+        prepare(tmp_path, plain, with_column(column, values))
+    assert len(all_rows(prepare(tmp_path, plain, with_column(column, values[:1])))) == 60
+    other = with_column(column, ["train", "bus"])  # other words say nothing about the answers
+    assert len(all_rows(prepare(tmp_path, plain, other))) == 60
+
+
+def test_choices_that_the_prompt_holds_are_not_missed(tmp_path, plain):
+    rows = [
+        {"prompt": f"{i} is A or B?", "completion": "A", "choices": ["A", "B"]} for i in range(40)
+    ]
+    assert len(all_rows(prepare(tmp_path, plain, rows))) == 40
+    rows = [{**row, "prompt": f"q{i}"} for i, row in enumerate(rows)]
+    with pytest.raises(DataError, match="'choices' is not read"):
+        prepare(tmp_path, plain, rows)
 
 
 def test_scores_of_a_pair_must_not_prefer_the_rejected_answer(tmp_path, plain):

@@ -76,7 +76,8 @@ def removed(prepared, reason):
 class Words:
     """A tokenizer whose tokens are words: the byte-level one is slow on large files."""
 
-    eos_token, all_special_tokens, chat_template, eos_token_id = None, (), "a template", 0
+    eos_token, bos_token, all_special_tokens = None, None, ()
+    chat_template, eos_token_id = "a template", 0
 
     def __call__(self, texts, **_):
         self.texts = texts
