@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.nn import functional
 from transformers import set_seed
 
 from lora_rlhf._trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
@@ -32,7 +33,7 @@ from lora_rlhf.training.trl_config import build, effective, trainer_args
 from . import custom_reward, identities, policy_stage, reward_functions
 from .objectives import kl_estimates, masked_mean
 from .policy_trainer import CLONE, RolloutTrainer, TiedReferenceTrainer
-from .ppo import ppo_metrics, ppo_stage
+from .ppo import minibatches, ppo_metrics, ppo_stage
 from .ppo.minibatches import model_inputs
 
 _RENAMED = {"entropy": "policy/entropy", "clip_ratio/region_mean": "policy/clip_fraction"}
@@ -106,6 +107,7 @@ def arguments(recipe: Recipe, out: Path) -> Any:
 class _GroupTrainer(RolloutTrainer, TiedReferenceTrainer):
     """GRPO and RLOO on our backbone; the last reward function is the penalty for a missing eos."""
 
+    _buffered_inputs: list[dict[str, Any]] | None
     _ids_alone = False  # RLOO's `_generate_single_turn` returns no log-probs
 
     def __init__(self, backbone: Backbone, *, progress: Progress, **options: Any) -> None:
@@ -134,31 +136,60 @@ class _GroupTrainer(RolloutTrainer, TiedReferenceTrainer):
         ids = [sampled.ids for sampled in self._sampled]
         return ids if self._ids_alone else (ids, None)
 
-    def _get_per_token_logps_and_entropies(
-        self, *args: Any, batch_size: int | None = None, **options: Any
-    ) -> Any:
-        """Compute as TRL does; without gradient, on fewer rows at once where memory runs out.
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        """Return TRL's next micro-batch; episodes of one optimizer step are sorted by length."""
+        before, window = self._buffered_inputs, self.args.gradient_accumulation_steps
+        inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
+        made = self._buffered_inputs
+        if made is not None and made is not before and window > 1 and self.can_be_sorted():
+            self._buffered_inputs = made = minibatches.sorted_windows(made, window)
+            inputs = made[self._step % self.args.steps_per_generation]
+        return inputs
 
-        Several processes then share the rows, if nothing but ids and mask has rows.
-        """
-        compute = super()._get_per_token_logps_and_entropies
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        **options: Any,
+    ) -> Any:
+        """Compute log-probs and entropies as PPO does; TRL computes logits of prompts as well."""
+        given = input_ids, attention_mask, logits_to_keep
+        if options.get("compute_aux_loss"):  # of a mixture of experts
+            return super()._get_per_token_logps_and_entropies(model, *given, batch_size, **options)
         if torch.is_grad_enabled():
-            return compute(*args, batch_size=batch_size, **options)
-        model, ids, mask, tokens, *rest = args
-        size = batch_size or (rest[0] if rest else None) or len(ids)
-        alone = world().size == 1 or any(torch.is_tensor(v) for v in options.values())
-        rows = slice(*(world().block(len(ids)) if not alone else (0, len(ids))))
-        out = self.backbone.backoff.call(
-            "scoring",
-            size,
-            lambda n: compute(model, ids[rows], mask[rows], tokens, batch_size=n, **options),
-        )
-        if not alone:
-            columns = zip(*world().gathered(out), strict=True)
-            out = tuple(None if part[0] is None else torch.cat(part) for part in columns)
-        role = "reference" if self.backbone.views["policy"].active_adapter == CLONE else "policy"
-        self._computed[role] = out[0]
-        return out
+            logprobs_bt, entropies_bt = self._forward(*given)
+        else:
+            logprobs_bt, entropies_bt = self._batches(*given, batch_size)
+            clone = self.backbone.views["policy"].active_adapter == CLONE
+            self._computed["reference" if clone else "policy"] = logprobs_bt
+        return logprobs_bt, entropies_bt if options.get("compute_entropy") else None, None
+
+    def _forward(self, ids: Tensor, mask: Tensor, tokens: int) -> list[Tensor]:
+        """Compute log-probs and entropies (B, T) without columns that are padding in every row."""
+        columns, kept = minibatches.valid_columns(mask, tokens)
+        ids, mask = ids[:, columns], mask[:, columns]
+        states = scoring.completion_states(self.backbone, ids, mask, kept)
+        bonus = getattr(self, "_entropy_bonus_enabled", False)
+        both = scoring.logprobs_of(self.backbone, states, ids, self.temperature, bonus)
+        return [functional.pad(part, (0, tokens - kept)) for part in both]
+
+    @torch.no_grad()
+    def _batches(
+        self, ids: Tensor, mask: Tensor, tokens: int, size: int | None = None
+    ) -> list[Tensor]:
+        """Compute what `_forward` does, on rows sorted by length that the processes share."""
+        both_2bt = torch.zeros(2, len(ids), tokens, device=ids.device)
+
+        def visit(index: Sequence[int]) -> None:
+            rows = torch.tensor(index, device=ids.device)
+            both_2bt[:, rows] = torch.stack(self._forward(ids[rows], mask[rows], tokens))
+
+        order = sorted(world().own(len(ids)), key=mask.sum(dim=1).tolist().__getitem__)
+        self.backbone.backoff.for_each_batch("scoring", order, size or len(ids), visit)
+        return [torch.stack(world().completed(list(part))) for part in both_2bt]
 
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
@@ -194,11 +225,7 @@ class _GroupTrainer(RolloutTrainer, TiedReferenceTrainer):
     @torch.no_grad()
     def _observe(self, out: dict[str, Any]) -> None:
         """Check and log the KL to SFT as PPO measures it, whatever estimator the loss uses."""
-        roles = ("policy", "reference")
-        if {*roles} <= self._computed.keys():  # by TRL for the loss; both in the same way
-            policy_bt, reference_bt = (self._computed[role] for role in roles)
-        else:
-            policy_bt, reference_bt = (self._logprobs(out, role) for role in roles)
+        policy_bt, reference_bt = (self._logprobs(out, role) for role in ("policy", "reference"))
         mask_bt = out["completion_mask"]
         if self.state.global_step == 0 and not self.warm_started:
             self.identities["kl_at_start"] = identities.policy_equals_reference(
@@ -216,23 +243,11 @@ class _GroupTrainer(RolloutTrainer, TiedReferenceTrainer):
         )
 
     def _logprobs(self, out: dict[str, Any], role: str) -> Tensor:
-        """Compute a role's log-probs (B, T) of a rollout's completions."""
-        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-        logprobs_bt = torch.zeros(out["completion_mask"].shape, device=self.backbone.device)
-
-        def visit(index: Sequence[int]) -> None:
-            rows = slice(index[0], index[-1] + 1)
-            ids, mask, tokens = model_inputs({k: out[k][rows] for k in names})
-            logprobs_bt[rows], _ = scoring.completion_logprobs(
-                self.backbone, ids, mask, tokens, self.temperature
-            )
-
+        """Return a role's log-probs (B, T) of a rollout; TRL's loss has asked for some already."""
+        if role in self._computed:
+            return self._computed[role]
         with self.backbone.role(role):
-            mine = range(*world().block(len(logprobs_bt)))
-            self.backbone.backoff.for_each_batch(
-                "scoring", mine, self.args.per_device_train_batch_size, visit
-            )
-        return torch.cat(world().gathered(logprobs_bt[mine.start : mine.stop]))
+            return self._batches(*model_inputs(out), self.args.per_device_train_batch_size)[0]
 
     def _check_sampler(self, policy_bt: Tensor, mask_bt: Tensor) -> None:
         """Compare the sampler's log-probs with the trainer's on the first rollout."""
@@ -254,6 +269,10 @@ class _GroupTrainer(RolloutTrainer, TiedReferenceTrainer):
         bonus = getattr(self, "_entropy_bonus_enabled", False)
         quantile = getattr(self, "top_entropy_quantile", 1.0)
         return super().can_be_split() and not bonus and quantile == 1.0
+
+    def can_be_sorted(self) -> bool:
+        """Return False if an episode's weight depends on the others of its micro-batch."""
+        return self.can_be_split() and getattr(self, "loss_type", None) != "bnpo"
 
     def share(self, piece: Any, inputs: Any, num_items_in_batch: Any) -> float:
         """Return the share of the tokens or rows that TRL averages over; 1 where it sums."""

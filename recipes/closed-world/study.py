@@ -126,7 +126,8 @@ def settings(seed: int, out: Path) -> list[dict[str, Any]]:
     for name, more in SETTINGS.items():
         where = out / f"seed-{seed}" / name
         rows.append(row(one([f"seed={seed}", *more], where, start), name, seed))
-    for differ in compare.run([out / f"seed-{seed}" / name for name in SETTINGS])["differences"]:
+    folders = [out / f"seed-{seed}" / name for name in SETTINGS]
+    for differ in compare.run(folders)["differences"] if len(folders) > 1 else ():
         print(seed, differ["of"], differ["less"], differ["metric"], cell(differ["estimate"]))
     return rows
 
@@ -644,9 +645,14 @@ def main() -> None:
     parser.add_argument("--part", choices=PARTS, action="append", help="default: all")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0, help="20: seeds that chose nothing")
+    parser.add_argument(
+        "--setting", choices=SETTINGS, action="append", help="of `settings`; default: all"
+    )
     parser.add_argument("--kl-coef", type=float, action="append", help="of `curves`; default: all")
     args = parser.parse_args()
     KL_COEFS[:] = args.kl_coef or KL_COEFS
+    for name in SETTINGS.keys() - (args.setting or SETTINGS):
+        del SETTINGS[name]
     quiet.process()
     parts = args.part or list(PARTS)
     rows: dict[str, list[dict[str, Any]]] = {part: [] for part in parts}

@@ -8,7 +8,8 @@ import small
 import torch
 from peft import PeftModel
 from policy_run import recipe, run
-from ppo_run import ARGS, roles
+from ppo_run import ARGS, eos_more_often, roles
+from several import assert_near
 
 from lora_rlhf._trl import SEAMS, DPOTrainer, GRPOTrainer, RLOOTrainer
 from lora_rlhf.algorithms import dpo, grpo_rloo, reward_functions
@@ -111,12 +112,41 @@ def test_two_equal_runs_give_equal_bits(finished, tmp_path):
     assert again.data["stages"][name][key] == record.data["stages"][name][key]
 
 
+@pytest.mark.parametrize("name, loss", [("grpo", "dapo"), ("grpo", "bnpo"), ("rloo", None)])
+def test_sorted_and_trimmed_rows_change_nothing_but_padding(tmp_path, monkeypatch, name, loss):
+    args = {
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4,
+        "steps_per_generation": 8, "max_completion_length": 20, "learning_rate": 1e-3,
+    }  # fmt: skip
+    asked = recipe(
+        name, {"loss_type": loss} if loss else None, ppo={"updates": 2, "args": {**ARGS, **args}}
+    )
+
+    def sizes(folder):
+        """Token columns of all forwards, with and without gradient."""
+        made, computed = eos_more_often(roles()), []
+
+        def count(_, args, inputs):
+            computed.append((inputs["input_ids"].numel(), torch.is_grad_enabled()))
+
+        made.decoder.register_forward_pre_hook(count, with_kwargs=True)
+        run(tmp_path / folder, asked, made)
+        return [sum(n for n, grad in computed if grad is mode) for mode in (True, False)]
+
+    ours = sizes("ours")
+    for method in ("_prepare_inputs", "_get_per_token_logps_and_entropies"):
+        monkeypatch.delattr(grpo_rloo._GroupTrainer, method)
+    padded = sizes("theirs")
+    assert_near(tmp_path / "ours", tmp_path / "theirs")
+    assert all(n < 0.9 * whole for n, whole in zip(ours, padded, strict=True)), (ours, padded)
+
+
 @pytest.mark.parametrize("load_in_4bit", [False, True])
 def test_trls_reference_is_sft_during_training(tmp_path, monkeypatch, load_in_4bit):
     """Under TRL's own switch to its clone the outputs are those of the reference role."""
     made = roles(load_in_4bit=load_in_4bit)
     made.views["policy"].active_adapter = "reference"  # as after loading a finished SFT stage
-    seen, real = [], GRPOTrainer._get_per_token_logps_and_entropies
+    seen, real = [], grpo_rloo._GroupTrainer._get_per_token_logps_and_entropies
 
     def spy(self, *args, **kwargs):
         found = real(self, *args, **kwargs)
@@ -127,7 +157,7 @@ def test_trls_reference_is_sft_during_training(tmp_path, monkeypatch, load_in_4b
                 assert torch.equal(real(self, *args, **kwargs)[0], found[0])
         return found
 
-    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", spy)
+    monkeypatch.setattr(grpo_rloo._GroupTrainer, real.__name__, spy)
     run(tmp_path / "run", recipe("grpo"), made)
     assert ({("ref",)}, False) in seen and ({("default",)}, True) in seen
     assert all(active == {("default",)} for active, training in seen if training)

@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 import torch
-from ppo_run import Run, roles, w9
+from ppo_run import Run, eos_more_often, roles, w9
 from small import EOS, nudge
 from transformers import TrainerCallback
 
@@ -33,13 +33,6 @@ def all_tensors(made):
         found |= {f"{role} {n}": p for n, p in view.named_parameters()}
         found |= {f"{role} buffer {n}": b for n, b in view.named_buffers()}
     return found
-
-
-def eos_more_often(made, score=3.0):
-    """Let completions end at different lengths."""
-    with torch.no_grad():
-        made.causal.get_output_embeddings().weight[EOS] *= score
-    return made
 
 
 def same(a, b, tolerance=1e-5):

@@ -5,7 +5,7 @@ import contextlib
 
 import torch
 from datasets import Dataset
-from small import backbone
+from small import EOS, backbone
 
 from lora_rlhf.algorithms import policy_stage
 from lora_rlhf.algorithms.ppo import ppo_stage
@@ -40,6 +40,13 @@ def roles(**options):
     torch.manual_seed(0)
     made = backbone("llama", "policy", "reference", "reward", **options)
     made.reward_offset["reward"] = 0.25
+    return made
+
+
+def eos_more_often(made, score=3.0):
+    """Let completions end at different lengths."""
+    with torch.no_grad():
+        made.causal.get_output_embeddings().weight[EOS] *= score
     return made
 
 

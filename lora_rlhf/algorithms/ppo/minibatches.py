@@ -39,9 +39,7 @@ def split(rollout: dict[str, Tensor], micro_batches: int, window: int) -> list[d
     """
     order = torch.randperm(rollout["prompt_ids"].shape[0])
     if window > 1:
-        length = rollout["prompt_mask"].sum(dim=1) + rollout["completion_mask"].sum(dim=1)
-        steps = order.split(window * len(order) // micro_batches)
-        order = torch.cat([i[length.cpu()[i].argsort(stable=True)] for i in steps])
+        order = _by_length(rollout, order, window * len(order) // micro_batches)
     shuffled = {k: v[order.to(v.device)] for k, v in rollout.items()}
     batches: list[dict[str, Any]] = split_tensor_dict(shuffled, micro_batches)
     for start in range(0, len(batches), window):
@@ -49,6 +47,35 @@ def split(rollout: dict[str, Tensor], micro_batches: int, window: int) -> list[d
         for batch in batches[start : start + window]:
             batch["window_tokens"] = max(tokens, 1)
     return [trim(batch) for batch in batches]
+
+
+def _by_length(rollout: dict[str, Tensor], order: Tensor, step: int) -> Tensor:
+    """Sort the episodes of each optimizer step, `step` of them in the order given, by length."""
+    length = rollout["prompt_mask"].sum(dim=1) + rollout["completion_mask"].sum(dim=1)
+    return torch.cat([i[length.cpu()[i].argsort(stable=True)] for i in order.split(step)])
+
+
+def sorted_windows(batches: list[dict[str, Any]], window: int) -> list[dict[str, Any]]:
+    """Sort the episodes of `window` micro-batches, one optimizer step, by length over them all."""
+    joined = {k: torch.cat([b[k] for b in batches]) if v.ndim else v for k, v in batches[0].items()}
+    rows = len(joined["prompt_ids"])
+    order = _by_length(joined, torch.arange(rows), rows * window // len(batches))
+    ordered = {k: v[order.to(v.device)] if v.ndim else v for k, v in joined.items()}
+    result: list[dict[str, Any]] = split_tensor_dict(ordered, len(batches))
+    return result
+
+
+def valid_columns(mask: Tensor, tokens: int) -> tuple[slice, int]:
+    """Find the columns of a mask (B, L) that are not padding in every row.
+
+    Returns:
+        The columns, with one of the prompts at least, and how many of them are among the last
+        `tokens`, the completions'; at least 1.
+    """
+    start = mask.shape[1] - tokens
+    first = min(int(mask.any(dim=0).int().argmax()), max(start - 1, 0))
+    kept = max(int(mask[:, start:].sum(dim=1).max()), 1)
+    return slice(first, start + kept), kept
 
 
 def add_text(batches: list[dict[str, Any]], mix: TextMix, window: int, backbone: Backbone) -> None:
