@@ -332,8 +332,7 @@ def of_targets(named: Sequence[Target]) -> list[JudgeSpec]:
         for role in ("held_out", "reward"):
             folder = Record.read(target.run).verified(f"adapters/{role}")
             if (folder / "adapter_config.json").is_file() and folder.resolve() not in specs:
-                name = f"{target.run.resolve().name}:{role}"
-                name = targets.apart(name, [spec.name for spec in specs.values()])
+                name = f"{target.name.rpartition(':')[0]}:{role}"
                 specs[folder.resolve()] = JudgeSpec(
                     name, "reward", target.base, str(folder), independent=role == "held_out"
                 )

@@ -90,6 +90,7 @@ def parse(
         UsageError: A text names nothing that answers.
     """
     named: list[Target] = []
+    runs: dict[Path, str] = {}
     for text in texts:
         if text.startswith(("http://", "https://")) and not servers:
             raise UsageError(
@@ -98,11 +99,47 @@ def parse(
         for target in _resolve(text, base, load_in_4bit, servers):
             if target.kind == "model" and few_shot:
                 target = dataclasses.replace(target, few_shot=few_shot)
-            name = apart(target.name, [one.name for one in named])
+            name = target.name
+            if target.run is not None:  # base, SFT and policy of a run share what keeps it apart
+                folder = target.run.resolve()
+                run = runs.setdefault(folder, apart(folder.name, [*runs.values()]))
+                name = f"{run}:{name.rpartition(':')[2]}"
+            name = apart(name, [one.name for one in named])
             named.append(dataclasses.replace(target, name=name))
     if not named:
         raise UsageError("nothing is named", expected=_expected(servers))
     return named
+
+
+def distinct(named: Sequence[Target]) -> list[Target]:
+    """Return the targets without those that are an earlier one, named once more."""
+    first: dict[tuple[Any, ...], Target] = {}
+    for target in named:
+        folders = (one and one.resolve() for one in (target.run, target.adapter))
+        base = target.base and target.base.model_dump_json()
+        first.setdefault((target.kind, target.url, base, *folders), target)
+    return list(first.values())
+
+
+def check_text(named: Sequence[Target]) -> None:
+    """Refuse targets that write no text.
+
+    Raises:
+        UsageError: An adapter is one of a reward or value model, or a model is a classifier.
+    """
+    for target in named:
+        kind = ""
+        if target.adapter is not None:
+            kind = str(_read_json(target.adapter / "adapter_config.json").get("task_type") or "")
+        elif target.base is not None and (config := Path(target.base.id, "config.json")).is_file():
+            architectures = _read_json(config).get("architectures") or [""]
+            kind = "SEQ_CLS" * ("Classification" in str(architectures[0]))
+        if kind not in ("", "CAUSAL_LM"):
+            raise UsageError(
+                f"{target.name} scores answers and writes none (task type {kind})",
+                expected="a model or an adapter that writes text, such as RUN:policy",
+                remedy="`lora-rlhf score RUN FILE` scores answers by a run's reward model",
+            )
 
 
 def _expected(servers: bool) -> str:

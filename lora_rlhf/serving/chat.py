@@ -35,6 +35,9 @@ _REDS = ("", "#fff0f0", "#ffd6d6", "#ffadad", "#ff7a7a")
 class Grounding(Protocol):
     """Sources for answers: passages go into the prompt, citations into the answer."""
 
+    def knows(self, question: str) -> bool:
+        """Tell if any passage may answer the question; else no model is asked."""
+
     def prompt(self, question: str) -> str:
         """Return the question with the passages that may answer it."""
 
@@ -223,7 +226,12 @@ class Chat:
         if not text.strip():
             raise UsageError("the question is empty")
         self.last_question = text
-        warning = self._moderate(text)
+        warning = self._moderate(text, recorded=True)
+        if self.grounding and not self.grounding.knows(text):
+            answer = Answer(self.grounding.finish(text, ""), self.model, self.seed)
+            self.exchanges.append((text, answer))
+            yield answer.text
+            return
         messages = [*self.history, {"role": "user", "content": self._asked(text)}]
         answer = Answer("", self.model, self.seed, usage_store.new_id(), mark="stopped")
         answer.problem = warning
@@ -269,30 +277,37 @@ class Chat:
             valid = not problems
         if answer.text or not answer.mark:
             self.exchanges.append((question, answer))
+        self._record(
+            messages,
+            id=answer.id,
+            model=answer.model,
+            status=499 if answer.mark == "stopped" else 200,
+            prompt_tokens=completion.prompt_tokens,
+            completion_tokens=answer.tokens,
+            seconds=answer.seconds,
+            queue_s=completion.queue_s,
+            first_token_s=completion.first_token_s,
+            blocked=answer.mark.startswith("blocked"),
+            valid=valid,
+        )
+
+    def _record(self, messages: Sequence[dict[str, str]], *, model: str, **numbers: Any) -> None:
         if self.usage is not None:
-            self.usage.record(
-                usage_store.Use(
-                    id=answer.id,
-                    kind="chat",
-                    model=answer.model,
-                    version=self.engine.models[answer.model].adapter,
-                    status=499 if answer.mark == "stopped" else 200,
-                    prompt_tokens=completion.prompt_tokens,
-                    completion_tokens=answer.tokens,
-                    seconds=answer.seconds,
-                    queue_s=completion.queue_s,
-                    first_token_s=completion.first_token_s,
-                    blocked=answer.mark.startswith("blocked"),
-                    valid=valid,
-                    prompt=messages,
-                )
+            version = self.engine.models[model].adapter
+            use = usage_store.Use(
+                kind="chat", model=model, version=version, prompt=messages, **numbers
             )
+            self.usage.record(use)
 
     def _asked(self, text: str) -> str:
         return self.grounding.prompt(text) if self.grounding else text
 
-    def _moderate(self, text: str) -> str:
-        """Refuse a question that the moderation blocks; return its warning, if any."""
+    def _moderate(self, text: str, recorded: bool = False) -> str:
+        """Refuse a question that the moderation blocks; return its warning, if any.
+
+        Args:
+            recorded: A blocked question is a row of the usage store, as in `serve`.
+        """
         if self.moderation is None:
             return ""
         warnings = []
@@ -301,6 +316,9 @@ class Chat:
         for where, what in checks:
             decision = self.moderation.check(what, where) if what else None
             if decision is not None and decision.action == "block":
+                if recorded:
+                    messages = [*self.history, {"role": "user", "content": text}]
+                    self._record(messages, id=usage_store.new_id(), model=self.model, blocked=True)
                 raise UsageError(
                     f"the {where} is blocked: {decision.reason}",
                     remedy="ask something else" if where == "prompt" else "/clear the history",

@@ -148,6 +148,10 @@ class Grounding:
             replace(p, text=text) for p, (text, _) in zip(nearest, clean, strict=True)
         ), tuple(left_out)
 
+    def knows(self, question: str) -> bool:
+        """Tell if any passage shares a word with the question."""
+        return bool(self.gather(question)[0])
+
     def prompt(self, question: str) -> str:
         """The user's turn: passages as numbered data, then the question."""
         blocks = [
@@ -162,9 +166,10 @@ class Grounding:
         """Check an answer that a model wrote, and carry out the policy; `last` keeps the result."""
         passages, left_out = self.gather(question)
         checked = tuple(
-            _checked(one, [p.text for p in passages], question) for one in sentences(written)
+            _checked(one, [p.text for p in passages], question)
+            for one in (sentences(written) if passages else ())
         )
-        text, refused = _carried_out(checked if passages else (), self.unsupported)
+        text, refused = _carried_out(checked, self.unsupported)
         self.last = Grounded(text, checked, passages, left_out, refused, written)
         return self.last
 
@@ -199,7 +204,7 @@ def answer(
     from .inference import Request
 
     opened = sources if isinstance(sources, Grounding) else Grounding.open(sources, unsupported)
-    if not opened.gather(question)[0]:
+    if not opened.knows(question):
         return opened.check(question, "")  # nothing to answer from
     turn = {"role": "user", "content": opened.prompt(question)}
     request = Request(messages=(*history, turn), **{"temperature": 0.0, **options})

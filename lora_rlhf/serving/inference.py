@@ -284,7 +284,10 @@ class InferenceEngine:
         """
         texts = list(map(str, targets_))
         named = targets.parse(texts, base=base, load_in_4bit=load_in_4bit, servers=False)
+        named = targets.distinct(named)
+        targets.check_text(named)
         records = {t.run: Record.read(t.run) for t in named if t.run is not None}
+        labels = {t.run: t.name.rpartition(":")[0] for t in named}
         sections = [_section(target, records) for target in named]
         places = {(loading.local_folder(s) or s.id, s.load_in_4bit) for s in sections}
         if len(places) > 1:
@@ -298,7 +301,7 @@ class InferenceEngine:
         for target in named:
             engine._add(target, alone=len(records) == 1)
         for folder, record in records.items():
-            engine._add_reward(record, "" if len(records) == 1 else f"{folder.resolve().name}:")
+            engine._add_reward(record, "" if len(records) == 1 else f"{labels[folder]}:")
         loaded = {one: None for one in engine._folders.values() if one is not None}
         engine._batch = DecodeBatch(engine.base, [peft_name(one) for one in loaded])
         if not sharing:

@@ -47,6 +47,27 @@ def test_a_run_is_three_targets(run):
     ]
 
 
+def test_runs_of_one_name_are_numbered_as_a_whole(run, tmp_path):
+    """So that the SFT of `a/demo` is never taken for that of `b/demo`, nor its reward model."""
+    other = tmp_path / run.name
+    shutil.copytree(run, other)
+    named = targets.parse([str(run), str(other)])
+    assert [t.name.rpartition(":")[::2] for t in named] == [
+        (name, model) for name in (run.name, f"{run.name} 2") for model in ("base", "sft", "policy")
+    ]
+    specs = judges.of_targets(named)
+    for spec in specs:
+        assert spec.name.startswith(f"{run.name} 2:") == spec.folder.startswith(str(other))
+
+
+def test_a_classifier_answers_nothing(run, tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForSequenceClassification"]}')
+    for text in (str(run / "adapters" / "reward"), str(tmp_path)):
+        with pytest.raises(UsageError, match="scores answers and writes none"):
+            targets.check_text(targets.parse([text], base="tiny"))
+    targets.check_text(targets.parse([str(run), str(run / "adapters" / "sft")], base="tiny"))
+
+
 def test_an_adapter_folder_finds_its_base(run, tmp_path):
     [found] = targets.parse([str(run / "adapters" / "policy")])
     assert (found.kind, found.name) == ("adapter", "policy")

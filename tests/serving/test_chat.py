@@ -19,6 +19,7 @@ from scripted_engine import ScriptedEngine
 from lora_rlhf.errors import UsageError
 from lora_rlhf.serving import chat_terminal
 from lora_rlhf.serving.chat import Chat, level
+from lora_rlhf.serving.grounding import Grounding
 from lora_rlhf.serving.inference import Stream
 from lora_rlhf.serving.moderation import Blocked, Decision
 from lora_rlhf.serving.usage_store import UsageStore
@@ -201,6 +202,7 @@ def test_a_notebook_shows_the_answer_as_it_comes(talk, monkeypatch):
 
 def test_grounding_sees_the_question_and_ends_the_answer():
     seam = SimpleNamespace(
+        knows=lambda question: question != "xyzzy?",
         prompt=lambda question: f"PASSAGES {question}",
         finish=lambda question, answer: f"{answer} [1]",
     )
@@ -208,6 +210,32 @@ def test_grounding_sees_the_question_and_ends_the_answer():
     assert list(talk.stream("who?")) == ["yes [1]"]
     assert talk.engine.requests[0].messages[-1]["content"] == "PASSAGES who?"
     assert talk.history[0]["content"] == "who?"
+
+
+def test_without_a_passage_no_model_is_asked(tmp_path):
+    (tmp_path / "a.txt").write_text("The boiler is in the cellar.")
+    talk = Chat(ScriptedEngine(), grounding=Grounding.open(tmp_path))
+    assert talk.ask("xyzzy?").text == "The sources do not say."
+    assert not talk.engine.requests and talk.history[-1]["content"] == "The sources do not say."
+    assert "[unsupported]" in talk.ask("the boiler?").text, "it goes on"
+    assert talk.grounding.finish("xyzzy?", "It is in the hall.") == "The sources do not say."
+
+
+def test_a_blocked_question_is_a_row_of_the_usage(tmp_path):
+    """`usage` said that nothing was blocked, whatever the policy had refused."""
+    refuse = SimpleNamespace(check=lambda text, where: Decision("block", "rude", 1.0))
+    with UsageStore(tmp_path / "u.sqlite") as store:
+        talk = Chat(ScriptedEngine(), usage=store, moderation=refuse)
+        for _ in range(2):
+            with pytest.raises(UsageError, match="blocked"):
+                talk.ask("you fool")
+        with pytest.raises(UsageError, match="blocked"):
+            talk.compare("you fool")  # answers of /compare are no rows either
+        uses = store.uses()
+    assert [(use["blocked"], use["kind"], use["completion_tokens"]) for use in uses] == [
+        (True, "chat", 0)
+    ] * 2
+    assert not talk.exchanges
 
 
 def test_save(talk, tmp_path):

@@ -3,6 +3,7 @@
 
 import dataclasses
 import random
+import shutil
 import threading
 from concurrent.futures import CancelledError
 
@@ -278,6 +279,28 @@ class TestBatch:
             handle.result(20)
         with pytest.raises(UsageError, match="closed"):
             made.submit(ask())
+
+
+def test_runs_whose_folders_have_one_name(runs, tmp_path):
+    """`chat sweeps/a/seed-0 sweeps/b/seed-0`: each SFT stays with its policy; twice is once."""
+    run = runs.after("ppo")
+    other = tmp_path / run.name
+    shutil.copytree(run, other)
+    engine = InferenceEngine.load([run, other, f"{run}:sft", other / ".." / other.name])
+    engine.close()
+    name = run.name
+    assert [*engine.models] == [
+        "base",
+        *(f"{name}:sft", f"{name}:policy", f"{name} 2:sft", f"{name} 2:policy"),
+        f"{name}:best-of-n",
+    ]
+
+
+@pytest.mark.parametrize("role", ["reward", "value"])
+def test_an_adapter_that_writes_no_text_is_refused(runs, role):
+    folder = runs.after("ppo") / "adapters" / role
+    with pytest.raises(UsageError, match=f"{role} scores answers and writes none"):
+        InferenceEngine.load([folder], base="tiny")
 
 
 def test_best_of_n(runs):
