@@ -388,8 +388,7 @@ def _ground(
             expected="lora-rlhf do answer --question TEXT --sources DIR --with RUN; --seed, "
             "--temperature, --tokens and --moderation are allowed too",
         )
-    if out is not None and out.exists():
-        raise UsageError(f"{out} exists", remedy="choose another --out")
+    _check_new(out)
     made = shell.room("serving.grounding").ground(
         kept.pop("question"),
         sources,
@@ -412,6 +411,16 @@ def _ground(
         raise ChecksError("the answer is refused", remedy="--unsupported mark shows it")
 
 
+def _check_new(out: Path | None) -> None:
+    """Refuse an --out that exists, and make its folder, before anything is computed."""
+    from lora_rlhf.runs.disk import make_place
+
+    if out is not None:
+        if out.exists():
+            raise UsageError(f"{out} exists", remedy="choose another --out")
+        make_place(out)
+
+
 def _do(
     verb: str,
     files: list[Path],
@@ -428,8 +437,7 @@ def _do(
     texts = [sys.stdin.read() if str(f) == "-" else sources.whole_text(f) for f in files]
     if empty := [file for file, text in zip(files, texts, strict=True) if not text.strip()]:
         raise UsageError("the file is empty", where=str(empty[0]))
-    if out is not None and out.exists():
-        raise UsageError(f"{out} exists", remedy="choose another --out")
+    _check_new(out)
     room = shell.room("serving.instructions")
 
     def failed(index: int, attempt: int, result: Any) -> None:

@@ -12,7 +12,7 @@ from lora_rlhf.errors import DataError, UsageError
 from lora_rlhf.hub import targets
 from lora_rlhf.hub.targets import Target
 from lora_rlhf.reports import evaluation_report, html_report
-from lora_rlhf.runs.disk import write_atomically
+from lora_rlhf.runs.disk import make_place, write_atomically
 from lora_rlhf.runtime import environment, quiet
 
 from . import judge_training, judge_validation, judges, run_suite
@@ -54,6 +54,7 @@ def evaluate_targets(
     if note := environment.note():
         say(note)
     named = targets.parse(names, base=base, load_in_4bit=load_in_4bit, few_shot=few_shot)
+    targets.check_text(named)
     chosen, file = suites.load(suite or _suite_for(named))
     folder = out or Path("evaluations") / chosen.name
     evaluation = run_suite.Evaluation(
@@ -78,8 +79,7 @@ def evaluate_targets(
     with evaluation.timed("page"):
         html_report.write(report, folder / html_report.NAME)
     report["seconds"] = evaluation.seconds
-    text = json.dumps(report, indent=1) + "\n"
-    write_atomically(folder / evaluation_report.FILE, text)
+    write_atomically(folder / evaluation_report.FILE, json.dumps(report, indent=1) + "\n")
     html_report.write(report, folder / html_report.NAME)
     return folder
 
@@ -124,8 +124,7 @@ def check_judge(
     name: str, labels: Path, out: Path, *, n: int | None, seed: int, base: str | None
 ) -> list[str]:
     """Compare a judge with people's labels, write the record, and return a summary of it."""
-    if out.is_dir():
-        raise UsageError(f"--out {out} is a folder", expected="a file for the record")
+    make_place(out)
     environment.settle()
     labelled, left_out = judge_validation.read(labels, seed, n)
     spec = _one_judge(name, base)

@@ -25,7 +25,7 @@ from lora_rlhf.hub.targets import Target
 from lora_rlhf.recipe.schema import ModelSection
 from lora_rlhf.redaction import safe
 from lora_rlhf.reports import evaluation_report
-from lora_rlhf.runs.disk import write_atomically
+from lora_rlhf.runs.disk import check_writable, write_atomically
 from lora_rlhf.runs.record import is_run
 from lora_rlhf.runs.samples import prompt_text
 from lora_rlhf.runtime import devices, environment, interrupts
@@ -181,6 +181,7 @@ def _check_judges(
 def _check_out(evaluation: Evaluation) -> None:
     """Refuse an --out that is a file, a run, or the folder of another evaluation."""
     out, now = evaluation.out, {target.name for target in evaluation.targets}
+    check_writable(out.parent)
     given = ""
     if out.exists() and not out.is_dir():
         given = "it is a file"

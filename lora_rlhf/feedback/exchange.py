@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_rlhf.errors import UsageError
+from lora_rlhf.runs.disk import check_writable
 
 from . import (
     argilla_format,
@@ -101,6 +102,7 @@ def put(folder: Path, out: Path, tool: str, unlabelled: bool = False) -> str:
     if tool not in WRITERS:
         raise UsageError(f"there is no format {tool!r} to write", expected=", ".join(WRITERS))
     there = project.load(folder)
+    check_writable(out)
     with there.store(readonly=True) as store:
         tasks, labels = store.tasks(), store.labels()
     text = there.guidelines().text

@@ -15,7 +15,7 @@ from typing import Any
 from lora_rlhf.data import answer_format, sources
 from lora_rlhf.errors import DataError, UsageError
 from lora_rlhf.recipe.schema import DataSource
-from lora_rlhf.runs.disk import write_atomically
+from lora_rlhf.runs.disk import make_place, write_atomically
 
 from . import label_summary
 from .labeler_verdicts import consensus
@@ -199,6 +199,7 @@ def export(
     lost["of another type"] += len(given) - len(fitting)
     if form == "rankings":
         lost["of no evaluation (the task has no set)"] = sum(not task.set for task, _ in fitting)
+    make_place(path)
     rows = _alike(list(write(fitting)))
     left = "; left out: " + ", ".join(f"{n} {why}" for why, n in lost.items() if n)
     left = left if any(lost.values()) else ""

@@ -41,7 +41,7 @@ from lora_rlhf.models import sampler, scoring
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.reports import evaluation_report
 from lora_rlhf.runs import samples
-from lora_rlhf.runs.disk import write_atomically
+from lora_rlhf.runs.disk import make_place, write_atomically
 from lora_rlhf.runs.record import Record
 from lora_rlhf.runtime import interrupts, quiet
 from lora_rlhf.serving import loaded_run
@@ -120,6 +120,7 @@ def make(
         UsageError: The run lacks a stage that is needed.
         DataError: No prompt is left whose answers differ.
     """
+    make_place(out)
     record = Record.read(run)
     recipe = record.recipe()
     stage_of(record, choice.model)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_rlhf.recipe.stage_keys import ALGORITHMS
-from lora_rlhf.runs.disk import write_atomically
+from lora_rlhf.runs.disk import make_place, write_atomically
 from lora_rlhf.runs.record import Record
 
 from .cards.card_markdown import is_number
@@ -251,7 +251,7 @@ def _save(path: Path, panels: Sequence[Panel]) -> Path | None:
     if not panels:
         path.unlink(missing_ok=True)
         return None
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_place(path)
     columns = min(_COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
     width, height = max(_WIDTH * columns, 4.5), _HEIGHT * rows + 0.3

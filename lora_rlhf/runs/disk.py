@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_rlhf.errors import DamageError, DiskError, SetupError
+from lora_rlhf.errors import DamageError, DiskError, SetupError, UsageError
 
 BACKUP = ".bak"
 """Suffix of the backup beside a file that every run needs."""
@@ -25,8 +25,25 @@ def check_writable(folder: Path) -> None:
         SetupError: It cannot.
     """
     first = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    if not os.access(first, os.W_OK | os.X_OK if first.is_dir() else os.F_OK):
-        raise SetupError(f"cannot write to {first}", remedy="give another --out")
+    if not first.is_dir():
+        raise SetupError(
+            f"cannot write to {folder}: {first} is a file", remedy="give another place"
+        )
+    if not os.access(first, os.W_OK | os.X_OK):
+        raise SetupError(f"cannot write to {first}", remedy="give another place")
+
+
+def make_place(path: Path) -> None:
+    """Make the folder of a file to be written, before the work whose result it takes.
+
+    Raises:
+        UsageError: The file's name is that of a folder.
+        SetupError: The folder cannot be made or written.
+    """
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder", expected="the name of a file")
+    check_writable(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def sha256(path: Path) -> str:

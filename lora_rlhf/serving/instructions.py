@@ -7,6 +7,7 @@ again with another seed.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import deque
@@ -534,8 +535,9 @@ def write_all(folder: Path, files: Sequence[Path], results: Sequence[Result]) ->
     """Write each result into a new folder, under the name of its file."""
     folder.mkdir(parents=True)
     taken: set[str] = set()
-    for number, (file, result) in enumerate(zip(files, results, strict=True), 1):
-        name = file.stem if file.stem not in taken else f"{file.stem}-{number}"
+    for file, result in zip(files, results, strict=True):
+        names = (f"{file.stem}-{number}" for number in itertools.count(2))
+        name = next(one for one in itertools.chain([file.stem], names) if one not in taken)
         taken.add(name)
         (folder / f"{name}.txt").write_text(f"{result.text}\n", encoding="utf-8")
 

@@ -17,6 +17,7 @@ from lora_rlhf.data import harm, refusal
 from lora_rlhf.errors import LoraRlhfError, UsageError, first_line
 from lora_rlhf.recipe.loader import load_section
 from lora_rlhf.recipe.schema import Rules, Section
+from lora_rlhf.runs.disk import make_place
 
 from . import output_checks
 from .sentence_gate import SentenceGate
@@ -150,7 +151,10 @@ class Moderation:
             SetupError: A category needs a package that is not installed.
         """
         remedy = f"correct the policy; {POLICY.name} of the package is an example (docs/use.md)"
-        return cls(load_section(Policy, Path(path or POLICY), remedy), log)
+        loaded = load_section(Policy, Path(path or POLICY), remedy)
+        if isinstance(log, Path):  # else every text would be blocked: it cannot be logged
+            make_place(log)
+        return cls(loaded, log)
 
     @classmethod
     def opened(

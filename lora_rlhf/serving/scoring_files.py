@@ -18,7 +18,7 @@ from lora_rlhf.errors import DataError, UsageError
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.models.scoring import Episode
 from lora_rlhf.reports import tables
-from lora_rlhf.runs.disk import write_atomically
+from lora_rlhf.runs.disk import make_place, write_atomically
 from lora_rlhf.runs.record import Record
 from lora_rlhf.runtime import quiet
 from lora_rlhf.training.reward import ensemble, reward_stage
@@ -64,6 +64,8 @@ def score(
     """
     if out is not None and Path(out).resolve() == Path(file).resolve():
         raise UsageError(f"{out} is the file of answers", expected="another file to write")
+    if out is not None:
+        make_place(Path(out))
     record = Record.read(run)
     stage = record.data["stages"].get("reward", {})
     if not record.done("reward") or "adapter_sha256" not in stage:

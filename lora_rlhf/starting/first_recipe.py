@@ -32,6 +32,7 @@ from lora_rlhf.planning.plan import planner_for
 from lora_rlhf.recipe.loader import parse_recipe
 from lora_rlhf.recipe.schema import DataSource, ModelSection, Recipe
 from lora_rlhf.recipe.strict_yaml import dump_yaml, parse_yaml
+from lora_rlhf.runs.disk import check_writable
 from lora_rlhf.runtime import quiet
 
 from . import bases, shown_rows
@@ -111,6 +112,7 @@ def init(
     out = out / "recipe.yaml" if out.is_dir() else out
     if out.exists() and not force:
         raise UsageError(f"{out} exists", remedy="give another --out, or --force to replace it")
+    check_writable(out.parent)
     given = [DataSource(path=str(Path(file).expanduser())) for file in files]
     given += [DataSource(hub=hub)] if hub else []
     if not given:

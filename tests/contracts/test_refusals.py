@@ -8,9 +8,12 @@ from pathlib import Path
 import killed
 import pytest
 from damage import edit, flip_bit
+from typer.testing import CliRunner
 
 from lora_rlhf import pipeline
+from lora_rlhf.cli import app
 from lora_rlhf.errors import CheckpointError, LoraRlhfError, UsageError
+from lora_rlhf.models import backbone, base_model
 from lora_rlhf.runs.record import Record
 
 
@@ -190,3 +193,45 @@ def test_a_warm_start_needs_something_to_start_from(half: Path, out: Path, tmp_p
     shutil.rmtree(out / "checkpoints")
     with pytest.raises(UsageError, match="no interrupted stage with a checkpoint"):
         pipeline.run(killed.recipe(half.parent), out, until="ppo", warm_start=True)
+
+
+VERBS_THAT_WRITE = {
+    "score": "score {run} rows.jsonl --out {out}",
+    "compare": "compare {run} --plot {out}",
+    "judge": "judge {run}:reward --against pairs.jsonl --out {out}",
+    "do": "do summarize text.txt --with {run} --out {out}",
+    "tasks": "tasks {run} --n 2 --k 2 --out {out}",
+    "label": "label project --export {out}",
+    "data": "data export project {out} --to label-studio",
+    "evaluate": "evaluate {run} --suite closed-world --out {out}",
+    "init": "init pairs.jsonl --model tiny --yes --out {out}",
+    "serve": "serve {run} --moderation default --moderation-log {out}",
+}
+
+
+@pytest.mark.parametrize("verb", VERBS_THAT_WRITE)
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(
+    verb: str, runs: killed.Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """An answer, a score or a label was computed, and lost in an unexpected error."""
+
+    def worked(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the work has begun")
+
+    run = runs.after("evaluate")
+    monkeypatch.chdir(tmp_path)
+    for name, row in (
+        ("rows.jsonl", {"prompt": "w5", "answers": ["w6", "w7"]}),
+        ("pairs.jsonl", {"prompt": "w5", "a": "w6", "b": "w7", "labels": ["a"]}),
+        ("tasks.jsonl", {"prompt": "w5", "answers": {"x": "w6", "y": "w7"}}),
+    ):
+        Path(name).write_text(json.dumps(row) + "\n")
+    Path("text.txt").write_text("w5 w6 w7")
+    invoke = CliRunner().invoke
+    invoke(app.app, ["label", "project", "--new", "tasks.jsonl"])
+    for place in (base_model.BaseModel, backbone.Backbone):
+        monkeypatch.setattr(place, "load", worked)
+    line = VERBS_THAT_WRITE[verb].format(run=run, out="text.txt/new")
+    result = invoke(app.app, line.split(), prog_name="lora-rlhf")
+    assert result.exit_code == 4, result.output
+    assert "cannot write to" in result.output and "text.txt is a file" in result.output

@@ -14,8 +14,8 @@ import typer
 
 from lora_rlhf import pipeline
 from lora_rlhf.cli import shell
-from lora_rlhf.errors import DiskError
-from lora_rlhf.runs import checkpoint
+from lora_rlhf.errors import DiskError, SetupError, UsageError
+from lora_rlhf.runs import checkpoint, disk
 from lora_rlhf.runs.checkpoint import PARTS, TRAINER_STATE, newest
 from lora_rlhf.training import checkpoint_callback
 
@@ -124,3 +124,14 @@ def test_a_folder_that_becomes_read_only_while_it_trains(
         subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
     assert code == 4 and "Read-only file system" in stderr_file.read_text()
     assert newest(small_disk / "run" / "checkpoints" / "sft")[0].step == 3
+
+
+def test_the_place_of_a_file_is_made_or_refused(tmp_path: Path):
+    disk.make_place(tmp_path / "a" / "b" / "new.txt")
+    assert (tmp_path / "a" / "b").is_dir() and not (tmp_path / "a" / "b" / "new.txt").exists()
+    (tmp_path / "file").write_text("")
+    disk.make_place(tmp_path / "file")
+    with pytest.raises(UsageError, match="a is a folder"):
+        disk.make_place(tmp_path / "a")
+    with pytest.raises(SetupError, match="cannot write to .*file: .*file is a file"):
+        disk.make_place(tmp_path / "file" / "new.txt")

@@ -264,6 +264,16 @@ def test_the_command(command, tmp_path):
     assert (tmp_path / "lora-rlhf-usage.sqlite").exists()
 
 
+def test_no_result_takes_the_place_of_another(command, tmp_path):
+    """`a.txt`, `a-3.txt` and `d/a.txt`: two results had one name, and the first was lost."""
+    (tmp_path / "d").mkdir()
+    files = ["a.txt", "a-3.txt", "d/a.txt"]
+    for number, file in enumerate(files):
+        (tmp_path / file).write_text(f"Text {number}.")
+    assert command.call("rewrite", *files, "--with", "run", "--out", "new")[0] == 0
+    assert len([*(tmp_path / "new").iterdir()]) == len(files)
+
+
 def test_a_failed_check_is_shown_and_gives_exit_code_6(command):
     code, out, err = command.call("rewrite", "a.txt", "--with", "run", "--length", "1 word")
     assert (code, out) == (6, "one two\n")
