@@ -80,6 +80,8 @@ class Words:
     chat_template, eos_token_id = "a template", 0
 
     def __call__(self, texts, **_):
+        if isinstance(texts, str):
+            return {"input_ids": [0] * len(texts.split())}
         self.texts = texts
         return {"input_ids": [[0] * len(text.split()) for text in texts]}
 
@@ -90,4 +92,4 @@ class Words:
         return " ".join(map(str, ids))
 
     def apply_chat_template(self, messages, **_):
-        return "\n".join(turn["content"] for turn in messages)
+        return "".join(f"{turn['content']}\n" for turn in messages)

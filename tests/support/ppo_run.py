@@ -5,7 +5,7 @@ import contextlib
 
 import torch
 from datasets import Dataset
-from small import EOS, backbone
+from small import EOS, backbone, copied
 
 from lora_rlhf.algorithms import policy_stage
 from lora_rlhf.algorithms.ppo import ppo_stage
@@ -50,6 +50,18 @@ def eos_more_often(made, score=3.0):
     return made
 
 
+_STARTED = {}
+
+
+def started(recipe):
+    """The roles at the start of PPO; adding the value takes PEFT longer than copying the whole."""
+    key = recipe.ppo.reward, recipe.ppo.value
+    if key not in _STARTED:
+        _STARTED[key] = roles()
+        ppo_stage.start_roles(_STARTED[key], recipe)
+    return copied(_STARTED[key])
+
+
 def prompts(n=32):
     """Of one to three words, all different."""
     words = [f"w{5 + i}" for i in range(40)]
@@ -80,8 +92,9 @@ class Run:
     ):
         self.recipe = recipe(args, **section)
         self.record = Record.open(folder, self.recipe)
-        self.backbone = made or roles()
-        ppo_stage.start_roles(self.backbone, self.recipe)
+        if made:
+            ppo_stage.start_roles(made, self.recipe)
+        self.backbone = made or started(self.recipe)
         config = ppo_stage.arguments(self.recipe, self.record.folder)
         config.reward_weights = weights
         per_update = policy_stage.steps_per_update(config)

@@ -168,10 +168,10 @@ def backbone(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             _BACKBONES[key] = _backbone(model, lora, roles)
-    return _copied(_BACKBONES[key])
+    return copied(_BACKBONES[key])
 
 
-def _copied(made: Backbone) -> Backbone:
+def copied(made: Backbone) -> Backbone:
     """A copy; most of its time would go into thousands of modules' dictionaries without hooks."""
     memo: dict[int, object] = {}
     seen: set[torch.nn.Module] = set()
