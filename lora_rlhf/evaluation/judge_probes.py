@@ -17,6 +17,7 @@ from lora_rlhf.runs.samples import prompt_text
 
 from .judges import Judge
 from .prompt_sets import Row
+from .verdicts import Pairs
 
 MOST = 100
 """Pairs that are probed; a rate of 10 % then has an interval of about 6 % on each side."""
@@ -92,7 +93,7 @@ def probe(
         first = [rng.random() < 0.5 for _ in shown]  # so a judge of the order gets half
         sides = [(w, b) if f else (b, w) for w, b, f in zip(worse, better, first, strict=True)]
         rows = [row for row, _, _ in shown]
-        verdicts = judge.compare("", rows, [a for a, _ in sides], [b for _, b in sides], ("a", "b"))
+        verdicts = judge.compare(Pairs(rows, [a for a, _ in sides], [b for _, b in sides]))
         wins = verdicts.wins if verdicts else []
         lost = [w if f else 1 - w for w, f in zip(wins, first, strict=False) if w is not None]
         if lost:

@@ -26,7 +26,7 @@ from lora_rlhf.runs.samples import prompt_text
 from .judge_probes import probe
 from .judges import Judge
 from .prompt_sets import Row
-from .verdicts import Verdicts
+from .verdicts import Pairs, Verdicts
 
 VERSION = 1
 
@@ -193,8 +193,9 @@ def _judged(
 ) -> tuple[list[tuple[float, Labelled]], Verdicts]:
     """Return the pairs with a verdict, and all verdicts; count the others."""
     decided = [o for o in labelled if o.majority is not None]
+    rows = [one.row for one in decided]
     first, second = [one.first for one in decided], [one.second for one in decided]
-    verdicts = judge.compare("", [one.row for one in decided], first, second, ("a", "b"))
+    verdicts = judge.compare(Pairs(rows, first, second))
     if verdicts is None:
         raise DataError(f"{judge.name} cannot judge {source}", expected="free text")
     judged = [(w, o) for w, o in zip(verdicts.wins, decided, strict=True) if w is not None]

@@ -31,7 +31,7 @@ from .engine import Engine
 from .language_judges import LanguageModel, Rubric, ServedModel, calibration_of
 from .prompt_sets import Row
 from .server import Server
-from .verdicts import Scores, Verdicts, by_score
+from .verdicts import Pairs, Scores, Verdicts, by_score
 
 KINDS = {
     "checker": "the task's exact checker",
@@ -49,32 +49,19 @@ class Judge(Protocol):
     independent: bool
     """False for the reward model that a target was trained against."""
 
-    def compare(
-        self,
-        set_name: str,
-        rows: Sequence[Row],
-        first: Sequence[str],
-        second: Sequence[str],
-        names: tuple[str, str],
-    ) -> Verdicts | None:
+    def compare(self, pairs: Pairs) -> Verdicts | None:
         """Compare answers to the rows; None if this judge cannot judge this set."""
 
 
 class ScoringJudge:
     """A judge that scores each answer by itself, and compares the scores."""
 
-    def compare(
-        self,
-        set_name: str,
-        rows: Sequence[Row],
-        first: Sequence[str],
-        second: Sequence[str],
-        names: tuple[str, str],
-    ) -> Verdicts | None:
+    def compare(self, pairs: Pairs) -> Verdicts | None:
         """Compare by the score; None if an answer to these rows has none."""
-        if not self.can_score(rows):
+        if not self.can_score(pairs.rows):
             return None
-        return Verdicts(by_score(self.scores(rows, first), self.scores(rows, second)))
+        first, second = (self.scores(pairs.rows, side) for side in (pairs.first, pairs.second))
+        return Verdicts(by_score(first, second))
 
     def can_score(self, rows: Sequence[Row]) -> bool:
         """Tell if answers to these rows can be scored."""
@@ -189,26 +176,21 @@ class People:
             remedy="rank the tasks of this evaluation's to_label.jsonl",
         )
 
-    def compare(
-        self,
-        set_name: str,
-        rows: Sequence[Row],
-        first: Sequence[str],
-        second: Sequence[str],
-        names: tuple[str, str],
-    ) -> Verdicts | None:
+    def compare(self, pairs: Pairs) -> Verdicts | None:
         """Average the people's verdicts on each row; None where nobody ranked both."""
+        a, b = pairs.names
+        keys = [(pairs.set_name, row.id) for row in pairs.rows]
         wins: list[float | None] = []
-        for row in rows:
+        for key in keys:
             votes = [
-                0.5 if r[names[0]] == r[names[1]] else float(r[names[0]] < r[names[1]])
-                for r in self._ranks.get((set_name, row.id), [])
-                if names[0] in r and names[1] in r
+                0.5 if places[a] == places[b] else float(places[a] < places[b])
+                for places in self._ranks.get(key, [])
+                if a in places and b in places
             ]
             wins.append(sum(votes) / len(votes) if votes else None)
         if all(win is None for win in wins):
             return None
-        return Verdicts(wins, at_random=[(set_name, row.id) not in self._chosen for row in rows])
+        return Verdicts(wins, at_random=[key not in self._chosen for key in keys])
 
 
 def _places(ranking: list[list[str]]) -> dict[str, int]:

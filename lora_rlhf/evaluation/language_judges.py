@@ -23,9 +23,9 @@ from lora_rlhf.runs.samples import prompt_text
 from . import kept
 from .answers import digest
 from .engine import Engine, finite
-from .prompt_sets import Row, Turns
+from .prompt_sets import Turns
 from .server import Server
-from .verdicts import Verdicts, by_orders, by_score
+from .verdicts import Pairs, Verdicts, by_orders, by_score
 
 Rubric = Literal["pairwise", "pointwise"]
 
@@ -83,16 +83,10 @@ class LanguageModel:
     independent: bool = True
     kind: str = "model"
 
-    def compare(
-        self,
-        set_name: str,
-        rows: Sequence[Row],
-        first: Sequence[str],
-        second: Sequence[str],
-        names: tuple[str, str],
-    ) -> Verdicts | None:
+    def compare(self, pairs: Pairs) -> Verdicts | None:
         """Ask for each pair in both orders, or for the grade of each answer."""
-        prompts = [row.prompt for row in rows]
+        first, second = pairs.first, pairs.second
+        prompts = [row.prompt for row in pairs.rows]
         if self.rubric == "pointwise":
             return Verdicts(by_score(self.grades(prompts, first), self.grades(prompts, second)))
         equal = [a == b for a, b in zip(first, second, strict=True)]
@@ -173,25 +167,18 @@ class ServedModel:
     failed: Counter[str] = field(default_factory=Counter)
     _replies: dict[str, str] | None = None
 
-    def compare(
-        self,
-        set_name: str,
-        rows: Sequence[Row],
-        first: Sequence[str],
-        second: Sequence[str],
-        names: tuple[str, str],
-    ) -> Verdicts | None:
+    def compare(self, pairs: Pairs) -> Verdicts | None:
         """Ask for each pair in both orders, or for the grade of each answer."""
         self.failed.clear()
-        prompts = [prompt_text(row.prompt) for row in rows]
-        shown = [*zip(prompts, first, second, strict=True)]
+        prompts = [prompt_text(row.prompt) for row in pairs.rows]
+        shown = [*zip(prompts, pairs.first, pairs.second, strict=True)]
         if self.rubric == "pointwise":
             requests = [
                 *(POINTWISE.format(prompt=p, a=a) for p, a, _ in shown),
                 *(POINTWISE.format(prompt=p, a=b) for p, _, b in shown),
             ]
             grades = [None if g is None else float(g) for g in self._ask(requests, "[1-9]")]
-            made = Verdicts(by_score(grades[: len(rows)], grades[len(rows) :]))
+            made = Verdicts(by_score(grades[: len(shown)], grades[len(shown) :]))
         else:
             requests = [
                 *(PAIRWISE.format(prompt=p, a=a, b=b) for p, a, b in shown),
@@ -200,7 +187,7 @@ class ServedModel:
             letters = self._ask(requests, "[AB]")
             odds = [
                 None if a is None or b is None else (_SIDE[a], -_SIDE[b])
-                for a, b in zip(letters[: len(rows)], letters[len(rows) :], strict=True)
+                for a, b in zip(letters[: len(shown)], letters[len(shown) :], strict=True)
             ]
             made = by_orders(odds, [a == b for _, a, b in shown])
             made.odds = None  # replies are no probabilities

@@ -41,7 +41,7 @@ from .metrics.registry import METRICS
 from .prompt_sets import COUNTERFACTUAL, PromptSet, Row
 from .server import Server
 from .suite import SetSection, Suite
-from .verdicts import Verdicts
+from .verdicts import Pairs, Verdicts
 
 VERSION = 1
 """Version of `report.json`."""
@@ -591,7 +591,7 @@ def _win_rates(
             continue
         interrupts.stop_if_requested()
         pair = (name, reference)
-        made = judge.compare(prompts.name, rows, texts[name], texts[reference], pair)
+        made = judge.compare(Pairs(rows, texts[name], texts[reference], prompts.name, pair))
         if made is not None:
             verdicts[name] = made
             _note_failures(evaluation, f"{judge.name} on {name} in {prompts.name}", made)
@@ -613,7 +613,7 @@ def _win_rates(
         for pair in itertools.combinations(verdicts, 2):
             interrupts.stop_if_requested()
             one, other = (texts[name] for name in pair)
-            made = judge.compare(prompts.name, rows, one, other, pair)
+            made = judge.compare(Pairs(rows, one, other, prompts.name, pair))
             if made is None:
                 return tables
             pairs[pair] = made.wins

@@ -12,6 +12,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .engine import finite
+from .prompt_sets import Row
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Two answers to each of N rows, for a judge.
+
+    Attributes:
+        rows: (N,) what the judge reads as the prompts.
+        first: (N,) texts.
+        second: (N,) texts.
+        set_name: Set of the rows, and `names`, the targets that gave the answers: by these the
+            rankings of people are found.
+    """
+
+    rows: Sequence[Row]
+    first: Sequence[str]
+    second: Sequence[str]
+    set_name: str = ""
+    names: tuple[str, str] = ("", "")
 
 
 @dataclass

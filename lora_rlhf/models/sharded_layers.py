@@ -171,15 +171,14 @@ def check(base: BaseModel) -> None:
     """Refuse a base that cannot be split.
 
     Raises:
-        SetupError: There is one process, or `device_map` has spread the base over devices.
+        SetupError: `device_map` has spread the base over devices.
         BaseModelError: Its layers hold other weights than linear ones, or share them.
     """
     places = set(map(str, getattr(base.causal, "hf_device_map", {}).values()))
-    if world().size == 1 or len(places) > 1:
-        spread = f"the base lies on {', '.join(sorted(places))} by a device_map, in one process"
+    if len(places) > 1:
         raise SetupError(
-            f"model.shard splits the base between processes, and "
-            f"{spread if len(places) > 1 else 'there is one'}",
+            "model.shard splits the base between processes, and the base lies on "
+            f"{', '.join(sorted(places))} by a device_map, in one process",
             expected="two or more processes, each with a GPU of its own",
             remedy="start it by torchrun --nproc_per_node 2, or leave model.shard out",
         )

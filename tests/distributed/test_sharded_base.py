@@ -34,13 +34,10 @@ def matrix_bytes(base) -> int:
 # ------------------------------------------------------------------------- in one process
 
 
-def test_one_process_shares_nothing(runs, monkeypatch):
+def test_one_process_shares_nothing(runs):
     with pytest.raises(SetupError, match="this run is one process"):
         preflight.check_processes(runs.recipe("ppo", SHARED))
     base = small.base(small.base_folder())
-    with pytest.raises(SetupError, match="between processes, and there is one"):
-        sharded_layers.check(base)
-    monkeypatch.setattr(sharded_layers, "world", lambda: World(0, 2))
     base.causal.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
     with pytest.raises(SetupError, match="lies on 0, 1 by a device_map, in one process"):
         sharded_layers.check(base)

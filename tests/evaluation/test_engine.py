@@ -14,6 +14,7 @@ from lora_rlhf.evaluation import judges, language_judges
 from lora_rlhf.evaluation.engine import Engine
 from lora_rlhf.evaluation.prompt_sets import Row
 from lora_rlhf.evaluation.suite import SetSection, Suite
+from lora_rlhf.evaluation.verdicts import Pairs
 from lora_rlhf.hub import targets
 from lora_rlhf.runs import samples
 from lora_rlhf.runs.record import Record
@@ -166,10 +167,11 @@ def test_letters_after_a_context_take_one_forward(engine):
     [(swapped, _)] = judge.odds(["w5"], ["w8"], ["w7"])
     assert shown_second == pytest.approx(-swapped, abs=1e-5)
     rows = [Row("1", "", "w5"), Row("2", "", "w5 " * 3000)]
-    compared = judge.compare("s", rows, ["w7", "w7"], ["w8", "w8"], ("a", "b"))
+    pairs = Pairs(rows, ["w7", "w7"], ["w8", "w8"])
+    compared = judge.compare(pairs)
     assert None not in compared.wins[:1] and compared.wins[1] is None, "beyond the context"
     [held_out, _] = judges.of_targets(named)
-    compared = held_out.load(made).compare("s", rows, ["w7", "w7"], ["w8", "w8"], ("a", "b"))
+    compared = held_out.load(made).compare(pairs)
     assert None not in compared.wins[:1] and compared.wins[1] is None, "for a reward model too"
 
 

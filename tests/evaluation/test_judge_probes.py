@@ -22,9 +22,9 @@ class Scored:
     def __init__(self, score):
         self.score = score
 
-    def compare(self, set_name, rows, first, second, names):
-        a, b = ([self.score(row, text) for row, text in zip(rows, texts, strict=True)]
-                for texts in (first, second))  # fmt: skip
+    def compare(self, pairs):
+        a, b = ([self.score(row, text) for row, text in zip(pairs.rows, texts, strict=True)]
+                for texts in (pairs.first, pairs.second))  # fmt: skip
         return Verdicts(judges.by_score(a, b))
 
 
@@ -56,8 +56,8 @@ def test_a_fault_of_a_judge_shows_in_its_probe(score, preferred):
 
 def test_a_judge_that_prefers_an_order_is_at_one_half():
     class First(Scored):
-        def compare(self, set_name, rows, first, second, names):
-            return Verdicts([self.score] * len(rows))
+        def compare(self, pairs):
+            return Verdicts([self.score] * len(pairs.rows))
 
     rates = judge_probes.probe(First(1.0), PAIRS)
     assert len(rates) == len(PROBES)

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassificat
 
 from lora_rlhf.errors import DataError, NonFiniteError
 from lora_rlhf.evaluation import evaluate_targets, judge_validation, judges
-from lora_rlhf.evaluation.judges import People, Verdicts
+from lora_rlhf.evaluation.judges import Pairs, People, Verdicts
 from lora_rlhf.evaluation.prompt_sets import Row
 from lora_rlhf.models import loading
 from lora_rlhf.recipe.schema import ModelSection
@@ -26,8 +26,8 @@ class ByRule:
     def __init__(self, rule, changed=None):
         self.rule, self.changed = rule, changed
 
-    def compare(self, set_name, rows, first, second, names):
-        wins = [self.rule(a, b) for a, b in zip(first, second, strict=True)]
+    def compare(self, pairs):
+        wins = [self.rule(a, b) for a, b in zip(pairs.first, pairs.second, strict=True)]
         return Verdicts(wins, changed=self.changed)
 
 
@@ -137,9 +137,10 @@ def test_people_rank_targets(tmp_path):
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     rows = [Row(i, "", "p") for i in ("1", "2", "3")]
-    found = People("people", path).compare("s", rows, "aaa", "bbb", ("policy", "sft"))
+    people, names = People("people", path), ("policy", "sft")
+    found = people.compare(Pairs(rows, "aaa", "bbb", "s", names))
     assert found.wins == [0.5, 0.5, None] and found.at_random == [True, False, True]
-    assert People("people", path).compare("u", rows, "aaa", "bbb", ("policy", "sft")) is None
+    assert people.compare(Pairs(rows, "aaa", "bbb", "u", names)) is None
     path.write_text(path.read_text() + '{"set": "s"}\n')
     with pytest.raises(DataError, match=r"people.jsonl:5: not a ranking"):
         People("people", path)

@@ -21,6 +21,7 @@ from lora_rlhf.evaluation import (
 from lora_rlhf.evaluation.engine import Engine
 from lora_rlhf.evaluation.language_judges import CALIBRATION, LanguageModel, calibration_of
 from lora_rlhf.evaluation.prompt_sets import Row
+from lora_rlhf.evaluation.verdicts import Pairs
 from lora_rlhf.hub.targets import Target, parse
 from lora_rlhf.recipe.schema import ModelSection
 
@@ -32,7 +33,7 @@ def test_a_verdict_that_changes_with_the_order_is_a_tie(monkeypatch):
     judge = LanguageModel("m", engine=None, target=Target("m", "model"))
     odds = [(1.0, 2.0), (-1.0, -0.5), (1.0, -1.0), (-2.0, 0.1), (3.0, 3.0)]
     monkeypatch.setattr(LanguageModel, "odds", lambda *_: odds)
-    found = judge.compare("s", ROWS, list("aaaaa"), list("bbbba"), ("x", "y"))
+    found = judge.compare(Pairs(ROWS, "aaaaa", "bbbba"))
     assert found.wins == [1.0, 0.0, 0.5, 0.5, 0.5]
     assert found.changed == pytest.approx(2 / 5), "equal answers are a tie, not a change"
     assert found.odds == pytest.approx([1.5, -0.75, 0.0, -0.95, 3.0])
@@ -58,14 +59,14 @@ def likes_good(asked):
 def test_a_server_judges_in_both_orders_or_by_grades(chat, named):
     chat.reply = likes_good
     judge = served(chat, named)
-    found = judge.compare("s", ROWS, GOOD, BAD, ("x", "y"))
+    found = judge.compare(Pairs(ROWS, GOOD, BAD))
     assert found.wins == [1.0] * 5 and not found.failed
-    assert judge.compare("s", ROWS, BAD, GOOD, ("x", "y")).wins == [0.0] * 5
+    assert judge.compare(Pairs(ROWS, BAD, GOOD)).wins == [0.0] * 5
     assert len(chat.seen) == 10, "no request is sent twice"
-    assert judge.compare("s", ROWS, GOOD, GOOD, ("x", "y")).wins == [0.5] * 5
+    assert judge.compare(Pairs(ROWS, GOOD, GOOD)).wins == [0.5] * 5
     if named == "{}":
         chat.reply = lambda asked: said("A")
-        again = served(chat).compare("s", ROWS, GOOD, BAD, ("x", "y"))
+        again = served(chat).compare(Pairs(ROWS, GOOD, BAD))
         assert again.wins == [0.5] * 5 and again.changed == 1
 
 
@@ -78,19 +79,19 @@ def test_replies_without_a_verdict_and_failures_are_counted_and_asked_again(chat
     chat.reply = reply
     judge = served(chat)
     judge.keep = tmp_path / "kept.json"
-    found = judge.compare("s", ROWS, GOOD, BAD, ("x", "y"))
+    found = judge.compare(Pairs(ROWS, GOOD, BAD))
     assert found.wins == [None, None, 1.0, 1.0, 1.0]
     assert found.failed == {"no verdict in the reply": 2, "error": 2}
     chat.reply, before = likes_good, len(chat.seen)
     again = served(chat)
     again.keep = judge.keep
-    assert again.compare("s", ROWS, GOOD, BAD, ("x", "y")).wins == [None, 1.0, 1.0, 1.0, 1.0]
+    assert again.compare(Pairs(ROWS, GOOD, BAD)).wins == [None, 1.0, 1.0, 1.0, 1.0]
     assert len(chat.seen) - before == 2, "only the two that failed"
 
 
 def test_a_judge_that_is_gone_or_too_slow_ends_nothing(chat, monkeypatch):
     chat.reply = lambda asked: b"<html>"
-    found = served(chat).compare("s", ROWS * 4, GOOD * 4, BAD * 4, ("x", "y"))
+    found = served(chat).compare(Pairs(ROWS * 4, GOOD * 4, BAD * 4))
     assert found.wins == [None] * 20 and found.failed == {"error": 32, "not asked": 8}
     judge = served(chat)
 
@@ -98,7 +99,7 @@ def test_a_judge_that_is_gone_or_too_slow_ends_nothing(chat, monkeypatch):
         raise TimeoutError("slow")
 
     monkeypatch.setattr(judge.server._client, "chat_completion", slow)
-    assert judge.compare("s", ROWS[:1], GOOD[:1], BAD[:1], ("x", "y")).failed == {"time-out": 2}
+    assert judge.compare(Pairs(ROWS[:1], GOOD[:1], BAD[:1])).failed == {"time-out": 2}
 
 
 def test_a_server_is_compared_with_people(chat, tmp_path, monkeypatch):

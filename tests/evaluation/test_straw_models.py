@@ -11,7 +11,7 @@ import pytest
 
 from lora_rlhf.data.closed_world import generator
 from lora_rlhf.evaluation import prompt_sets, stress, suite_tables
-from lora_rlhf.evaluation.judges import Checker, Verdicts
+from lora_rlhf.evaluation.judges import Checker, Pairs, Verdicts
 from lora_rlhf.evaluation.metrics.registry import METRICS
 from lora_rlhf.evaluation.prompt_sets import PromptSet, Row
 
@@ -84,7 +84,7 @@ def test_straw_models_of_the_closed_world(answer, success, invented, incidents, 
 def test_right_answers_win_against_every_straw_model(answer):
     right, straw = ([one(row) for row in WORLD] for one in (world_gold, answer))
     for first, second, sign in ((right, straw, 1), (straw, right, -1)):
-        made = Checker().compare("s", WORLD, first, second, ("m", "gold"))
+        made = Checker().compare(Pairs(WORLD, first, second))
         lengths = {"m": [len(t.split()) for t in first], "gold": [len(t.split()) for t in second]}
         raw, _ = suite_tables.win_rate_tables("s", CHECKER, WORLD, {"m": made}, lengths, "gold")
         rate = raw["estimates"]["m"]

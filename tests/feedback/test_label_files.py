@@ -9,7 +9,7 @@ import pytest
 from lora_rlhf.data import row_formats, sources
 from lora_rlhf.errors import DataError, UsageError
 from lora_rlhf.evaluation import judge_validation
-from lora_rlhf.evaluation.judges import People
+from lora_rlhf.evaluation.judges import Pairs, People
 from lora_rlhf.feedback import label_files
 from lora_rlhf.feedback.labels import Label
 from lora_rlhf.recipe.schema import DataSource
@@ -174,7 +174,8 @@ def test_rankings_are_read_by_evaluate(tmp_path, tasks):
     people = People("people", tmp_path / "out.jsonl")
     people.check({"quick": {"7"}}, ["sft", "policy"], "sft")
     row = [judge_validation.Row("7", "", "Name a colour.")]
-    verdicts = people.compare("quick", row, ["Blue."], ["Red."], ("policy", "sft"))
+    pairs = Pairs(row, ["Blue."], ["Red."], "quick", ("policy", "sft"))
+    verdicts = people.compare(pairs)
     assert verdicts.wins == [1.0] and verdicts.at_random == [False]
 
 
