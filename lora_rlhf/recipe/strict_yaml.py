@@ -103,7 +103,7 @@ _FAST: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 """libyaml's dumper, four times faster, where PyYAML was built with it."""
 
 
-class _Dumper(_FAST):
+class _Dumper(_FAST):  # type: ignore[misc]
     """Dumper that quotes text which this loader or a YAML 1.1 loader would not read as text."""
 
     yaml_implicit_resolvers = {
