@@ -11,17 +11,19 @@ from typing import Any, NamedTuple, TypeVar
 T = TypeVar("T")
 
 TOKENS = {
-    "a Hugging Face token": re.compile(r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{16,}"),
-    "an API key": re.compile(r"(?<![A-Za-z0-9])sk-(?=[A-Za-z_-]{0,64}+\d)[\w-]{16,}"),
-    "an AWS key": re.compile(r"(?<![A-Za-z0-9])AKIA[0-9A-Z]{16}"),
-    "a GitHub token": re.compile(r"(?<![A-Za-z0-9])(gh[pousr]_|github_pat_)\w{20,}"),
-    "a GitLab token": re.compile(r"(?<![A-Za-z0-9])glpat-[\w-]{16,}"),
+    "a Hugging Face token": re.compile(r"hf_(?<![A-Za-z0-9]hf_)[A-Za-z0-9]{16,}"),
+    "an API key": re.compile(r"sk-(?<![A-Za-z0-9]sk-)(?=[A-Za-z_-]{0,64}+\d)[\w-]{16,}"),
+    "an AWS key": re.compile(r"AKIA(?<![A-Za-z0-9]AKIA)[0-9A-Z]{16}"),
+    "a GitHub token": re.compile(r"g(?<![A-Za-z0-9]g)(h[pousr]_|ithub_pat_)\w{20,}"),
+    "a GitLab token": re.compile(r"glpat-(?<![A-Za-z0-9]glpat-)[\w-]{16,}"),
     "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*"),
 }
 """Shapes of secrets that cannot be words, at any place in a text.
 
 The search takes linear time: a part before a required one is bounded, or cannot hold the start of
-another match. An API key must have a digit within its first 65 characters.
+another match. Each shape begins with letters of its own, for which a search looks ten times faster
+than at every place; what may not stand before them is tested after them. An API key must have a
+digit within its first 65 characters.
 """
 
 HIDDEN = "***"
