@@ -13,6 +13,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # connections that end are tested
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer.testing
@@ -34,6 +35,15 @@ def _no_plans():
     with pytest.MonkeyPatch.context() as patch:
         if run_memory := sys.modules.get("lora_rlhf.planning.run_memory"):
             patch.setattr(run_memory, "before_run", lambda recipe: (None, "plan: none in tests"))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_pictures():
+    """Those of a tiny run take longer than a stage of it; end_to_end/test_pipeline.py draws."""
+    with pytest.MonkeyPatch.context() as patch:
+        if pipeline := sys.modules.get("lora_rlhf.pipeline"):
+            patch.setattr(pipeline, "plots", SimpleNamespace(run=lambda record: []))
         yield
 
 

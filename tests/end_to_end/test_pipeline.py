@@ -24,7 +24,7 @@ from lora_rlhf.algorithms.ppo import ppo_stage, ppo_trainer
 from lora_rlhf.cli.app import app
 from lora_rlhf.errors import DataError, GateError, RecipeError, SetupError, UsageError
 from lora_rlhf.recipe import stage_keys
-from lora_rlhf.reports import tables
+from lora_rlhf.reports import plots, tables
 from lora_rlhf.reports.doctor import doctor, findings
 from lora_rlhf.runs.disk import sha256
 from lora_rlhf.runs.progress import Progress, clock
@@ -55,15 +55,8 @@ def finished(rewarded: Path) -> Record:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo_stage, "run", run)
+        patch.setattr(pipeline, "plots", plots)
         return pipeline.run(recipe(), rewarded.parent / "a")
-
-
-@pytest.fixture
-def no_pictures():
-    """Pictures take as long as a stage here: those of `finished` and of GRPO are drawn."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline.plots, "run", lambda _: [])
-        yield
 
 
 def bits(record: Record) -> dict[str, object]:
@@ -153,7 +146,6 @@ def test_a_run_of_another_recipe_is_refused(finished: Record):
 
 
 @pytest.mark.slow  # test_resume.py kills, and test_interrupts.py stops, at more places
-@pytest.mark.usefixtures("no_pictures")
 def test_an_interrupted_run_ends_with_the_same_bits(
     finished: Record, rewarded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -186,10 +178,10 @@ def started(finished: Record) -> str:
     ["dpo", *(pytest.param(a, marks=pytest.mark.slow) for a in ("grpo", "best_of_n"))],
 )
 def test_a_control_ends_in_the_same_report(
-    algorithm: str, runs: Runs, tmp_path: Path, request: pytest.FixtureRequest
+    algorithm: str, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    if algorithm != "grpo":
-        request.getfixturevalue("no_pictures")
+    if algorithm == "grpo":
+        monkeypatch.setattr(pipeline, "plots", plots)
     sets = [f"algorithm={algorithm}", "best_of_n.n=3", "ppo.updates=2", "dpo.args.max_steps=3"]
     recipe, started = functools.partial(runs.recipe, "ppo"), runs.after("evaluate")
     record = pipeline.run(recipe(*sets), tmp_path / "run", start_from=started)
@@ -281,7 +273,6 @@ def copied(finished: Record, tmp_path: Path, monkeypatch) -> Path:
     return Path(shutil.copytree(finished.folder, tmp_path / "copy"))
 
 
-@pytest.mark.usefixtures("no_pictures")
 def test_a_run_stopped_while_its_cards_are_written_can_be_finished(copied, monkeypatch):
     record = Record.read(copied)
     del record.data["stages"]["card"]
@@ -300,7 +291,6 @@ def test_a_run_stopped_while_its_cards_are_written_can_be_finished(copied, monke
     assert record.done("card") and record.data["files"]["samples.jsonl"]
 
 
-@pytest.mark.usefixtures("no_pictures")
 def test_a_free_key_that_changes_reaches_cards_and_seal(copied):
     record = pipeline.run(recipe("card.title=Another name"), copied)
     assert "# Another name" in (record.adapter("policy") / "README.md").read_text()
@@ -382,7 +372,6 @@ SHORT = [
 ]  # fmt: skip
 
 
-@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("again", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_quickstart_runs(finished, tmp_path: Path, monkeypatch, capsys, again: bool):
     sets = REDUCED if again else SHORT

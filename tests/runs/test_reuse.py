@@ -57,7 +57,6 @@ def test_shared_stages_end_with_the_same_bits(runs: killed.Runs, tmp_path: Path,
     source = Path(shutil.copytree(runs.after("evaluate"), tmp_path / "a"))
     (source / "adapters" / "sft" / "README.md").write_text("the card of the other run")
     monkeypatch.setattr(reward_stage, "run", lambda *_: pytest.fail("a shared stage ran again"))
-    monkeypatch.setattr(pipeline.plots, "run", lambda _: [])
     record = pipeline.run(runs.recipe("ppo", "name=other"), tmp_path / "b", start_from=source)
     assert "other run" not in (record.adapter("sft") / "README.md").read_text()
     now, wanted = killed.bits(record.folder), killed.bits(source)
