@@ -397,6 +397,12 @@ JudgeRankings = Annotated[
 ]
 
 
+TaskType = Annotated[
+    str | None,
+    typer.Option("--type", help="Of --new: ranking (default), pair, rating or demonstration."),
+]
+
+
 @command("label")
 def _label_verb(
     folder: Annotated[Path, typer.Argument(metavar="PROJECT", help="Folder of the project.")],
@@ -413,9 +419,7 @@ def _label_verb(
     without: ExportWithout = None,
     agreement: Agreement = False,
     judge: JudgeRankings = None,
-    kind: Annotated[
-        str, typer.Option("--type", help="Of --new: ranking, pair, rating or demonstration.")
-    ] = "ranking",
+    kind: TaskType = None,
     labeler: Annotated[
         str | None, typer.Option(metavar="NAME", help="Who labels; default: the page asks.")
     ] = None,
@@ -440,10 +444,12 @@ def _label_verb(
         raise UsageError("--as and --without are for --export")
     if judge and not agreement:
         raise UsageError("--judge is for --agreement")
+    if new is None and kind is not None:
+        raise UsageError("--type is for --new", remedy="a task file names the type of each task")
     from lora_rlhf.feedback import label_server, labeling
 
     if new is not None:
-        shell.echo(labeling.make(folder, new, kind))
+        shell.echo(labeling.make(folder, new, kind or "ranking"))
     if add is not None:
         shell.echo(labeling.add(folder, add))
     if export is not None:

@@ -113,9 +113,14 @@ def _validations(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
 
 
 def summary(folder: Path) -> Iterator[str]:
-    """Yield the verdict of a report, and where it is."""
+    """Yield the verdict of a report, what it lacks by reason, and where it is."""
     report = evaluation_report.read(folder)
     yield from report["verdict"]
+    reasons: dict[str, list[str]] = {}
+    for gap in report["not_measured"]:
+        reasons.setdefault(gap["why"], []).append(gap["what"])
+    for why, [first, *more] in reasons.items():
+        yield f"not measured: {first}{f' and {len(more)} more' if more else ''}: {why}"
     yield f"report  {folder / 'report.html'}"
 
 

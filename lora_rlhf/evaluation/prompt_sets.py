@@ -94,6 +94,8 @@ def load(
             name, list(generated()), n, seed, "generated: the packaged pairs", "apache-2.0"
         )
     raw, file = _read(path, hub, where)
+    if not raw:
+        raise DataError("the file is empty", where=str(file or hub), expected="prompts")
     given = _parse(format, raw, file)
     first: dict[str, str] = {}
     for place, row in given:

@@ -117,13 +117,15 @@ def load_section(model: type[S], path: Path, remedy: str) -> S:
         items = error.errors(include_url=False)  # a misspelt key is also missing as its right one
         item = min(items, key=lambda item: item["type"] != "extra_forbidden")
         at = known = item["loc"]
+        if item["type"] == "conflict":  # its message names the key
+            known = (*at, *_parts(next(iter(item["ctx"]["keys"]), "")))
         while known and known not in lines:
             known = known[:-1]
-        key = ".".join(map(str, at)) or path.name
+        key = "".join(f"{part}." for part in at)[:-1] + ": " * bool(at)
         unknown = item["type"] == "extra_forbidden"
         message = "is not a known key" if unknown else first_line(Exception(item["msg"]))
         raise UsageError(
-            f"{key}: {message}", where=f"{path}:{lines.get(known, 1)}", remedy=remedy
+            f"{key}{message}", where=f"{path}:{lines.get(known, 1)}", remedy=remedy
         ) from None
 
 

@@ -261,6 +261,7 @@ def ground(
                 model=name,
                 version=engine.models[name].adapter,
                 blocked=bool(made.blocked),
+                prompt=({"role": "user", "content": question},),
                 **({key: getattr(done, key) for key in spent} if done else {}),
                 completed=not made.unsupported,
             )

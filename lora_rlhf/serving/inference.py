@@ -622,7 +622,7 @@ def _check_values(request: Request, best_of: int) -> None:
         # Not a comparison alone: NaN is in no range.
         right = isinstance(value, kind) and not isinstance(value, bool)
         if not right or not low <= value <= high:
-            raise UsageError(f"{name} {value!r:.40}", expected=f"{low:g} to {high:,g}")
+            raise UsageError(f"{name} {value!r:.40}", expected=f"{low:,} to {high:,}")
     if request.n * best_of > MAX_SAMPLES:
         raise UsageError(
             f"{request.n} answers of {best_of} samples", expected=f"at most {MAX_SAMPLES} samples"

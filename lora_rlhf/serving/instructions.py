@@ -364,12 +364,12 @@ def _parts(engine: InferenceEngine, instruction: Instruction, text: str) -> list
             remedy="leave --long out, or write `split: true` into a copy of the template",
         )
     if instruction.long != "split" or shell >= room or len(text.split()) < 2:
-        remedy = "a shorter text, or fewer --tokens"
-        if instruction.template.split:
+        remedy = "fewer --tokens" if shell >= room else "a shorter text, or fewer --tokens"
+        if instruction.template.split and shell < room:
             remedy += ", or `--long split`, which does it in parts"
         raise UsageError(
             f"the prompt has {tokens:,} tokens ({shell:,} of them without the text)",
-            expected=f"at most {room:,}: the context of {engine.context:,} less "
+            expected=f"at most {max(room, 0):,}: the context of {engine.context:,} less "
             f"{engine.context - room:,} for the answer",
             remedy=remedy,
         )

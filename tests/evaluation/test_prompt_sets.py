@@ -203,11 +203,13 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, format, row):
 def test_what_is_wrong_with_a_set(tmp_path, monkeypatch):
     monkeypatch.setenv("LORA_RLHF_DATA", str(tmp_path))
     jsonl(tmp_path / "twice.jsonl", [{"prompt": "a", "id": 1}, {"prompt": "b", "id": 1}])
+    (tmp_path / "empty.txt").write_text("")
     jsonl(
         tmp_path / "answered.jsonl", [{"prompt": [*TURNS, {"role": "assistant", "content": "4"}]}]
     )
     for given, said, where in (
         ({"path": "twice.jsonl"}, r"'1' was used before, at .*twice.jsonl:1", "twice.jsonl:2"),
+        ({"path": "empty.txt"}, "the file is empty", "empty.txt"),
         ({"path": "answered.jsonl"}, "the last turn is not the user's", "answered.jsonl:1"),
         ({"path": "none.jsonl"}, "there is no file none.jsonl", "suite.yaml:3"),
         ({}, "needs path or hub", "suite.yaml:3"),

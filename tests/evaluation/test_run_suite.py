@@ -145,7 +145,7 @@ def test_a_validated_judge_decides(run, suite_file, tmp_path):
         (("metrics: []", "metrics: [f1, f1]"), "metrics names one twice"),
         (("version: 1", "version: 2"), "version"),
         (("name: words", "names: words"), r"little.yaml:\d+: sets.0.names"),
-        (("words/win_rate", "words/f1"), "is not measured by any set"),
+        (("words/win_rate", "words/f1"), r"little.yaml:5: headline: 'words/f1' is not measured"),
         (("temperature: 1.0", "temperature: hot"), r"little.yaml:3: temperature"),
     ],
 )
@@ -249,6 +249,8 @@ def test_prompts_that_do_not_fit_the_context_are_not_measured(run, suite_file, t
         "policy on words",
     ]
     assert not report["samples"] and not costs and report["verdict"][0].startswith("No verdict")
+    said = [*evaluate_targets.summary(tmp_path / "out")]
+    assert "not measured: " in said[-2] and "base on words and 2 more: a prompt with" in said[-2]
 
 
 def test_no_report_is_written_over_something_else(run, suite_file, tmp_path):

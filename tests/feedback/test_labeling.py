@@ -141,6 +141,7 @@ def test_the_command_makes_fills_and_exports_a_project(tmp_path, tasks):
         (["--new", "TASKS"], "there is a project already: project.yaml exists"),
         (["--new", "TASKS", "--type", "poll"], "there is no type 'poll'"),
         (["--as", "judge"], "--as and --without are for --export"),
+        (["--type", "pair"], "--type is for --new"),
         (["--host", "0.0.0.0"], "there is no password"),
         (["--terminal"], "--terminal needs the labeler's name"),
     ],

@@ -115,6 +115,7 @@ def test_ground_records_numbers_of_use(notes: Path, tmp_path: Path) -> None:
     assert "completion" not in made.to_dict()
     with UsageStore(store) as kept:
         [use] = kept.uses()
+        assert use["prompt"], "a hash, by which requests are matched"
     assert (use["kind"], use["version"], use["completion_tokens"]) == ("do", "f00", 4)
     assert not use["completed"]
 

@@ -135,8 +135,10 @@ class TestHistory:
      {"n": True}, {"max_tokens": 1.5}],
 )  # fmt: skip
 def test_a_bad_request_is_refused_at_once(engine, options):
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError) as refused:
         engine.submit(ask(**options))
+    if "seed" in options:
+        assert refused.value.expected == "0 to 4,294,966,295"
 
 
 @pytest.mark.parametrize(

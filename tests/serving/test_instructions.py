@@ -203,6 +203,8 @@ def test_a_long_text_is_refused_or_done_in_parts():
     engine = ScriptedEngine(lambda r: "It has words.", context=110)
     with pytest.raises(UsageError, match=r"(?s)the prompt has 9\d tokens .* at most 60"):
         do("summarize", engine, words)
+    with pytest.raises(UsageError, match=r"(?s)at most 0: .* less 1,000 .*to do: fewer --tokens$"):
+        do("summarize", engine, words, max_tokens=1000)
     with pytest.raises(UsageError, match="no `split: true`"):
         do("rewrite", engine, words, long="split")
     result = do("summarize", engine, words, long="split", length="5 words")
