@@ -549,7 +549,7 @@ def _no_layout(rows: list[Row], name: str) -> DataError:
             remedy = f"try `columns: {{{', '.join(f'{a}: {b}' for a, b in guess.items())}}}`"
             break
     return DataError(
-        f"no usable columns for {name}; match: {', '.join(columns)}"
+        f"no usable columns for {name}; found: {', '.join(columns)}"
         + _shown([(where, excerpt(row)) for where, row in rows[:5]]),
         where=rows[0][0],
         expected=_accepted(name),
@@ -560,7 +560,7 @@ def _no_layout(rows: list[Row], name: str) -> DataError:
 def mapping(columns: list[str], layout: tuple[str, ...], rows: list[Row]) -> dict[str, str] | None:
     """Return `columns:` for a layout, by the usual names of columns; None if one is missing.
 
-    The prompt beside a pair, `input` and `system` are match too.
+    The prompt beside a pair, `input` and `system` are found too.
     """
     plain = {"_".join(re.findall(r"[^\W_]+", name.casefold())): name for name in reversed(columns)}
     guess = {
