@@ -7,6 +7,7 @@ description; docs/recipes.md is generated from these classes.
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Iterator
@@ -214,6 +215,8 @@ class DataSource(Section):
     @classmethod
     def _resolve(cls, given: str | None, info: ValidationInfo) -> str | None:
         """Make the path absolute, so that a run can start in any working directory."""
+        if given and re.match(r"(?!data:)[a-z0-9]+://", given):
+            raise ValueError("a file of this machine is expected: download it, or use `hub:`")
         if info.context is None or given is None or given.startswith("data://") or "\0" in given:
             return given
         folder = info.context["folder"]
@@ -226,6 +229,12 @@ class DataSource(Section):
 
     def rules(self) -> Rules:
         """A source is of one kind, and has no key that this kind does not read."""
+        for theirs in self.columns.values():
+            if len(ours := [k for k, v in self.columns.items() if v == theirs]) > 1:
+                message = (
+                    f"columns reads {theirs!r} as {' and as '.join(ours)}: one of them is wrong"
+                )
+                yield message, "columns"
         given = self.changed("task", "path", "hub")
         listed = ", ".join(given) or "none"
         if len(given) != 1:
@@ -311,7 +320,12 @@ class DataSection(Section):
                     message = "data.text takes path or hub: a task generates no plain text"
                     yield message, f"{at}.task"
                 for ours in source.columns.keys() - set(known):
-                    message = f"columns maps to {ours!r}; known: {', '.join(known)}"
+                    hint = f"known: {', '.join(known)}"
+                    if (theirs := source.columns[ours]) in known:
+                        hint = f"did you mean {{{theirs}: {ours}}}? {hint}"
+                    elif close := difflib.get_close_matches(ours, known, n=1, cutoff=0.7):
+                        hint = f"did you mean {close[0]!r}? {hint}"
+                    message = f"columns maps to {ours!r}; {hint}"
                     yield message, f"{at}.columns.{ours}", f"{at}.columns"
                 if name != "demonstrations" and source.format:
                     message = f"data.{at}.format is read for data.demonstrations only: leave it out"

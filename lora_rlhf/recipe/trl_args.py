@@ -125,7 +125,7 @@ def refuse(stage: str, given: dict[str, Any]) -> None:
             raise RecipeError(f"{at} cannot be set there", remedy=remedy.format(stage))
         if key in UNREAD and stage != "ppo":  # the PPO stage refuses them with reasons of its own
             raise RecipeError(f"{at} cannot be set: {UNREAD[key]}", remedy="leave it out")
-        if expected := _expected(key, value):
+        if expected := _expected(key, value) or _of_type(_types(stage).get(key, ""), value):
             raise RecipeError(f"{at}: {value!r:.80}", expected=expected)
 
 
@@ -146,6 +146,22 @@ def _expected(key: str, value: Any) -> str:
     return ""
 
 
+def _of_type(annotation: str, value: Any) -> str:
+    """Return what a field of TRL takes, if that is plain and the value is another; else empty.
+
+    `no` is text in YAML 1.2, and any text would count as true.
+    """
+    kinds = {*annotation.removeprefix("Optional[").removesuffix("]").split(" | ")} - {"None"}
+    if value is None and annotation != "".join(kinds):
+        return ""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if kinds == {"bool"} and not isinstance(value, bool):
+        return "true or false"
+    if kinds == {"int"} and not whole:
+        return "a whole number"
+    return "a number" if kinds == {"float"} and not (whole or isinstance(value, float)) else ""
+
+
 def unknown(stage: str, key: str) -> RecipeError:
     """Create the error for a key that the stage's TRL config does not have."""
     file = _FILES[section(stage)]
@@ -163,24 +179,29 @@ def usable() -> dict[str, frozenset[str]]:
     return {s: fields(s) - {*OWNED, "beta", *UNREAD, *OWNED_BY_STAGE.get(s, {})} for s in stages}
 
 
-@functools.cache
 def fields(stage: str) -> frozenset[str]:
     """Return the names that a stage's TRL config takes; empty if its source is not found."""
+    return frozenset(_types(stage))
+
+
+@functools.cache
+def _types(stage: str) -> dict[str, str]:
+    """Return the fields that a stage's TRL config takes, with their annotations."""
     trl, transformers = (importlib.util.find_spec(name) for name in ("trl", "transformers"))
     if trl is None or transformers is None or not (trl.origin and transformers.origin):
-        return frozenset()
+        return {}
     trainer = Path(trl.origin).parent / "trainer"
-    names: set[str] = set()
+    names: dict[str, str] = {}
     for path in (
         trainer / f"{_FILES[section(stage)]}_config.py",
         trainer / "base_config.py",
         Path(transformers.origin).parent / "training_args.py",
     ):
         if not path.is_file():  # another layout of TRL: the config itself will raise
-            return frozenset()
+            return {}
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             for line in node.body if isinstance(node, ast.ClassDef) else ():
                 if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
-                    names.add(line.target.id)
+                    names.setdefault(line.target.id, ast.unparse(line.annotation))
     # Private names are class variables, or fields that `__init__` does not take.
-    return frozenset(name for name in names if not name.startswith("_"))
+    return {name: kind for name, kind in names.items() if not name.startswith("_")}

@@ -51,7 +51,9 @@ def test_unknown_and_unusable_names_are_refused(algorithm, section, args, messag
         ("per_device_train_batch_size", 0), ("per_device_train_batch_size", 2.5),
         ("gradient_accumulation_steps", True), ("learning_rate", "fast"), ("learning_rate", 0),
         ("learning_rate", float("inf")), ("num_train_epochs", 0), ("max_steps", 0),
-        ("weight_decay", -1), ("adam_beta1", 1), ("warmup_steps", "ten"),
+        ("weight_decay", -1), ("adam_beta1", 1), ("warmup_steps", "ten"), ("packing", "no"),
+        ("packing", "false"), ("packing", 1), ("dataloader_num_workers", "2"),
+        ("neftune_noise_alpha", "5"), ("logging_first_step", None),
     ],
 )  # fmt: skip
 def test_numbers_out_of_range_are_refused(key, value):
@@ -66,6 +68,12 @@ def test_ordinary_arguments_pass():
             sft="{args: {learning_rate: 2.0e-4, num_train_epochs: 2.5, warmup_steps: 0}}",
             reward="{args: {weight_decay: 0}}",
             ppo="{args: {steps_per_generation: 4}}",
+        )
+    )
+    trl_args.check(
+        recipe(
+            sft="{args: {packing: true, neftune_noise_alpha: 5, logging_steps: 2, run_name: x, "
+            "lr_scheduler_kwargs: {power: 2}, padding_free: false, torch_empty_cache_steps: null}}",
         )
     )
 
