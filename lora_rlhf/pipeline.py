@@ -25,7 +25,7 @@ from lora_rlhf import preflight
 from lora_rlhf.algorithms import best_of_n, custom_reward, dpo, grpo_rloo, policy_stage
 from lora_rlhf.algorithms.ppo import ppo_stage
 from lora_rlhf.algorithms.trainer_configs import TrainerConfigs
-from lora_rlhf.data import dataset_builder
+from lora_rlhf.data import dataset_builder, sources
 from lora_rlhf.data.contamination import OVERLAP
 from lora_rlhf.data.dataset_builder import Prepared
 from lora_rlhf.data.filters import SECRET
@@ -253,6 +253,8 @@ def check(
         data = _Data(ok(_with_adapters_here, recipe) or recipe, record, backbone, progress)
         for part in data.checks(wanted, configs):
             ok(part)
+        if not wanted:
+            ok(_check_unchanged, recipe, record)
     return wrong
 
 
@@ -296,6 +298,8 @@ def _run_stages(
     if recipe.rounds:
         record.data["rounds"] = [one.model_dump() for one in recipe.rounds]
     wanted = [stage for stage in stages if not _finished(recipe, record, stage)]
+    if not wanted:
+        _check_unchanged(recipe, record)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     threads, clock = torch.get_num_threads(), record.data["clock"]
@@ -336,6 +340,20 @@ def _finished(recipe: Recipe, record: Record, stage: str) -> bool:
     """Return whether a stage need not run; a reward model that was skipped may be needed now."""
     needed = stage == "reward" and has_reward_model(recipe)
     return record.done(stage) and not (needed and "skipped" in record.data["stages"][stage])
+
+
+def _check_unchanged(recipe: Recipe, record: Record) -> None:
+    """Check that a finished run has its adapters, and that the files that it read are the same.
+
+    Raises:
+        DamageError: An adapter is missing or another one.
+        DataError: A file has changed, so what is asked for is another run.
+    """
+    record.verified("adapters")
+    for name, before in record.data["data"].items():
+        given = getattr(recipe.data, name.removesuffix("_held_out_model"), [])
+        now = sources.described_again(given, before.get("sources", []))
+        reuse.check_data(record, name, {**before, "sources": now})
 
 
 def _push(recipe: Recipe, record: Record, progress: Progress) -> None:

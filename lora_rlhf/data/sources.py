@@ -114,6 +114,18 @@ def described(source: DataSource, rows: list[Row]) -> dict[str, Any]:
     return report
 
 
+def described_again(
+    sources: list[DataSource], before: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Describe files as they are now; other sources, and files that are gone, as they were."""
+    now = [*before]
+    for number, (source, _) in enumerate(zip(sources, before, strict=False)):
+        if source.path:
+            with contextlib.suppress(DataError):
+                now[number] = described(source, read(source, Skips(source.skip_bad)))
+    return now
+
+
 def excerpt(value: Any, width: int = 80) -> str:
     """Return the start of a value on one line, with control characters escaped."""
     text = repr(value if not isinstance(value, str) else value[: width + 1])
@@ -142,8 +154,9 @@ def locate(path: str) -> Path:
             raise DataError(f"{path} leaves the folder of LORA_RLHF_DATA", expected="a path inside")
         file = Path(folder) / inside
     if not is_file(file):
-        siblings = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
-        close = [] if file.is_dir() else difflib.get_close_matches(file.name, siblings, n=1)
+        there = file.parent.iterdir() if file.parent.is_dir() else ()
+        siblings = [] if file.exists() else [p.name for p in there if p.is_file()]
+        close = difflib.get_close_matches(file.name, siblings, n=1)
         remedy = f"did you mean {close[0]}?" if close else "check the path"
         if file.is_dir():
             remedy = _of_folder(file)
@@ -151,8 +164,11 @@ def locate(path: str) -> Path:
             remedy = (
                 "patterns are not read: name each file, as a source of its own (`- path: FILE`)"
             )
+        elif "$" in path:
+            remedy = "variables of the shell are not read in a recipe: write the path, or `~/`"
+        kind = "this is a pipe or a device" if file.exists() else "there is no such file"
         raise DataError(
-            "this is a folder" if file.is_dir() else "there is no such file",
+            "this is a folder" if file.is_dir() else kind,
             where=str(file),
             expected=f"a file: {FORMATS}",
             remedy=remedy,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -103,7 +104,7 @@ def load(folder: str | Path) -> Project:
             "there is no labelling project here",
             where=str(folder),
             expected=f"a folder with {FILE}",
-            remedy=f"make one: lora-rlhf label {folder} --new TASKS.jsonl",
+            remedy=f"make one: lora-rlhf label {shlex.quote(str(folder))} --new TASKS.jsonl",
         )
     remedy = f"correct {FILE}; docs/feedback.md lists the keys"
     return Project(folder, load_section(Settings, folder / FILE, remedy))

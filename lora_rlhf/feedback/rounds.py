@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -216,7 +217,8 @@ def _from_project(folder: Path, out: Path, say: Say) -> bool:
         store.add_tasks(tasks)
         labels = [one for one in store.labels() if one.task in known]
     if missing := len(tasks) - len({one.task for one in labels}):
-        say(f"{missing} of {len(tasks)} tasks have no label yet: `lora-rlhf label {folder}`")
+        again = f"`lora-rlhf label {shlex.quote(str(folder))}`"
+        say(f"{missing} of {len(tasks)} tasks have no label yet: {again}")
         return False
     path = out / "labels.jsonl"
     say(label_files.export(tasks, labels, path))

@@ -70,7 +70,10 @@ def _push(
         hub.check_access()
         base_info = hub.info(base)
         if base_info is None:
-            raise _no_base(base, f"push it first: `lora-rlhf push {record.folder} --base {base}`")
+            raise _no_base(
+                base,
+                f"push it first: `lora-rlhf push {shlex.quote(str(record.folder))} --base {base}`",
+            )
         result = hub.upload(Path(name), files, f"{role} adapter of {record.data.get('name')}")
     entry = {role: {"repo_id": repo_id, "commit": result["commit"]}}
     record.data["clock"]["pushed"] = record.data["clock"].get("pushed", {}) | entry
@@ -131,7 +134,7 @@ def push_targets(
         raise UsageError(
             "no repository to push to",
             expected="--policy, --reward, --value, --sft or --base, each with org/name",
-            remedy=f"lora-rlhf push {record.folder} --policy org/name",
+            remedy=f"lora-rlhf push {shlex.quote(str(record.folder))} --policy org/name",
         )
     return targets, public or section.public
 

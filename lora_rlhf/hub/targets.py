@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,7 +209,8 @@ def _of_run(folder: Path, model: str) -> Target:
     stages = {"sft": "sft", "policy": record.algorithm}
     if model in stages and not record.done(stages[model]):
         raise UsageError(
-            f"{folder} has no finished {model}", remedy=f"continue it: `lora-rlhf run {folder}`"
+            f"{folder} has no finished {model}",
+            remedy=f"continue it: `lora-rlhf run {shlex.quote(str(folder))}`",
         )
     name = f"{folder.resolve().name}:{model}"
     adapter = None if model == "base" else record.verified(f"adapters/{MODELS[model]}")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ S = TypeVar("S", bound=Section)
 
 _MAX_BYTES = 250_000
 _MAX_PROBLEMS = 20
+_DATA = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".gz")
 _INDEX = re.compile("[0-9]{1,6}")
 
 
@@ -43,6 +45,12 @@ def load_recipe(
             f"there is no recipe at {path}",
             expected="a YAML file, or a folder that holds recipe.yaml",
             remedy="check the path; `lora-rlhf demo` needs no recipe",
+        )
+    if path.suffix.lower() in _DATA:
+        raise RecipeError(
+            f"{path} is data, not a recipe",
+            expected="a YAML file that names it under data:",
+            remedy=f"write one: `lora-rlhf init {shlex.quote(str(path))}`",
         )
     if path.stat().st_size > _MAX_BYTES:
         raise RecipeError(f"{path} has over {_MAX_BYTES} bytes", expected="a recipe of a few kB")

@@ -56,7 +56,8 @@ def show(record: Record, console: Console | None = None) -> None:
     lines += [("plot", str(path)) for path in sorted(record.folder.glob("plots/*.png"))]
     lines += [("report", str(page))] if (page := record.folder / "report.html").exists() else []
     if record.done("sft"):
-        lines.append(("try it", f"lora-rlhf generate {record.folder} {_a_prompt(record)}"))
+        run = shlex.quote(str(record.folder))
+        lines.append(("try it", f"lora-rlhf generate {run} {_a_prompt(record)}"))
     for name, value in lines:
         say(console, f"{name:9s} {safe(value)}")
 

@@ -29,7 +29,7 @@ from data_sources import (
 from lora_rlhf import pipeline
 from lora_rlhf.data import chat_template, dataset_builder
 from lora_rlhf.data.filters import breaker
-from lora_rlhf.errors import DataError, TokenizerError
+from lora_rlhf.errors import DamageError, DataError, TokenizerError
 from lora_rlhf.models.base_model import BaseModel
 from lora_rlhf.recipe.loader import parse_recipe
 from lora_rlhf.recipe.schema import LoraSection, ModelSection
@@ -292,6 +292,28 @@ def test_a_batch_larger_than_the_data_trains_or_is_an_error(tmp_path, stage):
         return
     record = pipeline.run(given, tmp_path / "run", until=stage)
     assert record.done(stage) and any(line.get("loss", 0) > 0 for line in record.metrics(stage))
+
+
+def test_a_finished_run_with_other_data_or_adapters_is_not_finished(tmp_path):
+    broken_runs.write(tmp_path, None, 40)
+    text = broken_runs.RECIPE.format(base=small.base_folder("llama"))
+    given = parse_recipe(text, "r", [], tmp_path)
+    out = tmp_path / "a run"
+    record = pipeline.run(given, out, until="sft")
+    assert pipeline.run(given, out, until="sft").data["stages"] == record.data["stages"]
+    path = tmp_path / "demonstrations.jsonl"
+    before = path.read_bytes()
+    path.write_bytes(before + b'{"prompt": "new?", "completion": "yes"}\n')
+    with pytest.raises(DataError, match="data.demonstrations has changed since sft"):
+        pipeline.run(given, out, until="sft")
+    path.unlink()  # what is gone cannot be trained on: the run stays finished
+    assert pipeline.run(given, out, until="sft").done("sft")
+    path.write_bytes(before)
+    weights = out / "adapters" / "sft" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(DamageError, match="its sha256 is not the one") as caught:
+        pipeline.run(given, out, until="sft")
+    assert f"lora-rlhf run '{out}'" in str(caught.value)
 
 
 # --- tokenizers --------------------------------------------------------------------------------

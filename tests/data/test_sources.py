@@ -4,6 +4,7 @@
 import csv
 import gzip
 import json
+import os
 
 import pytest
 from data_sources import (
@@ -117,6 +118,16 @@ def test_a_folder_and_a_pattern_say_how_files_are_named(tmp_path, plain, path, r
     with pytest.raises(DataError) as caught:
         dataset_builder.demonstrations(recipe(demonstrations=tmp_path / "set"), plain)
     assert "load_from_disk" in caught.value.remedy
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes on this system")
+def test_a_pipe_and_a_broken_link_do_not_suggest_themselves(tmp_path, plain):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
+    for name, given in (("pipe", "a pipe or a device"), ("loop", "no such file")):
+        with pytest.raises(DataError, match=given) as caught:
+            dataset_builder.demonstrations(recipe(demonstrations=tmp_path / f"{name}.jsonl"), plain)
+        assert caught.value.remedy == "check the path"
 
 
 def test_excerpts_are_short_and_escaped(tmp_path, plain):

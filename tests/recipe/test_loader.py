@@ -32,6 +32,24 @@ def refused(text: str, *sets: str) -> RecipeError:
     return caught.value
 
 
+@pytest.mark.parametrize(("source", "message"), [
+    ("{path: d.jsonl, columns: {question: prompt}}", "did you mean {prompt: question}?"),
+    ("{path: d.jsonl, columns: {promt: q}}", "did you mean 'prompt'?"),
+    ("{path: d.jsonl, columns: {prompt: q, completion: q}}", "'q' as prompt and as completion"),
+    ("{path: 'https://example.org/d.jsonl'}", "a file of this machine is expected"),
+])  # fmt: skip
+def test_sources_that_cannot_be_meant_are_refused_with_what_is(source, message):
+    error = refused(f"data: {{demonstrations: [{source}]}}\n")
+    assert message in error.given and error.where == "r.yaml:3"
+
+
+def test_a_data_file_given_as_a_recipe_is_named(tmp_path):
+    (tmp_path / "my data.jsonl").write_text("{}", encoding="utf-8")
+    with pytest.raises(RecipeError, match="is data, not a recipe") as caught:
+        load_recipe(tmp_path / "my data.jsonl")
+    assert f"lora-rlhf init '{tmp_path}/my data.jsonl'" in caught.value.remedy
+
+
 # --- round trips ---------------------------------------------------------------------------------
 
 """Every key of a recipe with a value other than its default, except `LEFT_OUT`."""
