@@ -42,6 +42,7 @@ from .filters import (
     drop_useless,
     expand,
     follow_template,
+    note_damage,
     pair_labels,
     prompt_key,
 )
@@ -257,6 +258,7 @@ def _read(
         random.Random(f"{recipe.seed}/{name}").shuffle(mixed)
     if name == "comparisons":
         kept.agreement = _labeler_agreement(labelled) or kept.agreement
+    note_damage(kept, mixed)
     break_control_tokens(kept, mixed, tokenizer)
     follow_template(kept, mixed, tokenizer)
     kept.rows = expand(kept, mixed)

@@ -173,6 +173,36 @@ def breaker(tokenizer: Any) -> Callable[[str], str]:
     return lambda text: control.sub(lambda match: match[0][0] + _JOINT + match[0][1:], text)
 
 
+_SIGNS = (
+    (0.0, "\ufffd", "characters were lost when the text was converted (\ufffd)"),
+    (0.0, "[\u00c2\u00c3][\x80-\xbf]|\u00e2(?:\u20ac|\x80).",
+     "the text looks decoded wrongly, as \u00c3\u00a9 for \u00e9"),
+    (0.1, r"&(?:amp|lt|gt|quot|nbsp|#\d{2,4});", "the text holds HTML entities, such as &amp;"),
+    (0.1, r"\\n", r"the text holds \n in the place of line breaks"),
+)  # fmt: skip
+"""Share of the rows above which a sign of a faulty conversion is noted, the sign, the note."""
+
+_CUT_LENGTH, _CUT_SHARE = 50, 0.1
+
+
+def note_damage(kept: FilteredSet, examples: list[Example]) -> None:
+    """Note signs that a program converted or cut the texts of files; they stay as they are."""
+    texts = [
+        _JOINT.join(text_of(turns) for turns in (one.prompt, *one.answers))
+        for one in examples
+        if not one.item
+    ]
+    for share, sign, what in _SIGNS:
+        rows = sum(bool(re.search(sign, text)) for text in texts)
+        if rows > share * len(texts):
+            kept.notes[f"{what}, and is trained on as it is"] += rows
+    answers = {text_of(a) for one in examples if not one.item for a in one.answers}
+    longest = max(map(len, answers), default=0)
+    cut = sum(len(answer) == longest for answer in answers)
+    if longest >= _CUT_LENGTH and cut > max(2, _CUT_SHARE * len(answers)):
+        kept.notes[f"answers have exactly {longest:,} characters, as if they were cut there"] += cut
+
+
 def break_control_tokens(kept: FilteredSet, examples: list[Example], tokenizer: Any) -> None:
     """Break control tokens in prompts, so that they are encoded as text, and count the rows.
 

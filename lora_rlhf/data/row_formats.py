@@ -741,6 +741,14 @@ def _ranking(row: dict[str, Any], column: str) -> Example:
                 f"(the best) to {len(answers)}; if they are scores, of which the highest is the "
                 "best, map them to `scores`"
             )
+        scores = row.get("scores")
+        scores = [unread_columns.number(x) for x in scores] if isinstance(scores, list) else []
+        rated = [(r, x) for r, x in zip(finite, scores, strict=False) if x is not None]
+        if any(r < s and x < y for r, x in rated for s, y in rated):
+            raise _Unfit(
+                f"columns 'ranks' (1 is the best) and 'scores' (the highest is the best) "
+                f"contradict each other: {excerpt(given)} and {excerpt(row['scores'])}"
+            )
     turns = [_turns({"completions": answer}, "completions") for answer in answers]
     return Example(_question(row), turns, finite if column == "ranks" else [-x for x in finite])
 
@@ -767,7 +775,7 @@ def _pair(row: dict[str, Any], chat: bool, notes: Counter[str]) -> Example:
             prompt, answers = _shared(both[0], both[1])
             if chat:
                 notes[_TRANSCRIPTS_READ] += 1
-                return Example(prompt, list(answers))
+                return _of_conversation(row, prompt, answers, notes)
             question = _as_transcript(prompt) + "\n\nAssistant:" if prompt else ""
             texts = [_as_transcript(answer).removeprefix("\n\nAssistant:") for answer in answers]
             return Example(question, list(texts))
@@ -779,8 +787,22 @@ def _pair(row: dict[str, Any], chat: bool, notes: Counter[str]) -> Example:
     elif row.get("prompt") is None or chosen[0]["role"] != "assistant":
         # UltraFeedback and others have a prompt column and repeat the prompt in chosen.
         prompt, answers = _shared(chosen, rejected)
-        return Example(prompt, list(answers))
+        return _of_conversation(row, prompt, answers, notes)
     return Example(_question(row), [chosen, rejected])
+
+
+def _of_conversation(
+    row: dict[str, Any], shared: list[Message], answers: list[list[Message]], notes: Counter[str]
+) -> Example:
+    """Return a pair whose answers hold their prompt; a column prompt may hold turns before it."""
+    given = _question(row) if row.get("prompt") is not None else ""
+    if shared and isinstance(given, list) and given[-len(shared) :] == shared:
+        shared = given
+    turns = transcript(given) or given if isinstance(given, str) else given
+    text, whole = (" ".join(text_of(one).split()) for one in (turns, shared))
+    if text not in whole:
+        notes["the column prompt differs from the turns before the answers, which are read"] += 1
+    return Example(shared, list(answers))
 
 
 def _as_transcript(messages: list[Message]) -> str:

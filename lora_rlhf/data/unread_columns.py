@@ -108,6 +108,8 @@ def problems(
         read |= {"input"}
     if "chosen" in layout:
         read |= {"prompt", "margin"}
+    if "ranks" in layout:
+        read |= {"scores"}  # compared with the ranks
     if name == "demonstrations":
         read |= {"tools"} | ({"label"} & source.columns.keys())
     values: dict[str, list[Any]] = {}

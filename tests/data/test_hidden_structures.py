@@ -225,6 +225,49 @@ def test_numbers_written_as_text_are_numbers(tmp_path, plain):
         comparisons(tmp_path, plain, rows)
 
 
+@pytest.mark.parametrize(("text", "note"), [
+    ("caf\u00c3\u00a9", "looks decoded wrongly"), ("\u00e2\u20ac\u0153a", "looks decoded wrongly"),
+    ("caf\ufffd", "characters were lost"), ("It&#39;s", "HTML entities"),
+    ("a\\nb", "in the place of line breaks"), ("x" * 64, "exactly 64 characters"),
+])  # fmt: skip
+def test_signs_of_a_faulty_conversion_are_told(tmp_path, plain, text, note):
+    cut = text.startswith("xx")
+    rows = [{"prompt": f"p{i}", "completion": f"{i:02}{text}"[: 64 if cut else None]}
+            for i in range(N)]  # fmt: skip
+    prepared = demonstrations(tmp_path, plain, [*PAIRS, *rows])
+    assert [n for n in prepared.report["notes"] if note in n and f"({N} rows)" in n]
+    assert len(all_rows(prepared)) == 60 + N  # as they are
+    fine = [
+        {"prompt": f"p{i}", "completion": f"caf\u00e9 \u00c3O \u00c2ngulo {i} & <b>"}
+        for i in range(N)
+    ]
+    assert demonstrations(tmp_path, plain, [*PAIRS, *fine]).report["notes"] == []
+
+
+def test_ranks_and_scores_must_agree(tmp_path, plain):
+    row = {"completions": ["a", "b", "c"], "ranks": [1, 2, 2]}
+    rows = [{"prompt": f"q{i}", **row, "scores": [9 + i, 3, 2]} for i in range(N)]
+    assert comparisons(tmp_path, plain, rows).train[0]["chosen"] == "a"
+    rows = [{"prompt": f"q{i}", **row, "scores": [1, 3, 2]} for i in range(N)]
+    with pytest.raises(DataError, match="'scores' .* contradict each other"):
+        comparisons(tmp_path, plain, rows)
+
+
+def test_a_prompt_beside_answers_that_hold_one_is_not_lost(tmp_path, chat):
+    system = [{"role": "system", "content": "Be kind."}]
+
+    def rows(prompt):
+        return [{"prompt": prompt(i), "chosen": user(f"q{i}") + answer("a"),
+                 "rejected": user(f"q{i}") + answer("b")} for i in range(N)]  # fmt: skip
+
+    prepared = comparisons(tmp_path, chat, rows(lambda i: system + user(f"q{i}")))
+    assert all(row["prompt"][0] == system[0] for row in all_rows(prepared))
+    assert comparisons(tmp_path, chat, rows(lambda i: f"q{i}")).report["notes"] == []
+    for prompt in (lambda i: f"another {i}", lambda i: system + user(f"another {i}")):
+        [note] = comparisons(tmp_path, chat, rows(prompt)).report["notes"]
+        assert note.startswith("the column prompt differs from the turns")
+
+
 # --- impossible values ------------------------------------------------------------------------
 
 
