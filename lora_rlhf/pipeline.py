@@ -253,8 +253,6 @@ def check(
         data = _Data(ok(_with_adapters_here, recipe) or recipe, record, backbone, progress)
         for part in data.checks(wanted, configs):
             ok(part)
-        if not wanted:
-            ok(_check_unchanged, recipe, record)
     return wrong
 
 
@@ -525,6 +523,8 @@ class _Data:
     ) -> Iterator[Callable[[], Any]]:
         """Yield functions that read and check the needed sets, to call before any training."""
         recipe, stages = self.recipe, set(wanted)
+        if not wanted:
+            yield partial(_check_unchanged, recipe, self.record)
         starts = {s: getattr(recipe, s).start for s in ("sft", "reward") if s in stages}
         for role, folder in starts.items():
             if folder:
