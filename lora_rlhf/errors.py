@@ -48,6 +48,8 @@ def first_line(error: BaseException) -> str:
 
 def reason(error: BaseException) -> str:
     """Return the reason why a file cannot be used, without its number and path if it has them."""
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
     return getattr(error, "strerror", None) or first_line(error)
 
 

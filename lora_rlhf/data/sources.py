@@ -303,6 +303,7 @@ def _check_rows_inside(where: str, row: dict[str, Any]) -> None:
     lists = [key for key, value in row.items() if isinstance(value, list) and len(value) > 1]
     objects = [key for key in lists if all(isinstance(one, dict) for one in row[key])]
     inside = [key for key in objects if "role" not in row[key][0] and "from" not in row[key][0]]
+    inside = [key for key in inside if len(row) == 1 or len(row[key]) > _MANY]
     tables = [key for key, value in row.items() if isinstance(value, dict) and "0" in value]
     texts = [key for key in lists if key not in objects and len(row[key]) > _MANY]
     if inside:

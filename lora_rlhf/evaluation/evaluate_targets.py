@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_rlhf.errors import DataError, UsageError
+from lora_rlhf.errors import DataError, UsageError, reason
 from lora_rlhf.hub import targets
 from lora_rlhf.hub.targets import Target
 from lora_rlhf.reports import evaluation_report, html_report
@@ -105,7 +105,7 @@ def _validations(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
             evaluation_report.worst_probe(record)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"not a record of a judge: {type(error).__name__} {error}",
+                f"not a record of a judge: {reason(error)}",
                 where=str(path),
                 expected="the --out of `lora-rlhf judge`",
             ) from None

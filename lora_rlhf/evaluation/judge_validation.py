@@ -18,7 +18,7 @@ from typing import Any
 
 from lora_rlhf import estimates
 from lora_rlhf.data import row_formats, sources
-from lora_rlhf.errors import DataError
+from lora_rlhf.errors import DataError, reason
 from lora_rlhf.estimates import Estimate
 from lora_rlhf.recipe.schema import DataSource
 from lora_rlhf.runs.samples import prompt_text
@@ -70,11 +70,11 @@ def read(path: Path, seed: int = 0, n: int | None = None) -> tuple[list[Labelled
     for number, (where, row) in enumerate(rows, 1):
         try:
             made.append(_usable(_labelled(row, str(number))))
-        except _Unusable as reason:
-            left_out[str(reason)] += 1
+        except _Unusable as unusable:
+            left_out[str(unusable)] += 1
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"not a labelled pair: {type(error).__name__} {error}",
+                f"not a labelled pair: {reason(error)}",
                 where=where,
                 expected='{"prompt": …, "a": …, "b": …, "labels": ["a", "b" or "tie"]}',
             ) from None
@@ -199,7 +199,7 @@ def _judged(
     if verdicts is None:
         raise DataError(f"{judge.name} cannot judge {source}", expected="free text")
     judged = [(w, o) for w, o in zip(verdicts.wins, decided, strict=True) if w is not None]
-    for reason, n in (
+    for why, n in (
         ("people are undecided", len(labelled) - len(decided)),
         (
             "without a verdict" if verdicts.failed else "over the judge's context",
@@ -207,7 +207,7 @@ def _judged(
         ),
     ):
         if n:
-            left_out[reason] = n
+            left_out[why] = n
     if len(judged) < 2:
         why = counts(left_out) or "there are no others"
         raise DataError(

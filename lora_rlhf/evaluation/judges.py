@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lora_rlhf.data import sources
 from lora_rlhf.data.closed_world.checkers import Item, check
-from lora_rlhf.errors import BaseModelError, DataError, UsageError, first_line
+from lora_rlhf.errors import BaseModelError, DataError, UsageError, first_line, reason
 from lora_rlhf.hub import targets
 from lora_rlhf.hub.targets import Target
 from lora_rlhf.recipe.schema import DataSource, ModelSection
@@ -142,7 +142,7 @@ class People:
                     self._chosen.add(key)
             except (ValueError, TypeError, KeyError) as error:
                 raise DataError(
-                    f"not a ranking: {type(error).__name__} {error}",
+                    f"not a ranking: {reason(error)}",
                     where=place,
                     expected='{"set": "quick", "id": "1", "ranking": [["policy"], ["sft"]]}',
                 ) from None

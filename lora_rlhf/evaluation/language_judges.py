@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from lora_rlhf.errors import AdapterError, SetupError
+from lora_rlhf.errors import AdapterError, SetupError, reason
 from lora_rlhf.hub.targets import Target
 from lora_rlhf.runs.samples import prompt_text
 
@@ -59,7 +59,7 @@ def calibration_of(target: Target) -> tuple[float, float]:
             raise ValueError("a number that is not finite")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(
-            f"cannot be read: {type(error).__name__} {error}",
+            f"cannot be read: {reason(error)}",
             where=str(path),
             expected="scale and offset, as `lora-rlhf judge` with `--train` writes them",
         ) from None

@@ -19,7 +19,7 @@ from typing import Any
 
 from lora_rlhf.data import row_formats, sources
 from lora_rlhf.data.closed_world import generator
-from lora_rlhf.errors import DataError
+from lora_rlhf.errors import DataError, reason
 from lora_rlhf.recipe.schema import DataSource
 
 Turns = str | list[dict[str, str]]
@@ -172,7 +172,7 @@ def _parse(format: str, raw: list[sources.Row], file: Path | None) -> list[tuple
         given = list(FORMATS[format](watched(), file.parent if file else None))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError(
-            f"the row does not have the layout of {format}: {type(error).__name__}: {error}",
+            f"the row does not have the layout of {format}: {reason(error)}",
             where=place,
             expected=f"a row of {format}",
             remedy="correct the row, or choose the format that the file has",

@@ -264,6 +264,8 @@ class _Api:
             raise ValueError("flags: expected a list")
         if not isinstance(note := given.get("note") or "", str):
             raise ValueError("note: expected a text")
+        if not isinstance(both_bad := given.get("both_bad") or False, bool):
+            raise ValueError("both_bad: expected true or false")
         label = self.store.submit(
             labeler,
             _number(given),
@@ -271,7 +273,7 @@ class _Api:
             tab=_tab(given),
             submission=submission,
             flags=flags,
-            both_bad=given.get("both_bad") is True,
+            both_bad=both_bad,
             note=note,
         )
         return {"label": {"id": label.id}, "progress": self.store.progress(labeler)}

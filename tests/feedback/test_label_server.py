@@ -79,6 +79,8 @@ def test_a_sitting(server):
         "/api/draft", json={"assignment": first["id"], "tab": "tab", "draft": [1]}
     ).json()
     assert take(web)["assignment"]["draft"] == [1]
+    refused = give(web, first["id"], both_bad="yes")
+    assert refused.status_code == 400 and "expected true or false" in refused.text
     done = give(web, first["id"], flags=["harmful"], both_bad=True, note="hm").json()
     assert done["progress"] == {"done": 1, "total": 6, "seconds_median": pytest.approx(0, abs=5)}
     again = web.post("/api/undo", json={"tab": "tab"}).json()["assignment"]
