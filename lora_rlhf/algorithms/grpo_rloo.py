@@ -168,13 +168,18 @@ class _GroupTrainer(RolloutTrainer, TiedReferenceTrainer):
         return logprobs_bt, entropies_bt if options.get("compute_entropy") else None, None
 
     def _forward(self, ids: Tensor, mask: Tensor, tokens: int) -> list[Tensor]:
-        """Compute log-probs and entropies (B, T) without columns that are padding in every row."""
+        """Compute log-probs and entropies (B, T) without columns that are padding in every row.
+
+        Padding gets 0, whichever rows are computed together: TRL multiplies exp(reference - policy)
+        by the mask, and infinity times 0 would be NaN.
+        """
         columns, kept = minibatches.valid_columns(mask, tokens)
         ids, mask = ids[:, columns], mask[:, columns]
         states = scoring.completion_states(self.backbone, ids, mask, kept)
         bonus = getattr(self, "_entropy_bonus_enabled", False)
         both = scoring.logprobs_of(self.backbone, states, ids, self.temperature, bonus)
-        return [functional.pad(part, (0, tokens - kept)) for part in both]
+        padding = mask[:, -kept:] == 0
+        return [functional.pad(part.masked_fill(padding, 0), (0, tokens - kept)) for part in both]
 
     @torch.no_grad()
     def _batches(

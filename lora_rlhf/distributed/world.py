@@ -91,7 +91,10 @@ class World:
         """Fill in the rows of a list that other processes have computed."""
         if self.size == 1:
             return rows
-        whole = self.merged({i: rows[i] for i in self.own(len(rows))})
+        own = {i: rows[i] for i in self.own(len(rows))}
+        # A row that is a view would be sent with the whole batch, each time.
+        sent: Any = {i: row.clone() if torch.is_tensor(row) else row for i, row in own.items()}
+        whole = self.merged(sent)
         return [whole[i] for i in range(len(rows))]
 
     def of_first(self, compute: Callable[[], T]) -> T:

@@ -141,6 +141,22 @@ def test_sorted_and_trimmed_rows_change_nothing_but_padding(tmp_path, monkeypatc
     assert all(n < 0.9 * whole for n, whole in zip(ours, padded, strict=True)), (ours, padded)
 
 
+def test_padding_far_from_the_policy_leaves_the_loss_finite(tmp_path, monkeypatch):
+    real = grpo_rloo.scoring.logprobs_of
+
+    def unlikely_after_eos(backbone, states, ids, *rest):
+        logprobs, entropies = real(backbone, states, ids, *rest)
+        eos = (ids[:, -logprobs.shape[1] :] == small.EOS).int()
+        return logprobs - 200.0 * (eos.cumsum(dim=1) > eos), entropies
+
+    monkeypatch.setattr(grpo_rloo.scoring, "logprobs_of", unlikely_after_eos)
+    args = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4,
+            "steps_per_generation": 8, "max_completion_length": 20}  # fmt: skip
+    asked = recipe("grpo", kl_coef=0.05, ppo={"updates": 1, "args": {**ARGS, **args}})
+    _, record = run(tmp_path / "run", asked, eos_more_often(roles()))
+    assert all(math.isfinite(line["loss"]) for line in record.metrics("grpo"))
+
+
 @pytest.mark.parametrize("load_in_4bit", [False, True])
 def test_trls_reference_is_sft_during_training(tmp_path, monkeypatch, load_in_4bit):
     """Under TRL's own switch to its clone the outputs are those of the reference role."""
