@@ -510,12 +510,13 @@ def _prepared(
         lost = {reason: n["before"] - n["after"] for reason, n in kept.counts.items()}
         worst = max(lost, key=lost.__getitem__)
         remedy = f"give more rows, or another share than data.held_out = {recipe.data.held_out}"
-        if len({prompt_key(row["prompt"]) for row in (*train, *held_out)}) == 1:
+        alike = len({prompt_key(row["prompt"]) for row in (*train, *held_out)}) == 1
+        if alike:
             remedy = "all rows have the same first user turn, by which they are split: write what "
             remedy += "is the same in each into a system message, or give other conversations too"
         if worst == "in the evaluation set":
             remedy = "leave data.evaluate out: then a share of the prompts is held out instead"
-        elif lost[worst] > 0:
+        elif lost[worst] > (len(train) + len(held_out) if alike else 0):
             remedy = f"most rows were dropped as: {worst}; correct that, or give more rows"
         refused = [note for note in kept.notes if note.startswith(REFUSES)]
         raise DataError(

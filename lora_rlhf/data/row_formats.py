@@ -426,7 +426,7 @@ def _unfolded(row: dict[str, Any], ignored: set[str], notes: Counter[str]) -> di
     TRL's `maybe_convert_to_chatml` would keep the roles `human` and `gpt`, and load torch.
     """
     converted = _ultrafeedback({k: v for k, v in row.items() if k not in ignored}, notes)
-    sharegpt = serialised = False
+    sharegpt, serialised, row_notes = False, False, set[str]()
     if "conversations" in converted:
         converted.setdefault("prompt" if "chosen" in row else "messages", row["conversations"])
     for column in (*_MESSAGES, "completions", "ranks", "scores"):
@@ -434,7 +434,7 @@ def _unfolded(row: dict[str, Any], ignored: set[str], notes: Counter[str]) -> di
         if isinstance(turns, str) and (
             column not in _MESSAGES or _SERIALISED.match(turns) or _ONE_TURN.match(turns)
         ):
-            turns = _deserialised(turns)
+            turns = _deserialised(turns, column)
             serialised |= not isinstance(turns, str)
             converted[column] = turns
         turns = [turns] if isinstance(turns, dict) else turns
@@ -449,25 +449,26 @@ def _unfolded(row: dict[str, Any], ignored: set[str], notes: Counter[str]) -> di
             ]
             sharegpt = True
         if all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns):
-            converted[column] = [_as_ours(turn, notes) for turn in turns]
+            converted[column] = [_as_ours(turn, row_notes) for turn in turns]
     if sharegpt:
         notes["turns of from and value (ShareGPT) were read as messages"] += 1
     if serialised:
         notes["lists written as text were read as lists"] += 1
+    notes.update(row_notes)
     return converted
 
 
-def _as_ours(turn: dict[str, Any], notes: Counter[str]) -> dict[str, Any]:
-    """Return a turn with a role of ours, and content parts of text only as one text."""
+def _as_ours(turn: dict[str, Any], row_notes: set[str]) -> dict[str, Any]:
+    """Return a turn with a role of ours, and content parts of text only as one text; note both."""
     role, content = turn["role"], turn["content"]
     ours = _ROLES.get(role.casefold(), role) if isinstance(role, str) else role
     if ours != role:
-        notes[f"the role {excerpt(role)} was read as {ours}"] += 1
+        row_notes.add(f"the role {excerpt(role)} was read as {ours}")
     if isinstance(content, list) and content:
         parts = [part for part in content if isinstance(part, dict)]
         texts = [part.get("text") for part in parts if part.get("type", "text") == "text"]
         if len(texts) == len(content) and all(isinstance(text, str) for text in texts):
-            notes["turns whose content is a list of texts were joined"] += 1
+            row_notes.add("turns whose content is a list of texts were joined")
             content = "".join(map(str, texts))
     return {**turn, "role": ours, "content": content}
 
@@ -512,8 +513,11 @@ def _mean_rating(annotations: Any) -> float | None:
     return sum(ratings) / len(ratings) if ratings else None
 
 
-def _deserialised(text: str) -> Any:
-    """Read a list, or one turn, from JSON or from Python's notation; other text stays as it is."""
+def _deserialised(text: str, column: str) -> Any:
+    """Read a list, or one turn, from JSON or from Python's notation; other text stays as it is.
+
+    A turn of the user as an answer is text: the answer is JSON.
+    """
     for parse in (json.loads, ast.literal_eval):
         try:
             value = parse(text)
@@ -521,7 +525,8 @@ def _deserialised(text: str) -> Any:
             continue
         keys = {*value} if isinstance(value, dict) else set()
         turn = keys == {"role", "content"} or keys == {"from", "value"}
-        turn = turn and str(value.get("role", value.get("from"))).casefold() in _ROLES
+        role = _ROLES.get(str(value.get("role", value.get("from"))).casefold()) if turn else None
+        turn = role == "assistant" if column in ("completion", "chosen", "rejected") else bool(role)
         return value if isinstance(value, list) or turn else text
     return text
 
@@ -795,7 +800,8 @@ def _of_conversation(
     row: dict[str, Any], shared: list[Message], answers: list[list[Message]], notes: Counter[str]
 ) -> Example:
     """Return a pair whose answers hold their prompt; a column prompt may hold turns before it."""
-    given = _question(row) if row.get("prompt") is not None else ""
+    value = row.get("prompt")  # a number, such as an id, or an empty list holds no turns
+    given = _question(row) if value and isinstance(value, str | list) else ""
     if shared and isinstance(given, list) and given[-len(shared) :] == shared:
         shared = given
     turns = transcript(given) or given if isinstance(given, str) else given

@@ -33,6 +33,7 @@ Row = tuple[str, dict[str, Any]]
 
 _MANY = 20
 _ENOUGH = "at least a few dozen rows"
+_ARRAY = "a JSON array of objects; in a .jsonl broken rows can be skipped"
 _QUOTE = "quote cells that hold a comma, a quote or a line break"
 _ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 FORMATS = f"{', '.join(_ENDINGS[:-1])} or {_ENDINGS[-1]}, .gz allowed"
@@ -278,8 +279,10 @@ def _file(path: Path, skips: Skips) -> list[Row]:
         return _table(path, text, "\t" if kind == ".tsv" else ",", skips)
     raw = raw.removeprefix(codecs.BOM_UTF8)
     whole = _whole(raw)
-    if isinstance(whole, list) or (kind == ".json" and raw.lstrip().startswith(b"[")):
-        return _json(path, _decode(path, raw))
+    if whole is None and kind == ".json" and raw.lstrip().startswith(b"["):
+        whole = _loads(path, _decode(path, raw), 1, _ARRAY)
+    if isinstance(whole, list):
+        return [_object(row, f"{path} row {n}", row) for n, row in enumerate(whole, start=1)]
     rows = [(f"{path}:1", whole)] if isinstance(whole, dict) else list(_jsonl(path, raw, skips))
     if len(rows) == 1:
         _check_rows_inside(*rows[0])
@@ -294,7 +297,7 @@ def _is_text(raw: bytes) -> bool:
 def _whole(raw: bytes) -> Any:
     """Return the list or object that a file is as a whole; None for lines of JSON."""
     with contextlib.suppress(ValueError, RecursionError):
-        return json.loads(raw, object_pairs_hook=_once)
+        return json.loads(raw.decode(), object_pairs_hook=_once)
     return None
 
 
@@ -365,11 +368,6 @@ def _jsonl(path: Path, raw: bytes, skips: Skips) -> Iterator[Row]:
                 yield _object(row, f"{path}:{number}", text)
             except DataError as error:
                 skips.take(error)
-
-
-def _json(path: Path, text: str) -> list[Row]:
-    rows = _loads(path, text, 1, "a JSON array of objects; in a .jsonl broken rows can be skipped")
-    return [_object(row, f"{path} row {n}", row) for n, row in enumerate(rows, start=1)]
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -137,21 +137,30 @@ def test_one_message_written_as_text_is_read(tmp_path, chat, write, keys):
     rows = [{"prompt": f"q{i}", "chosen": said("a"), "rejected": said("b")} for i in range(N)]
     for row in all_rows(comparisons(tmp_path, chat, rows)):
         assert (row["chosen"], row["rejected"]) == (answer("a"), answer("b"))
-    text = write({"role": "admin", "content": "x"})  # an answer in JSON is an answer
-    rows = [{"prompt": f"q{i}", "completion": text} for i in range(N)]
-    for row in all_rows(demonstrations(tmp_path, chat, rows)):
-        assert row["completion"] == answer(text)
+    for role in ("admin", "user"):  # an answer in JSON is an answer
+        text = write({"role": role, "content": "x"})
+        rows = [{"prompt": f"q{i}", "completion": text} for i in range(N)]
+        for row in all_rows(demonstrations(tmp_path, chat, rows)):
+            assert row["completion"] == answer(text)
+
+
+@pytest.mark.parametrize("prompt", [7, []])
+def test_a_prompt_without_text_beside_answers_that_hold_theirs_is_no_matter(tmp_path, chat, prompt):
+    rows = [{"prompt": prompt, "chosen": user(f"q{i}") + answer("a"),
+             "rejected": user(f"q{i}") + answer("b")} for i in range(N)]  # fmt: skip
+    assert len(all_rows(comparisons(tmp_path, chat, rows))) == N
 
 
 @pytest.mark.parametrize(("role", "ours"), [("User", "user"), ("human", "user"), ("USER", "user")])
 def test_other_names_of_roles_are_read(tmp_path, chat, role, ours):
     first = {"role": "developer", "content": "Be kind."}
     rows = [{"messages": [first, {"role": role, "content": f"q{i}"},
+                          {"role": "Model", "content": "Hm."}, {"role": role, "content": "Yes?"},
                           {"role": "Model", "content": [{"type": "text", "text": f"a{i}"}]}]}
             for i in range(N)]  # fmt: skip
     prepared = demonstrations(tmp_path, chat, rows)
     for row in all_rows(prepared):
-        assert [turn["role"] for turn in row["prompt"]] == ["system", ours]
+        assert [turn["role"] for turn in row["prompt"]] == ["system", ours, "assistant", ours]
         assert row["completion"] == answer("a" + row["prompt"][1]["content"][1:])
     assert f"the role {role} was read as {ours} ({N} rows)" in prepared.report["notes"]
 
@@ -173,6 +182,7 @@ def test_a_run_is_told_that_only_the_last_answer_is_trained_on(tmp_path, chat):
 def test_rows_that_all_begin_with_the_same_turn_cannot_be_split(tmp_path, chat):
     rows = [{"messages": [*user("Hi."), *answer("Hello."), *user(f"q{i}"), *answer("a")]}
             for i in range(N)]  # fmt: skip
+    rows.append(rows[0])  # a duplicate is not why
     with pytest.raises(DataError, match="same first user turn"):
         demonstrations(tmp_path, chat, rows)
 

@@ -15,8 +15,9 @@ from data_sources import (
     recipe,
 )
 
-from lora_rlhf.data import dataset_builder
+from lora_rlhf.data import dataset_builder, sources
 from lora_rlhf.errors import DataError
+from lora_rlhf.recipe.schema import DataSource
 
 
 @pytest.mark.parametrize(
@@ -103,6 +104,12 @@ def test_a_list_in_a_jsonl_and_a_header_with_spaces_are_read(tmp_path, plain):
     for name in ("a.jsonl", "b.csv"):
         prepared = dataset_builder.demonstrations(recipe(demonstrations=tmp_path / name), plain)
         assert len(all_rows(prepared)) == 60
+
+
+def test_one_row_with_a_list_of_objects_is_a_row(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "x", "checks": [{"a": 1}, {"b": 2}]}\n', "utf-8")
+    source = DataSource(path=str(tmp_path / "a.jsonl"))
+    assert len(sources.read(source, sources.Skips())) == 1
 
 
 @pytest.mark.parametrize(
