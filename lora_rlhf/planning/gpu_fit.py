@@ -85,6 +85,8 @@ def fit(planner: Planner, recipe: Recipe, gpu: int, cards: Cards = ONE_CARD) -> 
     steps: list[Remedy] = [checkpointing, fewer_rows, lengths, rank, fraction, four_bit]
     if plan.needed > gpu and plan.backbone > gpu / 2:
         steps.insert(0, steps.pop())
+    if largest_peak(gpu) == 0:
+        steps = []  # less than CUDA takes for itself
     changes: list[Changes] = [{} for _ in steps]
     now = recipe
     for step, group in zip(steps, changes, strict=True):

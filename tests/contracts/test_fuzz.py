@@ -394,7 +394,9 @@ OURS = st.sampled_from(COLUMNS)
 SETTINGS = st.fixed_dictionaries(
     {"skip_bad": st.sampled_from([0, 1, 30])},
     optional={
-        "columns": st.dictionaries(OURS, TEXT, max_size=2),
+        "columns": st.dictionaries(OURS, TEXT, max_size=2).filter(
+            lambda columns: len({*columns.values()}) == len(columns)
+        ),
         "limit": st.integers(1, 40),
     },
 )

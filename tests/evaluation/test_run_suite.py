@@ -291,7 +291,7 @@ def test_judges_of_one_name_are_one_error(run, suite_file, tmp_path):
     names = [
         spec.name for spec in judges.of_targets(targets.parse([str(run), str(tmp_path / run.name)]))
     ]
-    assert names == [f"{run.name}:{x}" for x in ("held_out", "reward", "held_out 2", "reward 2")]
+    assert names == [f"{run.name}{n}:{role}" for n in ("", " 2") for role in ("held_out", "reward")]
 
 
 def test_secrets_and_home_folders_stay_out_of_the_report(run, suite_file, tmp_path, monkeypatch):
