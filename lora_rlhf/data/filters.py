@@ -178,7 +178,8 @@ _SIGNS = (
     (0.0, "[\u00c2\u00c3][\x80-\xbf]|\u00e2(?:\u20ac|\x80).",
      "the text looks decoded wrongly, as \u00c3\u00a9 for \u00e9"),
     (0.1, r"&(?:amp|lt|gt|quot|nbsp|#\d{2,4});", "the text holds HTML entities, such as &amp;"),
-    (0.1, r"\\n", r"the text holds \n in the place of line breaks"),
+    (0.1, r"\A(?=[^\n]*\Z).*\\n(?![a-z])",  # code has line breaks too, and LaTeX \nabla
+     r"the text holds \n in the place of line breaks"),
 )  # fmt: skip
 """Share of the rows above which a sign of a faulty conversion is noted, the sign, the note."""
 

@@ -238,7 +238,7 @@ def test_numbers_written_as_text_are_numbers(tmp_path, plain):
 @pytest.mark.parametrize(("text", "note"), [
     ("caf\u00c3\u00a9", "looks decoded wrongly"), ("\u00e2\u20ac\u0153a", "looks decoded wrongly"),
     ("caf\ufffd", "characters were lost"), ("It&#39;s", "HTML entities"),
-    ("a\\nb", "in the place of line breaks"), ("x" * 64, "exactly 64 characters"),
+    ("a.\\nB", "in the place of line breaks"), ("x" * 64, "exactly 64 characters"),
 ])  # fmt: skip
 def test_signs_of_a_faulty_conversion_are_told(tmp_path, plain, text, note):
     cut = text.startswith("xx")
@@ -251,6 +251,8 @@ def test_signs_of_a_faulty_conversion_are_told(tmp_path, plain, text, note):
         {"prompt": f"p{i}", "completion": f"caf\u00e9 \u00c3O \u00c2ngulo {i} & <b>"}
         for i in range(N)
     ]
+    fine += [{"prompt": f"f{i}", "completion": rf"$\nabla \neq {i}$"} for i in range(N)]
+    fine += [{"prompt": f"c{i}", "completion": f'print("{i}\\n")\nexit()'} for i in range(N)]
     assert demonstrations(tmp_path, plain, [*PAIRS, *fine]).report["notes"] == []
 
 
