@@ -228,7 +228,8 @@ class Chat:
         self.last_question = text
         warning = self._moderate(text, recorded=True)
         if self.grounding and not self.grounding.knows(text):
-            answer = Answer(self.grounding.finish(text, ""), self.model, self.seed)
+            says = self.grounding.finish(text, "")
+            answer = Answer(says, self.model, self.seed, usage_store.new_id(), problem=warning)
             self.exchanges.append((text, answer))
             yield answer.text
             return

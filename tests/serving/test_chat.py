@@ -216,6 +216,8 @@ def test_without_a_passage_no_model_is_asked(tmp_path):
     (tmp_path / "a.txt").write_text("The boiler is in the cellar.")
     talk = Chat(ScriptedEngine(), grounding=Grounding.open(tmp_path))
     assert talk.ask("xyzzy?").text == "The sources do not say."
+    first, second = talk.last.id, talk.ask("xyzzy?").id
+    assert first and second and first != second  # by which thumbs are kept apart
     assert not talk.engine.requests and talk.history[-1]["content"] == "The sources do not say."
     assert "[unsupported]" in talk.ask("the boiler?").text, "it goes on"
     assert talk.grounding.finish("xyzzy?", "It is in the hall.") == "The sources do not say."
