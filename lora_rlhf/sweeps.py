@@ -323,10 +323,11 @@ def _result(job: Job, future: Future[int]) -> dict[str, Any]:
 
 def _reference(path: Path, settings: Mapping[str, str], overrides: Sequence[str]) -> str:
     """Return the setting that is the recipe as it stands, else the first one."""
+    first = next(iter(settings))
     with contextlib.suppress(RecipeError):
         own = identity(load_recipe(path, [*overrides, _NO_PUSH]), compare.ONE_ROW)
-        return next(name for name, digest in settings.items() if digest == own)
-    return next(iter(settings))
+        return next((name for name, digest in settings.items() if digest == own), first)
+    return first
 
 
 def _report(

@@ -354,7 +354,7 @@ def _decode(path: Path, raw: bytes, line: int = 1) -> str:
             where=f"{path}:{number}",
             expected="UTF-8",
             remedy=f"convert the file, such as with `iconv -f {'utf-16' if wide else 'latin1'} "
-            "-t utf-8`",
+            '-t utf-8`, or save it as "CSV UTF-8" in the spreadsheet',
         ) from None
 
 

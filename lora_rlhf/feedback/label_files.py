@@ -205,9 +205,10 @@ def export(
     left = left if any(lost.values()) else ""
     if not rows:
         raise DataError(
-            f"{NOTHING} {form}{left}",
+            f"{NOTHING} {form}{left}" if labels else f"{NOTHING} {form}: there are no labels yet",
             where=str(path),
             expected=f"labels of: {', '.join(types)}",
+            remedy="" if labels else "let people label first: lora-rlhf label PROJECT",
         )
     write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     label_summary.describe(path, fitting, tasks, labels, groups or {}, cut_offs)

@@ -294,10 +294,14 @@ def _has(rows: list[Row], source: DataSource, layout: tuple[str, ...]) -> bool:
 
 def _ignored(taken: Taken, column: str) -> str:
     values = [row.get(column) for _, row in taken.rows if row.get(column) not in (None, "")]
-    return f"no layout reads it; a value: {excerpt(values[0], 30)}" if values else "it is empty"
+    return f"not used; a value: {excerpt(values[0], 30)}" if values else "it is empty"
 
 
 # --- by content ----------------------------------------------------------------------------------
+
+
+_WORSE = re.compile("bad|wors|wrong|reject|lose|schlecht|peor", re.IGNORECASE)
+"""What the name of a column of worse answers may contain."""
 
 
 def _by_content(rows: list[Row], names: list[str], ask: Ask | None) -> dict[str, str]:
@@ -321,7 +325,8 @@ def _by_content(rows: list[Row], names: list[str], ask: Ask | None) -> dict[str,
     ):
         left = [name for name in texts if name not in taken.values()]
         if left and (ours != "rejected" or "completion" in taken):
-            answer = ask(question, (*left, none), none if ours == "rejected" else left[0])
+            better = next((name for name in left if not _WORSE.search(name)), left[0])
+            answer = ask(question, (*left, none), none if ours == "rejected" else better)
             taken |= {ours: answer} if answer != none else {}
     if "rejected" in taken:
         taken["chosen"] = taken.pop("completion")
@@ -341,9 +346,14 @@ def _is_prose(rows: list[Row], name: str) -> bool:
     return (
         bool(values)
         and 2 * len(several) > len(values)
-        and 4 * len(set(texts)) > len(texts)
+        and (4 * len(set(texts)) > len(texts) or _are_replies(set(texts)))
         and not _is_turns(rows, name)
     )
+
+
+def _are_replies(texts: set[str]) -> bool:
+    """Tell answers that repeat, as a support desk's do, from categories."""
+    return len(texts) > 9 and sum(len(text.split()) for text in texts) > 4 * len(texts)
 
 
 def _is_turns(rows: list[Row], name: str) -> bool:

@@ -186,7 +186,8 @@ def _sets(draft: _Draft, looked: list[Taken], say: Say) -> _Sets:
             "there are prompts only, and nothing to learn an answer from",
             expected="demonstrations (prompt and answer) or comparisons (a better and a worse one)",
             remedy="let people write answers, `lora-rlhf label PROJECT --new TASKS --type "
-            "demonstration`, or add a file with answers",
+            "demonstration`, or add a file with answers; if a column here has answers, name it: "
+            "--column completion=NAME, or --column chosen=NAME --column rejected=NAME",
         )
     if not own:
         why = "no demonstrations of their own: SFT trains on the better answers of the comparisons"

@@ -166,3 +166,26 @@ def test_unknown_columns_are_asked_for_or_named(tmp_path):
     made = taken(tmp_path / "d.jsonl", rows, given=given)
     assert made.columns["c"] == ("completion", "as you said")
     assert made.columns["b"][0] == "ignored"
+
+
+REPLIES = [f"Please look at page {i} of the manual, and call us if it fails." for i in range(12)]
+
+
+def test_replies_that_repeat_are_texts_and_good_and_bad_ones_have_known_names(tmp_path):
+    rows = table(**{"Customer question": Q, "Good reply": 2 * REPLIES, "Bad reply": B})
+    for row in rows:
+        row["Bad reply"] = B[0]
+    read = taken(tmp_path / "a.jsonl", rows).columns
+    assert [read[name][0] for name in rows[0]] == ["prompt", "chosen", "rejected"]
+
+
+def test_the_worse_answer_is_not_offered_as_the_better_one(tmp_path):
+    rows = table(**{"Frag": Q, "a bad one": B, "one": [f"{a} So it says." for a in A]})
+    offered = []
+
+    def ask(question, choices, default):
+        offered.append(default)
+        return default
+
+    taken(tmp_path / "a.jsonl", rows, ask=ask)
+    assert offered == ["Frag", "one", "none"]
