@@ -105,6 +105,13 @@ def test_every_point_is_a_run_and_all_are_one_comparison(engine, recipe, tmp_pat
     assert len(engine.commands) == 9 + 1 + 2 + 4 and len(more["runs"]) == 12
 
 
+def test_the_first_setting_is_the_reference_where_none_is_the_recipe_itself(
+    engine, recipe, tmp_path
+):
+    report = sweeps.sweep(recipe, ["ppo.kl_coef=0.2,0.1"], tmp_path / "out", seeds=1)
+    assert report["reference"] == "ppo.kl_coef=0.2" and report["comparison"]
+
+
 def test_a_failed_run_is_named_and_the_others_go_on(engine, recipe, tmp_path):
     engine.fails = ("0.02/seed-0",)
     args = ["sweep", str(recipe), "--grid", GRID[0], "--seeds", "2", "--out", str(tmp_path / "o")]

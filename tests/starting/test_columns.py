@@ -188,4 +188,4 @@ def test_the_worse_answer_is_not_offered_as_the_better_one(tmp_path):
         return default
 
     taken(tmp_path / "a.jsonl", rows, ask=ask)
-    assert offered == ["Frag", "one", "none"]
+    assert offered[:3] == ["Frag", "one", "none"]
