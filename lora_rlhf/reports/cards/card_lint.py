@@ -66,9 +66,12 @@ def _metadata(text: str) -> Iterator[tuple[int, str]]:
     def line(key: str) -> int:
         return next((i for i, one in enumerate(text.split("\n"), 1) if one.startswith(key)), 1)
 
-    for key, why in (("license", "others may not use it"), ("base_model", "nobody can load it")):
+    for key, why, remedy in (
+        ("license", "others may not use it", "card.license"),
+        ("base_model", "nobody can load it", "model.hub_id"),
+    ):
         if not meta.get(key):
-            yield 1, f"no {key}: without it {why}"
+            yield 1, f"no {key}: without it {why}; a recipe gives it as {remedy}"
     bases = meta.get("base_model") or []
     for base in bases if isinstance(bases, list) else [bases]:
         if not _HUB_ID.fullmatch(str(base)) or str(base).startswith("."):
