@@ -36,9 +36,10 @@ A recipe is one YAML file that describes a whole run. `make docs` writes this pa
   `GRPOConfig` for `ppo` and `grpo`, `RLOOConfig`, `DPOConfig`), so those names are TRL's. Keys that
   are set elsewhere in the recipe (`seed`, `bf16`, `beta`, `output_dir`, ...) are refused there,
   with the place to set them.
-- When a run is continued, `card`, `hub`, `report_to`, `reward.gate`, `checkpoint` and everything
-  that only later stages read may change: `ppo` until PPO has begun, for example. Other changes are
-  refused, with a table ([what a run survives](reliability.md)); `threads` too, since sums then
+- When a run is continued, keys that do not change its numbers may change (`card`, `hub`,
+  `report_to`, `reward.gate`, `checkpoint`, `model.shard` and some others, which a refusal lists),
+  and everything that only later stages read: `ppo` until PPO has begun, for example. Other changes
+  are refused, with a table ([what a run survives](reliability.md)); `threads` too, since sums then
   round differently.
 - `ppo.reward: my_reward:score` optimises the function `score` of `my_reward.py` beside the recipe,
   in PPO, GRPO, RLOO and best of n. It has TRL's signature (`prompts`, `completions`,
