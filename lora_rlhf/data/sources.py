@@ -297,7 +297,7 @@ def _is_text(raw: bytes) -> bool:
 def _whole(raw: bytes) -> Any:
     """Return the list or object that a file is as a whole; None for lines of JSON."""
     with contextlib.suppress(ValueError, RecursionError):
-        return json.loads(raw.decode(), object_pairs_hook=_once)
+        return json.loads(raw.decode(), object_pairs_hook=unique_keys)
     return None
 
 
@@ -370,8 +370,8 @@ def _jsonl(path: Path, raw: bytes, skips: Skips) -> Iterator[Row]:
                 skips.take(error)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object of JSON, in which no key is given twice."""
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of JSON, as `object_pairs_hook`; a key given twice is a ValueError."""
     made = dict(pairs)
     if len(made) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -383,7 +383,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _loads(path: Path, text: str, first: int, expected: str) -> Any:
     """Parse JSON that begins on this line of the file."""
     try:
-        return json.loads(text, object_pairs_hook=_once)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         line, column, problem = 1, "", str(error)
         if isinstance(error, json.JSONDecodeError):

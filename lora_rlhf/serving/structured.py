@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from lora_rlhf import extras
-from lora_rlhf.data import answer_format
+from lora_rlhf.data import answer_format, sources
 from lora_rlhf.errors import UsageError, first_line
 
 Kind = Literal["json_schema", "regex", "choice", "grammar", "json"]
@@ -344,18 +344,10 @@ def _is_texts(value: Any) -> bool:
 def _strict_json(text: str) -> Any:
     """Parse JSON (RFC 8259); also refuse equal keys, NaN, and half of a surrogate pair."""
 
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(items)
-        if len(made) < len(items):
-            names = [name for name, _ in items]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"the key {twice!r:.60} appears twice in one object")
-        return made
-
     def constant(name: str) -> None:
         raise ValueError(f"{name} is not JSON")
 
-    value = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+    value = json.loads(text, object_pairs_hook=sources.unique_keys, parse_constant=constant)
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
