@@ -40,7 +40,7 @@ _SMALL = (
         "there s".split()
     )
 )
-_ASKS = set("what who whom whose where when which why how".split())
+_ASKS = set("what why how".split())  # the others are in _LINK
 _SAME = {"n't": "not", "cannot": "not"}
 _DIGITS = {
     word: str(n)

@@ -78,6 +78,8 @@ def test_a_bare_answer_needs_a_passage_about_what_was_asked(notes: Path) -> None
     opened = Grounding.open(notes)
     for asked in ("Who keeps the keys?", "Answer from the notes: Who keeps the keys?"):
         assert opened.check(asked, "Mira Silva").sentences[0].supported, asked
+    after_a_colon = "Answer from the notes: What does Mira Silva keep?"
+    assert opened.check(after_a_colon, "The keys").sentences[0].supported
     assert not opened.check("Who feeds the cats of Bruno? The keys?", "Mira").sentences[0].supported
 
 

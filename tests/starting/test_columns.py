@@ -171,10 +171,20 @@ def test_unknown_columns_are_asked_for_or_named(tmp_path):
 REPLIES = [f"Please look at page {i} of the manual, and call us if it fails." for i in range(12)]
 
 
-def test_replies_that_repeat_are_texts_and_good_and_bad_ones_have_known_names(tmp_path):
-    rows = table(**{"Customer question": Q, "Good reply": 2 * REPLIES, "Bad reply": B})
-    for row in rows:
-        row["Bad reply"] = B[0]
+def test_replies_that_repeat_are_texts(tmp_path):
+    rows = table(a=[f"{q} Please." for q in 3 * Q], b=6 * REPLIES, c=["in the shop"] * 72)
+    offered = []
+
+    def ask(question, choices, default):
+        offered.append(choices)
+        return default
+
+    taken(tmp_path / "a.jsonl", rows, ask=ask)
+    assert offered[0] == ("a", "b", "none")
+
+
+def test_good_and_bad_replies_are_known_by_name(tmp_path):
+    rows = table(**{"Customer question": Q, "Good reply": 2 * REPLIES, "Bad reply": [B[0]] * N})
     read = taken(tmp_path / "a.jsonl", rows).columns
     assert [read[name][0] for name in rows[0]] == ["prompt", "chosen", "rejected"]
 
