@@ -19,7 +19,8 @@ LoraRlhfError                 exit code 1
 │   ├── IdentityError
 │   ├── GateError
 │   └── NonFiniteError
-└── ChecksError               exit code 6
+├── ChecksError               exit code 6
+└── FitError                  exit code 7
 
 A message states the problem first, with the offending value; then what was expected; then what to
 do, as an instruction:
@@ -213,3 +214,12 @@ class ChecksError(LoraRlhfError):
     """
 
     exit_code = 6
+
+
+class FitError(LoraRlhfError):
+    """A recipe that does not fit the named GPU as it is; `plan` prints what would make it fit.
+
+    `lora-rlhf plan recipe.yaml --gpu 8GB`. Take the printed --set options, or a larger GPU.
+    """
+
+    exit_code = 7

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from lora_rlhf.distributed import launch
-from lora_rlhf.errors import DataError, SetupError, UsageError
+from lora_rlhf.errors import DataError, FitError, UsageError
 
 from . import shell
 from .command_group import (
@@ -206,7 +206,7 @@ def _plan_verb(
     """Plan the memory of a recipe, and the GPUs it fits.
 
     Reads the config of the base model; only --probe loads weights. With --gpu, the exit code is 0
-    if the recipe fits as it is, and 4 if it does not; with --gpus for several processes, one on
+    if the recipe fits as it is, and 7 if it does not; with --gpus for several processes, one on
     each, with the base whole or split. With --workers, the time of an update on
     several workers is modelled from the seconds of runs; a run in place of RECIPE is one of them.
     """
@@ -238,7 +238,7 @@ def _plan_verb(
     )
     shell.echo(report.as_json() if as_json else report.as_text())
     if (gpu or gpus) is not None and not report.fits:
-        raise typer.Exit(SetupError.exit_code)
+        raise typer.Exit(FitError.exit_code)
 
 
 _recipe_verb("sft", "sft", "Run a recipe up to supervised fine-tuning.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.hub import is_offline_mode
 
 from lora_rlhf import tiny
 from lora_rlhf.data import chat_template
@@ -75,7 +77,7 @@ def load(
     except torch.OutOfMemoryError:  # not an error of the model
         raise
     except Exception as error:  # the libraries raise many classes, one only for truncated files
-        raise _load_error(model, error) from error
+        raise _load_error(model, error, "config.json, tokenizer and safetensors") from error
     notes = _prepared(tokenizer, causal)
     for named in (causal, causal.config, tokenizer):  # trackers and tokenizer files contain it
         named.name_or_path = safe(where)
@@ -108,7 +110,7 @@ def find_tokenizer(model: ModelSection, config: Any) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, padding_side="left", **plain)
     except Exception as error:  # the libraries raise many classes
-        raise _load_error(model, error) from error
+        raise _load_error(model, error, "tokenizer") from error
     try:
         generation = GenerationConfig.from_pretrained(where, revision=model.revision)
     except Exception:  # many bases have no such file
@@ -123,7 +125,29 @@ def find_tokenizer(model: ModelSection, config: Any) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load_error(model: ModelSection, error: Exception) -> BaseModelError:
+_NOT_FETCHED = "couldn't connect to"
+"""In transformers' message if the Hub cannot be reached, or HF_HUB_OFFLINE is set."""
+
+
+def _fetch(model: ModelSection, *files: str) -> str:
+    """Return the remedy for files of a Hub id that are not in the cache."""
+    revision = f" --revision {model.revision}" if model.revision else ""
+    offline = "unset HF_HUB_OFFLINE, and " if is_offline_mode() else ""
+    command = shlex.join(["hf", "download", model.id, *files])
+    return (
+        f"{offline}with a network, fetch them into the Hub's cache: `{command}{revision}`; or copy "
+        "a folder with them here, and give it as model.id (beside the recipe: ./folder)"
+    )
+
+
+def _load_error(model: ModelSection, error: Exception, needed: str) -> BaseModelError:
+    """Return an error for a base of which `needed` could not be loaded."""
+    if _NOT_FETCHED in str(error):
+        return BaseModelError(
+            f"{model.id} is not on this machine, and the Hub was not reached",
+            expected=f"its {needed}",
+            remedy=f"check model.id; {_fetch(model)}",
+        )
     if "gated repo" in str(error):
         return BaseModelError(
             f"{model.id} is gated, and this token is not on its list",
@@ -261,8 +285,11 @@ def find_config(model: ModelSection, recipe_folder: Path | None = None) -> Any:
         if (name := str(written.get("_name_or_path", ""))) in ("", model.id):
             return config
         why = f"{source}/config.json belongs to {name}"
+    fetch = "allow access to the Hub once"
+    if _NOT_FETCHED in why:
+        why, fetch = "the Hub was not reached", _fetch(model, "config.json")
     raise BaseModelError(
         f"no config of {model.id} is here: {why}",
         expected="config.json of the base: in its folder, in the Hub's cache, or beside the recipe",
-        remedy="put the base's config.json beside the recipe, or allow access to the Hub once",
+        remedy=f"put the base's config.json beside the recipe, or {fetch}",
     )

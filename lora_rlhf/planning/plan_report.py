@@ -12,13 +12,12 @@ import torch
 
 from lora_rlhf.runtime import optional_packages  # noqa: F401  # isort: skip
 from lora_rlhf.errors import UsageError
-from lora_rlhf.models.loading import find_config
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.reports.tables import aligned
 from lora_rlhf.runtime import quiet
 
+from . import bases, several_gpus
 from . import probe as probing
-from . import several_gpus
 from .gpu_fit import Fit, as_options, capacity, fit
 from .memory_budget import CUDA_CONTEXT, FRAGMENTATION, Plan, format_bytes
 from .plan import planner_for
@@ -41,6 +40,7 @@ class Report:
         probed: Planned and measured bytes, with --probe.
         scale: An update's time on several workers, with --workers.
         several: The recipe on several GPUs, with --gpus.
+        shape_of: Base whose shape is from the table of `init`, because its config is not here.
     """
 
     plan: Plan
@@ -49,6 +49,7 @@ class Report:
     probed: list[Probed]
     scale: Scale | None = None
     several: SeveralGpus | None = None
+    shape_of: str | None = None
 
     @property
     def fits(self) -> bool:
@@ -73,7 +74,8 @@ class Report:
         made = {"plan": self.plan.as_dict(), "cards": gpus, "probe": probed}
         scale = {"scale": self.scale.as_dict()} if self.scale else {}
         several = {"several": self.several.as_dict()} if self.several else {}
-        return json.dumps(made | scale | several, indent=1)
+        shape = {"shape_from_the_table_of_init": self.shape_of} if self.shape_of else {}
+        return json.dumps(made | scale | several | shape, indent=1)
 
     def as_text(self) -> str:
         """Return the report for people."""
@@ -88,6 +90,11 @@ class Report:
             base = "split" if plan is self.several.split else "whole"
             where = f"each of {self.several.count} GPUs, with the base {base},"
         yield f"planned for {where} in {plan.dtype}: {sizes}"
+        if self.shape_of:
+            yield (
+                f"{self.shape_of} is not on this machine: its shape is from the table that `init` "
+                "uses; a run needs the base itself"
+            )
         moments, gradients = format_bytes(plan.optimizer), format_bytes(plan.optimizer // 2)
         yield (
             f"Adam's moments {moments}; in the activations of an update: gradients {gradients}, "
@@ -158,7 +165,7 @@ def report(
         )
     link = Network.parse(*network)
     capacities = [capacity(gpu)] if gpu is not None else [n * 10**9 for n in GPUS]
-    config = find_config(recipe.model, folder)
+    config, in_table = bases.config_of(recipe.model, folder)
     here = "cuda" if torch.cuda.is_available() else "cpu"
     several = None
     if gpus is not None:
@@ -176,7 +183,8 @@ def report(
         total = torch.cuda.mem_get_info()[1] if here == "cuda" else None
         probed = probing.run(recipe, planner_for(config, here).plan(recipe, total))
     scale = None if workers is None else model(config, recipe, plan, runs, workers, link)
-    return Report(plan, fitted, gpu is not None, probed, scale, several)
+    shape_of = recipe.model.id if in_table else None
+    return Report(plan, fitted, gpu is not None, probed, scale, several, shape_of)
 
 
 def _phases(plan: Plan) -> tuple[list[str], list[list[str]]]:

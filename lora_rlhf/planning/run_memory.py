@@ -10,11 +10,10 @@ import torch
 
 from lora_rlhf.distributed.world import world
 from lora_rlhf.errors import MemoryLimitError, first_line
-from lora_rlhf.models.loading import find_config
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.runtime.oom import is_out_of_memory
 
-from . import gpu_fit
+from . import bases, gpu_fit
 from .memory_budget import Plan, format_bytes
 from .plan import Cards, Planner, planner_for
 
@@ -26,9 +25,10 @@ _REMEDY_KEYS = (
 
 def _planner_here(recipe: Recipe) -> tuple[Planner, int | None]:
     """Return a planner for the device of this machine, and the bytes of its GPU if it has one."""
+    config, _ = bases.config_of(recipe.model)
     if not torch.cuda.is_available():
-        return planner_for(find_config(recipe.model), "cpu"), None
-    return planner_for(find_config(recipe.model), "cuda"), torch.cuda.mem_get_info()[1]
+        return planner_for(config, "cpu"), None
+    return planner_for(config, "cuda"), torch.cuda.mem_get_info()[1]
 
 
 def before_run(recipe: Recipe) -> tuple[Plan | None, str]:

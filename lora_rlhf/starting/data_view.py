@@ -26,12 +26,13 @@ from lora_rlhf.errors import DataError, SetupError
 from lora_rlhf.estimates import share_interval
 from lora_rlhf.evaluation import suite
 from lora_rlhf.models import loading
+from lora_rlhf.planning import bases
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.reports.doctor.findings import rate
 from lora_rlhf.reports.tables import aligned
 from lora_rlhf.runtime import quiet
 
-from . import bases, shown_rows
+from . import shown_rows
 
 _QUANTILES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
 _BINS, _BAR = 10, 40
@@ -152,7 +153,7 @@ def show_data(recipe: Recipe, folder: str | Path = ".", *, seed: int = 0, rows: 
     Raises:
         SetupError: The base's tokenizer is not here.
     """
-    config = bases.config_of(recipe.model, Path(folder))
+    config, _ = bases.config_of(recipe.model, Path(folder))
     tokenizer = loading.find_tokenizer(recipe.model, config)
     loaded: Loaded = suite.prompts_at_hand(recipe)
     chosen = random.Random(seed)

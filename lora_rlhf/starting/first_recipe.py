@@ -26,7 +26,7 @@ from lora_rlhf.data.sources import excerpt
 from lora_rlhf.data.tokenization import completion_ids, prompt_ids
 from lora_rlhf.errors import DataError, LoraRlhfError, SetupError, UsageError
 from lora_rlhf.models import loading
-from lora_rlhf.planning import gpu_fit
+from lora_rlhf.planning import bases, gpu_fit
 from lora_rlhf.planning.memory_budget import format_bytes
 from lora_rlhf.planning.plan import planner_for
 from lora_rlhf.recipe.loader import parse_recipe
@@ -35,7 +35,7 @@ from lora_rlhf.recipe.strict_yaml import dump_yaml, parse_yaml
 from lora_rlhf.runs.disk import check_writable
 from lora_rlhf.runtime import quiet
 
-from . import bases, shown_rows
+from . import shown_rows
 from .columns import SETS, Ask, Taken, look, plain
 
 Say = Callable[[str | Text], None]
@@ -254,7 +254,7 @@ def _base(draft: _Draft, sets: _Sets, gpu: int | None, model: str | None, say: S
         folder = Path(model).expanduser()
         draft.set("model.id", os.path.abspath(folder) if folder.is_dir() else model, "as you said")
         section = ModelSection(id=draft.data["model"]["id"])
-        return _Base(section, bases.config_of(section), gpu, [])
+        return _Base(section, bases.config_of(section)[0], gpu, [])
     texts = [text_of(e.prompt) for e in sets.examples["demonstrations"][:100]]
     english, why = _is_english(texts)
     first, *others = bases.for_gpu(gpu, english)
@@ -262,7 +262,7 @@ def _base(draft: _Draft, sets: _Sets, gpu: int | None, model: str | None, say: S
     draft.set("model.id", first.id, comment)
     say(f"base model: {first.id}, {comment}")
     section = ModelSection(id=first.id)
-    return _Base(section, bases.config_of(section), gpu, others)
+    return _Base(section, bases.config_of(section)[0], gpu, others)
 
 
 _ENGLISH = frozenset("the of and to is in that you it what how for are do can i".split())
@@ -283,8 +283,8 @@ def _tokenizer(base: _Base, say: Say) -> Any:
         if Path(base.section.id).is_dir() or base.section.id == "tiny":
             raise
         say(
-            f"{base.section.id} is not on this machine: lengths are estimated, and its first use "
-            f"needs the network ({excerpt(error.given, 120)})"
+            f"{base.section.id}: no tokenizer of it is here, so lengths are estimated "
+            f"({excerpt(error.given, 120)}); `data` and a run need it: {error.remedy}"
         )
         return None
 

@@ -76,9 +76,10 @@ def test_a_missing_folder_is_one_clear_error(where):
 
 
 def test_an_unknown_model_is_one_clear_error():
-    with pytest.raises(BaseModelError, match="cannot load nobody/nothing") as caught:
+    with pytest.raises(BaseModelError, match="nobody/nothing is not on this machine") as caught:
         small.base("nobody/nothing")
-    assert "model.id" in caught.value.remedy
+    assert "`hf download nobody/nothing`" in caught.value.remedy
+    assert caught.value.expected == "its config.json, tokenizer and safetensors"
 
 
 def test_a_broken_config_is_one_clear_error(tmp_path):

@@ -18,10 +18,18 @@ from typer.testing import CliRunner
 
 from lora_rlhf import tiny
 from lora_rlhf.cli import app
-from lora_rlhf.errors import BaseModelError, RecipeError, UsageError
+from lora_rlhf.errors import BaseModelError, FitError, RecipeError, UsageError
 from lora_rlhf.models import fused_layers, loading
 from lora_rlhf.models.backbone import Backbone
-from lora_rlhf.planning import dry_run, gpu_fit, memory_budget, meta_backbone, plan, probe
+from lora_rlhf.planning import (
+    dry_run,
+    gpu_fit,
+    memory_budget,
+    meta_backbone,
+    plan,
+    plan_report,
+    probe,
+)
 from lora_rlhf.recipe.loader import load_recipe
 from lora_rlhf.recipe.schema import LoraSection, ModelSection, PpoSection, Recipe
 from lora_rlhf.training import microbatch_splitting
@@ -392,7 +400,7 @@ def test_the_command_says_whether_a_gpu_is_enough():
     done = invoke(folder, "--gpu", "8GB")
     assert done.exit_code == 0 and "fits 8 GB" in done.output and "<- peak" in done.output
     done = invoke(folder, "--gpu", "1.7GB", "--json")
-    assert done.exit_code == 4
+    assert done.exit_code == FitError.exit_code
     output = json.loads(done.stdout)
     [gpu] = output["cards"]
     assert not gpu["fits"] and output["plan"]["needed"] > gpu["bytes"] >= gpu["needed"]
@@ -401,6 +409,23 @@ def test_the_command_says_whether_a_gpu_is_enough():
 def test_the_command_reports_errors_of_recipe_and_options():
     assert invoke(tiny.recipe(), "--set", "ppo.args.nothing=1").exit_code == RecipeError.exit_code
     assert invoke(tiny.recipe(), "--gpu", "wide").exit_code == UsageError.exit_code
+
+
+def test_a_base_of_inits_table_is_planned_without_its_config(monkeypatch, tmp_path):
+    """`init` wrote recipes that `plan` could not plan; no config has another code than no fit."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    fitted = SimpleNamespace(unchanged=False, changes=None, capacity=1, micro_batch=None)
+    monkeypatch.setattr(plan_report, "fit", lambda planner, *_: fitted)
+    fitted.plan = SimpleNamespace(needed=2)
+    path = tmp_path / "r.yaml"
+    path.write_text((ROOT / "recipes" / "smollm2-135m-hh" / "recipe.yaml").read_text())
+    done = invoke(path, "--gpu", "8GB", "--set", "model.id=HuggingFaceTB/SmolLM2-1.7B-Instruct")
+    assert done.exit_code == FitError.exit_code == 7, done.output
+    assert "SmolLM2-1.7B-Instruct is not on this machine: its shape is from" in done.stdout
+    done = invoke(path, "--gpu", "8GB", "--set", "model.id=a/b", "--set", "model.revision=x")
+    assert done.exit_code == BaseModelError.exit_code == 4
+    assert "`hf download a/b config.json --revision x`" in done.stderr
+    assert "unset HF_HUB_OFFLINE" in done.stderr
 
 
 @pytest.mark.parametrize("most", [1, 2, 37, 4999])

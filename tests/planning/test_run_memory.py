@@ -41,13 +41,13 @@ def test_a_run_prints_its_plan_at_the_start_and_its_peak_at_the_end(tmp_path: Pa
 
 
 def test_an_error_in_planning_does_not_stop_the_run(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(run_memory, "find_config", lambda *_: 1 / 0)
+    monkeypatch.setattr(run_memory.bases, "config_of", lambda *_: 1 / 0)
     planned, line = run_memory.before_run(load_recipe(tiny.recipe()))
     assert planned is None and line.startswith("plan: none (ZeroDivisionError")
 
 
 def test_an_error_in_planning_is_printed_after_the_base_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_memory, "find_config", lambda *_: 1 / 0)
+    monkeypatch.setattr(run_memory.bases, "config_of", lambda *_: 1 / 0)
     progress = RecordingProgress()
     pipeline.run(recipe("sft.args.max_steps=1"), tmp_path / "run", until="sft", progress=progress)
     assert [line for line in progress.lines if line.startswith("plan: ")] == [

@@ -127,7 +127,7 @@ def test_the_verb_prints_both_and_its_command_parses(tmp_path):
     assert words[6:9] == [str(path), "--set", "seed=2"]
     parsed = get_command(app.app).commands["run"].make_context("run", words[6:])
     assert Path(parsed.params["out"]) == Path("runs/x")
-    assert run(app.app, ["plan", str(path), "--gpus", "2x0.2GB"]).exit_code == 4
+    assert run(app.app, ["plan", str(path), "--gpus", "2x0.2GB"]).exit_code == 7
     both = run(app.app, ["plan", str(path), "--gpus", "2x24GB", "--gpu", "24GB"])
     assert both.exit_code == 2 and "exclude each other" in both.output
 

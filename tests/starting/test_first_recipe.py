@@ -14,9 +14,10 @@ import lora_rlhf
 from lora_rlhf import pipeline, tiny
 from lora_rlhf.cli import app
 from lora_rlhf.errors import DataError, UsageError
+from lora_rlhf.planning import bases
 from lora_rlhf.recipe.loader import load_recipe
 from lora_rlhf.runs.progress import Progress
-from lora_rlhf.starting import bases, first_recipe
+from lora_rlhf.starting import first_recipe
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 N = 60
@@ -118,7 +119,8 @@ def test_the_base_follows_gpu_and_language(tmp_path, pairs, monkeypatch):
     assert (made.model.id, made.lora.r) == ("Qwen/Qwen2.5-0.5B-Instruct", 8)
     assert "  # to fit 8 GB\n  r: 8" in (tmp_path / "r.yaml").read_text()
     shown = "\n".join(map(str, lines))
-    assert "is not on this machine: lengths are estimated" in shown
+    assert "no tokenizer of it is here, so lengths are estimated" in shown
+    assert "`hf download Qwen/Qwen2.5-0.5B-Instruct`" in shown
     assert "of 8 GB" in shown and "  prompt   | user: What is item 0 made of?" in shown
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Base models that `init` offers: shapes from which their memory is planned without a network."""
+"""Base models that `init` offers: shapes from which memory is planned without their config."""
 
 from __future__ import annotations
 
@@ -72,15 +72,18 @@ def for_gpu(gpu: int | None, english: bool) -> list[Base]:
     return [b for b in reversed(fitting) if english or not b.english] or [BASES[2]]
 
 
-def config_of(model: ModelSection, folder: Path | None = None) -> Any:
+def config_of(model: ModelSection, folder: Path | None = None) -> tuple[Any, bool]:
     """Return a base's config: its own if it is here or can be fetched, else from the table.
+
+    Returns:
+        The config, and True if it is from the table.
 
     Raises:
         BaseModelError: It is neither here nor in the table.
     """
     try:
-        return find_config(model, folder)
+        return find_config(model, folder), False
     except BaseModelError:
         if base := next((b for b in BASES if b.id == model.id), None):
-            return base.config()
+            return base.config(), True
         raise
