@@ -157,7 +157,7 @@ def _sweep_verb(
     processes: Annotated[int, typer.Option(help="Runs at a time.")] = 1,
     overrides: Set = None,
 ) -> None:
-    """Run a recipe at several settings and seeds, and compare them.
+    """Run a recipe at several settings and seeds; compare them.
 
     SFT and the reward model are trained once for all settings that share them. The same command
     continues the sweep: finished runs are kept, failed ones are named and tried again. The
@@ -244,7 +244,7 @@ def _plan_verb(
 _recipe_verb("sft", "sft", "Run a recipe up to supervised fine-tuning.")
 _recipe_verb("reward", "reward", "Run a recipe up to the reward model.")
 _recipe_verb("ppo", "ppo", "Run a recipe up to PPO.")
-_recipe_verb("policy", "policy", "Run a recipe up to the policy, whichever algorithm trains it.")
+_recipe_verb("policy", "policy", "Run a recipe up to the policy, by any `algorithm`.")
 
 
 # --- verbs over models ---------------------------------------------------------------------------
@@ -291,7 +291,7 @@ def _evaluate_verb(
     warm_start: Warm = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Compare models on a suite, or run a recipe up to evaluation.
+    """Compare models on a suite; or evaluate a recipe's run.
 
     A comparison writes report.json and report.html; if interrupted, it continues later.
     """
@@ -353,7 +353,7 @@ def _judge_verb(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     base: Base = None,
 ) -> None:
-    """Compare a judge with people's labels, or train one on them.
+    """Compare a judge with people's labels, or train a judge.
 
     Measures its accuracy, the agreement among people, and its biases. Give the record to
     `evaluate --judge-record`: without one, no reward or language model may decide a report.
@@ -529,7 +529,7 @@ def _iterate_verb(
     seed: Seed = 0,
     overrides: Set = None,
 ) -> None:
-    """Make the next round of a run: tasks, labels, reward model, policy.
+    """Make the next round: tasks, labels, reward model, policy.
 
     Evaluates the run if it is not, makes tasks, waits for their labels, trains the reward model on
     old and new labels, and the policy from SFT or the last policy. The same command goes on.
@@ -654,9 +654,9 @@ def _report_verb(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run, or an evaluation's --out.")],
     show: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
-    """Rebuild report.html from the report.json of a run or an evaluation.
+    """Rebuild report.html from report.json.
 
-    The page is one file and needs no network.
+    DIR is a run or an evaluation. The page is one file and needs no network.
     """
     from lora_rlhf.reports import evaluation_report, html_report
     from lora_rlhf.runs.record import Record, is_run
@@ -778,9 +778,9 @@ def _pull_verb(
 def _lint_card_verb(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="A model card, or its folder.")],
 ) -> None:
-    """Find faults of a model card: metadata, placeholders, links, claims without an interval.
+    """Find faults of a model card.
 
-    The exit code is 3 if there are any.
+    Metadata, placeholders, links, claims without an interval. The exit code is 3 if there are any.
     """
     from lora_rlhf.reports.cards import card_lint
 

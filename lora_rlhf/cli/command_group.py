@@ -21,6 +21,17 @@ _debug = False
 _SHARED = ("run", "demo", "sft", "reward", "ppo", "policy", "evaluate")
 """Verbs that several processes may share."""
 
+SECTIONS = {
+    "Start": ("init", "demo", "data", "plan", "env"),
+    "Train": ("run", "sft", "reward", "ppo", "policy", "sweep", "doctor"),
+    "Evaluate": ("evaluate", "judge", "compare", "report"),
+    "Ask people": ("label", "tasks", "iterate"),
+    "Use": ("generate", "chat", "do", "serve", "usage", "moderate", "score", "export",
+            "rollout-server"),
+    "Share": ("card", "lint-card", "push", "pull"),
+}  # fmt: skip
+"""Verbs by the section of `--help` that lists them."""
+
 
 class _Group(TyperGroup):
     """Command group that accepts `--debug` anywhere, and escapes what it quotes in its errors."""
@@ -34,6 +45,17 @@ class _Group(TyperGroup):
         """Parse the verb's own options, and call it."""
         with shell.escaped_usage_errors():
             return super().invoke(ctx)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """List the verbs by section."""
+        width = max(map(len, self.commands))
+        limit = formatter.width - 6 - width
+        for title, verbs in SECTIONS.items():
+            texts = [self.commands[verb].get_short_help_str(limit) for verb in verbs]
+            with formatter.section(title):
+                formatter.write_dl(
+                    [(verb.ljust(width), text) for verb, text in zip(verbs, texts, strict=True)]
+                )
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         end = args.index("--") if "--" in args else len(args)
@@ -71,7 +93,7 @@ data_group = typer.Typer(
 app.add_typer(
     data_group,
     name="data",
-    help="Show the data of a recipe; exchange labels with other tools, publish them.",
+    help="Show a recipe's data; import, export, publish labels.",
 )
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file, or its folder.")]

@@ -104,10 +104,11 @@ def _serve_verb(
         str, typer.Option(help="own or vllm; LORA_RLHF_VLLM names vLLM's Python.")
     ] = "own",
 ) -> None:
-    """Serve base, SFT, policy and adapters: the chat-completions API.
+    """Serve a chat-completions API for all models of a run.
 
-    It listens on this machine only and needs a key: LORA_RLHF_API_KEY, or a new one that is
-    printed. After a signal running requests may end; a second signal stops at once.
+    Base, SFT, policy and adapters; each request names its model. It listens on this machine
+    only and needs a key: LORA_RLHF_API_KEY, or a new one that is printed. After a signal
+    running requests may end; a second signal stops at once.
     """
     if engine != "own":
         return _serve_vllm(engine, targets, (host, port), base, moderation)
@@ -153,10 +154,10 @@ def _rollout_server_verb(
     host: Annotated[str, typer.Option(help="Other than 127.0.0.1: with a key only.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 8001,
 ) -> None:
-    """Sample PPO's rollouts with vLLM on this GPU, for a run on another GPU or machine.
+    """Sample PPO's rollouts with vLLM, for a run elsewhere.
 
-    LORA_RLHF_VLLM names the Python that has vLLM. The key is LORA_RLHF_ROLLOUT_KEY, or a new one
-    that is printed.
+    The run is on another GPU or machine. LORA_RLHF_VLLM names the Python that has vLLM. The key
+    is LORA_RLHF_ROLLOUT_KEY, or a new one that is printed.
     """
     from lora_rlhf.recipe.loader import load_recipe
 
@@ -182,9 +183,10 @@ def _usage_verb(
         Path | None, typer.Option("--plot", metavar="FILE", help="Plot the numbers as a PNG.")
     ] = None,
 ) -> None:
-    """Report usage: requests, times, tokens, blocked answers, thumbs.
+    """Report usage and thumbs of chat, do and serve.
 
-    For each adapter and version, with 95 % intervals, from the file that chat, do and serve write.
+    Requests, times, tokens, blocked answers and thumbs, for each adapter and version, with 95 %
+    intervals.
     """
     from lora_rlhf.serving import usage_report
 
@@ -213,7 +215,10 @@ def _moderate_verb(
     where: Annotated[str, typer.Option(help="Kind: prompt, history or answer.")] = "prompt",
     prompt: Annotated[str, typer.Option(help="The question that an answer is for.")] = "",
 ) -> None:
-    """Show a moderation policy with its measured errors, or its decisions on texts."""
+    """Show a moderation policy, or its decisions on texts.
+
+    With the measured errors of its detectors.
+    """
     moderation = shell.room("serving.moderation")
     if not texts:
         for line in moderation.Moderation.load(policy).page():
@@ -337,7 +342,7 @@ def _do_verb(
     usage: UsageFile = Path("lora-rlhf-usage.sqlite"),
     no_usage: NoUsage = False,
 ) -> None:
-    """Summarize, rewrite, translate, extract, classify or answer.
+    """Summarize, rewrite, translate, extract, classify, answer.
 
     Each answer is checked for what was asked, and tried again if a check fails. The exit code is 6
     if one still fails; the best attempt is printed all the same. `do answer --sources` answers from
@@ -489,12 +494,12 @@ def _export_verb(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a trained role for another runtime: merged, measured, and verified there.
+    """Write a trained role for another runtime, such as GGUF.
 
-    The export is refused if the merged model differs by a KL above 1e-5 a token, or if llama.cpp or
-    mlx-lm has another most probable token for over 1 % of held-out tokens. llama.cpp is found
-    through the variable LORA_RLHF_LLAMA_CPP (a folder with `npm install node-llama-cpp`) or
-    llama-cpp-python.
+    It is merged, measured and verified in that runtime. The export is refused if the merged
+    model differs by a KL above 1e-5 a token, or if llama.cpp or mlx-lm has another most
+    probable token for over 1 % of held-out tokens. llama.cpp is found through the variable
+    LORA_RLHF_LLAMA_CPP (a folder with `npm install node-llama-cpp`) or llama-cpp-python.
     """
     from lora_rlhf.runs.record import Record
 
