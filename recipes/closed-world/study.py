@@ -144,15 +144,17 @@ def lora(seed: int, out: Path) -> list[dict[str, Any]]:
 
 
 def privacy(seed: int, out: Path) -> list[dict[str, Any]]:
-    start, rows = (shared(seed, out) / "adapters" / "sft").resolve(), []
+    first, rows = base(seed, out), []
+    start = (first / "adapters" / "sft").resolve()
+    test = sampled_gold(first, "reference", seed + 1, TEST, 4)
     for epsilon in EPSILONS:
         sets = [f"seed={seed}", *PRIVACY, f"sft.from={start}", "sft.args={}"]
         sets += [] if epsilon is None else [f"reward.privacy.epsilon={epsilon}"]
         name = f"epsilon-{epsilon or 'none'}"
-        record = one(sets, out / f"seed-{seed}" / name, until="reward")
-        stage = record.data["stages"]["reward"]
-        keys = "accuracy", "accuracy_against_gold", "memorisation", "privacy"
-        rows.append({"name": name, "seed": seed, **{key: stage.get(key) for key in keys}})
+        where = out / f"seed-{seed}" / name
+        stage = one(sets, where, until="reward").data["stages"]["reward"]
+        result = {key: stage.get(key) for key in ("memorisation", "privacy")}
+        rows.append({**accuracy(where, name, seed, 200, test), **result})
     return rows
 
 
@@ -429,7 +431,10 @@ def sampled_gold(
     return list(rows["prompt"]), answers, rewards
 
 
-START, MORE = 80, (80, 240)
+TEST = slice(200, 400)
+"""Evaluation prompts on which reward models are compared with the checker."""
+
+START, MORE = 80, (160,)
 """Rankings of random prompts that all strategies begin with; those that each one adds."""
 
 
@@ -458,7 +463,7 @@ def strategies(seed: int, out: Path) -> list[dict[str, Any]]:
 
     prompts, _, rewards = sampled_gold(start, "reference", seed, slice(0, 200))
     failed = [prompt_text(p) for p, [r] in zip(prompts, rewards, strict=True) if r < 1]
-    test = sampled_gold(start, "reference", seed + 1, slice(200, 400), 4)
+    test = sampled_gold(start, "reference", seed + 1, TEST, 4)
     first, noise = labelled(start, task_choice.Choice("random", START, seed=seed), None)
     rows = [accuracy(trained("start", first), "start", seed, START, test)]
     several = trained("ensemble", first, ("reward.ensemble=3",))
@@ -473,6 +478,9 @@ def strategies(seed: int, out: Path) -> list[dict[str, Any]]:
 
 def accuracy(run: Path, name: str, seed: int, labels: int, test: Any) -> dict[str, Any]:
     """Return the share of pairs of test answers that a reward model orders as the checker does."""
+    done = run.with_name(f"{run.name}.accuracy.json")
+    if done.exists():
+        return dict(json.loads(done.read_text()))
     backbone, record = loaded_run.load(run)
     episodes = [
         (backbone.encode_prompt(prompt), backbone.encode_completion(text))
@@ -495,7 +503,9 @@ def accuracy(run: Path, name: str, seed: int, labels: int, test: Any) -> dict[st
     share = estimates.share_interval(sum(by_prompt, []), groups)
     print(name, seed, labels, share, flush=True)
     result = {"name": name, "seed": seed, "labels": labels, "accuracy": share}
-    return {**result, "by_prompt": [fmean(right) for right in by_prompt]}
+    result["by_prompt"] = [fmean(right) for right in by_prompt]
+    done.write_text(json.dumps(result) + "\n")
+    return result
 
 
 ARMS = {"one": (1050,), "three": (350, 350, 350)}
@@ -609,14 +619,14 @@ def tables(part: str, rows: list[dict[str, Any]], fitted: dict[str, Any]) -> str
             lines.append(f"| {r['name']} | {r['seed']} | {r['snr']:.4f} | {shown} |")
         return "\n".join([*lines, ""])
     if part == "privacy":
-        lines = [f"## {part}", "", "| run | seed | accuracy | against the checker | promised |"]
-        lines[-1] += " found, at least | right guesses | noise | clipped |"
-        lines.append("|" + "---|" * 9)
+        lines = [f"## {part}", "", "| run | seed | accuracy | promised | found, at least |"]
+        lines[-1] += " right guesses | noise | clipped |"
+        lines.append("|" + "---|" * 8)
         for r in rows:
             spent, audit = r["privacy"] or {}, r["memorisation"]
-            cells = [r["name"], str(r["seed"]), cell(r["accuracy"])]
-            cells += [cell(r["accuracy_against_gold"]), f"{spent.get('epsilon', math.inf):.2f}"]
-            cells += [f"{audit['epsilon_at_least']:.2f}", f"{cell(audit['right'])}"]
+            cells = [r["name"], str(r["seed"]), cell(r["accuracy"], 3)]
+            cells += [f"{spent.get('epsilon', math.inf):.2f}", f"{audit['epsilon_at_least']:.2f}"]
+            cells += [f"{cell(audit['right'])} of {audit['guesses']}"]
             cells += [f"{spent.get('noise_multiplier', 0):.2f}", f"{spent.get('clipped', 0):.2f}"]
             lines.append(f"| {' | '.join(cells)} |")
         return "\n".join([*lines, ""])
