@@ -176,7 +176,7 @@ def export(
     Beside the file, `FILE.labels.json` describes the labelers in counts, for record and card.
 
     Labels of gold items, of skipped tasks, and of tasks that someone flagged as broken or as
-    holding personal data are left out.
+    holding personal data are left out; so are comparisons in which all answers are tied.
 
     Args:
         form: One of `FORMS`; default: demonstrations if there are no others, else comparisons.
@@ -197,8 +197,9 @@ def export(
     types, write = FORMS[form]
     fitting = [one for one in given if one[0].type in types]
     lost["of another type"] += len(given) - len(fitting)
-    if form == "rankings":
-        lost["of no evaluation (the task has no set)"] = sum(not task.set for task, _ in fitting)
+    useless = [(_useless(form, *one), one) for one in fitting]
+    lost.update(reason for reason, _ in useless if reason)
+    fitting = [one for reason, one in useless if not reason]
     make_place(path)
     rows = _alike(list(write(fitting)))
     left = "; left out: " + ", ".join(f"{n} {why}" for why, n in lost.items() if n)
@@ -215,6 +216,15 @@ def export(
     return (
         f"{path}: {counted(len(rows), 'row')} ({form}) from {counted(len(fitting), 'label')}{left}"
     )
+
+
+def _useless(form: str, task: Task, label: Label) -> str:
+    """Return the reason for which a label makes no row of this form, or an empty text."""
+    if form == "rankings" and not task.set:
+        return "of no evaluation (the task has no set)"
+    if form == "comparisons" and task.type in _COMPARED and len({*ranks(task, label)}) == 1:
+        return "with all answers tied"
+    return ""
 
 
 def _given(
@@ -343,8 +353,7 @@ def _rankings(given: list[Given]) -> Rows:
         ]
         row = {"set": task.set, "id": task.id.removeprefix(f"{task.set}/"), "ranking": names}
         why = {"why": task.why} if task.why else {}
-        if task.set:  # the others are of no evaluation
-            yield {**row, **why, "labeler": label.labeler}
+        yield {**row, **why, "labeler": label.labeler}
 
 
 def _judge_pairs(given: list[Given]) -> Rows:

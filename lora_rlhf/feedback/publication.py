@@ -26,7 +26,7 @@ from lora_rlhf.reports.cards.card_markdown import cell, code
 from lora_rlhf.runs.disk import sha256, write_atomically
 
 from . import exchange, foreign_formats, label_files, project
-from .labels import Label, Task, personal
+from .labels import Label, Task, counted, personal
 from .project import Project
 
 CONFIGS = {
@@ -194,9 +194,10 @@ def _people(part: str, one: Mapping[str, Any]) -> list[str]:
     if (pool := one.get("pool")) is None:
         return []
     kinds = ", ".join(f"{cell(kind)} {n}" for kind, n in pool["by_type"].items())
+    people = "1 person" if pool["people"] == 1 else f"{pool['people']} people"
     lines = [
-        f"- {code(part)}: {pool['labels']} labels by {pool['people']} people ({kinds}); labels of "
-        f"{pool['left_out']} more people were left out"
+        f"- {code(part)}: {counted(pool['labels'], 'label')} by {people} ({kinds}); labels of "
+        f"{pool['left_out']} more were left out"
     ]
     groups = ", ".join(f"{cell(group)} {n}" for group, n in pool["groups"].items())
     if groups:
@@ -225,7 +226,10 @@ def _share(one: Mapping[str, Any]) -> str:
 
 def _how(there: Project, given: tuple[list[Task], list[Label]]) -> list[str]:
     settings, (tasks, labels) = there.settings, given
-    why = Counter(task.why or "not recorded" for task in tasks if task.gold is None)
+    # After a colon comes what one task alone has, such as the text of a prompt that failed.
+    why = Counter(
+        task.why.partition(":")[0].strip() or "not recorded" for task in tasks if task.gold is None
+    )
     days = sorted(label.created[:10] for label in labels if label.created)
     span = f", {days[0]} to {days[-1]}" if days else ""
     return [
@@ -233,9 +237,9 @@ def _how(there: Project, given: tuple[list[Task], list[Label]]) -> list[str]:
         "them, or used another tool whose export was imported",
         f"- {len(tasks)} tasks, of which {sum(task.gold is not None for task in tasks)} with a "
         f"known right value, which are not published{span}",
-        f"- {settings.labels_per_task} labels a task; {settings.labels_per_overlap} for a share of "
+        f"- {counted(settings.labels_per_task, 'label')} a task; {settings.labels_per_overlap} for a share of "
         f"{settings.overlap:g} of them",
-        "- Prompts were chosen: " + ", ".join(f"{cell(key)} {n}" for key, n in why.items()),
+        "- Prompts were chosen: " + ", ".join(f"{cell(key)} ({n})" for key, n in why.items()),
         f"- Both bad: {sum(label.both_bad for label in labels)}; skipped: "
         f"{sum(label.value is None for label in labels)}; notes of labelers are not published",
     ]
@@ -271,8 +275,9 @@ def _personal(tasks: list[Task], labels: list[Label], held: Mapping[str, int] | 
 def _texts(folder: Path) -> Iterator[str]:
     """Yield every text in the rows of the data files."""
     for path in sorted(folder.glob("*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            yield from _leaves(json.loads(line))
+        with path.open(encoding="utf-8") as lines:  # a text may hold other ends of a line
+            for line in lines:
+                yield from _leaves(json.loads(line))
 
 
 def _leaves(value: Any) -> Iterator[str]:

@@ -44,6 +44,9 @@ from .task_choice import Choice, Say
 SIMULATED = "simulated"
 """Labels of simulated labelers, for the closed-world task."""
 
+STATE = "round.json"
+"""What was asked for, in the folder of a round."""
+
 RUN = "run"
 """Folder of the run in the folder of its round."""
 
@@ -73,7 +76,8 @@ def find_run(folder: Path) -> Path:
 
 def next_folder(run: Path) -> Path:
     """Return the default folder of the round after a run: beside it, with the round's number."""
-    own = run.parent if run.name == RUN else run
+    own = run.parent if (run.parent / STATE).is_file() else run
+    own = own if own.name not in ("", "..") else own.resolve()
     number = len(Record.read(run).recipe().rounds) + 1
     return own.parent / f"{re.sub('-round-[0-9]+$', '', own.name)}-round-{number}"
 
@@ -133,7 +137,7 @@ def prepare(run: Path, out: Path, request: Round, *, say: Say = lambda line: Non
 
 def _state(out: Path, run: Path, record: Record, request: Round) -> dict[str, Any]:
     """Read `round.json`, or begin it; compare it with the request and with the files."""
-    path = out / "round.json"
+    path = out / STATE
     wanted = {
         "run": record.data["name"],
         "adapter": record.data["stages"][task_choice.stage_of(record, request.choice.model)][
@@ -142,7 +146,7 @@ def _state(out: Path, run: Path, record: Record, request: Round) -> dict[str, An
         "choice": asdict(request.choice),
     }
     if not path.exists():
-        ours = "answers", run_lock.LOCK, "round.json.tmp"
+        ours = "answers", run_lock.LOCK, f"{STATE}.tmp"
         if any(p.name not in ours for p in out.iterdir()):
             raise UsageError(f"{out} holds other files", remedy="give another --out")
         wanted["record_sha256"] = sha256(run / "record.json")
@@ -174,7 +178,7 @@ def _state(out: Path, run: Path, record: Record, request: Round) -> dict[str, An
 def _note(out: Path, state: dict[str, Any], name: str) -> None:
     """Note a finished file of the round."""
     state[name] = sha256(out / f"{name}.jsonl")
-    write_atomically(out / "round.json", json.dumps(signed(state), indent=1) + "\n")
+    write_atomically(out / STATE, json.dumps(signed(state), indent=1) + "\n")
 
 
 # --- labels --------------------------------------------------------------------------------------
@@ -335,8 +339,8 @@ def _write_earlier(record: Record, out: Path, state: dict[str, Any], say: Say) -
 
 def _earlier_prompts(recipe: Recipe) -> set[str]:
     """Return the keys of prompts of earlier rounds, also those whose labels were not usable."""
-    paths = [Path(one.path).with_name("tasks.jsonl") for one in recipe.data.comparisons if one.path]
-    files = [path for path in paths if recipe.rounds and path.is_file()]
+    folders = [Path(one.path).parent for one in recipe.data.comparisons if one.path]
+    files = [one / "tasks.jsonl" for one in folders if (one / STATE).is_file()]
     return {prompt_key(row["prompt"]) for path in files for row in _rows(path)}
 
 
@@ -385,4 +389,4 @@ def _recipe(record: Record, out: Path, request: Round, state: dict[str, Any]) ->
         },
     ]
     text = dump_recipe(before.model_validate(data))
-    return parse_recipe(text, str(out / "round.json"), list(request.overrides))
+    return parse_recipe(text, str(out / STATE), list(request.overrides))

@@ -286,7 +286,10 @@ def _ordered(
     labelled: Sequence[Any],
     failed: Sequence[str],
 ) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield the prompts in the order of the strategy, with the reason of each."""
+    """Yield the prompts in the order of the strategy, with the reason of each.
+
+    What only one prompt has, such as a number, comes after a colon: cards leave it out.
+    """
     strategy, n = answers.choice.strategy, answers.choice.n
     order: Iterator[tuple[int, str]]
     if strategy in ("disagreement", "highest_reward"):
@@ -305,7 +308,10 @@ def _ordered(
         if strategy == "failures":
             order = ((i, f"like the failure: {failed[f][:80]}") for i, f in nearest(own, other))
         else:
-            order = ((i, f"new: distance {d:.2f}") for i, d in farthest_first(own, other))
+            order = (
+                (i, f"unlike labelled prompts: distance {d:.2f}")
+                for i, d in farthest_first(own, other)
+            )
     while part := list(itertools.islice(order, min(n, _AT_ONCE))):
         answers.sample([rows[i] for i, _ in part])
         yield from ((rows[i], why) for i, why in part)
@@ -331,10 +337,10 @@ def _by_reward(
     scored = answers.scores(rows, roles) if rows else []
     if disagree:
         value = [disagreement(each) for each in scored]
-        reason = "the reward models disagree by {:.2f}"
+        reason = "disagreement of the reward models: {:.2f}"
     else:
         value = [float(ensemble.combine(each[:proxies], section).max()) for each in scored]
-        reason = "an answer has a reward of {:.2f}"
+        reason = "highest reward of an answer: {:.2f}"
     for i in sorted(range(len(rows)), key=lambda i: -value[i]):
         yield rows[i], reason.format(value[i])
 

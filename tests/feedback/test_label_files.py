@@ -140,7 +140,8 @@ def test_comparisons_are_read_by_a_recipe(tmp_path, tasks):
         label(pair, None, "bob"),
     ]
     rows, sentence = exported(tmp_path, tasks, labels)
-    assert "3 rows (comparisons) from 5 labels; left out: 1 of gold items, 1 skipped" in sentence
+    assert "3 rows (comparisons) from 4 labels; left out: 1 of gold items, 1 skipped" in sentence
+    assert sentence.endswith(", 1 with all answers tied")
     examples = parsed(rows, "comparisons")
     assert [one.ranks for one in examples] == [[2, 1, 2], [1, 2], [2, 1]]
     assert examples[0].prompt == [{"role": "user", "content": "Name a colour."}]

@@ -38,7 +38,7 @@ def tea(tmp_path):
         store.add_tasks(
             [
                 *(Task(f"p{n}", "pair", turns(f"Tea {n}?"), two, why="random") for n in range(3)),
-                Task("turns", "pair", system, two),
+                Task("turns", "pair", system, two, why="like the failure: ada@example.org?"),
                 Task("gold", "pair", turns("Gold?"), two, gold={"strength": 1}),
                 Task("mail", "pair", turns("Mail ada@example.org?"), two),
                 Task("d", "demonstration", turns("Write."), ()),
@@ -52,7 +52,7 @@ def tea(tmp_path):
                 label("turns", {"strength": -1}, sha=sha),
                 label("gold", {"strength": 1}, sha=sha),
                 label("mail", {"strength": 1}, flags=("personal_data",)),
-                label("d", {"text": "A cup."}),
+                label("d", {"text": "A cup.\u2028And milk."}),  # no end of a row
             ]
         )
     return there
@@ -96,11 +96,11 @@ def test_the_card_tells_of_people_agreement_and_guidelines(tea, tmp_path):
         "prompts",
     ]
     for line in (
-        "7 labels by 2 people (pair 7)",
+        "6 labels by 2 people (pair 6); labels of 0 more",
         "Agreement on comparisons (3 questions",
         "Krippendorff's alpha",
         "1 with a known right value",
-        "random 3, not recorded 3",
+        "random (3), like the failure (1), not recorded (2)",
         "1 flagged as broken or personal data",
         "flagged their prompt or an answer to it: 1. A program searched",
         "2026-01-02 to 2026-01-02",

@@ -165,6 +165,30 @@ def test_a_round_waits_until_a_project_has_all_labels(runs, tmp_path):
     assert len(again) == 3, "the skipped one is not asked again"
 
 
+def test_the_next_round_lies_beside_the_run(runs, tmp_path, monkeypatch):
+    """Also if the run is called as the run of a round is, or is the current folder."""
+    run = tmp_path / "run"
+    run.symlink_to(runs.after("ppo"))
+    assert rounds.next_folder(run) == tmp_path / "run-round-1"
+    (tmp_path / "mine").symlink_to(runs.after("ppo"))
+    monkeypatch.chdir(tmp_path)
+    assert rounds.next_folder(Path("mine")) == Path("mine-round-1")
+    monkeypatch.chdir(runs.after("ppo"))
+    found = rounds.next_folder(Path("."))
+    assert found == Path.cwd().with_name(f"{Path.cwd().name}-round-1")
+
+
+def test_a_task_file_beside_comparisons_need_not_be_of_a_round(tmp_path):
+    (tmp_path / "tasks.jsonl").write_text('{"instruction": "Boil an egg."}\n')
+    own = {"path": str(tmp_path / "comparisons.jsonl"), "license": "mit"}
+    recipe = load_recipe(tiny.recipe())
+    recipe.data.comparisons[:] = [type(recipe.data.comparisons[0]).model_validate(own)]
+    assert rounds._earlier_prompts(recipe) == set()
+    (tmp_path / "round.json").write_text("{}")
+    (tmp_path / "tasks.jsonl").write_text('{"prompt": "w5"}\n')
+    assert rounds._earlier_prompts(recipe) == {rounds.prompt_key("w5")}
+
+
 def test_a_text_may_hold_other_ends_of_a_line(tmp_path):
     rows = [{"prompt": "one\u2028two\x85three"}, {"prompt": "p"}]
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
