@@ -237,8 +237,8 @@ def _how(there: Project, given: tuple[list[Task], list[Label]]) -> list[str]:
         "them, or used another tool whose export was imported",
         f"- {len(tasks)} tasks, of which {sum(task.gold is not None for task in tasks)} with a "
         f"known right value, which are not published{span}",
-        f"- {counted(settings.labels_per_task, 'label')} a task; {settings.labels_per_overlap} for a share of "
-        f"{settings.overlap:g} of them",
+        f"- {counted(settings.labels_per_task, 'label')} a task; "
+        f"{settings.labels_per_overlap} for a share of {settings.overlap:g} of them",
         "- Prompts were chosen: " + ", ".join(f"{cell(key)} ({n})" for key, n in why.items()),
         f"- Both bad: {sum(label.both_bad for label in labels)}; skipped: "
         f"{sum(label.value is None for label in labels)}; notes of labelers are not published",
