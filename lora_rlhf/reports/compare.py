@@ -100,15 +100,20 @@ def run(folders: Sequence[str | Path], labels: Sequence[str] = ()) -> Comparison
     runs = [_read(one, folders, name) for one, name in zip(folders, names, strict=True)]
     groups = _grouped(runs)
     metric = next((m for m in REWARDS if all(m in r.evaluated() for r in runs)), None)
-    # The row of SFT, from which all runs start, is taken from the first group.
-    rows = [_row(groups[0], "SFT", "sft") | _NO_POLICY, *map(_policy_row, groups)]
+    starts = _sft_rows(groups)
+    rows = [*starts, *map(_policy_row, groups)]
     differences = [] if metric is None else [_difference(g, groups[0], metric) for g in groups[1:]]
     kind_gaps = [estimate for one in differences for estimate in one["by_kind"].values()]
     for family in ([one["estimate"] for one in differences if one["estimate"]], kind_gaps):
         if len(family) > 1:
             correct(family)
     notes = _notes(groups, metric)
-    for number, row in enumerate(rows[1:]):
+    if len(starts) > 1:
+        notes.append(
+            "The runs start from different SFT adapters: each of the first rows is the SFT of the "
+            "runs that it names."
+        )
+    for number, row in enumerate(rows[len(starts) :]):
         of_sft = [r.evaluated("sft") for r in groups[number]]
         sentences = kinds.sentences(row["label"], row["metrics"], _means(of_sft), row["by_kind"])
         notes += sentences.values()
@@ -160,6 +165,33 @@ def _row(group: list[Run], label: str, model: str | None = None) -> dict[str, An
             if all(kind in r.by_kind(model) for r in group)
         },
     }
+
+
+def _sft_rows(groups: list[list[Run]]) -> list[dict[str, Any]]:
+    """Return a row of SFT for each set of adapters that runs start from, with the runs' labels."""
+    apart: list[list[list[Run]]] = []  # groups with the same adapters in the seeds that they share
+    for group in groups:
+        for alike in apart:
+            if _same_start(alike[0], group):
+                alike.append(group)
+                break
+        else:
+            apart.append([group])
+    labels = ["SFT"]
+    if len(apart) > 1:
+        labels = [f"SFT of {', '.join(map(_label, alike))}" for alike in apart]
+    return [
+        _row(alike[0], label, "sft") | _NO_POLICY
+        for alike, label in zip(apart, labels, strict=True)
+    ]
+
+
+def _same_start(first: list[Run], second: list[Run]) -> bool:
+    ours, theirs = (
+        {r.seed: r.get("stages.sft.adapter_sha256") for r in group} for group in (first, second)
+    )
+    shared = ours.keys() & theirs.keys()
+    return bool(shared) and all(ours[seed] == theirs[seed] for seed in shared)
 
 
 def _label(group: list[Run]) -> str:

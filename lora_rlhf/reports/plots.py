@@ -165,7 +165,7 @@ def comparison(report: dict[str, Any], path: Path) -> Path | None:
                 fmt="o",
                 capsize=3,
                 color=color,
-                label=label if label == algorithm else f"{algorithm}: {label}",
+                label=label if algorithm == "SFT" else f"{algorithm}: {label}",
                 markerfacecolor="white" if "kl_bound" in row["metrics"] else color,
             )
         title = "reward over distance from SFT, 95 % intervals"

@@ -74,13 +74,14 @@ def stage_line(record: Record, stage: str) -> str:
     """Sum up a finished stage in one line: its result and its time."""
     entry, names = record.data["stages"][stage], stage_names(record.algorithm)
     seconds = record.data["clock"]["stages"].get(stage, {}).get("seconds", 0.0)
-    head = f"{names.index(stage) + 1}/{len(names)} {stage} done in {clock(seconds)}"
+    done = "copied; it took" if "from_run" in entry else "done in"
+    head = f"{names.index(stage) + 1}/{len(names)} {stage} {done} {clock(seconds)}"
     lines = [line for line in record.metrics(stage) if "reward/score" in line]
     results = []
     if "skipped" in entry:
         results.append(f"skipped: {entry['skipped']}")
     if "train_loss" in entry:
-        results.append(f"loss {entry['train_loss']:.3g}")
+        results.append(f"mean loss {entry['train_loss']:.3g}")
     if "held_out_loss" in entry:
         results.append(f"held-out loss {entry['held_out_loss']:.3g}")
     if "from" in entry:

@@ -20,6 +20,7 @@ import torch
 from rich.text import Text
 
 from lora_rlhf.runtime import optional_packages  # noqa: F401  # isort: skip
+from lora_rlhf import tiny
 from lora_rlhf.data import dataset_builder
 from lora_rlhf.data.row_formats import text_of
 from lora_rlhf.data.sources import excerpt
@@ -29,7 +30,7 @@ from lora_rlhf.models import loading
 from lora_rlhf.planning import bases, gpu_fit
 from lora_rlhf.planning.memory_budget import format_bytes
 from lora_rlhf.planning.plan import planner_for
-from lora_rlhf.recipe.loader import parse_recipe
+from lora_rlhf.recipe.loader import load_recipe, parse_recipe
 from lora_rlhf.recipe.schema import DataSource, ModelSection, Recipe
 from lora_rlhf.recipe.strict_yaml import dump_yaml, parse_yaml
 from lora_rlhf.runs.disk import check_writable
@@ -130,6 +131,8 @@ def init(
     base = _base(draft, sets, size, model, say)
     tokenizer = _tokenizer(base, say)
     _sizes(draft, sets, tokenizer, base.config)
+    if base.section.id == "tiny":
+        _rates(draft)
     _fit(draft, base, say)
     _relate(draft.data, out.parent)
     recipe = _write(draft, looked, out, base, say)
@@ -324,6 +327,18 @@ def _sizes(draft: _Draft, sets: _Sets, tokenizer: Any, config: Any) -> None:
     args = {"per_device_train_batch_size": size, "steps_per_generation": steps}
     draft.set("ppo.args", args | {"max_completion_length": longest})
     draft.set("evaluate", {"n": 128, "batch_size": 32}, "at most so many held-out prompts")
+
+
+def _rates(draft: _Draft) -> None:
+    """Take the learning rates of the packaged recipe, which suit a model as small as `tiny`."""
+    packaged = load_recipe(tiny.recipe())
+    why = "the demo's, for a model as small as `tiny`; for a larger one, leave it out"
+    for section in ("sft", "reward", draft.data.get("algorithm", "")):
+        rate = getattr(packaged, section).args.get("learning_rate") if section else None
+        if rate is not None and (section == "sft" or section in draft.data):
+            draft.set(f"{section}.args.learning_rate", rate, why)
+    if draft.data.get("algorithm") == "ppo":
+        draft.set("ppo.value_learning_rate", packaged.ppo.value_learning_rate, why)
 
 
 def _lengths(sets: _Sets, tokenizer: Any) -> tuple[list[int], list[int], list[int]]:

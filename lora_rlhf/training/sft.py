@@ -7,6 +7,7 @@ The finished adapter is saved as `adapters/sft` and becomes the frozen reference
 from __future__ import annotations
 
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,7 @@ def run(context: StageContext, args: SFTConfig, data: Prepared | None) -> None:
             entry["memorisation"] = canaries.audit_sft(backbone, planted, trainer.delta)
         entry |= {
             "held_out_loss": trainer.held_out_loss,
+            "chance_loss": math.log(backbone.causal.config.get_text_config().vocab_size),
             "steps": result.global_step,
             "train_loss": result.training_loss,
             "args": effective(args),

@@ -470,6 +470,7 @@ def test_each_finished_stage_leaves_one_line(finished: Record):
         ["1/5", "sft"], ["2/5", "reward"], ["3/5", "ppo"], ["4/5", "evaluate"], ["5/5", "card"],
     ]  # fmt: skip
     reward = finished.data["stages"]["reward"]
+    assert f"mean loss {finished.data['stages']['sft']['train_loss']:.3g}, " in lines[0]
     assert f"held-out loss {finished.data['stages']['sft']['held_out_loss']:.3g}" in lines[0]
     assert f"accuracy {tables.cell(reward['accuracy'])}, gate {reward['gate']}" in lines[1]
     assert " -> " in lines[2] and "KL to SFT" in lines[2]

@@ -142,7 +142,8 @@ def test_kinds_are_averaged_over_seeds(tmp_path):
 def test_a_recipe_with_another_setting_is_another_row(tmp_path):
     runs = [make(tmp_path / "a", seed=0), make(tmp_path / "b", seed=1, sets=["ppo.kl_coef=0.1"])]
     report = compare.run(runs)
-    assert len(report["rows"]) == 3
+    labels = [row["label"] for row in report["rows"]]  # another seed is another SFT model
+    assert labels == ["SFT of a", "SFT of b", "a", "b"]
     assert report["differences"][0]["why_not"] == "no seed in common: [1] and [0]"
 
 
@@ -179,6 +180,24 @@ def test_runs_that_are_not_comparable_have_a_reason_and_no_estimate(tmp_path, ch
     difference = compare.run(runs)["differences"][0]
     assert difference["estimate"] is None
     assert any(part in difference["why_not"] for part in why.split("|"))
+
+
+def test_each_sft_model_that_runs_start_from_is_a_row(tmp_path):
+    """One row "SFT" was the first run's, beside runs that started from another model."""
+
+    def better(record):
+        record.data["evaluation"]["sft"]["gold_reward"] = estimate(0.2)
+
+    runs = [
+        make(tmp_path / "a"),
+        make(tmp_path / "b", "grpo"),
+        make(tmp_path / "c", "rloo", sft="zz", change=better),
+    ]
+    report = compare.run(runs)
+    assert [row["label"] for row in report["rows"]] == ["SFT of a, b", "SFT of c", "a", "b", "c"]
+    assert [row["metrics"]["gold_reward"]["value"] for row in report["rows"][:2]] == [0.1, 0.2]
+    assert any("start from different SFT adapters" in note for note in report["notes"])
+    assert [row["label"] for row in compare.run(runs[:2])["rows"]] == ["SFT", "a", "b"]
 
 
 def test_scores_of_two_reward_models_are_not_compared(tmp_path):

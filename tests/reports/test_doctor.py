@@ -18,8 +18,16 @@ from typer.testing import CliRunner
 from lora_rlhf.algorithms import identities
 from lora_rlhf.algorithms.ppo import ppo_stage
 from lora_rlhf.cli import app
-from lora_rlhf.reports.doctor import doctor
+from lora_rlhf.reports.doctor import doctor, sft_checks
 from lora_rlhf.runs.record import Record
+
+NEAR_CHANCE = sft_checks.NEAR_CHANCE
+
+
+@pytest.fixture(autouse=True)
+def random_answers(monkeypatch):
+    """The answers are random words, 20 of 64: no model has less than 0.72 of guessing's loss."""
+    monkeypatch.setattr(sft_checks, "NEAR_CHANCE", 0.9)
 
 
 def names(record, *severities):
@@ -317,6 +325,46 @@ def test_a_finding_that_needs_only_the_record(evaluated, tmp_path, name):
     by_name = {f.name: f for f in doctor.examine(edited(evaluated, tmp_path / "r", **changes))}
     assert by_name[name].stage == stage
     assert set(by_name) <= {name, *NOTES}
+
+
+@pytest.mark.parametrize(
+    ("held_out", "losses", "found"),
+    [
+        (7.7, [7.2, 7.1, 7.1], [("sft_at_chance", "fault")]),
+        (5.6, [6.2, 5.7, 5.6], [("sft_at_chance", "warning")]),
+        (5.6, [6.2, 1.7, 1.6], [("sft_overfits", "warning")]),
+        (7.7, [6.2, 1.7, 1.6], [("sft_overfits", "fault")]),
+        (1.3, [2.2, 1.3, 1.2], []),
+    ],
+)
+def test_the_held_out_loss_of_sft_is_compared_with_guessing(held_out, losses, found, monkeypatch):
+    """A tiny model on other text had 5.6 of ln(2,048) = 7.62, and no finding."""
+    monkeypatch.setattr(sft_checks, "NEAR_CHANCE", NEAR_CHANCE)
+    entry = {"held_out_loss": held_out, "chance_loss": 7.624619}
+    seen = list(sft_checks._losses(entry, [{"loss": loss} for loss in losses]))
+    assert [(f.name, f.severity) for f in seen] == found
+    assert all(("guessing has 7.62" in f.what) == (held_out > 3.7) for f in seen)
+
+
+@pytest.mark.parametrize(
+    ("layout", "column"),
+    [
+        ("prompt + completions + ranks", "ranks"),
+        ("prompt + completions + scores", "scores"),
+        ("prompt + completion + label", "label"),
+        ("chosen + rejected", None),
+    ],
+)
+def test_advice_names_only_columns_that_the_data_have(evaluated, tmp_path, layout, column):
+    changes = {
+        "data__comparisons__read_as": [layout],
+        "data__comparisons__counts": {"labelled both ways": {"before": 100, "after": 80}},
+        "stages__reward__accuracy": rate(0.3, 0.2, 0.4),
+    }
+    findings = {f.name: f for f in doctor.examine(edited(evaluated, tmp_path / "r", **changes))}
+    for name in ("contradictions_comparisons", "reward_inverted"):
+        named = [c for c in ("ranks", "scores", "label") if f"`{c}`" in findings[name].remedy]
+        assert named == ([column] if column else [])
 
 
 NOTES = {"few_prompts", "no_judge", "few_rows_demonstrations", "few_rows_comparisons"}

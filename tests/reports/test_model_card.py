@@ -14,6 +14,7 @@ from card_run import RECIPE, RECORD, ROLES, SCORES, change, make_run, pythons, s
 from huggingface_hub import ModelCard
 
 from lora_rlhf.errors import UsageError
+from lora_rlhf.reports import tables
 from lora_rlhf.reports.cards import model_card
 from lora_rlhf.reports.cards.card_facts import hub_base
 from lora_rlhf.runs.metric_names import METRICS
@@ -63,6 +64,16 @@ def test_a_metric_that_is_not_finite_is_no_result(run):
     text = model_card.render(record, "policy")
     assert "win_rate" not in {r.metric_type for r in ModelCard(text).data.eval_results}
     assert "not finite" in section(text, "Evaluation")
+
+
+def test_the_time_of_a_copied_stage_is_not_counted_as_this_runs(run):
+    record = run()
+    assert "copied" not in model_card.render(record, "policy").partition("| stage | seconds |")[2]
+    record.data["stages"]["sft"]["from_run"] = {"name": "first", "record_sha256": "ab" * 32}
+    text = model_card.render(record, "policy")
+    assert "| sft (copied from the run first) | 71.38 |" in text and "| reward | 53.12 |" in text
+    assert "took its seconds in the other run" in text
+    assert "1/5 sft copied; it took 1:11" in tables.stage_line(record, "sft")
 
 
 def test_a_base_without_hub_id_is_never_named_as_one(run):

@@ -106,6 +106,19 @@ def test_paths_are_those_of_the_recipe(tmp_path, pairs, monkeypatch):
     assert made.data.prompts[0].path == "data://pairs.jsonl"
 
 
+def test_the_tiny_model_has_the_learning_rates_of_its_recipe(tmp_path, pairs):
+    """With the defaults it hardly learns: SFT's held-out loss stayed near that of guessing."""
+    demo = load_recipe(tiny.recipe())
+    made = lora_rlhf.init([pairs], out=tmp_path / "r.yaml", model="tiny")
+    for section in ("sft", "reward", "ppo"):
+        rates = [getattr(one, section).args["learning_rate"] for one in (made, demo)]
+        assert rates == [1e-3, 1e-3], section
+    assert made.ppo.value_learning_rate == demo.ppo.value_learning_rate
+    assert "for a larger one, leave it out" in (tmp_path / "r.yaml").read_text()
+    made = lora_rlhf.init([pairs], out=tmp_path / "other.yaml", model=str(tiny.path()))
+    assert "learning_rate" not in made.sft.args
+
+
 def test_the_base_follows_gpu_and_language(tmp_path, pairs, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert [b.id for b in bases.for_gpu(16 * 10**9, True)][0].endswith("SmolLM2-1.7B-Instruct")

@@ -15,7 +15,8 @@ _SHOWN = {
     "ppo": {"updates": "Updates", "episodes": "Episodes", "kl_coef": "KL coefficient",
             "kl_last": "KL to SFT in the last rollout, before its update, in nats per sequence"},
     "dpo": {"comparisons": "Comparisons", "epochs": "Epochs", "optimizer_steps": "Optimizer steps",
-            "beta": "beta of the implicit KL to SFT", "train_loss": "Training loss"},
+            "beta": "beta of the implicit KL to SFT",
+            "train_loss": "Training loss, mean over all steps"},
 }  # fmt: skip
 """Values of the stage's entry and their labels; `ppo` stands for all algorithms with rollouts."""
 
@@ -282,12 +283,17 @@ def sft(facts: Facts) -> str:
     return bullets(
         [
             f"Steps: {number(get('steps'))}",
-            f"Training loss: {number(get('train_loss'))}",
+            f"Training loss, mean over all steps: {number(get('train_loss'))}",
             f"Held-out loss: {interval(get('held_out_loss'), short=True)}",
+            *_guessing(get("chance_loss")),
             f"Settings, including defaults: {_listed(get('args'))}",
             *_privacy(facts.get("stages.sft", {}), "demonstration"),
         ]
     )
+
+
+def _guessing(chance: float | None) -> list[str]:
+    return [] if chance is None else [f"Loss of guessing, ln of the vocabulary: {number(chance)}"]
 
 
 def reward(facts: Facts) -> str:

@@ -303,6 +303,15 @@ def _cost(facts: Facts) -> str:
         "Model, adapters and heads in memory, bytes": facts.get("clock.memory.total") or None,
     }
     items += [f"{label}: {number(value)}" for label, value in known.items() if value is not None]
-    rows = [[cell(name), number(at(entry, "seconds"))] for name, entry in stages.items()]
+    rows, copied = [], False
+    for name, entry in stages.items():
+        origin = at(facts.get(f"stages.{name}", {}), "from_run.name")
+        copied = copied or origin is not None
+        label = f"{cell(name)} (copied from the run {cell(origin)})" if origin else cell(name)
+        rows.append([label, number(at(entry, "seconds"))])
     times = table(["stage", "seconds"], rows) if rows else f"The time of each stage is {MISSING}."
+    if copied:
+        times += (
+            "\n\nA copied stage took its seconds in the other run; this run did not spend them."
+        )
     return f"{times}\n\n{bullets(items)}"

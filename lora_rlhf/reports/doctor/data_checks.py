@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from lora_rlhf.runs.record import Record
 
-from .findings import Findings, Lines, few_rows, finding
+from .findings import Findings, Lines, direction, few_rows, finding
 
 DROPPED = 0.5, 0.9
 """Share of the rows dropped by one filter above which there is a note, and a warning."""
@@ -34,7 +34,7 @@ def check(record: Record, lines: Lines) -> Findings:
             share = 1 - count["after"] / count["before"] if count["before"] else 0.0
             if step == "labelled both ways" and share > CONTRADICTED:
                 what = f"{share:.0%} of {name} were labelled both ways and dropped"
-                yield finding("contradictions", what, name)
+                yield finding("contradictions", what, name, more=direction(record.data["data"]))
             elif share > DROPPED[0] and not step.startswith(_INTENDED):
                 severity = "warning" if share > DROPPED[1] else "note"
                 what = f"{share:.0%} of {name} were dropped: {step}"

@@ -52,7 +52,7 @@ KNOWN: dict[str, tuple[str, str, str, str]] = {
         "run the recipe into a new --out if the result matters"),
     "contradictions": (
         "data", "warning", "contradictory labels limit what a reward model can learn",
-        "give labelers clearer instructions; check the order of `ranks` (1 is best)"),
+        "give labelers clearer instructions"),
     "dropped": (
         "data", "note", "the remaining rows may differ from the prompts of users",
         "raise data.max_tokens or data.max_prompt_tokens, if memory allows"),
@@ -60,7 +60,7 @@ KNOWN: dict[str, tuple[str, str, str, str]] = {
         "data", "note", "training does not see all that is in the file",
         "read a few of the dropped rows; `columns:` maps columns that have other names"),
     "few_rows": (
-        "data", "note", "with fewer than 100 rows, learning and results may be chance",
+        "data", "note", "with fewer than 100 in either, learning and results may be chance",
         "use more rows"),
     "agreement": (
         "data", "warning", "a reward model is seldom more consistent than its labelers",
@@ -72,6 +72,10 @@ KNOWN: dict[str, tuple[str, str, str, str]] = {
     "sft_overfits": (
         "sft", "warning", "the model memorised the demonstrations",
         "train for fewer epochs, or add demonstrations"),
+    "sft_at_chance": (
+        "sft", "warning", "the model predicts little of such answers, and PPO samples from it",
+        "raise sft.args.learning_rate, or train for more epochs; use a base that knows such text "
+        "(the packaged `tiny` has read its own task only)"),
     "sft_below_base": (
         "sft", "warning", "PPO starts from a model that is worse than the base",
         "improve the demonstrations"),
@@ -90,7 +94,7 @@ KNOWN: dict[str, tuple[str, str, str, str]] = {
         "reference"),
     "reward_inverted": (
         "reward", "fault", "it prefers what people rejected, and PPO will learn the same",
-        "check for swapped columns (`columns:`) and the order of `ranks` (1 is best)"),
+        "check for swapped columns (`columns:`)"),
     "reward_untrained": (
         "reward", "fault", _EXPLOITED,
         "raise reward.args.learning_rate (1e-4 to 1e-3 is usual), or train for more epochs"),
@@ -167,6 +171,21 @@ def finding(kind: str, what: str, about: str = "", severity: str = "", more: str
     stage, usual, why, remedy = KNOWN[kind]
     name = f"{kind}_{about}" if about else kind
     return Finding(stage, severity or usual, name, what, why, remedy + more)
+
+
+_DIRECTIONS = {
+    "ranks": "; check the order of `ranks` (1 is best)",
+    "scores": "; check the order of `scores` (the highest is best)",
+    "label": "; check that `label` is true for good answers",
+}
+"""Column of comparisons that judges -> what may be wrong with it."""
+
+
+def direction(data: dict[str, Any]) -> str:
+    """Return what to check in the columns that judge the comparisons of this run."""
+    layouts = data.get("comparisons", {}).get("read_as", ())
+    columns = {column for layout in layouts for column in str(layout).split(" + ")}
+    return "".join(more for column, more in _DIRECTIONS.items() if column in columns)
 
 
 def few_rows(name: str, report: dict[str, Any]) -> Findings:

@@ -10,7 +10,7 @@ from typing import Any
 from lora_rlhf.reports import alarms, evaluation_report
 from lora_rlhf.runs.record import Record
 
-from .findings import Finding, Findings, Lines, above, below, finding, rate
+from .findings import Finding, Findings, Lines, above, below, direction, finding, rate
 
 UNTRAINED = 1e-2, 1e-6
 """Standard deviation of the scores, and learning rate, below which the model was hardly trained."""
@@ -26,18 +26,19 @@ def check(record: Record, lines: Lines) -> Findings:
     """Check the accuracy on held-out comparisons, dependence on length, and the log of PPO."""
     entry = record.data["stages"].get("reward", {})
     if entry.get("status") == "done" and "accuracy" in entry:
-        yield from _accuracy(entry, lines.get("reward", []))
+        yield from _accuracy(record, entry, lines.get("reward", []))
     yield from _probed(record)
     yield from _exploited(lines["ppo"])
 
 
-def _accuracy(entry: dict[str, Any], lines: list[dict[str, float]]) -> Findings:
+def _accuracy(record: Record, entry: dict[str, Any], lines: list[dict[str, float]]) -> Findings:
     accuracy, passed = entry["accuracy"], entry.get("gate") == "passed"
     by_length = list(_length(entry, accuracy, entry["accuracy_length_baseline"]))
     yield from by_length
     held_out = f"held-out accuracy {rate(accuracy)}"
     if below(accuracy, 0.5):
-        yield finding("reward_inverted", f"{held_out}: below chance")
+        more = direction(record.data["data"])
+        yield finding("reward_inverted", f"{held_out}: below chance", more=more)
     elif not above(accuracy, 0.5) or not entry["score_std"] > UNTRAINED[0]:
         yield _unlearned(entry, lines, held_out, "warning" if passed else "fault")
     elif not passed and not any(f.severity == "fault" for f in by_length):
