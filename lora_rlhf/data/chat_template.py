@@ -163,9 +163,15 @@ def _libraries() -> list[str]:
     return sorted(str(folder) for folder in folders if folder != Path.cwd())
 
 
+def usual(tokenizer: Any) -> str:
+    """Return the template that is used for messages, of several named ones too; else empty."""
+    template = tokenizer.chat_template
+    return str(template.get("default", "") if isinstance(template, dict) else template or "")
+
+
 def _render(tokenizer: Any, turns: int, **options: Any) -> str:
-    """Render the first turns of `_CHAT`; empty if the template refuses, or if there are several."""
-    if not isinstance(tokenizer.chat_template, str):
+    """Render the first turns of `_CHAT`; empty if the template refuses."""
+    if not usual(tokenizer):
         return ""
     try:
         return str(tokenizer.apply_chat_template(_CHAT[:turns], tokenize=False, **options))
@@ -213,6 +219,30 @@ def prefix_note(tokenizer: Any) -> str | None:
             cut = len(os.path.commonprefix([before, after]))
             a, b = (text[cut : cut + 40].translate({2: None, 3: None}) for text in (before, after))
             return f"the chat template does not keep what it wrote before: {a!r} becomes {b!r}"
+    return None
+
+
+def unwritten(tokenizer: Any, prompt: Any) -> dict[str, Any] | None:
+    """Return the first turn of a prompt that is not in its text; None if all are, or if it fails.
+
+    White space does not count, nor reasoning in earlier answers, nor what is about tools.
+    """
+    try:
+        messages, tools = tool_calls.for_template(prompt)
+        written = str(
+            tokenizer.apply_chat_template(
+                messages, tools=tools, add_generation_prompt=True, tokenize=False
+            )
+        )
+    except Exception:  # refused: a filter counts these rows
+        return None
+    text = "".join(written.split())
+    turns: list[dict[str, Any]] = prompt
+    for turn in turns:
+        content = turn["content"].rpartition("</think>")[2]
+        forms = (content, json.dumps(content)[1:-1], json.dumps(content, ensure_ascii=False)[1:-1])
+        if turn["role"] != "tool" and not any("".join(form.split()) in text for form in forms):
+            return turn
     return None
 
 

@@ -38,6 +38,7 @@ from .filters import (
     bucket,
     call_tools,
     check_losses,
+    check_written,
     drop_too_long,
     drop_useless,
     expand,
@@ -260,6 +261,7 @@ def _read(
         kept.agreement = _labeler_agreement(labelled) or kept.agreement
     note_damage(kept, mixed)
     break_control_tokens(kept, mixed, tokenizer)
+    check_written(kept, mixed, tokenizer, recipe.data.max_lost)
     follow_template(kept, mixed, tokenizer)
     kept.rows = expand(kept, mixed)
     drop_useless(kept)

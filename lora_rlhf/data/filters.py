@@ -177,6 +177,11 @@ _SIGNS = (
     (0.0, "\ufffd", "characters were lost when the text was converted (\ufffd)"),
     (0.0, "[\u00c2\u00c3][\x80-\xbf]|\u00e2(?:\u20ac|\x80).",
      "the text looks decoded wrongly, as \u00c3\u00a9 for \u00e9"),
+    (0.0, "\r", "the text has line breaks of Windows or of an old Mac (\\r)"),
+    (0.0, "_x000[DdAa]_", "the text holds _x000D_, as Excel writes line breaks"),
+    (0.0, r"\[object Object\]", "the text holds [object Object], as JavaScript writes a value"),
+    (0.1, r"(?:\A|\u200b)b(['\"])[^\u200b]*\1(?:\Z|\u200b)", "the text is Python's b'..'"),
+    (0.1, r"(?:\A|\u200b)\['[^\u200b]*'\](?:\Z|\u200b)", "the text is Python's ['..']"),
     (0.1, r"&(?:amp|lt|gt|quot|nbsp|#\d{2,4});", "the text holds HTML entities, such as &amp;"),
     (0.1, r"\A(?=[^\n]*\Z).*\\n(?![a-z])",  # code has line breaks too, and LaTeX \nabla
      r"the text holds \n in the place of line breaks"),
@@ -239,6 +244,46 @@ def break_control_tokens(kept: FilteredSet, examples: list[Example], tokenizer: 
     if kept.special:
         note = "control tokens of the tokenizer in the text were broken by a zero-width space"
         kept.notes[note] += kept.special
+
+
+def check_written(
+    kept: FilteredSet, examples: list[Example], tokenizer: Any, max_lost: float
+) -> None:
+    """Note conversations of which the chat template does not write every turn, or stop.
+
+    That is a property of the template and of the roles, or of long texts, so some rows show it.
+
+    Raises:
+        DataError: More than `max_lost` of the examples have such a turn.
+    """
+    given = [one for one in examples if isinstance(one.prompt, list) and not one.item]
+    roles: dict[tuple[str, ...], Example] = {}
+    for one in given:
+        turns: list[Any] = [*one.prompt]
+        roles.setdefault(tuple(turn["role"] for turn in turns), one)
+    longest = sorted(given, key=lambda one: -len(text_of(one.prompt)))[:8]
+    some = [*given[:_COMPARED], *[*roles.values()][:_COMPARED], *longest]
+    if not any(chat_template.unwritten(tokenizer, one.prompt) for one in some):
+        return
+    lost = [
+        (one, turn) for one in given if (turn := chat_template.unwritten(tokenizer, one.prompt))
+    ]
+    (first, turn), share = lost[0], len(lost) / len(given)
+    problem = f"the chat template leaves out or changes what the {turn['role']} says, such as "
+    problem += repr(excerpt(turn["content"], 60))
+    if share <= max_lost:
+        kept.notes[problem] += len(lost)
+        return
+    remedy = "use a base whose template writes every turn"
+    if turn["role"] == "system":
+        remedy = f"write it into the first turn of the user, or {remedy}"
+    raise DataError(
+        f"{problem} ({share:.0%} of the {kept.name})",
+        where=first.where,
+        expected=f"a template that writes each turn, for all but {max_lost:.0%} of the rows "
+        "(data.max_lost)",
+        remedy=f"{remedy}; data.max_lost: {math.ceil(share * 100) / 100:g} trains without",
+    )
 
 
 def follow_template(kept: FilteredSet, examples: list[Example], tokenizer: Any) -> None:
@@ -505,8 +550,9 @@ def check_losses(kept: FilteredSet, max_lost: float) -> None:
             + kept.first(reason)
             + "".join(f"\n  {note}" for note in notes[:3]),
             expected=f"at most {max_lost:.0%} (data.max_lost)",
-            remedy=f"{remedy}, or set data.max_lost to {math.ceil(lost * 100) / 100:g} to do "
-            "without them",
+            remedy=remedy
+            + f", or set data.max_lost to {math.ceil(lost * 100) / 100:g} to do without them"
+            * (n["after"] > 1),
         )
 
 

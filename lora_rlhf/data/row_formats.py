@@ -7,6 +7,7 @@ Text becomes messages if the tokenizer has a chat template.
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_rlhf.errors import DataError, TokenizerError
-from lora_rlhf.recipe.schema import DataSource
+from lora_rlhf.recipe.schema import COLUMNS, DataSource
 
 from . import answer_format, tool_calls, unread_columns
 from .sources import Row, Skips, excerpt
@@ -89,6 +90,12 @@ _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 _TRANSCRIPTS_READ = "HH-RLHF transcripts were read as messages"
 _SERIALISED = re.compile(r"\s*\[\s*\{\s*['\"](?:role|content|from|value)['\"]\s*:")
 _ONE_TURN = re.compile(r"\s*\{\s*['\"](?:role|content|from|value)['\"]\s*:")
+_WRAPPED = re.compile(
+    r"\s*(?:\"\s*(?:\[\s*)?\{|\{\s*\"(?:messages|conversations?)\"\s*:|"
+    r"\[\s*\{(?=[^}]*['\"](?:role|from)['\"]\s*:)(?=[^}]*['\"](?:content|value)['\"]\s*:))"
+)
+"""Turns written as text twice, inside an object, or after other keys."""
+
 _TURN = re.compile(r"<\|(?:im_start|user|system|start_header_id)\|>|\[INST\]|<start_of_turn>")
 _ASKED = re.compile(r"(?<!\w)(?:USER|User|HUMAN|Human|Instruction):")
 _ANSWERED = re.compile(r"(?<![^\s#])(?:ASSISTANT|Assistant|Response):")
@@ -109,6 +116,9 @@ _NOT_TRAINED = ("function_call", "reasoning_content", "reasoning", "thinking",
                 "images", "image", "audio")  # fmt: skip
 """Keys of a turn whose content no stage would see."""
 
+
+_TRAINED, _MASKED = ("weight", "train", "training", "loss"), ("mask", "masked")
+"""Keys by which other programs leave an answer out of the loss: as false or 0, as true or 1."""
 
 _RESERVED = ("prompts", "completions", "completion", "completion_ids", "prompt_ids", "item",
              "trunk_states", "trainer_state", "environments", "log_extra",
@@ -211,13 +221,20 @@ def _skip(
     if len(bad) <= skips.most - len(skips.seen):
         skips.seen += [DataError(text, where=where) for where, text in bad]
         return
-    mapping = ", or map the right columns with `columns:`" if len(bad) == len(rows) else ""
+    remedy = (
+        f"correct or remove these rows, or skip them by `skip_bad: {len(skips.seen) + len(bad)}`"
+    )
+    if len(bad) == len(rows):
+        others = [v for k, v in rows[0][1].items() if k not in COLUMNS]
+        remedy = "write all rows in this form"
+        remedy += ", or map the right columns with `columns:`" * any(
+            isinstance(value, str | list) for value in others
+        )
     raise DataError(
         f"{len(bad)} of {len(rows)} {problem}{_shown(bad)}",
         where=bad[0][0],
         expected=expected,
-        remedy=f"correct or remove these rows, or skip them by `skip_bad: "
-        f"{len(skips.seen) + len(bad)}`{mapping}",
+        remedy=remedy,
     )
 
 
@@ -436,7 +453,8 @@ def _unfolded(row: dict[str, Any], ignored: set[str], notes: Counter[str]) -> di
     for column in (*_MESSAGES, "completions", "ranks", "scores"):
         turns = converted.get(column)
         if isinstance(turns, str) and (
-            column not in _MESSAGES or _SERIALISED.match(turns) or _ONE_TURN.match(turns)
+            column not in _MESSAGES
+            or any(form.match(turns) for form in (_SERIALISED, _ONE_TURN, _WRAPPED))
         ):
             turns = _deserialised(turns, column)
             serialised |= not isinstance(turns, str)
@@ -478,7 +496,7 @@ def _as_ours(turn: dict[str, Any], row_notes: set[str]) -> dict[str, Any]:
 
 
 def _ultrafeedback(row: dict[str, Any], notes: Counter[str]) -> dict[str, Any]:
-    """Read UltraFeedback's own columns, and those of Argilla's first pairs of it.
+    """Read UltraFeedback's own columns, those of Argilla's first pairs of it, and OpenAI's pairs.
 
     A completion scores the mean of its ratings (1 to 5) of four aspects; its `overall_score` is not
     read, since some of them were stored wrongly.
@@ -488,7 +506,12 @@ def _ultrafeedback(row: dict[str, Any], notes: Counter[str]) -> dict[str, Any]:
         names["rejected_response"] = "rejected"
         notes["UltraFeedback's columns were read"] += 1
         return {names.get(key, key): value for key, value in row.items()}
-    answers = row.get("completions")
+    answers, given = row.get("completions"), row.get("input")
+    if row.keys() >= {"preferred_output", "non_preferred_output"} and isinstance(given, dict):
+        notes["OpenAI's columns of preferences were read"] += 1
+        names = {"preferred_output": "chosen", "non_preferred_output": "rejected"}
+        own = {names.get(key, key): value for key, value in row.items() if key != "input"}
+        return {"prompt": given.get("messages"), "tools": given.get("tools"), **own}
     if "instruction" not in row or not isinstance(answers, list):
         return row
     if not all(isinstance(a, dict) and {"response", "annotations"} <= a.keys() for a in answers):
@@ -518,21 +541,38 @@ def _mean_rating(annotations: Any) -> float | None:
 
 
 def _deserialised(text: str, column: str) -> Any:
-    """Read a list, or one turn, from JSON or from Python's notation; other text stays as it is.
+    """Read a list, or turns, from JSON or from Python's notation; other text stays as it is.
 
-    A turn of the user as an answer is text: the answer is JSON.
+    A turn of the user as an answer is text, and so are objects that are no turns: the answer is
+    JSON.
     """
+    value = _literal(text)
+    if isinstance(value, str) and value != text:
+        value = _literal(value)  # written as text twice
+    if isinstance(value, dict) and {*value} & {"messages", "conversations", "conversation"}:
+        value = next(iter(value.values())) if len(value) == 1 else text
+    if isinstance(value, list):
+        answer = column in ("completion", "chosen", "rejected")
+        return text if answer and not all(map(_role, value)) else value
+    keys = {*value} if isinstance(value, dict) else set()
+    role = _role(value) if keys in ({"role", "content"}, {"from", "value"}) else ""
+    turn = role == "assistant" if column in ("completion", "chosen", "rejected") else bool(role)
+    return value if turn else text
+
+
+def _literal(text: str) -> Any:
+    """Return the value that a text is in JSON or in Python's notation; the text if it is none."""
     for parse in (json.loads, ast.literal_eval):
-        try:
-            value = parse(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-        keys = {*value} if isinstance(value, dict) else set()
-        turn = keys == {"role", "content"} or keys == {"from", "value"}
-        role = _ROLES.get(str(value.get("role", value.get("from"))).casefold()) if turn else None
-        turn = role == "assistant" if column in ("completion", "chosen", "rejected") else bool(role)
-        return value if isinstance(value, list) or turn else text
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return parse(text)
     return text
+
+
+def _role(turn: Any) -> str:
+    """Return the role of a turn, as we call it; empty for anything else."""
+    if not isinstance(turn, dict) or not ("content" in turn or "value" in turn):
+        return ""
+    return _ROLES.get(str(turn.get("role", turn.get("from"))).casefold(), "")
 
 
 def _accepted(name: str) -> str:
@@ -553,6 +593,7 @@ def _no_layout(rows: list[Row], name: str) -> DataError:
     usable = [key for key in columns if isinstance(first[key], str | list)]
     if len(usable) >= min(map(len, LAYOUTS[name])):
         remedy = "map the columns in the recipe with `columns: {our name: the file's name}`"
+    remedy = _written_otherwise(first, name) or remedy
     for layout in LAYOUTS[name]:
         if (guess := mapping(columns, layout, rows)) is not None:
             remedy = f"try `columns: {{{', '.join(f'{a}: {b}' for a, b in guess.items())}}}`"
@@ -564,6 +605,38 @@ def _no_layout(rows: list[Row], name: str) -> DataError:
         expected=_accepted(name),
         remedy=remedy,
     )
+
+
+def _written_otherwise(first: dict[str, Any], name: str) -> str:
+    """Say how rows of a known form that no mapping can read are written; empty for other rows."""
+    better = "`chosen` and the other one as `rejected`" if name == "comparisons" else "`completion`"
+    stems: dict[str, list[str]] = {}
+    for key, value in first.items():
+        of_two = re.fullmatch(r"(.+?)[_ -]?[abAB012]", key) if isinstance(key, str) else None
+        if of_two and isinstance(value, str | list):
+            stems.setdefault(of_two[1], []).append(key)
+    for two in stems.values():
+        if len(two) == 2 and name in ("demonstrations", "comparisons"):
+            return (
+                f"write rows of `prompt` and, of {two[0]!r} and {two[1]!r}, the better one as "
+                f"{better}; `columns:` cannot choose between them"
+            )
+    bad = next((key for key in first if "reject" in str(key)), "")
+    if bad and "messages" in first and name == "comparisons":
+        return (
+            f"write the turns of 'messages' before the last as `prompt`, the last as `chosen`, and "
+            f"{bad!r} as `rejected`"
+        )
+    for key, value in first.items():
+        if isinstance(value, list) and len(value) > 1 and all(isinstance(x, str) for x in value):
+            return (
+                f"{key!r} is a list of texts: write the better one of two as {better}, or all as "
+                "`completions` with their `ranks` or `scores`; turns of a talk as `messages`"
+            )
+    if [*first] == ["text"] and name != "text":
+        remedy = "split each text into `prompt` and the answer; plain text itself serves as "
+        return f"{remedy}data.text, beside other data"
+    return ""
 
 
 def mapping(columns: list[str], layout: tuple[str, ...], rows: list[Row]) -> dict[str, str] | None:
@@ -585,7 +658,9 @@ def mapping(columns: list[str], layout: tuple[str, ...], rows: list[Row]) -> dic
 
 def _parts(columns: list[str], guess: dict[str, str], rows: list[Row]) -> dict[str, str]:
     """Find the columns that would be read beside those of a mapping: `input` and `system`."""
-    filled = {key for _, row in rows for key, value in row.items() if value not in (None, "")}
+    filled = {
+        key for _, row in rows for key, value in row.items() if value and isinstance(value, str)
+    }
     left = [key for key in columns if key not in guess.values() and key in filled]
     names = {
         ours: next((name for name in unread_columns.PARTS[ours] if name in left), "")
@@ -687,7 +762,7 @@ def _turns(row: dict[str, Any], column: str) -> Turns:
     """Return a checked text or list of messages: `role`, `content`, and what is about tools."""
     value = row.get(column)
     if isinstance(value, str):
-        if _SERIALISED.match(value):
+        if _SERIALISED.match(value) and _literal(value) == value:
             raise _Unfit(f"column {column!r} holds messages as invalid JSON: {excerpt(value)}")
         return _valid(value, column)
     if value is None:
@@ -699,12 +774,16 @@ def _turns(row: dict[str, Any], column: str) -> Turns:
     for turn in value:
         left = [k for k in _NOT_TRAINED if isinstance(turn, dict) and turn.get(k)]
         if isinstance(turn, dict) and (turn is value[-1] or turn.get("tool_calls")):
-            left += [k for k in ("weight", "train") if turn.get(k, 1) == 0]  # others are context
+            left += [k for k in _TRAINED if turn.get(k, 1) == 0]  # other turns are context
+            left += [k for k in _MASKED if turn.get(k)]
         if left:
             raise _Unfit(
                 f"column {column!r}: a turn has {left[0]!r}, which no stage reads: write what it "
                 f"means into the content, as the chat template does: {excerpt(turn)}"
             )
+        if isinstance(turn, str):
+            several = "one text" if len(value) == 1 else "`completions` with `ranks` or `scores`"
+            raise _Unfit(f"column {column!r} is a list of texts: write it as {several}")
         content = turn.get("content") if isinstance(turn, dict) else None
         try:
             about_tools = tool_calls.of_turn(turn) if isinstance(turn, dict) else {}

@@ -15,6 +15,7 @@ import glob
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -39,12 +40,15 @@ _ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 FORMATS = f"{', '.join(_ENDINGS[:-1])} or {_ENDINGS[-1]}, .gz allowed"
 _CONTENTS = {b"\x1f\x8b": "gz", b"PAR1": "parquet", b"PK\x03\x04": "zip or .xlsx", b"BZh": "bz2",
              b"\x28\xb5\x2f\xfd": "zst", b"\xd0\xcf\x11\xe0": "xls", b"ARROW1": "arrow",
-             b"\xff\xff\xff\xff": "arrow", b"%PDF": "pdf"}  # fmt: skip
+             b"\xff\xff\xff\xff": "arrow", b"%PDF": "pdf", b"version https://git-lfs": "lfs",
+             b"<!DOCTYPE html": "html", b"<!doctype html": "html", b"<html": "html"}  # fmt: skip
 """First bytes -> the ending that a file with them has; none of them begins a text."""
 
 _CONVERTED = {
     ".arrow": "write its rows as .parquet: `datasets.load_from_disk(FOLDER).to_parquet(FILE)`",
     ".xlsx": "save it in the spreadsheet as CSV (UTF-8)", ".xls": "save it as CSV (UTF-8)",
+    ".lfs": "run `git lfs pull` in its folder: this is a pointer of Git LFS to the file",
+    ".html": "download the file itself: this is a page, such as that of an error or a login",
     ".ods": "save it as CSV (UTF-8)", ".zip": "unpack it, and name the file inside",
     ".txt": "write each text as a row into a .jsonl, such as {'prompt': ..., 'completion': ...}",
 }  # fmt: skip
@@ -259,21 +263,11 @@ def _file(path: Path, skips: Skips) -> list[Row]:
     kind = suffixes[-1] if suffixes else ""
     if not raw.removeprefix(codecs.BOM_UTF8).strip():
         raise DataError("the file is empty", where=str(path), expected=_ENOUGH)
-    if kind == ".parquet":
-        return _parquet(path, raw)
     content = next((name for first, name in _CONTENTS.items() if raw.startswith(first)), "")
+    if kind == ".parquet" and content not in ("lfs", "html"):
+        return _parquet(path, raw)
     if kind not in _ENDINGS or content:
-        what = f"its content is that of a .{content} file" if content else ""
-        remedy = _CONVERTED.get(f".{content}" if content else kind, "convert the file")
-        named = "rename it if its ending is wrong"
-        raise DataError(
-            what or f"files ending in {kind!r} cannot be read",
-            where=str(path),
-            expected=FORMATS,
-            remedy=f"{named}, or unpack it"
-            if content in ("gz", "parquet")
-            else f"{remedy}, or {named}",
-        )
+        raise _no_text(path, kind, content)
     if kind in (".csv", ".tsv"):
         text = _decode(path, raw)
         return _table(path, text, "\t" if kind == ".tsv" else ",", skips)
@@ -287,6 +281,24 @@ def _file(path: Path, skips: Skips) -> list[Row]:
     if len(rows) == 1:
         _check_rows_inside(*rows[0])
     return rows
+
+
+def _no_text(path: Path, kind: str, content: str) -> DataError:
+    """Create the error for a file of a format that is not read, by its ending or first bytes."""
+    if content in ("lfs", "html"):
+        remedy, what = _CONVERTED[f".{content}"].split(": this is ")
+        return DataError(f"this is {what}", where=str(path), expected=FORMATS, remedy=remedy)
+    what = f"its content is that of a .{content} file" if content else ""
+    remedy = _CONVERTED.get(f".{content}" if content else kind, "convert the file")
+    named = "rename it if its ending is wrong"
+    return DataError(
+        what or f"files ending in {kind!r} cannot be read",
+        where=str(path),
+        expected=FORMATS,
+        remedy=f"{named}, or unpack it"
+        if content in ("gz", "parquet")
+        else f"{remedy}, or {named}",
+    )
 
 
 def _is_text(raw: bytes) -> bool:
@@ -339,23 +351,44 @@ def _limited(path: Path, file: IO[bytes] | gzip.GzipFile, packed: int) -> bytes:
     return unpacked
 
 
-def _decode(path: Path, raw: bytes, line: int = 1) -> str:
-    """Decode UTF-8 that begins on this line of the file."""
+def _decode(path: Path, raw: bytes, line: int = 1, whole: bytes = b"") -> str:
+    """Decode UTF-8 that begins on this line of the file, a part of `whole` if that is given."""
     try:
+        if len(raw) > 1 and (raw[0] == 0) != (raw[1] == 0):
+            raise UnicodeDecodeError("utf-8", raw, raw.index(b"\0"), 1, "UTF-16")
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         start = raw.rfind(b"\n", 0, error.start) + 1
         shown = raw[start : start + 400].split(b"\n")[0].decode("utf-8", "backslashreplace")
         number = line + raw.count(b"\n", 0, error.start)
-        wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in raw[:4]
         raise DataError(
             f"byte 0x{raw[error.start]:02x} at column {error.start - start + 1} is not UTF-8: "
             f"{excerpt(shown)}",
             where=f"{path}:{number}",
             expected="UTF-8",
-            remedy=f"convert the file, such as with `iconv -f {'utf-16' if wide else 'latin1'} "
-            '-t utf-8`, or save it as "CSV UTF-8" in the spreadsheet',
+            remedy=_to_utf8(path, whole or raw),
         ) from None
+
+
+def _to_utf8(path: Path, raw: bytes) -> str:
+    """Say how a text becomes UTF-8."""
+
+    def is_utf8(line: bytes) -> bool:
+        with contextlib.suppress(UnicodeDecodeError):
+            return not line.isascii() and bool(line.decode())
+        return False
+
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in raw[:4]:
+        encoding, more = "utf-16", ""
+    elif any(map(is_utf8, raw.removeprefix(codecs.BOM_UTF8).split(b"\n"))):
+        return "correct this line: others are UTF-8, so the file holds two encodings"
+    else:
+        encoding = "cp1252"
+        more = " (of a Windows in Western Europe; others have cp1250, cp1251, gbk or shift_jis)"
+    return (
+        f"convert the file from its own encoding, such as with `iconv -f {encoding} -t utf-8 "
+        f'{path.name} > utf8-{path.name}`{more}, or save it as "CSV UTF-8" in the spreadsheet'
+    )
 
 
 def _jsonl(path: Path, raw: bytes, skips: Skips) -> Iterator[Row]:
@@ -363,11 +396,23 @@ def _jsonl(path: Path, raw: bytes, skips: Skips) -> Iterator[Row]:
     for number, line in enumerate(raw.split(b"\n"), start=1):
         if line.strip():
             try:
-                text = _decode(path, line, number)
-                row = _loads(path, text, number, "one JSON object a line")
+                text = _decode(path, line, number, raw)
+                row = _loads(path, text, number, "one JSON object a line", _of_line(text))
                 yield _object(row, f"{path}:{number}", text)
             except DataError as error:
                 skips.take(error)
+
+
+def _of_line(text: str) -> str:
+    """Say how a line becomes one object of JSON, if it shows how the whole file was written."""
+    line = text.strip()
+    if line in ("{", "["):
+        return "write each object on one line, such as with `jq -c . FILE > NEW.jsonl`"
+    if line.startswith("{") and line.endswith("},"):
+        return "take the comma off the ends of the lines"
+    if re.match(r"\{\s*'", line):
+        return "write the rows with `json.dumps`; this is Python's notation"
+    return ""
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -380,7 +425,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _loads(path: Path, text: str, first: int, expected: str) -> Any:
+def _loads(path: Path, text: str, first: int, expected: str, remedy: str = "") -> Any:
     """Parse JSON that begins on this line of the file."""
     try:
         return json.loads(text, object_pairs_hook=unique_keys)
@@ -393,6 +438,7 @@ def _loads(path: Path, text: str, first: int, expected: str) -> Any:
             f"not valid JSON{column} ({problem}): {shown}",
             where=f"{path}:{first + line - 1}",
             expected=expected,
+            remedy=remedy,
         ) from None
 
 
@@ -424,7 +470,10 @@ def _table(path: Path, text: str, usual: str, skips: Skips) -> list[Row]:
 def _csv(path: Path, text: str, delimiter: str, skips: Skips, first: int = 1) -> Iterator[Row]:
     """Yield the rows of a CSV whose header is on this line of the file."""
     limit = csv.field_size_limit(_MAX_CELL)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    spaced = _spaced(text, delimiter)
+    reader = csv.reader(
+        io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=spaced
+    )
     try:
         header = [name.strip() for name in next(reader)]
         if twice := [name for name in header if header.count(name) > 1]:
@@ -437,6 +486,8 @@ def _csv(path: Path, text: str, delimiter: str, skips: Skips, first: int = 1) ->
         line = reader.line_num + first
         for cells in reader:
             where, line = f"{path}:{line}", reader.line_num + first
+            if not any(map(str.strip, cells)):
+                continue  # a spreadsheet may write many empty rows at the end
             if cells and len(cells) == len(header):
                 yield where, dict(zip(header, cells, strict=True))
             elif cells:
@@ -458,6 +509,14 @@ def _csv(path: Path, text: str, delimiter: str, skips: Skips, first: int = 1) ->
         ) from None
     finally:
         csv.field_size_limit(limit)
+
+
+def _spaced(text: str, delimiter: str) -> bool:
+    """Tell if quoted cells follow a space, which would make the quotes a part of the text."""
+    with contextlib.suppress(csv.Error):
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        return any(c.startswith(' "') for cells in itertools.islice(reader, _MANY) for c in cells)
+    return False
 
 
 def _parquet(path: Path, raw: bytes) -> list[Row]:

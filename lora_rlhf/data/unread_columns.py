@@ -44,19 +44,37 @@ _JUDGES = frozenset(
     "choice better best annotator annotators "
     "correctness coherence honesty harmlessness "
     "kto desirable undesirable good bad liked disliked flagged incorrect wrong unsafe upvote "
-    "downvote weight weights".split()
+    "downvote weight weights deleted removed discarded spam truncated error errors failed failure "
+    "invalid valid hallucinated hallucination exclude excluded include included skip skipped "
+    "keep drop dropped".split()
 )
+_BAD = frozenset(
+    "dislikes downvotes downvote disliked toxic toxicity harmful undesirable bad flagged incorrect "
+    "wrong unsafe deleted removed discarded spam truncated error errors failed failure invalid "
+    "hallucinated hallucination exclude excluded skip skipped drop dropped".split()
+)
+"""Words of columns whose true means that the answer is bad."""
+
 _TOLD_APART = (
     ("good", "bad"), ("accepted", "rejected"), ("approved", "rejected"), ("correct", "incorrect"),
     ("correct", "wrong"), ("right", "wrong"), ("pass", "fail"), ("passed", "failed"),
     ("desirable", "undesirable"), ("like", "dislike"), ("liked", "disliked"), ("👍", "👎"),
     ("thumbs up", "thumbs down"), ("thumbs_up", "thumbs_down"), ("chosen", "rejected"),
-    ("gut", "schlecht"), ("richtig", "falsch"),
+    ("gut", "schlecht"), ("richtig", "falsch"), ("valid", "invalid"), ("ok", "error"),
+    ("success", "error"), ("success", "failure"), ("completed", "failed"), ("keep", "drop"),
+    ("submitted", "discarded"), ("stop", "length"), ("end_turn", "max_tokens"),
 )  # fmt: skip
 """Words of which a column with both judges the answers, whatever its name is."""
 
 _MOST_KINDS = 5
 _HELD_OUT = frozenset("test validation valid val dev eval evaluation holdout heldout".split())
+_OF_A_TURN = ("role", "content", "from", "value", "name", "tool_calls", "weight", "train",
+              "training", "loss", "mask", "masked")  # fmt: skip
+"""Keys of a turn that are read, or refused, where it is read."""
+
+_KEPT_OUT = _HELD_OUT - {"valid"} | {"train", "training", "held"}
+"""Words of columns that say by true and false which rows are not to train on."""
+
 _ANSWERS = ("completion", "messages", "chosen", "rejected", "completions")
 _LABELS = {
     **dict.fromkeys(("true", "1", "1.0", "+1", "up", "yes", "positive"), True),
@@ -114,8 +132,8 @@ def problems(
         read |= {"tools"} | ({"label"} & source.columns.keys())
     values: dict[str, list[Any]] = {}
     for _, row in rows:
-        for column, value in row.items():
-            if column not in read and isinstance(column, str) and value not in (None, "", [], {}):
+        for column, value in _cells(row):
+            if column not in (*read, *source.ignore) and value not in (None, "", [], {}):
                 values.setdefault(column, []).append(value)
     for column, given in values.items():
         if problem := _part(rows, column, given, layout, source):
@@ -133,6 +151,23 @@ def problems(
             "file",
         )
         yield Problem(theirs, columns, error)
+
+
+def _cells(row: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield name and value of each column, of one that holds named values those, and of a turn.
+
+    The last turn of `messages` may carry a judgement, such as `rating`.
+    """
+    for column, value in row.items():
+        if not isinstance(column, str):
+            continue
+        yield column, value
+        if isinstance(value, dict) and column not in _ANSWERS:
+            yield from ((f"{column}.{key}", one) for key, one in value.items())
+        if column == "messages" and isinstance(value, list):
+            last = value[-1] if value and isinstance(value[-1], dict) else {}
+            more = (key for key in last if key not in _OF_A_TURN)
+            yield from ((f"messages.{key}", last[key]) for key in more)
 
 
 def _part(
@@ -180,6 +215,8 @@ def _judgement(
 ) -> Problem | None:
     """Describe a column that says how good the answers are, or what they are for; else None."""
     words = {str(value).strip().lower() for value in given}
+    if _words(column) & _KEPT_OUT and len(words) > 1 and all(label(v) is not None for v in given):
+        return _split(rows, column, given)
     if words & _HELD_OUT and words <= _HELD_OUT | {"train", "training"} and len(words) > 1:
         return _split(rows, column, given)
     told_apart = len(words) <= _MOST_KINDS and any(words >= {*pair} for pair in _TOLD_APART)
@@ -192,13 +229,14 @@ def _judgement(
         len(kinds) <= _MOST_KINDS and all(isinstance(value, int | float) for value in given)
     ):
         return None  # names of people, not what they said
-    if len(kinds) == 1 and label(given[0]) is not False:
+    if len(kinds) == 1 and len(given) == len(rows) and label(given[0]) is not False:
         return None  # it judges no row apart from the others
     columns: dict[str, str] = {}
     remedy = "leave in the file what the model should learn, such as the answers judged good"
     if name == "comparisons":
         remedy = "give the better answer as `chosen`, and leave out pairs that should not count"
-    if name == "demonstrations" and all(label(value) is not None for value in given):
+    clear = column in rows[0][1] and not _words(column) & _BAD  # a label may be made of it
+    if name == "demonstrations" and clear and all(label(value) is not None for value in given):
         columns = _mapped(source, "label", column)
         remedy = f"{_written(columns)} trains on the answers judged good only, "
         remedy += "and under data.comparisons pairs the good and bad answers to a prompt"

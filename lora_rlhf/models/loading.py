@@ -6,10 +6,13 @@ Only safetensors are read, and code beside the weights is never run.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
+import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,6 +44,11 @@ _DROPOUTS = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hi
              "hidden_dropout_prob", "classifier_dropout", "token_dropout")  # fmt: skip
 """Dropout keys of transformers' configs."""
 
+_POINTER = b"version https://git-lfs"
+
+_FURTHER = {"num_nextn_predict_layers", "mtp_num_hidden_layers"}
+"""Keys of configs whose files hold layers that transformers leaves out on purpose."""
+
 
 def load(
     model: ModelSection, *, on_host: bool = False
@@ -55,7 +63,7 @@ def load(
         and the origin of the weights.
 
     Raises:
-        BaseModelError: The model cannot be found or read, or is not a causal language model.
+        BaseModelError: The model cannot be loading_info or read, or is not a causal language model.
         TokenizerError: No eos, no unused token for padding, or a token without an embedding row.
         SetupError: 4-bit needs bitsandbytes, which cannot be used.
     """
@@ -71,13 +79,19 @@ def load(
         config = AutoConfig.from_pretrained(where, **plain)
         tokenizer = AutoTokenizer.from_pretrained(where, padding_side="left", **plain)
         disable_dropout(config)
-        causal = AutoModelForCausalLM.from_pretrained(
-            where, config=config, dtype=dtype, device_map={"": device}, **options
+        causal, loading_info = AutoModelForCausalLM.from_pretrained(
+            where,
+            config=config,
+            dtype=dtype,
+            device_map={"": device},
+            output_loading_info=True,
+            **options,
         )
     except torch.OutOfMemoryError:  # not an error of the model
         raise
     except Exception as error:  # the libraries raise many classes, one only for truncated files
         raise _load_error(model, error, "config.json, tokenizer and safetensors") from error
+    _check_weights(model, causal, loading_info)
     notes = _prepared(tokenizer, causal)
     for named in (causal, causal.config, tokenizer):  # trackers and tokenizer files contain it
         named.name_or_path = safe(where)
@@ -88,6 +102,44 @@ def load(
     if notes:
         source["token_notes"] = notes
     return causal, tokenizer, source
+
+
+def _check_weights(
+    model: ModelSection, causal: PreTrainedModel, loading_info: Mapping[str, Any]
+) -> None:
+    """Refuse weights that the files lack, which would be random, that they have too many, or NaN.
+
+    Raises:
+        BaseModelError: There are such weights.
+    """
+    layers = causal.config.get_text_config().num_hidden_layers
+    beyond = [
+        name
+        for name in loading_info["unexpected_keys"]
+        if (number := re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", name))
+        and int(number[1]) >= layers
+    ]
+    missing, problem = sorted(loading_info["missing_keys"]), ""
+    if missing:
+        few = " and ".join(missing[:2])
+        problem = f"its files lack {len(missing):,} of its weights, such as {few}"
+        if unexpected := sorted(loading_info["unexpected_keys"]):
+            problem += f"; they hold others, such as {unexpected[0]}"
+    elif beyond and not _FURTHER & {*causal.config.to_dict()}:
+        problem = (
+            f"its files hold weights of layers beyond its {layers}, such as {sorted(beyond)[0]}"
+        )
+    else:
+        floats = (item for item in causal.named_parameters() if item[1].is_floating_point())
+        bad = next((name for name, p in floats if not bool(torch.isfinite(p).all())), "")
+        problem = f"its weight {bad} holds NaN or infinity" if bad else ""
+    if problem:
+        raise BaseModelError(
+            f"{model.id}: {problem}",
+            expected="weights that belong to its config.json: all of them, finite",
+            remedy="compare the folder's files with the original, or save the model again by "
+            "save_pretrained (a checkpoint of a trainer may name its weights otherwise)",
+        )
 
 
 def _prepared(tokenizer: PreTrainedTokenizerBase, causal: Any) -> list[str]:
@@ -182,10 +234,25 @@ def _locate(model: ModelSection) -> str:
             expected="a folder saved by transformers",
             remedy="check model.id; a run finds a base that was moved or renamed together with it",
         )
-    if local_folder(model):  # a relative id may be a folder too
+    if folder := local_folder(model):  # a relative id may be a folder too
+        _reject_pointers(Path(folder))
         paths.reject_escaping_links(path, BaseModelError)
         paths.reject_escaping_shards(path, BaseModelError)
     return str(path) if is_path else model.id
+
+
+def _reject_pointers(folder: Path) -> None:
+    """Refuse a clone without Git LFS, whose large files are notes of where they are."""
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
+        with contextlib.suppress(OSError), file.open("rb") as opened:
+            if opened.read(len(_POINTER)) == _POINTER:
+                raise BaseModelError(
+                    "this is a pointer of Git LFS, not the file itself",
+                    where=str(file),
+                    expected="the files of a model",
+                    remedy="run `git lfs install` and `git lfs pull` in its folder, or download "
+                    "it with `hf download`",
+                )
 
 
 def _source(model: ModelSection) -> dict[str, Any]:

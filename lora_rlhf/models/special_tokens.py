@@ -109,6 +109,10 @@ def check_embedding_rows(tokenizer: PreTrainedTokenizerBase, causal: PreTrainedM
     ]
     if tokenizer.eos_token_id >= rows:
         bad.append(tokenizer.eos_token)
+    added = tokenizer.added_tokens_decoder
+    bad += [
+        word for word, i in tokenizer.get_vocab().items() if i >= rows and i not in added
+    ]  # of another model: any text may hold them
     if bad:
         raise TokenizerError(
             f"the tokenizer has {bad[0]!r}, and the embedding of the model, of {rows} rows, has no "
@@ -121,11 +125,12 @@ def check_embedding_rows(tokenizer: PreTrainedTokenizerBase, causal: PreTrainedM
 
 def _template_text(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the chat template and a chat that it rendered, since markers may depend on roles."""
-    if not isinstance(tokenizer.chat_template, str):
+    template = chat_template.usual(tokenizer)
+    if not template:
         return ""
     chat = [{"role": role, "content": ""} for role in ("user", "assistant")]
     try:
         rendered = str(tokenizer.apply_chat_template(chat, tokenize=False))
     except Exception:  # the template refuses this chat; the data filters report it
         rendered = ""
-    return tokenizer.chat_template + rendered
+    return template + rendered

@@ -95,7 +95,12 @@ def test_an_error_in_a_line_of_a_megabyte_has_its_place_and_a_short_excerpt(tmp_
 @pytest.mark.parametrize(
     ("raw", "line", "message", "remedy"),
     [
-        (GOOD[0] + b'\n{"prompt": "\xe9"}', 2, "byte 0xe9 at column 13", "latin1"),
+        (GOOD[0] + b'\n{"prompt": "\xe9"}', 2, "byte 0xe9 at column 13", "iconv -f cp1252"),
+        (b'{"prompt": "\xc3\xa9"}\n{"prompt": "\xe9"}', 2, "byte 0xe9", "two encodings"),
+        ("\n".join("ab").encode("utf-16-le"), 1, "byte 0x00 at column 2", "iconv -f utf-16"),
+        (2 * (b"{\n" + GOOD[0][1:] + b"\n"), 1, "not valid JSON", "jq -c"),
+        (b",\n".join([*GOOD, b""]), 1, "Extra data", "take the comma off"),
+        (str({"prompt": "q"}).encode(), 1, "not valid JSON", "json.dumps"),
         (b"\n".join(GOOD).decode().encode("utf-16"), 1, "byte 0xff at column 1", "utf-16"),
         (b"\n" + GOOD[0] + b'\n{"prompt": "\xed\xa0\x80"}', 3, "byte 0xed at column 13", "iconv"),
         (GOOD[0] + b'\n{"prompt": "a\0b"}', 2, "at column 14 (Invalid control", "skip_bad"),

@@ -11,6 +11,7 @@ from lora_rlhf import tiny
 from lora_rlhf.data import chat_template, dataset_builder, filters, summaries, tokenization
 from lora_rlhf.data.filters import FilteredSet
 from lora_rlhf.data.row_formats import Example
+from lora_rlhf.errors import DataError
 
 _TURNS = (
     "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}{% else %}"
@@ -66,6 +67,43 @@ def test_the_end_of_a_turn_is_the_token_that_the_template_writes():
     assert chat_template.turn_end(make_tokenizer()) == "<|im_end|>"
     assert chat_template.turn_end(make_tokenizer(None)) is None
     assert chat_template.turn_end(make_tokenizer("{{ messages[-1].content }}")) is None
+
+
+def test_of_several_templates_the_usual_one_counts():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {"default": TEMPLATE, "rag": "{{ messages[-1].content }}"}
+    assert chat_template.turn_end(tokenizer) == "<|im_end|>"
+    assert chat_template.markers(tokenizer) == chat_template.markers(make_tokenizer())
+
+
+@pytest.mark.parametrize(("template", "role"), [
+    ("{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.content }}{% endfor %}",
+     "system"),
+    ("<|im_start|>{{ messages[-1].content }}", "user"),
+    (TEMPLATE.replace("m.content", "m.content | replace('the', 'a')"), "user"),
+])  # fmt: skip
+def test_a_turn_that_the_template_does_not_write_is_told_or_stops(tmp_path, template, role):
+    tokenizer = make_tokenizer(template)
+    system = [{"role": "system", "content": "In French."}]
+    first = [*system * (role == "system"), *user("What is the plan?")]
+    rows = [{"messages": [*(first if i % 4 == 0 else []), *answer("hm") * (i % 4 == 0),
+                          *user(f"q{i}"), *answer(f"a{i}")]} for i in range(80)]  # fmt: skip
+    path = jsonl(tmp_path / "d.jsonl", rows)
+    with pytest.raises(DataError, match=f"leaves out or changes what the {role} says") as caught:
+        dataset_builder.demonstrations(recipe(demonstrations=path, max_lost=0.2), tokenizer)
+    assert "data.max_lost: 0.25 trains without" in caught.value.remedy
+    notes = dataset_builder.demonstrations(recipe(demonstrations=path), tokenizer).report["notes"]
+    assert any(f"what the {role} says" in note and "(20 rows)" in note for note in notes)
+
+
+def test_reasoning_and_white_space_that_a_template_drops_is_no_loss(tmp_path):
+    template = TEMPLATE.replace("m.content", "m.content.split('</think>')[-1] | trim")
+    middle = [*answer("<think>so</think>a"), *user("b"), *answer("c")]
+    rows = [{"messages": [*user(f" q{i} "), *middle]}
+            for i in range(40)]  # fmt: skip
+    path = jsonl(tmp_path / "d.jsonl", rows)
+    prepared = dataset_builder.demonstrations(recipe(demonstrations=path), make_tokenizer(template))
+    assert not any("leaves out or changes" in note for note in prepared.report["notes"])
 
 
 @pytest.mark.parametrize(("ending", "count"), [("assistant\n", 0), ("lang", 40)])

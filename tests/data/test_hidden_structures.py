@@ -238,7 +238,9 @@ def test_numbers_written_as_text_are_numbers(tmp_path, plain):
 @pytest.mark.parametrize(("text", "note"), [
     ("caf\u00c3\u00a9", "looks decoded wrongly"), ("\u00e2\u20ac\u0153a", "looks decoded wrongly"),
     ("caf\ufffd", "characters were lost"), ("It&#39;s", "HTML entities"),
-    ("a.\\nB", "in the place of line breaks"), ("x" * 64, "exactly 64 characters"),
+    ("a.\\nB", "in the place of line breaks"), ("a\r\nb", "line breaks of Windows"),
+    ("a_x000D_", "as Excel writes"), ("[object Object]", "JavaScript"),
+    ("x" * 64, "exactly 64 characters"),
 ])  # fmt: skip
 def test_signs_of_a_faulty_conversion_are_told(tmp_path, plain, text, note):
     cut = text.startswith("xx")
@@ -254,6 +256,37 @@ def test_signs_of_a_faulty_conversion_are_told(tmp_path, plain, text, note):
     fine += [{"prompt": f"f{i}", "completion": rf"$\nabla \neq {i}$"} for i in range(N)]
     fine += [{"prompt": f"c{i}", "completion": f'print("{i}\\n")\nexit()'} for i in range(N)]
     assert demonstrations(tmp_path, plain, [*PAIRS, *fine]).report["notes"] == []
+
+
+@pytest.mark.parametrize("text", ["b'a{}'", "['a{}']"])
+def test_a_value_of_python_in_the_place_of_a_text_is_told(tmp_path, plain, text):
+    rows = [{"prompt": f"q{i}", "completion": text.format(i)} for i in range(N)]
+    [note] = demonstrations(tmp_path, plain, rows).report["notes"]
+    assert "the text is Python's" in note and f"({N} rows)" in note
+
+
+def test_turns_written_as_text_in_other_ways_are_read(tmp_path, chat):
+    ways = [
+        lambda turns: json.dumps([{"id": 1, "name": "x", **turn} for turn in turns]),
+        lambda turns: json.dumps(json.dumps(turns)),
+        lambda turns: json.dumps({"messages": turns}),
+    ]
+    for write in ways:
+        rows = [{"prompt": write(user(f"q{i}")), "completion": "a"} for i in range(N)]
+        row = demonstrations(tmp_path, chat, rows).train[0]
+        assert row["prompt"][0]["role"] == "user" and row["prompt"][0]["content"][0] == "q"
+    records = [{"role": "admin", "content": "x", "n": 1}]  # an answer that is JSON is no turn
+    for answered in (json.dumps(records), json.dumps([{"role": "admin", "user": "x"}])):
+        rows = [{"prompt": f"q{i}", "completion": answered} for i in range(N)]
+        assert demonstrations(tmp_path, chat, rows).train[0]["completion"] == answer(answered)
+
+
+def test_pairs_of_openai_are_read(tmp_path, chat):
+    rows = [{"input": {"messages": user(f"q{i}"), "tools": []}, "preferred_output": answer("a"),
+             "non_preferred_output": answer("b")} for i in range(N)]  # fmt: skip
+    row = comparisons(tmp_path, chat, rows).train[0]
+    assert (row["chosen"], row["rejected"]) == (answer("a"), answer("b"))
+    assert row["prompt"][0]["content"].startswith("q")
 
 
 def test_ranks_and_scores_must_agree(tmp_path, plain):

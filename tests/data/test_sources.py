@@ -154,6 +154,28 @@ def test_a_csv_cell_of_a_megabyte_is_read(tmp_path):
     assert csv.field_size_limit() == 131_072  # the csv module's setting is everybody's
 
 
+def test_spaces_before_quotes_and_empty_rows_of_a_csv_are_no_texts(tmp_path, plain):
+    path = tmp_path / "a.csv"
+    rows = "".join(f'"q{i}, please", "a{i}, then wait"\n' for i in range(40))
+    path.write_text(f"prompt, completion\n{rows}" + ",\n" * 60, encoding="utf-8")
+    prepared = dataset_builder.demonstrations(recipe(demonstrations=path), plain)
+    expected = {(f"q{i}, please", f"a{i}, then wait") for i in range(40)}
+    assert {(row["prompt"], row["completion"]) for row in all_rows(prepared)} == expected
+    assert prepared.report["rows"] == 40
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize(("text", "remedy"), [
+    ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+    ("<!DOCTYPE html>\n<html><body>Not, found</body></html>\n", "download the file itself"),
+])  # fmt: skip
+def test_what_came_in_the_place_of_the_file_is_named(tmp_path, plain, ending, text, remedy):
+    (tmp_path / f"d.{ending}").write_text(text)
+    with pytest.raises(DataError, match="this is a p") as caught:
+        dataset_builder.demonstrations(recipe(demonstrations=tmp_path / f"d.{ending}"), plain)
+    assert remedy in caught.value.remedy
+
+
 def test_a_missing_file_suggests_its_neighbour(tmp_path, plain):
     jsonl(tmp_path / "train.jsonl", PAIRS)
     with pytest.raises(DataError, match=r"did you mean train\.jsonl\?"):

@@ -157,7 +157,13 @@ def test_scores_of_a_pair_must_not_prefer_the_rejected_answer(tmp_path, plain):
 
 @pytest.mark.parametrize(
     "extra",
-    [{"function_call": {"name": "f"}}, {"reasoning_content": "hm"}, {"weight": 0}],
+    [
+        {"function_call": {"name": "f"}},
+        {"reasoning_content": "hm"},
+        {"weight": 0},
+        {"loss": False},
+        {"mask": 1},
+    ],
 )
 def test_keys_of_a_turn_that_no_stage_reads_are_refused(tmp_path, chat, extra):
     rows = [{"messages": [*user("q"), {**answer("a")[0], **extra}]}]
@@ -170,6 +176,57 @@ def test_advice_that_no_mapping_can_follow_is_not_given(tmp_path, plain):
     with pytest.raises(DataError, match="no usable columns") as caught:
         prepare(tmp_path, plain, rows, "comparisons")
     assert "`columns:` cannot make them" in caught.value.remedy
+
+
+@pytest.mark.parametrize(("column", "values", "way_out"), [
+    ("is_test", [True, False], "`ignore: [is_test]`"), ("train", [0, 1], "for data.evaluate"),
+    ("finish_reason", ["stop", "length"], "columns: {label: finish_reason}"),
+    ("truncated", [True, False], "leave in the file"), ("toxic", [True, False], "leave in the"),
+    ("error", ["timeout", None], "leave in the file"),
+    ("metadata", [{"rating": 1}, {"rating": 5}], "`ignore: [metadata.rating]`"),
+    ("extra_info", [{"split": "test"}, {"split": "train"}], "`ignore: [extra_info.split]`"),
+])  # fmt: skip
+def test_rows_that_are_not_to_be_trained_on_are_told_apart(
+    tmp_path, plain, column, values, way_out
+):
+    rows = with_column(column, values)
+    with pytest.raises(DataError, match=f"the column '{column}") as caught:
+        prepare(tmp_path, plain, rows)
+    assert way_out in caught.value.remedy
+    assert ("label" in caught.value.remedy) == (column == "finish_reason")  # true is no praise
+    ignored = caught.value.remedy.rpartition("`ignore: [")[2].partition("]")[0]
+    assert len(all_rows(prepare(tmp_path, plain, rows, ignore=[ignored]))) == len(rows)
+
+
+def test_a_judgement_on_the_last_turn_stops(tmp_path, chat):
+    rows = [{"messages": [*user(f"q{i}"), {**answer("a")[0], "rating": i % 2, "id": i}]}
+            for i in range(40)]  # fmt: skip
+    with pytest.raises(DataError, match="the column 'messages.rating' is not read, and judges"):
+        prepare(tmp_path, chat, rows)
+    assert len(all_rows(prepare(tmp_path, chat, rows, ignore=["messages.rating"]))) == 40
+
+
+@pytest.mark.parametrize(("row", "remedy"), [
+    ({"prompt": "q", "response_a": "a", "response_b": "b", "winner": "a"}, "cannot choose"),
+    ({"question": "q", "answer_0": "a", "answer_1": "b", "score_0": 1}, "'answer_0' and "),
+    ({"messages": [], "rejected_response": "b"}, "'rejected_response' as `rejected`"),
+    ({"instruction": "q", "output": ["a", "b"]}, "'output' is a list of texts"),
+    ({"text": "### Human: q ### Assistant: a"}, "split each text"),
+])  # fmt: skip
+def test_known_forms_of_pairs_say_how_they_are_written(tmp_path, plain, row, remedy):
+    with pytest.raises(DataError, match="no usable columns") as caught:
+        prepare(tmp_path, plain, [row] * 3, "comparisons")
+    assert remedy in caught.value.remedy and "our name" not in caught.value.remedy
+
+
+@pytest.mark.parametrize(("completion", "remedy"), [
+    (["a"], "write all rows in this form"), (3, "write all rows in this form"),
+])  # fmt: skip
+def test_if_every_row_is_broken_none_is_to_be_skipped(tmp_path, chat, completion, remedy):
+    rows = [{"prompt": f"q{i}", "completion": completion} for i in range(9)]
+    with pytest.raises(DataError, match="9 of 9 rows do not fit") as caught:
+        prepare(tmp_path, chat, rows)
+    assert caught.value.remedy == remedy
 
 
 @pytest.mark.parametrize(("max_lost", "stops"), [(0.2, True), (0.6, False)])

@@ -2,11 +2,13 @@
 """Loading a base: dtypes, 4-bit, dropout, broken folders, provenance."""
 
 import json
+import shutil
 import sys
 
 import pytest
 import small
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_rlhf.errors import BaseModelError, SetupError
@@ -98,6 +100,49 @@ def test_truncated_weights_are_one_clear_error(tmp_path):
     with pytest.raises(BaseModelError, match=f"cannot load {tmp_path}: .+") as caught:
         small.base(tmp_path)
     assert "with the original" in caught.value.remedy
+
+
+def _renamed(weights):
+    return {f"module.{name}": tensor for name, tensor in weights.items()}
+
+
+def _without_a_matrix(weights):
+    return {name: t for name, t in weights.items() if "layers.0.self_attn.q_proj" not in name}
+
+
+def _of_a_deeper_model(weights):
+    return weights | {"model.layers.7.mlp.up_proj.weight": torch.ones(2, 2)}
+
+
+def _with_nan(weights):
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+    return weights
+
+
+@pytest.mark.parametrize(("change", "problem"), [
+    (_renamed, "lack .* they hold others, such as module"),
+    (_without_a_matrix, "lack 1 of its weights, such as model.layers.0.self_attn.q_proj"),
+    (_of_a_deeper_model, "layers beyond its 2, such as model.layers.7"),
+    (_with_nan, "mlp.up_proj.weight holds NaN"),
+])  # fmt: skip
+def test_weights_that_are_not_those_of_the_config_are_refused(tmp_path, change, problem):
+    folder = shutil.copytree(small.base_folder(), tmp_path / "base")
+    file = folder / "model.safetensors"
+    changed = change(load_file(file))
+    file.unlink()  # the folder's own files may be links
+    save_file(changed, file, metadata={"format": "pt"})
+    with pytest.raises(BaseModelError, match=problem):
+        small.base(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_clone_without_its_large_files_says_how_to_get_them(tmp_path, name):
+    folder = shutil.copytree(small.base_folder(), tmp_path / "base")
+    (folder / name).unlink()
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(BaseModelError, match="Git LFS") as caught:
+        small.base(folder)
+    assert "git lfs pull" in caught.value.remedy
 
 
 def test_a_broken_tokenizer_is_one_clear_error(tmp_path):

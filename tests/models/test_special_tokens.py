@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A pad token apart from eos, for tokenizers that bring one and for those that do not."""
 
+import json
+
 import pytest
 import small
 from tokenizers import processors
@@ -113,4 +115,20 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path):
     tokenizer.eos_token = None
     folder = small.with_tokenizer(tmp_path, tokenizer)
     with pytest.raises(TokenizerError, match="no eos"):
+        small.base(folder)
+
+
+def test_a_tokenizer_with_more_words_than_the_embedding_has_rows_is_refused(tmp_path):
+    """Of another model: any text may hold such a word, which is an IndexError in the embedding."""
+    tokenizer = small.tokenizer("<pad>", ("<pad>", "</s>", "<unk>"), markers=())
+    config = json.loads((small.base_folder() / "config.json").read_text())
+    words = tokenizer.get_vocab()
+    assert max(words.values()) < config["vocab_size"]
+    folder = small.with_tokenizer(tmp_path, tokenizer)
+    file = folder / "tokenizer.json"
+    read = json.loads(file.read_text())
+    read["model"]["vocab"]["beyond"] = config["vocab_size"]
+    file.unlink()
+    file.write_text(json.dumps(read))
+    with pytest.raises(TokenizerError, match="'beyond'.* has no row"):
         small.base(folder)

@@ -127,7 +127,7 @@ def test_semicolons_a_byte_order_mark_and_quoted_line_breaks(tmp_path):
 BROKEN = {
     "x.csv": (b"", "the file is empty"),
     "head.csv": (b"prompt,completion\n", "there are no rows"),
-    "latin.csv": ("prompt,completion\nGr\xf6\xdfe?,klein\n".encode("latin-1"), "iconv -f latin1"),
+    "latin.csv": ("prompt,completion\nGr\xf6\xdfe?,klein\n".encode("latin-1"), "iconv -f cp1252"),
     "wide.csv": ("prompt,completion\na?,b\n".encode("utf-16"), "iconv -f utf-16"),
     "bare.csv": (f"{Q[0]},{A[0]}\n{Q[1]},{A[1]}\n".encode(), "is not a header, but data"),
     "text.jsonl": (table(text=Q), "holds plain text only"),
