@@ -29,6 +29,7 @@ from trl import SFTConfig as SFTConfig
 from trl import SFTTrainer as SFTTrainer
 from trl.kernels import ChunkedLogProbFunction as ChunkedLogProbFunction
 from trl.kernels import chunked_logprob as chunked_logprob
+from trl.trainer.utils import RepeatSampler as RepeatSampler
 from trl.trainer.utils import add_fused_lm_head as add_fused_lm_head
 from trl.trainer.utils import split_tensor_dict as split_tensor_dict
 

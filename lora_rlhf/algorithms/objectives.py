@@ -102,6 +102,22 @@ def gae(
     return advantages_bt, advantages_bt + values_bt
 
 
+def importance_weights(
+    logprobs_bt: Tensor, sampled_logprobs_bt: Tensor, mask_bt: Tensor, most: float
+) -> tuple[Tensor, Tensor]:
+    """Weights p/q of tokens sampled by an earlier policy q, and the same cut off at `most`. (B, T).
+
+    p is the policy at the start of the update, around which `policy_loss` clips, and not the one
+    that is trained: the decoupled objective of 2110.00641 and 2505.24298. Cutting the weights off
+    bounds their variance and biases them towards q (Ionides 2008; 1802.01561). Padding is 0.
+    """
+    gap_bt = torch.where(
+        mask_bt.bool(), logprobs_bt - sampled_logprobs_bt, torch.full_like(logprobs_bt, -torch.inf)
+    )
+    weights_bt = gap_bt.clamp(max=MAX_LOG_RATIO).exp()
+    return weights_bt, weights_bt.clamp(max=most)
+
+
 class PolicyLoss(NamedTuple):
     """Sum over valid tokens of the clipped loss; ratio and clipped tokens (detached) to log."""
 
@@ -117,8 +133,11 @@ def policy_loss(
     mask_bt: Tensor,
     clip_low: float,
     clip_high: float,
+    weights_bt: Tensor | None = None,
 ) -> PolicyLoss:
     """PPO's clipped surrogate, negated: sum of max(-A r, -A clip(r, 1 - low, 1 + high)).
+
+    Each token's term is multiplied by its weight, if there are `importance_weights`.
 
     Source: 1707.06347 eq. 7. A sum, which the caller divides by the valid tokens of the whole
     minibatch, so that gradient accumulation is exact.
@@ -131,7 +150,10 @@ def policy_loss(
     ratio_bt = log_ratio_bt.exp()
     plain_bt = -advantages_bt * ratio_bt
     clipped_bt = -advantages_bt * ratio_bt.clamp(1 - clip_low, 1 + clip_high)
-    loss_sum = masked_sum(torch.maximum(plain_bt, clipped_bt), mask_bt)
+    loss_bt = torch.maximum(plain_bt, clipped_bt)
+    if weights_bt is not None:
+        loss_bt = loss_bt * weights_bt
+    loss_sum = masked_sum(loss_bt, mask_bt)
     return PolicyLoss(loss_sum, ratio_bt.detach(), (clipped_bt > plain_bt).float().detach())
 
 

@@ -12,6 +12,7 @@ N episodes, P and T tokens of the longest prompt and completion, H hidden size.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +29,7 @@ from lora_rlhf.recipe.schema import PpoSection
 from lora_rlhf.runtime import oom
 
 from . import identities
-from .vllm_rollouts import RolloutServer
+from .vllm_rollouts import Ahead, RolloutServer
 
 PARITY = 1e-4
 """Largest difference in nats, at any token, up to which the sampler's numbers are reused."""
@@ -53,6 +54,7 @@ class Scorer:
         server: Samples instead of this process, if there is one; its log-probs are never reused.
         server_difference: Of the last rollout: the largest |server's log-prob - trainer's|, in half
             precision the mean.
+        staleness: Updates by which the policy that sampled the last rollout was behind.
     """
 
     backbone: Backbone
@@ -65,9 +67,12 @@ class Scorer:
     trusted: bool | None = None
     server: RolloutServer | None = None
     server_difference: float = 0.0
+    staleness: int = 0
+    ahead: Ahead | None = None
     episodes: list[Episode] = field(default_factory=list)
     states: list[Tensor] | None = None
     _sampled: list[Sampled] | None = None
+    _earlier: dict[str, Tensor] | None = None  # the policy that sampled ahead
 
     def __post_init__(self) -> None:
         if trunk.depth(self.backbone) == 0 or self.ppo.trunk_states == "off":
@@ -75,28 +80,23 @@ class Scorer:
         if self.ppo.rollout_server:
             self.server, self.trusted = RolloutServer(self.ppo.rollout_server), False
 
-    def state_dict(self) -> dict[str, bool | None]:
-        """Return the decisions of the first rollout."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return the decisions of the first rollout, and completions that were sampled ahead."""
         trusted = None if self.server is not None else self.trusted  # of our sampler
-        return {"trunk": self.trunk, "trusted": trusted}
+        ahead = {} if self.ahead is None else {"ahead": self.ahead.state_dict()}
+        return {"trunk": self.trunk, "trusted": trusted, **ahead}
 
-    def load_state_dict(self, state: dict[str, bool | None]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.trunk = state["trunk"]
+        self.ahead = Ahead.restored(state["ahead"]) if state.get("ahead") else None
         # A continued run may have a server now, or none any more.
         self.trusted = False if self.server is not None else state["trusted"]
 
     def sample(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
         """Sample completions of the active role; keeps log-probs and states for `begin`."""
         if self.server is not None:
-            if world().first:
-                self.server.send(self.backbone)
-            self._sampled = self.server.sample(
-                self.backbone,
-                prompts,
-                max_new_tokens=max_new_tokens,
-                temperature=self.temperature,
-            )
+            self._sampled = self._sample_there(self.server, prompts, max_new_tokens)
             return [sampled.ids for sampled in self._sampled]
         self._sampled = sampler.sample(
             self.backbone,
@@ -106,6 +106,47 @@ class Scorer:
             keep_states=self.trunk is not False and self.trusted is not False,
         )
         return [sampled.ids for sampled in self._sampled]
+
+    def _sample_there(
+        self, server: RolloutServer, prompts: list[list[int]], max_new_tokens: int
+    ) -> list[Sampled]:
+        """Take the completions that were sampled ahead, or have the newest policy sample."""
+        ahead, self.ahead, self._earlier = self.ahead, None, None
+        rows, self.staleness = None, 0
+        if ahead is not None and ahead.prompts == prompts:
+            rows, self._earlier, self.staleness = ahead.rows(), ahead.policy, 1
+        if world().first:
+            server.send(self.backbone)
+        if rows is None:
+            if ahead is not None:
+                ahead.stop()
+            rows = server.sample(
+                self.backbone,
+                prompts,
+                max_new_tokens=max_new_tokens,
+                temperature=self.temperature,
+            )
+        return rows
+
+    def sample_ahead(self, prompts: list[list[int]], max_new_tokens: int) -> None:
+        """Let the server sample the next rollout's completions by the policy that it has now."""
+        assert self.server is not None
+        stopped = threading.Event()
+        ask = self.server.request(
+            self.backbone,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=self.temperature,
+            stopped=stopped,
+        )
+        policy = {n: p.detach().clone() for n, p in self.backbone.role_parameters("policy")}
+        self.ahead = Ahead(prompts, ask, policy, stopped)
+
+    def close(self) -> None:
+        """End requests whose completions nobody will use."""
+        if self.ahead is not None:
+            self.ahead.stop()
+        self.ahead = None
 
     def begin(self, episodes: list[Episode]) -> list[Tensor] | None:
         """Decide what is reused; return each episode's trunk states (L, H), if there is a trunk.
@@ -135,7 +176,8 @@ class Scorer:
 
         Args:
             out: Padded ids and masks; `old_logprobs` and `old_values` (N, T), `prompt_states`
-                (N, P, H) and `completion_states` (N, T, H) are added.
+                (N, P, H) and `completion_states` (N, T, H) are added, with `ppo.max_staleness`
+                `sampled_logprobs` (N, T) too.
             exact: Compute the policy's log-probs with the reference's code path, reusing none.
 
         Returns:
@@ -160,9 +202,14 @@ class Scorer:
         if not values:
             values = scoring.episode_values(self.backbone, self.episodes, size, self.states)
         out["old_logprobs"], out["old_values"] = _pad(logprobs, mask_nt), _pad(values, mask_nt)
+        if self.ppo.max_staleness and self._sampled is not None:
+            drawn = [
+                s.logprobs[-len(row) :] for s, row in zip(self._sampled, logprobs, strict=True)
+            ]
+            out["sampled_logprobs"] = _pad(drawn, mask_nt)
         if self.states is not None and world().size == 1:
             out |= self._padded_states(out)
-        self._sampled = self.states = None  # `out` holds them now
+        self._sampled = self._earlier = self.states = None  # `out` holds them now
         return _pad(reference, mask_nt)
 
     @torch.no_grad()
@@ -181,11 +228,19 @@ class Scorer:
         return world().completed(logprobs), world().completed(values)
 
     def _check_server(self, sampled: list[Sampled], logprobs: list[Tensor]) -> None:
-        """Compare every log-prob of the server with the trainer's.
+        """Compare the server's log-probs with the trainer's, of the policy that sampled.
+
+        If that is an earlier one, its weights are put back for the first episodes.
 
         Raises:
             IdentityError: They differ: the server has another adapter, base or temperature.
         """
+        if self._earlier is not None:
+            sampled, episodes = sampled[:_COMPARED], self.episodes[:_COMPARED]
+            with self.backbone.weights("policy", self._earlier):
+                logprobs = scoring.episode_logprobs(
+                    self.backbone, episodes, "policy", self.size, self.temperature
+                )
         drawn = [s.logprobs[-len(row) :] for s, row in zip(sampled, logprobs, strict=True)]
         gap = (torch.cat(drawn) - torch.cat(logprobs).cpu()).abs()
         dtype = self.backbone.causal.dtype

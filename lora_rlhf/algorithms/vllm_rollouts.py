@@ -13,12 +13,13 @@ import io
 import json
 import math
 import os
+import threading
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -132,18 +133,40 @@ class RolloutServer:
     ) -> list[Sampled]:
         """Sample one completion of each prompt with the adapter that was sent last.
 
-        Each request has a seed of its own, drawn from torch's global random state. The first
-        process of the run asks for all.
+        The first process of the run asks for all.
 
         Raises:
             SetupError: The server cannot be reached, or its answer cannot be used.
         """
+        ask = self.request(
+            backbone, prompts, max_new_tokens=max_new_tokens, temperature=temperature
+        )
+        return world().of_first(ask)
+
+    def request(
+        self,
+        backbone: Backbone,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        stopped: threading.Event | None = None,
+    ) -> Callable[[], list[Sampled]]:
+        """Prepare what `sample` asks for, as a function that may be called in a thread.
+
+        Each completion has a seed of its own, drawn here from torch's global random state.
+
+        Args:
+            stopped: Once it is set, nothing more is asked for.
+        """
         seeds = torch.randint(2**31 - 1, (len(prompts),)).tolist()
-        eos = sorted(backbone.eos_ids)
+        eos, version = sorted(backbone.eos_ids), self.version
 
         def one(prompt: Sequence[int], seed: int) -> Sampled:
+            if stopped is not None and stopped.is_set():
+                raise self._problem("the completions are no longer needed")
             body = {
-                "model": self.version, "prompt": list(prompt), "max_tokens": max_new_tokens,
+                "model": version, "prompt": list(prompt), "max_tokens": max_new_tokens,
                 "temperature": temperature, "seed": seed, "stop_token_ids": eos, "logprobs": 0,
                 "return_token_ids": True,
             }  # fmt: skip
@@ -153,7 +176,7 @@ class RolloutServer:
             with ThreadPoolExecutor(min(_AT_ONCE, max(len(prompts), 1))) as pool:
                 return list(pool.map(one, prompts, seeds))
 
-        return world().of_first(ask)
+        return ask
 
     def _sampled(self, answer: dict[str, Any]) -> Sampled:
         try:
@@ -189,3 +212,74 @@ class RolloutServer:
 
     def _problem(self, text: str) -> SetupError:
         return SetupError(f"the rollout server: {text}", where=self.url, remedy=_START)
+
+
+class Ahead:
+    """Completions of the next rollout, sampled by a thread while this one trains.
+
+    Args:
+        prompts: The next rollout's prompts, as token ids.
+        ask: Returns their completions; called in a thread of the first process.
+        policy: Copies of the weights that sample.
+        stopped: The event that makes `ask` stop.
+    """
+
+    def __init__(
+        self,
+        prompts: list[list[int]],
+        ask: Callable[[], list[Sampled]],
+        policy: dict[str, torch.Tensor],
+        stopped: threading.Event,
+    ) -> None:
+        self.prompts, self.policy, self._stopped = prompts, policy, stopped
+        self._rows: list[Sampled] | None = None
+        self._error: BaseException | None = None
+
+        def work() -> None:
+            try:
+                self._rows = ask()
+            except BaseException as error:  # raised again where the completions are used
+                self._error = error
+
+        self._thread = threading.Thread(target=work, daemon=True)
+        if world().first:
+            self._thread.start()
+
+    @classmethod
+    def restored(cls, state: dict[str, Any]) -> Self:
+        """Return what `state_dict` described, with the same completions."""
+        rows = [Sampled(i, x) for i, x in zip(state["ids"], state["logprobs"], strict=True)]
+        return cls(state["prompts"], lambda: rows, state["policy"], threading.Event())
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Wait for the completions, and return all as plain data; None if they did not come."""
+        self._join()
+        if self._rows is None:
+            return None
+        return {
+            "prompts": self.prompts, "policy": self.policy,
+            "ids": [row.ids for row in self._rows], "logprobs": [r.logprobs for r in self._rows],
+        }  # fmt: skip
+
+    def rows(self) -> list[Sampled]:
+        """Wait for the completions; the same in all processes.
+
+        Raises:
+            SetupError: The server could not be reached, or its answer could not be used.
+        """
+        return world().of_first(self._own)
+
+    def stop(self) -> None:
+        """Ask for nothing more."""
+        self._stopped.set()
+
+    def _own(self) -> list[Sampled]:
+        self._join()
+        if self._error is not None:
+            raise self._error
+        assert self._rows is not None
+        return self._rows
+
+    def _join(self) -> None:
+        if self._thread.ident is not None:
+            self._thread.join()

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -256,6 +256,21 @@ class Backbone(BaseModel):
         """Set the layers' active adapters without restoring them later; prefer `role`."""
         for layer in self._lora_layers():
             layer._active_adapter = list(names)
+
+    @contextlib.contextmanager
+    def weights(self, role: str, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Give a role other weights inside the context, by the names of `role_parameters`."""
+        own = {name: p.detach().clone() for name, p in self.role_parameters(role)}
+        try:
+            self._set(role, tensors)
+            yield
+        finally:
+            self._set(role, own)
+
+    @torch.no_grad()
+    def _set(self, role: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        for name, parameter in self.role_parameters(role):
+            parameter.copy_(tensors[name])
 
     # --------------------------------------------------------------- training
 

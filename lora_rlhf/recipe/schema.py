@@ -527,6 +527,9 @@ class PpoSection(StageSection):
     rollout_server: str | None = None
     """Address of `lora-rlhf rollout-server` on another GPU or machine, where vLLM samples the
     rollouts."""
+    max_staleness: int = Field(0, ge=0, le=1)
+    """1: the rollout server samples the next rollout while this one trains, by a policy that is
+    then one update behind; truncated importance weights correct for it."""
     watch: Literal["off", "warn", "raise_kl", "stop", "best"] = "warn"
     """On signs of over-optimisation: warn; double kl_coef; stop; or stop and return to the policy
     with the best held-out reward."""
@@ -563,7 +566,11 @@ class PpoSection(StageSection):
         return file, name
 
     def rules(self) -> Rules:
-        """One key decides which policy is kept; the KL controller starts from a beta above 0."""
+        """One key decides which policy is kept; the KL controller starts from a beta above 0;
+        only a server can sample while this process trains."""
+        if self.max_staleness and self.rollout_server is None:
+            message = "ppo.max_staleness is read with ppo.rollout_server only: without one, "
+            yield f"{message}sampling and training take turns", "max_staleness"
         best = self.watch == "best"
         if self.ema is not None and (best or self.kl_budget is not None):
             message = f"ppo.ema and ppo.{'watch: best' if best else 'kl_budget'} both decide which "

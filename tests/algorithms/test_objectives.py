@@ -413,3 +413,27 @@ def test_the_adapted_coefficient_by_hand():
     )
     assert o.adapted_kl_coef(0.2, 60.0, 6.0, 100, 10) == pytest.approx(0.2 * 1.02)
     assert o.adapted_kl_coef(0.2, -3.0, 6.0, 100, 10) == pytest.approx(0.2 * 0.98)
+
+
+def test_importance_weights_by_hand():
+    now, then = t([-1.0, -2.0, -9.0]), t([-1.5, -1.0, 5.0])
+    whole, cut = o.importance_weights(now, then, mask_of([2], 3), 1.2)
+    assert torch.allclose(whole, t([math.exp(0.5), math.exp(-1.0), 0.0]))
+    assert torch.allclose(cut, t([1.2, math.exp(-1.0), 0.0]))
+    never = t([-100.0, 0.0, 0.0])  # a token that the sampler all but excluded
+    assert o.importance_weights(t([0, 0, 0]), never, mask_of([2], 3), 3.0)[0].isfinite().all()
+
+
+def test_weights_multiply_each_token_of_the_policy_loss():
+    now, old, advantages = t([-1.0, -2.0, 0.0]), t([-1.1, -2.2, 0.0]), t([1.0, -2.0, 5.0])
+    mask, weights = mask_of([2], 3), t([0.5, 2.0, 9.0])
+    plain = o.policy_loss(now, old, advantages, mask, 0.2, 0.2)
+    single = [
+        o.policy_loss(now, old, advantages, mask_of([n], 3), 0.2, 0.2).loss_sum for n in (1, 2)
+    ]
+    found = o.policy_loss(now, old, advantages, mask, 0.2, 0.2, weights)
+    expected = 0.5 * single[0] + 2.0 * (single[1] - single[0])
+    assert torch.isclose(found.loss_sum, expected)
+    assert torch.equal(found.ratio_bt, plain.ratio_bt)
+    same = o.policy_loss(now, old, advantages, mask, 0.2, 0.2, torch.ones_like(mask))
+    assert torch.equal(same.loss_sum, plain.loss_sum)

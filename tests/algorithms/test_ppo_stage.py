@@ -70,6 +70,7 @@ def test_defaults_are_those_of_the_details(tmp_path):
         ({"entropy_coef": 0.01}, "entropy_coef would do nothing"),
         ({"loss_type": "grpo"}, "loss_type would do nothing"),
         ({"mask_truncated_completions": True}, "mask_truncated_completions would do nothing"),
+        ({"vllm_importance_sampling_clip_max": 2.0}, "beside ppo.max_staleness: 1"),
         ({"learning_rates": 1e-5}, "TRL's GRPOConfig has no such field"),
     ],
 )

@@ -17,13 +17,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ppo_run import Run, recipe, roles
+from transformers import TrainerCallback
 
 from lora_rlhf.algorithms import vllm_rollouts
 from lora_rlhf.algorithms.vllm_rollouts import RolloutServer as Client
 from lora_rlhf.errors import IdentityError, RecipeError, SetupError, UsageError
 from lora_rlhf.models import adapters, sampler
 from lora_rlhf.preflight import check_launch
-from lora_rlhf.recipe.schema import PpoSection
+from lora_rlhf.recipe.schema import CheckpointSection, PpoSection
 from lora_rlhf.serving import rollout_server, vllm_engine
 from lora_rlhf.serving.api_server import Access
 
@@ -31,10 +32,17 @@ KEY = "a-key-of-the-test-2"
 
 
 class Vllm:
-    """The part of vLLM's API that is used, answered by our sampler with the policy as it is."""
+    """The part of vLLM's API that is used, answered by our sampler.
 
-    def __init__(self, backbone, off=0.0):
-        self.backbone, self.off = backbone, off
+    It samples with the trainer's policy as it is, or, given another backbone, with the adapter
+    that it was asked to load.
+    """
+
+    def __init__(self, backbone, off=0.0, loads=False):
+        self.backbone, self.off, self.loads = backbone, off, loads
+        self.allowed = threading.Event()  # completions wait for it
+        self.allowed.set()
+        self.answered = 0
         self.folders, self.log, self.ended = {}, [], threading.Event()
         self.lock = threading.Lock()  # our sampler is not for several threads
         owner = self
@@ -48,11 +56,16 @@ class Vllm:
                 owner.log.append((self.path, body))
                 if self.path == "/v1/load_lora_adapter":
                     owner.folders[body["lora_name"]] = body["lora_path"]
+                    if owner.loads:
+                        adapters.load_role(owner.backbone, "policy", body["lora_path"])
                 elif self.path == "/v1/unload_lora_adapter":
                     del owner.folders[body["lora_name"]]
                 else:
+                    owner.allowed.wait(10)
                     with owner.lock:
-                        return self.send(owner.completed(body))
+                        answer = owner.completed(body)
+                        owner.answered += 1
+                    return self.send(answer)
                 self.send("Success")
 
             def send(self, answer):
@@ -89,8 +102,8 @@ class Vllm:
 
 
 @contextlib.contextmanager
-def served(backbone, off=0.0):
-    vllm = Vllm(backbone, off)
+def served(backbone, off=0.0, loads=False):
+    vllm = Vllm(backbone, off, loads)
     made = rollout_server.RolloutServer(recipe(), vllm, Access("127.0.0.1", 0, KEY))
     threading.Thread(target=made.run, daemon=True).start()
     try:
@@ -140,6 +153,121 @@ def test_log_probs_of_another_policy_stop_the_run(tmp_path, monkeypatch):
         pytest.raises(IdentityError, match="differ from the trainer's by 0.01"),
     ):
         Run(tmp_path, made=made, rollout_server=url(there)).go()
+
+
+class AtStepEnd(TrainerCallback):
+    """Calls a function with the number of the optimizer step that ends."""
+
+    def __init__(self, act):
+        self.act = act
+
+    def on_step_end(self, _, state, *__, **___):
+        self.act(state.global_step)
+
+
+def ahead(folder, there, **section):
+    """A run of four updates, whose rollouts are one update behind from the second on.
+
+    With seven prompts, of which a rollout takes four, each update is an epoch of its own.
+    """
+    section = {"updates": 4, "n": 7, "max_staleness": 1, "rollout_server": url(there), **section}
+    return Run(folder, made=roles(), **section)
+
+
+def asked(there):
+    """Requests for completions, each as the number of the adapter that answered and its seed."""
+    loaded = [body["lora_name"] for path, body in there.vllm.log if "load_lora" in path]
+    names = list(dict.fromkeys(loaded))
+    bodies = [body for path, body in there.vllm.log if path == "/v1/completions"]
+    return [(names.index(body["model"]), body["seed"]) for body in bodies]
+
+
+def test_the_next_rollout_is_sampled_while_this_one_trains(tmp_path, monkeypatch):
+    monkeypatch.setenv(vllm_rollouts.KEY, KEY)
+    with served(roles(), loads=True) as there:
+        vllm, trained = there.vllm, []
+
+        def step_ends(_):
+            trained.append(vllm.answered)
+            vllm.allowed.set()
+
+        run = ahead(tmp_path, there, callbacks=[AtStepEnd(step_ends)])
+        sample_ahead = run.trainer.scorer.sample_ahead
+
+        def held_back(*args):  # until this update has trained
+            vllm.allowed.clear()
+            sample_ahead(*args)
+
+        run.trainer.scorer.sample_ahead = held_back
+        run.go()
+        found = asked(there)
+    assert trained == [4, 8, 12, 16]
+    # The policy before the last update samples the last rollout; the last policy samples none.
+    assert [adapter for adapter, _ in found] == [n for n in (0, 0, 1, 2) for _ in range(4)]
+    assert len({seed for _, seed in found}) == 16
+    lines = list(run.lines)
+    assert [line["policy/staleness"] for line in lines] == [0, 1, 1, 1]
+    assert all(line["policy/server_difference"] < 1e-4 for line in lines)
+    assert abs(lines[0]["policy/weight_max"] - 1) < 1e-4 < lines[2]["policy/weight_max"] - 1
+
+
+def test_weights_are_cut_off_and_enter_the_loss(tmp_path, monkeypatch):
+    monkeypatch.setenv(vllm_rollouts.KEY, KEY)
+    cap = "vllm_importance_sampling_clip_max"
+    with served(roles(), loads=True) as there:
+        whole, cut = (
+            ahead(tmp_path / name, there, args={"learning_rate": 0.1, cap: most}).go()
+            for name, most in (("whole", 1e6), ("cut", 1.0))
+        )
+    truncated = [line["policy/weight_truncated"] for line in cut.lines]
+    assert truncated[1] > 0 == list(whole.lines)[1]["policy/weight_truncated"]
+    assert list(whole.lines)[1]["policy/weight_max"] > 1.1
+    pairs = zip(whole.weights().values(), cut.weights().values(), strict=True)
+    assert any(not torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_killed_run_goes_on_with_what_was_sampled_ahead(tmp_path, monkeypatch):
+    monkeypatch.setenv(vllm_rollouts.KEY, KEY)
+    args = {"steps_per_generation": 2, "per_device_train_batch_size": 2}  # two steps an update
+
+    def run(name, there, killed_after=None):
+        def step_ends(step):
+            if step == killed_after:  # before this step's checkpoint
+                raise SystemError("killed")
+
+        callbacks = [AtStepEnd(step_ends)]
+        made = ahead(tmp_path / name, there, args=args, callbacks=callbacks)
+        saved = CheckpointSection(every_steps=1)
+        made.recipe = made.recipe.model_copy(update={"checkpoint": saved})
+        return made
+
+    with served(roles(), loads=True) as there:
+        expected, seeds = run("whole", there).kept().weights(), asked(there)
+    for killed_after in (4, 5):  # its last checkpoint is inside update 1, or after it
+        with served(roles(), loads=True) as there:
+            name = f"killed{killed_after}"
+            with pytest.raises(SystemError, match="killed"):
+                run(name, there, killed_after).kept()
+            there.vllm.log.clear()
+            found = run(name, there).kept()
+            later = {seed for _, seed in asked(there)}
+        assert [line["policy/staleness"] for line in found.lines] == [0, 1, 1, 1]
+        assert later == {seed for _, seed in seeds[12:]}  # of the last rollout only
+        for key, tensor in found.weights().items():
+            assert torch.equal(tensor, expected[key]), key
+
+
+def test_a_server_that_fails_ahead_stops_the_run_where_its_completions_are_used(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv(vllm_rollouts.KEY, KEY)
+    with served(roles(), loads=True) as there:
+        run = ahead(tmp_path, there)
+        completed = there.vllm.completed
+        there.vllm.completed = lambda body: {} if there.vllm.answered > 7 else completed(body)
+        with pytest.raises(SetupError, match="cannot be read"):
+            run.go()
+    assert len(list(run.lines)) == 2
 
 
 def test_an_adapter_arrives_as_it_was_sent(server, backbone):
@@ -208,6 +336,10 @@ def test_answers_that_cannot_be_used(answer, match):
 
 def test_addresses_in_a_recipe():
     assert PpoSection(rollout_server="http://10.0.0.2:8001").rollout_server
+    with pytest.raises(ValueError, match="max_staleness is read with ppo.rollout_server only"):
+        PpoSection(max_staleness=1)
+    with pytest.raises(ValueError, match="less than or equal to 1"):
+        PpoSection(max_staleness=2, rollout_server="http://10.0.0.2:8001")
     for bad in ("10.0.0.2:8001", "ftp://x", "http://me:secret@x", "http://x/?key=1"):
         with pytest.raises(ValueError, match="expected an address"):
             PpoSection(rollout_server=bad)

@@ -44,7 +44,7 @@ ppo: {updates: 2, reward: gold, kl_coef: 1, kl_target: 3, kl_horizon: 5, kl_budg
   lam: 0.9, clip_value: 0.3, vf_coef: 0.2, missing_eos_penalty: 0, value_learning_rate: 1e-4,
   value_warmup_updates: 0, max_grad_norm_value: 2, value: head, normalize_reward: true,
   clip_reward: 5, entropy_coef: 0.1, ptx_coef: 0.1, watch: best, trunk_states: cpu,
-  rollout_server: "http://127.0.0.1:8000", args: {a: 1}}
+  rollout_server: "http://127.0.0.1:8000", max_staleness: 1, args: {a: 1}}
 grpo: {updates: 3, kl_coef: 0.1, num_generations: 2, args: {a: 1}}
 rloo: {updates: 3, kl_coef: 0.1, num_generations: 2, args: {a: 1}}
 dpo: {beta: 0.2, args: {a: 1}}

@@ -35,6 +35,10 @@ METRICS = {
     "policy/ratio_max": "largest ratio of new to old probability at a token",
     "policy/ratio_start": "largest |ratio - 1| on the rollout's first micro-batch; must be near 0",
     "policy/server_difference": "largest difference of the rollout server's log-probs from ours",
+    "policy/staleness": "updates by which the policy that sampled the rollout was behind",
+    "policy/weight_mean": "mean importance weight of a token, before it is cut off; must be near 1",
+    "policy/weight_max": "largest importance weight of a token, before it is cut off",
+    "policy/weight_truncated": "share of tokens whose importance weight is cut off",
     "policy/approx_kl": "KL between the policies before and after, by k2, nats per token",
     "policy/skipped": "share of micro-batches left out because their mean ratio was too large",
     "policy/ptx_loss": "negative log-likelihood of the mixed-in text, nats per token",
@@ -53,7 +57,10 @@ METRICS = {
 (the policy's) and `learning_rate`. While only the value learns, the only policy metric is
 `policy/grad_norm`, 0."""
 
-OPTIONAL = {"reward/scale", "policy/ptx_loss", "policy/server_difference"}
+OPTIONAL = {
+    "reward/scale", "policy/ptx_loss", "policy/server_difference", "policy/staleness",
+    "policy/weight_mean", "policy/weight_max", "policy/weight_truncated",
+}  # fmt: skip
 """Names that are logged only if the recipe key that they measure is set."""
 
 
@@ -86,6 +93,15 @@ def rollout(
         "completions/length": float(mask_bt.sum(dim=1).float().mean()),
         "completions/eos_rate": float(ended_b.float().mean()),
         "completions/repetition": sum(shares) / len(shares) if shares else math.nan,
+    }
+
+
+def importance(weights_bt: Tensor, cut_bt: Tensor, mask_bt: Tensor) -> dict[str, float]:
+    """Measure the importance weights of one rollout, before and after they are cut off."""
+    return {
+        "policy/weight_mean": float(masked_mean(weights_bt, mask_bt)),
+        "policy/weight_max": float(weights_bt.max()),
+        "policy/weight_truncated": float(masked_mean((weights_bt > cut_bt).float(), mask_bt)),
     }
 
 

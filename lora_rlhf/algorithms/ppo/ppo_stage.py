@@ -34,6 +34,8 @@ _DEFAULTS: dict[str, Any] = {
 
 _MAX_EPOCHS = 4  # passes over one rollout: 1 in InstructGPT, 4 in 2403.17031
 
+_CAP = "vllm_importance_sampling_clip_max"
+
 _UNFILTERED: dict[str, tuple[Any, ...]] = {
     "top_k": (0, None), "top_p": (1, None), "min_p": (None, 0), "repetition_penalty": (1, None),
     "generation_kwargs": (None,),
@@ -49,7 +51,8 @@ _READ = {
     "cache_implementation", "use_transformers_continuous_batching",
     "transformers_continuous_batching_config", "dataloader_num_workers",
     "dataloader_persistent_workers", "dataloader_prefetch_factor", "full_determinism", "tf32",
-    "torch_empty_cache_steps", "log_level", "project", "trackio_space_id",
+    "torch_empty_cache_steps", _CAP, "log_level", "project",
+    "trackio_space_id",
 }  # fmt: skip
 """Keys of GRPO's config that PPO reads; the others belong to GRPO's losses and rollouts."""
 
@@ -153,6 +156,13 @@ def arguments(recipe: Recipe, out: Path) -> PPOConfig:
     if not merged["max_grad_norm"] > 0:
         raise RecipeError(
             f"ppo.args.max_grad_norm: {merged['max_grad_norm']!r}", expected="a number above 0"
+        )
+    cap = recipe.ppo.args.get(_CAP, 3.0)
+    numeric = isinstance(cap, int | float)
+    if _CAP in recipe.ppo.args and not (recipe.ppo.max_staleness and numeric and cap >= 1):
+        raise RecipeError(
+            f"ppo.args.{_CAP}: {cap!r}",
+            expected="a number from 1, beside ppo.max_staleness: 1, whose weights it cuts off",
         )
     steps = policy_stage.rollout_steps("ppo", merged, recipe.ppo.updates)
     for key, allowed in _UNFILTERED.items():

@@ -23,6 +23,7 @@ from lora_rlhf.algorithms.identities import FrozenRolesCheck
 from lora_rlhf.algorithms.objectives import (
     RunningMoments,
     gae,
+    importance_weights,
     kl_estimates,
     masked_mean,
     masked_sum,
@@ -43,6 +44,7 @@ from lora_rlhf.training.trl_config import PPOConfig
 from . import minibatches, ppo_metrics, ptx
 from .minibatches import model_inputs, trunk_states
 from .ppo_controller import PPOController
+from .prompt_order import PromptOrder
 from .ptx import TextMix
 
 MAX_MEAN_RATIO = 10.0
@@ -95,6 +97,7 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
         self._rollout: dict[str, Tensor] = {}
         self._scores_b = torch.empty(0)
         self._policy_states: tuple[Any, Tensor] | None = None
+        self._order: PromptOrder | None = None
         # Gradients are divided by it before clipping.
         self._scale = FLOAT16_SCALE if backbone.causal.dtype == torch.float16 else 1.0
         self._moments = RunningMoments() if ppo.normalize_reward else None
@@ -141,7 +144,24 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
     def _generate_single_turn(self, prompt_ids: Any, *rest: Any, **options: Any) -> Any:
         if not self.samples_itself:
             return super()._generate_single_turn(prompt_ids, *rest, **options)
-        return self.scorer.sample(prompt_ids, self.max_completion_length), None
+        completions = self.scorer.sample(prompt_ids, self.max_completion_length)
+        if self._order is not None and self.update + 1 < self.ppo.updates:
+            rows = [self.train_dataset[i]["prompt"] for i in self._order.following(self.update)]
+            self.scorer.sample_ahead(self._tokenize_prompts(rows)[0], self.max_completion_length)
+        return completions, None
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(dataset)
+        if self.ppo.max_staleness and self.scorer.server is not None:
+            sampler = self._order = PromptOrder(sampler)
+        return sampler
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        """Train as Trainer does; nothing is sampled any more when it ends, however it ends."""
+        try:
+            return super().train(*args, **options)
+        finally:
+            self.scorer.close()
 
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
@@ -181,11 +201,23 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
         self.note({"kl/coef": self.controller.kl_coef})
         if self.scorer.server is not None:
             self.note({"policy/server_difference": self.scorer.server_difference})
+        if "sampled_logprobs" in out:
+            self._weigh(out)
         if self._moments is not None:
             self.note({"reward/scale": self._moments.std})
         self.controller.before_update(self.update)
         self.progress.phase("update")
         return out
+
+    def _weigh(self, out: dict[str, Any]) -> None:
+        """Add the tokens' importance weights, (N, T), to a rollout that the server sampled."""
+        mask_bt, drawn_bt = out["completion_mask"], out.pop("sampled_logprobs")
+        most = self.args.vllm_importance_sampling_clip_max
+        weights_bt, out["weights"] = importance_weights(
+            out["old_logprobs"], drawn_bt, mask_bt, most
+        )
+        self.note({"policy/staleness": float(self.scorer.staleness)})
+        self.note(ppo_metrics.importance(weights_bt, out["weights"], mask_bt))
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, mask: Tensor, tokens: int, *_: Any, **__: Any
@@ -222,7 +254,8 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
         )
         mask_bt, old_bt = inputs["completion_mask"], inputs["old_logprobs"]
         clip = self.epsilon_low, self.epsilon_high
-        result = policy_loss(logprobs_bt, old_bt, inputs["advantages"], mask_bt, *clip)
+        advantages_bt, weights_bt = inputs["advantages"], inputs.get("weights")
+        result = policy_loss(logprobs_bt, old_bt, advantages_bt, mask_bt, *clip, weights_bt)
         per_rollout = self.args.steps_per_generation * self.num_iterations
         if self.check_finite("log-probs", logprobs_bt) and self._step % per_rollout == 0:
             dtype, first = self.backbone.causal.dtype, "ratio_at_start" not in self.identities
