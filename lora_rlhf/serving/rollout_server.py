@@ -175,6 +175,8 @@ class RolloutServer:
     def close(self) -> None:
         """End vLLM and delete the received adapters."""
         self.vllm.close()
+        if hasattr(self, "_http"):
+            self._http.server_close()  # a request that waits to be accepted ends now
         self._folder.cleanup()
 
     def passed_on(self, path: str, body: bytes) -> tuple[int, bytes]:
