@@ -49,6 +49,9 @@ SEAMS: dict[type, dict[str, tuple[str, ...]]] = {
     },
     GRPOTrainer: {
         "_generate": ("prompts",),
+        "_tokenize_prompts": ("prompts",),
+        "_get_train_sampler": ("dataset",),
+        "train": ("resume_from_checkpoint",),
         "_generate_single_turn": ("prompt_ids",),
         "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
         "_generate_and_score_completions": ("inputs",),
