@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -101,6 +102,9 @@ class DecodeBatch:
         why_single: Why rows are computed one at a time; empty: they are not.
         least_rows: 1 is faster for a row alone on a CPU, and less exact beside others; 0 if no
             number of rows would do.
+        kept_tokens: Tokens whose keys and values are kept for the next prompt that begins with
+            them, of all adapters together; 0: none. For one conversation only: how long a prompt
+            takes tells what came before it, and numbers differ in the last bits.
     """
 
     def __init__(self, base: BaseModel, adapters: Sequence[str]) -> None:
@@ -112,6 +116,8 @@ class DecodeBatch:
         if base.device.type == "cpu":
             self.least_rows = _least_rows(base.causal, self._stacked.weights)
         AttentionInterface.register(_NAME, _attend)
+        self.kept_tokens = 0
+        self._kept: dict[str, tuple[list[int], list[Tensor]]] = {}  # by adapter, the newest last
         self.why_single = self._tried(adapters)
 
     def begin(
@@ -124,6 +130,11 @@ class DecodeBatch:
         group = Group(adapter, list(prompt), rows)
         # Sliding windows are applied by masks here, and by the length of the keys in `_attend`.
         cache = DynamicCache(config=self.base.causal.config) if self.why_single else DynamicCache()
+        ids, kept = self._kept.get(adapter, ([], []))
+        # Logits come from a forward of the last token at least.
+        group.length = len(os.path.commonprefix([ids, group.prompt[:-1]]))
+        for layer, held in enumerate(kept if group.length else []):
+            cache.update(*held[..., : group.length, :].unbind(), layer)
         while group.length < len(prompt):
             piece = prompt[group.length : group.length + PIECE]
             logits = self._forward([piece], [group.length], [adapter], cache)[0]
@@ -131,6 +142,26 @@ class DecodeBatch:
             if group.length == len(prompt):
                 self._fill(group, cache)
             yield group, logits
+
+    def keep(self, group: Group, answer: Sequence[int]) -> None:
+        """Keep the keys and values of a group that has ended, for a prompt that begins like it.
+
+        They replace what is kept of its adapter, and the oldest make room.
+
+        Args:
+            answer: The sample's tokens, of a group of one; others share only the prompt.
+        """
+        ids = [*group.prompt, *answer][: group.length]
+        if self.why_single or not group.kv or len(ids) > self.kept_tokens:
+            return
+        self._kept.pop(group.adapter, None)
+        while sum(len(i) for i, _ in self._kept.values()) > self.kept_tokens - len(ids):
+            del self._kept[next(iter(self._kept))]
+        self._kept[group.adapter] = ids, [kv[:, :1, :, : len(ids)].clone() for kv in group.kv]
+
+    def forget(self) -> None:
+        """Drop what is kept for later prompts."""
+        self._kept.clear()
 
     def _fill(self, group: Group, cache: Any) -> None:
         if self.why_single:

@@ -361,6 +361,7 @@ class Chat:
     def clear(self) -> None:
         """Forget the conversation; the system message stays."""
         self.exchanges, self.last_question = [], ""
+        self.engine.forget()
 
     # --- around the conversation -----------------------------------------------------------------
 

@@ -274,8 +274,10 @@ class InferenceEngine:
         Args:
             base: Base of the adapters whose config names none that can be loaded.
             load_in_4bit: Quantise a base that does not come from a run.
-            sharing: An answer has the same bits whatever is computed beside it. False: one request
-                at a time is up to twice as fast on a CPU in float32.
+            sharing: An answer has the same bits whatever is computed beside it and before it.
+                False: one request at a time is up to twice as fast on a CPU in float32, and what a
+                prompt has in common with the model's last one is not computed again. For one
+                conversation, not for several people.
             max_rows: Samples computed together.
             max_waiting: Requests that wait for room; more are refused with `QueueFull`.
 
@@ -307,6 +309,8 @@ class InferenceEngine:
         if not sharing:
             engine._batch.least_rows = 1
         cells = kv_tokens(engine.base.causal)
+        if not sharing:
+            engine._batch.kept_tokens = min(engine.context, cells // 4)
         engine._worker = Worker(
             engine.base, engine._batch, max_rows=max_rows, max_cells=cells, max_waiting=max_waiting
         )
@@ -393,6 +397,10 @@ class InferenceEngine:
         """Return a prompt as the model sees it: cut to the context, control tokens included."""
         ids, *_ = self._fitted(Request(tuple(messages)))
         return str(self.base.tokenizer.decode(ids))
+
+    def forget(self) -> None:
+        """Drop the keys and values that are kept of earlier prompts, without `sharing`."""
+        self._worker.call(self._batch.forget)
 
     def close(self) -> None:
         """Cancel running requests, which raise CancelledError, and end the thread."""

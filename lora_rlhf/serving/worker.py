@@ -406,6 +406,8 @@ class Worker:
         )
 
     def _complete(self, job: Job) -> None:
+        if job.group is not None and job.group.length >= len(job.prompt):
+            self._batch.keep(job.group, job.rows[0].ids if len(job.rows) == 1 else [])
         job.group = job.pieces = None
         for row in job.live:
             row.finish = "cancelled"

@@ -192,3 +192,85 @@ class TestDraw:
         assert token_draw.draw(torch.tensor([[1.0, 3.0, 2.0]]), [0], [0.5], [1], [0]).tolist() == [
             1
         ]
+
+
+def forwarded(batch, monkeypatch):
+    """The number of tokens of each forward from now on."""
+    counts, forward = [], batch._forward
+
+    def counted(ids, *rest):
+        counts.append(len(ids[0]))
+        return forward(ids, *rest)
+
+    monkeypatch.setattr(batch, "_forward", counted)
+    return counts
+
+
+@torch.inference_mode()
+def turn(batch, prompt, adapter=BASE, steps=4):
+    """The logits of a prompt and of some tokens of its answer, (1 + steps, V); it is kept then."""
+    group, logits = list(batch.begin(prompt, adapter, 1))[-1]
+    found = [logits]
+    answer = [token(prompt, t) for t in range(steps + 1)]  # the last one is never computed
+    found += [batch.step([group], [[one]])[0] for one in answer[:-1]]
+    batch.keep(group, answer)
+    return torch.stack(found), answer
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_prompt_goes_on_from_what_was_kept(name, tmp_path, monkeypatch):
+    batch = with_adapter(base(base_folder(name)), 4, tmp_path)
+    batch.kept_tokens, one = 100, peft_name("one")
+    prompt = [5 + i % 50 for i in range(20)]
+    counts = forwarded(batch, monkeypatch)
+    first, answer = turn(batch, prompt, one)
+    later = [*prompt, *answer, 7, 8, 9]
+    counts.clear()
+    found, more = turn(batch, later, one)
+    assert counts == [4, 1, 1, 1, 1]  # the answer's last token and the new ones
+    whole = batch.logits([*later, *more[:-1]], one, 5)
+    torch.testing.assert_close(found, whole, atol=2e-5, rtol=0)
+    cases = [
+        (later, one, 1),
+        (later, BASE, len(later)),
+        ([*later[:6], 60, 61], one, 2),  # another word in the middle
+        ([60, 3], one, 2),  # nothing in common
+    ]
+    for ids, adapter, computed in cases:
+        counts.clear()
+        found, more = turn(batch, ids, adapter, 2)
+        assert counts[0] == computed
+        whole = batch.logits([*ids, *more[:-1]], adapter, 3)
+        torch.testing.assert_close(found, whole, atol=2e-5, rtol=0)
+    assert torch.equal(turn(batch, prompt, one)[0], first)  # nothing in common: as at first
+
+
+def test_what_is_kept_is_bounded_and_can_be_dropped(tmp_path, monkeypatch):
+    batch = with_adapter(base(base_folder("llama")), 4, tmp_path)
+    one = peft_name("one")
+    turn(batch, [5] * 20)
+    assert not batch._kept  # the default: a server's prompts are of several people
+    batch.kept_tokens = 50
+    turn(batch, [5] * 20)
+    turn(batch, [5] * 20, one)
+    assert list(batch._kept) == [BASE, one]
+    ids, layers = batch._kept[one]
+    assert len(ids) == 24 and {layer.shape[3] for layer in layers} == {24}
+    turn(batch, [7] * 60, one)  # too long to be kept; the earlier one stays
+    turn(batch, [6] * 24)  # replaces that of its adapter, and makes room by dropping the oldest
+    assert [(name, len(ids)) for name, (ids, _) in batch._kept.items()] == [(BASE, 28)]
+    batch.forget()
+    counts = forwarded(batch, monkeypatch)
+    turn(batch, [6] * 24)
+    assert counts[0] == 24
+
+
+@torch.inference_mode()
+def test_several_samples_keep_their_prompt_only():
+    batch = DecodeBatch(base(base_folder("llama")), [])
+    batch.kept_tokens = 50
+    group, _ = list(batch.begin([5] * 20, BASE, 3))[-1]
+    batch.step([group], [[1, 2, 3]])
+    group.keep([2])
+    batch.keep(group, [])
+    assert batch._kept[BASE][0] == [5] * 20 and batch._kept[BASE][1][0].shape[1:4:2] == (1, 20)

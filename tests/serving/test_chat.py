@@ -417,3 +417,10 @@ def test_ctrl_c_stops_the_answer_and_not_the_program():
     screen.until("Ctrl-D or /quit ends the chat")
     screen.until("policy>")
     assert screen.end() == 0
+
+
+def test_clear_drops_what_the_engine_kept(talk):
+    dropped = []
+    talk.engine.forget = lambda: dropped.append(True)
+    typed(talk, "Hello", "/clear")
+    assert dropped == [True]

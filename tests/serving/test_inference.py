@@ -326,3 +326,54 @@ def test_best_of_n(runs):
         assert any(choice.finish_reason == "length" for choice in choices)
     finally:
         engine.close()
+
+
+class TestOneConversation:
+    @pytest.fixture(scope="class")
+    def alone(self):
+        made = InferenceEngine.load(["tiny"], sharing=False)
+        yield made
+        made.close()
+
+    @staticmethod
+    def computed(engine, monkeypatch):
+        counts, forward = [], engine._batch._forward
+
+        def counted(ids, *rest):
+            counts.append(len(ids[0]))
+            return forward(ids, *rest)
+
+        monkeypatch.setattr(engine._batch, "_forward", counted)
+        return counts
+
+    def test_a_turn_computes_only_what_is_new(self, alone, engine, monkeypatch):
+        turns, counts = [], self.computed(alone, monkeypatch)
+        for number in range(3):
+            turns.append({"role": "user", "content": f"What is in box {number}?"})
+            request = Request(tuple(turns), model="base", max_tokens=8, temperature=0)
+            counts.clear()
+            answer = alone.generate(request)
+            assert answer.choices[0].ids == engine.generate(request).choices[0].ids
+            turns.append({"role": "assistant", "content": answer.choices[0].text})
+            new = counts[0]
+            assert new == answer.prompt_tokens if number == 0 else new < answer.prompt_tokens / 2
+        alone.forget()
+        counts.clear()
+        alone.generate(request)
+        assert counts[0] == answer.prompt_tokens
+
+    def test_a_shared_engine_keeps_nothing(self, engine):
+        engine.generate(ask())
+        assert engine._batch._kept == {} and engine._batch.kept_tokens == 0
+
+    def test_a_stopped_answer_and_an_earlier_question(self, alone, monkeypatch):
+        alone.forget()
+        counts = self.computed(alone, monkeypatch)
+        with alone.stream(ask(max_tokens=200, temperature=5.0)) as stream:
+            next(stream)
+        assert stream.completion.choices[0].finish_reason in ("cancelled", "length")
+        counts.clear()
+        again = alone.generate(ask(temperature=0))  # another question at the same place
+        assert counts[0] == 1
+        alone.forget()
+        assert alone.generate(ask(temperature=0)).choices[0].ids == again.choices[0].ids

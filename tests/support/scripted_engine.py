@@ -25,6 +25,9 @@ class ScriptedEngine(InferenceEngine):
 
     has_reward = True
 
+    def forget(self):
+        pass
+
     def count_tokens(self, messages):
         return sum(len(turn["content"].split()) for turn in messages)
 
