@@ -257,9 +257,11 @@ class Ahead:
         if self._rows is None:
             return None
         return {
-            "prompts": self.prompts, "policy": self.policy,
-            "ids": [row.ids for row in self._rows], "logprobs": [r.logprobs for r in self._rows],
-        }  # fmt: skip
+            "prompts": self.prompts,
+            "policy": self.policy,
+            "ids": [row.ids for row in self._rows],
+            "logprobs": [row.logprobs for row in self._rows],
+        }
 
     def rows(self) -> list[Sampled]:
         """Wait for the completions; the same in all processes.
