@@ -63,7 +63,7 @@ def load(
         and the origin of the weights.
 
     Raises:
-        BaseModelError: The model cannot be loading_info or read, or is not a causal language model.
+        BaseModelError: The model cannot be found or read, or is not a causal language model.
         TokenizerError: No eos, no unused token for padding, or a token without an embedding row.
         SetupError: 4-bit needs bitsandbytes, which cannot be used.
     """
