@@ -30,6 +30,7 @@ from .tokenization import Turns, split_alike
 
 _JOINT = "\u200b"  # a zero-width space, which breaks a control token's spelling invisibly
 _BATCH = 1_000
+_SHOWN = 16  # prompts of a batch that show if the tokenizer changes some
 _COMPARED = 64  # conversations of a set whose ids are compared with those of the whole text
 
 REFUSES = "the chat template refuses"
@@ -68,6 +69,7 @@ class FilteredSet:
     layouts: Counter[str] = field(default_factory=Counter)
     special: int = 0
     changed: str = ""
+    changed_prompt: str = ""
     lines: int = 0
     broken: int = 0
     agreement: dict[str, Any] | None = None
@@ -574,6 +576,7 @@ def drop_too_long(kept: FilteredSet, recipe: Recipe, tokenizer: Any) -> None:
                 _count_changed(kept, tokenizer, last, ids)
                 answers = [max(n, len(i) + 1) for n, i in zip(answers, ids, strict=True)]
         sizes = _prompt_sizes(kept, batch, tokenizer)
+        _count_changed_prompts(kept, tokenizer, batch, sizes)
         for row, prompt, answer in zip(batch, sizes, answers, strict=True):
             row["_tokens"] = prompt + answer
     refused = "refused by the chat template"
@@ -602,6 +605,33 @@ def _count_changed(kept: FilteredSet, tokenizer: Any, texts: list[str], ids: lis
         if given.strip() != read.strip():
             kept.changed = kept.changed or f"{excerpt(given, 60)!r} is {excerpt(read, 60)!r}"
             kept.notes[f"the tokenizer changes answers: {kept.changed} when decoded"] += 1
+
+
+def _count_changed_prompts(
+    kept: FilteredSet, tokenizer: Any, batch: list[dict[str, Any]], sizes: list[float]
+) -> None:
+    """Count prompts whose turns are not in what their ids decode to; none of the first: none."""
+
+    def changed(row: dict[str, Any]) -> tuple[str, str] | None:
+        [ids] = tokenization.prompt_ids(tokenizer, [row["prompt"]])
+        decoded = tokenizer.decode(
+            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        turns = [{"content": row["prompt"]}] if isinstance(row["prompt"], str) else row["prompt"]
+        text = "".join(decoded.split())
+        for turn in turns if chat_template.unwritten(tokenizer, turns) is None else ():
+            if "".join(turn["content"].rpartition("</think>")[2].split()) not in text:
+                return turn["content"], decoded
+        return None
+
+    given = [row for row, size in zip(batch, sizes, strict=True) if size < math.inf]
+    if not any(map(changed, given[:_SHOWN])):
+        return
+    for pair in filter(None, map(changed, given)):
+        kept.changed_prompt = kept.changed_prompt or " is ".join(
+            repr(excerpt(text, 60)) for text in pair
+        )
+        kept.notes[f"the tokenizer changes prompts: {kept.changed_prompt} when decoded"] += 1
 
 
 def _prompt_sizes(kept: FilteredSet, batch: list[dict[str, Any]], tokenizer: Any) -> list[float]:

@@ -91,6 +91,8 @@ def load(
         raise
     except Exception as error:  # the libraries raise many classes, one only for truncated files
         raise _load_error(model, error, "config.json, tokenizer and safetensors") from error
+    if getattr(causal, "_hf_peft_config_loaded", False):
+        raise _adapter_error(model)  # of a Hub id; transformers loads one beside the weights too
     _check_weights(model, causal, loading_info)
     notes = _prepared(tokenizer, causal)
     for named in (causal, causal.config, tokenizer):  # trackers and tokenizer files contain it
@@ -216,6 +218,15 @@ def _load_error(model: ModelSection, error: Exception, needed: str) -> BaseModel
     )
 
 
+def _adapter_error(model: ModelSection) -> BaseModelError:
+    return BaseModelError(
+        f"{model.id} holds an adapter, which transformers would load into the base",
+        expected="a whole model, without an adapter beside it",
+        remedy="name the adapter's own base as model.id, and the adapter as `sft.from`; or merge "
+        "the two; or take adapter_config.json out of a folder that is a whole model",
+    )
+
+
 def local_folder(model: ModelSection) -> str | None:
     """Return the base's folder; None if transformers looks its id up on the Hub."""
     path = str(tiny.path()) if model.id == "tiny" else os.path.expanduser(model.id)
@@ -228,6 +239,8 @@ def _locate(model: ModelSection) -> str:
         return str(tiny.path())
     path = Path(os.path.expanduser(model.id))
     is_path = path.is_absolute() or model.id.startswith(".")
+    if (path / "adapter_config.json").is_file():
+        raise _adapter_error(model)
     if is_path and not os.path.isfile(path / "config.json"):
         raise BaseModelError(
             f"{model.id} holds no config.json",

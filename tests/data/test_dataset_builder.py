@@ -117,11 +117,13 @@ def test_another_process_prepares_the_same(tmp_path, plain):
         "class T:\n"
         "    chat_template = eos_token = bos_token = None\n"
         "    all_special_tokens, eos_token_id = [], 0\n"
+        "    texts = []\n"
         "    def __call__(self, texts, **k):\n"
-        "        self.texts = texts\n"
-        "        return {'input_ids': [[0]] * len(texts)}\n"
-        "    def batch_decode(self, ids, **k): return self.texts\n"
-        "    def decode(self, ids): return ''\n"
+        "        self.texts += texts\n"
+        "        first = len(self.texts) - len(texts)\n"
+        "        return {'input_ids': [[first + i] for i in range(len(texts))]}\n"
+        "    def decode(self, ids, **k): return self.texts[ids[0]]\n"
+        "    def batch_decode(self, ids, **k): return [self.decode(one) for one in ids]\n"
         "p = data.demonstrations(r, T()); print(json.dumps([list(p.train), p.report]))\n"
     )
     run = subprocess.run(

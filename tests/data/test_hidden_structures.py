@@ -4,7 +4,8 @@
 import json
 
 import pytest
-from data_sources import PAIRS, all_rows, answer, jsonl, recipe, user
+from data_sources import PAIRS, all_rows, answer, jsonl, make_tokenizer, recipe, user
+from tokenizers import normalizers
 
 from lora_rlhf.data import dataset_builder
 from lora_rlhf.errors import DataError
@@ -263,6 +264,16 @@ def test_a_value_of_python_in_the_place_of_a_text_is_told(tmp_path, plain, text)
     rows = [{"prompt": f"q{i}", "completion": text.format(i)} for i in range(N)]
     [note] = demonstrations(tmp_path, plain, rows).report["notes"]
     assert "the text is Python's" in note and f"({N} rows)" in note
+
+
+@pytest.mark.parametrize("templated", [True, False])
+def test_prompts_that_the_tokenizer_changes_are_counted(tmp_path, templated):
+    tokenizer = make_tokenizer(*[] if templated else [None])
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    rows = [{"prompt": f"Is {i} odd?", "completion": f"no {i}"} for i in range(N)]
+    notes = demonstrations(tmp_path, tokenizer, rows).report["notes"]
+    [note] = [n for n in notes if "the tokenizer changes prompts" in n]
+    assert " odd?' is '" in note and "is " in note and f"({N} rows)" in note
 
 
 def test_turns_written_as_text_in_other_ways_are_read(tmp_path, chat):

@@ -135,6 +135,19 @@ def test_weights_that_are_not_those_of_the_config_are_refused(tmp_path, change, 
         small.base(folder)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_adapter_is_no_base(tmp_path, whole):
+    """transformers would load an adapter that lies beside the weights into the base."""
+    folder = tmp_path / "base"
+    if whole:
+        shutil.copytree(small.base_folder(), folder)
+    adapters.save_role(small.backbone("llama", "policy"), "policy", tmp_path / "adapter")
+    shutil.copytree(tmp_path / "adapter", folder, dirs_exist_ok=True)
+    with pytest.raises(BaseModelError, match="holds an adapter") as caught:
+        small.base(folder)
+    assert "sft.from" in caught.value.remedy
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
 def test_a_clone_without_its_large_files_says_how_to_get_them(tmp_path, name):
     folder = shutil.copytree(small.base_folder(), tmp_path / "base")
