@@ -43,6 +43,17 @@ class ResumableSFTTrainer(PrivateTraining, SFTTrainer):
 
     held_out_loss: float
 
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+        """Weigh a batch's loss by its tokens; Trainer would weigh it by its rows."""
+        loss, logits, labels = super().prediction_step(model, inputs, *args, **options)
+        tokens_a_row = float((inputs["labels"] != -100).sum()) / len(inputs["labels"])
+        return loss * (tokens_a_row / self._held_out_tokens_a_row), logits, labels
+
+    @functools.cached_property
+    def _held_out_tokens_a_row(self) -> float:
+        rows = self.eval_dataset["labels"]
+        return float(sum(label != -100 for row in rows for label in row) / len(rows))
+
     def share(self, piece: Any, inputs: Any, num_items_in_batch: Any) -> float:
         """Return the share of tokens; 1 if the loss is divided by the tokens of the whole step."""
         if num_items_in_batch is not None:

@@ -36,17 +36,27 @@ def test_labels_are_the_completion_and_its_eos():
 
 
 def test_training_makes_demonstrations_likelier_and_leaves_two_equal_roles(tmp_path):
-    recipe, kept = record(tmp_path / "r", **{"sft.args.learning_rate": 1e-2})
+    given = {"sft.args.learning_rate": 1e-2, "sft.args.per_device_eval_batch_size": 2}
+    recipe, kept = record(tmp_path / "r", **given)
     made = backbone("llama")
     rows = Dataset.from_list(ROWS)
     args = sft.arguments(recipe, kept.folder)
-    data = Prepared(rows, rows.select(range(4)), {})
+    long = [{"prompt": "w5", "completion": " w6" * n} for n in (1, 2, 30, 3, 1)]
+    data = Prepared(rows, Dataset.from_list(long), {})
     sft.run(StageContext(recipe, made, kept, Progress(quiet=True)), args, data)
     losses = [line["loss"] for line in kept.metrics("sft") if "loss" in line]
     assert losses[-1] < losses[0] - 0.1
     policy, reference = dict(made.role_parameters("policy")), made.role_parameters("reference")
     assert all(torch.equal(policy[name], p) for name, p in reference)
     assert kept.data["stages"]["sft"]["steps"] > 0
+    nats, count = 0.0, 0  # per token, whatever the batches: rows of 30 tokens and of one
+    for row in sft.tokenize(made, Dataset.from_list(long)):
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"][1:])
+        with torch.no_grad(), made.role("policy"):
+            logits = made.views["policy"](input_ids=ids).logits[0, :-1]
+        nats += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+        count += int((labels != -100).sum())
+    assert kept.data["stages"]["sft"]["held_out_loss"] == pytest.approx(nats / count, rel=1e-4)
 
 
 def test_a_reloaded_adapter_may_differ_by_rounding_and_by_no_more(tmp_path):
