@@ -298,16 +298,20 @@ class Api:
         name, kept = given.completion_id, self._kept.get(given.completion_id)
         if kept is None and not await self.threaded(self.store.knows, name):
             raise ApiError(404, "no completion has this id", "not_found", "completion_id")
-        if kept and given.choice >= len(kept.answers):
-            raise ApiError(400, "the completion has no such choice", "invalid_value", "choice")
-        about: dict[str, Any] = {"choice": given.choice}
+        choice, count = given.choice or 0, len(kept.answers) if kept else 128
+        if choice >= count or (given.choice is None and kept and count > 1):
+            message = f"choice: expected the index of the answer, 0 to {count - 1}"
+            raise ApiError(400, message, "invalid_value", "choice")
+        about: dict[str, Any] = {"choice": choice}
         if kept is not None:
-            about |= {"messages": kept.turns, "answer": kept.answers[given.choice]}
+            about |= {"messages": kept.turns, "answer": kept.answers[choice]}
             about |= {"model": kept.model.name, "version": kept.model.adapter}
         save = functools.partial(self.store.thumb, **about)
         await self.threaded(save, name, given.thumb == "up", given.comment)
         self.metrics.thumbs.labels(about.get("model", ""), given.thumb).inc()
-        return responses.JSONResponse({"completion_id": name, "text_stored": kept is not None})
+        return responses.JSONResponse(
+            {"completion_id": name, "choice": choice, "text_stored": kept is not None}
+        )
 
     def named(self, name: str) -> Model:
         """Return a model by its name; an empty one is the default."""

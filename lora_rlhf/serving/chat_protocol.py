@@ -235,7 +235,7 @@ class Thumb(_Given):
     completion_id: str = Field(min_length=1, max_length=100)
     thumb: Literal["up", "down"]
     comment: str = Field("", max_length=LONGEST_COMMENT)
-    choice: int = Field(0, ge=0, lt=128)
+    choice: int | None = Field(None, ge=0, lt=128)  # needed if there are several answers
 
 
 def _schema(given: dict[str, Any] | bool | str) -> Any:

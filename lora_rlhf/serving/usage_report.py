@@ -25,14 +25,14 @@ FEWEST_PAIRS = 10
 
 Row = dict[str, Any]
 
-_SHARES: dict[str, Callable[[Row], bool | None]] = {
+_SHARES: dict[str, Callable[[Row], bool | None | list[bool]]] = {
     "answered": lambda row: row["status"] == 200,
     "blocked": lambda row: row["blocked"] if row["status"] == 200 else None,
     "structured answers valid": lambda row: row["valid"],
     "tasks completed": lambda row: row["completed"],
-    "thumbs up": lambda row: row["good"],
+    "thumbs up": lambda row: [*row["thumbs"].values()],
 }
-"""Name -> outcome of a request, None if it has none."""
+"""Name -> outcome of a request, None if it has none; a list has one for each judged answer."""
 
 _NUMBERS: dict[str, Callable[[Row], float | None]] = {
     "seconds": lambda row: row["seconds"] if _generated(row) else None,
@@ -100,11 +100,13 @@ def _group(name: str, rows: list[Row]) -> dict[str, Any]:
 
 def _known(rows: list[Row], value: Callable[[Row], Any]) -> list[tuple[float, str]]:
     """Return the values that are there, each with its prompt; a row without one stands alone."""
-    return [
-        (float(v), row["prompt"] or str(row["row"]))
-        for row in rows
-        if (v := value(row)) is not None
-    ]
+    known = []
+    for row in rows:
+        given = value(row)
+        of_row = given if isinstance(given, list) else [given]
+        prompt = row["prompt"] or str(row["row"])
+        known += [(float(one), prompt) for one in of_row if one is not None]
+    return known
 
 
 def _pair(of_group: dict[str, list[Row]], compare: Sequence[str] | None) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ import hmac
 import json
 import secrets
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -163,9 +164,11 @@ class UsageStore(SqliteFile):
             connection.execute(sa.insert(_thumbs), row)
 
     def uses(self) -> list[dict[str, Any]]:
-        """Return all requests in their order, each with `good`: the thumb on it, or None."""
-        thumbs = {row["id"]: row["good"] for row in self.thumbs()}
-        return [{**row, "good": thumbs.get(row["id"])} for row in self._rows(_uses)]
+        """Return all requests in their order, each with `thumbs`: choice -> whether it is up."""
+        thumbs: dict[str, dict[int, bool]] = defaultdict(dict)
+        for row in self.thumbs():
+            thumbs[row["id"]][row["choice"]] = row["good"]
+        return [{**row, "thumbs": thumbs.get(row["id"], {})} for row in self._rows(_uses)]
 
     def thumbs(self) -> list[dict[str, Any]]:
         """Return the last thumb on each answer, with its text."""

@@ -377,6 +377,26 @@ def test_an_error_of_the_engine_shows_no_text(serve):
     assert re.fullmatch(r"unexpected RuntimeError at fake_engine.py:\d+", made.notes[0])
 
 
+def test_a_thumb_names_one_of_several_answers(serve):
+    made = serve()
+    made.engine.texts = ["red", "blue", "green"]
+    given = made.chat.create(model="", messages=HELLO, n=3)
+    assert [choice.message.content for choice in given.choices] == made.engine.texts
+    thumb = {"completion_id": given.id, "thumb": "down"}
+    for wrong in ({}, {"choice": 3}, {"choice": -1}, {"choice": "1"}):
+        answer = made.web.post("/feedback", json={**thumb, **wrong})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "choice")
+    assert "0 to 2" in made.web.post("/feedback", json=thumb).json()["error"]["message"]
+    for choice, way in ((0, "up"), (2, "down"), (1, "down"), (1, "up")):
+        body = {**thumb, "choice": choice, "thumb": way}
+        assert made.web.post("/feedback", json=body).json()["choice"] == choice
+    made.server.stop()
+    with UsageStore(made.path).open(readonly=True) as store:
+        [use], tasks = store.uses(), store.tasks()
+    assert use["thumbs"] == {0: True, 1: True, 2: False}
+    assert [(task["answer"], task["choice"]) for task in tasks] == [("green", 2)]
+
+
 def test_thumbs_keep_the_text_that_they_are_about(serve):
     made = serve()
     given = made.chat.create(model="", messages=HELLO)

@@ -62,6 +62,15 @@ def test_numbers_of_each_version(path):
     assert "tasks completed" not in numbers
 
 
+def test_each_judged_answer_of_a_request_counts(path):
+    with UsageStore(path) as store:
+        for choice in (1, 2, 3):
+            store.thumb("b1", True, choice=choice)
+        store.thumb("b2", True, choice=1)
+    numbers = lora_rlhf.usage(path)["groups"][2]["metrics"]
+    assert (numbers["thumbs up"]["value"], numbers["thumbs up"]["n"]) == (0.8, 5)
+
+
 def test_two_versions_are_compared_on_their_common_prompts(path):
     of_metric = {one["metric"]: one for one in lora_rlhf.usage(path)["differences"]}
     faster = of_metric["mean seconds"]

@@ -25,7 +25,7 @@ def test_a_request_leaves_numbers_and_no_text(store):
     store.record(Use(new_id(), "do", "sft", prompt=[{"role": "user", "content": "other"}]))
     first, second, third = store.uses()
     assert (first["id"], first["prompt_tokens"], first["seconds"]) == (use.id, 5, 0.5)
-    assert (first["valid"], second["valid"], first["good"]) == (None, False, None)
+    assert (first["valid"], second["valid"], first["thumbs"]) == (None, False, {})
     assert first["prompt"] == second["prompt"] != third["prompt"]  # found again by its hash
     raw = b"".join(path.read_bytes() for path in store.path.parent.iterdir())
     assert b"private" not in raw and store.knows(use.id) and not store.knows("other")
@@ -46,7 +46,9 @@ def test_the_last_thumb_counts_and_those_down_are_tasks(store):
     store.thumb("one", False, "wrong", PROMPT, "a", model="policy")
     store.thumb("two", True, messages=PROMPT, answer="b")
     store.thumb("three", False)  # without its text
-    assert [use["good"] for use in store.uses()] == [False, True, False]
+    store.thumb("two", False, choice=2)  # on another of its answers
+    thumbs = [use["thumbs"] for use in store.uses()]
+    assert thumbs == [{0: False}, {0: True, 2: False}, {0: False}]
     [task] = store.tasks()
     assert (task["messages"], task["answer"], task["comment"]) == (PROMPT, "a", "wrong")
     with pytest.raises(UsageError, match="comment has 5001 characters"):

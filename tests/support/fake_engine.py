@@ -25,6 +25,7 @@ class FakeEngine:
         }
         self.requests, self.cancelled = [], threading.Event()
         self.held = lambda told: False
+        self.texts = []  # the answers by index, instead of the prompt's words
 
     def count_tokens(self, messages):
         if messages[-1]["role"] != "user":
@@ -51,7 +52,7 @@ class FakeEngine:
         words, choices = words[: request.max_tokens], []
         for index in range(request.n):
             told = []
-            for word in words:
+            for word in self.texts[index].split() if self.texts else words:
                 while self.held(told) and not handle._cancelled.is_set():
                     time.sleep(0.01)
                 if handle._cancelled.is_set():
