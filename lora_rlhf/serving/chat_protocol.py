@@ -155,6 +155,8 @@ class Chat(_Given):
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
     user: str = ""  # the client's name for its user, which is not kept
+    safety_identifier: str = ""  # OpenAI's newer name for it
+    modalities: Annotated[list[str], _only(["text"])] = ["text"]
     frequency_penalty: _Zero = 0
     presence_penalty: _Zero = 0
     logit_bias: Annotated[dict[str, Any], _only({})] = Field(default_factory=dict)

@@ -119,7 +119,7 @@ def test_structured_answers_are_parsed_by_the_client(client, create):
 def test_a_message_of_the_client_goes_back_as_it_is(create):
     first = create(temperature=0)
     turns = [*ASK, first.choices[0].message, {"role": "user", "content": "Which room?"}]
-    longer = create(messages=turns, temperature=0)
+    longer = create(messages=turns, temperature=0, safety_identifier="u", modalities=["text"])
     assert longer.usage.prompt_tokens > first.usage.total_tokens
     dumped = [*ASK, first.choices[0].message.model_dump(), turns[-1]]
     again = create(messages=dumped, temperature=0)
@@ -147,6 +147,7 @@ def test_the_asynchronous_client_streams_too(server, create):
         ({"messages": [{"role": "user", "content": "word " * 9000}]}, openai.APIStatusError, 413,
          "body_too_large"),
         ({"temperature": 3}, openai.BadRequestError, 400, "invalid_value"),
+        ({"modalities": ["text", "audio"]}, openai.BadRequestError, 400, "invalid_value"),
         ({"n": 0, "stream": True}, openai.BadRequestError, 400, "invalid_value"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError, 400,
          "invalid_value"),
