@@ -54,6 +54,11 @@ def reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or first_line(error)
 
 
+def counted(number: int, noun: str) -> str:
+    """Return `1 row`, `2 rows`, `1,000 rows`."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
 class LoraRlhfError(Exception):
     """Base of all errors that a user can fix; the CLI prints them without a traceback.
 

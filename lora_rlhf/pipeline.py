@@ -390,6 +390,7 @@ def _compute(
         if stage not in wanted:
             loaded_run.load_stage(stage, backbone, record)
             continue
+        run_memory.return_freed()
         _run_stage(stage, context, configs, data)
         progress.say(tables.stage_line(record, stage))
         stop = interrupts.agree(world().gathered)

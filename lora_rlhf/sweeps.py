@@ -28,7 +28,7 @@ from typing import Any
 
 from lora_rlhf import preflight
 from lora_rlhf.distributed import launch
-from lora_rlhf.errors import LoraRlhfError, RecipeError, UsageError
+from lora_rlhf.errors import LoraRlhfError, RecipeError, UsageError, counted
 from lora_rlhf.recipe.loader import load_recipe
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.recipe.stage_keys import identity, keys_read, stage_names
@@ -265,7 +265,7 @@ def _run_all(
     results = {one.folder: {"state": "done"} for one in jobs if one.done()}
     waiting = [one for one in jobs if one.folder not in results]
     if results:
-        say(f"{len(results)} of {len(jobs)} runs are finished already")
+        say(f"finished already: {len(results)} of {counted(len(jobs), 'run')}")
     if not waiting:
         return results
     pool, running = process_pool.start(processes, out), dict[Future[int], tuple[Job, float]]()

@@ -97,7 +97,7 @@ def test_every_point_is_a_run_and_all_are_one_comparison(engine, recipe, tmp_pat
     assert list(one["by_kind"]) == ["json", "polite"]
     assert json.loads((out / "sweep.json").read_text()) == report
     text = (out / "sweep.md").read_text()
-    assert "6 of 6 runs are finished." in text and "gold_reward, difference | json | polite" in text
+    assert "Finished: 6 of 6 runs." in text and "gold_reward, difference | json | polite" in text
     assert lines[-1].startswith("9/9 ppo.kl_coef=0.05/seed-2: done after")
     again = sweeps.sweep(recipe, GRID, out, seeds=3)
     assert again == report and len(engine.commands) == 9

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from lora_rlhf.distributed import launch
-from lora_rlhf.errors import DataError, FitError, UsageError
+from lora_rlhf.errors import DataError, FitError, UsageError, counted
 
 from . import shell
 from .command_group import (
@@ -508,7 +508,7 @@ def _tasks_verb(
     say = functools.partial(shell.echo, err=True)
     failed = task_choice.failures(record, model, report) if report else None
     made = task_choice.make(run, choice, out, failed=failed, say=say)
-    shell.echo(f"{len(made)} tasks: {out}")
+    shell.echo(f"{counted(len(made), 'task')}: {out}")
 
 
 @command("iterate")

@@ -16,6 +16,7 @@ from typing import Any
 import regex  # type: ignore[import-untyped]  # unlike `re`, it can stop after a time
 
 from lora_rlhf import extras
+from lora_rlhf.errors import counted
 
 from .sources import excerpt
 
@@ -74,7 +75,7 @@ def problems(text: str, checks: Mapping[str, Any]) -> list[str]:
         wrong += _bullet_problems(text, bullets)
     most, words = checks.get("max_words"), len(text.split())
     if most is not None and words > most:
-        wrong.append(f"{words} words, at most {most} are allowed")
+        wrong.append(f"{counted(words, 'word')}, at most {most} are allowed")
     if (pattern := checks.get("regex")) is not None:
         try:
             if not regex.fullmatch(pattern, text, timeout=_SECONDS):

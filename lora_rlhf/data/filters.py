@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lora_rlhf import redaction
-from lora_rlhf.errors import DataError, first_line
+from lora_rlhf.errors import DataError, counted, first_line
 from lora_rlhf.recipe.schema import Recipe
 
 from . import chat_template, tokenization, tool_calls
@@ -110,7 +110,7 @@ class FilteredSet:
             "rows": self.lines,
             "counts": self.counts,
             "special_tokens_in_text": self.special,
-            "notes": [f"{note} ({n} rows)" for note, n in self.notes.items()],
+            "notes": [f"{note} ({counted(n, 'row')})" for note, n in self.notes.items()],
         }
         if self.agreement:
             report["labeler_agreement"] = self.agreement
@@ -324,7 +324,7 @@ def follow_template(kept: FilteredSet, examples: list[Example], tokenizer: Any) 
         why, count = untrained.most_common(1)[0]
         raise DataError(
             f"the chat template of this base does not support the tool calls of {kept.name}: "
-            f"{why} ({count} rows)",
+            f"{why} ({counted(count, 'row')})",
             expected="a template that writes tools, tool calls and their results as text",
             remedy="use a base whose template does, or write calls and results into the content; "
             "`ignore: [tools]` leaves out the list of tools only",

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from lora_rlhf.errors import DataError, reason
+from lora_rlhf.errors import DataError, counted, reason
 from lora_rlhf.recipe.schema import COLUMNS, DataSource
 
 Row = tuple[str, dict[str, Any]]
@@ -493,7 +493,8 @@ def _csv(path: Path, text: str, delimiter: str, skips: Skips, first: int = 1) ->
             elif cells:
                 skips.take(
                     DataError(
-                        f"{len(cells)} cells under {len(header)} columns: {excerpt(cells)}",
+                        f"{counted(len(cells), 'cell')} under {counted(len(header), 'column')}: "
+                        f"{excerpt(cells)}",
                         where=where,
                         expected="as many cells as the header has, which is line "
                         f"{first}: {excerpt(delimiter.join(header))}",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_rlhf.errors import DataError, UsageError, reason
+from lora_rlhf.errors import DataError, UsageError, counted, reason
 from lora_rlhf.hub import targets
 from lora_rlhf.hub.targets import Target
 from lora_rlhf.reports import evaluation_report, html_report
@@ -201,11 +201,11 @@ def _summary_of(name: str, judge: judges.Judge, record: dict[str, Any]) -> Itera
     accuracy, people = record["accuracy"], record["longer"]["people"]["value"]
     yield (
         f"{name} agrees with people on {accuracy['value']:.3f} "
-        f"[{accuracy['low']:.3f}, {accuracy['high']:.3f}] of {record['n']} pairs"
+        f"[{accuracy['low']:.3f}, {accuracy['high']:.3f}] of {counted(record['n'], 'pair')}"
     )
     if record["left_out"]:
         counts = judge_validation.counts(record["left_out"])
-        yield f"{sum(record['left_out'].values())} pairs are left out ({counts})"
+        yield f"left out: {counted(sum(record['left_out'].values()), 'pair')} ({counts})"
     if record["ceiling"]:
         yield f"one person agrees with the other people on {record['ceiling']['value']:.3f}"
     yield f"always preferring the longer answer agrees with people on {people:.3f}"

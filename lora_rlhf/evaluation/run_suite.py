@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_rlhf.errors import DataError, UsageError, first_line
+from lora_rlhf.errors import DataError, UsageError, counted, first_line
 from lora_rlhf.estimates import Estimate
 from lora_rlhf.hub.targets import Target
 from lora_rlhf.recipe.schema import ModelSection
@@ -369,7 +369,9 @@ def _of_target(
     evaluation.seconds |= kept.get("seconds", {})
     if sampled:
         if "answers" not in kept:
-            evaluation.say(f"{target.name} answers {len(prompts.rows)} prompts of {one.name}")
+            evaluation.say(
+                f"{target.name} answers {counted(len(prompts.rows), 'prompt')} of {one.name}"
+            )
             with evaluation.timed(f"answers of {target.name} on {one.name}", kept):
                 kept["answers"] = _sampled(evaluation, engine, target, prompts, kept, where)
             saved.put(*where, kept)

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_rlhf.errors import UsageError
+from lora_rlhf.errors import UsageError, counted
 from lora_rlhf.runs.disk import check_writable
 
 from . import (
@@ -20,7 +20,6 @@ from . import (
     usage_format,
 )
 from .foreign_formats import Import, Names
-from .labels import counted
 
 KEY = "pseudonyms.key"
 """File of a project; with it the same person gets the same pseudonym in every import and push."""

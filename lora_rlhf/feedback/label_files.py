@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_rlhf.data import answer_format, sources
-from lora_rlhf.errors import DataError, UsageError
+from lora_rlhf.errors import DataError, UsageError, counted
 from lora_rlhf.recipe.schema import DataSource
 from lora_rlhf.runs.disk import make_place, write_atomically
 
@@ -27,7 +27,6 @@ from .labels import (
     Label,
     Task,
     check_value,
-    counted,
     personal,
 )
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from lora_rlhf.errors import UsageError, first_line
+from lora_rlhf.errors import UsageError, counted, first_line
 from lora_rlhf.reports import agreement_report
 
 from . import label_files, label_summary, project
 from .label_server import Access, LabelServer
-from .labels import TYPES, counted
+from .labels import TYPES
 from .project import Settings
 from .store import now
 from .terminal import Terminal
@@ -37,7 +37,8 @@ def make(folder: Path, tasks: Path, kind: str = "ranking") -> str:
         raise UsageError(f"{folder} has no name for a project: {first_line(error)}") from None
     with project.create(folder, settings).store() as store:
         store.add_tasks(read)
-    return f"{folder}: {len(read)} tasks, {project.FILE} and {settings.guidelines}, to be edited"
+    made = f"{counted(len(read), 'task')}, {project.FILE} and {settings.guidelines}"
+    return f"{folder}: {made}, to be edited"
 
 
 def add(folder: Path, tasks: Path) -> str:

@@ -200,8 +200,3 @@ def personal(tasks: Iterable[Task], labels: Iterable[Label]) -> set[str]:
     tasks = list(tasks)
     prompts = [task.prompt for task in tasks if task.id in flagged]
     return flagged | {task.id for task in tasks if task.prompt in prompts}
-
-
-def counted(number: int, noun: str) -> str:
-    """Return `1 row`, `2 rows`."""
-    return f"{number} {noun}" + "s" * (number != 1)

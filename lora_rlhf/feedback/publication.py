@@ -17,7 +17,7 @@ import yaml
 
 from lora_rlhf.data import personal_data, row_formats, sources
 from lora_rlhf.data.label_pool import SUFFIX
-from lora_rlhf.errors import DataError, UsageError
+from lora_rlhf.errors import DataError, UsageError, counted
 from lora_rlhf.hub import staging
 from lora_rlhf.hub.repository import Repository
 from lora_rlhf.recipe.schema import DataSource
@@ -26,7 +26,7 @@ from lora_rlhf.reports.cards.card_markdown import cell, code
 from lora_rlhf.runs.disk import sha256, write_atomically
 
 from . import exchange, foreign_formats, label_files, project
-from .labels import Label, Task, counted, personal
+from .labels import Label, Task, personal
 from .project import Project
 
 CONFIGS = {
@@ -210,8 +210,8 @@ def _people(part: str, one: Mapping[str, Any]) -> list[str]:
             f"Kendall's tau {_share(tau)}" if tau else "",
         ]
         lines.append(
-            f"- Agreement on {cell(name)} ({numbers['questions']} questions with two answers or "
-            f"more): {'; '.join(figure for figure in figures if figure)}"
+            f"- Agreement on {cell(name)} ({counted(numbers['questions'], 'question')} with two "
+            f"answers or more): {'; '.join(figure for figure in figures if figure)}"
         )
     if not pool["agreement"]:
         lines.append("- Agreement: not measured, since nothing was labelled twice")
@@ -235,8 +235,9 @@ def _how(there: Project, given: tuple[list[Task], list[Label]]) -> list[str]:
     return [
         "- People saw a prompt and answers without names of models, in an order drawn for each of "
         "them, or used another tool whose export was imported",
-        f"- {len(tasks)} tasks, of which {sum(task.gold is not None for task in tasks)} with a "
-        f"known right value, which are not published{span}",
+        f"- {counted(len(tasks), 'task')}, of which "
+        f"{sum(task.gold is not None for task in tasks)} with a known right value, which are not "
+        f"published{span}",
         f"- {counted(settings.labels_per_task, 'label')} a task; "
         f"{settings.labels_per_overlap} for a share of {settings.overlap:g} of them",
         "- Prompts were chosen: " + ", ".join(f"{cell(key)} ({n})" for key, n in why.items()),
@@ -249,10 +250,10 @@ def _guidelines(labels: list[Label], folder: Path) -> list[str]:
     used = Counter(label.guidelines for label in labels)
     lines = [
         f"- [{path.stem}](guidelines/{path.name}): sha256 beginning {code(path.stem)}, "
-        f"{sum(n for sha, n in used.items() if sha.startswith(path.stem))} labels"
+        f"{counted(sum(n for sha, n in used.items() if sha.startswith(path.stem)), 'label')}"
         for path in sorted((folder / "guidelines").glob("*.md"))
     ]
-    return lines + [f"- not recorded: {used['']} labels"] * bool(used[""])
+    return lines + [f"- not recorded: {counted(used[''], 'label')}"] * bool(used[""])
 
 
 def _personal(tasks: list[Task], labels: list[Label], held: Mapping[str, int] | None) -> list[str]:

@@ -29,7 +29,7 @@ from lora_rlhf.data.closed_world import generator, labelers
 from lora_rlhf.data.closed_world.checkers import Item
 from lora_rlhf.data.filters import prompt_key
 from lora_rlhf.distributed import launch
-from lora_rlhf.errors import DataError, UsageError
+from lora_rlhf.errors import DataError, UsageError, counted
 from lora_rlhf.recipe.loader import dump_recipe, parse_recipe
 from lora_rlhf.recipe.schema import DataSource, Recipe
 from lora_rlhf.runs import run_lock
@@ -222,7 +222,7 @@ def _from_project(folder: Path, out: Path, say: Say) -> bool:
         labels = [one for one in store.labels() if one.task in known]
     if missing := len(tasks) - len({one.task for one in labels}):
         again = f"`lora-rlhf label {shlex.quote(str(folder))}`"
-        say(f"{missing} of {len(tasks)} tasks have no label yet: {again}")
+        say(f"without a label yet: {missing} of {counted(len(tasks), 'task')}: {again}")
         return False
     path = out / "labels.jsonl"
     say(label_files.export(tasks, labels, path))

@@ -32,7 +32,7 @@ from lora_rlhf.runtime import optional_packages  # noqa: F401  # isort: skip
 from lora_rlhf.algorithms.ppo import ppo_stage
 from lora_rlhf.data import dataset_builder
 from lora_rlhf.data.filters import prompt_key
-from lora_rlhf.errors import DataError, UsageError
+from lora_rlhf.errors import DataError, UsageError, counted
 from lora_rlhf.estimates import Floats
 from lora_rlhf.evaluation import kept
 from lora_rlhf.evaluation.answers import digest
@@ -145,7 +145,10 @@ def make(
             remedy="give more data.prompts, or another --model",
         )
     if len(tasks) < choice.n:
-        say(f"only {len(tasks)} of {choice.n} tasks: no more prompts with different answers")
+        say(
+            f"only {len(tasks)} of {counted(choice.n, 'task')}: "
+            "no more prompts with different answers"
+        )
     write(out, tasks)
     return tasks
 
@@ -229,7 +232,10 @@ class _Answers:
             if all(key in self.kept for key in keys):
                 continue
             interrupts.stop_if_requested()
-            self.say(f"{self.choice.model} answers {len(keys)} prompts, {k} times each")
+            self.say(
+                f"{self.choice.model} answers {counted(len(keys), 'prompt')}, "
+                f"{counted(k, 'time')} each"
+            )
             part = rows[start : start + _AT_ONCE]
             prompts = [self.backbone.encode_prompt(row["prompt"]) for row in part for _ in range(k)]
             with self.backbone.role(MODELS[self.choice.model]):

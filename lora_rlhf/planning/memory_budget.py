@@ -14,6 +14,11 @@ FRAGMENTATION = 0.05
 """Assumed share of the peak that the caching allocator reserves beyond what tensors use."""
 
 
+LOADED_LATER = 50 * 10**6
+"""Bytes of a CPU's process for libraries and rows that a run loads after its plan: 28 to 45 MB were
+measured, with freed memory given back (`docs/plan.md`)."""
+
+
 @dataclass(frozen=True)
 class Phase:
     """Bytes that one phase holds at its peak."""

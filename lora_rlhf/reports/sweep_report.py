@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lora_rlhf.errors import counted
 from lora_rlhf.estimates import differs
 
 from . import tables
@@ -27,7 +28,7 @@ def show(report: Mapping[str, Any], console: Console | None = None) -> None:
     if report["comparison"]:
         tables.show_comparison(report["comparison"], console)
     if wrong := list(failures(report)):
-        tables.say(console, f"\n{len(wrong)} of {len(report['runs'])} runs failed:")
+        tables.say(console, f"\n{len(wrong)} of {counted(len(report['runs']), 'run')} failed:")
         for line in wrong:
             tables.say(console, line)
 
@@ -35,7 +36,7 @@ def show(report: Mapping[str, Any], console: Console | None = None) -> None:
 def markdown(report: Mapping[str, Any]) -> str:
     """Return the report as `sweep.md`."""
     wrong, runs = list(failures(report)), report["runs"]
-    parts = ["# Sweep", f"{len(runs) - len(wrong)} of {len(runs)} runs are finished."]
+    parts = ["# Sweep", f"Finished: {len(runs) - len(wrong)} of {counted(len(runs), 'run')}."]
     if wrong:
         parts += ["## Failed runs", card_markdown.bullets(map(card_markdown.cell, wrong))]
     if comparison := report["comparison"]:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lora_rlhf.errors import counted
 from lora_rlhf.estimates import Estimate, detectable, differs
 from lora_rlhf.recipe.stage_keys import ALGORITHMS, stage_names
 from lora_rlhf.redaction import printable, safe
@@ -43,6 +44,12 @@ def show(record: Record, console: Console | None = None) -> None:
         if shown := [m for m in ("sft", "policy", "best_of_n") if by_kind.get(m)]:
             _print_kinds(console, {m: (evaluation.get(m, {}), by_kind[m]) for m in shown})
         say(console, " ".join(verdict(record)))
+        if by_kind:
+            say(
+                console,
+                "Each interval is of its number alone. What is called clearly worse is so after "
+                "correction for the number of comparisons, the win rate apart, as in report.html.",
+            )
         kl = evaluation.get("policy", {}).get("kl")
         if kl:
             say(console, f"KL of the policy to SFT: {cell(kl)}, in nats per sequence")
@@ -97,7 +104,9 @@ def stage_line(record: Record, stage: str) -> str:
     if "kl_last" in entry:
         results.append(f"KL to SFT {float(entry['kl_last']):.3g} nats")
     if stage == "evaluate":
-        results.append(f"{entry['prompts']} prompts for each of {', '.join(entry['models'])}")
+        results.append(
+            f"{counted(entry['prompts'], 'prompt')} for each of {', '.join(entry['models'])}"
+        )
     return ": ".join([head, ", ".join(results)]) if results else head
 
 

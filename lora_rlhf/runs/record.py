@@ -81,6 +81,8 @@ class Record:
     data: {SET: {...}}, stages: {STAGE: {status, ..., files: {PATH: sha256}}},
     evaluation: {MODEL: {METRIC: {value, low, high, n}}}, files: {PATH: sha256}, clock: {...},
     sha256}`. A stage lists the files that it wrote, `files` all of the sealed run.
+    `recipe_sha256` is of the keys that decide the result (`stage_keys.identity`), in `clock` it is
+    of the file `recipe.yaml`, whose free keys may change.
     """
 
     def __init__(self, folder: str | Path, data: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lora_rlhf.data import answer_format
-from lora_rlhf.errors import UsageError
+from lora_rlhf.errors import UsageError, counted
 from lora_rlhf.recipe import suggestions
 from lora_rlhf.recipe.schema import SEEDS
 
@@ -75,7 +75,12 @@ class Answer:
     @property
     def facts(self) -> str:
         """Model, tokens, seconds, reward and KL on one line."""
-        parts = [self.model, f"{self.tokens} tokens", f"{self.seconds:.1f} s", f"seed {self.seed}"]
+        parts = [
+            self.model,
+            counted(self.tokens, "token"),
+            f"{self.seconds:.1f} s",
+            f"seed {self.seed}",
+        ]
         if self.reward is not None:
             parts.append(f"reward {self.reward:.2f}")
         if self.kl:
@@ -466,7 +471,7 @@ class Chat:
         return self.engine.rendered(turns)
 
     def __repr__(self) -> str:
-        return f"Chat({self.model}, {len(self.exchanges)} answers)"
+        return f"Chat({self.model}, {counted(len(self.exchanges), 'answer')})"
 
     def _repr_html_(self) -> str:
         return "".join(
@@ -493,7 +498,7 @@ def _measure(answer: Answer, completion: Completion) -> None:
     answer.seconds = completion.seconds - completion.queue_s
     answer.reward, answer.dropped_turns = choice.reward, completion.dropped_turns
     if not answer.mark and choice.finish_reason == "length":
-        answer.mark = f"cut off at {answer.tokens} tokens"
+        answer.mark = f"cut off at {counted(answer.tokens, 'token')}"
 
 
 def _pieces(

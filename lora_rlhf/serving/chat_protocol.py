@@ -19,6 +19,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -81,6 +82,15 @@ class _Part(_Given):
 class _Message(_Given):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[_Part]
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _text_only(cls, content: Any) -> Any:
+        parts = content if isinstance(content, list) else []
+        kinds = [part.get("type") for part in parts if isinstance(part, dict)]
+        if other := [kind for kind in kinds if kind != "text"]:
+            raise ValueError(f"a part of type {other[0]!r:.40}: this server takes text only")
+        return content
 
     def turn(self) -> dict[str, str]:
         text = self.content

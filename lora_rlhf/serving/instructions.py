@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lora_rlhf.data import answer_format, sources
-from lora_rlhf.errors import DataError, UsageError, first_line
+from lora_rlhf.errors import DataError, UsageError, counted, first_line
 from lora_rlhf.recipe import suggestions
 
 from . import instruction_templates, output_checks, usage_store
@@ -305,7 +305,9 @@ def _result(
     answer = choice.text.strip()
     checks = output_checks.run(answer, instruction.wanted, text)
     if choice.finish_reason == "length":
-        checks.append(Check("whole", False, f"cut off after {completion.completion_tokens} tokens"))
+        checks.append(
+            Check("whole", False, f"cut off after {counted(completion.completion_tokens, 'token')}")
+        )
     return Result(
         answer,
         checks,

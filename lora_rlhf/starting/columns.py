@@ -15,7 +15,7 @@ from typing import Any
 from lora_rlhf.data import row_formats, unread_columns
 from lora_rlhf.data.row_formats import LAYOUTS, Example
 from lora_rlhf.data.sources import Row, Skips, excerpt, read
-from lora_rlhf.errors import DataError
+from lora_rlhf.errors import DataError, counted
 from lora_rlhf.recipe.schema import COLUMNS, DataSource
 
 Ask = Callable[[str, Sequence[str], str], str]
@@ -57,7 +57,7 @@ class Taken:
         width = max([len(_cell(name)) for name in self.columns] + [6])
         table = [("column", "taken for", "why"), *((c, *v) for c, v in self.columns.items())]
         return [
-            f"{self.name}: {len(self.rows):,} rows; serves as {sets}",
+            f"{self.name}: {counted(len(self.rows), 'row')}; serves as {sets}",
             *(f"  {_cell(column):{width}}  {role:12}  {why}" for column, role, why in table),
             *(f"  {note}" for note in self.notes),
         ]
@@ -109,8 +109,8 @@ def look(
             raise _unknown(taken, names)
     if skips.seen:
         first = skips.seen[0]
-        what = f"broken rows are left out (skip_bad), the first at {_place(first.where)}"
-        taken.notes.append(f"{len(skips.seen)} {what}: {first.given}")
+        what = f"left out (skip_bad), the first at {_place(first.where)}"
+        taken.notes.append(f"{counted(len(skips.seen), 'broken row')} {what}: {first.given}")
     return taken
 
 
@@ -148,7 +148,7 @@ def _take(
             taken.examples[name] = [one for one in parsed if one is not None]
             taken.notes += [note for note in notes if note not in taken.notes]
             if bad:
-                taken.notes.append(f"{bad} rows of {name} do not fit and are left out (skip_bad)")
+                taken.notes.append(f"{counted(bad, 'row')} of {name} left out (skip_bad): no fit")
             if layout[-1] == "label" and not _paired(taken, name):
                 continue
             source = source.model_copy(update={"ignore": made.ignore})  # asked once
@@ -254,7 +254,7 @@ def _parsed(
         return [None], []
     wrapped = "plain text was wrapped"
     return parsed, [
-        f"{note} ({n} rows)" for note, n in notes.items() if not note.startswith(wrapped)
+        f"{note} ({counted(n, 'row')})" for note, n in notes.items() if not note.startswith(wrapped)
     ]
 
 

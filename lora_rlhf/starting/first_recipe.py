@@ -25,7 +25,7 @@ from lora_rlhf.data import dataset_builder
 from lora_rlhf.data.row_formats import text_of
 from lora_rlhf.data.sources import excerpt
 from lora_rlhf.data.tokenization import completion_ids, prompt_ids
-from lora_rlhf.errors import DataError, LoraRlhfError, SetupError, UsageError
+from lora_rlhf.errors import DataError, LoraRlhfError, SetupError, UsageError, counted
 from lora_rlhf.models import loading
 from lora_rlhf.planning import bases, gpu_fit
 from lora_rlhf.planning.memory_budget import format_bytes
@@ -212,8 +212,8 @@ def _sets(draft: _Draft, looked: list[Taken], say: Say) -> _Sets:
         draft.comments["data.prompts"] = "prompts of the rollouts: those of the same files"
     if min(map(len, (examples["demonstrations"], examples["prompts"]))) < 4:
         raise DataError(
-            f"there are {len(examples['demonstrations'])} demonstrations and "
-            f"{len(examples['prompts'])} prompts",
+            f"too few: {counted(len(examples['demonstrations']), 'demonstration')} and "
+            f"{counted(len(examples['prompts']), 'prompt')}",
             where=looked[0].name,
             expected="at least a few dozen rows, and some hundred for a result to mean something",
             remedy="give more rows",

@@ -71,7 +71,7 @@ def test_a_change_that_may_be_made_is_said(half: Path, out: Path, capsys: pytest
     ("until", "sets", "message"),
     [
         ("sft", ["sft.args.learnin=1"], "did you mean"),
-        ("ppo", ["ppo.value_warmup_updates=3"], "more updates than warm-up"),
+        ("ppo", ["ppo.value_warmup_updates=3"], "lower ppo.value_warmup_updates"),
         ("ppo", ["data.prompts=[{path: gone.jsonl}]"], "no such file"),
         ("ppo", ["ppo.args.per_device_train_batch_size=64"], "too few prompts"),
         ("ppo", ["ppo.reward=gold"], "no checker"),

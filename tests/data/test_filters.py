@@ -109,7 +109,7 @@ def test_rows_that_the_chat_template_refuses_are_counted(tmp_path):
         recipe(demonstrations=path), make_tokenizer(guard + TEMPLATE)
     )
     assert removed(prepared, "refused by the chat template") == 1
-    assert "the chat template refuses: no system (1 rows)" in prepared.report["notes"]
+    assert "the chat template refuses: no system (1 row)" in prepared.report["notes"]
     assert (
         len(dataset_builder.demonstrations(recipe(demonstrations=path), make_tokenizer()).train)
         > 40

@@ -200,7 +200,7 @@ def test_pairs_that_cannot_be_judged_are_counted_and_no_stop(tmp_path):
         "over the judge's context": 1,
     }
     said = list(evaluate_targets._summary_of("rule", judge, record))
-    assert said[1].startswith("13 pairs are left out (") and "equal answers: 2" in said[1]
+    assert said[1].startswith("left out: 13 pairs (") and "equal answers: 2" in said[1]
     with pytest.raises(DataError, match=r"can be judged: 0 \(over the judge's context: 6\)"):
         decided = [one for one in labelled if one.majority is not None]
         judge_validation.validate(ByRule(lambda a, b: None), decided, "labels")

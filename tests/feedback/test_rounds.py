@@ -147,7 +147,7 @@ def test_a_round_waits_until_a_project_has_all_labels(runs, tmp_path):
     asked = Round(Choice("random", 3, 3, "policy"), str(tmp_path / "project"))
     run, out, said = runs.after("ppo"), tmp_path / "round", []
     assert rounds.prepare(run, out, asked, say=said.append) is None
-    assert "3 of 3 tasks have no label yet" in said[-1]
+    assert "without a label yet: 3 of 3 tasks" in said[-1]
     with made.store() as store:
         store.add_labeler("anna")
         while given := store.next_assignment("anna"):

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from lora_rlhf.algorithms import identities
 from lora_rlhf.algorithms.ppo import ppo_stage
 from lora_rlhf.cli import app
-from lora_rlhf.reports.doctor import doctor, sft_checks
+from lora_rlhf.reports.doctor import doctor, findings, sft_checks
 from lora_rlhf.runs.record import Record
 
 NEAR_CHANCE = sft_checks.NEAR_CHANCE
@@ -365,6 +365,19 @@ def test_advice_names_only_columns_that_the_data_have(evaluated, tmp_path, layou
     for name in ("contradictions_comparisons", "reward_inverted"):
         named = [c for c in ("ranks", "scores", "label") if f"`{c}`" in findings[name].remedy]
         assert named == ([column] if column else [])
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out", "line"),
+    [
+        (50, 1, "only 50 demonstrations to learn from and only 1 demonstration to test SFT on"),
+        (324, 28, "only 28 demonstrations to test SFT on"),
+    ],
+)
+def test_a_note_on_few_rows_names_only_those_that_are_few(train, held_out, line):
+    [found] = findings.few_rows("demonstrations", {"train": train, "held_out": held_out})
+    assert found.what == line and ("data.held_out" in found.remedy) == (train > 100)
+    assert not [*findings.few_rows("demonstrations", {"train": 324, "held_out": 128})]
 
 
 NOTES = {"few_prompts", "no_judge", "few_rows_demonstrations", "few_rows_comparisons"}

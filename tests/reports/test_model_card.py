@@ -76,6 +76,19 @@ def test_the_time_of_a_copied_stage_is_not_counted_as_this_runs(run):
     assert "1/5 sft copied; it took 1:11" in tables.stage_line(record, "sft")
 
 
+def test_the_hash_of_the_recipe_is_not_called_that_of_the_file(run):
+    text = model_card.render(run(), "policy")
+    assert "sha256 of the keys that decide the result" in text
+    assert "sha256 of the original" not in text
+
+
+def test_the_screen_says_which_of_its_words_are_corrected(run, capsys):
+    tables.show(run())
+    assert "after correction for the number of comparisons" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
 def test_a_base_without_hub_id_is_never_named_as_one(run):
     record = run(change(model__id="/home/somebody/base", model__source="local folder"))
     text = model_card.render(record, "policy")

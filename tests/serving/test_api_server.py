@@ -169,7 +169,7 @@ def test_constraints_reach_the_engine(serve, body, kind):
         ({"messages": []}, 400, "invalid_value", "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, 400, "invalid_value", "messages.0.role"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400,
-         "invalid_value", "messages.0.content"),
+         "invalid_value", "messages.0.content: a part of type 'image_url': this server takes text"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "invalid_value", "not end"),
         ({"max_tokens": 5, "max_completion_tokens": 6}, 400, "invalid_value", "differ"),
         ({"top_logprobs": 2}, 400, "invalid_value", "needs logprobs"),

@@ -153,7 +153,7 @@ def test_few_broken_rows_are_counted(tmp_path):
     rows = "".join(json.dumps(row) + "\n" for row in table(prompt=Q, completion=A)) + "{oops\n"
     made = taken(tmp_path / "d.jsonl", rows.encode())
     assert made.sources["demonstrations"].skip_bad == 1
-    assert "1 broken rows are left out (skip_bad), the first at d.jsonl:25" in made.notes[0]
+    assert "1 broken row left out (skip_bad), the first at d.jsonl:25" in made.notes[0]
 
 
 def test_unknown_columns_are_asked_for_or_named(tmp_path):

@@ -178,6 +178,7 @@ def arguments(recipe: Recipe, out: Path) -> PPOConfig:
             f"ppo.updates is {recipe.ppo.updates}, ppo.value_warmup_updates "
             f"{recipe.ppo.value_warmup_updates}",
             expected="more updates than warm-up updates, in which only the value learns",
+            remedy="raise ppo.updates, or lower ppo.value_warmup_updates (0: none)",
         )
     return build("ppo", PPOConfig, {**merged, **steps})
 

@@ -92,7 +92,8 @@ def how_to_reproduce(facts: Facts) -> str:
     ]
     items = [
         f"Seed: {number(facts.get('seed'))}; stages run: {', '.join(stages) or MISSING}",
-        f"Recipe: `recipe.yaml` {place}, sha256 of the original {code(facts.get('recipe_sha256'))}",
+        f"Recipe: `recipe.yaml` {place}; sha256 of the keys that decide the result (equal for runs "
+        f"that repeat this one, not that of the file): {code(facts.get('recipe_sha256'))}",
         f"Versions: {', '.join(versions) or MISSING}",
         *others,
     ]

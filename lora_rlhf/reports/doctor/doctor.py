@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lora_rlhf.errors import INTERRUPTED
+from lora_rlhf.errors import INTERRUPTED, counted
 from lora_rlhf.recipe.stage_keys import stage_names
 from lora_rlhf.reports.tables import say
 from lora_rlhf.runs.record import Record
@@ -58,7 +58,7 @@ def verdict(findings: list[Finding]) -> str:
     if faults:
         return f"stage at fault: {faults[0].stage} ({faults[0].what})"
     warnings = sum(f.severity == "warning" for f in findings)
-    return f"no fault found; {warnings or 'no'} warning{'s' * (warnings != 1)}"
+    return f"no fault found; {counted(warnings, 'warning') if warnings else 'no warnings'}"
 
 
 def show(record: Record, findings: list[Finding], console: Console | None = None) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from lora_rlhf.errors import counted
 from lora_rlhf.estimates import differs
 
 STAGES = ("data", "sft", "reward", "ppo", "evaluate")
@@ -60,8 +61,8 @@ KNOWN: dict[str, tuple[str, str, str, str]] = {
         "data", "note", "training does not see all that is in the file",
         "read a few of the dropped rows; `columns:` maps columns that have other names"),
     "few_rows": (
-        "data", "note", "with fewer than 100 in either, learning and results may be chance",
-        "use more rows"),
+        "data", "note", f"below {SMALL}, what is learned or measured may be chance",
+        "use more of them"),
     "agreement": (
         "data", "warning", "a reward model is seldom more consistent than its labelers",
         "give clearer instructions, use fewer and better labelers, or collect more labels per "
@@ -191,15 +192,19 @@ def direction(data: dict[str, Any]) -> str:
 def few_rows(name: str, report: dict[str, Any]) -> Findings:
     """Check the sizes of the sets that SFT and the reward model learn from and are judged on."""
     train, held_out = report.get("train", SMALL), report.get("held_out", SMALL)
-    if name in _LEARNERS and min(train, held_out) < SMALL:
-        what = f"{train} {name} to learn from, and {held_out} to test {_LEARNERS[name]} on"
-        yield finding("few_rows", what, name)
+    if name not in _LEARNERS or min(train, held_out) >= SMALL:
+        return
+    few = {"to learn from": train, f"to test {_LEARNERS[name]} on": held_out}
+    noun = name.removesuffix("s")
+    what = [f"only {counted(n, noun)} {use}" for use, n in few.items() if n < SMALL]
+    more = "" if train < SMALL else ", or a larger data.held_out"
+    yield finding("few_rows", " and ".join(what), name, more=more)
 
 
 def few_prompts(n: int) -> Findings:
     """Check the number of evaluation prompts; a run does so before training."""
     if n < SMALL:
-        yield finding("few_prompts", f"the evaluation rests on {n} prompt{'s' * (n != 1)}")
+        yield finding("few_prompts", f"the evaluation rests on {counted(n, 'prompt')}")
 
 
 def rate(estimate: dict[str, Any]) -> str:

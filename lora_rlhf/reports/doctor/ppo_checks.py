@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from lora_rlhf.errors import counted
 from lora_rlhf.reports import alarms
 from lora_rlhf.runs.record import Record
 
@@ -26,7 +27,7 @@ def check(record: Record, lines: Lines) -> Findings:
     entry = record.data["stages"].get(record.algorithm, {})
     last, updates = entry.get("kl_last"), entry.get("updates", 0)
     if last is not None and updates >= 2 * alarms.ENDS and abs(last) < STILL:
-        what = f"KL to SFT is only {last:.2g} nats per sequence after {updates} updates"
+        what = f"KL to SFT is only {last:.2g} nats per sequence after {counted(updates, 'update')}"
         yield finding("policy_still", what)
     yield from _signs(lines["ppo"])
 
@@ -60,6 +61,6 @@ def _fast(lines: list[Line]) -> str:
     for updates, line in enumerate(lines[start + 1 :][:FAST], start=1):
         token = line.get("kl/k1", 0.0)
         if token > alarms.KL_TOKEN:
-            after = f"{updates} update{'s' * (updates > 1)} of the policy"
+            after = f"{counted(updates, 'update')} of the policy"
             return f"KL to SFT is {token:.2g} nats per token after {after}"
     return ""
