@@ -270,6 +270,9 @@ JudgeRecords = Annotated[
 FewShot = Annotated[
     int, typer.Option(min=0, max=3, help="Examples for a base without a chat template.")
 ]
+MostPrompts = Annotated[
+    int | None, typer.Option(min=2, help="Most prompts of each set; default: the suite's.")
+]
 Price = Annotated[float | None, typer.Option(min=0.0, help="Price of this machine.")]
 
 
@@ -286,6 +289,7 @@ def _evaluate_verb(
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit")] = False,
     few_shot: FewShot = 0,
     price_per_hour: Price = None,
+    n: MostPrompts = None,
     overrides: Set = None,
     start_from: From = None,
     warm_start: Warm = False,
@@ -296,7 +300,7 @@ def _evaluate_verb(
     A comparison writes report.json and report.html; if interrupted, it continues later.
     """
     if suite is None and len(targets) == 1 and _is_recipe(Path(targets[0]), out):
-        of_targets = (against, judges, labels, judge_records, base, price_per_hour)
+        of_targets = (against, judges, labels, judge_records, base, price_per_hour, n)
         if any(one is not None for one in of_targets) or load_in_4bit or few_shot:
             raise UsageError(
                 f"{targets[0]} is a recipe, which reads only --out, --set, --from, --warm-start "
@@ -321,6 +325,7 @@ def _evaluate_verb(
         load_in_4bit=load_in_4bit,
         few_shot=few_shot,
         price_per_hour=price_per_hour,
+        n=n,
         say=functools.partial(shell.echo, err=True),
     )
     shell.echo("\n".join(evaluate_targets.summary(folder)))

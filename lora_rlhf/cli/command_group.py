@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from lora_rlhf.distributed import launch
+from lora_rlhf.recipe import home
 from lora_rlhf.runtime import quiet
 
 from . import shell
@@ -81,7 +82,7 @@ class _DataGroup(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Insert `show` before a path."""
         if args[0] not in self.commands and (
-            args[0].endswith((".yaml", ".yml")) or Path(args[0]).exists()
+            args[0].endswith((".yaml", ".yml")) or Path(home.expanded(args[0])).exists()
         ):
             args = ["show", *args]
         return super().resolve_command(ctx, args)
@@ -149,6 +150,21 @@ def _root(
     _debug = debug
 
 
+_MAY_BE_PATHS = frozenset(
+    "targets files base model suite against judge judges labels moderation run".split()
+)
+"""Parameters of text that may be a path."""
+
+
+def _at_home(name: str, value: Any) -> Any:
+    """Return an argument with its paths expanded; other text stays as it is."""
+    if isinstance(value, list):
+        return [_at_home(name, one) for one in value]
+    if isinstance(value, Path):
+        return home.given(value)
+    return home.expanded(value) if isinstance(value, str) and name in _MAY_BE_PATHS else value
+
+
 def command(
     name: str, group: typer.Typer = app
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -163,7 +179,7 @@ def command(
                     quiet.process()
                 if name not in _SHARED:
                     launch.refuse(f"`{name}`")
-                function(*args, **kwargs)
+                function(*args, **{k: _at_home(k, value) for k, value in kwargs.items()})
 
         group.command(name)(guarded)
         return guarded

@@ -35,6 +35,7 @@ def evaluate_targets(
     load_in_4bit: bool = False,
     few_shot: int = 0,
     price_per_hour: float | None = None,
+    n: int | None = None,
     say: Callable[[str], object] = lambda line: None,
 ) -> Path:
     """Evaluate targets; returns the folder with `report.json` and `report.html`.
@@ -43,9 +44,10 @@ def evaluate_targets(
         names: Targets, as a user names them.
         suite: Default: `closed-world` if every target is of a run of the packaged recipe, else
             `quick`.
-        out: Default: `evaluations/<suite>`.
+        out: Default: `evaluations/<suite>`, with `n` `evaluations/<suite>-n<n>`.
         against: Name of the reference; default: the first run's SFT, else the first target.
         judge_names: Default: the reward models of the targets' runs.
+        n: Most prompts of each set, 2 or more; default: as the suite has it.
 
     Raises:
         UsageError: A target, suite, metric or judge cannot be used.
@@ -55,7 +57,7 @@ def evaluate_targets(
         say(note)
     named = targets.parse(names, base=base, load_in_4bit=load_in_4bit, few_shot=few_shot)
     targets.check_text(named)
-    chosen, file = suites.load(suite or _suite_for(named))
+    chosen, file = _suite(suite, named, n)
     folder = out or Path("evaluations") / chosen.name
     evaluation = run_suite.Evaluation(
         targets=named,
@@ -64,6 +66,7 @@ def evaluate_targets(
         out=folder,
         reference=against or _reference(named),
         price_per_hour=price_per_hour,
+        most=n,
         validations=_validations(judge_records),
         say=say,
     )
@@ -76,17 +79,26 @@ def evaluate_targets(
         *judges.people_of([str(path) for path in labels]),
     ]
     report = run_suite.run(evaluation, specs, others)
-    with evaluation.timed("page"):
-        html_report.write(report, folder / html_report.NAME)
-    report["seconds"] = evaluation.seconds
-    write_atomically(folder / evaluation_report.FILE, json.dumps(report, indent=1) + "\n")
-    html_report.write(report, folder / html_report.NAME)
+    _write(evaluation, report)
     return folder
 
 
-def _suite_for(named: Sequence[Target]) -> str:
+def _suite(name: str | None, named: Sequence[Target], n: int | None) -> tuple[suites.Suite, Path]:
+    """Return the suite, shortened to n prompts of each set if asked for, and its file."""
+    if n is not None and n < 2:
+        raise UsageError(f"n is {n}", expected="2 or more prompts of each set")
     tiny = all(one.base is not None and one.base.id == "tiny" for one in named)
-    return "closed-world" if tiny else "quick"
+    chosen, file = suites.load(name or ("closed-world" if tiny else "quick"))
+    return chosen if n is None else chosen.shortened(n), file
+
+
+def _write(evaluation: run_suite.Evaluation, report: dict[str, Any]) -> None:
+    """Write the report and its page, with the seconds that the page takes."""
+    with evaluation.timed("page"):
+        html_report.write(report, evaluation.out / html_report.NAME)
+    report["seconds"] = evaluation.seconds
+    write_atomically(evaluation.out / evaluation_report.FILE, json.dumps(report, indent=1) + "\n")
+    html_report.write(report, evaluation.out / html_report.NAME)
 
 
 def _reference(named: Sequence[Target]) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 from lora_rlhf.data import row_formats, sources
 from lora_rlhf.data.closed_world import generator
 from lora_rlhf.errors import DataError, reason
+from lora_rlhf.recipe.home import expanded
 from lora_rlhf.recipe.schema import DataSource
 
 Turns = str | list[dict[str, str]]
@@ -215,7 +216,7 @@ def find(path: str) -> Path | None:
     """Return a prompt set's file, here or in the folder named by LORA_RLHF_DATA; None if absent."""
     folder = os.environ.get("LORA_RLHF_DATA")
     inside = [Path(folder, path.removeprefix("data://"))] if folder else []
-    here = [] if path.startswith("data://") else [Path(path).expanduser()]
+    here = [] if path.startswith("data://") else [Path(expanded(path))]
     return next((file for file in here + inside if sources.is_file(file)), None)
 
 

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_rlhf.errors import DataError, UsageError, counted, first_line
+from lora_rlhf.errors import DataError, UsageError, first_line
 from lora_rlhf.estimates import Estimate
 from lora_rlhf.hub.targets import Target
 from lora_rlhf.recipe.schema import ModelSection
@@ -63,6 +63,7 @@ class Evaluation:
     Attributes:
         reference: Name of the target that others are compared with.
         validations: Judge -> its record against people's labels, from `lora-rlhf judge`.
+        most: Most prompts of each set, if the user asked for fewer than the suite has.
     """
 
     targets: list[Target]
@@ -71,6 +72,7 @@ class Evaluation:
     out: Path
     reference: str
     price_per_hour: float | None = None
+    most: int | None = None
     validations: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     say: Callable[[str], object] = lambda line: None
     answers: dict[tuple[str, str], list[Answer]] = field(default_factory=dict)
@@ -369,9 +371,7 @@ def _of_target(
     evaluation.seconds |= kept.get("seconds", {})
     if sampled:
         if "answers" not in kept:
-            evaluation.say(
-                f"{target.name} answers {counted(len(prompts.rows), 'prompt')} of {one.name}"
-            )
+            evaluation.say(f"{target.name} answers {len(prompts.rows)} prompts of {one.name}")
             with evaluation.timed(f"answers of {target.name} on {one.name}", kept):
                 kept["answers"] = _sampled(evaluation, engine, target, prompts, kept, where)
             saved.put(*where, kept)
@@ -691,6 +691,11 @@ def report(
     verdict = suite_tables.sentences(head, suite.headline, tables)
     if head is not None:
         head["sentence"] = verdict[0]
+    if evaluation.most is not None:
+        verdict.append(
+            f"At most {evaluation.most} prompts of each set were used (--n): only larger "
+            "differences show than with the whole suite."
+        )
     return {
         "version": VERSION,
         "suite": {

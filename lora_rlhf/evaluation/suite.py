@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -83,6 +83,17 @@ class Suite(Section):
     """`SET/METRIC` that the verdict is about, chosen before anything is measured."""
     sets: list[SetSection] = Field(min_length=1)
     lm_eval: LmEvalSection | None = None
+
+    def shortened(self, n: int) -> Suite:
+        """Return the suite with at most n prompts of each set, under a name that says so."""
+
+        def fewer(of: Any) -> dict[str, int]:
+            return {"n": min(n, of.n or n)}
+
+        sets = [one.model_copy(update=fewer(one)) for one in self.sets]
+        tasks = self.lm_eval and self.lm_eval.model_copy(update=fewer(self.lm_eval))
+        changed = {"name": f"{self.name}-n{n}", "sets": sets, "lm_eval": tasks}
+        return self.model_copy(update=changed)
 
     def rules(self) -> Rules:
         """Names are unique, and the headline is measured."""

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_rlhf import tiny
 from lora_rlhf.errors import HubError, UsageError
+from lora_rlhf.recipe.home import expanded
 from lora_rlhf.redaction import TOKENS, variables
 from lora_rlhf.reports import evaluation_report, html_report
 from lora_rlhf.reports.cards import model_card
@@ -144,7 +145,7 @@ def stage_base(record: Record, folder: Path) -> list[str]:
     """
     model = record.data["model"]
     identity = str(model.get("id", "tiny"))
-    source = tiny.path() if identity == "tiny" else Path(identity).expanduser()
+    source = tiny.path() if identity == "tiny" else Path(expanded(identity))
     if not source.is_dir():
         raise HubError(
             f"there is no folder {identity}",

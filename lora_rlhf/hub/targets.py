@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_rlhf.errors import AdapterError, UsageError, reason
+from lora_rlhf.recipe.home import expanded
 from lora_rlhf.recipe.schema import ModelSection
 from lora_rlhf.redaction import safe
 from lora_rlhf.runs.disk import sha256
@@ -158,10 +158,11 @@ def apart(name: str, taken: Sequence[str]) -> str:
 def _resolve(text: str, base: str | None, load_in_4bit: bool, servers: bool) -> list[Target]:
     if text.startswith(("http://", "https://")):
         return [Target(text.partition("#")[2] or text, "url", url=text)]
+    text = expanded(text)
     folder, _, model = text.rpartition(":")
     if folder and model in MODELS and is_run(Path(folder)):
         return [_of_run(Path(folder), model)]
-    path = Path(os.path.expanduser(text))
+    path = Path(text)
     if is_run(path):
         return _all_of_run(path)
     if (path / "adapter_config.json").is_file():

@@ -32,6 +32,7 @@ from transformers.utils.hub import is_offline_mode
 from lora_rlhf import tiny
 from lora_rlhf.data import chat_template
 from lora_rlhf.errors import BaseModelError, SetupError, first_line
+from lora_rlhf.recipe.home import expanded
 from lora_rlhf.recipe.schema import ModelSection
 from lora_rlhf.redaction import safe
 from lora_rlhf.runtime import optional_packages, paths
@@ -229,7 +230,7 @@ def _adapter_error(model: ModelSection) -> BaseModelError:
 
 def local_folder(model: ModelSection) -> str | None:
     """Return the base's folder; None if transformers looks its id up on the Hub."""
-    path = str(tiny.path()) if model.id == "tiny" else os.path.expanduser(model.id)
+    path = str(tiny.path()) if model.id == "tiny" else expanded(model.id)
     return path if os.path.isdir(path) else None
 
 
@@ -237,7 +238,7 @@ def _locate(model: ModelSection) -> str:
     """Return the checked folder or the Hub id that transformers loads."""
     if model.id == "tiny":
         return str(tiny.path())
-    path = Path(os.path.expanduser(model.id))
+    path = Path(expanded(model.id))
     is_path = path.is_absolute() or model.id.startswith(".")
     if (path / "adapter_config.json").is_file():
         raise _adapter_error(model)

@@ -25,6 +25,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from .home import expanded
+
 COLUMNS = tuple(
     "system prompt input tools completion messages chosen rejected margin completions ranks scores "
     "label labeler user".split()
@@ -35,6 +37,7 @@ Rules = Iterator[tuple[str, *tuple[str, ...]]]
 """(message, keys) of each broken rule. Keys are dotted and relative to the section; the error
 points to the first that the recipe has."""
 
+_AT_HOME = ("~", "$HOME", "${HOME}")
 _ADDRESS = re.compile(r"https?://[^\s/?#@]+/?")
 
 SEEDS = 2**32 - 1000
@@ -104,9 +107,9 @@ class ModelSection(Section):
         if info.context is None or given == "tiny" or "\0" in given:
             return given
         folder = info.context["folder"]
-        path = (folder or Path()) / os.path.expanduser(given)
+        path = (folder or Path()) / expanded(given)
         beside = folder and (given.startswith(".") or os.path.isfile(path / "config.json"))
-        return os.path.abspath(path) if beside or given.startswith("~") else given
+        return os.path.abspath(path) if beside or given.startswith(_AT_HOME) else given
 
     def rules(self) -> Rules:
         """`revision` is for Hub ids only, `hub_id` for local base models only."""
@@ -220,10 +223,10 @@ class DataSource(Section):
         if info.context is None or given is None or given.startswith("data://") or "\0" in given:
             return given
         folder = info.context["folder"]
-        if folder is None and not given.startswith("~"):
+        if folder is None and not given.startswith(_AT_HOME):
             return given
         try:
-            return str(((folder or Path()) / os.path.expanduser(given)).resolve())
+            return str(((folder or Path()) / expanded(given)).resolve())
         except (OSError, RuntimeError):  # the name is too long, or links form a circle
             return given
 
@@ -368,8 +371,8 @@ def _resolved_adapter(cls: Any, given: str | None, info: ValidationInfo) -> str 
     if given is None or info.context is None or "\0" in given:
         return given
     folder = info.context["folder"]
-    beside = folder or given.startswith("~")
-    path = os.path.abspath((folder or Path()) / os.path.expanduser(given))
+    beside = folder or given.startswith(_AT_HOME)
+    path = os.path.abspath((folder or Path()) / expanded(given))
     hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", given) and not os.path.isdir(path)
     return path if beside and not hub_id else given
 
@@ -553,8 +556,8 @@ class PpoSection(StageSection):
             raise ValueError("expected model, gold, or module:function of a file beside the recipe")
         file = file if file.endswith(".py") else file.replace(".", "/") + ".py"
         folder = info.context and info.context["folder"]
-        if folder or (info.context is not None and file.startswith("~")):
-            file = os.path.abspath((folder or Path()) / os.path.expanduser(file))
+        if folder or (info.context is not None and file.startswith(_AT_HOME)):
+            file = os.path.abspath((folder or Path()) / expanded(file))
         return f"{file}:{name}"
 
     @property

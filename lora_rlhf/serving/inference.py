@@ -664,3 +664,5 @@ def _check_turns(messages: Turns) -> None:
             ) from None
     if not messages or messages[-1]["role"] != "user":
         raise UsageError("the conversation does not end with a turn of the user")
+    if not messages[-1]["content"].strip():
+        raise UsageError("the last turn of the user is empty", expected="a prompt with some text")

@@ -196,8 +196,10 @@ def carry_out(
     A text that moderation blocks is not given to the model; an answer that it blocks has failed.
 
     Raises:
-        UsageError: A text does not fit the context, or an option cannot be used.
+        UsageError: A text is empty or does not fit the context, or an option cannot be used.
     """
+    if empty := [number for number, text in enumerate(texts, start=1) if not text.strip()]:
+        raise UsageError(f"text {empty[0]} of {len(texts)} is empty", expected="texts to work on")
     best: dict[int, Result] = {}
     warned: dict[int, list[Check]] = {}
     for i, text in enumerate(texts if moderation else ()):

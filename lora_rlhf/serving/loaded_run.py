@@ -68,6 +68,8 @@ def generate(
     """
     if not 0 <= seed < SEEDS:
         raise UsageError(f"seed {seed}", expected=f"0 to {SEEDS - 1}")
+    if not text.strip():
+        raise UsageError("the prompt is empty", expected="a prompt with some text")
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -30,6 +30,7 @@ from lora_rlhf.models import loading
 from lora_rlhf.planning import bases, gpu_fit
 from lora_rlhf.planning.memory_budget import format_bytes
 from lora_rlhf.planning.plan import planner_for
+from lora_rlhf.recipe.home import expanded
 from lora_rlhf.recipe.loader import load_recipe, parse_recipe
 from lora_rlhf.recipe.schema import DataSource, ModelSection, Recipe
 from lora_rlhf.recipe.strict_yaml import dump_yaml, parse_yaml
@@ -114,7 +115,7 @@ def init(
     if out.exists() and not force:
         raise UsageError(f"{out} exists", remedy="give another --out, or --force to replace it")
     check_writable(out.parent)
-    given = [DataSource(path=str(Path(file).expanduser())) for file in files]
+    given = [DataSource(path=expanded(str(file))) for file in files]
     given += [DataSource(hub=hub)] if hub else []
     if not given:
         raise UsageError("there is no data", expected="files, or --hub ORG/NAME")
@@ -254,7 +255,7 @@ def _base(draft: _Draft, sets: _Sets, gpu: int | None, model: str | None, say: S
         gpu = int(torch.cuda.mem_get_info()[1])
     place = f"a GPU of {gpu / 1e9:g} GB" if gpu else "this CPU (no GPU here; or give --gpu)"
     if model:
-        folder = Path(model).expanduser()
+        folder = Path(expanded(model))
         draft.set("model.id", os.path.abspath(folder) if folder.is_dir() else model, "as you said")
         section = ModelSection(id=draft.data["model"]["id"])
         return _Base(section, bases.config_of(section)[0], gpu, [])

@@ -104,6 +104,21 @@ def finished(tmp_path):
     return record
 
 
+def test_a_shell_leaves_the_home_folder_to_the_command(recipe, fake, tmp_path, monkeypatch):
+    """`--out=~/x` made a folder called `~`."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for given in ("--out=~/a", "--out=$HOME/a", "--out=${HOME}/a"):
+        assert invoke("run", recipe, given).exit_code == 0
+        assert fake.calls[-1][1] == tmp_path / "home" / "a"
+    for given in ("--out=$DATA/a", "--out=~nobody-here/a"):
+        result = invoke("run", recipe, given)
+        assert (result.exit_code, len(fake.calls)) == (2, 3) and "write it out" in result.stderr
+    (tmp_path / "$DATA").mkdir()
+    assert invoke("run", recipe, "--out=$DATA/a").exit_code == 0
+    assert [p.name for p in tmp_path.glob("~*")] == []
+
+
 # --- quick and light -----------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@
 import json
 import shutil
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ from lora_rlhf.evaluation import (
     run_suite,
     suite,
 )
+from lora_rlhf.evaluation import suite as suites
 from lora_rlhf.evaluation.engine import Engine, cost_of
 from lora_rlhf.hub import targets
 from lora_rlhf.recipe.schema import ModelSection
@@ -292,6 +294,27 @@ def test_judges_of_one_name_are_one_error(run, suite_file, tmp_path):
         spec.name for spec in judges.of_targets(targets.parse([str(run), str(tmp_path / run.name)]))
     ]
     assert names == [f"{run.name}{n}:{role}" for n in ("", " 2") for role in ("held_out", "reward")]
+
+
+def test_fewer_prompts_are_named_in_the_report_and_have_a_folder_of_their_own(
+    run, suite_file, tmp_path, monkeypatch
+):
+    """48 prompts of `quick` take long on a CPU, and nothing asked for fewer."""
+    monkeypatch.chdir(tmp_path)
+    folder = evaluate_targets.evaluate_targets([str(run)], suite=str(suite_file), n=4)
+    assert folder == Path("evaluations/little-n4")
+    report = json.loads((folder / "report.json").read_text())
+    assert report["suite"]["name"] == "little-n4" and report["sets"][0]["n"] == 4
+    assert "At most 4 prompts of each set were used (--n)" in report["verdict"][-1]
+    with pytest.raises(UsageError, match="it holds a report on the suite little-n4"):
+        evaluate_targets.evaluate_targets([str(run)], suite=str(suite_file), out=folder)
+    with pytest.raises(UsageError, match="n is 1"):
+        evaluate_targets.evaluate_targets([str(run)], suite=str(suite_file), n=1)
+    packaged = suites.load("full")[0]
+    short = packaged.shortened(3)
+    assert {one.n for one in short.sets} == {3}
+    tasks = packaged.model_copy(update={"lm_eval": suites.LmEvalSection(tasks=["piqa"], n=9)})
+    assert [tasks.shortened(n).lm_eval.n for n in (3, 20)] == [3, 9]
 
 
 def test_secrets_and_home_folders_stay_out_of_the_report(run, suite_file, tmp_path, monkeypatch):

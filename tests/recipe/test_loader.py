@@ -363,6 +363,9 @@ def test_a_base_beside_the_recipe_is_found_with_and_without_a_dot(tmp_path, monk
         ("./base", str(tmp_path / "base")),
         ("base", str(tmp_path / "base")),
         ("~/base", str(tmp_path / "home" / "base")),
+        ("$HOME/base", str(tmp_path / "home" / "base")),
+        ('"${HOME}/base"', str(tmp_path / "home" / "base")),
+        ("./$HOMES/base", str(tmp_path / "$HOMES" / "base")),
         ("./gone", str(tmp_path / "gone")),
         ("empty", "empty"),
         ("org/name", "org/name"),
@@ -372,6 +375,20 @@ def test_a_base_beside_the_recipe_is_found_with_and_without_a_dot(tmp_path, monk
         recipe = load_recipe(path)
         assert recipe.model.id == wanted
         assert parse_recipe(dump_recipe(recipe), "again", folder=Path("/")) == recipe
+
+
+def test_the_home_folder_stands_for_its_names_in_every_path(tmp_path, monkeypatch):
+    """`path: $HOME/x` was looked for in a folder `$HOME` beside the recipe."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for home in ("~", "$HOME", "${HOME}"):
+        text = (
+            f"name: x\nmodel: {{id: tiny}}\ndata: {{prompts: [{{path: '{home}/p.jsonl'}}]}}\n"
+            f"sft: {{from: '{home}/sft'}}\nppo: {{reward: '{home}/r.py:score'}}\n"
+        )
+        made = parse_recipe(text, "r.yaml", folder=Path("/elsewhere"))
+        assert made.data.prompts[0].path == str(tmp_path / "p.jsonl")
+        assert made.sft.start == str(tmp_path / "sft")
+        assert made.ppo.reward == f"{tmp_path}/r.py:score"
 
 
 @pytest.mark.parametrize(

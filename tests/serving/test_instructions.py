@@ -69,6 +69,12 @@ def test_a_failed_check_is_tried_again_with_another_seed():
     ]
 
 
+@pytest.mark.parametrize("text", ["", " \n", ["one", ""]])
+def test_an_empty_text_is_refused(text):
+    with pytest.raises(UsageError, match="is empty"):
+        do("rewrite", says("one"), text=text)
+
+
 def test_the_best_attempt_is_kept():
     engine = says("- one two three", "one\n\ntwo three four", "one two three")
     result = do("rewrite", engine, length="2 words", format="line")
