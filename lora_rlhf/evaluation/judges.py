@@ -8,7 +8,8 @@ where it cannot tell.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lora_rlhf.data import sources
 from lora_rlhf.data.closed_world.checkers import Item, check
-from lora_rlhf.errors import BaseModelError, DataError, UsageError, first_line, reason
+from lora_rlhf.errors import BaseModelError, DataError, UsageError, counted, first_line, reason
 from lora_rlhf.hub import targets
 from lora_rlhf.hub.targets import Target
 from lora_rlhf.recipe.schema import DataSource, ModelSection
@@ -149,8 +150,8 @@ class People:
 
     def check(
         self, sets: Mapping[str, Collection[str]], names: Collection[str], reference: str
-    ) -> None:
-        """Find a ranking that can be used.
+    ) -> list[dict[str, str]]:
+        """Find a ranking that can be used; return what cannot be, as `what` and `why`.
 
         Args:
             sets: Set whose answers are compared -> ids of its rows.
@@ -165,7 +166,7 @@ class People:
             for places in ranked
         ]
         if any(reference in places and len(places.keys() & {*names}) > 1 for places in here):
-            return
+            return [*self._unused(here, names)]
         models = sorted({name for places in here for name in places})
         raise DataError(
             f"no ranking is of {reference} and another model here, but of {', '.join(models)}"
@@ -175,6 +176,20 @@ class People:
             expected=f"models: {', '.join(names)}; sets: {', '.join(sets) or 'none'}",
             remedy="rank the tasks of this evaluation's to_label.jsonl",
         )
+
+    def _unused(
+        self, here: Sequence[Mapping[str, int]], names: Collection[str]
+    ) -> Iterator[dict[str, str]]:
+        """Count the rankings of other prompts, and those that name a model that is not here."""
+        count = sum(map(len, self._ranks.values()))
+        if elsewhere := count - len(here):
+            what = f"{elsewhere} of {counted(count, 'ranking')} in {self.path.name}"
+            yield {"what": what, "why": "not of a prompt whose answers are compared here"}
+        unknown = Counter(name for places in here for name in places if name not in names)
+        for name, n in unknown.items():
+            where = f"{n} of {counted(len(here), 'ranking')} ({self.path.name})"
+            what = f"{sources.excerpt(name, 60)} in {where}"
+            yield {"what": what, "why": f"no model of this evaluation: {', '.join(names)}"}
 
     def compare(self, pairs: Pairs) -> Verdicts | None:
         """Average the people's verdicts on each row; None where nobody ranked both."""

@@ -177,7 +177,8 @@ def _check_judges(
     ids = {prompts.name: {row.id for row in prompts.rows} for prompts in compared}
     for judge in others:
         if isinstance(judge, People):
-            judge.check(ids, [target.name for target in evaluation.targets], evaluation.reference)
+            names = [target.name for target in evaluation.targets]
+            evaluation.not_measured += judge.check(ids, names, evaluation.reference)
 
 
 def _check_out(evaluation: Evaluation) -> None:

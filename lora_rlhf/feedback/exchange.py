@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_rlhf.errors import UsageError, counted
+from lora_rlhf.errors import DataError, UsageError, counted
 from lora_rlhf.runs.disk import check_writable
 
 from . import (
@@ -59,6 +59,14 @@ def take(
                 known |= {f"{label_studio_format.LABELER}{name}": name}
     imported = READERS[tool](path, names, own)
     if there is None:
+        if not imported.items:  # a project would be left that nobody can label
+            unused = "; ".join(f"{n} {why}" for why, n in imported.unused.items() if n)
+            raise DataError(
+                f"no task is in it{f' (not used: {unused})' if unused else ''}",
+                where=str(path),
+                expected="tasks or labels, from which a project is made",
+                remedy="check that this is the right file; nothing was written",
+            )
         about = {"name": folder.resolve().name, "type": _kind(imported)}
         there = project.create(folder, project.Settings.model_validate(about))
     people = {given.person for one in imported.items for given in one.replies}

@@ -44,7 +44,8 @@ def receive(name: str) -> None:
     _state.waiting = name
     if not _state.deferred:
         raise Interrupted(name)
-    if _state.say is not None:
+    # A launcher sends SIGTERM to the others when a process dies, whose end is then the error.
+    if _state.say is not None and not (name == "SIGTERM" and _state.agreed is not None):
         shown, again = ("Ctrl-C", "Press") if name == "SIGINT" else (name, "Send")
         _state.say(
             f"{shown}: finishing this step, then saving. {again} again to quit without saving."

@@ -165,6 +165,31 @@ def test_people_who_ranked_something_else_are_an_error(tmp_path):
             people.check(sets, names, "sft")
 
 
+def test_models_and_prompts_that_are_not_here_are_counted(tmp_path):
+    """A misspelt model beside known ones was left out without a word."""
+    path = tmp_path / "people.jsonl"
+    lines = [
+        {"set": "s", "id": "1", "ranking": [["policy"], ["sft"]]},
+        {"set": "s", "id": "2", "ranking": [["polcy"], ["sft"]]},
+        {"set": "s", "id": "3", "ranking": [["policy"], ["sft", "polcy"]]},
+        {"set": "t", "id": "1", "ranking": [["policy"], ["sft"]]},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    here, names = {"s": {"1", "2", "3"}}, ["sft", "policy"]
+    assert People("people", path).check(here, names, "sft") == [
+        {
+            "what": "1 of 4 rankings in people.jsonl",
+            "why": "not of a prompt whose answers are compared here",
+        },
+        {
+            "what": "polcy in 2 of 3 rankings (people.jsonl)",
+            "why": "no model of this evaluation: sft, policy",
+        },
+    ]
+    path.write_text(json.dumps(lines[0]) + "\n")
+    assert People("people", path).check(here, names, "sft") == []
+
+
 def test_a_score_that_is_no_number_is_no_loss(monkeypatch):
     with pytest.raises(NonFiniteError, match="a judge's score is nan"):
         judges.by_score([0.0, math.nan], [1.0, 1.0])

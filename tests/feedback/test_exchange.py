@@ -170,6 +170,19 @@ def test_what_is_not_known_is_one_error_with_its_place(
     assert not folder.exists()  # nothing was made
 
 
+def test_a_file_without_tasks_leaves_no_empty_project(tmp_path, folder):
+    """It said "0 tasks added", and the project was in the way of the right file."""
+    empty = UsageStore(tmp_path / "usage.sqlite")
+    with empty:
+        pass
+    with pytest.raises(DataError, match="no task is in it"):
+        exchange.take(folder, empty.path, "usage")
+    assert not folder.exists()
+    taken(folder, written(tmp_path / "e.json", [ls_task(PAIR)]), "label-studio")
+    _, _, lines = taken(folder, empty.path, "usage")
+    assert "0 tasks" in lines[0]  # into a project, nothing is nothing
+
+
 def test_names_of_fields_can_be_given(tmp_path, folder):
     data = {"q": "Tea?", "x": "Yes", "y": "No", "ref": "Perhaps"}
     path = written(tmp_path / "e.json", [ls_task(data)])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Signals and a budget of minutes: saved at the next boundary, the right exit code, equal bits."""
 
+import contextlib
 import os
 import random
 import signal
@@ -231,3 +232,15 @@ def test_a_budget_ends_with_its_run():
         with interrupts.time_budget(None):
             assert not interrupts.out_of_time()
     assert not interrupts.out_of_time()
+
+
+def test_a_launcher_that_ends_the_others_adds_no_line_to_the_error():
+    """torchrun sends SIGTERM to the rest when a process dies, which said "Send SIGTERM again"."""
+    for alone, signals in ((True, ["SIGTERM", "SIGINT"]), (False, ["SIGINT"])):
+        said = []
+        with interrupts.time_budget(None, alone=alone), contextlib.ExitStack() as stack:
+            stack.enter_context(pytest.raises(interrupts.Interrupted))
+            stack.enter_context(interrupts.deferred(said.append))
+            interrupts.receive("SIGTERM")
+            interrupts.receive("SIGINT")
+        assert len(said) == len(signals) and ("SIGTERM" in said[0]) == alone
