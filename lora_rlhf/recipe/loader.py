@@ -215,6 +215,14 @@ def _problem(item: dict[str, Any], name: str, lines: Lines) -> tuple[str, str]:
         return where, f"{key!r} is required"
     value = item.get("input")
     shown = f"{hide(value, str(at[-1]) if at else '')!r:.80}"
+    if item["type"] == "string_type" and isinstance(value, int | float):
+        message += f': in quotes, such as {at[-1]}: "..."'  # such as a commit or a date
+    if item["type"] == "list_type" and at[:1] == ("data",) and len(at) == 2:
+        message = "expected a list of sources, such as [{path: FILE}]"
+    if item["type"] == "model_type" and at[:1] == ("data",) and isinstance(value, str):
+        message = "expected a source, such as {path: FILE}"
+    if item["type"] == "model_type" and at == ("model",):
+        message = "expected keys and values, such as {id: tiny}"
     return where, f"{key} = {'a mapping' if isinstance(value, dict) else shown}: {message}"
 
 

@@ -104,6 +104,7 @@ class ModelSection(Section):
     @classmethod
     def _resolve(cls, given: str, info: ValidationInfo) -> str:
         """Make `./x`, `~/x` and the name of a model folder beside the recipe absolute."""
+        _check_escapes(given)
         if info.context is None or given == "tiny" or "\0" in given:
             return given
         folder = info.context["folder"]
@@ -170,6 +171,15 @@ class FormatSection(Section):
         return self.model_dump(exclude_none=True)
 
 
+def _check_escapes(path: str | None) -> None:
+    """Refuse what `"data\\train.jsonl"` becomes in YAML, where a backslash and t are a tab."""
+    if path and any(letter in path for letter in "\t\n\r\a\b\f\v\x1b"):
+        raise ValueError(
+            "a path without control characters is expected: in double quotes a backslash begins "
+            "an escape, so write it with / or in 'single quotes'"
+        )
+
+
 class DataSource(Section):
     """One dataset: a task generator, a file, or a Hub dataset. Exactly one of the three."""
 
@@ -220,6 +230,7 @@ class DataSource(Section):
         """Make the path absolute, so that a run can start in any working directory."""
         if given and re.match(r"(?!data:)[a-z0-9]+://", given):
             raise ValueError("a file of this machine is expected: download it, or use `hub:`")
+        _check_escapes(given)
         if info.context is None or given is None or given.startswith("data://") or "\0" in given:
             return given
         folder = info.context["folder"]

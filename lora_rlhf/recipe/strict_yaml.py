@@ -79,7 +79,9 @@ class _Loader(yaml.SafeLoader):
                 raise RecipeError(f"{error!s:.200}", where=self.where(node)) from None
             if value in (math.inf, -math.inf) and "inf" not in node.value.lower():
                 raise RecipeError(
-                    f"{node.value:.100} is beyond the largest number", where=self.where(node)
+                    f"{node.value:.100} is beyond the largest number",
+                    where=self.where(node),
+                    remedy="write it in quotes if it is a text, such as a commit",
                 )
             return value
         data: dict[str, Any] = {}
@@ -150,7 +152,10 @@ def parse_yaml(text: str, name: str) -> tuple[dict[str, Any], Lines]:
         at = getattr(error, "problem_mark", None)
         where = f"{name}:{at.line + 1}" if at is not None else name
         problem = getattr(error, "problem", None) or str(error)
-        raise RecipeError(f"not valid YAML: {problem}", where=where) from None
+        escaped = "in double quotes a backslash begins an escape: write paths with / or in 'single "
+        tab = "indent by spaces: YAML takes no tabs"
+        remedy = f"{escaped}quotes'" if "escape" in problem else tab if "'\\t'" in problem else ""
+        raise RecipeError(f"not valid YAML: {problem}", where=where, remedy=remedy) from None
     if not isinstance(data, dict):
         raise RecipeError(
             f"not a mapping but a {type(data).__name__}",

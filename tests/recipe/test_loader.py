@@ -226,6 +226,12 @@ def test_no_message_speaks_of_the_library_that_checks_it():
         ("data.max_length", "'data.max_tokens'?"),
         ("ppo.updats", "'ppo.updates'?"),
         ("evaluation", "'evaluate'?"),
+        ("lora.target", "'lora.target_modules'?"),
+        ("model.name_or_path", "'model.id'?"),
+        ("data.val_size", "'data.held_out'?"),
+        ("data.cutoff_len", "'data.max_tokens'?"),
+        ("hub.private", "'hub.public'?"),
+        ("ppo.epochs", "'ppo.args.num_train_epochs' or 'ppo.args.num_iterations'?"),
     ],
 )
 def test_a_suggestion_is_a_key_that_exists(given, meant):
@@ -300,6 +306,24 @@ def test_a_conflict_names_the_line_and_never_shows_the_recipe(text, line, messag
     error = refused(text)
     assert error.where == f"r.yaml:{line}" and message in error.given
     assert "{" not in error.given and len(error.given) < 220
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("model: {id: a/b, revision: 4467109}", 'in quotes, such as revision: "..."'),
+    ("model: {id: a/b, revision: 44e7109}", "in quotes if it is a text, such as a commit"),
+    ('model: {id: "C:\\Users\\me"}', "write paths with / or in 'single quotes'"),
+    ('model: {id: ".\\base"}', "so write it with / or in 'single quotes'"),
+    ('model: {id: x}\ndata: {prompts: [{path: "data\\train.jsonl"}]}', "so write it with / or"),
+    ("model:\n\tid: x", "indent by spaces"),
+    ("model: tiny", "such as {id: tiny}"),
+    ("model: {id: tiny}\ndata: {prompts: d.jsonl}", "such as [{path: FILE}]"),
+    ("model: {id: tiny}\ndata: {prompts: {path: d.jsonl}}", "such as [{path: FILE}]"),
+    ("model: {id: tiny}\ndata: {prompts: [d.jsonl]}", "a source, such as {path: FILE}"),
+])  # fmt: skip
+def test_what_yaml_makes_of_a_value_has_its_remedy(text, words):
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(f"name: x\n{text}\n", "r.yaml")
+    assert words in str(caught.value)
 
 
 @pytest.mark.parametrize(
