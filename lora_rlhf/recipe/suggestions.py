@@ -33,7 +33,7 @@ _SYNONYMS = {
     "num_iterations": "epochs ppo_epochs num_ppo_epochs inner_epochs",
     "per_device_train_batch_size": "batch_size train_batch_size micro_batch_size batch",
     "gradient_accumulation_steps": "grad_accum accumulation accumulate_grad_batches",
-    "warmup_steps": "warmup num_warmup_steps", "max_grad_norm": "clip_grad grad_clip",
+    "warmup_steps": "warmup num_warmup_steps warmup_ratio", "max_grad_norm": "clip_grad grad_clip",
     "lr_scheduler_type": "scheduler lr_scheduler schedule", "optim": "optimizer",
     "epsilon": "cliprange clip_range clip_eps", "clip_value": "cliprange_value clip_range_vf",
     "beta": "kl_coef kl kl_penalty", "kl_coef": "beta kl kl_coeff init_kl_coef kl_penalty",

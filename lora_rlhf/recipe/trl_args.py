@@ -82,6 +82,10 @@ _COUNTS = {
 }  # fmt: skip
 _ABOVE_0 = {"learning_rate", "num_train_epochs", "temperature", "epsilon", "logging_steps"}
 _FROM_0 = {"weight_decay", "warmup_steps", "max_grad_norm", "adam_epsilon"}
+_NAMED = {"loss_type", "f_divergence_type", "importance_sampling_level", "scale_rewards",
+          "multi_objective_aggregation"}  # fmt: skip
+"""Keys whose values are names, which TRL checks only in the middle of its training."""
+
 _SHARES = {"adam_beta1", "adam_beta2"}
 
 
@@ -127,6 +131,11 @@ def refuse(stage: str, given: dict[str, Any]) -> None:
             raise RecipeError(f"{at} cannot be set: {UNREAD[key]}", remedy="leave it out")
         if expected := _expected(key, value) or _of_type(_types(stage).get(key, ""), value):
             raise RecipeError(f"{at}: {value!r:.80}", expected=expected)
+        named = choices(stage, key) if key in _NAMED else frozenset()
+        wrong = [x for x in (value if isinstance(value, list) else [value]) if x not in named]
+        if named and wrong and not isinstance(wrong[0], bool):
+            expected = f"one of {', '.join(sorted(named))}"
+            raise RecipeError(f"{at}: {wrong[0]!r:.80}", expected=expected)
 
 
 def _expected(key: str, value: Any) -> str:
@@ -176,7 +185,27 @@ def unknown(stage: str, key: str) -> RecipeError:
 def usable() -> dict[str, frozenset[str]]:
     """Return the names that the `args:` of each section may have."""
     stages = dict.fromkeys(map(section, _FILES))
-    return {s: fields(s) - {*OWNED, "beta", *UNREAD, *OWNED_BY_STAGE.get(s, {})} for s in stages}
+    by_ppo = {key: "" for key in _GROUPS if key != "num_generations"}
+    owned = {**OWNED_BY_STAGE, "ppo": by_ppo}
+    return {s: fields(s) - {*OWNED, "beta", *UNREAD, *owned.get(s, {})} for s in stages}
+
+
+@functools.cache
+def choices(stage: str, key: str) -> frozenset[str]:
+    """Return the texts with which TRL's trainer compares a key; empty if it compares it with none.
+
+    A trainer refuses another one when it computes its first loss, after the stages before it.
+    """
+    trl = importlib.util.find_spec("trl")
+    file = Path(trl.origin or "").parent / "trainer" / f"{_FILES[section(stage)]}_trainer.py"
+    if not file.is_file():  # another layout of TRL: the trainer itself will raise
+        return frozenset()
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Compare) and ast.unparse(node.left).rpartition(".")[2] == key:
+            constants = (part for c in node.comparators for part in ast.walk(c))
+            names |= {c.value for c in constants if isinstance(c, ast.Constant) and c.value != ""}
+    return frozenset(name for name in names if isinstance(name, str))
 
 
 def fields(stage: str) -> frozenset[str]:

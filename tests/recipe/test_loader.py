@@ -231,7 +231,7 @@ def test_no_message_speaks_of_the_library_that_checks_it():
         ("data.val_size", "'data.held_out'?"),
         ("data.cutoff_len", "'data.max_tokens'?"),
         ("hub.private", "'hub.public'?"),
-        ("ppo.epochs", "'ppo.args.num_train_epochs' or 'ppo.args.num_iterations'?"),
+        ("ppo.epochs", "'ppo.args.num_iterations'?"),
     ],
 )
 def test_a_suggestion_is_a_key_that_exists(given, meant):

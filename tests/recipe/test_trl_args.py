@@ -38,11 +38,25 @@ def test_the_fields_read_from_source_are_those_of_the_config(stage):
         ("dpo", "dpo", "{beta: 0.1}", "use dpo.beta"),
         ("ppo", "sft", "{beta: 0.1}", "SFTConfig has no such field"),
         ("rloo", "rloo", "{lr: 1}", "RLOOConfig has no such field"),
+        ("dpo", "dpo", "{loss_type: kto_pair}", "'kto_pair'\n.*bco_pair, .*sigmoid"),
+        ("dpo", "dpo", "{loss_type: [ipo, sigmod]}", "'sigmod'\n"),
+        ("dpo", "dpo", "{f_divergence_type: kl}", "'kl'\n.*reverse_kl"),
+        ("grpo", "grpo", "{loss_type: gspo}", "'gspo'\n.*dr_grpo"),
+        ("grpo", "grpo", "{scale_rewards: std}", "'std'\n.*batch, group, none"),
+        ("ppo", "sft", "{warmup_ratio: 0.1}", "did you mean 'sft.args.warmup_steps'"),
     ],
 )
 def test_unknown_and_unusable_names_are_refused(algorithm, section, args, message):
     with pytest.raises(RecipeError, match=message):
         trl_args.check(recipe(algorithm=algorithm, **{section: f"{{args: {args}}}"}))
+
+
+@pytest.mark.parametrize(("algorithm", "args"), [
+    ("dpo", "{loss_type: [ipo, sft]}"), ("dpo", "{f_divergence_type: js_divergence}"),
+    ("grpo", "{loss_type: dr_grpo, scale_rewards: false}"), ("grpo", "{scale_rewards: batch}"),
+])  # fmt: skip
+def test_names_that_trl_knows_are_taken(algorithm, args):
+    trl_args.check(recipe(algorithm=algorithm, **{algorithm: f"{{args: {args}}}"}))
 
 
 @pytest.mark.parametrize(
