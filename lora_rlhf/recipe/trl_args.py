@@ -69,6 +69,8 @@ UNREAD = {
     **dict.fromkeys(("eval_steps", "eval_on_start", "eval_delay", "do_eval", "do_train"),
                     "a stage is evaluated once, at its end"),
     "disable_dropout": "dropout is off everywhere",
+    "eval_packing": "held-out rows would see each other",
+    "ignore_data_skip": "a run that goes on would train on other rows",
 }  # fmt: skip
 """Keys that would be ignored or harmful -> the reason."""
 
@@ -131,11 +133,11 @@ def refuse(stage: str, given: dict[str, Any]) -> None:
             raise RecipeError(f"{at} cannot be set: {UNREAD[key]}", remedy="leave it out")
         if expected := _expected(key, value) or _of_type(_types(stage).get(key, ""), value):
             raise RecipeError(f"{at}: {value!r:.80}", expected=expected)
-        named = choices(stage, key) if key in _NAMED else frozenset()
-        wrong = [x for x in (value if isinstance(value, list) else [value]) if x not in named]
-        if named and wrong and not isinstance(wrong[0], bool):
-            expected = f"one of {', '.join(sorted(named))}"
-            raise RecipeError(f"{at}: {wrong[0]!r:.80}", expected=expected)
+        if named := choices(stage, key) if key in _NAMED else None:
+            texts = [x for x in (value if isinstance(value, list) else [value]) if str(x) == x]
+            if wrong := {*texts} - named:
+                expected = f"one of {', '.join(sorted(named))}"
+                raise RecipeError(f"{at}: {min(wrong)!r:.80}", expected=expected)
 
 
 def _expected(key: str, value: Any) -> str:
@@ -197,15 +199,16 @@ def choices(stage: str, key: str) -> frozenset[str]:
     A trainer refuses another one when it computes its first loss, after the stages before it.
     """
     trl = importlib.util.find_spec("trl")
-    file = Path(trl.origin or "").parent / "trainer" / f"{_FILES[section(stage)]}_trainer.py"
+    origin = Path((trl and trl.origin) or "")
+    file = origin.parent / "trainer" / f"{_FILES[section(stage)]}_trainer.py"
     if not file.is_file():  # another layout of TRL: the trainer itself will raise
         return frozenset()
     names: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Compare) and ast.unparse(node.left).rpartition(".")[2] == key:
             constants = (part for c in node.comparators for part in ast.walk(c))
-            names |= {c.value for c in constants if isinstance(c, ast.Constant) and c.value != ""}
-    return frozenset(name for name in names if isinstance(name, str))
+            names |= {str(c.value) for c in constants if isinstance(c, ast.Constant) and c.value}
+    return frozenset(names)
 
 
 def fields(stage: str) -> frozenset[str]:

@@ -44,8 +44,14 @@ class ResumableSFTTrainer(PrivateTraining, SFTTrainer):
     held_out_loss: float
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
-        """Weigh a batch's loss by its tokens; Trainer would weigh it by its rows."""
+        """Return nats, weighed by tokens: not smoothed, nor by rows as Trainer weighs batches."""
+        plain = {"compute_loss_func": None, "label_smoother": None}
+        kept, kind = {name: getattr(self, name) for name in plain}, self.args.loss_type
+        self.__dict__.update(plain)
+        self.args.loss_type = "nll"
         loss, logits, labels = super().prediction_step(model, inputs, *args, **options)
+        self.__dict__.update(kept)
+        self.args.loss_type = kind
         tokens_a_row = float((inputs["labels"] != -100).sum()) / len(inputs["labels"])
         return loss * (tokens_a_row / self._held_out_tokens_a_row), logits, labels
 
@@ -62,7 +68,8 @@ class ResumableSFTTrainer(PrivateTraining, SFTTrainer):
         return tokens / max(total, 1)
 
     def after_training(self) -> None:
-        """Evaluate on the held-out rows."""
+        """Evaluate on the held-out rows, all of them."""
+        self.args.dataloader_drop_last = False
         self.held_out_loss = self.evaluate()["eval_loss"]
 
 
