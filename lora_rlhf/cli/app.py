@@ -56,7 +56,7 @@ def _train(
     warm_start: bool = False,
     redo: str | None = None,
 ) -> None:
-    from lora_rlhf.recipe.loader import dump_recipe, load_recipe
+    from lora_rlhf.recipe.loader import dump_recipe, load_recipe, located, locating
 
     run, verb = _run_of(path), "run" if until == "card" else until
     if run is not None and out is None:
@@ -78,13 +78,14 @@ def _train(
     }  # fmt: skip
     if dry_run:
         if wrong := pipeline.check(recipe, out, progress=progress, **options):
-            shell.echo("\n".join(map(str, wrong)), err=True)
+            shell.echo("\n".join(str(located(e, path, overrides)) for e in wrong), err=True)
             raise typer.Exit(wrong[0].exit_code)
         shell.echo(dump_recipe(recipe), nl=False)
         shell.echo(f"OK: `{verb}` can start in {out}", err=True)
         return
     try:
-        record = pipeline.run(recipe, out, progress=progress, **options)
+        with locating(path, overrides):
+            record = pipeline.run(recipe, out, progress=progress, **options)
     finally:
         progress.end()
     tables.show(record)
@@ -210,7 +211,7 @@ def _plan_verb(
     each, with the base whole or split. With --workers, the time of an update on
     several workers is modelled from the seconds of runs; a run in place of RECIPE is one of them.
     """
-    from lora_rlhf.recipe.loader import load_recipe
+    from lora_rlhf.recipe.loader import load_recipe, locating
 
     if workers is None and (network or latency or runs):
         raise UsageError(
@@ -225,17 +226,17 @@ def _plan_verb(
     shell.room("pipeline")
     from lora_rlhf.planning import plan_report
 
-    report = plan_report.report(
-        recipe,
-        path if path.is_dir() else path.parent,
-        gpu,
-        gpus=gpus,
-        given=given,
-        probe=probe,
-        workers=workers,
-        network=(network or "1Gbit", latency or "0.1ms"),
-        runs=runs or (),
-    )
+    folder = path if path.is_dir() else path.parent
+    with locating(path, overrides):
+        report = plan_report.report(
+            *(recipe, folder, gpu),
+            gpus=gpus,
+            given=given,
+            probe=probe,
+            workers=workers,
+            network=(network or "1Gbit", latency or "0.1ms"),
+            runs=runs or (),
+        )
     shell.echo(report.as_json() if as_json else report.as_text())
     if (gpu or gpus) is not None and not report.fits:
         raise typer.Exit(FitError.exit_code)

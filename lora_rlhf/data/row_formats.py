@@ -58,7 +58,8 @@ LAYOUTS["evaluate"] = LAYOUTS["prompts"]
 ROLES = ("system", "user", "assistant", "tool")
 _ROLES = {
     **{role: role for role in ROLES}, "human": "user", "prompter": "user", "developer": "system",
-    **dict.fromkeys(("gpt", "bot", "chatgpt", "model", "ai"), "assistant"), "observation": "tool",
+    **dict.fromkeys(("gpt", "bot", "chatgpt", "model", "ai"), "assistant"),
+    **dict.fromkeys(("observation", "function", "function_response"), "tool"),
 }  # fmt: skip
 """What files call a role, letter case apart -> ours."""
 _KNOWN_NAMES = {
@@ -177,8 +178,7 @@ def examples(
             column that is not read looks needed; prompts are conversations written as one text.
         TokenizerError: The rows hold messages, but there is no chat template.
     """
-    ignored = set(source.ignore) if source is not None else set()
-    rows = unfolded(rows, ignored, notes)
+    rows = unfolded(rows, set(source.ignore) if source is not None else set(), notes)
     present = {key for _, row in rows for key, value in row.items() if value is not None}
     layout = next((one for one in LAYOUTS[name] if present.issuperset(one)), None)
     if layout is None:
@@ -186,6 +186,7 @@ def examples(
     if source is not None and name != "text":
         unread_columns.check(rows, layout, name, source)
     mapped = name == "demonstrations" and source is not None and "label" in source.columns
+    dialogue = source is not None and source.dialogue_as_text
     parsed, bad = list[Example | None](), list[tuple[str, str]]()
     for where, row in rows:
         try:
@@ -200,11 +201,11 @@ def examples(
             parsed.append(None)
     _skip(bad, skips, rows, f"rows do not fit {' + '.join(layout)}", _accepted(name))
     if source is not None and name != "text":
-        _take_off(rows, parsed, notes, chat)
+        _take_off(rows, parsed, notes, chat, dialogue)
         parsed = _of_form(rows, parsed, source, skips)
     fitting = [(where, one) for (where, _), one in zip(rows, parsed, strict=True) if one]
     for where, example in fitting:
-        _as_chat(example, notes) if chat else _as_text(example, where)
+        _as_chat(example, notes, dialogue) if chat else _as_text(example, where)
     if name != "comparisons" and layout == ("chosen", "rejected"):
         chosen = name == "demonstrations"
         what = "demonstrations are the chosen answers" if chosen else "prompts are those"
@@ -277,7 +278,8 @@ def _check_rendered(rows: list[Row], parsed: list[Example | None]) -> None:
             where=rendered[0][0],
             expected="messages (role and content), or the question alone: the base's own chat "
             "template writes the turns",
-            remedy="write the turns as `messages`, or use a base without a chat template",
+            remedy="write the turns as `messages`, or use a base without a chat template; if they "
+            "are a task's material, such as one to summarize: `dialogue_as_text: true`",
         )
 
 
@@ -315,11 +317,16 @@ def _check_answers(rows: list[Row], parsed: list[Example | None], notes: Counter
 
 
 def _take_off(
-    rows: list[Row], parsed: list[Example | None], notes: Counter[str], chat: bool
+    rows: list[Row],
+    parsed: list[Example | None],
+    notes: Counter[str],
+    chat: bool,
+    dialogue: bool,
 ) -> None:
     """Remove what frames prompts and answers, and refuse several turns written as one text."""
     if chat:
-        _check_rendered(rows, parsed)
+        if not dialogue:
+            _check_rendered(rows, parsed)
         _take_off_opens(parsed, notes)
     _take_off_prompts(parsed, notes)
     if chat:
@@ -459,6 +466,9 @@ def _unfolded(row: dict[str, Any], ignored: set[str], notes: Counter[str]) -> di
             turns = _deserialised(turns, column)
             serialised |= not isinstance(turns, str)
             converted[column] = turns
+        if isinstance(turns, dict) and column in _MESSAGES and (listed := _in_turns(turns)):
+            turns = converted[column] = listed
+            row_notes.add("lists of roles and of contents were read as turns")
         turns = [turns] if isinstance(turns, dict) else turns
         if not isinstance(turns, list) or not turns or column not in _MESSAGES:
             continue
@@ -480,8 +490,31 @@ def _unfolded(row: dict[str, Any], ignored: set[str], notes: Counter[str]) -> di
     return converted
 
 
+def _in_turns(lists: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the turns of lists of equal length, which `datasets` makes of a list of objects."""
+    named = {"role", "content"} <= lists.keys() or {"from", "value"} <= lists.keys()
+    if not named or not all(isinstance(one, list) for one in lists.values()):
+        return []
+    if len({len(one) for one in lists.values()}) != 1:
+        return []
+    return [dict(zip(lists, turn, strict=True)) for turn in zip(*lists.values(), strict=True)]
+
+
+def _as_call(turn: dict[str, Any]) -> dict[str, Any]:
+    """Return ShareGPT's turn `function_call` as a turn of the assistant with tool calls."""
+    try:
+        calls = json.loads(str(turn["content"]))
+    except ValueError:
+        return turn  # refused with its place, as a role that is not known
+    calls = calls if isinstance(calls, list) else [calls]
+    return {**turn, "role": "assistant", "content": "", "tool_calls": calls}
+
+
 def _as_ours(turn: dict[str, Any], row_notes: set[str]) -> dict[str, Any]:
     """Return a turn with a role of ours, and content parts of text only as one text; note both."""
+    if str(turn["role"]).casefold() == "function_call":
+        turn = _as_call(turn)
+        row_notes.update(["turns function_call were read as tool calls"] * ("tool_calls" in turn))
     role, content = turn["role"], turn["content"]
     ours = _ROLES.get(role.casefold(), role) if isinstance(role, str) else role
     if ours != role:
@@ -595,7 +628,8 @@ def _no_layout(rows: list[Row], name: str) -> DataError:
         remedy = "map the columns in the recipe with `columns: {our name: the file's name}`"
     remedy = _written_otherwise(first, name) or remedy
     for layout in LAYOUTS[name]:
-        if (guess := mapping(columns, layout, rows)) is not None:
+        guess = mapping(columns, layout, rows)
+        if guess is not None and not any(_is_texts(first[guess[c]]) for c in _ONE & guess.keys()):
             remedy = f"try `columns: {{{', '.join(f'{a}: {b}' for a, b in guess.items())}}}`"
             break
     return DataError(
@@ -605,6 +639,14 @@ def _no_layout(rows: list[Row], name: str) -> DataError:
         expected=_accepted(name),
         remedy=remedy,
     )
+
+
+_ONE = {"prompt", "completion", "chosen", "rejected"}
+"""Columns of one text or one conversation."""
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 1 and all(isinstance(x, str) for x in value)
 
 
 def _written_otherwise(first: dict[str, Any], name: str) -> str:
@@ -628,7 +670,7 @@ def _written_otherwise(first: dict[str, Any], name: str) -> str:
             f"{bad!r} as `rejected`"
         )
     for key, value in first.items():
-        if isinstance(value, list) and len(value) > 1 and all(isinstance(x, str) for x in value):
+        if _is_texts(value):
             return (
                 f"{key!r} is a list of texts: write the better one of two as {better}, or all as "
                 "`completions` with their `ranks` or `scores`; turns of a talk as `messages`"
@@ -917,9 +959,14 @@ def _shared_text(a: str, b: str) -> int:
     return len(a[: max(0, cut)].rstrip())
 
 
-def _as_chat(example: Example, notes: Counter[str]) -> None:
-    """Wrap text into messages: one user turn, one assistant turn, or the turns of a transcript."""
+def _as_chat(example: Example, notes: Counter[str], dialogue: bool) -> None:
+    """Wrap text into messages: one user turn, one assistant turn, or the turns of a transcript.
+
+    Args:
+        dialogue: A conversation in the prompt is a task's material, and stays one turn.
+    """
     turns = transcript(example.prompt) if isinstance(example.prompt, str) else None
+    turns = None if dialogue else turns
     texts = [text for text in (example.prompt, *example.answers) if isinstance(text, str)]
     stripped = not turns and any(text != text.strip() for text in texts)
     if isinstance(example.prompt, str):

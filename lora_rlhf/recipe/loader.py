@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from lora_rlhf.errors import RecipeError, UsageError, first_line, reason
+from lora_rlhf.errors import LoraRlhfError, RecipeError, UsageError, first_line, reason
 from lora_rlhf.redaction import hide
 
 from . import suggestions, trl_args
@@ -135,6 +137,34 @@ def load_section(model: type[S], path: Path, remedy: str) -> S:
         raise UsageError(
             f"{key}{message}", where=f"{path}:{lines.get(known, 1)}", remedy=remedy
         ) from None
+
+
+def located(
+    error: LoraRlhfError, path: Path, overrides: Sequence[str] | None = None
+) -> LoraRlhfError:
+    """Return an error about a key with its file and line, which checks of a loaded recipe lack."""
+    named = re.match(r"[a-z_]+(?:\.\w+)+", error.given)
+    if error.where or named is None or not isinstance(error, RecipeError):
+        return error
+    at: tuple[Key, ...] = tuple(_parts(named[0]))
+    if any(tuple(_parts(one.partition("=")[0])) == at for one in overrides or ()):
+        where = f"--set {named[0]}"
+    else:
+        file = path / "recipe.yaml" if path.is_dir() else path
+        _, lines = parse_yaml(file.read_text(encoding="utf-8-sig"), str(file))
+        if at not in lines:
+            return error
+        where = f"{file}:{lines[at]}"
+    return type(error)(error.given, expected=error.expected, remedy=error.remedy, where=where)
+
+
+@contextlib.contextmanager
+def locating(path: Path, overrides: Sequence[str] | None = None) -> Iterator[None]:
+    """Raise errors about keys of this recipe with their place."""
+    try:
+        yield
+    except RecipeError as error:
+        raise located(error, path, overrides) from error
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -217,6 +217,9 @@ class DataSource(Section):
     """Share of pairs on which two simulated labelers agree (task comparisons only)."""
     format: FormatSection | None = None
     """Form that answers must have; others are broken rows (demonstrations only; path, hub)."""
+    dialogue_as_text: bool = False
+    """Prompts that hold a conversation as text are a task's material, such as one to summarize, and
+    stay one text (path, hub)."""
     lang: str | None = None
     """Language of the messages to keep, such as en (message trees only; path, hub)."""
     license: str | None = None
@@ -255,12 +258,13 @@ class DataSource(Section):
             yield f"give exactly one of task, path, hub (found: {listed})", *given
         readers = {
             "task": ("n", "completions", "agreement"),
-            "path": ("columns", "ignore", "skip_bad", "format", "lang"),
+            "path": ("columns", "ignore", "skip_bad", "format", "dialogue_as_text", "lang"),
             "hub": (
                 "columns",
                 "ignore",
                 "skip_bad",
                 "format",
+                "dialogue_as_text",
                 "lang",
                 "name",
                 "data_dir",

@@ -218,6 +218,16 @@ def test_dry_run_refuses_args_that_no_stage_could_take(recipe):
     assert "did you mean 'ppo.args.learning_rate'?" in result.stderr
 
 
+def test_errors_in_args_have_their_line(recipe):
+    """They are checked after the recipe is loaded, and named no place."""
+    recipe.write_text(SMALL + "sft:\n  args:\n    packing: false\n    num_train_epochs: two\n")
+    for verb in (["run", recipe, "--dry-run"], ["run", recipe], ["plan", recipe]):
+        result = invoke(*verb)
+        assert result.exit_code == 2 and f"{recipe}:7: sft.args.num_train_epochs" in result.stderr
+    result = invoke("run", recipe, "--set", "sft.args.num_train_epochs=3.x", "--dry-run")
+    assert "--set sft.args.num_train_epochs: sft.args.num_train_epochs: '3.x'" in result.stderr
+
+
 def test_run_passes_on_what_was_given(recipe, fake, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert invoke("run", recipe, "--set", "seed=7", "--set", "ppo.updates=3").exit_code == 0

@@ -86,6 +86,26 @@ def test_a_conversation_rendered_as_one_text_is_refused(tmp_path, chat, plain, t
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "Summarize this dialogue:\nUser: {} apples.\nAssistant: Good.\nUser: Bye.\nAssistant:",
+        "User: {} apples.\nAssistant: Good.\n\nWhat did they buy?",
+        "\n\nHuman: {} apples\n\nAssistant: Good.\n\nHuman: And?",
+    ],
+)
+def test_a_dialogue_as_the_material_of_a_task_stays_one_text(tmp_path, chat, text):
+    rows = [{"prompt": text.format(i), "completion": f"{i} apples"} for i in range(2 * N)]
+    made = all_rows(demonstrations(tmp_path, chat, rows, dialogue_as_text=True))
+    assert len(made) == 2 * N
+    prompts = {row["prompt"][0]["content"] for row in made if len(row["prompt"]) == 1}
+    assert prompts == {row["prompt"].strip() for row in rows}
+    if "Human" not in text:  # which is read as messages
+        with pytest.raises(DataError) as caught:
+            demonstrations(tmp_path, chat, rows)
+        assert "`dialogue_as_text: true`" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
     "prompt",
     ["Sum up: User: hi {}. Assistant: hello. User: bye.", "Question: {}?\nAnswer:", "a User: {}"],
 )

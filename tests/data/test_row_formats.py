@@ -245,6 +245,37 @@ def sharegpt(turns):
     return [{"from": names[turn["role"]], "value": turn["content"]} for turn in turns]
 
 
+@pytest.mark.parametrize("keys", [("role", "content"), ("from", "value")])
+def test_lists_of_roles_and_contents_are_messages(tmp_path, chat, keys):
+    """`datasets` makes them of a sequence of structs."""
+    rows = []
+    for i in range(40):
+        turns = filled(CONVERSATION, i) + answer("good")
+        lists = {keys[0]: [t["role"] for t in turns], keys[1]: [t["content"] for t in turns]}
+        rows.append({"messages": lists})
+    prepared = dataset_builder.demonstrations(
+        recipe(demonstrations=jsonl(tmp_path / "d.jsonl", rows)), chat
+    )
+    wanted = [{"prompt": filled(CONVERSATION, i), "completion": answer("good")} for i in range(40)]
+    assert sorted(all_rows(prepared), key=str) == sorted(wanted, key=str)
+    assert "lists of roles and of contents were read as turns (40 rows)" in prepared.report["notes"]
+    rows[6]["messages"][keys[0]].pop()
+    with pytest.raises(DataError, match="1 of 40 rows do not fit messages"):
+        path = jsonl(tmp_path / "d.jsonl", rows)
+        dataset_builder.demonstrations(recipe(demonstrations=path), chat)
+
+
+@pytest.mark.parametrize("name", ["demonstrations", "comparisons"])
+def test_two_answers_in_a_list_get_a_remedy_that_can_be_done(tmp_path, chat, name):
+    """`columns: {completion: output}` led to the next error."""
+    rows = [{"instruction": f"q{i}", "output": ["a", "b"]} for i in range(40)]
+    path = jsonl(tmp_path / "d.jsonl", rows)
+    with pytest.raises(DataError) as caught:
+        getattr(dataset_builder, name)(recipe(**{name: path}), chat)
+    assert "'output' is a list of texts: write the better one" in caught.value.remedy
+    assert "columns:" not in caught.value.remedy
+
+
 def test_sharegpt_conversations_are_messages(tmp_path, chat):
     turns = [{"role": "system", "content": "be kind"}, *CONVERSATION]
     rows = [{"conversations": sharegpt(filled(turns, i) + answer("good"))} for i in range(40)]

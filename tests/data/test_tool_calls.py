@@ -53,6 +53,27 @@ def test_calls_are_answers_and_results_are_prompts(tmp_path):
         assert "count" not in turn["content"]
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_sharegpts_function_calls_are_read_as_calls(tmp_path, several):
+    """The turns of LLaMA-Factory's files were refused as an unknown role."""
+    tokenizer, n = make_tokenizer(CALLS), 20
+    rows = []
+    for i in range(n):
+        one = {"name": "stock", "arguments": {f"key{i}": f"SKU-{i}"}}
+        turns = [("human", f"q{i}"), ("function_call", json.dumps([one] if several else one))]
+        turns += [("observation", f"count {i}"), ("gpt", f"We have {i}.")]
+        told = [{"from": who, "value": text} for who, text in turns]
+        rows.append({"conversations": told, "tools": json.dumps(TOOLS)})
+    prepared = prepare(tmp_path, tokenizer, rows)
+    assert f"turns function_call were read as tool calls ({n} rows)" in prepared.report["notes"]
+    answers = {row["completion"][0]["content"] for row in all_rows(prepared)}
+    assert len(answers) == 2 * n and "We have 3." in answers
+    assert '<call>{"name": "stock", "arguments": {"key3": "SKU-3"}}</call>' in answers
+    rows[4]["conversations"][1]["value"] = "stock(4)"
+    with pytest.raises(DataError, match="d.jsonl:5: column 'messages': .*function_call"):
+        prepare(tmp_path, tokenizer, rows)
+
+
 def test_a_call_at_the_end_and_arguments_as_text_are_read(tmp_path):
     given = [call(i, json.dumps({"sku": [i, "é"]})) for i in range(29)]
     rows = [{"messages": [*user(f"q{i}"), one]} for i, one in enumerate(given)]

@@ -12,7 +12,7 @@ lora: {r: 2, alpha: 5, top_fraction: 0.5, target_modules: [q_proj]}
 data:
   demonstrations: [{hub: a/d, name: en, data_dir: b, split: test, revision: abc,
     license: mit, limit: 9,
-    lang: en, skip_bad: 2, ignore: [rating],
+    lang: en, skip_bad: 2, ignore: [rating], dialogue_as_text: true,
     format: {json_schema: {type: object}, bullets: 2, max_words: 9, regex: "a+"}}]
   comparisons:
     - {task: closed-world, n: 7, completions: 3, agreement: 0.9}
