@@ -39,6 +39,39 @@ from lora_rlhf.training import microbatch_splitting
 from .meta_backbone import BLOCK, tensors
 
 
+_ATEN = torch.ops.aten
+_ELEMENTWISE = {
+    _ATEN.add.Tensor, _ATEN.sub.Tensor, _ATEN.mul.Tensor, _ATEN.mul.Scalar, _ATEN.div.Tensor,
+    _ATEN.div.Scalar, _ATEN.neg.default, _ATEN.pow.Tensor_Scalar, _ATEN.rsqrt.default,
+    _ATEN.silu.default,
+}  # fmt: skip
+_IN_PLACE = {
+    _ATEN.add_.Tensor, _ATEN.mul_.Tensor, _ATEN.div_.Tensor, _ATEN.addmm_.default,
+    _ATEN.pow_.Scalar, _ATEN.rsqrt_.default,
+}  # fmt: skip
+
+
+def _result(func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+    """Run an operation, with a shortcut for the commonest, which torch does in Python on meta.
+
+    An elementwise operation on floats of one type gives a tensor like its largest argument.
+    """
+    if func in _IN_PLACE:
+        return args[0]
+    if func in _ELEMENTWISE:
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        like = max(tensors, key=lambda t: (t.ndim, t.numel()))  # the first of those
+        whole = all(t.shape == like.shape or _broadcasts(t.shape, like.shape) for t in tensors)
+        one_type = len({t.dtype for t in tensors}) == 1 and like.is_floating_point()
+        if whole and one_type and like.is_meta and _ATEN.is_non_overlapping_and_dense(like):
+            return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
+    return func(*args, **(kwargs or {}))
+
+
+def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    return all(a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False))
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of storages created inside it and still alive; views cost nothing."""
 
@@ -51,7 +84,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = _result(func, args, kwargs)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._add(leaf)
