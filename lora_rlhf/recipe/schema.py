@@ -420,6 +420,8 @@ else:  # `from` is a keyword, so a class cannot define it
         "StartSection",
         __base__=StageSection,
         __validators__={"_resolve_from": field_validator("from")(_resolved_adapter)},
+        # There is no source to search for docstrings, and pydantic would look in every caller's.
+        __cls_kwargs__={"use_attribute_docstrings": False},
         **{
             "from": (
                 str | None,
@@ -431,6 +433,7 @@ else:  # `from` is a keyword, so a class cannot define it
             )
         },
     )
+    StartSection.model_config["use_attribute_docstrings"] = True  # for the sections below
 
 
 def _unused(key: str) -> str:

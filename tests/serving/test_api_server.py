@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 import httpx
 import killed
-import openai
 import pytest
 from fake_engine import FakeEngine
 
@@ -31,6 +30,8 @@ HELLO = [{"role": "user", "content": "one two three"}]
 @pytest.fixture
 def serve(tmp_path):
     """A function that starts a server; `made` are its parts."""
+    import openai  # half a second of one worker, not of both
+
     running = []
 
     def start(pause=0.0, moderation=None, **limits):
@@ -270,12 +271,14 @@ def test_a_full_queue_is_429(serve):
 
 
 def test_a_slow_answer_is_503(serve):
+    from openai import APIError
+
     made = serve(seconds=0.1)
     made.engine.held = lambda told: True
     status, problem = error(made)
     assert (status, problem["code"]) == (503, "timeout")
     assert made.engine.cancelled.wait(60)
-    with pytest.raises(openai.APIError, match=r"took over 0.1 s"):
+    with pytest.raises(APIError, match=r"took over 0.1 s"):
         list(made.chat.create(model="", messages=HELLO, stream=True))
     assert [use["status"] for use in uses(made)] == [503, 503]
 
