@@ -63,21 +63,63 @@ def _no_waiting_for_the_disk():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_names_for_tables():
+    """datasets pickles each table to name the files of its cache; tables in memory have none."""
+    with pytest.MonkeyPatch.context() as patch:
+        if datasets := sys.modules.get("datasets"):
+            patch.setattr(
+                datasets.arrow_dataset,
+                "generate_fingerprint",
+                lambda _: datasets.fingerprint.generate_random_fingerprint(),
+            )
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _packages_are_looked_up_once():
+    """accelerate looks on the disk for five packages in every optimizer step."""
+    with pytest.MonkeyPatch.context() as patch:
+        if imports := sys.modules.get("accelerate.utils.imports"):
+            available = functools.cache(imports._is_package_available)
+            patch.setattr(imports, "_is_package_available", available)
+        yield
+
+
 HEAVY = (
     "test_pipeline.py", "test_plan.py", "test_ppo_trainer.py", "test_backup.py",
     "test_run_suite.py", "test_oom.py", "test_backbone.py", "test_resume.py", "test_doctor.py",
-    "test_interrupts.py", "test_nonfinite_guard.py", "test_hostile.py", "test_rollout.py",
+    "test_interrupts.py", "test_nonfinite_guard.py", "test_several_gpus.py", "test_rollout.py",
     "test_refusals.py", "test_publishing.py", "test_adapters.py", "test_policy_trainer.py",
     "test_custom_reward.py",
 )  # fmt: skip
 """The files that take longest. They begin, so that two workers end at about the same time."""
 
-_absent = set(HEAVY) - {path.name for path in Path(__file__).parent.rglob("test_*.py")}
-assert not _absent, f"HEAVY names files that are gone: {sorted(_absent)}"
+WATCHED = ("test_hostile.py", "test_fuzz.py")
+"""Those that install a hook for audit events. It stays, and each `id()` calls it: they are late."""
+
+LAST = ("cli", "serving")
+"""Folders after them, so that two workers still end at about the same time."""
+
+_absent = {*HEAVY, *WATCHED} - {path.name for path in Path(__file__).parent.rglob("test_*.py")}
+assert not _absent, f"named here, and gone: {sorted(_absent)}"
 
 
 ALIKE = ("qwen2", "mistral")
 """Architectures whose code is that of others: their cases in models/ are slow."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """Lets the second worker begin at the other end of each folder.
+
+    Rewriting a test file's assertions takes longer than importing it. What one worker has written
+    to `__pycache__`, the other reads.
+    """
+    report = yield
+    if os.environ.get("PYTEST_XDIST_WORKER") == "gw1" and isinstance(collector, pytest.Directory):
+        report.result.reverse()
+    return report
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -86,8 +128,13 @@ def pytest_collection_modifyitems(items):
         if item.path.parent.name == "models" and (case := getattr(item, "callspec", None)):
             if any(isinstance(value, str) and value in ALIKE for value in case.params.values()):
                 item.add_marker(pytest.mark.slow)
-    order = {name: number for number, name in enumerate(HEAVY)}
-    items.sort(key=lambda item: order.get(item.path.name, len(HEAVY)))
+    order = {name: number for number, name in enumerate(HEAVY, -len(HEAVY))}
+    order |= dict.fromkeys(WATCHED, 1)
+
+    def place(item):
+        return order.get(item.path.name, 2 * (item.path.parent.name in LAST)), item.path
+
+    items.sort(key=place)  # by the path too: both workers have to list the tests in one order
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -38,7 +38,6 @@ from lora_rlhf.training import microbatch_splitting
 
 from .meta_backbone import BLOCK, tensors
 
-
 _ATEN = torch.ops.aten
 _ELEMENTWISE = {
     _ATEN.add.Tensor, _ATEN.sub.Tensor, _ATEN.mul.Tensor, _ATEN.mul.Scalar, _ATEN.div.Tensor,

@@ -66,8 +66,12 @@ class Witness:
     """The changes that the code under test makes, by audit events."""
 
     def __init__(self):
-        self.on, self.seen = False, []
-        sys.addaudithook(self)
+        self.on, self.seen, self.hooked = False, [], False
+
+    def start(self):
+        if not self.hooked:  # not before it is needed: nothing takes a hook away again
+            sys.addaudithook(self)
+        self.hooked, self.on, self.seen = True, True, []
 
     def __call__(self, what, args):
         if not self.on:
@@ -90,7 +94,7 @@ taken: dict[str, int] = {}
 def harmless(kind: str, call) -> None:
     """Call it, and check that it returns or raises one of our errors, and changes nothing."""
     counted[kind] = counted.get(kind, 0) + (kind in DEEP)
-    witness.on, witness.seen = True, []
+    witness.start()
     try:
         call()
         taken[kind] = taken.get(kind, 0) + 1

@@ -55,8 +55,7 @@ class Watch:
     """Everything that the interpreter opened and unpickled while this was on."""
 
     def __init__(self):
-        self.on, self.opened, self.unpickled = False, [], []
-        sys.addaudithook(self)
+        self.on, self.opened, self.unpickled, self.hooked = False, [], [], False
 
     def __call__(self, event, args):
         if self.on and event == "open" and isinstance(args[0], str):
@@ -66,7 +65,9 @@ class Watch:
 
     @contextlib.contextmanager
     def looking(self):
-        self.on, self.opened, self.unpickled = True, [], []
+        if not self.hooked:  # not before it is needed: nothing takes a hook away again
+            sys.addaudithook(self)
+        self.hooked, self.on, self.opened, self.unpickled = True, True, [], []
         try:
             yield self
         finally:
