@@ -106,10 +106,9 @@ def variables() -> dict[str, str]:
 
     Values that are an existing path or `org/name` are left out, since all texts may hold them.
     """
+    named = ((os.environ.get(name, ""), name) for name in os.environ if _VARIABLE.search(name))
     return {
-        value: name
-        for name, value in os.environ.items()
-        if len(value) >= SHORTEST and _VARIABLE.search(name) and not _names_a_thing(value)
+        value: name for value, name in named if len(value) >= SHORTEST and not _names_a_thing(value)
     }
 
 

@@ -78,7 +78,7 @@ GOOD = json.dumps(PAIRS[0]).encode() + b"\n"
         ("l.jsonl", b"[" * 100_000, "l.jsonl:1", "not valid JSON"),
         ("m.json", b'[{"prompt": "x"}, 7]', "m.json row 2", "a JSON int: 7"),
         ("n.csv", b"prompt,answer,prompt\na,b,c\n", "n.csv:1", "two columns are called"),
-        ("o.jsonl", gzip.compress(GOOD), "o.jsonl", "its content is that of a .gz file"),
+        ("o.jsonl", gzip.compress(GOOD, mtime=0), "o.jsonl", "its content is that of a .gz file"),
         ("p.csv", b"PK\x03\x04\0\0", "p.csv", "its content is that of a .zip or .xlsx file"),
         ("q.json", b'{"data": [%s]}' % b",".join([GOOD] * 2), "q.json:1", "its rows inside 'data'"),
         ("r.json", b'{"prompt": {"0": "x", "1": "y"}, "completion": {"0": "a", "1": "b"}}',
