@@ -223,13 +223,11 @@ def _plan_verb(
     if (run := _run_of(path)) is not None:
         shell.echo(f"{run} is a run directory: this plans its recipe", err=True)
         runs = [run, *(runs or ())]
-    shell.room("pipeline")
-    from lora_rlhf.planning import plan_report
-
-    folder = path if path.is_dir() else path.parent
     with locating(path, overrides):
-        report = plan_report.report(
-            *(recipe, folder, gpu),
+        report = shell.room("planning.plan_report").report(
+            recipe,
+            path if path.is_dir() else path.parent,
+            gpu,
             gpus=gpus,
             given=given,
             probe=probe,
