@@ -83,7 +83,7 @@ def test_a_dataset_of_the_hub(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"prompt": "a b?", "completion": "c"}], "1 demonstrations and 1 prompts"),
+        ([{"prompt": "a b?", "completion": "c"}], "1 demonstration and 1 prompt"),
         ([{"prompt": f"a {i}?"} for i in range(9)], "there are prompts only"),
     ],
 )
