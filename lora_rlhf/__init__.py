@@ -148,11 +148,15 @@ def plan(
     return plan_report.report(recipe, Path(), gpu, probe=probe, **more)
 
 
-def compare(*runs: str | Path) -> dict[str, Any]:
+def compare(*runs: str | Path | Sequence[str | Path]) -> dict[str, Any]:
     """Compare finished runs: their metrics as `rows`, paired `differences`, and `notes`."""
     from lora_rlhf.reports import compare
 
-    return compare.run([Path(run) for run in runs])
+    return compare.run([Path(run) for given in runs for run in _each(given)])
+
+
+def _each(given: Any) -> Sequence[Any]:
+    return given if isinstance(given, list | tuple) else [given]
 
 
 def doctor(run: str | Path) -> list[Finding]:

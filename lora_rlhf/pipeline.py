@@ -44,6 +44,7 @@ from lora_rlhf.hub import backup, publishing, repository
 from lora_rlhf.models import adapters, sharded_layers
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.planning import run_memory, stage_work
+from lora_rlhf.recipe.loader import check_recipe
 from lora_rlhf.recipe.schema import LoraSection, ModelSection, Recipe
 from lora_rlhf.recipe.stage_keys import fingerprints, flat_keys, has_reward_model, stage_names
 from lora_rlhf.reports import evaluation_report, html_report, plots, rich_displays, tables
@@ -99,6 +100,7 @@ def run(
         LoraRlhfError: An error that the user can correct; see errors.py.
     """
     out, progress = Path(out), progress or rich_displays.progress()
+    check_recipe(recipe)
     stages = _stages(recipe, until)
     preflight.check_launch(recipe, stages)
     preflight.check_processes(recipe)

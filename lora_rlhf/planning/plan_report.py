@@ -12,6 +12,7 @@ import torch
 
 from lora_rlhf.runtime import optional_packages  # noqa: F401  # isort: skip
 from lora_rlhf.errors import UsageError
+from lora_rlhf.recipe.loader import check_recipe
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.reports.tables import aligned
 from lora_rlhf.runtime import quiet
@@ -165,6 +166,7 @@ def report(
         )
     link = Network.parse(*network)
     capacities = [capacity(gpu)] if gpu is not None else [n * 10**9 for n in GPUS]
+    check_recipe(recipe)
     config, in_table = bases.config_of(recipe.model, folder)
     here = "cuda" if torch.cuda.is_available() else "cpu"
     several = None

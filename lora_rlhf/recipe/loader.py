@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +29,7 @@ _INDEX = re.compile("[0-9]{1,6}")
 
 
 def load_recipe(
-    path: str | Path, overrides: list[str] | None = None, *, until: str | None = None
+    path: str | Path, overrides: Overrides | None = None, *, until: str | None = None
 ) -> Recipe:
     """Load and check a recipe; `overrides` are `key.sub=value` strings (`--set`).
 
@@ -67,10 +67,27 @@ def load_recipe(
     return parse_recipe(text, str(path), overrides, path.resolve().parent, until)
 
 
+Overrides = str | Sequence[str] | Mapping[str, Any]
+"""Changes of a recipe: `key=value`, several of these, or keys and values."""
+
+
+def check_recipe(recipe: object) -> None:
+    """Refuse anything but a recipe, such as its path.
+
+    Raises:
+        UsageError: It is none.
+    """
+    if not isinstance(recipe, Recipe):
+        raise UsageError(
+            f"{recipe!r:.80} is no recipe, but of the type {type(recipe).__name__}",
+            expected="a recipe, as `lora_rlhf.load_recipe(PATH)` returns it",
+        )
+
+
 def parse_recipe(
     text: str,
     name: str,
-    overrides: list[str] | None = None,
+    overrides: Overrides | None = None,
     folder: Path | None = None,
     until: str | None = None,
 ) -> Recipe:
@@ -83,7 +100,9 @@ def parse_recipe(
             read are allowed then. "": all contradictions, as in a recipe that a run has written.
     """
     data, lines = parse_yaml(text, name)
-    for override in overrides or []:
+    if isinstance(overrides, Mapping):
+        overrides = [f"{key}={value}" for key, value in overrides.items()]
+    for override in [overrides] if isinstance(overrides, str) else overrides or []:
         _apply_override(data, lines, override)
     try:
         return Recipe.model_validate(data, context={"folder": folder})

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,31 @@ def load_stage(stage: str, backbone: Backbone, record: Record) -> None:
         adapters.load_role(backbone, "policy", record.verified("adapters/policy"))
 
 
+def _check(text: Any, temperature: Any, seed: int, max_new_tokens: int | None) -> None:
+    """Refuse what no answer can be sampled with."""
+    if not 0 <= seed < SEEDS:
+        raise UsageError(f"seed {seed}", expected=f"0 to {SEEDS - 1}")
+    if not (isinstance(temperature, int | float) and 0 <= temperature < math.inf):
+        raise UsageError(f"temperature {temperature!r}", expected="a number from 0 (greedy)")
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens {max_new_tokens}", expected="1 or more")
+    if not isinstance(text, str):
+        raise UsageError(
+            f"the prompt is of the type {type(text).__name__}: {text!r:.60}",
+            expected="one prompt of text",
+            remedy="call it for each prompt; for messages there is `lora_rlhf.chat`",
+        )
+    if not text.strip():
+        raise UsageError("the prompt is empty", expected="a prompt with some text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"the prompt is not valid Unicode: half of a surrogate pair at {error.start}",
+            remedy="give the text in UTF-8",
+        ) from None
+
+
 @quiet.libraries()
 def generate(
     folder: str | Path,
@@ -66,17 +92,7 @@ def generate(
     Raises:
         UsageError: The folder is no run, or the text or the seed cannot be used.
     """
-    if not 0 <= seed < SEEDS:
-        raise UsageError(f"seed {seed}", expected=f"0 to {SEEDS - 1}")
-    if not text.strip():
-        raise UsageError("the prompt is empty", expected="a prompt with some text")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(
-            f"the prompt is not valid Unicode: half of a surrogate pair at {error.start}",
-            remedy="give the text in UTF-8",
-        ) from None
+    _check(text, temperature, seed, max_new_tokens)
     backbone, record = load(folder)
     recipe = record.recipe()
     text = breaker(backbone.tokenizer)(text)  # the user's text must hold no control tokens

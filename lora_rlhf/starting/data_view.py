@@ -27,6 +27,7 @@ from lora_rlhf.estimates import share_interval
 from lora_rlhf.evaluation import suite
 from lora_rlhf.models import loading
 from lora_rlhf.planning import bases
+from lora_rlhf.recipe.loader import check_recipe
 from lora_rlhf.recipe.schema import Recipe
 from lora_rlhf.reports.doctor.findings import rate
 from lora_rlhf.reports.tables import aligned
@@ -153,6 +154,7 @@ def show_data(recipe: Recipe, folder: str | Path = ".", *, seed: int = 0, rows: 
     Raises:
         SetupError: The base's tokenizer is not here.
     """
+    check_recipe(recipe)
     config, _ = bases.config_of(recipe.model, Path(folder))
     tokenizer = loading.find_tokenizer(recipe.model, config)
     loaded: Loaded = suite.prompts_at_hand(recipe)

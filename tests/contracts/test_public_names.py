@@ -2,6 +2,7 @@
 """What `import lora_rlhf` shows: exactly `__all__`, sorted, documented, and cheap to import."""
 
 import importlib
+import math
 import subprocess
 import sys
 import types
@@ -15,6 +16,7 @@ from transformers.utils import logging as transformers
 import lora_rlhf
 from lora_rlhf import tiny
 from lora_rlhf.cli.app import app
+from lora_rlhf.errors import UsageError
 from lora_rlhf.runtime import quiet
 
 
@@ -99,3 +101,26 @@ def test_importing_loads_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("call", "problem"), [
+    (lambda: lora_rlhf.run("recipe.yaml", "out"), "'recipe.yaml' is no recipe.*\n.*load_recipe"),
+    (lambda: lora_rlhf.evaluate({"name": "x"}, "out"), "is no recipe, but of the type dict"),
+    (lambda: lora_rlhf.plan("recipe.yaml", gpu=16), "is no recipe"),
+    (lambda: lora_rlhf.show_data("recipe.yaml"), "is no recipe"),
+    (lambda: lora_rlhf.compare(["no", "run"]), "no is not a run directory"),
+    (lambda: lora_rlhf.generate("run", ["a", "b"]), "of the type list.*\n.*one prompt of text"),
+    (lambda: lora_rlhf.generate("run", None), "of the type NoneType"),
+    (lambda: lora_rlhf.generate("run", "a", temperature=math.nan), "temperature nan"),
+    (lambda: lora_rlhf.generate("run", "a", temperature=-1), "temperature -1"),
+    (lambda: lora_rlhf.generate("run", "a", temperature="0"), "temperature '0'"),
+    (lambda: lora_rlhf.generate("run", "a", max_new_tokens=0), "max_new_tokens 0"),
+])  # fmt: skip
+def test_what_python_may_pass_by_mistake_is_one_error(call, problem):
+    with pytest.raises(UsageError, match=problem):
+        call()
+
+
+def test_changes_of_a_recipe_may_be_one_text_or_a_mapping():
+    for given in ("seed=3", {"seed": 3}, ["seed=3"]):
+        assert lora_rlhf.load_recipe(tiny.recipe(), given).seed == 3
