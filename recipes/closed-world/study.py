@@ -434,7 +434,7 @@ def sampled_gold(
 TEST = slice(200, 400)
 """Evaluation prompts on which reward models are compared with the checker."""
 
-START, MORE = 80, (160,)
+START, MORE = 80, (80,)
 """Rankings of random prompts that all strategies begin with; those that each one adds."""
 
 
