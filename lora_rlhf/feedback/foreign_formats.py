@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import json
 import random
 import re
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lora_rlhf.errors import DataError
@@ -22,6 +23,7 @@ from .labels import (
     Answer,
     Label,
     Task,
+    check_text,
     check_value,
     in_task_order,
     personal,
@@ -326,12 +328,17 @@ def placed(
         named: Pseudonyms of all others.
 
     Raises:
-        DataError: A task has the id of one of the project's and is not it.
+        DataError: A task has the id of one of the project's and is not it, or a text cannot be
+            stored.
     """
     tasks, labels = [], []
     sha256 = hashlib.sha256(imported.guidelines.encode()).hexdigest() if imported.guidelines else ""
     for one in imported.items:
         task, order = one.task, tuple(range(len(one.task.answers)))
+        try:
+            check_text(json.dumps(asdict(one), ensure_ascii=False))
+        except ValueError as error:
+            raise fault(one.where, str(error), "texts of whole characters") from None
         if task.id in own:
             task, order = own[task.id], _same(one, own[task.id])
         else:

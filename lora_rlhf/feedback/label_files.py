@@ -26,6 +26,7 @@ from .labels import (
     Answer,
     Label,
     Task,
+    check_text,
     check_value,
     personal,
 )
@@ -80,6 +81,7 @@ def _task(row: dict[str, Any], kind: str) -> Task:
         raise ValueError(f"unknown field {unknown[0]!r:.60}; known: {', '.join(FIELDS)}")
     if row.get("ranking") is not None:
         raise ValueError("it has a ranking already")
+    check_text(json.dumps(row, ensure_ascii=False))
     answers = _answers(row.get("answers"))
     kind = _type(row.get("type"), kind, len(answers))
     gold, checks = row.get("gold"), row.get("checks")

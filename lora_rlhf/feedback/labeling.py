@@ -51,8 +51,15 @@ def add(folder: Path, tasks: Path) -> str:
 
 
 def export(folder: Path, path: Path, form: str | None = None, without: Collection[str] = ()) -> str:
-    """Write the labels of a project to a file; returns a sentence."""
+    """Write the labels of a project to a file; returns a sentence.
+
+    Raises:
+        UsageError: The file is one of the project's own, which an export would replace.
+    """
     there = project.load(folder)
+    own = (project.FILE, project.STORE, there.settings.guidelines)
+    if path.resolve() in [(there.folder / name).resolve() for name in own]:
+        raise UsageError(f"{path} is a file of the project", remedy="give --export another file")
     with there.store(readonly=True) as store:
         about = store.labelers(), there.settings.screening.model_dump()
         return label_files.export(store.tasks(), store.labels(), path, form, without, *about)

@@ -111,6 +111,22 @@ class Label:
     replaces: int | None = None
 
 
+def check_text(text: str) -> str:
+    """Return a text that can be stored.
+
+    Raises:
+        ValueError: It holds half of a character, as of an emoji that was cut in two: no file can
+            hold that.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        at = error.start
+        half, before = f"U+{ord(text[at]):04X}", text[max(0, at - 30) : at]
+        raise ValueError(f"half of a character ({half}) after {before!r}") from None
+    return text
+
+
 def check_value(kind: str, value: Any, answers: int) -> dict[str, Any]:
     """Return the value of a label if it has the form of this type of task.
 

@@ -35,6 +35,7 @@ from .labels import (
     Answer,
     Label,
     Task,
+    check_text,
     check_value,
     in_shown_order,
     in_task_order,
@@ -237,7 +238,8 @@ class Assignment:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return check_text(text)
 
 
 def now() -> str:

@@ -354,6 +354,10 @@ def test_a_task_that_is_not_the_projects_is_refused(tmp_path, folder, labelled):
     with pytest.raises(DataError, match="are not those of the task 'two' in the project") as error:
         exchange.take(folder, path, "label-studio")
     assert error.value.where.endswith("pair.json row 1")
+    path.write_text(path.read_text().replace("Coffee?", r"Tea\ud83d?"))
+    with pytest.raises(DataError, match=r"half of a character \(U\+D83D\)") as error:
+        exchange.take(folder, path, "label-studio")
+    assert error.value.where.endswith("pair.json row 1")
 
 
 # --------------------------------------------------------------------------- Open WebUI

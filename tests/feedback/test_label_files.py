@@ -83,6 +83,7 @@ def test_types_follow_the_answers_and_ids_the_content(tmp_path):
         ({"prompt": [{"role": "bot", "content": "a"}]}, "role 'bot'"),
         ({"prompt": [{"role": "user"}]}, "expected role and content"),
         ({"prompt": None}, "prompt None"),
+        ({"prompt": "cut \ud83d"}, "half of a character (U+D83D) after"),
         ({"answers": ["a", "b"]}, "expected model names with texts"),
         ({"answers": dict.fromkeys("abcdefghij", "x")}, "10 answers: a ranking has 2 to 9"),
         ({"type": "pair"}, "3 answers: a pair has 2"),

@@ -207,6 +207,9 @@ def test_headers_of_page_and_cookie(server):
     assert web.get("/../project.yaml").status_code == web.get("/guidelines.md").status_code == 404
 
 
+CUT = rb'{"tab": "tab", "assignment": 1, "value": {"ranks": [1, 2, 3]}, "note": "cut \ud83d"}'
+
+
 @pytest.mark.parametrize(
     ("body", "problem"),
     [
@@ -221,6 +224,7 @@ def test_headers_of_page_and_cookie(server):
         ({"json": {"tab": "tab", "assignment": 1, "flags": ["rude"]}}, "flag 'rude'"),
         ({"json": {"tab": "tab", "assignment": 1, "note": 1}}, "note: expected"),
         ({"json": {"tab": "tab", "assignment": 1, "value": {"ranks": [1]}}}, "expected 3"),
+        ({"content": CUT, "headers": {"content-type": "application/json"}}, "half of a character"),
         ({"json": {"tab": "tab", "assignment": 1, "value": []}}, "ranks None"),
         ({"json": {"tab": "tab", "assignment": 1, "submission": 1}}, "submission: expected"),
     ],

@@ -151,6 +151,14 @@ def test_wrong_usage_is_one_error(folder, tasks, options, message):
     assert result.exit_code == 2 and message in result.stderr
 
 
+@pytest.mark.parametrize("name", ["labels.sqlite", "project.yaml", "guidelines.md"])
+def test_an_export_replaces_no_file_of_the_project(folder, name):
+    before = (folder / name).read_bytes()
+    result = invoke("label", folder, "--export", folder / ".." / folder.name / name)
+    assert result.exit_code == 2 and "is a file of the project" in result.stderr
+    assert (folder / name).read_bytes() == before
+
+
 def edit(folder, text):
     (folder / "project.yaml").write_text(text)
 
