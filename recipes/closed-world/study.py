@@ -446,8 +446,10 @@ def strategies(seed: int, out: Path) -> list[dict[str, Any]]:
     start, folder_of = base(seed, out), folder.joinpath
     sets = [f"seed={seed}", f"sft={{from: {start / 'adapters' / 'sft'}}}", "reward.gate=warn"]
 
-    def labelled(run: Path, choice: task_choice.Choice, noise: float | None) -> tuple[Any, float]:
-        file = folder_of(f"{choice.strategy}-{choice.n}.jsonl")
+    def labelled(
+        name: str, run: Path, choice: task_choice.Choice, noise: float | None
+    ) -> tuple[Any, float]:
+        file = folder_of(f"{name}.jsonl")
         if not file.exists():
             task_choice.make(run, choice, file, failed=failed, say=print)
         given = [json.loads(line) for line in file.read_text().splitlines()]
@@ -464,11 +466,13 @@ def strategies(seed: int, out: Path) -> list[dict[str, Any]]:
     prompts, _, rewards = sampled_gold(start, "reference", seed, slice(0, 200))
     failed = [prompt_text(p) for p, [r] in zip(prompts, rewards, strict=True) if r < 1]
     test = sampled_gold(start, "reference", seed + 1, TEST, 4)
-    first, noise = labelled(start, task_choice.Choice("random", START, seed=seed), None)
+    first, noise = labelled("start", start, task_choice.Choice("random", START, seed=seed), None)
     rows = [accuracy(trained("start", first), "start", seed, START, test)]
     several = trained("ensemble", first, ("reward.ensemble=3",))
     for strategy in task_choice.STRATEGIES:
-        added, _ = labelled(several, task_choice.Choice(strategy, MORE[-1], seed=seed), noise)
+        added, _ = labelled(
+            strategy, several, task_choice.Choice(strategy, MORE[-1], seed=seed), noise
+        )
         for n in MORE:
             run = trained(f"{strategy}-{n}", first + added[:n])
             rows.append(accuracy(run, strategy, seed, START + n, test))
