@@ -595,6 +595,31 @@ def test_a_phone(page):
     assert len(sitting.sitting.labels()) == 4
 
 
+def test_nine_answers_on_a_small_phone(page):
+    """Each rank can be touched, also again to correct it, and none lies outside its card."""
+    sitting = page(task("ranking", "Which?", *(f"Number {n}." for n in range(9))))
+    headless.emulate(sitting.browser, width=320)
+    sitting.begin().sees("Rank these 9 answers")
+    assert sitting.run("return document.documentElement.scrollWidth") <= 320
+    boxes = [box.rect for box in sitting.all("main .pick")]
+    assert len(boxes) == 81 and all(box["width"] >= 24 and box["height"] >= 40 for box in boxes)
+    right = "return arguments[0].getBoundingClientRect().right"
+    assert all(
+        sitting.run(right, pick) <= sitting.run(right, card)
+        for card in sitting.all(".answer")
+        for pick in card.find_elements("css selector", ".pick:last-child")
+    )
+    tap(sitting, sitting.find("[name='rank-0'][value='1']"))
+    for place in range(9):
+        choice = sitting.find(f"[name='rank-{place}'][value='{9 - place}']")
+        tap(sitting, choice)
+        assert choice.is_selected()
+    tap(sitting, sitting.find("#save"))
+    sitting.sees("Nothing left to label here")
+    [label] = sitting.sitting.labels()
+    assert [label.value["ranks"][index] for index in label.order] == [*range(9, 0, -1)]
+
+
 def tap(page, element):
     """Touch the middle of an element, after bringing it into view."""
     script = "arguments[0].scrollIntoView({block: 'center'}); "
