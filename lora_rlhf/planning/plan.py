@@ -324,9 +324,17 @@ class Estimate:
         return Phase(resident, trunk_states=self.kept_states, activations=step)
 
     def _step(self, phase: dry_run.Phase, batch: Batch, args: Any, *trained: str) -> int:
-        """Count activations and gradients of a training step, the second one if it accumulates."""
+        """Count activations and gradients of a training step, the second one if it accumulates.
+
+        Several processes then sum their gradients in a bucket, when no activations are left.
+        """
         phase = dry_run.twice(phase) if args.gradient_accumulation_steps > 1 else phase
-        return self.planner.count(self.recipe, phase, batch, trained)
+        count = self.planner.count(self.recipe, phase, batch, trained)
+        return max(count, 2 * self.gradients(*trained)) if self.cards.processes > 1 else count
+
+    def gradients(self, *trained: str) -> int:
+        """Return the bytes of these roles' gradients."""
+        return sum(self.adapter + (role != "policy") * self.head // 2 for role in trained)
 
     def _sampled_at_once(self) -> int:
         """Return the rows sampled at once: the rollout, or as many as the sampler fits on a GPU."""

@@ -6,13 +6,16 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from small import backbone
 from transformers import LlamaConfig, MixtralConfig
 from typer.main import get_command
 from typer.testing import CliRunner
 
 from lora_rlhf.cli import app
+from lora_rlhf.distributed import world
 from lora_rlhf.errors import RecipeError, UsageError
-from lora_rlhf.planning import gpu_fit, plan, several_gpus
+from lora_rlhf.planning import gpu_fit, plan, probe, several_gpus
 from lora_rlhf.planning.plan import Cards, Planner
 from lora_rlhf.recipe.loader import parse_recipe
 
@@ -51,6 +54,39 @@ def test_a_part_of_each_layer_and_one_layer_are_held(planner):
     assert shared.backbone == REST + ROTARY + 2 * LAYER + LAYER
     assert four.backbone == REST + ROTARY + LAYER + LAYER
     assert shared.layers_split == 4 * LAYER
+
+
+def test_gradients_are_held_twice_while_they_are_summed(planner):
+    """With large adapters and short rows nothing in an update takes more."""
+    short = recipe(
+        "lora.r=64", "data.max_tokens=12", "data.max_prompt_tokens=4",
+        "ppo.args.max_completion_length=4", "ppo.args.per_device_train_batch_size=2",
+    )  # fmt: skip
+    adapter = 4 * 64 * 4 * (2 * 128 + 2 * 96 + 3 * 192)
+    head = 4 * 64
+    alone, two = (planner.plan(short, None, Cards(n)).phases for n in (1, 2))
+    assert two["ppo update"].activations == 2 * (2 * adapter + head)
+    assert alone["ppo update"].activations < two["ppo update"].activations
+    long = recipe("lora.r=1")  # activations take more
+    alone, two = (planner.plan(long, None, Cards(n)).phases for n in (1, 2))
+    assert two["ppo update"].activations > 2 * plan.Estimate(planner, long, None).gradients(
+        "policy", "value"
+    )
+
+
+def test_the_bucket_of_a_real_exchange_is_what_is_planned(monkeypatch):
+    made = backbone("llama", "policy", "value")
+    parameters = [p for role in ("policy", "value") for _, p in made.role_parameters(role)]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    monkeypatch.setattr(world.dist, "all_reduce", lambda *_, **__: None)
+    meter = probe.Meter(torch.device("cpu"), 0)
+    meter.start()
+    world.World(0, 2).add_gradients(parameters)
+    measured = meter.lap()
+    planner = Planner(made.causal.config, "cpu")
+    estimate = plan.Estimate(planner, recipe(f"lora.r={made.lora_section.r}"), None, Cards(2))
+    assert measured == pytest.approx(estimate.gradients("policy", "value"), rel=0.01)
 
 
 def test_a_process_has_its_share_of_every_batch(planner):
