@@ -276,7 +276,7 @@ def test_hh_comparisons_are_split_by_conversation(real_data, monkeypatch):
     pairs = dataset_builder.comparisons(given, chat, loaded=loaded)
     assert [source["rows"] for source in pairs.report["sources"]] == [2354, 2312]
     assert removed(pairs, "chosen equal to rejected") == 2
-    assert "HH-RLHF transcripts were read as messages (4666 rows)" in pairs.report["notes"]
+    assert "HH-RLHF transcripts were read as messages (4,666 rows)" in pairs.report["notes"]
     check_sides_apart(
         dataset_builder.demonstrations(given, chat, loaded),
         pairs,

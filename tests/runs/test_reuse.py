@@ -58,7 +58,7 @@ def test_shared_stages_end_with_the_same_bits(runs: killed.Runs, tmp_path: Path,
     (source / "adapters" / "sft" / "README.md").write_text("the card of the other run")
     monkeypatch.setattr(reward_stage, "run", lambda *_: pytest.fail("a shared stage ran again"))
     record = pipeline.run(runs.recipe("ppo", "name=other"), tmp_path / "b", start_from=source)
-    assert "other run" not in (record.adapter("sft") / "README.md").read_text()
+    assert "the card of the other run" not in (record.adapter("sft") / "README.md").read_text()
     now, wanted = killed.bits(record.folder), killed.bits(source)
     origins = [now["record"]["stages"][stage].pop("from_run") for stage in ("sft", "reward")]
     assert origins[0] == origins[1] and origins[0]["name"] == "little"
