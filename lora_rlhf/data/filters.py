@@ -184,6 +184,9 @@ _SIGNS = (
     (0.0, r"\[object Object\]", "the text holds [object Object], as JavaScript writes a value"),
     (0.1, r"(?:\A|\u200b)b(['\"])[^\u200b]*\1(?:\Z|\u200b)", "the text is Python's b'..'"),
     (0.1, r"(?:\A|\u200b)\['[^\u200b]*'\](?:\Z|\u200b)", "the text is Python's ['..']"),
+    (0.1, r"\u200b(?:None|null|NULL|undefined)(?:\Z|\u200b)", "the answer is None, an empty cell"),
+    (0.3, r"\{\{? ?(?:question|prompt|input|instruction|query|context|text) ?\}",
+     "the text holds a name in braces, such as {question}, in the place of a value"),
     (0.1, r"&(?:amp|lt|gt|quot|nbsp|#\d{2,4});", "the text holds HTML entities, such as &amp;"),
     (0.1, r"\A(?=[^\n]*\Z).*\\n(?![a-z])",  # code has line breaks too, and LaTeX \nabla
      r"the text holds \n in the place of line breaks"),

@@ -97,9 +97,16 @@ _WRAPPED = re.compile(
 )
 """Turns written as text twice, inside an object, or after other keys."""
 
-_TURN = re.compile(r"<\|(?:im_start|user|system|start_header_id)\|>|\[INST\]|<start_of_turn>")
-_ASKED = re.compile(r"(?<!\w)(?:USER|User|HUMAN|Human|Instruction):")
-_ANSWERED = re.compile(r"(?<![^\s#])(?:ASSISTANT|Assistant|Response):")
+_TURN = re.compile(
+    r"<\|(?:im_start|user|system|start_header_id|header_start|start_of_role|START_OF_TURN_TOKEN|"
+    r"start\|>(?:system|developer|user)<\|message)\|>|\[INST\]|<start_of_turn>|<\uff5cUser\uff5c>"
+)
+_ASKED = re.compile(
+    r"(?<!\w)(?:USER|User|HUMAN|Human|<human>|Instruction|Instruct):|\u7528\u6237[:\uff1a]"
+)
+_ANSWERED = re.compile(
+    r"(?<![^\s#])(?:ASSISTANT|Assistant|Bot|BOT|<bot>|AI|Response|Output):|\u52a9\u624b[:\uff1a]"
+)
 """Tokens and words with which templates begin a turn."""
 
 _BEGINS = re.compile(
@@ -898,6 +905,10 @@ def _margin(row: dict[str, Any]) -> float | None:
 
 def _pair(row: dict[str, Any], chat: bool, notes: Counter[str]) -> Example:
     """Parse a chosen and a rejected answer, with a prompt column or a common beginning."""
+    for column in ("chosen", "rejected"):
+        named = row.get(column)
+        if isinstance(named, str) and isinstance(row.get(named), str):
+            raise _Unfit(f"column {column!r} names an answer ({named}): write the answer itself")
     chosen, rejected = _turns(row, "chosen"), _turns(row, "rejected")
     if isinstance(chosen, str) and isinstance(rejected, str):
         both = transcript(chosen), transcript(rejected)

@@ -279,6 +279,36 @@ def test_signs_of_a_faulty_conversion_are_told(tmp_path, plain, text, note):
     assert demonstrations(tmp_path, plain, [*PAIRS, *fine]).report["notes"] == []
 
 
+@pytest.mark.parametrize("prompt", [
+    "<\uff5cUser\uff5c>q{}<\uff5cAssistant\uff5c>",
+    "<|start|>user<|message|>q{}<|end|><|start|>assistant",
+    "<|start_of_role|>user<|end_of_role|>q{}<|end_of_text|>", "<human>: q{}\n<bot>:",
+    "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>q{}", "<|header_start|>user<|header_end|>\n\nq{}<|eot|>",
+    "User: q{}\nBot:", "Instruct: q{}\nOutput:", "\u7528\u6237\uff1aq{}\n\u52a9\u624b\uff1a",
+])  # fmt: skip
+def test_turns_of_more_templates_are_no_prompt(tmp_path, chat, prompt):
+    rows = [{"prompt": prompt.format(i), "completion": f"a{i}"} for i in range(N)]
+    with pytest.raises(DataError, match="prompts are conversations written as one text"):
+        demonstrations(tmp_path, chat, rows)
+
+
+def test_the_name_of_an_answer_is_no_answer(tmp_path, plain):
+    rows = [{"prompt": f"q{i}", "chosen": "A", "rejected": "B", "A": "good", "B": "bad"}
+            for i in range(N)]  # fmt: skip
+    with pytest.raises(DataError, match="column 'chosen' names an answer .A.: write the answer"):
+        comparisons(tmp_path, plain, rows)
+
+
+@pytest.mark.parametrize(("row", "note"), [
+    ({"prompt": "q{}", "completion": "None"}, "the answer is None"),
+    ({"prompt": "Say {{question}} {}", "completion": "a{}"}, "a name in braces"),
+])  # fmt: skip
+def test_what_a_program_left_unfilled_is_told(tmp_path, plain, row, note):
+    rows = [{key: text.format(i) for key, text in row.items()} for i in range(N)]
+    [told] = demonstrations(tmp_path, plain, rows).report["notes"]
+    assert note in told and f"({N} rows)" in told
+
+
 @pytest.mark.parametrize("text", ["b'a{}'", "['a{}']"])
 def test_a_value_of_python_in_the_place_of_a_text_is_told(tmp_path, plain, text):
     rows = [{"prompt": f"q{i}", "completion": text.format(i)} for i in range(N)]
