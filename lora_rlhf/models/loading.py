@@ -249,8 +249,8 @@ def _locate(model: ModelSection) -> str:
             remedy="check model.id; a run finds a base that was moved or renamed together with it",
         )
     if folder := local_folder(model):  # a relative id may be a folder too
+        paths.reject_escaping_links(path, BaseModelError)  # before a file is opened
         _reject_pointers(Path(folder))
-        paths.reject_escaping_links(path, BaseModelError)
         paths.reject_escaping_shards(path, BaseModelError)
     return str(path) if is_path else model.id
 
