@@ -16,6 +16,7 @@ from lora_rlhf.models import token_draw
 from lora_rlhf.models.base_model import BaseModel
 from lora_rlhf.models.plain_adapters import PlainAdapters
 from lora_rlhf.recipe.schema import LoraSection, ModelSection
+from lora_rlhf.serving import loaded_run
 from lora_rlhf.serving.inference import (
     Delta,
     InferenceEngine,
@@ -296,6 +297,14 @@ def test_runs_whose_folders_have_one_name(runs, tmp_path):
         *(f"{name}:sft", f"{name}:policy", f"{name} 2:sft", f"{name} 2:policy"),
         f"{name}:best-of-n",
     ]
+
+
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_an_empty_prompt_is_refused(engine, tmp_path, text):
+    with pytest.raises(UsageError, match="the last turn of the user is empty"):
+        engine.submit(Request(({"role": "user", "content": text},)))
+    with pytest.raises(UsageError, match="the prompt is empty"):  # before the run is read
+        loaded_run.generate(tmp_path, text)
 
 
 @pytest.mark.parametrize("role", ["reward", "value"])
