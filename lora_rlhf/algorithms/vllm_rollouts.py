@@ -248,7 +248,8 @@ class Ahead:
     @classmethod
     def restored(cls, state: dict[str, Any]) -> Self:
         """Return what `state_dict` described, with the same completions."""
-        rows = [Sampled(i, x) for i, x in zip(state["ids"], state["logprobs"], strict=True)]
+        logprobs = map(torch.tensor, state["logprobs"])
+        rows = [Sampled(i, x) for i, x in zip(state["ids"], logprobs, strict=True)]
         return cls(state["prompts"], lambda: rows, state["policy"], threading.Event())
 
     def state_dict(self) -> dict[str, Any] | None:
@@ -260,7 +261,8 @@ class Ahead:
             "prompts": self.prompts,
             "policy": self.policy,
             "ids": [row.ids for row in self._rows],
-            "logprobs": [row.logprobs for row in self._rows],
+            # No tensors: a trainer that goes on moves those to its device, and these stay here.
+            "logprobs": [row.logprobs.tolist() for row in self._rows],
         }
 
     def rows(self) -> list[Sampled]:

@@ -583,8 +583,8 @@ def _mean_rating(annotations: Any) -> float | None:
 def _deserialised(text: str, column: str) -> Any:
     """Read a list, or turns, from JSON or from Python's notation; other text stays as it is.
 
-    A turn of the user as an answer is text, and so are objects that are no turns: the answer is
-    JSON.
+    A turn of the user as an answer is text, and so are objects that are no turns: the answer, or
+    the prompt, is JSON.
     """
     value = _literal(text)
     if isinstance(value, str) and value != text:
@@ -593,7 +593,11 @@ def _deserialised(text: str, column: str) -> Any:
         value = next(iter(value.values())) if len(value) == 1 else text
     if isinstance(value, list):
         answer = column in ("completion", "chosen", "rejected")
-        return text if answer and not all(map(_role, value)) else value
+        if column not in _MESSAGES or (_SERIALISED.match(text) and not answer):
+            return value
+        roles = [*map(_role, value)]
+        ended = not answer or roles[-1:] == ["assistant"] or _SERIALISED.match(text)
+        return value if all(roles) and ended else text
     keys = {*value} if isinstance(value, dict) else set()
     role = _role(value) if keys in ({"role", "content"}, {"from", "value"}) else ""
     turn = role == "assistant" if column in ("completion", "chosen", "rejected") else bool(role)

@@ -44,10 +44,15 @@ _JUDGES = frozenset(
     "choice better best annotator annotators "
     "correctness coherence honesty harmlessness "
     "kto desirable undesirable good bad liked disliked flagged incorrect wrong unsafe upvote "
-    "downvote weight weights deleted removed discarded spam truncated error errors failed failure "
-    "invalid valid hallucinated hallucination exclude excluded include included skip skipped "
-    "keep drop dropped".split()
+    "downvote weight weights".split()
 )
+_FATES = frozenset(
+    "deleted removed discarded spam truncated error errors failed failure passed invalid valid "
+    "hallucinated hallucination exclude excluded include included skip skipped keep drop "
+    "dropped".split()
+)
+"""Words of columns that judge the answers too, if only `_AROUND` is beside them."""
+
 _BAD = frozenset(
     "dislikes downvotes downvote disliked toxic toxicity harmful undesirable bad flagged incorrect "
     "wrong unsafe deleted removed discarded spam truncated error errors failed failure invalid "
@@ -74,6 +79,13 @@ _OF_A_TURN = ("role", "content", "from", "value", "name", "tool_calls", "weight"
 
 _KEPT_OUT = _HELD_OUT - {"valid"} | {"train", "training", "held"}
 """Words of columns that say by true and false which rows are not to train on."""
+
+_AROUND = frozenset(
+    "is was are has to be should in for from of on only not out set split data row sample example "
+    "answer response completion generation output message turn text reason status type code flag "
+    "model test tests training used".split()
+)
+"""Words beside them with which a column is still about its row: `is_test`, but no `n_train`."""
 
 _ANSWERS = ("completion", "messages", "chosen", "rejected", "completions")
 _LABELS = {
@@ -215,12 +227,14 @@ def _judgement(
 ) -> Problem | None:
     """Describe a column that says how good the answers are, or what they are for; else None."""
     words = {str(value).strip().lower() for value in given}
-    if _words(column) & _KEPT_OUT and len(words) > 1 and all(label(v) is not None for v in given):
+    if _of_row(column, _KEPT_OUT) and len(words) > 1 and all(label(v) is not None for v in given):
         return _split(rows, column, given)
     if words & _HELD_OUT and words <= _HELD_OUT | {"train", "training"} and len(words) > 1:
         return _split(rows, column, given)
     told_apart = len(words) <= _MOST_KINDS and any(words >= {*pair} for pair in _TOLD_APART)
-    if not _words(column) & _JUDGES and not told_apart:
+    few = len(words) <= _MOST_KINDS or len(given) < len(rows)
+    fate = few and _of_row(column, _FATES)
+    if not (_words(column) & _JUDGES or fate or told_apart):
         return None
     if _words(column) & {"chosen", "rejected"}:
         return _pair(rows, column)
@@ -283,6 +297,12 @@ def _pair(rows: list[Row], column: str) -> Problem | None:
         f"`ignore: [{column}]`",
     )
     return Problem(column, {}, error)
+
+
+def _of_row(column: str, about: frozenset[str]) -> bool:
+    """Tell if a name has one of these words, and none that makes it about something else."""
+    words = _words(column.rpartition(".")[2])
+    return bool(words & about) and words <= about | _AROUND
 
 
 def _words(column: str) -> set[str]:

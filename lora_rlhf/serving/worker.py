@@ -407,7 +407,10 @@ class Worker:
 
     def _complete(self, job: Job) -> None:
         if job.group is not None and job.group.length >= len(job.prompt):
-            self._batch.keep(job.group, job.rows[0].ids if len(job.rows) == 1 else [])
+            try:
+                self._batch.keep(job.group, job.rows[0].ids if len(job.rows) == 1 else [])
+            except RuntimeError:  # no memory: the next prompt is computed whole
+                self._batch.forget()
         job.group = job.pieces = None
         for row in job.live:
             row.finish = "cancelled"

@@ -337,9 +337,13 @@ def test_turns_written_as_text_in_other_ways_are_read(tmp_path, chat):
         row = demonstrations(tmp_path, chat, rows).train[0]
         assert row["prompt"][0]["role"] == "user" and row["prompt"][0]["content"][0] == "q"
     records = [{"role": "admin", "content": "x", "n": 1}]  # an answer that is JSON is no turn
-    for answered in (json.dumps(records), json.dumps([{"role": "admin", "user": "x"}])):
-        rows = [{"prompt": f"q{i}", "completion": answered} for i in range(N)]
-        assert demonstrations(tmp_path, chat, rows).train[0]["completion"] == answer(answered)
+    people = [{"name": "Bo", "role": "user", "value": 3}]
+    for answered in (records, [{"role": "admin", "user": "x"}], people, {"messages": user("q")}):
+        text = json.dumps(answered)
+        rows = [{"prompt": f"q{i}", "completion": text} for i in range(N)]
+        assert demonstrations(tmp_path, chat, rows).train[0]["completion"] == answer(text)
+    rows = [{"prompt": json.dumps([{"id": i, **records[0]}]), "completion": "a"} for i in range(N)]
+    assert demonstrations(tmp_path, chat, rows).train[0]["prompt"][0]["content"][:7] == '[{"id":'
 
 
 def test_pairs_of_openai_are_read(tmp_path, chat):

@@ -198,6 +198,17 @@ def test_rows_that_are_not_to_be_trained_on_are_told_apart(
     assert len(all_rows(prepare(tmp_path, plain, rows, ignore=[ignored]))) == len(rows)
 
 
+@pytest.mark.parametrize(("column", "values"), [
+    ("skip_prompt_formatting", [None, False]),  # of OpenHermes
+    ("error_code", [*range(400, 460)]), ("error_message", [f"line {i}" for i in range(60)]),
+    ("valid_until", ["2026-01-31", "2026-02-28"]), ("include_toc", [True, False]),
+    ("excluded_words", [["a"], ["b"]]), ("n_train", [0, 1]), ("keep_alive", [30, 60]),
+])  # fmt: skip
+def test_columns_about_something_else_are_only_named(tmp_path, plain, column, values):
+    rows = with_column(column, values)
+    assert f"not read: {column}" in prepare(tmp_path, plain, rows).lines[0]
+
+
 def test_a_judgement_on_the_last_turn_stops(tmp_path, chat):
     rows = [{"messages": [*user(f"q{i}"), {**answer("a")[0], "rating": i % 2, "id": i}]}
             for i in range(40)]  # fmt: skip

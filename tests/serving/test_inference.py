@@ -371,6 +371,16 @@ class TestOneConversation:
         alone.generate(request)
         assert counts[0] == answer.prompt_tokens
 
+    def test_an_answer_arrives_though_there_is_no_memory_to_keep_it(self, alone, monkeypatch):
+        def full(*_):
+            raise torch.OutOfMemoryError("no memory")
+
+        first = alone.generate(ask(temperature=0)).choices[0].ids
+        monkeypatch.setattr(alone._batch, "keep", full)
+        assert alone.generate(ask(temperature=0)).choices[0].ids == first
+        assert alone._batch._kept == {}
+        assert alone.generate(ask(temperature=0)).choices[0].ids == first
+
     def test_a_shared_engine_keeps_nothing(self, engine):
         engine.generate(ask())
         assert engine._batch._kept == {} and engine._batch.kept_tokens == 0

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from ppo_run import Run, recipe, roles
 from transformers import TrainerCallback
 
@@ -255,6 +256,14 @@ def test_a_killed_run_goes_on_with_what_was_sampled_ahead(tmp_path, monkeypatch)
         assert later == {seed for _, seed in seeds[12:]}  # of the last rollout only
         for key, tensor in found.weights().items():
             assert torch.equal(tensor, expected[key]), key
+
+
+def test_what_was_sampled_ahead_is_not_moved_with_the_trainers_state():
+    drawn = sampler.Sampled([5, 6], torch.tensor([-0.1, -1 / 3]))
+    made = vllm_rollouts.Ahead([[1]], lambda: [drawn], {}, threading.Event())
+    moved = send_to_device(made.state_dict(), "meta")  # as a run on a GPU that goes on
+    [row] = vllm_rollouts.Ahead.restored(moved).rows()
+    assert row.ids == [5, 6] and torch.equal(row.logprobs, drawn.logprobs)
 
 
 def test_a_server_that_fails_ahead_stops_the_run_where_its_completions_are_used(
