@@ -243,13 +243,14 @@ def _judgement(
         len(kinds) <= _MOST_KINDS and all(isinstance(value, int | float) for value in given)
     ):
         return None  # names of people, not what they said
-    if len(kinds) == 1 and len(given) == len(rows) and label(given[0]) is not False:
-        return None  # it judges no row apart from the others
+    bad = bool(_words(column) & _BAD)
+    if len(kinds) == 1 and len(given) == len(rows) and label(given[0]) is not bad:
+        return None  # it judges no row apart from the others, and none of them as bad
     columns: dict[str, str] = {}
     remedy = "leave in the file what the model should learn, such as the answers judged good"
     if name == "comparisons":
         remedy = "give the better answer as `chosen`, and leave out pairs that should not count"
-    clear = column in rows[0][1] and not _words(column) & _BAD  # a label may be made of it
+    clear = column in rows[0][1] and not bad  # a label may be made of it
     if name == "demonstrations" and clear and all(label(value) is not None for value in given):
         columns = _mapped(source, "label", column)
         remedy = f"{_written(columns)} trains on the answers judged good only, "

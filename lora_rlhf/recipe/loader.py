@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -101,7 +102,9 @@ def parse_recipe(
     """
     data, lines = parse_yaml(text, name)
     if isinstance(overrides, Mapping):
-        overrides = [f"{key}={value}" for key, value in overrides.items()]
+        # JSON is YAML: None becomes null, and text in quotes stays text.
+        given = overrides.items()
+        overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in given]
     for override in [overrides] if isinstance(overrides, str) else overrides or []:
         _apply_override(data, lines, override)
     try:

@@ -124,3 +124,5 @@ def test_what_python_may_pass_by_mistake_is_one_error(call, problem):
 def test_changes_of_a_recipe_may_be_one_text_or_a_mapping():
     for given in ("seed=3", {"seed": 3}, ["seed=3"]):
         assert lora_rlhf.load_recipe(tiny.recipe(), given).seed == 3
+    kept = lora_rlhf.load_recipe(tiny.recipe(), {"model.revision": None, "model.id": "1234"})
+    assert kept.model.revision is None and kept.model.id == "1234"

@@ -182,6 +182,7 @@ def test_advice_that_no_mapping_can_follow_is_not_given(tmp_path, plain):
     ("is_test", [True, False], "`ignore: [is_test]`"), ("train", [0, 1], "for data.evaluate"),
     ("finish_reason", ["stop", "length"], "columns: {label: finish_reason}"),
     ("truncated", [True, False], "leave in the file"), ("toxic", [True, False], "leave in the"),
+    ("flagged", [True], "leave in the file"),
     ("error", ["timeout", None], "leave in the file"),
     ("metadata", [{"rating": 1}, {"rating": 5}], "`ignore: [metadata.rating]`"),
     ("extra_info", [{"split": "test"}, {"split": "train"}], "`ignore: [extra_info.split]`"),
@@ -203,6 +204,7 @@ def test_rows_that_are_not_to_be_trained_on_are_told_apart(
     ("error_code", [*range(400, 460)]), ("error_message", [f"line {i}" for i in range(60)]),
     ("valid_until", ["2026-01-31", "2026-02-28"]), ("include_toc", [True, False]),
     ("excluded_words", [["a"], ["b"]]), ("n_train", [0, 1]), ("keep_alive", [30, 60]),
+    ("toxic", [False]), ("truncated", [False]), ("helpful", [True]),  # no row is judged as bad
 ])  # fmt: skip
 def test_columns_about_something_else_are_only_named(tmp_path, plain, column, values):
     rows = with_column(column, values)
