@@ -344,6 +344,11 @@ def test_the_held_out_loss_of_sft_is_compared_with_guessing(held_out, losses, fo
     seen = list(sft_checks._losses(entry, [{"loss": loss} for loss in losses]))
     assert [(f.name, f.severity) for f in seen] == found
     assert all(("guessing has 7.62" in f.what) == (held_out > 3.7) for f in seen)
+    entry["args"] = {
+        "loss_type": "dft"
+    }  # whose training loss is far below the nats of held-out rows
+    seen = list(sft_checks._losses(entry, [{"loss": loss} for loss in losses]))
+    assert "sft_overfits" not in {f.name for f in seen}
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,8 @@ def _losses(entry: dict[str, Any], lines: list[Line]) -> Findings:
     held_out, chance = float(entry["held_out_loss"]), float(entry.get("chance_loss", "inf"))
     guessing = f", where guessing has {chance:.3g}" if held_out > NEAR_CHANCE * chance else ""
     severity = "fault" if held_out >= chance else ""
-    if losses and held_out > fmean(losses[-2:]) + OVERFIT:
+    in_nats = entry.get("args", {}).get("loss_type", "nll") == "nll"  # as the held-out loss always
+    if losses and in_nats and held_out > fmean(losses[-2:]) + OVERFIT:
         what = f"held-out loss {held_out:.3g}, but training loss {fmean(losses[-2:]):.3g}{guessing}"
         yield finding("sft_overfits", what, severity=severity)
     elif guessing and not rose:
