@@ -11,6 +11,7 @@ import codecs
 import contextlib
 import csv
 import difflib
+import functools
 import glob
 import gzip
 import hashlib
@@ -21,7 +22,7 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -351,8 +352,8 @@ def _limited(path: Path, file: IO[bytes] | gzip.GzipFile, packed: int) -> bytes:
     return unpacked
 
 
-def _decode(path: Path, raw: bytes, line: int = 1, whole: bytes = b"") -> str:
-    """Decode UTF-8 that begins on this line of the file, a part of `whole` if that is given."""
+def _decode(path: Path, raw: bytes, line: int = 1, remedy: Callable[[], str] | None = None) -> str:
+    """Decode UTF-8 that begins on this line of the file; `remedy` tells how a whole file does."""
     try:
         if len(raw) > 1 and (raw[0] == 0) != (raw[1] == 0):
             raise UnicodeDecodeError("utf-8", raw, raw.index(b"\0"), 1, "UTF-16")
@@ -366,7 +367,7 @@ def _decode(path: Path, raw: bytes, line: int = 1, whole: bytes = b"") -> str:
             f"{excerpt(shown)}",
             where=f"{path}:{number}",
             expected="UTF-8",
-            remedy=_to_utf8(path, whole or raw),
+            remedy=remedy() if remedy else _to_utf8(path, raw),
         ) from None
 
 
@@ -392,11 +393,12 @@ def _to_utf8(path: Path, raw: bytes) -> str:
 
 
 def _jsonl(path: Path, raw: bytes, skips: Skips) -> Iterator[Row]:
+    remedy = functools.cache(lambda: _to_utf8(path, raw))  # reads the whole file
     # Only \n ends a line: str.splitlines would cut a JSON string at U+2028.
     for number, line in enumerate(raw.split(b"\n"), start=1):
         if line.strip():
             try:
-                text = _decode(path, line, number, raw)
+                text = _decode(path, line, number, remedy)
                 row = _loads(path, text, number, "one JSON object a line", _of_line(text))
                 yield _object(row, f"{path}:{number}", text)
             except DataError as error:

@@ -235,3 +235,13 @@ def test_a_hub_dataset_is_read_by_configuration_split_and_revision(plain, monkey
         "revision": "abc",
         "data_dir": "sub",
     }
+
+
+def test_broken_lines_do_not_read_the_whole_file_each(tmp_path, plain, monkeypatch):
+    looked, remedy = [], sources._to_utf8
+    monkeypatch.setattr(sources, "_to_utf8", lambda *args: looked.append(1) or remedy(*args))
+    lines = [json.dumps(row).encode() for row in PAIRS] + [b'{"prompt": "\xe9"}'] * 9
+    (tmp_path / "d.jsonl").write_bytes(b"\n".join(lines))
+    given = {"path": str(tmp_path / "d.jsonl"), "skip_bad": 9}
+    prepared = dataset_builder.demonstrations(recipe(demonstrations=given), plain)
+    assert len(all_rows(prepared)) == len(PAIRS) and len(looked) == 1
