@@ -660,11 +660,13 @@ def _report_verb(
 ) -> None:
     """Rebuild report.html from report.json.
 
-    DIR is a run or an evaluation. The page is one file and needs no network.
+    DIR is a run or an evaluation, or its report.json. The page is one file and needs no network.
     """
     from lora_rlhf.reports import evaluation_report, html_report
     from lora_rlhf.runs.record import Record, is_run
 
+    if folder.name == evaluation_report.FILE and folder.is_file():
+        folder = folder.parent
     if is_run(folder):
         page = html_report.of_run(Record.read(folder))
     else:

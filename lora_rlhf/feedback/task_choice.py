@@ -118,7 +118,7 @@ def make(
 
     Raises:
         UsageError: The run lacks a stage that is needed.
-        DataError: No prompt is left whose answers differ.
+        DataError: No prompt is left, or none whose answers differ.
     """
     make_place(out)
     record = Record.read(run)
@@ -129,6 +129,11 @@ def make(
     backbone, _ = loaded_run.load(run)
     rows, labelled = dataset_builder.unlabelled(recipe, backbone.tokenizer)
     rows = [row for row in rows if prompt_key(row["prompt"]) not in without]
+    if not rows:
+        raise DataError(
+            "no prompt of data.prompts is without a comparison, or they were all tasks before",
+            remedy="train a run whose data.prompts has prompts without comparisons too",
+        )
     random.Random(f"{choice.seed}/tasks").shuffle(rows)
     if choice.strategy != "random":
         rows = rows[: choice.pool or _POOL * choice.n]

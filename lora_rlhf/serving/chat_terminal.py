@@ -177,6 +177,8 @@ class Terminal:
     def _cmd_edit(self, text: str) -> None:
         if not self.chat.last_question:
             raise UsageError("there is no question yet", remedy="ask something first")
+        if not (text or self.live):  # the next line is another question or command
+            raise UsageError("/edit needs the changed question", expected="/edit TEXT")
         self._show(self.chat.edit(text or self.ask("edit> ", self.chat.last_question)))
 
     def _cmd_save(self, path: str) -> None:

@@ -38,7 +38,7 @@ _NUMBERS: dict[str, Callable[[Row], float | None]] = {
     "seconds": lambda row: row["seconds"] if _generated(row) else None,
     "seconds to the first token": lambda row: row["first_token_s"] if _generated(row) else None,
     "seconds in the queue": lambda row: row["queue_s"] if _generated(row) else None,
-    "tokens per answer": lambda row: row["completion_tokens"] if _generated(row) else None,
+    "answer tokens per request": lambda row: row["completion_tokens"] if _generated(row) else None,
 }
 
 
@@ -80,7 +80,7 @@ def _group(name: str, rows: list[Row]) -> dict[str, Any]:
         if not (given := _known(rows, number)):
             continue
         values, prompts = zip(*given, strict=True)
-        if metric == "tokens per answer":
+        if metric == "answer tokens per request":
             metrics[metric] = estimates.mean_interval(values, prompts)
         else:
             for share in (0.5, 0.95):

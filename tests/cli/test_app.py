@@ -604,6 +604,8 @@ def test_report_is_written_again(tmp_path, monkeypatch):
     result = invoke("report", tmp_path)
     assert (result.exit_code, result.stdout) == (0, f"{page}\n") and not opened
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+    page.unlink()
+    assert invoke("report", tmp_path / "report.json").stdout == f"{page}\n" and page.is_file()
     result = invoke("report", tmp_path, "--open")
     assert opened == [page.as_uri()] and "no browser was found" in result.stderr
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from lora_rlhf.cli import app
 from lora_rlhf.data import dataset_builder
-from lora_rlhf.errors import UsageError
+from lora_rlhf.errors import DataError, UsageError
 from lora_rlhf.feedback import task_choice
 from lora_rlhf.feedback.task_choice import Choice
 from lora_rlhf.models import sampler
@@ -197,6 +197,12 @@ def test_a_run_without_what_the_strategy_needs(runs, tmp_path):
         task_choice.make(runs.after("sft"), Choice("highest_reward", 2), tmp_path / "t.jsonl")
     with pytest.raises(UsageError, match="no failures of sft"):
         task_choice.make(runs.after("sft"), Choice("failures", 2), tmp_path / "t.jsonl")
+
+
+def test_a_run_with_no_prompt_left_is_told_so(runs, tmp_path):
+    every = type("Every", (frozenset,), {"__contains__": lambda *_: True})()
+    with pytest.raises(DataError, match="no prompt of data.prompts is without a comparison"):
+        task_choice.make(runs.after("sft"), Choice(n=2), tmp_path / "t.jsonl", without=every)
 
 
 def test_the_command_writes_tasks_and_says_how_many(runs, tmp_path):

@@ -310,6 +310,12 @@ def test_a_refused_line_is_one_note_and_the_chat_goes_on(talk, line, note):
     assert "policy says: hi" in out
 
 
+def test_edit_without_its_text_takes_no_other_line_of_a_pipe(talk):
+    refused, out, notes = typed(talk, "hi", "/edit", "/model sft", "ho")
+    assert refused == 1 and "/edit needs the changed question" in notes
+    assert out.splitlines() == ["policy says: hi (0)", "sft says: ho (1)"]
+
+
 def test_every_command_has_its_method_and_help(talk):
     methods = {n[5:] for n in dir(chat_terminal.Terminal) if n.startswith("_cmd_")}
     assert methods == set(chat_terminal.COMMANDS)

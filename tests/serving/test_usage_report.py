@@ -59,6 +59,7 @@ def test_numbers_of_each_version(path):
     assert high - low > 0.2  # 20 prompts, not 100 requests
     p95 = numbers["seconds, p95"]  # 20 prompts do not show a p95's upper limit
     assert p95["value"] == pytest.approx(2.4405) and (p95["low"], p95["high"]) == (None, None)
+    assert numbers["answer tokens per request"]["value"] == 5.5
     assert "tasks completed" not in numbers
 
 
