@@ -44,6 +44,7 @@ from .filters import (
     expand,
     follow_template,
     note_damage,
+    note_length,
     pair_labels,
     prompt_key,
 )
@@ -266,6 +267,8 @@ def _read(
     kept.rows = expand(kept, mixed)
     drop_useless(kept)
     drop_too_long(kept, recipe, tokenizer)
+    if name == "comparisons" and not all(source.task for source in sources):
+        note_length(kept)
     if name == "comparisons" and recipe.data.identity_test:
         augmentation.identity_test(kept)
     if name != "evaluate" and not all(source.task for source in recipe.data.evaluate):

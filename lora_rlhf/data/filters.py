@@ -40,6 +40,8 @@ _PARTS = ("prompt", "completion", "chosen", "rejected")
 _NO_VALUE = frozenset("nan NaN <NA> #N/A #NAME? #NULL! #NUM! #REF! #VALUE! #DIV/0!".split())
 """Texts that programs write for an empty cell of a table, or for a formula that failed."""
 
+_ENOUGH_PAIRS, _ONE_LENGTH = 20, 0.95  # pairs, and their share with the longer answer chosen
+
 _INTENDED = ("limit", "broken", "label is false", "expanded to pairs", "ties")
 """Counts of rows that the recipe leaves out, and of pairs without a winner."""
 
@@ -520,6 +522,17 @@ def drop_useless(kept: FilteredSet) -> None:
 
         rows = kept.filter("labelled both ways", rows, consistent)
     kept.rows = rows
+
+
+def note_length(kept: FilteredSet) -> None:
+    """Note comparisons in which nearly always the longer answer is the better one."""
+    longer = sum(len(text_of(r["chosen"])) > len(text_of(r["rejected"])) for r in kept.rows)
+    if len(kept.rows) >= _ENOUGH_PAIRS and longer >= _ONE_LENGTH * len(kept.rows):
+        kept.notes[
+            f"the better answer is the longer one in {longer / len(kept.rows):.0%} of the "
+            "comparisons: a reward model learns length from them and may fail its gate before PPO; "
+            "add comparisons in which the better answer is the shorter one"
+        ] += longer
 
 
 def check_losses(kept: FilteredSet, max_lost: float) -> None:

@@ -77,6 +77,7 @@ def read(path: Path, seed: int = 0, n: int | None = None) -> tuple[list[Labelled
                 f"not a labelled pair: {reason(error)}",
                 where=where,
                 expected='{"prompt": …, "a": …, "b": …, "labels": ["a", "b" or "tie"]}',
+                remedy="labels of a project: `lora-rlhf label PROJECT --export FILE --as judge`",
             ) from None
     rng = random.Random(seed)
     rng.shuffle(made)

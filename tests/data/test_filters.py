@@ -137,6 +137,23 @@ def test_control_tokens_in_a_text_are_encoded_as_text(tmp_path, chat, plain, tem
         assert sum(i in control for i in ids) == 2  # the turn's own
 
 
+@pytest.mark.parametrize("shorter", [1, 4])
+def test_comparisons_in_which_nearly_every_better_answer_is_longer_are_noted(
+    shorter, tmp_path, plain
+):
+    rows = [
+        {"prompt": f"question {i}", "chosen": f"yes {i} it is", "rejected": f"no {i}"}
+        for i in range(60)
+    ]
+    for row in rows[:shorter]:
+        row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    report = dataset_builder.comparisons(
+        recipe(comparisons=jsonl(tmp_path / "d.jsonl", rows)), plain
+    ).report
+    noted = [note for note in report["notes"] if "the better answer is the longer one" in note]
+    assert len(noted) == (shorter == 1)
+
+
 def test_the_error_for_too_few_rows_names_the_filter_that_dropped_most(tmp_path, plain):
     rows = [{"prompt": f"q{i}", "chosen": "x", "rejected": "x"} for i in range(60)]
     with pytest.raises(DataError) as caught:
