@@ -138,7 +138,7 @@ def test_plain_text_is_wrapped_only_with_a_chat_template(tmp_path, chat, plain):
     prepared = dataset_builder.comparisons(recipe(comparisons=path), plain)
     row = prepared.train[0]
     assert (row["chosen"], row["rejected"]) == tuple(
-        row["prompt"].replace("q", name) for name in ("good", "bad")
+        row["prompt"].replace("q", name) for name in ("good", "poor")
     )
     assert prepared.report["notes"] == []
 
@@ -227,7 +227,7 @@ def test_a_number_that_is_not_finite_is_refused_with_its_line(tmp_path, plain, b
 
 
 def test_margins_of_a_csv_are_numbers(tmp_path, plain):
-    lines = [f"q{i},good{i},bad{i},{i / 2}" for i in range(40)]
+    lines = [f"q{i},good{i},poor{i},{i / 2}" for i in range(40)]
     path = tmp_path / "d.csv"
     path.write_text("\n".join(["prompt,chosen,rejected,margin", *lines]))
     prepared = dataset_builder.comparisons(recipe(comparisons=path), plain)

@@ -17,7 +17,8 @@ def offline(monkeypatch):
 
 
 def test_length_bias_duplicates_and_cut_rows(tmp_path, offline):
-    rows = [*PREFS, PREFS[0], {**PREFS[1], "chosen": "same", "rejected": "same"}]
+    rows = [{**row, "rejected": f"bad{i}"} for i, row in enumerate(PREFS)]
+    rows += [rows[0], {**rows[1], "chosen": "same", "rejected": "same"}]
     rows += [{"prompt": f"p{i}", "chosen": "x", "rejected": "a longer one"} for i in range(20)]
     rows += [{"prompt": "long", "chosen": "word " * 200, "rejected": "b"}]
     made = recipe(comparisons=jsonl(tmp_path / "p.jsonl", rows), max_tokens=100)

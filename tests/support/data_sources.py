@@ -14,7 +14,7 @@ TEMPLATE = (
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 PAIRS = [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(60)]
-PREFS = [{"prompt": f"q{i}", "chosen": f"good{i}", "rejected": f"bad{i}"} for i in range(60)]
+PREFS = [{"prompt": f"q{i}", "chosen": f"good{i}", "rejected": f"poor{i}"} for i in range(60)]
 
 
 def make_tokenizer(template=TEMPLATE):
