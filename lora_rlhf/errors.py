@@ -54,6 +54,21 @@ def reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or first_line(error)
 
 
+def check_unicode(text: str, what: str) -> None:
+    """Refuse a text with half of a surrogate pair, which no tokenizer and no file takes.
+
+    Raises:
+        UsageError: It has one; `what` names the text.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{what} is not valid Unicode: half of a surrogate pair at {error.start}",
+            remedy="give the text in UTF-8",
+        ) from None
+
+
 def counted(number: int, noun: str) -> str:
     """Return `1 row`, `2 rows`, `1,000 rows`."""
     return f"{number:,} {noun}" + "s" * (number != 1)

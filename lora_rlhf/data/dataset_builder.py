@@ -267,8 +267,6 @@ def _read(
     kept.rows = expand(kept, mixed)
     drop_useless(kept)
     drop_too_long(kept, recipe, tokenizer)
-    if name == "comparisons" and not all(source.task for source in sources):
-        note_length(kept)
     if name == "comparisons" and recipe.data.identity_test:
         augmentation.identity_test(kept)
     if name != "evaluate" and not all(source.task for source in recipe.data.evaluate):
@@ -280,6 +278,8 @@ def _read(
         )
     if not all(source.task for source in sources):  # a task's samples are the model's behaviour
         check_losses(kept, recipe.data.max_lost)
+        if name == "comparisons":
+            note_length(kept)
     return kept
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from lora_rlhf.algorithms.ppo import ppo_stage
 from lora_rlhf.data.few_shot import without_template
 from lora_rlhf.data.filters import breaker
-from lora_rlhf.errors import UsageError, first_line
+from lora_rlhf.errors import UsageError, check_unicode, first_line
 from lora_rlhf.hub import targets
 from lora_rlhf.models import loading
 from lora_rlhf.models.base_model import BaseModel
@@ -655,13 +655,7 @@ def _check_turns(messages: Turns) -> None:
             raise UsageError(
                 f"a turn {turn!r:.80}", expected=f"a role ({', '.join(_ROLES)}) and its content"
             )
-        try:
-            content.encode()
-        except UnicodeEncodeError as error:
-            raise UsageError(
-                f"a turn is not valid Unicode: half of a surrogate pair at {error.start}",
-                remedy="give the text in UTF-8",
-            ) from None
+        check_unicode(content, "a turn")
     if not messages or messages[-1]["role"] != "user":
         raise UsageError("the conversation does not end with a turn of the user")
     if not messages[-1]["content"].strip():

@@ -11,7 +11,7 @@ from lora_rlhf.runtime import optional_packages  # noqa: F401  # isort: skip
 from lora_rlhf.algorithms import best_of_n
 from lora_rlhf.algorithms.ppo import ppo_stage
 from lora_rlhf.data.filters import breaker
-from lora_rlhf.errors import UsageError
+from lora_rlhf.errors import UsageError, check_unicode
 from lora_rlhf.models import adapters
 from lora_rlhf.models.backbone import Backbone
 from lora_rlhf.recipe.schema import SEEDS
@@ -65,13 +65,7 @@ def _check(text: Any, temperature: Any, seed: int, max_new_tokens: int | None) -
         )
     if not text.strip():
         raise UsageError("the prompt is empty", expected="a prompt with some text")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(
-            f"the prompt is not valid Unicode: half of a surrogate pair at {error.start}",
-            remedy="give the text in UTF-8",
-        ) from None
+    check_unicode(text, "the prompt")
 
 
 @quiet.libraries()

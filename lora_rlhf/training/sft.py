@@ -49,9 +49,11 @@ class ResumableSFTTrainer(PrivateTraining, SFTTrainer):
         kept, kind = {name: getattr(self, name) for name in plain}, self.args.loss_type
         self.__dict__.update(plain)
         self.args.loss_type = "nll"
-        loss, logits, labels = super().prediction_step(model, inputs, *args, **options)
-        self.__dict__.update(kept)
-        self.args.loss_type = kind
+        try:
+            loss, logits, labels = super().prediction_step(model, inputs, *args, **options)
+        finally:
+            self.__dict__.update(kept)
+            self.args.loss_type = kind
         tokens_a_row = float((inputs["labels"] != -100).sum()) / len(inputs["labels"])
         return loss * (tokens_a_row / self._held_out_tokens_a_row), logits, labels
 
