@@ -307,6 +307,12 @@ def test_an_empty_prompt_is_refused(engine, tmp_path, text):
         loaded_run.generate(tmp_path, text)
 
 
+def test_half_of_a_character_in_a_turn_is_refused(engine):
+    turns = ({"role": "system", "content": "cut \ud83d"}, {"role": "user", "content": "Hello"})
+    with pytest.raises(UsageError, match="a turn is not valid Unicode: half of a surrogate pair"):
+        engine.submit(Request(turns))
+
+
 @pytest.mark.parametrize("role", ["reward", "value"])
 def test_an_adapter_that_writes_no_text_is_refused(runs, role):
     folder = runs.after("ppo") / "adapters" / role
